@@ -1,0 +1,1 @@
+"""Distil several frozen vision foundation models into one compact student."""

@@ -1,0 +1,133 @@
+"""One process or many: what torchrun's environment says, and how a method is wrapped for it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from distill.config import TrainConfig
+from distill.errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the processes of the run, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and speaks to the user."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average a tensor over processes; in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process raises the flag."""
+        if self.world == 1:
+            return flag
+        raised = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX)
+        return bool(raised.item())
+
+    def gather(self, value: object) -> list[object]:
+        """Collect a picklable value of every process on every process, in rank order."""
+        if self.world == 1:
+            return [value]
+        values: list[object] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextmanager
+def join_ranks(device: str) -> Iterator[Ranks]:
+    """Join the processes torchrun started (or be alone), and leave them at the end."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device = cuda: no CUDA device is visible (set train.device=cpu, or check the driver)")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks(0, 1, torch.device(device))
+        return
+    local_rank = int(os.environ["LOCAL_RANK"])
+    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    if device == "cuda":
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(method: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
+    """Wrap a method for `ranks`: DDP, or FSDP2 sharding every transformer block / stage and the rest."""
+    if ranks.world == 1:
+        return method
+    if config.parallel == "fsdp":
+        mixed = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
+        policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32 if mixed else None)
+        mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
+        for block in shardable_blocks(method):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(method, mesh=mesh, mp_policy=policy)
+    # Every parameter takes part in every step (Student freezes what it never uses), so nothing needs finding.
+    ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def shardable_blocks(method: nn.Module) -> list[nn.Module]:
+    """The student's repeated parts: a ViT's `blocks`, a CNN's `stages` or `layer1..4`."""
+    net = method.student.net
+    for name in ("blocks", "stages"):
+        if hasattr(net, name):
+            return list(getattr(net, name))
+    return [getattr(net, f"layer{i}") for i in range(1, 5) if hasattr(net, f"layer{i}")]
+
+
+def without_sync(wrapped: nn.Module, last: bool):  # noqa: ANN201 - a context manager of either wrapper
+    """Context in which gradients of all but the last micro-batch stay on this rank."""
+    if last or not isinstance(wrapped, DistributedDataParallel):
+        return nullcontext()
+    return wrapped.no_sync()
+
+
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def full_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
+    """Complete (unsharded, unwrapped, on the CPU) model and optimizer state; a collective call under FSDP."""
+    return get_model_state_dict(wrapped, options=FULL), get_optimizer_state_dict(wrapped, optimizer, options=FULL)
+
+
+def load_full_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer, model: dict, optim: dict) -> None:
+    """Inverse of `full_state`: every rank passes the complete state and takes its share."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(wrapped, model, options=options)
+    set_optimizer_state_dict(wrapped, optimizer, optim, options=options)

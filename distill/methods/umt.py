@@ -1,0 +1,257 @@
+"""UMT: unified multi-teacher distillation through a learnable model token (papers' sections 3.2-3.4, A.2-A.3).
+
+Usage: `method = UMT(recipe, dims)`; `method({"image": images}, targets)["loss"].backward()`.
+
+Differs from the paper, where it is silent or contradicts itself (every choice is a field of `UMTConfig`):
+- One common width `space_dim` for all spaces. The paper lets it be d_Ti and yet shares modules over spaces, which
+  needs equal widths; where a teacher's width differs, a Linear at the end maps to it.
+- The channel order in front of the grouped convolution (`interleave`, see `interaction.interleave_groups`).
+- 3.3 prints F_I^{j+1} = phi_I^j(F_C^j); we read F_I^j, the only index that fits Eq 3.
+- For ViT students d_m = 64 and FFN ratio 1: with d_m = d_T the interaction would be 3.3 times the student.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import Recipe, UMTConfig
+from distill.errors import UserError
+from distill.features import FeatureDims, Features
+from distill.losses import Prediction, alignment_losses
+from distill.methods.deployment import Deployment
+from distill.methods.interaction import (
+    AttentionInteraction,
+    ConvInteraction,
+    CrossSpace,
+    GroupedAttentionInteraction,
+    IntraSpace,
+    LayerNorm,
+    default_heads,
+    gcd_groups,
+)
+from distill.preprocess import Preprocess
+from distill.students import Student
+from distill.targets import FeatureNormalizer
+
+
+class UMT(nn.Module):
+    """A student, its model token, N cross-/intra-space alternations, and a read-out per teacher."""
+
+    def __init__(self, recipe: Recipe, dims: Mapping[str, FeatureDims]) -> None:
+        super().__init__()
+        self.teachers, self.grid = recipe.teachers, recipe.align.grid
+        self.teacher_views = {teacher.label: "image" for teacher in recipe.teachers}
+        self.preprocess = Preprocess(recipe.student.image_size, recipe.student.mean, recipe.student.std)
+        self.student = Student(recipe.student)  # F_S
+        self.interaction = SpaceInteraction(recipe.umt, self.student, list(dims.values()))  # Gamma_i, P_m, psi, phi
+        self.read_out = ReadOut(recipe.umt, dims, self.interaction.space_dim, self.interaction.token_dim)
+        self.normalizers = nn.ModuleDict(
+            {label: FeatureNormalizer(label, dim, recipe.targets.normalize) for label, dim in dims.items()}
+        )
+
+    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Features]) -> dict[str, Tensor]:
+        """Compute every loss from one student forward.
+
+        `views["image"]`: uint8 [B, 3, S, S]; `targets`: each teacher's features of the same pictures.
+        Returns the scalars of `losses.alignment_losses`.
+        """
+        features = self.student(self.preprocess(views["image"]))
+        spaces = self.interaction(features)
+        grid = tuple(features.patches.shape[1:3])
+        predictions = {label: self.read_out(label, spaces, grid) for label in self.teacher_views}
+        normalized = {label: self.normalizers[label](target) for label, target in targets.items()}
+        return alignment_losses(predictions, normalized, self.teachers, self.grid)
+
+    def after_step(self, step: int) -> None:
+        """UMT keeps no state beside its weights."""
+
+    def deploy(self) -> Deployment:
+        """What ships: backbone, interaction (it needs all M spaces, cross-space mixes them) and M heads."""
+        heads = {label: SpaceHead(self.read_out, label, self.normalizers[label]) for label in self.teacher_views}
+        return Deployment(self.preprocess, self.student, self.interaction, heads)
+
+
+class SpaceInteraction(nn.Module):
+    """From F_S to M representational spaces that have interacted: [B, N, M, space_dim + token_dim]."""
+
+    def __init__(self, config: UMTConfig, student: Student, dims: list[FeatureDims]) -> None:
+        super().__init__()
+        cnn, spaces = student.family == "cnn", len(dims)
+        self.spaces = spaces
+        self.with_class_token = student.has_class_token
+        self.space_dim = resolve_space_dim(config, student.width, dims)
+        self.token_dim = resolve_token_dim(config, cnn, self.space_dim)
+        width = self.space_dim + self.token_dim
+        depth = config.depth if config.depth != "auto" else (2 if cnn else 1)
+        # Eq 1: the M projections Gamma_i as one Linear; on a CNN's map that is M 1x1 convolutions.
+        self.reproject = nn.Linear(student.width, spaces * self.space_dim)
+        nn.init.trunc_normal_(self.reproject.weight, std=0.02)
+        nn.init.zeros_(self.reproject.bias)
+        if config.model_token:
+            self.model_token = nn.Parameter(torch.empty(self.token_dim).normal_(std=0.02))  # P_m
+        self.cross = nn.ModuleList(build_cross(config, cnn, spaces, width) for _ in range(depth))
+        self.intra = nn.ModuleList(build_intra(config, cnn, width) for _ in range(depth))
+
+    def forward(self, features: Features) -> Tensor:
+        """Re-project, attach the model token and alternate cross -> intra N times (Eq 1-3)."""
+        grid = tuple(features.patches.shape[1:3])
+        positions = features.patches.flatten(1, 2)
+        if self.with_class_token:
+            positions = torch.cat((features.summary.unsqueeze(1), positions), dim=1)
+        spaces = self.reproject(positions).unflatten(-1, (self.spaces, self.space_dim))  # [B, N, M, space_dim]
+        if self.token_dim:
+            # [B, N, M, space_dim + d_m]; under autocast the parameter is wider than the features
+            token = self.model_token.to(spaces.dtype).expand(*spaces.shape[:3], -1)
+            spaces = torch.cat((spaces, token), dim=-1)
+        for cross, intra in zip(self.cross, self.intra, strict=True):
+            spaces = intra(cross(spaces, grid), grid)
+        return spaces
+
+
+class ReadOut(nn.Module):
+    """From an interacted space back to its teacher: the token head and the feature head (3.4, A.3)."""
+
+    def __init__(self, config: UMTConfig, dims: Mapping[str, FeatureDims], space_dim: int, token_dim: int) -> None:
+        super().__init__()
+        self.space_dim, self.pool = space_dim, config.token_pool
+        self.order = {label: index for index, label in enumerate(dims)}
+        # The chunk itself is the prediction where its width is the teacher's (the paper's case).
+        self.feature_heads = nn.ModuleDict(
+            {
+                label: nn.Identity() if dim.patches == space_dim else nn.Linear(space_dim, dim.patches)
+                for label, dim in dims.items()
+            }
+        )
+        if token_dim:
+            self.token_norm = LayerNorm(token_dim)
+            shared = share_token_head(config, dims)
+            names = ["shared"] if shared else list(dims)
+            self.token_heads = nn.ModuleDict(
+                {name: nn.Linear(token_dim, dim.summary) for name, dim in zip(names, dims.values(), strict=False)}
+            )
+        self.has_token = token_dim > 0
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, label: str, spaces: Tensor, grid: tuple[int, int]) -> Prediction:
+        """Read teacher `label`'s space out of [B, N, M, c]; N may carry a class position before the h*w patches."""
+        space = spaces[:, :, self.order[label]]
+        features = self.feature_heads[label](space[..., : self.space_dim])
+        prefix = space.shape[1] - grid[0] * grid[1]
+        patches = features[:, prefix:].unflatten(1, grid)
+        summary = features[:, 0] if prefix else features.mean(dim=1)
+        return Prediction(self._token(label, space) if self.has_token else None, patches, summary)
+
+    def _token(self, label: str, space: Tensor) -> Tensor:
+        head = self.token_heads["shared" if "shared" in self.token_heads else label]
+        token = space[..., self.space_dim :]
+        if self.pool == "before":  # 3.4's order; A.3 says "project, then pool", which LayerNorm makes another thing
+            return head(self.token_norm(token.mean(dim=1)))
+        return head(self.token_norm(token)).mean(dim=1)
+
+
+class SpaceHead(nn.Module):
+    """One teacher's read-out as export ships it: interacted spaces in, predictions in the teacher's own units out."""
+
+    def __init__(self, read_out: ReadOut, label: str, normalizer: FeatureNormalizer) -> None:
+        super().__init__()
+        self.read_out, self.label, self.normalizer = read_out, label, normalizer
+
+    def forward(self, spaces: Tensor, grid: tuple[int, int]) -> Prediction:
+        """Map [B, N, M, c] to this teacher's token, patches and summary."""
+        return self.normalizer.restore(self.read_out(self.label, spaces, grid))
+
+
+def resolve_space_dim(config: UMTConfig, student_width: int, dims: list[FeatureDims]) -> int:
+    """Common width of the M spaces: given, the student's, or (auto) the widest teacher's."""
+    if config.space_dim == "student":
+        return student_width
+    return max(dim.patches for dim in dims) if config.space_dim == "auto" else config.space_dim
+
+
+def resolve_token_dim(config: UMTConfig, cnn: bool, space_dim: int) -> int:
+    """d_m; 0 in the ablation without a model token."""
+    if not config.model_token:
+        return 0
+    if config.token_dim == "auto":
+        return space_dim if cnn else 64
+    return config.token_dim
+
+
+def share_token_head(config: UMTConfig, dims: Mapping[str, FeatureDims]) -> bool:
+    """Whether one Linear serves all teachers (A.3 shares it, which needs equal widths)."""
+    widths = {label: dim.summary for label, dim in dims.items()}
+    equal = len(set(widths.values())) == 1
+    if config.share_token_head is True and not equal:
+        listed = ", ".join(f"{label} {width}" for label, width in widths.items())
+        raise UserError(f"umt.share_token_head = true needs equal summary widths, got {listed}: set it to auto")
+    return equal if config.share_token_head == "auto" else config.share_token_head
+
+
+def build_cross(config: UMTConfig, cnn: bool, spaces: int, width: int) -> nn.Module:
+    """One psi_C for `spaces` spaces of `width` channels."""
+    mode = config.cross_mode
+    if mode is None:
+        return SkipInteraction()
+    if mode == "channel" and cnn:
+        return CrossSpace(conv_block(config, spaces * width, width), "channel")
+    heads = resolve_heads(config, width)
+    if mode == "channel":  # A.2: heads grow linearly with the number of teachers
+        return CrossSpace(AttentionInteraction(spaces * width, spaces * heads, config.cross_mlp_ratio), "channel")
+    if mode == "grouped":
+        block = GroupedAttentionInteraction(spaces * width, spaces, spaces * heads, config.cross_mlp_ratio)
+        return CrossSpace(block, "channel")
+    return CrossSpace(AttentionInteraction(width, heads, config.cross_mlp_ratio), mode)
+
+
+def build_intra(config: UMTConfig, cnn: bool, width: int) -> nn.Module:
+    """One phi_I of `width` channels."""
+    if not config.intra_space:
+        return SkipInteraction()
+    if cnn:
+        return IntraSpace(conv_block(config, width, width))
+    return IntraSpace(AttentionInteraction(width, resolve_heads(config, width), config.intra_mlp_ratio))
+
+
+class SkipInteraction(nn.Module):
+    """The identity that stands for an ablated module (Table 3)."""
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return [B, N, M, c] unchanged."""
+        return x
+
+
+def conv_block(config: UMTConfig, channels: int, width: int) -> ConvInteraction:
+    """A CNN module; raises UserError naming the nearest legal d_m where the groups do not divide the channels."""
+    groups = gcd_groups(width) if config.groups == "auto" else config.groups
+    if width % groups:
+        raise UserError(
+            f"umt.groups = {groups} does not divide space_dim + token_dim = {width}: "
+            f"{nearest_token_dims(config, width, groups)}, or set umt.groups=auto"
+        )
+    return ConvInteraction(channels, groups, config.interleave)
+
+
+def resolve_heads(config: UMTConfig, width: int) -> int:
+    """Heads of an intra-space block; raises UserError naming the nearest legal d_m where they do not divide."""
+    if config.heads == "auto":
+        return default_heads(width)
+    if width % config.heads:
+        raise UserError(
+            f"umt.heads = {config.heads} does not divide space_dim + token_dim = {width}: "
+            f"{nearest_token_dims(config, width, config.heads)}, or set umt.heads=auto"
+        )
+    return config.heads
+
+
+def nearest_token_dims(config: UMTConfig, width: int, divisor: int) -> str:
+    """Name the values of token_dim next to the present one that `divisor` can work with."""
+    below = width // divisor * divisor
+    if not config.model_token:
+        return f"use umt.space_dim={below or divisor} or {below + divisor}"
+    token_dim = config.token_dim if isinstance(config.token_dim, int) else 64
+    legal = [token_dim + total - width for total in (below, below + divisor)]
+    return "use umt.token_dim=" + " or ".join(str(value) for value in legal if value > 0)

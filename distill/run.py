@@ -1,0 +1,128 @@
+"""`python -m distill.run`: train a student from a recipe."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distill.errors import TrainingError, UserError
+
+EPILOG = """\
+examples:
+  python -m distill.run                                         the offline quickstart, about three minutes on two cores
+  python -m distill.run umt_vit_base --dry-run                  what a paper recipe would train, without training
+  python -m distill.run umt_vit_base data.path=/data/in1k/train train.batch_size=256
+  torchrun --nproc-per-node 8 -m distill.run umt_vit_base       on eight GPUs
+  python -m distill.run my.yaml teachers.0.weight=2 --output runs/heavier
+  python -m distill.run --output runs/heavier --resume          continue a run that was stopped or killed
+  python -m distill.run --list                                  shipped recipes, and every key a recipe can set
+
+A run folder holds recipe.yaml, metrics.jsonl, checkpoint/, plots/ and, at the end, student.safetensors.
+Exit status: 0 done (or stopped by SIGTERM after a checkpoint), 2 a mistake in what was asked, 1 a failure.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.run",
+        description="Distil several frozen vision teachers into one student.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="shipped recipe or YAML file (default: quickstart)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set any key of the recipe")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE)")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan (parts, FLOPs, memory) and stop")
+    parser.add_argument("--list", action="store_true", help="list shipped recipes and all keys, and stop")
+    asked = parser.parse_intermixed_args(arguments)
+    if asked.recipe and "=" in asked.recipe:  # only overrides were given
+        asked.overrides.insert(0, asked.recipe)
+        asked.recipe = None
+    return exit_status(lambda: run(asked))
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Run a command; a mistake of the user's or a failure of training becomes one line on standard error."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        return command() or 0
+    except UserError as error:
+        status = 2
+        message = str(error)
+    except TrainingError as error:
+        status = 1
+        message = str(error)
+    if speaks:
+        print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    # Imported here so that --help answers at once: torch and timm take seconds to load.
+    from distill.recipe_io import describe_recipes, load_recipe
+
+    if asked.list:
+        print(describe_recipes())
+        return 0
+    name = asked.recipe or "quickstart"
+    folder = asked.output or Path("runs") / Path(name).stem
+    if asked.resume:
+        recipe = recipe_to_resume(folder, asked.recipe, asked.overrides)
+    else:
+        recipe = load_recipe(name, asked.overrides)
+    if asked.dry_run:
+        from distill.plan import print_plan
+
+        print_plan(recipe)
+        return 0
+    if not asked.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} already holds files: add --resume to continue that run, or choose another --output")
+
+    from distill.distributed import join_ranks
+    from distill.report import finish, show_start
+    from distill.train import train
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    with join_ranks(recipe.train.device) as ranks:
+        if not ranks.first:
+            logging.getLogger().setLevel(logging.ERROR)
+        show_start(recipe, folder, ranks)
+        complete = train(recipe, folder, ranks, asked.resume)
+        if ranks.first:
+            finish(recipe, folder, complete)
+    return 0
+
+
+def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):  # noqa: ANN201 - Recipe, imported late
+    """The recipe stored in `folder`; raises UserError naming the first field a given recipe or override changes."""
+    from distill.recipe_io import differing_fields, load_recipe
+
+    stored = folder / "recipe.yaml"
+    if not stored.is_file():
+        raise UserError(f"{folder} holds no run to resume (no recipe.yaml): leave out --resume, or check --output")
+    before = load_recipe(str(stored), [])
+    if name or overrides:
+        now = load_recipe(name or str(stored), overrides)
+        changed = [(key, old, new) for key, old, new in differing_fields(before, now) if key not in FREE_TO_CHANGE]
+        if changed:
+            key, old, new = changed[0]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise UserError(
+                f"{key} is {old} in {stored}, {new} was asked{more}: a resumed run keeps its recipe "
+                "(drop the change, or start anew in another --output)"
+            )
+        return now
+    return before
+
+
+FREE_TO_CHANGE = {"data.workers", "train.log_every", "train.tensorboard", "checkpoint.every_steps", "checkpoint.keep"}
+"""Keys that do not touch the result, so a resumed run may set them anew."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Small real things shared by tests: a folder of photographs, a recipe of seconds, the command line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from distill.pictures import PackagedPhotos
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve real photographs of 96 px in two class folders."""
+    folder = tmp_path_factory.mktemp("photos")
+    photos = PackagedPhotos()
+    for number in range(12):
+        image = photos.load(number % len(photos)).convert("RGB").resize((96, 80), Image.Resampling.BICUBIC)
+        path = folder / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        image.save(path, quality=95)
+    return folder
+
+
+def small_recipe(photos: Path, **changes: object) -> dict:
+    """A recipe with a ViT student and three random small teachers of three kinds, as plain data."""
+    vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    recipe = {
+        "method": "umt",
+        "student": {
+            "name": "vit_tiny_patch16_224", "image_size": 64, "drop_path": 0.2,
+            "kwargs": {"embed_dim": 48, "depth": 2, "num_heads": 2},
+        },
+        "teachers": [
+            {"name": "resnet10t", "role": "classification", "alias": "cls", "pretrained": False, "image_size": 64},
+            {"name": "vit_tiny_patch16_224", "role": "mae", "pretrained": False, "image_size": 64, "kwargs": vit},
+            {"name": "vit_small_patch14_dinov2", "role": "dino", "pretrained": False, "image_size": 56, "kwargs": vit},
+        ],
+        "umt": {"space_dim": "student", "token_dim": 16},
+        "targets": {"normalize": "standardize", "batches": 2},
+        "data": {"kind": "folder", "path": str(photos), "workers": 0, "crop_scale": [0.3, 1.0]},
+        "train": {"steps": 8, "batch_size": 4, "lr": 1e-3, "warmup_steps": 2, "log_every": 1},
+        "checkpoint": {"every_steps": 3},
+    }  # fmt: skip
+    for key, value in changes.items():
+        recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
+    return recipe
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, photo_folder: Path):
+    """A function that writes a small recipe (with changes) to a YAML file."""
+
+    def write(**changes: object) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(small_recipe(photo_folder, **changes)))
+        return path
+
+    return write
+
+
+def command(*arguments: object, ranks: int = 1) -> list[str]:
+    """The command line of `python -m distill.run`, under torchrun if there are several ranks."""
+    launcher = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    return [sys.executable, *launcher, "distill.run", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, so that two ranks share two cores and sums come out in one order."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run_command(*arguments: object, ranks: int = 1, **options: object) -> subprocess.CompletedProcess:
+    """Run `python -m distill.run` to its end."""
+    return subprocess.run(
+        command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment(), **options
+    )
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The trained weights of a run folder."""
+    return load_file(folder / "student.safetensors")
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
