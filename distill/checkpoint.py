@@ -5,7 +5,6 @@ sha256, written after it. Both appear by rename, so a kill at any moment leaves 
 `.pt` without a valid sidecar does not count.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from distill.errors import UserError
 from distill.features import FeatureDims
 from distill.methods import build_method
 from distill.recipe_io import dump_recipe, parse_recipe
+from distill.weights import file_sha256, tensors_sha256
 
 log = logging.getLogger(__name__)
 
@@ -64,22 +64,6 @@ def claim_folder(folder: Path, recipe: Recipe) -> None:
     except OSError as error:
         raise UserError(f"cannot make the run folder {folder}: {error.strerror} (choose another --output)") from error
     write_atomically(folder / "recipe.yaml", lambda temporary: temporary.write_text(dump_recipe(recipe)))
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def tensors_sha256(tensors: dict[str, torch.Tensor]) -> str:
-    """Hex sha256 over the names, types, shapes and bytes of a state dict of CPU tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy() if tensor.numel() else b"")
-    return digest.hexdigest()
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:

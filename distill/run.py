@@ -52,7 +52,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return command() or 0
     except UserError as error:
         status = 2
-        message = str(error)
+        # A DataLoader worker's error comes with its traceback in front; the last line is ours.
+        message = str(error).strip().splitlines()[-1].removeprefix("distill.errors.UserError: ")
     except TrainingError as error:
         status = 1
         message = str(error)
