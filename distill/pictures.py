@@ -201,5 +201,7 @@ def open_pictures(config: DataConfig) -> Pictures:
             return WebDatasetPictures(config.path)
         case "folder":
             if isinstance(config.path, list):
-                raise UserError("data.path is a list, data.kind = folder takes one folder (or set data.kind=webdataset)")
+                raise UserError(
+                    "data.path is a list, data.kind = folder takes one folder (or set data.kind=webdataset)"
+                )
             return FolderPictures(config.path)

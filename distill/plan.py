@@ -188,7 +188,9 @@ def print_schedule(console: Console, recipe: Recipe, images: int | None) -> None
     if views:
         per_view = sum(
             dim.summary + math.prod(grid) * dim.patches
-            for dim, grid in ((t.dims, t.grid) for t in (meta_teacher(c, recipe, i) for i, c in enumerate(recipe.teachers)))
+            for dim, grid in (
+                (t.dims, t.grid) for t in (meta_teacher(c, recipe, i) for i, c in enumerate(recipe.teachers))
+            )
         )
         size = images * views * per_view * 2 / GIGA
         console.print(f"cache        {images * views:,} views, {size:.2f} GB on disk; teachers run on each view once")

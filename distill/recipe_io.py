@@ -112,7 +112,11 @@ def suggest_key(key: str) -> str:
 def explain(error: ValidationError) -> str:
     """The first problem of a validation in one line."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "function-", "int", "constrained")))
+    key = ".".join(
+        str(part)
+        for part in problem["loc"]
+        if not str(part).startswith(("literal[", "function-", "int", "constrained"))
+    )
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}': {suggest_key(key)}"

@@ -43,7 +43,9 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
     plot = plot_losses(folder)
     picture = draw_pca(recipe, folder)
     if rows:
-        print(f"loss      {rows[0]['loss']:.4f} at step {rows[0]['step']} -> {rows[-1]['loss']:.4f} at {rows[-1]['step']}")
+        print(
+            f"loss      {rows[0]['loss']:.4f} at step {rows[0]['step']} -> {rows[-1]['loss']:.4f} at {rows[-1]['step']}"
+        )
     print(f"run       {folder}")
     print(f"student   {folder / 'student.safetensors'}")
     print(f"losses    {plot}")

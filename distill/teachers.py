@@ -163,7 +163,9 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
         )
     blocks = len(getattr(probe, "blocks", None) or getattr(probe, "feature_info", None) or ())
     if config.block is not None and not -blocks <= config.block < blocks:
-        raise UserError(f"teacher '{config.label}': teachers.{index}.block = {config.block}, it has blocks 0 to {blocks - 1}")
+        raise UserError(
+            f"teacher '{config.label}': teachers.{index}.block = {config.block}, it has blocks 0 to {blocks - 1}"
+        )
     arguments = {"img_size": size, **config.kwargs}
     if config.checkpoint is None and config.pretrained:
         return fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch

@@ -75,8 +75,9 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool) -> bool:
         claim_folder(folder, recipe)
     ranks.barrier()
     dataset = CropDataset(pictures, recipe.data, crop_size(recipe, teachers), settings.seed)
-    cache = open_cache(recipe, folder, dataset, teachers, ranks) if recipe.teacher_cache.views else None
-    look = cache.read if cache else teacher_features(teachers, device)
+    look = teacher_features(teachers, device)
+    if recipe.teacher_cache.views:
+        look = open_cache(recipe, folder, dataset, teachers, look, ranks).read
     if not saved:
         few = min(recipe.targets.batches, steps)
         fit_normalizers(method.normalizers, make_loader(dataset, step_batches(0, few), 0, False), look, device)

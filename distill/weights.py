@@ -4,6 +4,7 @@ import hashlib
 import logging
 import pickle
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -50,7 +51,10 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return strip_prefixes(load_file(path))
-        return strip_prefixes(unwrap(torch.load(path, map_location="cpu", weights_only=True), path))
+        with warnings.catch_warnings():
+            # foreign pickles make torch warn on standard error; what matters is whether it refuses them
+            warnings.simplefilter("ignore")
+            return strip_prefixes(unwrap(torch.load(path, map_location="cpu", weights_only=True), path))
     except pickle.UnpicklingError as error:
         raise UserError(
             f"checkpoint {path} is refused: its pickle is damaged or holds code, not only tensors (save the state dict as "

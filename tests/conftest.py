@@ -74,7 +74,9 @@ def recipe_file(tmp_path: Path, photo_folder: Path):
 
 def command(*arguments: object, ranks: int = 1) -> list[str]:
     """The command line of `python -m distill.run`, under torchrun if there are several ranks."""
-    launcher = ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    launcher = (
+        ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    )
     return [sys.executable, *launcher, "distill.run", *map(str, arguments)]
 
 

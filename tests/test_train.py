@@ -23,7 +23,15 @@ def test_a_run_learns_and_leaves_what_the_contract_names(recipe_file, tmp_path):
     assert [row["step"] for row in rows] == list(range(1, 41))
     first, last = rows[0], sum(row["loss"] for row in rows[-5:]) / 5
     assert last < 0.8 * first["loss"]
-    for key in ("epoch", "lr", "images_per_second", "loss.token", "loss.patches", "loss.cls.token", "loss.dino.patches"):
+    for key in (
+        "epoch",
+        "lr",
+        "images_per_second",
+        "loss.token",
+        "loss.patches",
+        "loss.cls.token",
+        "loss.dino.patches",
+    ):
         assert isinstance(first[key], float), key
     assert first["loss"] == pytest.approx(first["loss.token"] + first["loss.patches"], rel=1e-4)
     for name in ("recipe.yaml", "student.safetensors", "plots/losses.png", "plots/pca.png"):
@@ -116,7 +124,7 @@ def test_a_full_disk_while_checkpointing_keeps_the_previous_checkpoint(recipe_fi
     saved = load_checkpoint(out / "checkpoint")
     size = max(path.stat().st_size for path in (out / "checkpoint").glob("*.pt"))
     # a limit on file size stands in for the disk: the same write fails half-way with the same kind of error
-    limited = ["bash", "-c", f"ulimit -f {size // 1024 // 2}; exec \"$@\"", "bash"]
+    limited = ["bash", "-c", f'ulimit -f {size // 1024 // 2}; exec "$@"', "bash"]
     fresh = tmp_path / "full"
     failed = subprocess.run(
         [*limited, *command(recipe_file(), "--output", fresh)], capture_output=True, text=True, env=environment()

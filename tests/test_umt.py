@@ -184,7 +184,9 @@ def test_the_plain_baseline_has_one_head_a_teacher_and_no_interaction():
 
 
 def test_a_patch_that_does_not_divide_the_crop_names_the_nearest_sizes():
-    with pytest.raises(UserError, match=r"patch of 16 pixels does not divide student.image_size = 100 \(use 96 or 112\)"):
+    with pytest.raises(
+        UserError, match=r"patch of 16 pixels does not divide student.image_size = 100 \(use 96 or 112\)"
+    ):
         build_method(recipe(VIT | {"image_size": 100}), DIMS)
 
 

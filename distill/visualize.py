@@ -1,0 +1,167 @@
+"""`python -m distill.visualize`: what a student sees, as pictures (UMT Figures 1, 3 and 4)."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distill.checkpoint import load_run
+from distill.errors import UserError
+from distill.images import UnreadableImage, decode_rgb
+from distill.losses import Prediction
+from distill.pca import cosine_map, pca_rgb
+from distill.run import exit_status
+from distill.students import nearest_multiples
+
+EPILOG = """\
+examples:
+  python -m distill.visualize runs/quickstart photo.jpg
+  python -m distill.visualize runs/quickstart a.jpg b.jpg --sizes 224 448 896 --output pictures
+  python -m distill.visualize runs/quickstart photo.jpg --outputs backbone dino
+
+One PNG an image: a pair of rows a size, PCA of the features above, cosine of the image-level vector (class position of a
+ViT student, mean of a CNN's) to every patch below; a column for the backbone and each teacher's head. Any size that is a
+multiple of the student's stride works; memory grows with its square (a ViT's attention with its fourth power).
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.visualize",
+        description="Picture the features of a trained student.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of distill.run")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="photographs")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448], metavar="PIXELS", help="sides (224 448)")
+    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="backbone and teacher labels (default: all)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUN/plots)")
+    asked = parser.parse_args(arguments)
+    return exit_status(lambda: visualize(asked))
+
+
+def visualize(asked: argparse.Namespace) -> None:
+    """Draw every image of a parsed command line."""
+    run = load_run(asked.run)
+    model = run.method.deploy()
+    stride = model.student.stride
+    for size in asked.sizes:
+        if size <= 0 or size % stride:
+            raise UserError(
+                f"--sizes {size} is not a multiple of the student's stride {stride}: use {nearest_multiples(size, stride)}"
+            )
+    known = ["backbone", *run.dims]
+    for name in asked.outputs or []:
+        if name not in known:
+            raise UserError(f"--outputs {name}: this student has {', '.join(known)}")
+    outputs = asked.outputs or known
+    photos = [read_image(path) for path in asked.images]
+    folder = asked.output or asked.run / "plots"
+    for path, photo in zip(asked.images, photos, strict=True):
+        pixels, predictions = [], []
+        for size in asked.sizes:
+            square = square_pixels(photo, size)
+            pixels.append(square)
+            with torch.inference_mode():
+                found = model(torch.from_numpy(square).permute(2, 0, 1).unsqueeze(0).float() / 255)
+            predictions.append({name: found[name] for name in outputs})
+        target = folder / f"{path.stem}_features.png"
+        draw(target, pixels, predictions)
+        print(f"features  {target}")
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode a photograph; raises UserError."""
+    if not path.is_file():
+        raise UserError(f"image {path}: no such file")
+    try:
+        return decode_rgb(path, str(path))
+    except UnreadableImage as error:
+        raise UserError(f"image {path} cannot be read: {error.reason}") from error
+
+
+def square_pixels(photo: Image.Image, size: int) -> np.ndarray:
+    """The largest centred square of a photograph as uint8 [size, size, 3]."""
+    short = min(photo.size)
+    left, top = (photo.width - short) / 2, (photo.height - short) / 2
+    box = (left, top, left + short, top + short)
+    return np.asarray(photo.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Prediction]]) -> Path:
+    """Write one figure: for every size a row of PCA pictures and a row of cosine maps, a column an output."""
+    names = list(predictions[0])
+    figure, axes = plt.subplots(
+        2 * len(pixels),
+        1 + len(names),
+        figsize=(2.6 * (1 + len(names)), 5.4 * len(pixels)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, (photo, found) in enumerate(zip(pixels, predictions, strict=True)):
+        top, bottom = axes[2 * row], axes[2 * row + 1]
+        top[0].imshow(photo)
+        top[0].set_title(f"{photo.shape[0]} px")
+        bottom[0].text(0.5, 0.5, "cosine of the\nimage-level vector\nto each patch", ha="center", va="center")
+        for column, name in enumerate(names, start=1):
+            prediction = found[name]
+            (colours,) = pca_rgb([prediction.patches[0]])
+            top[column].imshow(colours, interpolation="nearest")
+            grid = "x".join(str(side) for side in prediction.patches.shape[1:3])
+            top[column].set_title(f"{name}, {grid}")
+            cosine = cosine_map(prediction.summary[0], prediction.patches[0])
+            bottom[column].imshow(cosine, interpolation="nearest", cmap="viridis")
+            bottom[column].set_title(f"{cosine.min():.2f} … {cosine.max():.2f}", fontsize=9)
+    return save_figure(figure, path)
+
+
+def pca_figure(path: Path, photos: list[np.ndarray], columns: dict[str, Tensor]) -> Path:
+    """Photographs, a row each, beside PCA pictures of several models' maps [n, h, w, d], a column each.
+
+    Each column is coloured by its own components over all photographs: colours compare down a column, shapes across.
+    """
+    figure, axes = plt.subplots(
+        len(photos),
+        1 + len(columns),
+        figsize=(2.6 * (1 + len(columns)), 2.7 * len(photos)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for row, photo in enumerate(photos):
+        axes[row, 0].imshow(photo)
+    for column, (title, maps) in enumerate(columns.items(), start=1):
+        axes[0, column].set_title(f"{title}, {maps.shape[1]}x{maps.shape[2]}", fontsize=10)
+        for row, colours in enumerate(pca_rgb(list(maps))):
+            axes[row, column].imshow(colours, interpolation="nearest")
+    return save_figure(figure, path)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> Path:
+    """Write a figure as PNG, making its folder; raises UserError where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror} (choose another --output)") from error
+    finally:
+        plt.close(figure)
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

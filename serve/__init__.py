@@ -1,0 +1,1 @@
+"""Bundle to a running Triton Inference Server and its clients. This stage has not landed yet."""
