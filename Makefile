@@ -1,36 +1,47 @@
 # make demo: train the offline quickstart.   make test: lint and tests.   Both install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+WANTED := --constraint constraints.txt --editable '.[dev]'
 
-.PHONY: demo test install lint clean
+.PHONY: demo test lint install clean
 
 install: .venv/installed
 
+# Remade when what is installed changes. An environment without a working pip is one that was left half-made.
 .venv/installed: pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.12"; exit 2; }
-	@test -x $(BIN)/python || { echo "making .venv"; $(PYTHON) -m venv .venv; }
-	@echo "installing packages (a few GB the first time)"
-	@# uv resolves and unpacks in seconds; pip does the same more slowly where uv has no build
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv 2>/dev/null || true
-	@if [ -x $(BIN)/uv ]; then \
-		$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
-	else \
-		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'; \
-	fi
+	@$(PIP) --version >/dev/null 2>&1 || { \
+		command -v $(PYTHON) >/dev/null || { \
+			echo "error: no $(PYTHON) on PATH: install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; \
+			exit 2; }; \
+		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+			echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: make PYTHON=python3.12" >&2; \
+			exit 2; }; \
+		echo "making .venv with $$($(PYTHON) -V)"; \
+		$(PYTHON) -m venv .venv || { \
+			echo "error: $(PYTHON) cannot make environments (on Debian and Ubuntu: apt install python3-venv)" >&2; \
+			exit 2; }; \
+	}
+	@echo "installing into .venv (the first time a few GB: a minute with uv, some minutes with pip)"
+	@# uv is many times faster; pip is there for machines without uv, or whose index is set up for pip only
+	@if $(PIP) install --quiet uv 2>/dev/null && $(BIN)/uv pip install --python $(BIN)/python $(WANTED); then :; \
+	else echo "uv does not work here, going on with pip"; $(PIP) install $(WANTED); fi
 	@touch $@
 
-# The demo owns runs/demo and makes it anew each time; no other run is touched.
+# Every demo is a run folder of its own (runs/quickstart, runs/quickstart-2, …): nothing is ever deleted.
 demo: install
-	rm -rf runs/demo
-	$(BIN)/python -m distill.run quickstart --output runs/demo
+	@run=runs/quickstart; n=2; while [ -e $$run ]; do run=runs/quickstart-$$n; n=$$((n + 1)); done; \
+	echo "$(BIN)/python -m distill.run --output $$run"; \
+	$(BIN)/python -m distill.run --output $$run && echo "(python is $(BIN)/python; \". $(BIN)/activate\" makes it so)"
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -q
 
+# The environment and caches; runs/ holds trained models and stays.
 clean:
-	rm -rf .venv runs *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
+	find distill export serve tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

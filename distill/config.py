@@ -24,7 +24,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Section(BaseModel):
     """Base of every part of a recipe: unknown keys are errors, values never change after validation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StudentConfig(Section):

@@ -200,6 +200,9 @@ def make_loader(dataset: CropDataset, batches: Sampler | Iterable, workers: int,
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=prepare_worker,
+        # An iterator draws a seed for its workers. Drawn from the global stream, that draw would shift stochastic depth
+        # after a resume; nothing here uses it.
+        generator=torch.Generator(),
         prefetch_factor=4 if workers else None,
         # decoded photographs are shared with forked workers; they never touch CUDA
         multiprocessing_context="fork" if workers else None,

@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Appends one JSON object a log step to RUN/metrics.jsonl and shows progress.
+    """Appends one JSON object a log step to RUN/metrics.jsonl and shows progress; a context manager.
 
     Starting at step `start`, lines of later steps (of a run that was killed) are dropped first.
     """
@@ -62,8 +62,10 @@ class MetricsLog:
             f"{row['images_per_second']:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
         )
 
-    def close(self) -> None:
-        """Finish the bar and the files."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self.file.close()
         if self.board:
             self.board.close()

@@ -1,12 +1,16 @@
 """Recipes as files and command-line overrides: reading, checking, writing and comparing them."""
 
+import json
+import re
+import types
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.constructor import ConstructorError
 
 from distill.config import Recipe
 from distill.errors import UserError, suggest
@@ -14,129 +18,210 @@ from distill.errors import UserError, suggest
 EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 """Setting one of a pair on the command line clears the other, which a recipe may have set."""
 
+PLAIN_WORDS = {
+    "model_type": "Input should be a mapping of keys",
+    "dict_type": "Input should be a mapping of keys",
+    "tuple_type": "Input should be a list",
+    "too_long": "too many values",
+}
+"""What pydantic says in Python's words, in YAML's."""
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """Build a mapping; YAML itself would let the last of two equal keys win in silence."""
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                raise ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class RecipeDumper(yaml.SafeDumper):
+    """Its counterpart, which quotes a string that RecipeLoader would take for a number."""
+
+
+EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+for yaml_class in (RecipeLoader, RecipeDumper):
+    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
 
 def shipped_recipes() -> dict[str, str]:
     """Name and YAML text of every recipe in the package."""
     folder = resources.files("distill") / "recipes"
-    return {f.name.removesuffix(".yaml"): f.read_text() for f in folder.iterdir() if f.name.endswith(".yaml")}
+    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
+    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
 
 
-def load_recipe(name: str, overrides: Sequence[str]) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     """Load a shipped recipe by name or a YAML file by path, with `key=value` overrides.
 
     Raises UserError, in one line, for an unknown name or key (with the nearest one), broken YAML or a bad value.
     """
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"recipe {path}: no such file")
-        return parse_recipe(path.read_text(), str(path), overrides)
     shipped = shipped_recipes()
-    if name not in shipped:
-        raise UserError(f"recipe '{name}' is not shipped: {suggest(name, shipped)} (or give a .yaml file)")
-    return parse_recipe(shipped[name], name, overrides)
+    if name_or_path in shipped:
+        return parse_recipe(shipped[name_or_path], name_or_path, overrides)
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        raise UserError(f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or give a .yaml file)")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(
+            f"recipe {path}: no such file (shipped ones go by name: {', '.join(sorted(shipped))})"
+        ) from error
+    except OSError as error:
+        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"recipe {path} is no text file: give a .yaml file or a shipped name") from error
+    return parse_recipe(text, str(path), overrides)
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Parse YAML `text` (from `source`, for messages) and apply overrides."""
+    """Parse YAML `text` (from `source`, for messages) and apply overrides; raises UserError as `load_recipe` does."""
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}" if mark else source
-        raise UserError(f"{place}: not valid YAML ({getattr(error, 'problem', error)})") from error
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{place}: not valid YAML ({problem})") from error
     if not isinstance(values, dict):
-        raise UserError(f"{source}: a recipe is a mapping of keys, got {type(values).__name__}")
-    for override in overrides:
-        apply_override(values, override, overrides)
+        raise UserError(f"{source}: a recipe is a mapping of keys, got {show(values)}")
+    keys = [apply_override(values, override) for override in overrides]
+    for key in keys:
+        other = EXCLUSIVE.get(key)
+        if other and other not in keys:
+            section, name = other.split(".")
+            values[section][name] = None
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error)}") from error
 
 
-def apply_override(values: dict, override: str, all_overrides: Sequence[str]) -> None:
-    """Set one dotted `key=value` in a nested mapping; the value is read as YAML."""
+def apply_override(values: dict, override: str) -> str:
+    """Set one dotted `key=value` in nested `values`, the value read as YAML; returns the key."""
     key, equals, text = override.partition("=")
+    key = key.strip()
     if not equals or not key:
         raise UserError(f"'{override}' is no override: write key=value, e.g. train.steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}: '{text}' is not valid YAML") from error
-    place: Any = values
     parts = key.split(".")
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
+    check_key(key, len(values["teachers"]) if isinstance(values.get("teachers"), list) else 0)
+    try:
+        value = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}: '{text}' is not valid YAML (quote it, or close its brackets)") from error
+    place: Any = values
+    for depth, part in enumerate(parts[:-1], start=1):
         if isinstance(place, list):
-            place = step_into_list(place, part, key, value if last else None, last)
-        elif not isinstance(place, dict):
-            raise UserError(f"{key}: '{'.'.join(parts[:depth])}' has no parts ({suggest_key(key)})")
-        elif last:
-            place[part] = value
+            place = place[int(part)]
         else:
-            check_key(key, parts[: depth + 1])
             if place.get(part) is None:
                 place[part] = {}
             place = place[part]
-    other = EXCLUSIVE.get(key)
-    if other and value is not None and not any(o.startswith(f"{other}=") for o in all_overrides):
-        section, name = other.split(".")
-        values[section][name] = None
+        if not isinstance(place, dict | list):
+            raise UserError(f"{key}: '{'.'.join(parts[:depth])}' is {show(place)}, a single value without parts")
+    place[int(parts[-1]) if isinstance(place, list) else parts[-1]] = value
+    return key
 
 
-def step_into_list(place: list, part: str, key: str, value: object, last: bool) -> object:
-    """Element `part` of a list (set to `value` if it is the `last` part of the key)."""
-    if not part.isdigit() or int(part) >= len(place):
-        raise UserError(f"{key}: there are {len(place)} teachers, numbered from 0; '{part}' is none of them")
-    if last:
-        place[int(part)] = value
-    return place[int(part)]
-
-
-def check_key(key: str, parts: list[str]) -> None:
-    """Raise UserError if a dotted prefix names no section."""
-    known = [field for field, _, _, _ in recipe_fields()]
-    if not any(field.split(".")[0] == parts[0] for field in known):
-        raise UserError(f"unknown key '{key}': {suggest_key(key)}")
+def check_key(key: str, teachers: int) -> None:
+    """Raise UserError, naming the nearest key, unless `key` is a field, a section, or lies in a free mapping."""
+    parts = key.split(".")
+    if parts[0] == "teachers" and len(parts) > 1:
+        if not parts[1].isdecimal() or int(parts[1]) >= teachers:
+            count = "1 teacher" if teachers == 1 else f"{teachers} teachers"
+            raise UserError(f"{key}: the recipe has {count}, numbered from 0; '{parts[1]}' is none of them")
+        parts[1] = "N"
+    pattern = ".".join(parts)
+    for field, kind, _, _ in recipe_fields():
+        inside = pattern.startswith(f"{field}.") and kind == "mapping"
+        if pattern == field or field.startswith(f"{pattern}.") or inside:
+            return
+    raise UserError(f"unknown key '{key}': {suggest_key(key)}")
 
 
 def suggest_key(key: str) -> str:
-    """The nearest dotted key; list positions count as any position."""
-    pattern = ".".join("N" if part.isdigit() else part for part in key.split("."))
-    digits = [part for part in key.split(".") if part.isdigit()]
-    hint = suggest(pattern, [field for field, _, _, _ in recipe_fields()])
-    return hint.replace(".N.", f".{digits[0]}.") if digits else hint
+    """Name the nearest dotted key: a like one, one with the same last part, or what its section holds."""
+    parts = key.split(".")
+    number = parts[1] if parts[0] == "teachers" and len(parts) > 1 else "N"
+    known = [field.replace(".N", f".{number}") for field, _, _, _ in recipe_fields()]
+    hint = suggest(key, known)
+    if hint.startswith("did you mean"):
+        return hint
+    same = [field for field in known if field.split(".")[-1] == parts[-1]]
+    if same:
+        return "did you mean " + " or ".join(f"'{field}'" for field in same) + "?"
+    section = [field for field in known if field.startswith(f"{parts[0]}.")]
+    return f"known: {', '.join(section or list(Recipe.model_fields))}"
 
 
 def explain(error: ValidationError) -> str:
-    """The first problem of a validation in one line."""
-    problem = error.errors()[0]
-    key = ".".join(
-        str(part)
-        for part in problem["loc"]
-        if not str(part).startswith(("literal[", "function-", "int", "constrained"))
-    )
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
+    """The first problem of a validation in one line: dotted key, value, what is wrong with it."""
+    problems = error.errors()
+    unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
+    if unknown:  # first of all: a misspelt key also leaves the right one missing
+        key = dotted(unknown[0]["loc"])
         return f"unknown key '{key}': {suggest_key(key)}"
+    first = dotted(problems[0]["loc"])
+    # A field of several types (int | 'auto') has one problem for each; the deepest says most ([a, 3]: item 1).
+    problems = [p for p in problems if dotted(p["loc"]) == first or dotted(p["loc"]).startswith(f"{first}.")]
+    key = max((dotted(problem["loc"]) for problem in problems), key=lambda k: k.count("."))
+    problems = [problem for problem in problems if dotted(problem["loc"]) == key]
+    problem = problems[0]
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "missing" and key[-1].isdigit():
+        return f"{key.rpartition('.')[0]} = {show(problem['input'])}: too few values"
     if problem["type"] == "missing":
-        return f"{key} is missing: every recipe needs it"
+        return f"{key} is missing: every {'teacher' if key.startswith('teachers.') else 'recipe'} needs it"
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key and not message.startswith(key) else message
-    more = [e["msg"] for e in error.errors()[1:] if e["loc"][:1] == problem["loc"][:1] and len(e["loc"]) > 1]
-    alternatives = f" (or: {more[0]})" if more and problem["loc"][-1] != error.errors()[1]["loc"][-1] else ""
-    return f"{key} = {problem['input']!r}: {message}{alternatives}"
+    said = [PLAIN_WORDS.get(p["type"], p["msg"]).split(", unable to")[0] for p in problems]
+    wanted = " or ".join(dict.fromkeys([said[0], *(words.removeprefix("Input should be ") for words in said[1:])]))
+    return f"{key} = {show(problem['input'])}: {wanted}"
+
+
+def dotted(location: Sequence[str | int]) -> str:
+    """The recipe's key of a pydantic location, which also names the members of a union it tried."""
+    parts: list[str] = []
+    section: type[BaseModel] | None = Recipe
+    for part in location:
+        if isinstance(part, int):
+            parts.append(str(part))
+        elif section:
+            parts.append(part)
+            section = section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+    return ".".join(parts)
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model of a nested section or of a list of sections; None for a plain field."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def show(value: Any, limit: int = 80) -> str:
+    """A value as YAML would have it, on one line and not too long."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The complete recipe, every default written out, as YAML that reads back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and leaf values of nested mappings and lists."""
-    if isinstance(value, dict) and value:
+    """Dotted keys and leaf values of nested mappings and lists of mappings; an empty mapping has no leaves."""
+    if isinstance(value, dict):
         for key, part in value.items():
             yield from flatten(part, f"{prefix}.{key}" if prefix else key)
     elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
@@ -157,22 +242,35 @@ def recipe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> list[tup
     rows = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            inner = [a for a in get_args(section) if isinstance(a, type) and issubclass(a, BaseModel)]
-            section, key = (inner[0], f"{key}.N") if inner else (None, key)
+        section = section_of(field.annotation)
         if section:
-            rows += recipe_fields(section, f"{key}.")
+            several = "" if section is field.annotation else "N."
+            rows += recipe_fields(section, f"{key}.{several}")
             continue
-        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-        rows.append((key, type_name(field.annotation), default, field.description or ""))
+        default = "required"
+        if not field.is_required():
+            value = field.get_default(call_default_factory=True)
+            default = value if isinstance(value, str) else show(value)
+        rows.append((key, type_text(field.annotation), default, field.description or ""))
     return rows
 
 
-def type_name(annotation: Any) -> str:
-    """A short name of a field's type."""
-    text = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    return text.replace("typing.", "").replace("NoneType", "None")
+def type_text(annotation: Any) -> str:
+    """A field's type in YAML's words: "int | auto", "[float, float]", "mapping"."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(inner[0])
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin in (Union, types.UnionType):
+        return " | ".join(type_text(kind) for kind in inner)
+    if origin is tuple:
+        return f"[{', '.join(type_text(kind) for kind in inner)}]"
+    if origin is list:
+        return f"[{type_text(inner[0])}, …]"
+    if origin is dict:
+        return "mapping"
+    return "null" if annotation is type(None) else annotation.__name__
 
 
 def describe_recipes() -> str:
@@ -180,6 +278,6 @@ def describe_recipes() -> str:
     lines = ["shipped recipes:"]
     for name, text in sorted(shipped_recipes().items()):
         lines.append(f"  {name:26} {text.splitlines()[0].lstrip('# ')}")
-    lines += ["", "keys (set any with key=value; N is a teacher's number from 0):"]
-    lines += [f"  {key:34} {default:14} {meaning}" for key, _, default, meaning in recipe_fields()]
+    lines += ["", "keys (set any with key=value; N is a teacher's number from 0), default and meaning:"]
+    lines += [f"  {key:30} {default:22} {meaning or kind}" for key, kind, default, meaning in recipe_fields()]
     return "\n".join(lines)

@@ -86,14 +86,14 @@ def run(asked: argparse.Namespace) -> int:
 
     from distill.distributed import join_ranks
     from distill.report import finish, show_start
-    from distill.train import train
+    from distill.train import StopSignal, train
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    with join_ranks(recipe.train.device) as ranks:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    with join_ranks(recipe.train.device) as ranks, StopSignal() as stop:
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)
         show_start(recipe, folder, ranks)
-        complete = train(recipe, folder, ranks, asked.resume)
+        complete = train(recipe, folder, ranks, asked.resume, stop)
         if ranks.first:
             finish(recipe, folder, complete)
     return 0

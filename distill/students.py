@@ -57,7 +57,7 @@ class Student(nn.Module):
         if config.drop_path:
             arguments["drop_path_rate"] = config.drop_path
         # Shapes are probed on the meta device: no memory, no arithmetic, the same code for every architecture.
-        with torch.device("meta"):
+        with torch.device("meta"), torch.enable_grad():
             probe = create_timm(config.name, **arguments)
             patch = patch_size(probe)
             if patch and config.image_size % patch:
@@ -109,7 +109,8 @@ def freeze_unused(net: nn.Module, probe: nn.Module, output: Tensor) -> None:
 
     `probe` is a copy of `net` on the meta device and `output` what its `forward_features` gave.
     """
-    output.sum().backward()
+    with torch.enable_grad():
+        output.sum().backward()
     unused = {name for name, parameter in probe.named_parameters() if parameter.grad is None}
     for name, parameter in net.named_parameters():
         if name in unused:

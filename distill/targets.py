@@ -20,6 +20,9 @@ from distill.losses import Prediction
 
 EPS = 1e-6
 
+MIN_DEVIATION = 0.05
+"""Smallest deviation `standardize` divides a channel by, as a share of the channels' root mean square."""
+
 
 class Moments:
     """Streaming count, sum and second moments of vectors, in float64."""
@@ -81,7 +84,11 @@ class TargetNormalizer(nn.Module):
         self.mean.copy_(moments.mean())
         covariance = moments.covariance()
         if self.mode == "standardize":
-            self.scale.copy_(covariance.clamp_min(EPS**2).sqrt())
+            deviation = covariance.clamp_min(0).sqrt()
+            # A channel that slept through the few batches seen here may wake later: divided by its own tiny deviation it
+            # would outweigh all others.
+            floor = MIN_DEVIATION * deviation.square().mean().sqrt().clamp_min(EPS)
+            self.scale.copy_(deviation.clamp_min(floor))
         else:
             values, vectors = torch.linalg.eigh(covariance)
             # H U^T gives every channel the mean of all eigenvalues as its variance

@@ -169,7 +169,10 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
     arguments = {"img_size": size, **config.kwargs}
     if config.checkpoint is None and config.pretrained:
         return fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch
-    net = create_timm(config.name, **arguments)
+    # Random weights (`pretrained: false`) are the same in every process: a resumed run must meet the teacher it had.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(index)
+        net = create_timm(config.name, **arguments)
     if config.checkpoint:
         load_into(net, read_state_dict(checkpoint_path(config)), config.checkpoint, needs_head=config.role == "clip")
     return net, (size, data["mean"], data["std"]), patch

@@ -9,6 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -34,10 +35,10 @@ log = logging.getLogger(__name__)
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool) -> bool:
+def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopSignal") -> bool:
     """Train `recipe` into `folder`, from its newest checkpoint if `resume`.
 
-    Returns whether training reached its last step; False means a signal stopped it after a checkpoint.
+    Returns whether training reached its last step; False means `stop` was requested and a checkpoint written.
     Raises UserError for what a user can mend and TrainingError where training itself fails.
     """
     settings, device = recipe.train, ranks.device
@@ -117,67 +118,64 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool) -> bool:
     autocast = torch.autocast(device.type, dtype=AUTOCAST[settings.precision], enabled=settings.precision != "fp32")
     parameters = [p for p in method.parameters() if p.requires_grad]
     ledger = CorruptLedger(len(pictures), recipe.data.max_corrupt_fraction)
-    metrics = MetricsLog(folder, steps, start, settings.tensorboard) if ranks.first else None
-    stop = StopSignal()
     sums: dict[str, Tensor] = {}
     since, since_step = time.perf_counter(), start
     model.train()
     loader = iter(make_loader(dataset, batches, recipe.data.workers, device.type == "cuda"))
-    for step in range(start, steps):
-        lr = learning_rate(step, steps, per_epoch, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    with MetricsLog(folder, steps, start, settings.tensorboard) if ranks.first else nullcontext() as metrics:
+        for step in range(start, steps):
+            lr = learning_rate(step, steps, per_epoch, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
-        for micro in range(settings.accumulate):
-            batch = next(loader)
-            ledger.add(batch.skipped)
-            images = batch.images.to(device, non_blocking=True)
-            targets = look(batch._replace(images=images))
-            with without_sync(model, last=micro == settings.accumulate - 1):
-                with autocast:
-                    losses = compiled({"image": images}, targets)
-                scaler.scale(losses["loss"] / settings.accumulate).backward()
-            for name, value in losses.items():
-                value = value.detach() / settings.accumulate
-                sums[name] = sums[name] + value if name in sums else value
+            for micro in range(settings.accumulate):
+                batch = next(loader)
+                ledger.add(batch.skipped)
+                images = batch.images.to(device, non_blocking=True)
+                targets = look(batch._replace(images=images))
+                with without_sync(model, last=micro == settings.accumulate - 1):
+                    with autocast:
+                        losses = compiled({"image": images}, targets)
+                    scaler.scale(losses["loss"] / settings.accumulate).backward()
+                for name, value in losses.items():
+                    value = value.detach() / settings.accumulate
+                    sums[name] = sums[name] + value if name in sums else value
 
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        # Gradients are summed over ranks, so every rank reaches the same verdict.
-        bad = ~torch.isfinite(norm)
-        take_step(optimizer, scaler, bad)
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(step)
-        if average:
-            average.update_parameters(method)
-        counters[0] += bad
-        counters[1] = (counters[1] + 1) * bad
-        counters[2] = torch.maximum(counters[2], counters[1])
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad or math.inf)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            # Gradients are summed over ranks, so every rank reaches the same verdict.
+            bad = ~torch.isfinite(norm)
+            take_step(optimizer, scaler, bad)
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step(step)
+            if average:
+                average.update_parameters(method)
+            counters[0] += bad
+            counters[1] = (counters[1] + 1) * bad
+            counters[2] = torch.maximum(counters[2], counters[1])
 
-        done = step + 1
-        log_due = done % settings.log_every == 0 or done == steps
-        if device.type == "cpu" or log_due:  # reading a counter waits for a GPU
-            stop_if_diverged(counters, settings, done, losses)
-        if log_due:
-            span, now = done - since_step, time.perf_counter()
-            values = ranks.mean(torch.stack([*sums.values(), norm * span]) / span).tolist()
-            rate = span * settings.batch_size / (now - since)
-            if metrics:
-                row = {"step": done, "epoch": done / per_epoch, "lr": lr, "images_per_second": rate}
-                row |= dict(zip([*sums, "grad_norm"], values, strict=True)) | {"skipped_steps": int(counters[0])}
-                metrics.write(row | {"skipped_images": len(ledger)})
-            sums, since, since_step = {}, now, done
-        # With several ranks they must stop at the same step, and asking is a collective: only where a line is due.
-        stopping = stop.requested if ranks.world == 1 else log_due and ranks.any(stop.requested)
-        if done % recipe.checkpoint.every_steps == 0 or stopping or done == steps:
-            save(done)
-        if stopping and done < steps:
-            return False
+            done = step + 1
+            log_due = done % settings.log_every == 0 or done == steps
+            if device.type == "cpu" or log_due:  # reading a counter waits for a GPU
+                stop_if_diverged(counters, settings, done, losses)
+            if log_due:
+                span, now = done - since_step, time.perf_counter()
+                values = ranks.mean(torch.stack([*sums.values(), norm * span]) / span).tolist()
+                rate = span * settings.batch_size / (now - since)
+                if metrics:
+                    row = {"step": done, "epoch": done / per_epoch, "lr": lr, "images_per_second": rate}
+                    row |= dict(zip([*sums, "grad_norm"], values, strict=True)) | {"skipped_steps": int(counters[0])}
+                    metrics.write(row | {"skipped_images": len(ledger)})
+                sums, since, since_step = {}, now, done
+            # With several ranks they must stop at the same step, and asking is a collective: only where a line is due.
+            stopping = stop.requested if ranks.world == 1 else log_due and ranks.any(stop.requested)
+            if done % recipe.checkpoint.every_steps == 0 or stopping or done == steps:
+                save(done)
+            if stopping and done < steps:
+                return False
 
     # ---- what ships -----------------------------------------------------------------------------------------------
-    if metrics:
-        metrics.close()
     weights, _ = full_state(model, optimizer)
     if average:
         weights = average.module.state_dict()
@@ -256,12 +254,18 @@ def stop_if_diverged(counters: Tensor, settings: TrainConfig, step: int, losses:
 
 
 class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that the loop can checkpoint first; a second SIGINT kills as usual."""
+    """Remembers SIGTERM and SIGINT while entered, so that the loop can checkpoint first; a second SIGINT kills."""
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._remember)
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: object) -> None:
         self.requested = True

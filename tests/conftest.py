@@ -1,5 +1,7 @@
 """Small real things shared by tests: a folder of photographs, a recipe of seconds, the command line."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -13,8 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill.pictures import PackagedPhotos
+from distill.run import main
 
-torch.set_num_threads(2)
+# One thread everywhere: sums come out in one order, here and in the processes that tests start.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +94,14 @@ def run_command(*arguments: object, ranks: int = 1, **options: object) -> subpro
     return subprocess.run(
         command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment(), **options
     )
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess:
+    """Run the command in this process, which saves the seconds that importing torch takes."""
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        status = main([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, status, output.getvalue(), error.getvalue())
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

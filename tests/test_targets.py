@@ -20,6 +20,11 @@ def data(rows: int = 500, width: int = 24) -> torch.Tensor:
     return torch.randn(rows, width, generator=generator) @ mixing + 5
 
 
+def even(rows: int = 500, width: int = 24) -> torch.Tensor:
+    """Channels whose deviations lie within a factor of ten."""
+    return torch.randn(rows, width) * torch.logspace(-1, 0, width) * 7 + 5
+
+
 def fitted(mode: str, x: torch.Tensor) -> TargetNormalizer:
     normalizer = TargetNormalizer(x.shape[-1], mode)
     moments = normalizer.moments()
@@ -51,7 +56,7 @@ def test_streamed_moments_equal_numpys_on_all_rows():
 
 
 def test_standardize_gives_every_channel_mean_zero_and_deviation_one():
-    x = data()
+    x = even()
     y = fitted("standardize", x)(x)
     torch.testing.assert_close(y.mean(0), torch.zeros(24), atol=1e-4, rtol=0)
     torch.testing.assert_close(y.std(0, correction=0), torch.ones(24), atol=1e-4, rtol=0)
@@ -70,6 +75,15 @@ def test_predictions_come_back_in_the_teachers_units(mode):
     x = data()
     normalizer = fitted(mode, x) if mode != "none" else TargetNormalizer(24, "none")
     torch.testing.assert_close(normalizer.inverse(normalizer(x)), x, rtol=1e-3, atol=1e-2)
+
+
+def test_a_channel_that_slept_during_estimation_does_not_explode_later():
+    x = even()
+    x[:, 3] = 0.0
+    normalizer = fitted("standardize", x)
+    awake = x.clone()
+    awake[:, 3] = x.std()
+    assert normalizer(awake)[:, 3].abs().max() < 30
 
 
 def test_layernorm_needs_no_statistics():

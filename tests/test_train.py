@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, environment, metrics_of, run_command, weights_of
+from conftest import command, environment, metrics_of, run_here, weights_of
 
 from distill.checkpoint import load_checkpoint, load_run
 from distill.config import TrainConfig
@@ -17,12 +17,12 @@ from distill.train import learning_rate, take_step
 
 def test_a_run_learns_and_leaves_what_the_contract_names(recipe_file, tmp_path):
     out = tmp_path / "run"
-    done = run_command(recipe_file(train={"steps": 40, "lr": 3e-3}), "--output", out)
+    done = run_here(recipe_file(train={"steps": 40, "lr": 3e-3}), "--output", out)
     assert done.returncode == 0, done.stderr
     rows = metrics_of(out)
     assert [row["step"] for row in rows] == list(range(1, 41))
-    first, last = rows[0], sum(row["loss"] for row in rows[-5:]) / 5
-    assert last < 0.8 * first["loss"]
+    first = rows[0]
+    assert sum(row["loss"] for row in rows[-5:]) < 0.8 * sum(row["loss"] for row in rows[:5])
     for key in (
         "epoch",
         "lr",
@@ -44,16 +44,15 @@ def test_a_run_learns_and_leaves_what_the_contract_names(recipe_file, tmp_path):
     assert set(outputs) == {"backbone", "cls", "mae", "dino"}
 
 
-def start(*arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
+def start(log: Path, *arguments: object) -> subprocess.Popen:
+    with open(log, "w") as output:
+        return subprocess.Popen(command(*arguments), stdout=output, stderr=subprocess.STDOUT, env=environment())
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen, log: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, log.read_text()
         path = folder / "metrics.jsonl"
         if path.exists() and len(path.read_bytes().splitlines()) >= step:
             return
@@ -77,15 +76,15 @@ def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical(recipe_file, tm
         teacher_cache={"views": 2 if cache else 0, "shard_size": 7},
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert run_command(recipe, "--output", whole).returncode == 0
-    process = start(recipe, "--output", broken)
+    assert run_here(recipe, "--output", whole).returncode == 0
+    log = tmp_path / "log"
+    process = start(log, recipe, "--output", broken)
     for kill_at in (1, 9, 17):
-        wait_for_step(broken, kill_at, process)
+        wait_for_step(broken, kill_at, process, log)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process = start("--output", broken, "--resume")
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+        process = start(log, "--output", broken, "--resume")
+    assert process.wait(timeout=200) == 0, log.read_text()
     assert_same_weights(whole, broken)
     assert [row["step"] for row in metrics_of(broken)] == list(range(1, 25))
 
@@ -93,12 +92,12 @@ def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical(recipe_file, tm
 def test_sigterm_checkpoints_exits_zero_and_says_how_to_go_on(recipe_file, tmp_path):
     recipe = recipe_file(train={"steps": 400}, checkpoint={"every_steps": 1000})
     out = tmp_path / "run"
-    process = start(recipe, "--output", out)
-    wait_for_step(out, 5, process)
+    log = tmp_path / "log"
+    process = start(log, recipe, "--output", out)
+    wait_for_step(out, 5, process, log)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    assert f"python -m distill.run --output {out} --resume" in output
+    assert process.wait(timeout=60) == 0, log.read_text()
+    assert f"python -m distill.run --output {out} --resume" in log.read_text()
     saved = load_checkpoint(out / "checkpoint")
     assert saved["step"] == metrics_of(out)[-1]["step"] >= 5
     assert not (out / "student.safetensors").exists()
@@ -106,13 +105,13 @@ def test_sigterm_checkpoints_exits_zero_and_says_how_to_go_on(recipe_file, tmp_p
 
 def test_a_damaged_checkpoint_is_refused_by_its_hash_and_the_one_before_it_used(recipe_file, tmp_path):
     recipe, out = recipe_file(), tmp_path / "run"
-    assert run_command(recipe, "--output", out).returncode == 0
+    assert run_here(recipe, "--output", out).returncode == 0
     before = weights_of(out)
     newest = sorted((out / "checkpoint").glob("*.pt"))[-1]
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 1
     newest.write_bytes(data)
-    resumed = run_command("--output", out, "--resume")
+    resumed = run_here("--output", out, "--resume")
     assert resumed.returncode == 0 and f"{newest.name} does not match its recorded sha256" in resumed.stdout
     assert "resumed from step 6 of 8" in resumed.stdout
     assert all(torch.equal(before[name], tensor) for name, tensor in weights_of(out).items())
@@ -120,7 +119,7 @@ def test_a_damaged_checkpoint_is_refused_by_its_hash_and_the_one_before_it_used(
 
 def test_a_full_disk_while_checkpointing_keeps_the_previous_checkpoint(recipe_file, tmp_path):
     out = tmp_path / "run"
-    assert run_command(recipe_file(), "--output", out, "train.steps=400", "checkpoint.every_steps=400").returncode == 0
+    assert run_here(recipe_file(), "--output", out, "train.steps=400", "checkpoint.every_steps=400").returncode == 0
     saved = load_checkpoint(out / "checkpoint")
     size = max(path.stat().st_size for path in (out / "checkpoint").glob("*.pt"))
     # a limit on file size stands in for the disk: the same write fails half-way with the same kind of error
@@ -137,7 +136,7 @@ def test_a_full_disk_while_checkpointing_keeps_the_previous_checkpoint(recipe_fi
 
 def test_diverging_training_stops_with_status_one_and_names_the_losses(recipe_file, tmp_path):
     recipe = recipe_file(train={"steps": 60, "lr": 1e30, "warmup_steps": 0, "max_bad_steps": 3, "clip_grad": 0})
-    failed = run_command(recipe, "--output", tmp_path / "run")
+    failed = run_here(recipe, "--output", tmp_path / "run")
     assert failed.returncode == 1
     (line,) = failed.stderr.strip().splitlines()[-1:]
     assert "3 steps in a row had non-finite gradients" in line and "train.lr = 1e+30" in line
@@ -165,7 +164,7 @@ def test_the_learning_rate_warms_up_linearly_then_falls_along_a_cosine():
 
 
 def test_bf16_training_keeps_finite_losses(recipe_file, tmp_path):
-    done = run_command(recipe_file(train={"precision": "bf16", "steps": 4}), "--output", tmp_path / "run")
+    done = run_here(recipe_file(train={"precision": "bf16", "steps": 4}), "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert all(isinstance(row["loss"], float) for row in metrics_of(tmp_path / "run"))
 
@@ -175,16 +174,16 @@ def test_a_cnn_student_trains_with_every_teacher_kind(recipe_file, tmp_path):
         student={"name": "resnet10t", "kwargs": {}, "drop_path": 0.0, "image_size": 64},
         umt={"space_dim": 32, "token_dim": 32, "groups": 8},
     )
-    done = run_command(recipe, "--output", tmp_path / "run")
+    done = run_here(recipe, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert metrics_of(tmp_path / "run")[-1]["skipped_steps"] == 0
 
 
 def test_a_students_run_can_teach_another_student(recipe_file, tmp_path):
     teacher, out = tmp_path / "teacher", tmp_path / "run"
-    assert run_command(recipe_file(), "--output", teacher).returncode == 0
+    assert run_here(recipe_file(), "--output", teacher).returncode == 0
     listed = [{"name": "run", "checkpoint": str(teacher), "role": "dino", "image_size": 64}]
-    done = run_command(recipe_file(teachers=listed), "--output", out)
+    done = run_here(recipe_file(teachers=listed), "--output", out)
     assert done.returncode == 0, done.stderr
     assert load_run(out).dims["dino"] == (48, 48)
 
@@ -196,9 +195,9 @@ def test_a_folder_with_a_corrupt_image_trains_and_names_it(recipe_file, tmp_path
         os.link(path, mixed / path.name)
     (mixed / "broken.jpg").write_bytes((mixed / "00.jpg").read_bytes()[:300])
     data = {"path": str(mixed), "max_corrupt_fraction": 0.2}
-    done = run_command(recipe_file(data=data), "--output", tmp_path / "run")
+    done = run_here(recipe_file(data=data), "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "broken.jpg" in done.stdout
     assert metrics_of(tmp_path / "run")[-1]["skipped_images"] == 1
-    strict = run_command(recipe_file(data=data | {"max_corrupt_fraction": 0.0}), "--output", tmp_path / "strict")
+    strict = run_here(recipe_file(data=data | {"max_corrupt_fraction": 0.0}), "--output", tmp_path / "strict")
     assert strict.returncode == 2 and "data.max_corrupt_fraction" in strict.stderr
