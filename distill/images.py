@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 
@@ -42,6 +42,8 @@ def decode_rgb(data: bytes | Path, name: str) -> Image.Image:
                 return to_rgb(ImageOps.exif_transpose(image))
     except UnreadableImage:
         raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(name, "empty or not an image") from error
     # Decoders fail in many ways on damaged files: struct, zlib, index and value errors among them
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -96,7 +96,7 @@ def square_pixels(photo: Image.Image, size: int) -> np.ndarray:
     short = min(photo.size)
     left, top = (photo.width - short) / 2, (photo.height - short) / 2
     box = (left, top, left + short, top + short)
-    return np.asarray(photo.resize((size, size), Image.Resampling.BICUBIC, box=box))
+    return np.array(photo.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Prediction]]) -> Path:
