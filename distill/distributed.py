@@ -1,5 +1,6 @@
 """One process or many: what torchrun's environment says, and how a method is wrapped for it."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -80,9 +81,13 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if device == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), place)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), place)
+        yield ranks
+        # Rank 0 draws pictures at the end; a rank that left earlier would tear down threads they still share.
+        ranks.barrier()
     finally:
+        gc.collect()  # wrapped models hold the group in reference cycles, and it must not outlive its destruction
         dist.destroy_process_group()
 
 

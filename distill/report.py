@@ -3,18 +3,18 @@
 import logging
 from pathlib import Path
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from distill.checkpoint import load_run
 from distill.config import Recipe, TeacherConfig
 from distill.data import centre_crop
 from distill.distributed import Ranks
-from distill.errors import UserError
+from distill.images import UnreadableImage
 from distill.methods.deployment import BACKBONE
 from distill.metrics import read_metrics
-from distill.pictures import open_pictures
+from distill.pictures import Pictures, open_pictures
 from distill.plots import plot_losses
 from distill.teachers import build_teacher, weights_source
 from distill.visualize import pca_figure
@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 
 PICTURES = 4
 """Photographs in the closing PCA picture."""
+
+ZOOM = 3
+"""Their size over the training sizes; a multiple of a multiple of the patch is one too."""
 
 
 def show_start(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
@@ -64,29 +67,41 @@ def dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig]:
 
 @torch.no_grad()
 def draw_pca(recipe: Recipe, folder: Path) -> Path:
-    """Write plots/pca.png: photographs, the student's features, its prediction of the dense teacher, that teacher."""
+    """Write plots/pca.png: photographs, the student's features, its prediction of the dense teacher, that teacher.
+
+    Whole photographs at ZOOM times the training sizes, so that maps are fine enough to look at.
+    """
     run = load_run(folder)
     index, config = dense_teacher(recipe)
-    teacher = build_teacher(config, recipe.teacher_runtime, index)
-    pictures = open_pictures(recipe.data)
-    student_images, teacher_images, photos = [], [], []
-    for number in range(len(pictures)):
-        try:
-            image = pictures.load(number)
-        except UserError:
-            raise
-        except Exception as error:  # an unreadable picture was named during training already
-            log.debug("%s: %s", pictures.name(number), error)
-            continue
-        student_images.append(centre_crop(image, recipe.student.image_size))
-        teacher_images.append(centre_crop(image, teacher.image_size))
-        photos.append(np.asarray(centre_crop(image, 2 * recipe.student.image_size).permute(1, 2, 0)))
-        if len(photos) == PICTURES:
-            break
-    predictions = run.method.deploy()(torch.stack(student_images).float() / 255)
-    columns: dict[str, Tensor] = {
-        "student backbone": predictions[BACKBONE].patches,
-        f"student, {config.label} head": predictions[config.label].patches,
-        f"teacher {config.label}": teacher(torch.stack(teacher_images)).patches,
+    usual = build_teacher(config, recipe.teacher_runtime, index).image_size
+    wide = config.model_copy(update={"image_size": ZOOM * usual})
+    teacher = build_teacher(wide, recipe.teacher_runtime, index)
+    side = ZOOM * recipe.student.image_size
+    photos = some_photographs(open_pictures(recipe.data))
+    predictions = run.method.deploy()(torch.stack([centre_crop(p, side) for p in photos]).float() / 255)
+    student = {"student backbone": predictions[BACKBONE].patches}
+    # Both live in the teacher's space, so they share one set of colours: where they agree, the student has learnt it.
+    seen = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
+    compared = {
+        f"student's {config.label} head": unit_scale(predictions[config.label].patches),
+        f"teacher {config.label}": unit_scale(seen),
     }
-    return pca_figure(folder / "plots" / "pca.png", photos, columns)
+    shown = [centre_crop(p, side).permute(1, 2, 0).numpy() for p in photos]
+    return pca_figure(folder / "plots" / "pca.png", shown, [student, compared])
+
+
+def unit_scale(maps: Tensor) -> Tensor:
+    """Centre maps [n, h, w, d] and give them one overall deviation: a cosine loss leaves a head's scale free."""
+    centred = maps - maps.mean(dim=(0, 1, 2))
+    return centred / centred.std()
+
+
+def some_photographs(pictures: Pictures) -> list[Image.Image]:
+    """A few readable pictures, spread over the data set."""
+    found = []
+    for number in torch.linspace(0, len(pictures) - 1, PICTURES).long().unique().tolist():
+        try:
+            found.append(pictures.load(number))
+        except UnreadableImage as error:  # training has named and replaced it already
+            log.debug("%s", error)
+    return found

@@ -128,26 +128,27 @@ def draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Predi
     return save_figure(figure, path)
 
 
-def pca_figure(path: Path, photos: list[np.ndarray], columns: dict[str, Tensor]) -> Path:
+def pca_figure(path: Path, photos: list[np.ndarray], groups: list[dict[str, Tensor]]) -> Path:
     """Photographs, a row each, beside PCA pictures of several models' maps [n, h, w, d], a column each.
 
-    Each column is coloured by its own components over all photographs: colours compare down a column, shapes across.
+    The columns of a group have features in one space and share its components, so their colours compare; colours of
+    different groups do not.
     """
-    figure, axes = plt.subplots(
-        len(photos),
-        1 + len(columns),
-        figsize=(2.6 * (1 + len(columns)), 2.7 * len(photos)),
-        squeeze=False,
-        layout="constrained",
-    )
+    columns = sum(len(group) for group in groups)
+    size = (2.6 * (1 + columns), 2.7 * len(photos))
+    figure, axes = plt.subplots(len(photos), 1 + columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
     for row, photo in enumerate(photos):
         axes[row, 0].imshow(photo)
-    for column, (title, maps) in enumerate(columns.items(), start=1):
-        axes[0, column].set_title(f"{title}, {maps.shape[1]}x{maps.shape[2]}", fontsize=10)
-        for row, colours in enumerate(pca_rgb(list(maps))):
-            axes[row, column].imshow(colours, interpolation="nearest")
+    column = 0
+    for group in groups:
+        colours = iter(pca_rgb([image for maps in group.values() for image in maps]))
+        for title, maps in group.items():
+            column += 1
+            axes[0, column].set_title(f"{title}, {maps.shape[1]}x{maps.shape[2]}", fontsize=10)
+            for row in range(len(photos)):
+                axes[row, column].imshow(next(colours), interpolation="nearest")
     return save_figure(figure, path)
 
 

@@ -80,7 +80,7 @@ def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical(recipe_file, tm
     assert run_here(recipe, "--output", whole).returncode == 0
     log = tmp_path / "log"
     process = start(log, recipe, "--output", broken)
-    for kill_at in (1, 9, 17):
+    for kill_at in (11,) if cache else (1, 9, 17):
         wait_for_step(broken, kill_at, process, log)
         process.send_signal(signal.SIGKILL)
         process.wait()
