@@ -136,6 +136,9 @@ def check_key(key: str, teachers: int) -> None:
     parts = key.split(".")
     if parts[0] == "teachers" and len(parts) > 1:
         if not parts[1].isdecimal() or int(parts[1]) >= teachers:
+            hint = suggest_key(key)
+            if "'teacher_" in hint:  # the cache and the runtime are sections of their own
+                raise UserError(f"unknown key '{key}': {hint}")
             count = "1 teacher" if teachers == 1 else f"{teachers} teachers"
             raise UserError(f"{key}: the recipe has {count}, numbered from 0; '{parts[1]}' is none of them")
         parts[1] = "N"

@@ -89,6 +89,7 @@ def run(asked: argparse.Namespace) -> int:
     from distill.train import StopSignal, train
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("timm").setLevel(logging.WARNING)
     with join_ranks(recipe.train.device) as ranks, StopSignal() as stop:
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)

@@ -164,6 +164,18 @@ def test_the_learning_rate_warms_up_linearly_then_falls_along_a_cosine():
     assert [learning_rate(step, 101, 10, by_epochs) for step in range(101)] == rates
 
 
+def test_accumulated_micro_batches_make_the_gradient_of_the_whole_batch(recipe_file, tmp_path):
+    rows = []
+    for parts in (1, 2, 4):
+        changes = {"train": {"steps": 1, "accumulate": parts}, "student": {"drop_path": 0.0}}
+        out = tmp_path / str(parts)
+        assert run_here(recipe_file(**changes), "--output", out).returncode == 0
+        rows.append(metrics_of(out)[0])
+    for row in rows[1:]:
+        assert row["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-4)
+        assert row["loss"] == pytest.approx(rows[0]["loss"], rel=1e-4)
+
+
 def test_bf16_training_keeps_finite_losses(recipe_file, tmp_path):
     done = run_here(recipe_file(train={"precision": "bf16", "steps": 4}), "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
