@@ -1,7 +1,9 @@
-"""The one exception type for a user's mistake; commands turn it into one line and exit status 2."""
+"""What goes wrong, and how a command says so: a user's mistake is one line and exit status 2."""
 
 import difflib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -20,3 +22,20 @@ def suggest(value: str, known: Iterable[str], show: int = 8) -> str:
         return f"did you mean '{near[0]}'?"
     listed = ", ".join(known[:show]) + (", …" if len(known) > show else "")
     return f"known: {listed}"
+
+
+def exit_status(command: Callable[[], int | None]) -> int:
+    """Run a command; a mistake of the user's or a failure of training becomes one line on standard error."""
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        return command() or 0
+    except UserError as error:
+        status = 2
+        # A DataLoader worker's error comes with its traceback in front; the last line is ours.
+        message = str(error).strip().splitlines()[-1].removeprefix("distill.errors.UserError: ")
+    except TrainingError as error:
+        status = 1
+        message = str(error)
+    if speaks:
+        print(f"error: {message}", file=sys.stderr)
+    return status

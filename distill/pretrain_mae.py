@@ -24,10 +24,9 @@ from torch import Tensor, nn
 
 from distill.config import DataConfig
 from distill.data import CropDataset, StepBatches, centre_crop, collate, make_loader
-from distill.errors import UserError
+from distill.errors import UserError, exit_status
 from distill.pictures import Pictures, open_pictures
 from distill.preprocess import Preprocess
-from distill.run import exit_status
 from distill.students import create_timm
 
 ENCODER = "vit_tiny_patch16_224"

@@ -15,9 +15,8 @@ from distill.images import UnreadableImage
 from distill.methods.deployment import BACKBONE
 from distill.metrics import read_metrics
 from distill.pictures import Pictures, open_pictures
-from distill.plots import plot_losses
+from distill.plots import pca_figure, plot_losses
 from distill.teachers import build_teacher, weights_source
-from distill.visualize import pca_figure
 
 log = logging.getLogger(__name__)
 

@@ -2,12 +2,11 @@
 
 import argparse
 import logging
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from distill.errors import TrainingError, UserError
+from distill.errors import UserError, exit_status
 
 EPILOG = """\
 examples:
@@ -43,23 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked.overrides.insert(0, asked.recipe)
         asked.recipe = None
     return exit_status(lambda: run(asked))
-
-
-def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command; a mistake of the user's or a failure of training becomes one line on standard error."""
-    speaks = os.environ.get("RANK", "0") == "0"
-    try:
-        return command() or 0
-    except UserError as error:
-        status = 2
-        # A DataLoader worker's error comes with its traceback in front; the last line is ours.
-        message = str(error).strip().splitlines()[-1].removeprefix("distill.errors.UserError: ")
-    except TrainingError as error:
-        status = 1
-        message = str(error)
-    if speaks:
-        print(f"error: {message}", file=sys.stderr)
-    return status
 
 
 def run(asked: argparse.Namespace) -> int:

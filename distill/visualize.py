@@ -12,14 +12,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from distill.checkpoint import load_run
-from distill.errors import UserError
+from distill.errors import UserError, exit_status
 from distill.images import UnreadableImage, decode_rgb
 from distill.losses import Prediction
 from distill.pca import cosine_map, pca_rgb
-from distill.run import exit_status
+from distill.plots import save_figure
 from distill.students import nearest_multiples
 
 EPILOG = """\
@@ -126,42 +125,6 @@ def draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Predi
             bottom[column].imshow(cosine, interpolation="nearest", cmap="viridis")
             bottom[column].set_title(f"{cosine.min():.2f} … {cosine.max():.2f}", fontsize=9)
     return save_figure(figure, path)
-
-
-def pca_figure(path: Path, photos: list[np.ndarray], groups: list[dict[str, Tensor]]) -> Path:
-    """Photographs, a row each, beside PCA pictures of several models' maps [n, h, w, d], a column each.
-
-    The columns of a group have features in one space and share its components, so their colours compare; colours of
-    different groups do not.
-    """
-    columns = sum(len(group) for group in groups)
-    size = (2.6 * (1 + columns), 2.7 * len(photos))
-    figure, axes = plt.subplots(len(photos), 1 + columns, figsize=size, squeeze=False, layout="constrained")
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for row, photo in enumerate(photos):
-        axes[row, 0].imshow(photo)
-    column = 0
-    for group in groups:
-        colours = iter(pca_rgb([image for maps in group.values() for image in maps]))
-        for title, maps in group.items():
-            column += 1
-            axes[0, column].set_title(f"{title}, {maps.shape[1]}x{maps.shape[2]}", fontsize=10)
-            for row in range(len(photos)):
-                axes[row, column].imshow(next(colours), interpolation="nearest")
-    return save_figure(figure, path)
-
-
-def save_figure(figure: plt.Figure, path: Path) -> Path:
-    """Write a figure as PNG, making its folder; raises UserError where that is not possible."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror} (choose another --output)") from error
-    finally:
-        plt.close(figure)
-    return path
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from conftest import run_here
 from PIL import Image
 
 from distill.pca import cosine_map, pca_rgb
-from distill.visualize import main, pca_figure
+from distill.plots import pca_figure
+from distill.visualize import main
 
 
 def test_pca_colours_are_the_leading_components_of_scikit_learn():
@@ -44,9 +45,8 @@ def test_the_cosine_map_compares_every_patch_with_the_summary():
 
 def test_a_figure_has_a_row_a_photograph_and_a_column_a_model(tmp_path):
     photos = [np.zeros((20, 20, 3), np.uint8)] * 2
-    path = pca_figure(
-        tmp_path / "plots" / "a.png", photos, {"x": torch.randn(2, 4, 4, 8), "y": torch.randn(2, 6, 6, 9)}
-    )
+    groups = [{"x": torch.randn(2, 4, 4, 8)}, {"y": torch.randn(2, 6, 6, 9)}]
+    path = pca_figure(tmp_path / "plots" / "a.png", photos, groups)
     with Image.open(path) as image:
         assert image.width > image.height * 1.3
 
