@@ -197,6 +197,14 @@ class TrainConfig(Section):
             raise ValueError("give exactly one of train.steps and train.epochs (set the other to null)")
         return self
 
+    @model_validator(mode="after")
+    def _average_is_whole(self) -> "TrainConfig":
+        if self.ema_decay and self.parallel == "fsdp":
+            raise ValueError(
+                "train.ema_decay keeps whole weights and train.parallel = fsdp shards them: set one otherwise"
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     """Resumable state, written beside the final weights."""

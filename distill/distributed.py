@@ -97,7 +97,8 @@ def wrap(method: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
         return method
     if config.parallel == "fsdp":
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
-        policy = MixedPrecisionPolicy(param_dtype=mixed, reduce_dtype=torch.float32 if mixed else None)
+        # Autocast picks each operation's type; casting the inputs too would round the teachers' targets.
+        policy = MixedPrecisionPolicy(mixed, reduce_dtype=torch.float32 if mixed else None, cast_forward_inputs=False)
         mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
         for block in shardable_blocks(method):
             fully_shard(block, mesh=mesh, mp_policy=policy)

@@ -1,6 +1,7 @@
 """What goes wrong, and how a command says so: a user's mistake is one line and exit status 2."""
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -26,16 +27,21 @@ def suggest(value: str, known: Iterable[str], show: int = 8) -> str:
 
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command; a mistake of the user's or a failure of training becomes one line on standard error."""
-    speaks = os.environ.get("RANK", "0") == "0"
     try:
         return command() or 0
     except UserError as error:
         status = 2
         # A DataLoader worker's error comes with its traceback in front; the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix("distill.errors.UserError: ")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        status = 2
+        message = f"cannot write {error.filename or 'a file'}: {error.strerror} (free some space; --resume goes on)"
     except TrainingError as error:
         status = 1
         message = str(error)
-    if speaks:
-        print(f"error: {message}", file=sys.stderr)
+    # Most mistakes are every rank's, but a picture may be damaged on one alone: each says its own.
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
     return status

@@ -89,8 +89,6 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
     average = None
     if settings.ema_decay:
-        if settings.parallel == "fsdp" and ranks.world > 1:
-            raise UserError("train.ema_decay does not work with train.parallel = fsdp: set one of them otherwise")
         average = AveragedModel(method, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True)
     counters = torch.zeros(3, dtype=torch.int64, device=device)  # skipped steps: all, in a row now, longest row
     torch.manual_seed(settings.seed + 1 + ranks.rank)  # stochastic depth differs between ranks
