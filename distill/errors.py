@@ -34,10 +34,10 @@ def exit_status(command: Callable[[], int | None]) -> int:
         # A DataLoader worker's error comes with its traceback in front; the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix("distill.errors.UserError: ")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         status = 2
-        message = f"cannot write {error.filename or 'a file'}: {error.strerror} (free some space; --resume goes on)"
+        message = f"{error.filename or 'a file'}: {error.strerror} (make room, mend its permissions, or name another)"
     except TrainingError as error:
         status = 1
         message = str(error)

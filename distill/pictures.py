@@ -7,6 +7,7 @@ by number is what lets a run resume in the middle of an epoch with the very same
 import glob
 import hashlib
 import os
+import stat
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,14 +59,18 @@ class FolderPictures:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not self.folder.exists():
-            raise UserError(f"data.path = {self.folder}: no such folder (set data.path to your images)")
-        if not self.folder.is_dir():
-            raise UserError(f"data.path = {self.folder} is a file: give the folder it is in")
 
         def refuse(error: OSError) -> None:
             raise UserError(f"cannot read {error.filename}: {error.strerror} (check its permissions)")
 
+        try:
+            kind = os.stat(self.folder).st_mode
+        except FileNotFoundError as error:
+            raise UserError(f"data.path = {self.folder}: no such folder (set data.path to your images)") from error
+        except OSError as error:
+            refuse(error)
+        if not stat.S_ISDIR(kind):
+            raise UserError(f"data.path = {self.folder} is a file: give the folder it is in")
         found = []
         for root, folders, files in os.walk(self.folder, onerror=refuse, followlinks=True):
             folders.sort()

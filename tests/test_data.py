@@ -4,6 +4,8 @@ import io
 import logging
 import os
 import tarfile
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,16 +58,28 @@ def test_missing_and_empty_folders_and_files_are_errors(tmp_path):
         FolderPictures(tmp_path / "file")
 
 
-def test_a_folder_that_may_not_be_read_is_an_error(tmp_path):
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o000)
-    try:
-        if os.access(locked, os.R_OK):
-            pytest.skip("this user may read everything")
-        with pytest.raises(UserError, match="cannot read .*locked.*permission"):
-            FolderPictures(tmp_path)
-    finally:
-        locked.chmod(0o755)
+@pytest.fixture
+def unprivileged():
+    """Run as an ordinary user for a while if this is root, whom no permission stops."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+        yield
+        os.seteuid(0)
+    else:
+        yield
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(unprivileged):
+    with tempfile.TemporaryDirectory() as folder:
+        locked = Path(folder, "locked")
+        (locked / "inside").mkdir(parents=True)
+        locked.chmod(0o000)
+        try:
+            for path in (Path(folder), locked, locked / "inside"):
+                with pytest.raises(UserError, match="cannot read .*locked.*: Permission denied"):
+                    FolderPictures(path)
+        finally:
+            locked.chmod(0o755)
 
 
 @pytest.fixture
