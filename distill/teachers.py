@@ -76,15 +76,16 @@ class Teacher(nn.Module):
         if isinstance(net, StudentNet):
             return net(pixels)
         output = self.tokens_of_block(pixels) if self.config.block is not None else net.forward_features(pixels)
-        patch = patch_size(net)
-        # several maps at once (CoaT), tokens without a known grid (mixers)
-        if not isinstance(output, Tensor) or output.ndim not in (3, 4) or (output.ndim == 3 and patch is None):
+        prefix, patch = getattr(net, "num_prefix_tokens", 0), patch_size(net)
+        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch) if patch else (0, 0)
+        dimensions = output.ndim if isinstance(output, Tensor) else 0
+        # several maps at once (CoaT), tokens without a grid (mixers) or with another (ViTs behind a ResNet)
+        if dimensions != 4 and not (dimensions == 3 and output.shape[1] == prefix + grid[0] * grid[1]):
             raise UserError(
                 f"teacher '{self.label}': '{self.config.name}' has no single feature map (choose a ViT or a CNN that has)"
             )
-        if output.ndim == 3:
-            prefix = getattr(net, "num_prefix_tokens", 0)
-            patches = output[:, prefix:].unflatten(1, (pixels.shape[-2] // patch, pixels.shape[-1] // patch))
+        if dimensions == 3:
+            patches = output[:, prefix:].unflatten(1, grid)
             if self.config.role == "clip":
                 return Features(net.forward_head(output), patches)
             if getattr(net, "cls_token", None) is not None:

@@ -137,6 +137,22 @@ def test_wrong_names_sizes_and_widths_are_errors():
         build("resnet10t", image_size=64, dim=99)
 
 
+@pytest.mark.parametrize("name", ["coat_tiny", "mixer_s32_224", "vit_small_r26_s32_224", "volo_d1_224"])
+def test_networks_without_one_final_map_are_refused_by_name(name):
+    with torch.device("meta"), pytest.raises(UserError, match=f"'{name}' has no single feature map"):
+        build(name)
+
+
+def test_an_unknown_tag_names_the_nearest_known_one():
+    with pytest.raises(UserError, match=r"'resnet50.a9_in1k' has no such tag: did you mean 'resnet50\.\w+_in1k'"):
+        build("resnet50.a9_in1k")
+
+
+def test_a_folder_given_as_weights_points_to_the_name_run(tmp_path):
+    with pytest.raises(UserError, match="is a folder .*teachers.0.name=run"):
+        build("resnet10t", checkpoint=str(tmp_path))
+
+
 def test_weights_that_no_hub_can_deliver_are_an_error_with_two_remedies(monkeypatch):
     # what the variable HF_HUB_OFFLINE=1 sets at import; without it the client retries for most of a minute
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

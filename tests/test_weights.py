@@ -1,5 +1,6 @@
 """Reading and loading weights: foreign layouts, refusals, and the packaged networks."""
 
+import argparse
 import pickle
 from pathlib import Path
 
@@ -36,6 +37,11 @@ LAYOUTS = {
         "student": {f"module.backbone.{k}": torch.zeros_like(v) for k, v in without_head(s).items()},
         "teacher": {f"backbone.{k}": v for k, v in without_head(s).items()} | {"head.mlp.0.weight": torch.ones(3, 3)},
         "epoch": 800,
+        "args": argparse.Namespace(arch="resnet50", lr=0.03),
+    },
+    "DINO's networks side by side": lambda s: {
+        "model": {f"student.backbone.{k}": torch.zeros_like(v) for k, v in s.items()}
+        | {f"teacher.backbone.{k}": v for k, v in s.items()}
     },
     "SparK's wrapper": lambda s: {
         "module": {f"sparse_encoder.sp_cnn.{k}": v for k, v in s.items()}
@@ -58,9 +64,8 @@ def test_published_layouts_load_into_timms_names(layout, tmp_path):
     assert different == []
 
 
-def test_the_official_convnext_layout_is_renamed_by_timms_converter(tmp_path):
-    torch.manual_seed(0)
-    source = timm.create_model("convnext_base", **CONVNEXT)
+def official_convnext(source: torch.nn.Module) -> dict:
+    """The weights under the names of ConvNeXt's authors, which SparK keeps."""
     official = {}
     for name, tensor in source.state_dict().items():
         for new, old in (
@@ -72,10 +77,30 @@ def test_the_official_convnext_layout_is_renamed_by_timms_converter(tmp_path):
             _, stage, _, rest = name.split(".", 3)
             name = f"downsample_layers.{stage}.{rest}"
         official[name] = tensor
-    torch.save({"model": official}, tmp_path / "official.pth")
+    return official
+
+
+def test_the_official_convnext_layout_is_renamed_by_timms_converter(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("convnext_base", **CONVNEXT)
+    torch.save({"model": official_convnext(source)}, tmp_path / "official.pth")
     target = timm.create_model("convnext_base", **CONVNEXT)
     load_into(target, read_state_dict(tmp_path / "official.pth"), "official")
     assert all(torch.equal(target.state_dict()[name], tensor) for name, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("wrapper", ["", "sparse_encoder.sp_cnn."])
+def test_sparks_convnext_has_no_final_norm_and_its_summary_is_the_pooled_map(tmp_path, wrapper):
+    torch.manual_seed(0)
+    source, target = (timm.create_model("convnext_base", **CONVNEXT).eval() for _ in range(2))
+    state = {f"{wrapper}{k}": v for k, v in official_convnext(source).items() if not k.startswith(("norm.", "head."))}
+    torch.save({"module": state, "arch": "convnext_base"} if wrapper else state, tmp_path / "spark.pth")
+    load_into(target, read_state_dict(tmp_path / "spark.pth"), "spark.pth")
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features = target.forward_features(image)
+        assert torch.equal(features, source.forward_features(image))
+        torch.testing.assert_close(target.forward_head(features, pre_logits=True), features.mean((2, 3)))
 
 
 def test_position_embeddings_are_resampled_to_the_models_grid():
@@ -116,7 +141,9 @@ def test_a_pickle_that_holds_code_is_refused_and_never_run(tmp_path):
     Payload.ran = tmp_path / "ran"
     torch.save({"weight": Payload()}, tmp_path / "torch.pth")
     (tmp_path / "bare.pth").write_bytes(pickle.dumps({"weight": Payload()}))
-    for name in ("torch.pth", "bare.pth"):
+    # what stands beside the weights is allowed to be a Namespace, not to hide something in one
+    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(x=Payload())}, tmp_path / "hidden.pth")
+    for name in ("torch.pth", "bare.pth", "hidden.pth"):
         with pytest.raises(UserError, match=f"{name} is refused"):
             read_state_dict(tmp_path / name)
     assert not Payload.ran.exists()
@@ -140,7 +167,7 @@ def test_half_written_missing_and_empty_files_are_named(tmp_path, suffix):
 
 def test_a_file_without_weights_is_refused(tmp_path):
     torch.save({"epoch": 3, "args": {"lr": 1.0}}, tmp_path / "log.pth")
-    with pytest.raises(UserError, match="holds no state dict"):
+    with pytest.raises(UserError, match=r"^checkpoint \S+log\.pth holds no state dict"):
         read_state_dict(tmp_path / "log.pth")
 
 
