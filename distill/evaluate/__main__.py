@@ -1,0 +1,141 @@
+"""`python -m distill.evaluate`: the papers' protocols, on a student or any teacher, in the same way."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.errors import UserError, exit_status, suggest
+
+EPILOG = """\
+examples:
+  python -m distill.scenes --output runs/scenes                 drawn data, where there is no other
+  python -m distill.evaluate runs/quickstart --data runs/scenes --tasks knn,segmentation,depth --with-teachers
+  python -m distill.evaluate runs/mine --data /data/imagenet --tasks knn,linear probe.runs=5
+  python -m distill.evaluate runs/mine --data /data/imagenet --tasks linear --features backbone,dino
+  python -m distill.evaluate runs/mine --data ADEChallengeData2016 --tasks segmentation dense.steps=80000
+  python -m distill.evaluate runs/mine --data /data/nyu --tasks depth depth.head=dpt depth.crop=eigen
+  python -m distill.evaluate vit_base_patch16_dinov3 --data /data/imagenet --tasks knn
+  python -m distill.evaluate mobilenetv2_100@package:mobilenet-v2 --data runs/scenes --tasks knn
+  python -m distill.evaluate --list                             tasks, data layouts, and every setting
+
+MODEL is a run folder, or NAME[@CHECKPOINT][:BLOCK]: a timm name (weights from its hub), weights from a file or
+package:NAME instead (@random: none), features read after a block. Heads that tasks train go to RUN/heads for export
+(those of the first of --features; of other rows, below --output). Extracted features are kept and reused.
+Exit status: 0 done, 2 a mistake in what was asked, 1 a failure.
+"""
+
+LAYOUTS = """\
+data layouts (--data ROOT; ROOT/classification, ROOT/dense, … go before ROOT itself where they exist):
+  classification  {train,val}/CLASS/*.jpg
+  dense           {train,val}/{images,masks,depth}/*;  images/{training,validation}/* with annotations/… (ADE20K);
+                  {train,test}/SCENE/rgb_*.jpg with sync_depth_*.png (NYUv2's official splits)
+  retrieval       gnd_*.pkl or gnd_*.json, jpg/NAME.jpg (revisited Oxford and Paris)
+  video           JPEGImages/480p/SEQ/*.jpg, Annotations/480p/SEQ/*.png, ImageSets/2017/val.txt (DAVIS-2017)
+  robustness      imagenet-a, imagenet-r, imagenet-v2, imagenet-c, imagenet-9: any of them
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.evaluate",
+        description="Score a student, its heads and its teachers by the papers' protocols.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, or timm name")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="set any key of --list")
+    parser.add_argument("--tasks", metavar="A,B", help="what to do (default: knn,linear)", default="knn,linear")
+    parser.add_argument("--data", action="append", metavar="[TASK=]ROOT", help="data; may be given per task")
+    parser.add_argument(
+        "--features", default="backbone", metavar="A,B", help="backbone, or teachers' labels (backbone)"
+    )
+    parser.add_argument("--with-teachers", action="store_true", help="score the run's teachers too, in the same way")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="input side for classification (default: its own)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/evaluation, or runs/evaluation/NAME")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
+    parser.add_argument("--list", action="store_true", help="list tasks, layouts and settings, and stop")
+    asked = parser.parse_intermixed_args(arguments)
+    return exit_status(lambda: run(asked))
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    # Imported here so that --help answers at once: torch and timm take seconds to load.
+    from distill.evaluate.settings import describe_settings, load_settings
+    from distill.evaluate.tasks import TASKS
+
+    if asked.list:
+        print("tasks:")
+        print("\n".join(f"  {name:15} {task.does}" for name, task in TASKS.items()))
+        print(f"\n{LAYOUTS}\nsettings (key, type, default, meaning):\n{describe_settings()}")
+        return 0
+    if not asked.model or "=" in asked.model.partition("@")[0]:
+        raise UserError("no MODEL: give a run folder or a timm name (python -m distill.evaluate --help)")
+    tasks = [name.strip() for name in asked.tasks.split(",")]
+    for name in tasks:
+        if name not in TASKS:
+            raise UserError(f"--tasks {name}: {suggest(name, TASKS, show=len(TASKS))}")
+    config = load_settings(asked.settings)
+    roots = data_roots(asked.data or [], tasks)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("timm").setLevel(logging.WARNING)
+
+    from distill.evaluate.cast import open_rows
+    from distill.evaluate.report import draw_scores, print_table, write_json
+    from distill.evaluate.tasks import Context
+
+    output = asked.output or default_output(asked.model)
+    rows = open_rows(asked.model, asked.features.split(","), asked.with_teachers, asked.size, asked.device, output)
+    results: dict[str, dict] = {row.name: {} for row in rows}
+    for row in rows:
+        contexts: dict[Path, Context] = {}
+        for task in tasks:
+            context = contexts.setdefault(
+                roots[task], Context(row.encoder, roots[task], config, output / "cache", row.folder)
+            )
+            results[row.name][task] = TASKS[task].run(context)
+    about = {
+        "model": asked.model, "settings": config.model_dump(mode="json"),
+        "data": {task: str(root) for task, root in roots.items()},
+    }  # fmt: skip
+    written = write_json(output / "evaluation.json", results, about)
+    picture = draw_scores(output / "scores.png", results)
+    print_table(results)
+    for outcomes in results.values():
+        for outcome in outcomes.values():
+            for file in outcome.files:
+                print(f"wrote     {file}")
+    print(f"scores    {written}")
+    print(f"picture   {picture}")
+    return 0
+
+
+def data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
+    """The data root of every task from `ROOT` and `TASK=ROOT`; raises UserError where one is missing."""
+    roots: dict[str, Path] = {}
+    for entry in given:
+        task, equals, root = entry.partition("=")
+        if equals and task in tasks:
+            roots[task] = Path(root)
+        else:
+            roots |= {task: Path(entry) for task in tasks if task not in roots}
+    for task in tasks:
+        if task not in roots:
+            raise UserError(f"--tasks {task} needs data: add --data ROOT or --data {task}=ROOT (layouts: --list)")
+        if not roots[task].is_dir():
+            raise UserError(f"--data {roots[task]}: no such folder")
+    return roots
+
+
+def default_output(model: str) -> Path:
+    """RUN/evaluation for a run folder, runs/evaluation/NAME for a timm name."""
+    if Path(model).is_dir():
+        return Path(model) / "evaluation"
+    return Path("runs/evaluation") / model.replace("/", "_").replace(":", "_").replace("@", "_")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

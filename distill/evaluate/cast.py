@@ -1,0 +1,59 @@
+"""Who is evaluated: the outputs of a student, and beside them its teachers."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distill.checkpoint import load_run
+from distill.errors import UserError
+from distill.evaluate.encoder import Encoder, RunEncoder, parse_model, teacher_encoder
+from distill.methods.deployment import BACKBONE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: its name, its encoder, and where its pictures and heads go."""
+
+    name: str
+    encoder: Encoder
+    folder: Path
+
+
+def open_rows(
+    model: str, features: list[str], with_teachers: bool, size: int | None, device: str, output: Path
+) -> list[Row]:
+    """Open what was asked for. The first of a run's `features` writes into the run folder itself: export looks there.
+
+    Raises UserError for a model, output or device that is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here (use --device cpu)")
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    rows = []
+    if Path(model).is_dir():
+        run = load_run(model)
+        for number, name in enumerate(dict.fromkeys(part.strip() for part in features)):
+            encoder = RunEncoder(run, name)
+            folder = Path(model) if number == 0 else output / f"student-{name}"
+            rows.append(Row(f"student {name}", encoder, folder))
+        for index, config in enumerate(run.recipe.teachers if with_teachers else ()):
+            encoder = teacher_encoder(config, config.image_size, index, f"teacher-{config.label}")
+            rows.append(Row(f"teacher {config.label} ({config.name})", encoder, output / f"teacher-{config.label}"))
+    else:
+        if with_teachers:
+            raise UserError(f"--with-teachers: '{model}' is no run folder, it has no teachers")
+        if features != [BACKBONE]:
+            raise UserError(f"--features {','.join(features)}: a timm network has its backbone only")
+        encoder = teacher_encoder(parse_model(model), size, name=model.replace("/", "_"))
+        rows.append(Row(model, encoder, output))
+    for row in rows:
+        if size:
+            if size % row.encoder.stride:
+                raise UserError(
+                    f"--size {size} is not a multiple of {row.name}'s stride {row.encoder.stride}: use "
+                    f"{row.encoder.fit(size)}"
+                )
+            row.encoder.image_size = size
+        row.encoder.to(place)
+    return rows

@@ -1,0 +1,265 @@
+"""Labelled data on disk: class folders, and pictures paired with masks or depth maps.
+
+`--data PATH` is one root for all tasks; a task family's own subfolder (`classification`, `dense`, `retrieval`, `video`,
+`robustness`) goes before the root itself where it exists.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from distill.errors import UserError
+from distill.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
+from distill.pictures import digest
+
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+"""Folder names that stand for the two splits."""
+
+PICTURES = ("images", "image", "rgb")
+MASKS = ("masks", "annotations", "labels")
+DEPTHS = ("depth", "depths")
+
+
+def family_root(data: Path, family: str) -> Path:
+    """`data/family` where there is one, else `data`; raises UserError where `data` is no folder."""
+    if not data.is_dir():
+        raise UserError(f"--data {data}: no such folder")
+    own = data / family
+    return own if own.is_dir() else data
+
+
+def split_folder(root: Path, split: str) -> Path | None:
+    """The folder of a split below `root`, by any of its usual names."""
+    return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+
+
+def files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+    """Every file below a folder with one of the suffixes, sorted; hidden ones left out."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
+    return sorted(path for path in found if path.is_file())
+
+
+def stamp(root: Path, files: Sequence[Path]) -> str:
+    """Hex digest that changes when files are added, removed, resized or rewritten."""
+    stats = ((path, path.stat()) for path in files)
+    return digest((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Decode a picture; a score over less than the whole data set would be wrong, so raises UserError if it fails."""
+    try:
+        return decode_rgb(path, str(path))
+    except UnreadableImage as error:
+        raise UserError(
+            f"{path} cannot be read ({error.reason}): mend or remove it, scores need every picture"
+        ) from error
+
+
+# ---- class folders -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassFolders:
+    """One split of a data set with a folder per class: files, their labels [n], and the classes' names."""
+
+    root: Path
+    files: tuple[Path, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Changes when the pictures do."""
+        return stamp(self.root, self.files)
+
+
+def open_classes(data: Path, split: Literal["train", "val"], classes: Sequence[str] | None = None) -> ClassFolders:
+    """Open `DATA/split/CLASS/*`; `classes` fixes the numbering (that of the training split, say).
+
+    Raises UserError for a missing or empty split, one class only, or a class that `classes` lacks.
+    """
+    root = family_root(data, "classification")
+    folder = split_folder(root, split)
+    if folder is None:
+        raise UserError(f"--data {root} has no {split} split: make {root / split}/CLASS/*.jpg")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if classes is not None:
+        unknown = [name for name in names if name not in classes]
+        if unknown:
+            raise UserError(
+                f"{folder / unknown[0]}: the training split has no class '{unknown[0]}' (remove one of them)"
+            )
+    numbering = tuple(classes or names)
+    if len(numbering) < 2:
+        raise UserError(f"{folder} has {len(numbering)} class folders: classification needs two or more")
+    files, labels = [], []
+    for name in names:
+        found = files_below(folder / name)
+        files += found
+        labels += [numbering.index(name)] * len(found)
+    if not files:
+        raise UserError(f"{folder} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … below its class folders")
+    present = len(set(labels))
+    if split == "train" and present < 2:
+        raise UserError(f"{folder} has pictures of {present} class only: classification needs two or more")
+    return ClassFolders(root, tuple(files), np.array(labels, np.int64), numbering)
+
+
+# ---- pictures with maps --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """One split of pictures with a mask or depth map each. `ade` says that labels follow ADE20K (0: unlabelled)."""
+
+    root: Path
+    pictures: tuple[Path, ...]
+    maps: tuple[Path, ...]
+    ade: bool
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def fingerprint(self) -> str:
+        """Changes when pictures or maps do."""
+        return stamp(self.root, self.pictures + self.maps)
+
+
+def open_pairs(data: Path, split: Literal["train", "val"], kind: Literal["masks", "depth"]) -> Pairs:
+    """Open one split of a dense data set, in any of these layouts:
+
+    - `SPLIT/images/*` with `SPLIT/masks/*` or `SPLIT/depth/*`
+    - `images/SPLIT/*` with `annotations/SPLIT/*` (ADE20K) or `depth/SPLIT/*`
+    - `SPLIT/SCENE/rgb_*.jpg` beside `SPLIT/SCENE/sync_depth_*.png` (NYUv2's official splits)
+
+    A map has its picture's name, with .png or .npy. Raises UserError for a missing split or unmatched files.
+    """
+    root = family_root(data, "dense")
+    wanted = MASKS if kind == "masks" else DEPTHS
+    folder = split_folder(root, split)
+    if folder and kind == "depth" and (found := files_below_pattern(folder, "rgb_*")):
+        maps = [path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png") for path in found]
+        missing = [path for path in maps if not path.is_file()]
+        if missing:
+            raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
+        return Pairs(root, tuple(found), tuple(maps), ade=False)
+    for above, below in ((folder, None), (root, split)):
+        if above is None:
+            continue
+        pictures = subfolder(above, PICTURES, below)
+        maps = subfolder(above, wanted, below)
+        if pictures and maps:
+            return match(root, pictures, maps, ade=below is not None and maps.parent.name == "annotations")
+    raise UserError(
+        f"--data {root} has no {split} split of pictures with {kind}: make {root / split}/images/* and "
+        f"{root / split}/{wanted[0]}/*.png"
+    )
+
+
+def files_below_pattern(folder: Path, pattern: str) -> list[Path]:
+    """Image files below a folder whose names match a pattern, sorted."""
+    return sorted(path for path in folder.rglob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | None:
+    """The first of several folder names (and its split folder, if one is asked) that exists."""
+    for name in names:
+        folder = above / name
+        if folder.is_dir():
+            return folder if split is None else split_folder(folder, split)
+    return None
+
+
+def match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
+    """Pair files of two folders by their relative names without suffix."""
+    files = files_below(pictures)
+    if not files:
+        raise UserError(f"{pictures} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … in it")
+    by_name = {path.relative_to(maps).with_suffix(""): path for path in files_below(maps, (".png", ".npy", ".tif"))}
+    found = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
+    lacking = [path for path, other in zip(files, found, strict=True) if other is None]
+    if lacking:
+        raise UserError(
+            f"{lacking[0]} has no map of its name in {maps} (.png or .npy): {len(lacking)} of {len(files)} lack one"
+        )
+    return Pairs(root, tuple(files), tuple(found), ade)
+
+
+def map_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a mask or depth file, from its header; raises UserError."""
+    try:
+        if path.suffix == ".npy":
+            shape = np.load(path, mmap_mode="r").shape
+            if len(shape) != 2:
+                raise UserError(f"{path} has shape {shape}: a map has two dimensions")
+            return shape[1], shape[0]
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, ValueError, UnidentifiedImageError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): mend or remove it") from error
+
+
+def read_pair(pairs: Pairs, number: int) -> tuple[Image.Image, np.ndarray]:
+    """Picture `number` and its map [H, W]; raises UserError where their sizes differ."""
+    picture, path = read_picture(pairs.pictures[number]), pairs.maps[number]
+    width, height = map_size(path)
+    if (width, height) != picture.size:
+        raise UserError(
+            f"{path} is {width}x{height}, its picture {picture.width}x{picture.height}: they must be of one size"
+        )
+    if path.suffix == ".npy":
+        return picture, np.load(path)
+    with Image.open(path) as image:
+        values = np.asarray(image)
+    if values.ndim != 2:
+        raise UserError(f"{path} has {values.shape[-1]} channels: a map has one (grey, palette or 16-bit PNG)")
+    return picture, values
+
+
+def read_mask(
+    pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: int
+) -> tuple[Image.Image, np.ndarray]:
+    """Picture and labels [H, W] int64; with `shift`, 0 becomes `ignore` and all others one less (ADE20K).
+
+    Raises UserError for labels that are no integers, or not below `classes` (other than `ignore`).
+    """
+    picture, values = read_pair(pairs, number)
+    if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
+        raise UserError(f"{pairs.maps[number]} holds {values.dtype} values: labels are integers")
+    labels = values.astype(np.int64)
+    if shift:
+        labels = np.where((labels == 0) | (labels == ignore), ignore, labels - 1)
+    wrong = labels[(labels != ignore) & ((labels < 0) | (labels >= (classes or np.inf)))]
+    if len(wrong):
+        raise UserError(
+            f"{pairs.maps[number]} has label {wrong[0] + shift}, segmentation.classes is {classes}: mend the mask, or set "
+            f"segmentation.classes={wrong.max() + 1} or segmentation.ignore={wrong[0]}"
+        )
+    return picture, labels
+
+
+def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> tuple[Image.Image, np.ndarray]:
+    """Picture and depth [H, W] float32 in metres, 0 where unknown.
+
+    Integer files hold metres times `scale`, float files metres. Raises UserError for a map without one depth in
+    (0, largest].
+    """
+    picture, values = read_pair(pairs, number)
+    metres = values.astype(np.float32) / (scale if np.issubdtype(values.dtype, np.integer) else 1)
+    metres = np.nan_to_num(metres, nan=0.0, posinf=0.0, neginf=0.0)
+    if not ((metres > 0) & (metres <= largest)).any():
+        what = (
+            "is all zeros" if not metres.any() else f"has no depth in (0, {largest:g}] m (largest {metres.max():g} m)"
+        )
+        raise UserError(
+            f"{pairs.maps[number]} {what}: mend or remove it, or set depth.scale (units a metre) or depth.max_depth"
+        )
+    return picture, metres

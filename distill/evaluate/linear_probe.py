@@ -1,0 +1,162 @@
+"""Linear probe with every learning rate of the sweep at once (SeFA: 45 values in [1e-4, 10]).
+
+The classifiers of all rates are one weight [R, C, d]: a step reads the features once, for all of them. With SGD and no
+weight decay, scaling a classifier's loss by its rate is the same as stepping it at that rate, momentum included; so one
+ordinary optimizer trains 45 at 45 rates, exactly (`tests/evaluate/test_linear_probe.py` compares with 45 optimizers).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from sklearn.model_selection import StratifiedShuffleSplit
+from timm.data import ImageNetInfo
+from torch import Tensor
+
+from distill.errors import UserError
+from distill.evaluate.classification import FrozenSplits, accuracy
+from distill.evaluate.config import EvaluationConfig, ProbeConfig
+from distill.evaluate.encoder import Encoder
+from distill.evaluate.outcome import Outcome
+from distill.heads import Classifier, load_head, save_head
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Trained classifiers: `weight` [R, C, d], `bias` [R, C], for the learning rates [R]."""
+
+    weight: Tensor
+    bias: Tensor
+    rates: Tensor
+
+    def logits(self, features: Tensor, rate: int) -> Tensor:
+        """Scores [n, C] by the classifier of one rate."""
+        return features @ self.weight[rate].T + self.bias[rate]
+
+
+def evaluate(splits: FrozenSplits, config: EvaluationConfig, folder: Path, binding: dict) -> Outcome:
+    """Top-1 and top-5 of the classifier whose rate did best on a held-out part of the *training* split.
+
+    Writes `heads/classification.safetensors` (of the first run). `binding` says which network and output it reads.
+    """
+    probe = config.probe
+    shift, scale = channel_statistics(splits.train, probe.standardize)
+    train, val = (splits.train - shift) / scale, (splits.val - shift) / scale
+    results = []
+    for run in range(probe.runs):
+        seed = config.seed + run
+        learn, choose = hold_out(splits.train_labels, probe.held_out, seed)
+        sweep = train_sweep(train[learn], splits.train_labels[learn], len(splits.classes), probe, seed)
+        chosen = best_rate(sweep, train[choose], splits.train_labels[choose])
+        scores, report = accuracy(sweep.logits(val, chosen), splits.val_labels, splits.classes)
+        results.append((scores, report, sweep, chosen))
+    scores, report, sweep, chosen = results[0]
+    head = Classifier(splits.train.shape[1], len(splits.classes))
+    with torch.no_grad():  # the statistics fold into the classifier, so that what ships reads raw features
+        head.linear.weight.copy_(sweep.weight[chosen] / scale)
+        head.linear.bias.copy_(sweep.bias[chosen] - sweep.weight[chosen] @ (shift / scale))
+    path = save_head(folder / "heads", "classification", head, {**binding, "classes": splits.classes, "scores": scores})
+    mean = {name: sum(r[0][name] for r in results) / len(results) for name in scores}
+    details = {"per_class": report, "rate": float(sweep.rates[chosen]), "standardize": probe.standardize}
+    if probe.runs > 1:
+        details["runs"] = [r[0] for r in results]
+        details["top1_std"] = float(torch.tensor([r[0]["top1"] for r in results]).std())
+    if sweep.rates[chosen] in (sweep.rates[0], sweep.rates[-1]) and probe.rates > 1:
+        details["note"] = "the best rate is at the end of the sweep: widen probe.lowest or probe.highest"
+    return Outcome(mean, details, (path,))
+
+
+def as_classifier(encoder: Encoder, path: Path) -> Callable[[Tensor], Tensor]:
+    """The trained probe on its encoder: uint8 images [B, 3, H, W] to ImageNet logits [B, 1000] on the CPU.
+
+    Raises UserError where there is no probe, it was trained on other features, or not on ImageNet's 1000 classes.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such head; robustness reads ImageNet's linear probe: run --tasks linear first")
+    head = load_head(path, encoder.weights_sha256)
+    names = head.about["classes"]
+    if head.about["reads"] != encoder.read_out:
+        raise UserError(
+            f"{path} reads '{head.about['reads']}' features, not '{encoder.read_out}': run --tasks linear again"
+        )
+    if list(names) != ImageNetInfo().label_names():
+        raise UserError(f"{path} has {len(names)} classes that are not ImageNet's 1000 WordNet ids in order")
+    module = head.module.to(encoder.device)
+
+    def classify(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return module(encoder(images.to(encoder.device)).summary).cpu()
+
+    return classify
+
+
+def channel_statistics(features: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [d] of every channel, or zeros and ones; channels without spread stay as they are."""
+    if not wanted:
+        return torch.zeros_like(features[0]), torch.ones_like(features[0])
+    deviation = features.std(0)
+    return features.mean(0), torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.ones_like(deviation))
+
+
+def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to learn from and to choose by, stratified by class where every class has two pictures or more."""
+    n, classes = len(labels), len(labels.unique())
+    held = max(1, math.ceil(share * n))
+    counts = torch.bincount(labels.cpu())
+    if counts[counts > 0].min() >= 2 and held >= classes and n - held >= classes:
+        splitter = StratifiedShuffleSplit(1, test_size=held, random_state=seed)
+        learn, choose = next(splitter.split(labels.cpu().numpy(), labels.cpu().numpy()))
+        learn, choose = torch.from_numpy(learn), torch.from_numpy(choose)
+    else:
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+        learn, choose = order[held:], order[:held]
+    return learn.to(labels.device), choose.to(labels.device)
+
+
+def sweep_rates(config: ProbeConfig) -> Tensor:
+    """Learning rates, evenly spaced on a log scale; the highest alone if one is asked."""
+    if config.rates == 1:
+        return torch.tensor([config.highest])
+    return torch.logspace(math.log10(config.lowest), math.log10(config.highest), config.rates)
+
+
+def train_sweep(features: Tensor, labels: Tensor, classes: int, config: ProbeConfig, seed: int) -> Sweep:
+    """Train one linear classifier a rate on features [n, d], SGD with momentum and a cosine to zero, from zeros."""
+    rates = sweep_rates(config).to(features.device)
+    r, (n, d) = len(rates), features.shape
+    weight = torch.zeros(r * classes, d, device=features.device, requires_grad=True)
+    bias = torch.zeros(r * classes, device=features.device, requires_grad=True)
+    batch = min(config.batch_size, n)
+    steps = config.epochs * (n // batch)
+    optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=config.momentum)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(config.epochs):
+        order = torch.randperm(n, generator=generator)[: n // batch * batch].to(features.device)
+        for chosen in order.split(batch):
+            logits = F.linear(features[chosen], weight, bias).view(batch, r, classes)
+            target = labels[chosen].unsqueeze(1).expand(batch, r)
+            losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(0)  # [R]
+            optimizer.zero_grad(set_to_none=True)
+            (losses * rates).sum().backward()
+            optimizer.step()
+            schedule.step()
+    return Sweep(weight.detach().view(r, classes, d), bias.detach().view(r, classes), rates)
+
+
+def best_rate(sweep: Sweep, features: Tensor, labels: Tensor) -> int:
+    """Index of the rate with the highest accuracy on held-out features; of equals, the lowest cross-entropy.
+
+    A classifier that diverged counts as the worst.
+    """
+    keys = []
+    for rate in range(len(sweep.rates)):
+        logits = sweep.logits(features, rate)
+        if torch.isfinite(logits).all():
+            keys.append(((logits.argmax(1) == labels).sum().item(), -F.cross_entropy(logits, labels).item()))
+        else:
+            keys.append((-1, 0.0))
+    return max(range(len(keys)), key=keys.__getitem__)

@@ -1,0 +1,118 @@
+"""What an evaluation leaves: a table on the terminal, `evaluation.json`, and `scores.png`."""
+
+import datetime
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from distill.checkpoint import git_commit, write_atomically
+from distill.errors import UserError
+from distill.evaluate.outcome import Outcome
+from distill.evaluate.tasks import TASKS
+from distill.plots import save_figure
+
+Results = dict[str, dict[str, Outcome]]
+"""Outcomes by row (a network and the output read) and task."""
+
+LOWER_IS_BETTER = ("rmse", "abs_rel", "mCE", "gap")
+
+
+def shown_scores(task: str, outcome: Outcome) -> dict[str, float]:
+    """The scores of an outcome that the table shows; all of them for tasks without a chosen few."""
+    wanted = TASKS[task].shown
+    return {name: value for name, value in outcome.scores.items() if not wanted or name in wanted}
+
+
+def columns(results: Results) -> list[tuple[str, str]]:
+    """(task, score) of every column, in the order of the tasks."""
+    found: dict[tuple[str, str], None] = {}
+    for task in TASKS:
+        for outcomes in results.values():
+            if task in outcomes:
+                found |= dict.fromkeys((task, name) for name in shown_scores(task, outcomes[task]))
+    return list(found)
+
+
+def print_table(results: Results) -> None:
+    """A line per network, a column per score; the best of a column in bold."""
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    heads = columns(results)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("features")
+    for task, name in heads:
+        arrow = "lower is better" if lower(name) else ""
+        table.add_column("\n".join(filter(None, (task, name, arrow))), justify="right")
+    for row, outcomes in results.items():
+        cells = [row]
+        for task, name in heads:
+            value = outcomes[task].scores.get(name) if task in outcomes else None
+            text = "" if value is None else f"{value:.3f}"
+            cells.append(f"[bold]{text}[/bold]" if value is not None and value == best(results, task, name) else text)
+        table.add_row(*cells)
+    console.print(table)
+
+
+def lower(name: str) -> bool:
+    """Whether smaller values of a score are better."""
+    return any(word in name for word in LOWER_IS_BETTER)
+
+
+def best(results: Results, task: str, name: str) -> float:
+    """The best value of a column."""
+    values = [o[task].scores[name] for o in results.values() if task in o and name in o[task].scores]
+    return min(values) if lower(name) else max(values)
+
+
+def write_json(path: Path, results: Results, about: dict[str, Any]) -> Path:
+    """Write `evaluation.json`, keeping what earlier runs found of other rows and tasks.
+
+    Every entry carries the settings, data, date and commit it was made with. Raises UserError for a damaged file.
+    """
+    rows: dict[str, dict] = {}
+    if path.exists():
+        try:
+            rows = json.loads(path.read_text())["rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}): move it away, or choose another --output") from error
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
+    made = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": git_commit()}
+    for row, outcomes in results.items():
+        for task, outcome in outcomes.items():
+            files = [str(file) for file in outcome.files]
+            entry = {"scores": outcome.scores, "details": outcome.details, "files": files}
+            rows.setdefault(row, {})[task] = entry | made | about | {"versions": versions}
+    text = json.dumps({"format": 1, "rows": rows}, indent=1, allow_nan=False)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+    return path
+
+
+def draw_scores(path: Path, results: Results) -> Path:
+    """Bars of every column of the table, a panel each."""
+    heads = columns(results)
+    wide = min(4, len(heads))
+    high = -(-len(heads) // wide)
+    size = (3.4 * wide + 1.2, (0.8 + 0.34 * len(results)) * high + 0.3)
+    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained", sharey=True)
+    for axis in axes.flat[len(heads) :]:
+        axis.set_axis_off()
+    names = list(results)
+    for axis, (task, name) in zip(axes.flat, heads, strict=False):
+        values = [results[row][task].scores.get(name, 0.0) if task in results[row] else 0.0 for row in names]
+        marked = best(results, task, name)
+        axis.barh(names, values, color=["#1f77b4" if value == marked else "#b8cbe0" for value in values])
+        axis.bar_label(axis.containers[0], fmt="%.3f", padding=3, fontsize=8)
+        axis.margins(x=0.25)
+        axis.set_title(f"{task}: {name}" + (", lower is better" if lower(name) else ""), fontsize=9)
+    axes[0, 0].invert_yaxis()
+    return save_figure(figure, path)

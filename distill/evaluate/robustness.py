@@ -1,0 +1,299 @@
+"""ImageNet's variants read with a classifier of ImageNet's 1000 classes.
+
+ImageNet-A (Hendrycks et al. 2021, "Natural Adversarial Examples"), -R (Hendrycks et al. 2021, "The Many Faces of
+Robustness"), -V2 (Recht et al. 2019), -C (Hendrycks & Dietterich 2019) and -9 (Xiao et al. 2021, "Noise or Signal:
+The Role of Image Backgrounds in Object Recognition"), each in the folders its authors publish.
+"""
+
+import json
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from distill.data import prepare_worker, take_crop
+from distill.errors import UserError, suggest
+from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.encoder import Encoder
+from distill.evaluate.outcome import Outcome
+from distill.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
+
+Classifier = Callable[[Tensor], Tensor]
+"""uint8 images [B, 3, H, W] on the CPU in, logits [B, 1000] out."""
+
+CLASSES = 1000
+SEVERITIES = ("1", "2", "3", "4", "5")
+GROUPS = ("noise", "blur", "weather", "digital", "extra")
+EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+"""Corruptions that ImageNet-C's authors keep for validation; mCE leaves them out."""
+
+ALEXNET = {
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948, "zoom_blur": 0.798360,
+    "snow": 0.866816, "frost": 0.826572, "fog": 0.819324, "brightness": 0.564592,
+    "contrast": 0.853204, "elastic_transform": 0.646056, "pixelate": 0.717840, "jpeg_compression": 0.606500,
+}  # fmt: skip
+"""AlexNet's top-1 error on each corruption, mean over severities (hendrycks/robustness)."""
+
+BACKGROUNDS = (
+    "original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t",
+)  # fmt: skip
+COARSE_MAP = "in_to_in9.json"
+
+
+def accuracy(logits: Tensor, labels: Tensor, topk: int = 1, among: Sequence[int] | None = None) -> float:
+    """Share of rows of logits [n, C] whose label [n] is among the `topk` largest; `among` restricts the classes to these.
+
+    Raises UserError for logits that are not finite, or a label outside `among`.
+    """
+    check_finite(logits)
+    if among is not None:
+        place = {label: position for position, label in enumerate(among)}
+        outside = set(labels.tolist()) - place.keys()
+        if outside:
+            raise UserError(
+                f"label {min(outside)} is not among the {len(place)} classes looked at: remove its pictures"
+            )
+        logits = logits[:, list(among)]
+        labels = torch.tensor([place[label] for label in labels.tolist()])
+    return multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro", top_k=topk).item()
+
+
+def coarse_accuracy(logits: Tensor, labels: Tensor, coarse: Tensor) -> float:
+    """ImageNet-9: share of rows of logits [n, C] whose largest belongs to the coarse label [n].
+
+    `coarse` [C] is each class's coarse class, -1 for none; such a prediction is wrong.
+    """
+    check_finite(logits)
+    return (coarse[logits.argmax(dim=1)] == labels).double().mean().item()
+
+
+def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> tuple[str, float, dict[str, float]]:
+    """ImageNet-C's mCE: the name and value of the mean, and each corruption's own error over AlexNet's.
+
+    `errors[corruption]` are the top-1 errors at the five severities. With fewer than the 15 corruptions the mean is named
+    "mCE of n corruptions": it compares with no published one.
+    """
+    relative = {name: sum(values) / len(values) / ALEXNET[name] for name, values in errors.items()}
+    name = "mCE" if len(relative) == len(ALEXNET) else f"mCE of {len(relative)} corruptions"
+    return name, sum(relative.values()) / len(relative), relative
+
+
+def check_finite(logits: Tensor) -> None:
+    """Raise UserError where a logit is NaN or infinite."""
+    if not logits.isfinite().all():
+        raise UserError("the classifier gives logits that are not finite: check its weights and precision")
+
+
+def own_classifier(encoder: Encoder) -> Classifier:
+    """A timm network's own ImageNet head as a classifier; raises UserError unless it has 1000 classes."""
+    net = encoder.net
+    classes = getattr(net, "num_classes", 0)
+    if classes != CLASSES:
+        raise UserError(
+            f"{encoder.name} has a head of {classes} classes, not ImageNet's {CLASSES}: set robustness.classifier=probe"
+        )
+
+    @torch.inference_mode()
+    def classify(images: Tensor) -> Tensor:
+        return net.forward_head(net.forward_features(encoder.normalize(images.to(encoder.device)))).float()
+
+    return classify
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A classifier with what it needs to look at files."""
+
+    classify: Classifier
+    image_size: int
+    config: EvaluationConfig
+
+    def logits(self, files: list[Path], crop: float) -> Tensor:
+        """Logits [n, 1000] of pictures, of which the centred square of `crop` times the shorter side is seen."""
+        extract = self.config.extract
+        pictures = Pictures(files, self.image_size, crop)
+        loader = DataLoader(pictures, extract.batch_size, num_workers=extract.workers, worker_init_fn=prepare_worker)
+        found = torch.cat([self.classify(batch).float().cpu() for batch in loader])
+        if found.shape != (len(files), CLASSES):
+            raise UserError(f"the classifier gives {list(found.shape[1:])} logits a picture: it must give [{CLASSES}]")
+        return found
+
+
+class Pictures(Dataset):
+    """Files as uint8 [3, size, size]; raises UserError for one that cannot be read."""
+
+    def __init__(self, files: list[Path], size: int, crop: float) -> None:
+        self.files, self.size, self.crop = files, size, crop
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.files[index]
+        try:
+            image = decode_rgb(path, str(path))
+        except UnreadableImage as error:
+            raise UserError(f"picture {path} cannot be read: {error.reason} (fetch it again)") from error
+        side = self.crop * min(image.size)
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        return take_crop(image, (left, top, left + side, top + side), self.size, flip=False)
+
+
+def evaluate_variants(classify: Classifier, image_size: int, data: Path, config: EvaluationConfig) -> Outcome:
+    """Read every variant that lies in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c, imagenet-9.
+
+    Pictures are centre crops of `config.extract.crop`, resized to `image_size`; those of ImageNet-C and ImageNet-9, which
+    are published cropped to 224 pixels, are seen whole, as their authors do. Scores are top-1 accuracies in [0, 1], mCE
+    (1 is AlexNet) and BG-gap = accuracy(mixed_same) - accuracy(mixed_rand).
+
+    Raises UserError for a folder with no variant, a class folder that is none, missing severities, ImageNet-9 without
+    its authors' class map, an unreadable picture, and logits that are not finite or not 1000.
+    """
+    present = [name for name in VARIANTS if (data / name).is_dir()]
+    if not present:
+        raise UserError(f"--data {data} holds no variant of ImageNet: give a folder with any of {', '.join(VARIANTS)}")
+    # What is missing must show before hours go into what is there.
+    if "imagenet-c" in present:
+        corruption_folders(data / "imagenet-c")
+    if "imagenet-9" in present:
+        coarse_classes(data / "imagenet-9")
+    reader, scores, details = Reader(classify, image_size, config), {}, {}
+    for name in present:
+        found, details[name] = VARIANTS[name](reader, data / name)
+        scores |= {f"{name} {metric}": value for metric, value in found.items()}
+    return Outcome(scores, details)
+
+
+def read_subset(reader: Reader, folder: Path) -> tuple[dict, dict]:
+    """ImageNet-A or -R: top-1 among its 200 classes."""
+    among = subset_indices(folder.name.replace("-", "_"))
+    allowed = {wnid: index for wnid, index in class_index().items() if index in among}
+    files, labels = labelled_files(folder, allowed, f"one of its {len(allowed)} classes' WordNet ids")
+    score = accuracy(reader.logits(files, reader.config.extract.crop), labels, among=among)
+    return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
+
+
+def read_v2(reader: Reader, folder: Path) -> tuple[dict, dict]:
+    """ImageNet-V2: top-1; its authors name the folders by class number."""
+    known = class_index() | {str(index): index for index in range(CLASSES)}
+    files, labels = labelled_files(folder, known, "a class number from 0 to 999 or a WordNet id")
+    score = accuracy(reader.logits(files, reader.config.extract.crop), labels)
+    return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
+
+
+def read_corruptions(reader: Reader, folder: Path) -> tuple[dict, dict]:
+    """ImageNet-C: mCE."""
+    errors: dict[str, list[float]] = {}
+    for corruption, place in corruption_folders(folder).items():
+        errors[corruption] = []
+        for severity in SEVERITIES:
+            files, labels = labelled_files(place / severity, class_index(), "a WordNet id")
+            errors[corruption].append(1 - accuracy(reader.logits(files, 1.0), labels))
+    name, value, relative = mean_corruption_error(errors)
+    missing = [corruption for corruption in ALEXNET if corruption not in errors]
+    return {name: value}, {"corruption_errors": relative, "errors": errors, "missing": missing}
+
+
+def read_backgrounds(reader: Reader, folder: Path) -> tuple[dict, dict]:
+    """ImageNet-9: accuracy on every set of backgrounds, and BG-gap where both of its sets are there."""
+    coarse, scores, images = coarse_classes(folder), {}, {}
+    for name in BACKGROUNDS:
+        if not (folder / name).is_dir():
+            continue
+        known = {
+            child.name: int(child.name[:2]) for child in subfolders(folder / name / "val") if is_coarse(child.name)
+        }
+        files, labels = labelled_files(folder / name / "val", known, "a coarse class like 00_dog")
+        scores[name] = coarse_accuracy(reader.logits(files, 1.0), labels, coarse)
+        images[name] = len(files)
+    if not scores:
+        raise UserError(f"{folder} holds no set of backgrounds: give any of {', '.join(BACKGROUNDS)}")
+    if "mixed_same" in scores and "mixed_rand" in scores:
+        scores["BG-gap"] = scores["mixed_same"] - scores["mixed_rand"]
+    return scores, {"images": images, "missing": [name for name in BACKGROUNDS if name not in images]}
+
+
+VARIANTS = {
+    "imagenet-a": read_subset,
+    "imagenet-r": read_subset,
+    "imagenet-v2": read_v2,
+    "imagenet-c": read_corruptions,
+    "imagenet-9": read_backgrounds,
+}
+
+
+@cache
+def class_index() -> dict[str, int]:
+    """ImageNet's class number of every WordNet id."""
+    return {wnid: index for index, wnid in enumerate(ImageNetInfo().label_names())}
+
+
+@cache
+def subset_indices(name: str) -> tuple[int, ...]:
+    """Class numbers of "imagenet_a" or "imagenet_r", as timm lists them."""
+    return tuple(int(line) for line in pkgutil.get_data("timm.data", f"_info/{name}_indices.txt").split())
+
+
+def corruption_folders(folder: Path) -> dict[str, Path]:
+    """The folder of each of mCE's corruptions in `folder`, directly or in its group's; raises UserError."""
+    children = [child for child in subfolders(folder) if child.name not in GROUPS]
+    for group in GROUPS:
+        children += subfolders(folder / group) if (folder / group).is_dir() else []
+    found = {child.name: child for child in children}
+    for name in found:
+        if name not in ALEXNET and name not in EXTRA:
+            raise UserError(f"{found[name]}: '{name}' is no corruption of ImageNet-C: {suggest(name, ALEXNET)}")
+    found = {name: found[name] for name in ALEXNET if name in found}
+    if not found:
+        raise UserError(f"{folder} holds no corruption: give any of {', '.join(ALEXNET)}")
+    for place in found.values():
+        missing = [severity for severity in SEVERITIES if not (place / severity).is_dir()]
+        if missing:
+            raise UserError(f"{place} lacks severity {', '.join(missing)}: mCE needs the folders 1 to 5, fetch them")
+    return found
+
+
+def coarse_classes(folder: Path) -> Tensor:
+    """Coarse class [1000] of every ImageNet class, -1 for none, from the authors' file; raises UserError."""
+    path = folder / COARSE_MAP
+    if not path.is_file():
+        raise UserError(f"{path} is missing: copy {COARSE_MAP} from the repository MadryLab/backgrounds_challenge")
+    try:
+        table = {int(index): int(coarse) for index, coarse in json.loads(path.read_text()).items()}
+        return torch.tensor([table[index] for index in range(CLASSES)])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not give each of {CLASSES} classes a number: copy the authors' again") from error
+
+
+def is_coarse(name: str) -> bool:
+    """Whether a folder's name starts with a coarse class, as in 00_dog."""
+    return name[:2].isdecimal() and int(name[:2]) < 9 and name[2:3] == "_"
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders in `folder`, by name, without hidden ones; raises UserError where it is none."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (fetch it, or remove the one above)")
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+
+
+def labelled_files(folder: Path, known: Mapping[str, int], wanted: str) -> tuple[list[Path], Tensor]:
+    """Pictures in `folder`'s class folders, and their labels [n]; `known` is the label of every legal folder name."""
+    files, labels = [], []
+    for place in subfolders(folder):
+        if place.name not in known:
+            raise UserError(f"{place}: '{place.name}' is no class: name the folder by {wanted}")
+        here = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        files += here
+        labels += [known[place.name]] * len(here)
+    if not files:
+        raise UserError(f"{folder} holds no pictures: put them into folders named by {wanted}")
+    return files, torch.tensor(labels)

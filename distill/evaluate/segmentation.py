@@ -1,0 +1,111 @@
+"""Semantic segmentation by a linear head on frozen patches (UMT A.1: ADE20K at 512 px, mIoU)."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from distill.errors import UserError
+from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.datasets import Pairs, open_pairs, read_mask
+from distill.evaluate.dense import train_head
+from distill.evaluate.encoder import Encoder
+from distill.evaluate.extract import extract
+from distill.evaluate.outcome import Outcome
+from distill.evaluate.pictures import map_figure
+from distill.evaluate.windows import WindowLabels, WindowViews, merge_windows
+from distill.heads import LinearSegmenter, save_head
+
+ADE_CLASSES = 150
+SHOWN = 4
+"""Pictures in the figure."""
+
+LOOKED_AT = 64
+"""Masks that are searched for a second class where the number of classes is given."""
+
+
+def evaluate(
+    encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path, folder: Path, binding: dict
+) -> Outcome:
+    """Train the head on the training split, score mIoU and pixel accuracy on the validation split.
+
+    Writes `heads/segmentation.safetensors` and `segmentation.png`.
+    """
+    train, val = open_pairs(data, "train", "masks"), open_pairs(data, "val", "masks")
+    labels = Labelling(train, val, config)
+    size = encoder.fit(config.dense.size)
+    views = {split: WindowViews(pairs, size) for split, pairs in (("train", train), ("val", val))}
+    features = {
+        split: extract(encoder, view, cache, config.extract, patches=True, what=f"{split} windows")
+        for split, view in views.items()
+    }
+    head = LinearSegmenter(encoder.dims.patches, labels.classes)
+    targets = WindowLabels(views["train"], lambda n: labels.read(train, n)[1], max(1, size // config.dense.loss_stride))
+    device = encoder.device
+
+    def loss(logits: Tensor, truth: Tensor) -> Tensor:
+        logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
+        # a batch may hold ignored pixels only: the mean over none would be NaN
+        total = F.cross_entropy(logits, truth.long(), ignore_index=config.segmentation.ignore, reduction="sum")
+        return total / (truth != config.segmentation.ignore).sum().clamp_min(1)
+
+    train_head(head, lambda numbers: features["train"].patches(numbers).to(device), targets, loss, config, device)
+
+    metric = MulticlassJaccardIndex(
+        labels.classes, average="none", ignore_index=config.segmentation.ignore, zero_division=float("nan")
+    ).to(device)
+    right = counted = 0
+    shown = []
+    for number, windows in enumerate(views["val"].of_picture()):
+        picture, truth = labels.read(val, number)
+        predicted = segment(head, features["val"].patches(windows).to(device), views["val"], windows, picture.size)
+        truth = torch.from_numpy(truth).to(device)
+        metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
+        valid = truth != config.segmentation.ignore
+        right, counted = right + int((predicted == truth)[valid].sum()), counted + int(valid.sum())
+        if len(shown) < SHOWN:
+            shown.append((np.asarray(picture), truth.cpu().numpy(), predicted.cpu().numpy()))
+    per_class = metric.compute().tolist()
+    present = [value for value in per_class if not np.isnan(value)]
+    scores = {"mIoU": sum(present) / len(present), "pixel_accuracy": right / max(1, counted)}
+    about = {**binding, "output": "patches", "classes": labels.classes, "size": size, "scores": scores}
+    about["zero_is_ignored"] = labels.shift
+    path = save_head(folder / "heads", "segmentation", head, about)
+    figure = map_figure(folder / "segmentation.png", shown, labels.classes, config.segmentation.ignore)
+    details = {"size": size, "iou": [None if np.isnan(value) else value for value in per_class]}
+    return Outcome(scores, details, (figure, path))
+
+
+@torch.inference_mode()
+def segment(head: torch.nn.Module, patches: Tensor, views: WindowViews, numbers: list[int], size: tuple) -> Tensor:
+    """Labels [H, W] of a whole picture of `size` = (width, height) from the patches of its windows [n, h, w, d]."""
+    logits = head(patches)
+    return merge_windows(logits, [views.windows[n] for n in numbers], *size).argmax(0)
+
+
+class Labelling:
+    """What labels mean in this data set: how many classes, and whether 0 is one."""
+
+    def __init__(self, train: Pairs, val: Pairs, config: EvaluationConfig) -> None:
+        settings = config.segmentation
+        self.ignore = settings.ignore
+        self.shift = settings.zero == "ignore" or (settings.zero == "auto" and train.ade)
+        self.classes = settings.classes or (ADE_CLASSES if train.ade else None)
+        known = self.classes is not None
+        found: set[int] = set()
+        for number in range(min(len(train), LOOKED_AT) if known else len(train)):
+            found |= set(np.unique(self.read(train, number)[1]).tolist()) - {self.ignore}
+        if len(found) < 2:
+            raise UserError(
+                f"{train.maps[0].parent}: the training masks hold {len(found)} class only ({sorted(found)}): segmentation "
+                "needs two or more (check segmentation.zero and segmentation.ignore)"
+            )
+        if not known:
+            self.classes = max(found) + 1
+
+    def read(self, pairs: Pairs, number: int):  # noqa: ANN201 - picture and labels
+        """Picture and labels [H, W]; see `datasets.read_mask`."""
+        return read_mask(pairs, number, self.shift, self.classes, self.ignore)

