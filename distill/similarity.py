@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who.add_argument("--run", type=Path, metavar="RUN", help="the teachers of a finished run")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of pictures (default: packaged photographs)")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="pictures to look at (2000)")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="input side, to the nearest patch (default: each its own)")
     parser.add_argument("--on", choices=("summary", "patches"), default="summary", help="features to compare (summary)")
     parser.add_argument("--biased", action="store_true", help="the plain estimator, as in the paper")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
@@ -64,7 +65,7 @@ def run(asked: argparse.Namespace) -> int:
     from distill.pictures import open_pictures
     from distill.recipe_io import load_recipe
 
-    for name, value, least in (("--images", asked.images, 4), ("--batch-size", asked.batch_size, 1)):
+    for name, value, least in (("--images", asked.images, 4), ("--batch-size", asked.batch_size, 1), ("--size", asked.size or 32, 32)):
         if value < least:
             raise UserError(f"{name} {value} is too small: give {least} or more")
     if asked.device == "cuda" and not torch.cuda.is_available():
@@ -85,6 +86,8 @@ def run(asked: argparse.Namespace) -> int:
     count = min(asked.images, len(pictures))
     place = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
     encoders = [teacher_encoder(c, c.image_size, i, name).to(place) for i, (name, c) in enumerate(configs)]
+    for encoder in encoders:
+        encoder.image_size = encoder.fit(asked.size or encoder.image_size)
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
     cka, spreads = look(encoders, deployment, pictures, numbers, asked.on, asked.batch_size)
     matrix = cka.matrix(debiased=not asked.biased)

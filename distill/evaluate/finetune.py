@@ -91,7 +91,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
             )
     logits = predict(net.eval(), encoder, val, config)
     scores, report = accuracy(logits, torch.from_numpy(val.labels), train.classes)
-    return Outcome(scores, {"per_class": report, "epochs": settings.epochs, "last_loss": float(value)})
+    return Outcome(scores, {"per_class": report, "epochs": settings.epochs, "last_loss": value.item()})
 
 
 def build_classifier(encoder: Encoder, classes: int) -> nn.Module:

@@ -33,7 +33,7 @@ def cut_windows(picture: int, width: int, height: int) -> list[Window]:
     """Windows of a picture, left to right or top to bottom."""
     short, long = min(width, height), max(width, height)
     count = math.ceil(long / short - 1e-6)
-    starts = np.linspace(0, long - short, count)
+    starts = np.linspace(0, long - short, count).round()
     if width >= height:
         return [Window(picture, (float(s), 0.0, float(s + short), float(short))) for s in starts]
     return [Window(picture, (0.0, float(s), float(short), float(s + short))) for s in starts]
