@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who.add_argument("--run", type=Path, metavar="RUN", help="the teachers of a finished run")
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder of pictures (default: packaged photographs)")
     parser.add_argument("--images", type=int, default=2000, metavar="N", help="pictures to look at (2000)")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="input side, to the nearest patch (default: each its own)")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="input side, to the nearest patch (default: each its own)"
+    )
     parser.add_argument("--on", choices=("summary", "patches"), default="summary", help="features to compare (summary)")
     parser.add_argument("--biased", action="store_true", help="the plain estimator, as in the paper")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
@@ -65,7 +67,11 @@ def run(asked: argparse.Namespace) -> int:
     from distill.pictures import open_pictures
     from distill.recipe_io import load_recipe
 
-    for name, value, least in (("--images", asked.images, 4), ("--batch-size", asked.batch_size, 1), ("--size", asked.size or 32, 32)):
+    for name, value, least in (
+        ("--images", asked.images, 4),
+        ("--batch-size", asked.batch_size, 1),
+        ("--size", asked.size or 32, 32),
+    ):
         if value < least:
             raise UserError(f"{name} {value} is too small: give {least} or more")
     if asked.device == "cuda" and not torch.cuda.is_available():

@@ -56,7 +56,7 @@ def test_labels_agree_with_each_other():
         assert areas[0] > 0 and areas[1] > 0, "wall and floor are always seen"
         assert MASK_NAMES[2 + areas[2:].argmax()] == CLASSES[scene.label], "the class is that of the largest solid"
         # the floor comes nearer from the horizon down; the wall is nearly equally far everywhere
-        column = np.flatnonzero((scene.mask[-1] == 1))
+        column = np.flatnonzero(scene.mask[-1] == 1)
         assert (scene.depth[-1, column] < scene.depth[scene.mask == 0].min()).all()
 
 

@@ -142,7 +142,10 @@ def test_every_task_has_its_own_data_root(run, scenes, class_folders):
         (("resnet10t@missing.pth", "--data", "DATA"), "missing.pth"),
         ((), "no MODEL"),
         (("RUN", "--data", "DATA", "--tasks", "finetune", "--features", "dino"), "finetune trains the backbone"),
-        (("RUN", "--data", "DATA", "--tasks", "depth", "--features", "dino", "depth.head=dpt"), "four layers of the backbone"),
+        (
+            ("RUN", "--data", "DATA", "--tasks", "depth", "--features", "dino", "depth.head=dpt"),
+            "four layers of the backbone",
+        ),
         (("RUN", "--data", "DATA", "--tasks", "robustness"), "run --tasks linear first"),
         (("RUN", "--data", "DATA", "--tasks", "robustness", "robustness.classifier=own"), "1000"),
         (("DATA", "--data", "DATA"), "has no student.safetensors"),
@@ -236,5 +239,12 @@ def test_mistakes_in_similarity_are_one_line(tmp_path, arguments, words):
 def test_advice_follows_the_papers_labels():
     from distill.similarity import judge
 
-    for value, word in ((0.20, "low"), (0.3987, "low"), (0.5082, "best"), (0.5401, "moderate"), (0.5705, "high"), (0.81, "high")):
+    for value, word in (
+        (0.20, "low"),
+        (0.3987, "low"),
+        (0.5082, "best"),
+        (0.5401, "moderate"),
+        (0.5705, "high"),
+        (0.81, "high"),
+    ):
         assert word in judge("a", "b", value)

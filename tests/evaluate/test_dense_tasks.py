@@ -34,7 +34,9 @@ def test_segmentation_head_learns_and_its_iou_is_scikit_learns(tiny_vit, scenes,
     for number in range(len(val)):
         picture, labels = read_mask(val, number, False, 7, 255)
         truth.append(labels.ravel())
-        predicted.append(segment(head.module, features.patches([number]), views, [number], picture.size).numpy().ravel())
+        predicted.append(
+            segment(head.module, features.patches([number]), views, [number], picture.size).numpy().ravel()
+        )
     truth, predicted = np.concatenate(truth), np.concatenate(predicted)
     present = np.union1d(truth, predicted)
     iou = jaccard_score(truth, predicted, labels=present, average=None)
@@ -68,9 +70,10 @@ def test_ade20k_layout_ignores_label_zero(tmp_path, tiny_vit):
 
 @pytest.mark.parametrize("head", ["linear", "dpt"])
 def test_depth_head_beats_the_mean_and_its_errors_are_numpys(tiny_vit, tiny_cnn, scenes, tmp_path, head):
-    steps = 300 if head == "linear" else 40
+    steps, lr = (300, 1e-2) if head == "linear" else (40, 3e-3)
     config = settings(
-        depth={"head": head, "width": 16}, dense={"size": 64, "steps": steps, "batch_size": 8, "lr": 1e-2 if head == "linear" else 3e-3}
+        depth={"head": head, "width": 16},
+        dense={"size": 64, "steps": steps, "batch_size": 8, "lr": lr},
     )
     encoder = tiny_vit if head == "linear" else tiny_cnn
     found = depth.evaluate(encoder, scenes, config, tmp_path / "cache", tmp_path, {"student_sha256": "s"})

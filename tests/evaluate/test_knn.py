@@ -27,7 +27,10 @@ def test_votes_equal_scikit_learns_weighted_neighbours_in_any_blocks(block_gib):
     reference = KNeighborsClassifier(20, metric="cosine", weights=lambda d: torch.tensor((1 - d) / 0.07).exp().numpy())
     reference.fit(train, labels)
     torch.testing.assert_close(
-        (votes / votes.sum(1, keepdim=True)).double(), torch.tensor(reference.predict_proba(queries)), atol=1e-5, rtol=1e-4
+        (votes / votes.sum(1, keepdim=True)).double(),
+        torch.tensor(reference.predict_proba(queries)),
+        atol=1e-5,
+        rtol=1e-4,
     )
 
 

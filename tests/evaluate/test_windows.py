@@ -9,7 +9,9 @@ from distill.evaluate.datasets import open_pairs, read_depth
 from distill.evaluate.windows import WindowLabels, WindowViews, cut_windows, merge_windows
 
 
-@pytest.mark.parametrize(("width", "height", "count"), [(64, 64, 1), (100, 64, 2), (64, 200, 4), (128, 64, 2), (65, 64, 2)])
+@pytest.mark.parametrize(
+    ("width", "height", "count"), [(64, 64, 1), (100, 64, 2), (64, 200, 4), (128, 64, 2), (65, 64, 2)]
+)
 def test_windows_are_squares_that_cover_the_picture(width, height, count):
     windows = cut_windows(0, width, height)
     assert len(windows) == count

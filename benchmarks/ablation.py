@@ -1,0 +1,254 @@
+"""Does UMT help? Table 3's ablation, and plain heads, at a scale two CPU cores finish in half an hour.
+
+    python benchmarks/ablation.py --output runs/ablation
+
+Five ways to learn from the quickstart's three real teachers, over several seeds: plain heads per teacher, UMT, and UMT
+without its model token, cross-space or intra-space module; beside them the untrained student (a floor) and the teachers (a
+ceiling). The student is a small CNN (ResNet-10-T at 64 px, stride 16), the pictures drawn scenes (distill.scenes), of which
+no label is used in distilling. Reported: losses on pictures held out, and k-NN, linear probe and linear segmentation of the
+backbone and of two teachers' heads, mean and standard deviation over seeds.
+
+Writes ablation.json, ablation.md and ablation.png. What is there already is not computed again.
+"""
+
+import argparse
+import datetime
+import json
+import logging
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import torch
+
+from distill.checkpoint import git_commit, load_run
+from distill.data import centre_crop
+from distill.distributed import join_ranks
+from distill.evaluate.cast import Row, open_rows
+from distill.evaluate.datasets import open_classes, read_picture
+from distill.evaluate.encoder import teacher_encoder
+from distill.evaluate.settings import load_settings
+from distill.evaluate.tasks import TASKS, Context
+from distill.features import Features
+from distill.recipe_io import load_recipe
+from distill.scenes import write
+from distill.teachers import build_teacher
+from distill.train import StopSignal, train
+
+VARIANTS = {
+    "plain heads": ["method=plain"],
+    "UMT": [],
+    "UMT w/o model token": ["umt.model_token=false"],
+    "UMT w/o cross-space": ["umt.cross_space=false"],
+    "UMT w/o intra-space": ["umt.intra_space=false"],
+    "untrained": ["train.steps=1", "train.lr=1e-12", "train.min_lr=0", "train.warmup_steps=0"],
+}
+STUDENT = ["student.name=resnet10t", "student.image_size=64", "student.kwargs={output_stride: 16}"]
+INTERACTION = ["umt.space_dim=128", "umt.token_dim=128", "umt.groups=64"]
+READ_OUTS = ["backbone", "cls", "focus"]
+SCORES = {"knn": "top1", "linear": "top1", "segmentation": "mIoU"}
+SETTINGS = ["extract.workers=0", "dense.size=128", "dense.steps=300", "dense.lr=3e-3"]
+"""Of the evaluation, the same for everyone; the learning rate suits 400 pictures, not ADE20K."""
+
+
+def main() -> None:
+    """Prepare data and teachers' features, run every variant and seed, `--jobs` at a time, and sum up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), metavar="DIR", help="(runs/ablation)")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
+    parser.add_argument("--steps", type=int, default=330, metavar="N", help="optimizer steps of 32 pictures (330)")
+    parser.add_argument("--train", type=int, default=400, metavar="N", help="scenes to learn from (400)")
+    parser.add_argument("--val", type=int, default=200, metavar="N", help="scenes held out (200)")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one CPU thread each (2)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(cpu)")
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        run_one(asked, asked.one[0], int(asked.one[1]))
+        return
+    start = time.perf_counter()
+    scenes = asked.output / "scenes"
+    if not scenes.exists():
+        write(scenes, asked.train, asked.val, 128, seed=0)
+    # the first run fills the cache of teacher features alone; all others read it
+    wait_for([launch(asked, "untrained", 0)])
+    wait_for([launch(asked, "teachers", 0)])
+    waiting = [(v, s) for s in range(asked.seeds) for v in VARIANTS]
+    running: list[subprocess.Popen] = []
+    while waiting or running:
+        while waiting and len(running) < asked.jobs:
+            running.append(launch(asked, *waiting.pop(0)))
+        time.sleep(0.2)
+        wait_for([job for job in running if job.poll() is not None])
+        running = [job for job in running if job.poll() is None]
+    minutes = (time.perf_counter() - start) / 60
+    sum_up(asked, minutes)
+
+
+def launch(asked: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen:
+    """Start one run in a process of its own, on one thread: sums then come out in one order whatever runs beside."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", variant, str(seed)]
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(jobs: list[subprocess.Popen]) -> None:
+    """Wait for jobs; a failure ends the whole."""
+    for job in jobs:
+        if job.wait():
+            sys.exit(f"error: {' '.join(job.args[-2:])} failed (its message is above)")
+
+
+def run_one(asked: argparse.Namespace, variant: str, seed: int) -> None:
+    """Train, measure and write result.json, unless that is there."""
+    folder = asked.output / f"{variant.replace(' ', '-').replace('/', '')}-{seed}"
+    if (folder / "result.json").exists():
+        return
+    start = time.perf_counter()
+    torch.manual_seed(seed)
+    logging.getLogger().setLevel(logging.WARNING)
+    scenes = asked.output / "scenes"
+    recipe = load_recipe("quickstart", overrides(asked, VARIANTS.get(variant, []), seed))
+    result: dict = {"variant": variant, "seed": seed, "losses": {}, "scores": {}}
+    if variant == "teachers":
+        rows = []
+        for index, config in enumerate(recipe.teachers):
+            encoder = teacher_encoder(config, config.image_size, index, f"teacher-{config.label}").to(asked.device)
+            rows.append(Row(config.label, encoder, folder / config.label))
+    else:
+        with join_ranks(asked.device) as ranks, StopSignal() as stop:
+            train(recipe, folder, ranks, False, stop)
+        result["losses"] = held_out_losses(recipe, folder, scenes, asked.device)
+        rows = open_rows(str(folder), READ_OUTS, False, None, asked.device, folder / "evaluation")
+    trained = time.perf_counter()
+    for row in rows:
+        # scores of frozen features must not depend on the seed of the evaluation too
+        context = Context(row.encoder, scenes, load_settings(SETTINGS), folder / "cache", row.folder)
+        label = row.encoder.read_out if variant != "teachers" else row.name
+        result["scores"][label] = {t: TASKS[t].run(context).scores[name] for t, name in SCORES.items()}
+    result["seconds"] = {"train": trained - start, "evaluate": time.perf_counter() - trained}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(result, indent=1))
+    total = sum(result["losses"].get(part, 0) for part in ("token", "patches"))
+    print(f"{variant}, seed {seed}: held-out loss {total:.3f}, {result['seconds']}", flush=True)
+
+
+def overrides(asked: argparse.Namespace, variant: list[str], seed: int) -> list[str]:
+    """The recipe's changes; all runs share teachers, crops and the cache of the teachers' features."""
+    return [
+        "data.kind=folder", f"data.path={asked.output / 'scenes' / 'dense' / 'train' / 'images'}", "data.workers=0",
+        "data.repeats=4", "teacher_cache.views=4", f"teacher_cache.path={asked.output / 'teacher_cache'}",
+        f"train.steps={asked.steps}", "train.log_every=20", "checkpoint.every_steps=100000", *STUDENT, *INTERACTION,
+        f"train.device={asked.device}", *variant,
+    ] + ([f"train.seed={seed}"] if seed else [])  # fmt: skip
+
+
+@torch.no_grad()
+def held_out_losses(recipe, folder: Path, scenes: Path, device: str) -> dict[str, float]:  # noqa: ANN001 - a Recipe
+    """Losses of the trained method on the centre crops of the scenes held out: sums over teachers, and each."""
+    method = load_run(folder).method.to(device)
+    teachers = [build_teacher(t, recipe.teacher_runtime, i).to(device) for i, t in enumerate(recipe.teachers)]
+    files = open_classes(scenes, "val").files
+    sums: dict[str, float] = {}
+    for chosen in (files[i : i + 50] for i in range(0, len(files), 50)):
+        images = torch.stack([centre_crop(read_picture(path), 112) for path in chosen]).to(device)
+        targets = {t.label: Features(*t(images)) for t in teachers}
+        for name, value in method({"image": images}, targets).items():
+            sums[name] = sums.get(name, 0) + value.item() * len(chosen) / len(files)
+    return {name.removeprefix("loss."): value for name, value in sums.items()}
+
+
+def sum_up(asked: argparse.Namespace, minutes: float) -> None:
+    """Collect every result and write JSON, a Markdown table and a picture."""
+    results = [json.loads(path.read_text()) for path in sorted(asked.output.glob("*/result.json"))]
+    about = {
+        "command": f"python benchmarks/ablation.py --seeds {asked.seeds} --steps {asked.steps}",
+        "commit": git_commit(), "date": datetime.date.today().isoformat(), "minutes": round(minutes, 1),
+        "train_scenes": asked.train, "val_scenes": asked.val, "device": asked.device,
+    }  # fmt: skip
+    (asked.output / "ablation.json").write_text(json.dumps({"about": about, "results": results}, indent=1))
+    by_variant = {v: [r for r in results if r["variant"] == v and r["seed"] < asked.seeds] for v in VARIANTS}
+    (teachers,) = (r for r in results if r["variant"] == "teachers")
+    text = markdown(by_variant, teachers)
+    (asked.output / "ablation.md").write_text(text)
+    draw(asked.output / "ablation.png", by_variant, teachers)
+    print(text)
+    print(f"{about['command']}: {minutes:.1f} minutes, commit {about['commit'][:8]}, {about['date']}")
+    print(f"wrote {asked.output}/ablation.json, ablation.md, ablation.png")
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; NaN for what a variant does not have."""
+    if not values:
+        return math.nan, math.nan
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def collect(results: list[dict], read_out: str, task: str) -> list[float]:
+    """One score of every seed."""
+    return [r["scores"][read_out][task] for r in results]
+
+
+def markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
+    """Two tables: losses, and scores by what is read."""
+
+    def cell(values: list[float]) -> str:
+        mean, deviation = spread(values)
+        return "–" if math.isnan(mean) else f"{mean:.3f} ± {deviation:.3f}"
+
+    lines = ["| variant | seeds | Σ token loss L^m | Σ feature loss L^f |", "|---|---|---|---|"]
+    for variant, results in by_variant.items():
+        token = [r["losses"]["token"] for r in results if "token" in r["losses"]]
+        lines.append(
+            f"| {variant} | {len(results)} | {cell(token)} | {cell([r['losses']['patches'] for r in results])} |"
+        )
+    for read_out in READ_OUTS:
+        lines += ["", f"Features read: **{read_out}**", "", "| variant | k-NN top-1 | linear top-1 | linear mIoU |"]
+        lines.append("|---|---|---|---|")
+        for variant, results in by_variant.items():
+            lines.append(f"| {variant} | " + " | ".join(cell(collect(results, read_out, t)) for t in SCORES) + " |")
+        if read_out in teachers["scores"]:
+            found = teachers["scores"][read_out]
+            lines.append(f"| *teacher {read_out}* | " + " | ".join(f"{found[t]:.3f}" for t in SCORES) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None:
+    """Losses and scores as points with their spread, a line per variant, every seed a small dot."""
+    panels = [("held-out L^m", lambda r: r["losses"].get("token")), ("held-out L^f", lambda r: r["losses"]["patches"])]
+    panels += [
+        (f"{task} {name}: {read}", lambda r, t=task, o=read: r["scores"][o][t])
+        for read in READ_OUTS
+        for task, name in SCORES.items()
+    ]
+    figure, axes = plt.subplots(4, 3, figsize=(13, 10), layout="constrained", sharey=True)
+    axes[0, 2].set_axis_off()
+    places = [axes[0, 0], axes[0, 1], *axes[1:].flat]
+    names = list(by_variant)
+    for axis, (title, value) in zip(places, panels, strict=True):
+        for line, name in enumerate(names):
+            values = [v for v in map(value, by_variant[name]) if v is not None]
+            if values:
+                mean, deviation = spread(values)
+                axis.errorbar(mean, line, xerr=deviation, fmt="o", capsize=3, color="#1f77b4")
+                axis.plot(values, [line + 0.2] * len(values), ".", color="#999999", markersize=4)
+        read, task = title.split(": ")[-1], title.split()[0]
+        if read in teachers["scores"]:
+            axis.axvline(teachers["scores"][read][task], color="#d62728", linewidth=1, label="teacher")
+            axis.legend(frameon=False, fontsize=8)
+        axis.set_title(title, fontsize=10)
+        axis.set_yticks(range(len(names)), names)
+        axis.grid(alpha=0.3)
+    axes[0, 0].invert_yaxis()
+    figure.savefig(path, dpi=90)
+
+
+if __name__ == "__main__":
+    main()
