@@ -26,6 +26,11 @@ package:NAME instead (@random: none), features read after a block. Heads that ta
 Exit status: 0 done, 2 a mistake in what was asked, 1 a failure.
 """
 
+NAMES = (
+    "knn", "linear", "finetune", "zero-shot", "segmentation", "depth", "retrieval", "video", "robustness", "clusters",
+)  # fmt: skip
+"""Of the tasks; a copy for --help, which must not wait for torch to load (a test compares it)."""
+
 LAYOUTS = """\
 data layouts (--data ROOT; ROOT/classification, ROOT/dense, … go before ROOT itself where they exist):
   classification  {train,val}/CLASS/*.jpg
@@ -47,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, or timm name")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="set any key of --list")
-    parser.add_argument("--tasks", metavar="A,B", help="what to do (default: knn,linear)", default="knn,linear")
+    parser.add_argument(
+        "--tasks", metavar="A,B", default="knn,linear", help=f"of {', '.join(NAMES)} (default: knn,linear)"
+    )
     parser.add_argument("--data", action="append", metavar="[TASK=]ROOT", help="data; may be given per task")
     parser.add_argument(
         "--features", default="backbone", metavar="A,B", help="backbone, or teachers' labels (backbone)"
@@ -110,6 +117,10 @@ def run(asked: argparse.Namespace) -> int:
                 print(f"wrote     {file}")
     print(f"scores    {written}")
     print(f"picture   {picture}")
+    if Path(asked.model).is_dir():
+        print("next      see how alike its teachers are, or score it on your own labelled pictures:")
+        print(f"  python -m distill.similarity --run {asked.model}")
+        print(f"  python -m distill.evaluate {asked.model} --data ROOT --tasks knn,linear    (layouts: --list)")
     return 0
 
 

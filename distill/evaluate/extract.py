@@ -156,11 +156,12 @@ def batches(encoder: Encoder, views: Views, numbers: list[int], config: ExtractC
         views, batch_sampler=cuts, num_workers=min(config.workers, len(cuts)), pin_memory=device.type == "cuda",
         worker_init_fn=prepare_worker, multiprocessing_context="fork" if config.workers else None, generator=torch.Generator(),
     )  # fmt: skip
-    cast = torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
-    with torch.inference_mode(), cast:
-        for images in loader:
+    for images in loader:
+        # entered anew for every batch: a mode held across a yield would leak into the caller
+        cast = torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+        with torch.inference_mode(), cast:
             features = encoder(images.to(device, non_blocking=True))
-            yield {"summary": features.summary.cpu(), "patches": features.patches.cpu()}
+        yield {"summary": features.summary.cpu(), "patches": features.patches.cpu()}
 
 
 def finite(values: Tensor, kind: str, name: str) -> np.ndarray:

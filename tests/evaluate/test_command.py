@@ -14,8 +14,9 @@ from conftest import run_here, small_recipe
 from yaml import safe_dump
 
 from distill.checkpoint import load_run
-from distill.evaluate.__main__ import main
+from distill.evaluate.__main__ import NAMES, main
 from distill.evaluate.encoder import RunEncoder
+from distill.evaluate.tasks import TASKS
 from distill.heads import load_head
 from distill.similarity import main as similarity
 from distill.weights import tensors_sha256
@@ -188,6 +189,7 @@ def test_help_shows_examples(module):
 
 
 def test_list_names_every_task_and_setting():
+    assert tuple(TASKS) == NAMES
     done = call(main, "--list")
     assert done.returncode == 0
     assert all(word in done.stdout for word in ("video", "probe.rates", "depth.head", "ImageSets/2017/val.txt"))
