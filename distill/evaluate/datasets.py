@@ -191,6 +191,27 @@ def match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
     return Pairs(root, tuple(files), tuple(found), ade)
 
 
+def label_names(pairs: Pairs, classes: int) -> list[str]:
+    """Names of the labels from `classes.txt` (a line each) or ADE20K's objectInfo150.txt beside the data, else numbers.
+
+    Raises UserError where the names are not as many as the classes.
+    """
+    for name in ("classes.txt", "objectInfo150.txt"):
+        path = pairs.root / name
+        if not path.is_file():
+            continue
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in lines]
+        if name == "objectInfo150.txt":  # a header, then columns of which the last is "wall" or "building, edifice"
+            names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
+        if len(names) != classes:
+            raise UserError(
+                f"{path} names {len(names)} classes, the masks have {classes}: mend it, or set segmentation.classes"
+            )
+        return names
+    return [str(number) for number in range(classes)]
+
+
 def map_size(path: Path) -> tuple[int, int]:
     """(width, height) of a mask or depth file, from its header; raises UserError."""
     try:

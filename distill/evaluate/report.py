@@ -74,8 +74,8 @@ def best(results: Results, task: str, name: str) -> float:
     return min(values) if lower(name) else max(values)
 
 
-def write_json(path: Path, results: Results, about: dict[str, Any]) -> Path:
-    """Write `evaluation.json`, keeping what earlier runs found of other rows and tasks.
+def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[str, Any]) -> Path:
+    """Put one outcome into `evaluation.json`, keeping those of other rows and tasks.
 
     Every entry carries the settings, data, date and commit it was made with. Raises UserError for a damaged file.
     """
@@ -87,11 +87,12 @@ def write_json(path: Path, results: Results, about: dict[str, Any]) -> Path:
             raise UserError(f"{path} is damaged ({error}): move it away, or choose another --output") from error
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     made = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": git_commit()}
-    for row, outcomes in results.items():
-        for task, outcome in outcomes.items():
-            files = [str(file) for file in outcome.files]
-            entry = {"scores": outcome.scores, "details": outcome.details, "files": files}
-            rows.setdefault(row, {})[task] = entry | made | about | {"versions": versions}
+    entry = {"scores": outcome.scores, "details": outcome.details, "files": [str(file) for file in outcome.files]}
+    rows.setdefault(row, {})[task] = entry | made | about | {"versions": versions}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path.parent}: {error.strerror} (choose another --output)") from error
     text = json.dumps({"format": 1, "rows": rows}, indent=1, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text))
     return path

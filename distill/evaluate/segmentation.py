@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from distill.errors import UserError
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import Pairs, open_pairs, read_mask
+from distill.evaluate.datasets import Pairs, label_names, open_pairs, read_mask
 from distill.evaluate.dense import train_head
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
@@ -71,11 +71,12 @@ def evaluate(
     per_class = metric.compute().tolist()
     present = [value for value in per_class if not np.isnan(value)]
     scores = {"mIoU": sum(present) / len(present), "pixel_accuracy": right / max(1, counted)}
-    about = {**binding, "output": "patches", "classes": labels.classes, "size": size, "scores": scores}
+    about = {**binding, "output": "patches", "classes": labels.names, "size": size, "scores": scores}
     about["zero_is_ignored"] = labels.shift
     path = save_head(folder / "heads", "segmentation", head, about)
     figure = map_figure(folder / "segmentation.png", shown, labels.classes, config.segmentation.ignore)
-    details = {"size": size, "iou": [None if np.isnan(value) else value for value in per_class]}
+    iou = {name: None if np.isnan(value) else value for name, value in zip(labels.names, per_class, strict=True)}
+    details = {"size": size, "iou": iou}
     return Outcome(scores, details, (figure, path))
 
 
@@ -105,6 +106,7 @@ class Labelling:
             )
         if not known:
             self.classes = max(found) + 1
+        self.names = label_names(train, self.classes)
 
     def read(self, pairs: Pairs, number: int):  # noqa: ANN201 - picture and labels
         """Picture and labels [H, W]; see `datasets.read_mask`."""

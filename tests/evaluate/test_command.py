@@ -215,9 +215,10 @@ def test_similarity_reads_the_teachers_of_a_run_and_its_shared_space(run, tmp_pa
     assert done.returncode == 0, done.stderr
     assert "student's shared space" in done.stdout
     found = json.loads((tmp_path / "out" / "similarity.json").read_text())
-    assert found["names"] == ["cls", "mae", "dino"]
+    assert found["names"] == ["cls", "mae", "dino", "student"] and len(found["advice"]) == 3
+    names = ("cls", "mae", "dino")
     raw = next(row for row in found["spread"] if row["space"] == "teachers, raw")
-    assert raw["max/min"] == pytest.approx(max(raw[n] for n in found["names"]) / min(raw[n] for n in found["names"]))
+    assert raw["max/min"] == pytest.approx(max(raw[n] for n in names) / min(raw[n] for n in names))
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from sklearn.metrics import jaccard_score
 from distill.errors import TrainingError, UserError
 from distill.evaluate import depth, segmentation
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import open_pairs, read_depth, read_mask
+from distill.evaluate.datasets import label_names, open_pairs, read_depth, read_mask
 from distill.evaluate.dense import draw_batches, polynomial
 from distill.evaluate.depth import depth_errors, eigen_crop, silog
 from distill.evaluate.extract import extract
 from distill.evaluate.segmentation import segment
 from distill.evaluate.windows import WindowViews, merge_windows
 from distill.heads import load_head
+from distill.scenes import MASK_NAMES
 
 
 def settings(**sections) -> EvaluationConfig:
@@ -45,7 +46,7 @@ def test_segmentation_head_learns_and_its_iou_is_scikit_learns(tiny_vit, scenes,
     # better than calling every pixel by the commonest label
     commonest = np.bincount(truth).max() / len(truth)
     assert found.scores["pixel_accuracy"] > commonest + 0.1
-    assert head.about["classes"] == 7 and head.about["size"] == 64
+    assert head.about["classes"] == list(MASK_NAMES) and head.about["size"] == 64
     assert all(file.is_file() for file in found.files)
 
 
@@ -63,7 +64,7 @@ def test_ade20k_layout_ignores_label_zero(tmp_path, tiny_vit):
     config = settings()
     found = segmentation.evaluate(tiny_vit, tmp_path, config, tmp_path / "cache", tmp_path / "out", {})
     assert found.scores["pixel_accuracy"] > 0.9
-    ious = found.details["iou"]
+    ious = list(found.details["iou"].values())
     assert len(ious) == 150 and ious[0] is not None and ious[2:] == [None] * 148
     assert load_head(tmp_path / "out" / "heads" / "segmentation.safetensors").about["zero_is_ignored"] is True
 
@@ -172,6 +173,23 @@ def test_a_loss_that_explodes_is_named(tiny_vit, scenes, tmp_path):
     with pytest.raises(TrainingError, match="lower dense.lr"):
         segmentation.evaluate(tiny_vit, scenes, config, tmp_path / "cache", tmp_path, {})
     assert not (tmp_path / "heads").exists()
+
+
+def test_ade20k_names_come_from_its_own_table(tmp_path):
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / kind / split / "a.png")
+    rows = [
+        "Idx\tRatio\tTrain\tVal\tStuff\tName",
+        "1\t0.15\t11664\t1172\t1\twall",
+        "2\t0.1\t6046\t612\t1\tbuilding, edifice",
+    ]
+    (tmp_path / "objectInfo150.txt").write_text("\n".join(rows))
+    pairs = open_pairs(tmp_path, "train", "masks")
+    assert label_names(pairs, 2) == ["wall", "building"]
+    with pytest.raises(UserError, match="names 2 classes, the masks have 3"):
+        label_names(pairs, 3)
 
 
 def broken_masks(folder, how):
