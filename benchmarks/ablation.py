@@ -44,12 +44,12 @@ from distill.teachers import build_teacher
 from distill.train import StopSignal, train
 
 VARIANTS = {
+    "untrained": ["train.steps=1", "train.lr=1e-12", "train.min_lr=0", "train.warmup_steps=0"],
     "plain heads": ["method=plain"],
     "UMT": [],
     "UMT w/o model token": ["umt.model_token=false"],
     "UMT w/o cross-space": ["umt.cross_space=false"],
     "UMT w/o intra-space": ["umt.intra_space=false"],
-    "untrained": ["train.steps=1", "train.lr=1e-12", "train.min_lr=0", "train.warmup_steps=0"],
 }
 STUDENT = ["student.name=resnet10t", "student.image_size=64", "student.kwargs={output_stride: 16}"]
 INTERACTION = ["umt.space_dim=128", "umt.token_dim=128", "umt.groups=64"]
@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), metavar="DIR", help="(runs/ablation)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
-    parser.add_argument("--steps", type=int, default=330, metavar="N", help="optimizer steps of 32 pictures (330)")
+    parser.add_argument("--steps", type=int, default=260, metavar="N", help="optimizer steps of 32 pictures (260)")
     parser.add_argument("--train", type=int, default=400, metavar="N", help="scenes to learn from (400)")
     parser.add_argument("--val", type=int, default=200, metavar="N", help="scenes held out (200)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one CPU thread each (2)")
@@ -78,11 +78,11 @@ def main() -> None:
     scenes = asked.output / "scenes"
     if not scenes.exists():
         write(scenes, asked.train, asked.val, 128, seed=0)
-    # the first run fills the cache of teacher features alone; all others read it
-    wait_for([launch(asked, "untrained", 0)])
-    wait_for([launch(asked, "teachers", 0)])
     waiting = [(v, s) for s in range(asked.seeds) for v in VARIANTS]
-    running: list[subprocess.Popen] = []
+    # the first run fills the cache of the teachers' features, beside it the teachers are scored; all others read the cache
+    running = [launch(asked, *waiting.pop(0)), launch(asked, "teachers", 0)]
+    wait_for(running)
+    running = []
     while waiting or running:
         while waiting and len(running) < asked.jobs:
             running.append(launch(asked, *waiting.pop(0)))

@@ -82,8 +82,13 @@ class Extracted:
 
     def summaries(self) -> Tensor:
         """float32 [n, d]."""
-        shards = range(-(-self.n // self.shard_size))
-        return torch.from_numpy(np.concatenate([np.load(shard_path(self.folder, s, "summary")) for s in shards]))
+        found = None
+        for shard in range(-(-self.n // self.shard_size)):
+            part = torch.from_numpy(np.load(shard_path(self.folder, shard, "summary")))
+            # filled in place: ImageNet's are 4 GB, and joining a list of parts would need twice that
+            found = torch.empty(self.n, part.shape[1]) if found is None else found
+            found[shard * self.shard_size :][: len(part)] = part
+        return found
 
     def patches(self, numbers: Sequence[int]) -> Tensor:
         """float32 [len(numbers), h, w, d] of the views asked for."""
