@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), metavar="DIR", help="(runs/ablation)")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
-    parser.add_argument("--steps", type=int, default=260, metavar="N", help="optimizer steps of 32 pictures (260)")
+    parser.add_argument("--steps", type=int, default=240, metavar="N", help="optimizer steps of 32 pictures (240)")
     parser.add_argument("--train", type=int, default=400, metavar="N", help="scenes to learn from (400)")
     parser.add_argument("--val", type=int, default=200, metavar="N", help="scenes held out (200)")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one CPU thread each (2)")
@@ -76,21 +76,28 @@ def main() -> None:
         return
     start = time.perf_counter()
     scenes = asked.output / "scenes"
-    if not scenes.exists():
+    if not (scenes / "scenes.json").exists():  # written last
         write(scenes, asked.train, asked.val, 128, seed=0)
-    waiting = [(v, s) for s in range(asked.seeds) for v in VARIANTS]
-    # the first run fills the cache of the teachers' features, beside it the teachers are scored; all others read the cache
-    running = [launch(asked, *waiting.pop(0)), launch(asked, "teachers", 0)]
-    wait_for(running)
-    running = []
+    # each seed's first run fills that seed's cache of the teachers' features (crops differ by seed); its others read it
+    seeds = range(asked.seeds)
+    run_all(asked, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
+    run_all(asked, [(variant, seed) for seed in seeds for variant in VARIANTS if variant != "untrained"])
+    sum_up(asked, (time.perf_counter() - start) / 60)
+
+
+def run_all(asked: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
+    """Run variants and seeds, `--jobs` at a time; a failure ends them all."""
+    running: list[subprocess.Popen] = []
     while waiting or running:
         while waiting and len(running) < asked.jobs:
             running.append(launch(asked, *waiting.pop(0)))
         time.sleep(0.2)
-        wait_for([job for job in running if job.poll() is not None])
+        for job in running:
+            if job.poll():
+                for other in running:
+                    other.kill()
+                sys.exit(f"error: {' '.join(job.args[-2:])} failed (its message is above)")
         running = [job for job in running if job.poll() is None]
-    minutes = (time.perf_counter() - start) / 60
-    sum_up(asked, minutes)
 
 
 def launch(asked: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen:
@@ -99,24 +106,22 @@ def launch(asked: argparse.Namespace, variant: str, seed: int) -> subprocess.Pop
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def wait_for(jobs: list[subprocess.Popen]) -> None:
-    """Wait for jobs; a failure ends the whole."""
-    for job in jobs:
-        if job.wait():
-            sys.exit(f"error: {' '.join(job.args[-2:])} failed (its message is above)")
-
-
 def run_one(asked: argparse.Namespace, variant: str, seed: int) -> None:
     """Train, measure and write result.json, unless that is there."""
     folder = asked.output / f"{variant.replace(' ', '-').replace('/', '')}-{seed}"
+    made_with = {"steps": asked.steps, "train": asked.train, "val": asked.val, "device": asked.device}
     if (folder / "result.json").exists():
+        before = json.loads((folder / "result.json").read_text())["made_with"]
+        if before != made_with:
+            sys.exit(f"error: {folder} was made with {before}, now {made_with} is asked: choose another --output")
         return
     start = time.perf_counter()
     torch.manual_seed(seed)
     logging.getLogger().setLevel(logging.WARNING)
     scenes = asked.output / "scenes"
     recipe = load_recipe("quickstart", overrides(asked, VARIANTS.get(variant, []), seed))
-    result: dict = {"variant": variant, "seed": seed, "losses": {}, "scores": {}}
+    result: dict = {"variant": variant, "seed": seed, "made_with": made_with, "commit": git_commit()}
+    result |= {"losses": {}, "scores": {}}
     if variant == "teachers":
         rows = []
         for index, config in enumerate(recipe.teachers):
@@ -129,7 +134,6 @@ def run_one(asked: argparse.Namespace, variant: str, seed: int) -> None:
         rows = open_rows(str(folder), READ_OUTS, False, None, asked.device, folder / "evaluation")
     trained = time.perf_counter()
     for row in rows:
-        # scores of frozen features must not depend on the seed of the evaluation too
         context = Context(row.encoder, scenes, load_settings(SETTINGS), folder / "cache", row.folder)
         label = row.encoder.read_out if variant != "teachers" else row.name
         result["scores"][label] = {t: TASKS[t].run(context).scores[name] for t, name in SCORES.items()}
@@ -141,13 +145,13 @@ def run_one(asked: argparse.Namespace, variant: str, seed: int) -> None:
 
 
 def overrides(asked: argparse.Namespace, variant: list[str], seed: int) -> list[str]:
-    """The recipe's changes; all runs share teachers, crops and the cache of the teachers' features."""
+    """The recipe's changes; the runs of a seed share crops and the cache of the teachers' features."""
     return [
         "data.kind=folder", f"data.path={asked.output / 'scenes' / 'dense' / 'train' / 'images'}", "data.workers=0",
-        "data.repeats=4", "teacher_cache.views=4", f"teacher_cache.path={asked.output / 'teacher_cache'}",
+        "data.repeats=4", "teacher_cache.views=4", f"teacher_cache.path={asked.output / f'teacher_cache-{seed}'}",
         f"train.steps={asked.steps}", "train.log_every=20", "checkpoint.every_steps=100000", *STUDENT, *INTERACTION,
-        f"train.device={asked.device}", *variant,
-    ] + ([f"train.seed={seed}"] if seed else [])  # fmt: skip
+        f"train.device={asked.device}", f"train.seed={seed}", *variant,
+    ]  # fmt: skip
 
 
 @torch.no_grad()
@@ -169,7 +173,7 @@ def sum_up(asked: argparse.Namespace, minutes: float) -> None:
     """Collect every result and write JSON, a Markdown table and a picture."""
     results = [json.loads(path.read_text()) for path in sorted(asked.output.glob("*/result.json"))]
     about = {
-        "command": f"python benchmarks/ablation.py --seeds {asked.seeds} --steps {asked.steps}",
+        "command": " ".join(["python", "benchmarks/ablation.py", *sys.argv[1:]]),
         "commit": git_commit(), "date": datetime.date.today().isoformat(), "minutes": round(minutes, 1),
         "train_scenes": asked.train, "val_scenes": asked.val, "device": asked.device,
     }  # fmt: skip
@@ -180,6 +184,9 @@ def sum_up(asked: argparse.Namespace, minutes: float) -> None:
     (asked.output / "ablation.md").write_text(text)
     draw(asked.output / "ablation.png", by_variant, teachers)
     print(text)
+    commits = {r["commit"] for r in results}
+    if commits != {about["commit"]}:
+        print(f"note: results are of commits {', '.join(sorted(c[:8] for c in commits))}")
     print(f"{about['command']}: {minutes:.1f} minutes, commit {about['commit'][:8]}, {about['date']}")
     print(f"wrote {asked.output}/ablation.json, ablation.md, ablation.png")
 

@@ -75,7 +75,7 @@ class Student(nn.Module):
         elif len(shape) == 4:
             height = shape[1] if self.channels_at_end else shape[2]
             self.family, self.width = "cnn", shape[-1] if self.channels_at_end else shape[1]
-            self.stride = config.image_size // height
+            self.stride = map_stride(self.net, config.image_size, height)
         else:
             raise UserError(
                 f"student '{config.name}' has no spatial features (its last ones are {len(shape)}-d): "
@@ -102,6 +102,18 @@ class Student(nn.Module):
         """Names of parameters (position embedding, class token) that timm keeps out of weight decay."""
         skip = self.net.no_weight_decay() if hasattr(self.net, "no_weight_decay") else set()
         return {f"net.{name}" for name in skip}
+
+
+def map_stride(net: nn.Module, size: int, height: int) -> int:
+    """Pixels per position of a CNN whose map is `height` high for pictures of `size` pixels.
+
+    timm's own figure where there is one: 112 pixels make a map of 4 at stride 32, not at 28.
+    """
+    info = getattr(net, "feature_info", None)
+    reduction = info[-1]["reduction"] if info else None
+    if isinstance(reduction, int) and -(-size // reduction) == height:
+        return reduction
+    return max(1, size // height)
 
 
 def freeze_unused(net: nn.Module, probe: nn.Module, output: Tensor) -> None:

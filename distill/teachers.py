@@ -103,8 +103,8 @@ class Teacher(nn.Module):
         (found,) = self.net.forward_intermediates(
             pixels, indices=[self.config.block], norm=tokens, intermediates_only=True, **options
         )
-        if not tokens:
-            return found
+        if not tokens:  # timm gives maps channels first, whatever the network's own order
+            return found.permute(0, 2, 3, 1) if getattr(self.net, "output_fmt", "NCHW") == "NHWC" else found
         patches, prefix = found if isinstance(found, tuple) else (found, None)
         return patches if prefix is None else torch.cat((prefix, patches), dim=1)
 

@@ -145,6 +145,8 @@ def load_into(model: nn.Module, state: dict[str, Tensor], source: str, needs_hea
     if extra:
         log.debug("%s: %d tensors beside the backbone are not used (%s, …)", source, len(extra), extra[0])
     model.load_state_dict({name: state[name].to(expected[name].dtype) for name in expected if name in state}, False)
+    # whoever wants to read classes must know that nobody trained them
+    model.classifier_loaded = any(name in state for name in expected if name.startswith(classifier))
 
 
 def classifier_names(model: nn.Module) -> tuple[str, ...]:

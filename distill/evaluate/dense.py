@@ -31,7 +31,6 @@ def train_head(
     over the head's. Raises TrainingError for a loss that is no number.
     """
     dense = config.dense
-    torch.manual_seed(config.seed)
     head.to(device).train()
     groups = [{"params": list(head.parameters()), "scale": 1.0}]
     if backbone[0]:

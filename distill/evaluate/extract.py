@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+SUMMARIES_A_SHARD = 8
+"""How many times more views a shard of summaries alone holds than one with patches."""
+
+
 class Views(Protocol):
     """Pictures of one size, by number."""
 
@@ -108,14 +112,19 @@ def extract(
 
     Raises UserError for features that are not finite or exceed float16, and for pictures that cannot be read.
     """
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if encoder.device.type == "cuda" else "fp32"
+    # summaries are small: with as few files as patches need, a GPU would wait for the disk's confirmations
+    size = config.shard_size if patches else SUMMARIES_A_SHARD * config.shard_size
     key = hashlib.sha256()
-    for part in (encoder.fingerprint(), views.fingerprint(), str(patches), config.precision, str(config.shard_size)):
+    for part in (encoder.fingerprint(), views.fingerprint(), str(patches), precision, str(size)):
         key.update(part.encode())
     folder = cache / f"{encoder.name}-{encoder.read_out}-{key.hexdigest()[:16]}"
     kinds = ("summary", "patches") if patches else ("summary",)
-    shards = -(-len(views) // config.shard_size)
+    shards = -(-len(views) // size)
     missing = [shard for shard in range(shards) if not whole(folder, shard, kinds)]
-    found = Extracted(folder, len(views), config.shard_size)
+    found = Extracted(folder, len(views), size)
     if not missing:
         log.info("%s: all %d views of %s are in the cache", what, len(views), encoder.name)
         return found
@@ -123,17 +132,19 @@ def extract(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make {folder}: {error.strerror} (choose another --output)") from error
-    numbers = [n for shard in missing for n in shard_range(shard, len(views), config.shard_size)]
+    numbers = [n for shard in missing for n in shard_range(shard, len(views), size)]
     start, done = time.perf_counter(), 0
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     queue = iter(missing)
     shard = next(queue)
-    for batch in follow(batches(encoder, views, numbers, config), len(numbers), f"{what}, {encoder.name}"):
+    for batch in follow(
+        batches(encoder, views, numbers, kinds, precision, size, config), len(numbers), f"{what}, {encoder.name}"
+    ):
         for kind in kinds:
-            parts[kind].append(finite(batch[kind], kind, encoder.name))
+            parts[kind].append(fits(batch[kind], kind, encoder.name))
         done += len(batch["summary"])
         # the loader's batches never straddle two shards
-        if sum(len(part) for part in parts["summary"]) == len(shard_range(shard, len(views), config.shard_size)):
+        if sum(len(part) for part in parts["summary"]) == len(shard_range(shard, len(views), size)):
             keep(folder, shard, {kind: np.concatenate(parts[kind]) for kind in kinds})
             parts = {kind: [] for kind in kinds}
             shard = next(queue, None)
@@ -142,43 +153,51 @@ def extract(
     return found
 
 
-def batches(encoder: Encoder, views: Views, numbers: list[int], config: ExtractConfig):  # noqa: ANN201 - a generator
-    """Features of the views asked for as dicts of tensors on the CPU, batch by batch."""
+def batches(  # noqa: ANN201 - a generator
+    encoder: Encoder,
+    views: Views,
+    numbers: list[int],
+    kinds: Sequence[str],
+    precision: str,
+    size: int,
+    config: ExtractConfig,
+):
+    """The wanted kinds of features of the views asked for, as dicts of tensors on the CPU, batch by batch.
+
+    A batch never straddles two shards of `size` views. Patches leave the device in half precision, as they are kept.
+    """
     cuts: list[list[int]] = []
     for number in numbers:
-        if (
-            not cuts
-            or len(cuts[-1]) == config.batch_size
-            or number // config.shard_size != cuts[-1][0] // config.shard_size
-        ):
+        if not cuts or len(cuts[-1]) == config.batch_size or number // size != cuts[-1][0] // size:
             cuts.append([])
         cuts[-1].append(number)
     device = encoder.device
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
     loader = DataLoader(
         views, batch_sampler=cuts, num_workers=min(config.workers, len(cuts)), pin_memory=device.type == "cuda",
-        worker_init_fn=prepare_worker, multiprocessing_context="fork" if config.workers else None, generator=torch.Generator(),
+        worker_init_fn=prepare_worker, multiprocessing_context="fork" if config.workers else None,
+        generator=torch.Generator(),
     )  # fmt: skip
     for images in loader:
         # entered anew for every batch: a mode held across a yield would leak into the caller
         cast = torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
         with torch.inference_mode(), cast:
             features = encoder(images.to(device, non_blocking=True))
-        yield {"summary": features.summary.cpu(), "patches": features.patches.cpu()}
+            found = {kind: getattr(features, kind) for kind in kinds}
+            bad = {kind: ~torch.isfinite(values).all() for kind, values in found.items()}
+            found = {kind: values.half() if kind == "patches" else values.float() for kind, values in found.items()}
+        for kind, verdict in bad.items():
+            if verdict:
+                raise UserError(
+                    f"{encoder.name}: its {kind} features hold NaN or infinity: check its weights (and extract.precision)"
+                )
+        yield {kind: values.cpu() for kind, values in found.items()}
 
 
-def finite(values: Tensor, kind: str, name: str) -> np.ndarray:
-    """float32 summaries or float16 patches; raises UserError for values that are no numbers or do not fit."""
-    if not torch.isfinite(values).all():
-        raise UserError(f"{name}: its {kind} features hold NaN or infinity: check its weights (and extract.precision)")
-    if kind == "summary":
-        return values.float().numpy()
-    half = values.half()
-    if torch.isinf(half).any():
+def fits(values: Tensor, kind: str, name: str) -> np.ndarray:
+    """The array to keep; raises UserError for patches that float16 cannot hold (they were finite before)."""
+    if kind == "patches" and torch.isinf(values).any():
         raise UserError(f"{name}: its patches exceed float16's 65504: standardise the network's output")
-    return half.numpy()
+    return values.numpy()
 
 
 def shard_range(shard: int, views: int, size: int) -> range:

@@ -42,6 +42,7 @@ def evaluate(
         split: extract(encoder, view, cache, config.extract, patches=True, what=f"{split} windows")
         for split, view in views.items()
     }
+    torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
     head = LinearSegmenter(encoder.dims.patches, labels.classes)
     targets = WindowLabels(views["train"], lambda n: labels.read(train, n)[1], max(1, size // config.dense.loss_stride))
     device = encoder.device

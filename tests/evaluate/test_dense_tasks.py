@@ -144,16 +144,28 @@ def test_dpt_layers_are_the_networks_own(tiny_vit, tiny_cnn):
     torch.testing.assert_close(stages[1][0], stages[1][1].mean((1, 2)))
 
 
-def test_backbone_trains_along_when_asked_and_then_no_head_is_saved(tiny_cnn, scenes, tmp_path):
-    import copy
-
-    encoder = copy.deepcopy(tiny_cnn)
-    before = {name: p.clone() for name, p in encoder.net.named_parameters()}
+def test_backbone_trains_along_in_a_copy_and_then_no_head_is_saved(tiny_cnn, scenes, tmp_path, monkeypatch):
+    seen = []
+    original = depth.open_backbone
+    monkeypatch.setattr(depth, "open_backbone", lambda encoder: seen.append(encoder) or original(encoder))
+    before = {name: value.clone() for name, value in tiny_cnn.state_dict().items()}
     config = settings(depth={"head": "dpt", "width": 8, "backbone_lr": 0.1}, dense={"size": 64, "steps": 3})
-    depth.evaluate(encoder, scenes, config, tmp_path / "cache", tmp_path, {})
-    changed = [name for name, p in encoder.net.named_parameters() if not torch.equal(p, before[name])]
-    assert any(name.startswith("layer1") for name in changed)
+    depth.evaluate(tiny_cnn, scenes, config, tmp_path / "cache", tmp_path, {})
+    after = seen[0].state_dict()
+    changed = [name for name in before if not torch.equal(after[name], before[name])]
+    assert any("layer1" in name and "weight" in name for name in changed)
+    assert all(torch.equal(value, before[name]) for name, value in tiny_cnn.state_dict().items())
     assert not (tmp_path / "heads").exists()
+
+
+def test_a_head_does_not_depend_on_what_ran_before(tiny_vit, scenes, tmp_path):
+    config = settings(dense={"size": 64, "steps": 3})
+    scores = []
+    for draws in (0, 5):
+        torch.rand(draws)
+        found = segmentation.evaluate(tiny_vit, scenes, config, tmp_path / "cache", tmp_path / str(draws), {})
+        scores.append(found.scores)
+    assert scores[0] == scores[1]
 
 
 def test_learning_rate_warms_up_and_falls():

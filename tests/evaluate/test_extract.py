@@ -61,33 +61,33 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tiny_vit, views, tmp_path)
             return super().forward(images)
 
     with pytest.raises(KeyboardInterrupt):
-        extract(Stops(tiny_vit), views, tmp_path, CONFIG)
+        extract(Stops(tiny_vit), views, tmp_path, CONFIG, patches=True)
     rest = Counting(tiny_vit)
-    found = extract(rest, views, tmp_path, CONFIG)
+    found = extract(rest, views, tmp_path, CONFIG, patches=True)
     assert rest.seen == len(views) - 5, "the first shard of five was kept"
-    whole = extract(tiny_vit, views, tmp_path / "fresh", CONFIG)
+    whole = extract(tiny_vit, views, tmp_path / "fresh", CONFIG, patches=True)
     torch.testing.assert_close(found.summaries(), whole.summaries(), rtol=0, atol=0)
 
 
 def test_a_damaged_shard_is_computed_again(tiny_vit, views, tmp_path, caplog):
-    before = extract(tiny_vit, views, tmp_path, CONFIG).summaries()
+    before = extract(tiny_vit, views, tmp_path, CONFIG, patches=True).summaries()
     (path,) = tmp_path.glob("*/shard_000001.summary.npy")
     data = bytearray(path.read_bytes())
     data[-3] ^= 0xFF
     path.write_bytes(data)
     encoder = Counting(tiny_vit)
-    after = extract(encoder, views, tmp_path, CONFIG).summaries()
+    after = extract(encoder, views, tmp_path, CONFIG, patches=True).summaries()
     assert encoder.seen == 5 and "does not match its sha256" in caplog.text
     torch.testing.assert_close(after, before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", json.dumps({"summary": "0" * 64})])
 def test_a_damaged_marker_is_not_trusted(tiny_vit, views, tmp_path, text):
-    extract(tiny_vit, views, tmp_path, CONFIG)
+    extract(tiny_vit, views, tmp_path, CONFIG, patches=True)
     (marker,) = tmp_path.glob("*/shard_000000.json")
     marker.write_text(text)
     encoder = Counting(tiny_vit)
-    extract(encoder, views, tmp_path, CONFIG)
+    extract(encoder, views, tmp_path, CONFIG, patches=True)
     assert encoder.seen == 5
 
 
