@@ -186,6 +186,10 @@ def load_head(path: Path, student_sha256: str | None = None) -> Head:
         raise UserError(f"{path} is damaged or half-written ({error}): train the head again") from error
     if metadata.get("kind") not in KINDS:
         raise UserError(f"{path} is no head of distill.evaluate: its metadata name no known kind")
+    if metadata.get("format") != str(FORMAT):
+        raise UserError(
+            f"{path} is of format {metadata.get('format')}, this version reads {FORMAT}: train the head again"
+        )
     if tensors_sha256(weights) != metadata.get("sha256"):
         raise UserError(f"{path} does not match its recorded sha256: it is damaged; train the head again")
     about = json.loads(metadata["about"])

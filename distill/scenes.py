@@ -9,6 +9,8 @@ ray's parameter is the depth along the optical axis, in metres, as depth cameras
 
 import argparse
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -269,19 +271,27 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
             raise UserError(f"{name} {value} is too small: give {least} or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds files: choose another --output")
-    for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
-        for number in track(numbers, description=f"scenes {split}", disable=not sys.stdout.isatty()):
-            scene = render(seed, number, size)
-            name = f"{number:06d}.png"
-            picture = Image.fromarray(scene.image)
-            save(picture, folder / "classification" / split / CLASSES[scene.label] / name)
-            save(picture, folder / "dense" / split / "images" / name)
-            save(Image.fromarray(scene.mask), folder / "dense" / split / "masks" / name)
-            millimetres = (scene.depth * DEPTH_SCALE).round().astype(np.uint16)
-            save(Image.fromarray(millimetres), folder / "dense" / split / "depth" / name)
-    (folder / "dense" / "classes.txt").write_text("".join(f"{name}\n" for name in MASK_NAMES))
-    about = {"classes": CLASSES, "masks": MASK_NAMES, "size": size, "seed": seed, "train": train, "val": val}
-    (folder / "scenes.json").write_text(json.dumps({"made_by": "distill.scenes", **about}, indent=2))
+    # drawn aside and renamed: a folder of this name is always whole
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
+            for number in track(numbers, description=f"scenes {split}", disable=not sys.stdout.isatty()):
+                scene = render(seed, number, size)
+                name = f"{number:06d}.png"
+                picture = Image.fromarray(scene.image)
+                save(picture, aside / "classification" / split / CLASSES[scene.label] / name)
+                save(picture, aside / "dense" / split / "images" / name)
+                save(Image.fromarray(scene.mask), aside / "dense" / split / "masks" / name)
+                millimetres = (scene.depth * DEPTH_SCALE).round().astype(np.uint16)
+                save(Image.fromarray(millimetres), aside / "dense" / split / "depth" / name)
+        (aside / "dense" / "classes.txt").write_text("".join(f"{name}\n" for name in MASK_NAMES))
+        about = {"classes": CLASSES, "masks": MASK_NAMES, "size": size, "seed": seed, "train": train, "val": val}
+        (aside / "scenes.json").write_text(json.dumps({"made_by": "distill.scenes", **about}, indent=2))
+        if folder.exists():
+            folder.rmdir()
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     print(f"scenes    {folder} ({train} + {val} drawings of {size} px)")
 
 

@@ -62,7 +62,7 @@ def run(asked: argparse.Namespace) -> int:
 
     from distill.checkpoint import load_run, write_atomically
     from distill.config import DataConfig
-    from distill.evaluate.encoder import RunEncoder, parse_model, teacher_encoder
+    from distill.evaluate.encoder import RunEncoder, named_encoder, teacher_encoder
     from distill.evaluate.representation import teacher_variance
     from distill.methods.deployment import BACKBONE
     from distill.pictures import open_pictures
@@ -79,27 +79,29 @@ def run(asked: argparse.Namespace) -> int:
         raise UserError("--device cuda: no CUDA device here (use --device cpu)")
     deployment = finished = None
     if asked.teachers:
-        configs = [(text, parse_model(text)) for text in asked.teachers]
+        names = asked.teachers
     else:
         finished = load_run(asked.run) if asked.run else None
         recipe = finished.recipe if finished else load_recipe(asked.recipe, [])
         deployment = finished.method.deploy() if finished else None
-        configs = [(teacher.label, teacher) for teacher in recipe.teachers]
-    names = [name for name, _ in configs]
+        names = [teacher.label for teacher in recipe.teachers]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise UserError(f"--teachers {' '.join(names)}: give two or more different networks")
     kind = {"kind": "folder", "path": str(asked.data)} if asked.data else {"kind": "packaged-photos"}
     pictures = open_pictures(DataConfig(**kind))
     count = min(asked.images, len(pictures))
     place = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
-    encoders = [teacher_encoder(c, c.image_size, i, name).to(place) for i, (name, c) in enumerate(configs)]
+    if asked.teachers:
+        encoders = {text: named_encoder(text, index=i) for i, text in enumerate(names)}
+    else:
+        encoders = {c.label: teacher_encoder(c, c.image_size, i) for i, c in enumerate(recipe.teachers)}
     teachers = list(names)
     if finished:
-        student = RunEncoder(finished, BACKBONE)
-        student.name = "student"
-        encoders.append(student.to(place))
+        deployment.to(place)
+        encoders["student"] = RunEncoder(finished, BACKBONE)
         names = [*names, "student"]
-    for encoder in encoders:
+    for encoder in encoders.values():
+        encoder.to(place)
         encoder.image_size = encoder.fit(asked.size or encoder.image_size)
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
     cka, spreads = look(encoders, deployment, pictures, numbers, asked.on, asked.batch_size)
@@ -131,21 +133,23 @@ def run(asked: argparse.Namespace) -> int:
     return 0
 
 
-def look(encoders, deployment, pictures, numbers: list[int], on: str, batch_size: int):  # noqa: ANN001, ANN201
+def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):  # noqa: ANN001, ANN201
     """CKA sums and feature spreads of all encoders over the same pictures, in one pass.
 
     Maps are brought to the coarsest of their grids, so that row i of every network is the same place.
     """
+    from collections import defaultdict
+
     import torch
     from rich.progress import track
 
     from distill.data import centre_crop
     from distill.evaluate.cka import CKAMatrix
-    from distill.evaluate.representation import shared_space_spread, spread
+    from distill.evaluate.representation import Spread, shared_spaces
     from distill.features import resize_map
     from distill.images import UnreadableImage
 
-    cka, kept, shared = CKAMatrix(), {}, []
+    cka, spreads = CKAMatrix(), defaultdict(lambda: defaultdict(Spread))
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     for batch in track(batches, description="looking", disable=not sys.stdout.isatty()):
         try:
@@ -154,30 +158,20 @@ def look(encoders, deployment, pictures, numbers: list[int], on: str, batch_size
             raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
         found = {}
         with torch.inference_mode():
-            for encoder in encoders:
+            for name, encoder in encoders.items():
                 views = torch.stack([centre_crop(photo, encoder.image_size) for photo in photos])
-                found[encoder.name] = encoder(views.to(encoder.device))
+                found[name] = encoder(views.to(encoder.device))
+                spreads["teachers, raw"][name].add(found[name].patches)
             if deployment is not None:
-                side = deployment.preprocess.size
-                values = shared_space_spread(deployment, torch.stack([centre_crop(p, side) for p in photos]))
-                shared += [values] if values else []
+                views = torch.stack([centre_crop(photo, deployment.preprocess.size) for photo in photos])
+                for name, space in (shared_spaces(deployment, views.to(encoder.device)) or {}).items():
+                    spreads["student's shared space"][name].add(space)
         coarsest = min((f.patches.shape[1:3] for f in found.values()), key=lambda grid: grid[0] * grid[1])
         if on == "summary":
-            rows = {name: f.summary for name, f in found.items()}
+            cka.add({name: f.summary for name, f in found.items()})
         else:
-            rows = {name: resize_map(f.patches, coarsest).flatten(0, 2) for name, f in found.items()}
-        cka.add(rows)
-        for name, features in found.items():
-            kept.setdefault(name, []).append(spread(features.patches))
-    spreads = {"teachers, raw": {name: mean(values) for name, values in kept.items()}}
-    if shared:
-        spreads["student's shared space"] = {name: mean([row[name] for row in shared]) for name in shared[0]}
-    return cka, spreads
-
-
-def mean(values: list[float]) -> float:
-    """Mean over batches."""
-    return sum(values) / len(values)
+            cka.add({name: resize_map(f.patches, coarsest).flatten(0, 2) for name, f in found.items()})
+    return cka, {space: {name: s.value() for name, s in of.items()} for space, of in spreads.items()}
 
 
 def judge(first: str, second: str, value: float) -> str:

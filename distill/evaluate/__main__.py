@@ -91,10 +91,11 @@ def run(asked: argparse.Namespace) -> int:
     logging.getLogger("timm").setLevel(logging.WARNING)
 
     from distill.evaluate.cast import open_rows
-    from distill.evaluate.report import draw_scores, print_table, write_json
+    from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
     from distill.evaluate.tasks import Context
 
     output = asked.output or default_output(asked.model)
+    read_scores(output / "evaluation.json")  # a damaged file is said before the work, not after
     rows = open_rows(asked.model, asked.features.split(","), asked.with_teachers, asked.size, asked.device, output)
     about = {
         "model": asked.model, "settings": config.model_dump(mode="json"),
@@ -108,6 +109,7 @@ def run(asked: argparse.Namespace) -> int:
                 roots[task], Context(row.encoder, roots[task], config, output / "cache", row.folder)
             )
             outcome = TASKS[task].run(context)
+            about["network"] = context.binding | {"device": str(row.encoder.device)}
             # after every task: a long evaluation that is stopped keeps what it has found
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)
             results[row.name][task] = outcome

@@ -27,6 +27,16 @@ def attention_maps(encoder: Encoder, images: Tensor) -> Tensor:
     return looks[..., prefix:].unflatten(-1, (images.shape[-2] // patch, images.shape[-1] // patch))
 
 
+def has_attention(encoder: Encoder) -> bool:
+    """Whether the network is a plain ViT whose last block's attention can be looked at."""
+    side = encoder.stride * 2
+    try:
+        last_attention(encoder, torch.zeros(1, 3, side, side, dtype=torch.uint8, device=encoder.device))
+    except (UserError, AssertionError):  # timm asserts that fixed-size networks get their size
+        return False
+    return True
+
+
 @torch.no_grad()
 def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
     """Attention [B, heads, N, N] of the last block, N the prefix tokens and the h*w patches; every row sums to 1.

@@ -7,7 +7,7 @@ import torch
 
 from distill.checkpoint import load_run
 from distill.errors import UserError
-from distill.evaluate.encoder import Encoder, RunEncoder, parse_model, teacher_encoder
+from distill.evaluate.encoder import Encoder, RunEncoder, named_encoder, teacher_encoder
 from distill.methods.deployment import BACKBONE
 
 
@@ -45,7 +45,7 @@ def open_rows(
             raise UserError(f"--with-teachers: '{model}' is no run folder, it has no teachers")
         if features != [BACKBONE]:
             raise UserError(f"--features {','.join(features)}: a timm network has its backbone only")
-        encoder = teacher_encoder(parse_model(model), size, name=model.replace("/", "_"))
+        encoder = named_encoder(model, size)
         rows.append(Row(model, encoder, output))
     for row in rows:
         if size:

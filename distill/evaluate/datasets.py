@@ -4,6 +4,7 @@
 `robustness`) goes before the root itself where it exists.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,16 +44,16 @@ def files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[
     return sorted(path for path in found if path.is_file())
 
 
-def stamp(root: Path, files: Sequence[Path]) -> str:
+def stamp(root: Path, files: Sequence[Path | str]) -> str:
     """Hex digest that changes when files are added, removed, resized or rewritten."""
-    stats = ((path, path.stat()) for path in files)
-    return digest((str(path.relative_to(root)), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    stats = ((path, os.stat(path)) for path in files)
+    return digest((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
 
 
-def read_picture(path: Path) -> Image.Image:
+def read_picture(path: Path | str) -> Image.Image:
     """Decode a picture; a score over less than the whole data set would be wrong, so raises UserError if it fails."""
     try:
-        return decode_rgb(path, str(path))
+        return decode_rgb(Path(path), str(path))
     except UnreadableImage as error:
         raise UserError(
             f"{path} cannot be read ({error.reason}): mend or remove it, scores need every picture"
@@ -64,10 +65,13 @@ def read_picture(path: Path) -> Image.Image:
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """One split of a data set with a folder per class: files, their labels [n], and the classes' names."""
+    """One split of a data set with a folder per class: files, their labels [n], and the classes' names.
+
+    Files are strings: ImageNet's million as Path objects would be a gigabyte in every worker.
+    """
 
     root: Path
-    files: tuple[Path, ...]
+    files: tuple[str, ...]
     labels: np.ndarray
     classes: tuple[str, ...]
 
@@ -101,7 +105,7 @@ def open_classes(data: Path, split: Literal["train", "val"], classes: Sequence[s
     files, labels = [], []
     for name in names:
         found = files_below(folder / name)
-        files += found
+        files += map(str, found)
         labels += [numbering.index(name)] * len(found)
     if not files:
         raise UserError(f"{folder} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … below its class folders")
@@ -143,23 +147,28 @@ def open_pairs(data: Path, split: Literal["train", "val"], kind: Literal["masks"
     root = family_root(data, "dense")
     wanted = MASKS if kind == "masks" else DEPTHS
     folder = split_folder(root, split)
-    if folder and kind == "depth" and (found := files_below_pattern(folder, "rgb_*")):
-        maps = [path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png") for path in found]
-        missing = [path for path in maps if not path.is_file()]
-        if missing:
-            raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
-        return Pairs(root, tuple(found), tuple(maps), ade=False)
     for above, below in ((folder, None), (root, split)):
         if above is None:
             continue
         pictures = subfolder(above, PICTURES, below)
         maps = subfolder(above, wanted, below)
         if pictures and maps:
-            return match(root, pictures, maps, ade=below is not None and maps.parent.name == "annotations")
+            return match(root, pictures, maps, ade=below is not None and is_ade(maps))
+    if folder and kind == "depth" and (found := files_below_pattern(folder, "rgb_*")):
+        maps = [path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png") for path in found]
+        missing = [path for path in maps if not path.is_file()]
+        if missing:
+            raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
+        return Pairs(root, tuple(found), tuple(maps), ade=False)
     raise UserError(
         f"--data {root} has no {split} split of pictures with {kind}: make {root / split}/images/* and "
         f"{root / split}/{wanted[0]}/*.png"
     )
+
+
+def is_ade(maps: Path) -> bool:
+    """Whether a folder of maps lies as in ADE20K: annotations/training and annotations/validation."""
+    return maps.parent.name == "annotations" and maps.name in ("training", "validation")
 
 
 def files_below_pattern(folder: Path, pattern: str) -> list[Path]:
@@ -212,6 +221,11 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
     return [str(number) for number in range(classes)]
 
 
+def first_line(error: Exception) -> str:
+    """What an error says, on one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def map_size(path: Path) -> tuple[int, int]:
     """(width, height) of a mask or depth file, from its header; raises UserError."""
     try:
@@ -222,58 +236,71 @@ def map_size(path: Path) -> tuple[int, int]:
             return shape[1], shape[0]
         with Image.open(path) as image:
             return image.size
-    except (OSError, ValueError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, EOFError, UnidentifiedImageError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): mend or remove it") from error
+        raise UserError(f"{path} cannot be read ({first_line(error)}): mend or remove it") from error
 
 
-def read_pair(pairs: Pairs, number: int) -> tuple[Image.Image, np.ndarray]:
-    """Picture `number` and its map [H, W]; raises UserError where their sizes differ."""
+def read_matched(pairs: Pairs, number: int) -> Image.Image:
+    """Picture `number`; raises UserError where its size is not its map's."""
     picture, path = read_picture(pairs.pictures[number]), pairs.maps[number]
     width, height = map_size(path)
     if (width, height) != picture.size:
         raise UserError(
             f"{path} is {width}x{height}, its picture {picture.width}x{picture.height}: they must be of one size"
         )
-    if path.suffix == ".npy":
-        return picture, np.load(path)
-    with Image.open(path) as image:
-        values = np.asarray(image)
+    return picture
+
+
+def read_map(path: Path) -> np.ndarray:
+    """A mask or depth file as stored, [H, W]; raises UserError for a damaged one or one with channels."""
+    map_size(path)
+    try:
+        if path.suffix == ".npy":
+            return np.load(path)
+        with Image.open(path) as image:
+            values = np.asarray(image)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): mend or remove it") from error
     if values.ndim != 2:
         raise UserError(f"{path} has {values.shape[-1]} channels: a map has one (grey, palette or 16-bit PNG)")
-    return picture, values
+    return values
 
 
-def read_mask(
-    pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: int
-) -> tuple[Image.Image, np.ndarray]:
-    """Picture and labels [H, W] int64; with `shift`, 0 becomes `ignore` and all others one less (ADE20K).
+IGNORED = -1
+"""What pixels that do not count hold after reading, whatever the files put there."""
 
-    Raises UserError for labels that are no integers, or not below `classes` (other than `ignore`).
+
+def read_mask(pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: int) -> np.ndarray:
+    """Labels [H, W] int64, `IGNORED` where the file holds `ignore`; with `shift` also where it holds 0, and one less
+    elsewhere (ADE20K).
+
+    Raises UserError for labels that are no integers, or not below `classes`.
     """
-    picture, values = read_pair(pairs, number)
+    path = pairs.maps[number]
+    values = read_map(path)
     if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
-        raise UserError(f"{pairs.maps[number]} holds {values.dtype} values: labels are integers")
-    labels = values.astype(np.int64)
-    if shift:
-        labels = np.where((labels == 0) | (labels == ignore), ignore, labels - 1)
-    wrong = labels[(labels != ignore) & ((labels < 0) | (labels >= (classes or np.inf)))]
+        raise UserError(f"{path} holds {values.dtype} values: labels are integers")
+    stored = values.astype(np.int64)
+    dropped = (stored == ignore) | (stored == 0 if shift else False)
+    labels = np.where(dropped, IGNORED, stored - shift)
+    wrong = labels[~dropped & ((labels < 0) | (labels >= (classes or np.inf)))]
     if len(wrong):
         raise UserError(
-            f"{pairs.maps[number]} has label {wrong[0] + shift}, segmentation.classes is {classes}: mend the mask, or set "
-            f"segmentation.classes={wrong.max() + 1} or segmentation.ignore={wrong[0]}"
+            f"{path} has label {wrong[0] + shift}, segmentation.classes is {classes}: mend the mask, or set "
+            f"segmentation.classes={wrong.max() + 1} or segmentation.ignore={wrong[0] + shift}"
         )
-    return picture, labels
+    return labels
 
 
-def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> tuple[Image.Image, np.ndarray]:
-    """Picture and depth [H, W] float32 in metres, 0 where unknown.
+def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.ndarray:
+    """Depth [H, W] float32 in metres, 0 where unknown.
 
     Integer files hold metres times `scale`, float files metres. Raises UserError for a map without one depth in
     (0, largest].
     """
-    picture, values = read_pair(pairs, number)
+    values = read_map(pairs.maps[number])
     metres = values.astype(np.float32) / (scale if np.issubdtype(values.dtype, np.integer) else 1)
     metres = np.nan_to_num(metres, nan=0.0, posinf=0.0, neginf=0.0)
     if not ((metres > 0) & (metres <= largest)).any():
@@ -283,4 +310,4 @@ def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> tuple
         raise UserError(
             f"{pairs.maps[number]} {what}: mend or remove it, or set depth.scale (units a metre) or depth.max_depth"
         )
-    return picture, metres
+    return metres

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.evaluate.config import DepthConfig, EvaluationConfig
-from distill.evaluate.datasets import open_pairs, read_depth
+from distill.evaluate.datasets import Pairs, open_pairs, read_depth, read_matched
 from distill.evaluate.dense import train_head
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
@@ -40,7 +40,7 @@ def evaluate(
     size = encoder.fit(config.dense.size)
     views = {"train": WindowViews(train, size), "val": WindowViews(val, size)}
 
-    def read(pairs, number: int):  # noqa: ANN001, ANN202 - picture and metres
+    def read(pairs: Pairs, number: int) -> np.ndarray:
         return read_depth(pairs, number, settings.scale, settings.max_depth)
 
     torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
@@ -52,7 +52,7 @@ def evaluate(
             encoder = copy.deepcopy(encoder)
         head, inputs = dpt_head(encoder, views, config)
         trained = (open_backbone(encoder), settings.backbone_lr) if settings.backbone_lr else ([], 0.0)
-    targets = WindowLabels(views["train"], lambda n: read(train, n)[1], max(1, size // config.dense.loss_stride))
+    targets = WindowLabels(views["train"], lambda n: read(train, n), max(1, size // config.dense.loss_stride))
 
     def loss(metres: Tensor, truth: Tensor) -> Tensor:
         metres = F.interpolate(metres.unsqueeze(1), size=truth.shape[-2:], mode="bilinear", align_corners=False)
@@ -63,7 +63,7 @@ def evaluate(
     rows, shown = [], []
     with torch.inference_mode():
         for number, windows in enumerate(views["val"].of_picture()):
-            picture, truth = read(val, number)
+            picture, truth = read_matched(val, number), read(val, number)
             maps = head(inputs["val"](windows)).unsqueeze(1)
             metres = merge_windows(maps, [views["val"].windows[n] for n in windows], *picture.size)[0].cpu()
             rows.append(depth_errors(metres, torch.from_numpy(truth), settings, str(val.maps[number])))
@@ -113,6 +113,8 @@ def dpt_head(
             return encoder.layers(images)
 
     look = layers("val", [0])
+    if not all(torch.isfinite(values).all() for layer in look for values in layer):
+        raise UserError(f"{encoder.name}: its layers hold NaN or infinity: check its weights")
     widths = [patches.shape[-1] for _, patches in look]
     finest = views["val"].size / 4
     # 1/4, 1/8, 1/16 and 1/32 of the picture, whatever grid a layer has

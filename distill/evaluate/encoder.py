@@ -89,8 +89,24 @@ class Encoder(nn.Module):
         return result
 
     def fit(self, pixels: int) -> int:
-        """The multiple of `stride` nearest to `pixels`."""
-        return max(1, round(pixels / self.stride)) * self.stride
+        """The multiple of `stride` nearest to `pixels`; raises UserError if the network takes its own size only."""
+        size = max(1, round(pixels / self.stride)) * self.stride
+        if size != self.image_size and not self.takes(size):
+            raise UserError(
+                f"{self.name} takes pictures of {self.image_size} px only, {size} was asked: set the size (dense.size, "
+                f"retrieval.size, --size) to {self.image_size}"
+            )
+        return size
+
+    def takes(self, size: int) -> bool:
+        """Whether the network runs on pictures of `size` pixels; windowed and fixed-grid ones may not."""
+        try:
+            with torch.inference_mode():
+                self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
+        # whatever a network of another size raises from within: assertions, shape errors
+        except (AssertionError, RuntimeError, ValueError):
+            return False
+        return True
 
 
 def dpt_blocks(blocks: int) -> list[int]:

@@ -15,13 +15,16 @@ def evaluate(splits: FrozenSplits, config: EvaluationConfig) -> Outcome:
     """Top-1 and top-5 of the validation split by its neighbours in the training split."""
     votes = knn_votes(splits.train, splits.train_labels, splits.val, len(splits.classes), config.knn)
     scores, report = accuracy(votes, splits.val_labels, splits.classes)
+    if config.knn.k < 5:  # fewer neighbours than places: the rest of a top 5 would be classes without a vote
+        scores.pop("top5", None)
     return Outcome(scores, {"per_class": report, "k": min(config.knn.k, len(splits.train))})
 
 
 def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, classes: int, config: KNNConfig) -> Tensor:
     """Votes [q, classes] for every query [q, d] from its `k` most similar training features [n, d].
 
-    Neighbour j votes exp(cosine_j / T) for its class. Similarities are computed in blocks of at most `block_gib`, and
+    Neighbour j votes exp((cosine_j - cosine_1) / T) for its class; taking the nearest's cosine off scales a query's votes
+    alike and keeps small temperatures from overflowing. Similarities are computed in blocks of at most `block_gib`, and
     only each query's best k so far are kept: ImageNet's 50 000 x 1 281 167 never exist at once.
     """
     k = min(config.k, len(train))
@@ -41,5 +44,5 @@ def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, classes: int, conf
             whose = torch.cat((whose, names.to(queries.device)[index]), dim=1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)
             whose = whose.gather(1, order)
-        out.scatter_add_(1, whose, (best / config.temperature).exp())
+        out.scatter_add_(1, whose, ((best - best[:, :1]) / config.temperature).exp())
     return votes

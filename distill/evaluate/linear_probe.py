@@ -6,7 +6,6 @@ ordinary optimizer trains 45 at 45 rates, exactly (`tests/evaluate/test_linear_p
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,12 +43,14 @@ def evaluate(splits: FrozenSplits, config: EvaluationConfig, folder: Path, bindi
     """
     probe = config.probe
     shift, scale = channel_statistics(splits.train, probe.standardize)
-    train, val = (splits.train - shift) / scale, (splits.val - shift) / scale
+    train, val = splits.train, splits.val
+    if probe.standardize:  # otherwise nothing is copied: ImageNet's features are gigabytes
+        train, val = (train - shift) / scale, (val - shift) / scale
     results = []
     for run in range(probe.runs):
         seed = config.seed + run
         learn, choose = hold_out(splits.train_labels, probe.held_out, seed)
-        sweep = train_sweep(train[learn], splits.train_labels[learn], len(splits.classes), probe, seed)
+        sweep = train_sweep(train, splits.train_labels, len(splits.classes), probe, seed, learn)
         chosen = best_rate(sweep, train[choose], splits.train_labels[choose])
         scores, report = accuracy(sweep.logits(val, chosen), splits.val_labels, splits.classes)
         results.append((scores, report, sweep, chosen))
@@ -69,28 +70,23 @@ def evaluate(splits: FrozenSplits, config: EvaluationConfig, folder: Path, bindi
     return Outcome(mean, details, (path,))
 
 
-def as_classifier(encoder: Encoder, path: Path) -> Callable[[Tensor], Tensor]:
-    """The trained probe on its encoder: uint8 images [B, 3, H, W] to ImageNet logits [B, 1000] on the CPU.
+def imagenet_probe(encoder: Encoder, path: Path) -> Classifier:
+    """The trained probe of an encoder: summaries [B, d] to ImageNet logits [B, 1000].
 
     Raises UserError where there is no probe, it was trained on other features, or not on ImageNet's 1000 classes.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such head; robustness reads ImageNet's linear probe: run --tasks linear first")
     head = load_head(path, encoder.weights_sha256)
+    for key, here in (("reads", encoder.read_out), ("image_size", encoder.image_size)):
+        if head.about.get(key) != here:
+            raise UserError(
+                f"{path} was trained with {key} = {head.about.get(key)}, now it is {here}: run --tasks linear again"
+            )
     names = head.about["classes"]
-    if head.about["reads"] != encoder.read_out:
-        raise UserError(
-            f"{path} reads '{head.about['reads']}' features, not '{encoder.read_out}': run --tasks linear again"
-        )
     if list(names) != ImageNetInfo().label_names():
         raise UserError(f"{path} has {len(names)} classes that are not ImageNet's 1000 WordNet ids in order")
-    module = head.module.to(encoder.device)
-
-    def classify(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return module(encoder(images.to(encoder.device)).summary).cpu()
-
-    return classify
+    return head.module.to(encoder.device)
 
 
 def channel_statistics(features: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -104,7 +100,7 @@ def channel_statistics(features: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices to learn from and to choose by, stratified by class where every class has two pictures or more."""
     n, classes = len(labels), len(labels.unique())
-    held = max(1, math.ceil(share * n))
+    held = min(n - 1, max(1, math.ceil(share * n)))
     counts = torch.bincount(labels.cpu())
     if counts[counts > 0].min() >= 2 and held >= classes and n - held >= classes:
         splitter = StratifiedShuffleSplit(1, test_size=held, random_state=seed)
@@ -123,10 +119,16 @@ def sweep_rates(config: ProbeConfig) -> Tensor:
     return torch.logspace(math.log10(config.lowest), math.log10(config.highest), config.rates)
 
 
-def train_sweep(features: Tensor, labels: Tensor, classes: int, config: ProbeConfig, seed: int) -> Sweep:
-    """Train one linear classifier a rate on features [n, d], SGD with momentum and a cosine to zero, from zeros."""
+def train_sweep(
+    features: Tensor, labels: Tensor, classes: int, config: ProbeConfig, seed: int, rows: Tensor | None = None
+) -> Sweep:
+    """Train one linear classifier a rate on `rows` (default: all) of features [n, d].
+
+    SGD with momentum and a cosine to zero, from zeros.
+    """
+    rows = torch.arange(len(features), device=features.device) if rows is None else rows
     rates = sweep_rates(config).to(features.device)
-    r, (n, d) = len(rates), features.shape
+    r, n, d = len(rates), len(rows), features.shape[1]
     weight = torch.zeros(r * classes, d, device=features.device, requires_grad=True)
     bias = torch.zeros(r * classes, device=features.device, requires_grad=True)
     batch = min(config.batch_size, n)
@@ -135,7 +137,7 @@ def train_sweep(features: Tensor, labels: Tensor, classes: int, config: ProbeCon
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.epochs):
-        order = torch.randperm(n, generator=generator)[: n // batch * batch].to(features.device)
+        order = rows[torch.randperm(n, generator=generator)[: n // batch * batch].to(features.device)]
         for chosen in order.split(batch):
             logits = F.linear(features[chosen], weight, bias).view(batch, r, classes)
             target = labels[chosen].unsqueeze(1).expand(batch, r)

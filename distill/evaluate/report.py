@@ -74,17 +74,22 @@ def best(results: Results, task: str, name: str) -> float:
     return min(values) if lower(name) else max(values)
 
 
+def read_scores(path: Path) -> dict[str, dict]:
+    """The rows of an earlier `evaluation.json`, none where there is no file; raises UserError for a damaged one."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text())["rows"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): move it away, or choose another --output") from error
+
+
 def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[str, Any]) -> Path:
     """Put one outcome into `evaluation.json`, keeping those of other rows and tasks.
 
-    Every entry carries the settings, data, date and commit it was made with. Raises UserError for a damaged file.
+    Every entry carries the network, settings, data, date and commit it was made with. Raises UserError for a damaged file.
     """
-    rows: dict[str, dict] = {}
-    if path.exists():
-        try:
-            rows = json.loads(path.read_text())["rows"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}): move it away, or choose another --output") from error
+    rows = read_scores(path)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     made = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": git_commit()}
     entry = {"scores": outcome.scores, "details": outcome.details, "files": [str(file) for file in outcome.files]}

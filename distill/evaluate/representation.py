@@ -16,6 +16,7 @@ from distill.errors import UserError
 from distill.methods.deployment import Deployment
 from distill.methods.umt import SpaceInteraction
 from distill.plots import save_figure
+from distill.targets import Moments
 
 SILHOUETTE_SAMPLE = 5000
 """Most pictures whose distances to each other the silhouette looks at."""
@@ -119,17 +120,33 @@ def teacher_variance(spreads: Mapping[str, Mapping[str, float]]) -> list[dict[st
 
 
 @torch.no_grad()
-def shared_space_spread(method_deployment: Deployment, images: Tensor) -> dict[str, float] | None:
-    """The `spread` of each teacher's space behind UMT's interaction, over uint8 images [B, 3, H, W].
+def shared_spaces(deployment: Deployment, images: Tensor) -> dict[str, Tensor] | None:
+    """Each teacher's space behind UMT's interaction, [B, h*w, c], over uint8 images [B, 3, H, W].
 
-    Looks at the feature channels of the patches, in front of the read-out's own projections. None for methods whose
-    heads share no such spaces.
+    The feature channels of the patches, in front of the read-out's own projections. None for methods whose heads share no
+    such spaces.
     """
-    deployment = method_deployment
     if not isinstance(deployment.coupling, SpaceInteraction):
         return None
     features = deployment.student(deployment.preprocess.normalize(images.float().div(255)))
     height, width = features.patches.shape[1:3]
     patches = deployment.coupling(features)[:, -height * width :, :, : deployment.coupling.space_dim]  # [B, hw, M, c]
     # A deployment reduced to one head still has all spaces: the read-out knows which is whose.
-    return {label: spread(patches[:, :, head.read_out.order[label]]) for label, head in deployment.heads.items()}
+    return {label: patches[:, :, head.read_out.order[label]] for label, head in deployment.heads.items()}
+
+
+class Spread:
+    """The `spread` of vectors that come in batches: of all of them together, whatever the batches."""
+
+    def __init__(self) -> None:
+        self.moments: Moments | None = None
+
+    def add(self, features: Tensor) -> None:
+        """Take in vectors [..., d]."""
+        if self.moments is None:
+            self.moments = Moments(features.shape[-1], full=False)
+        self.moments.add(features)
+
+    def value(self) -> float:
+        """Root mean square over channels of the standard deviations."""
+        return self.moments.covariance().clamp_min(0).mean().sqrt().item()

@@ -7,8 +7,6 @@ import io
 import json
 import pickle
 import re
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,14 +17,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.progress import track
 from torch import Tensor
 
 from distill.errors import UserError
 from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.datasets import stamp
 from distill.evaluate.encoder import Encoder
+from distill.evaluate.extract import extract
 from distill.evaluate.outcome import Outcome
 from distill.images import UnreadableImage, decode_rgb
+from distill.pictures import digest
 from distill.plots import save_figure
 
 Box = tuple[float, float, float, float]
@@ -53,13 +53,16 @@ class Query:
         return positives, ignored
 
 
-def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Path) -> Outcome:
+def evaluate(
+    encoder: Encoder, data: Path, config: EvaluationConfig, folder: Path, cache: Path | None = None
+) -> Outcome:
     """Mean average precision of a retrieval data set in the Medium and Hard setups (Radenović et al. 2018).
 
     `data` holds one ground truth gnd_*.pkl (the official file) or gnd_*.json, and jpg/NAME.jpg. Every picture becomes
     a square of `config.retrieval.size` pixels, rounded to the stride. Queries without a positive in a setup are left
-    out of its mean; a setup in which no query has one has no score. Writes retrieval.png. Raises UserError for missing
-    or damaged files, indices or boxes outside what they point into, and features that are not finite.
+    out of its mean; a setup in which no query has one has no score. Writes retrieval.png; features stay in `cache`
+    (default: `folder`/cache). Raises UserError for missing or damaged files, indices or boxes outside what they point
+    into, and features that are not finite.
     """
     names, queries = read_ground_truth(data)
     paths = [data / "jpg" / f"{name}.jpg" for name in names]
@@ -71,10 +74,17 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
         )
     if not any(query.at("medium")[0] for query in queries):
         raise UserError(f"no query of {data} has a positive: its ground truth lists no easy and no hard picture")
+    side = encoder.fit(config.retrieval.size)
     # Queries first: a box that does not fit its picture is said before the long pass.
-    asked = summaries(encoder, list(zip(query_paths, (query.box for query in queries), strict=True)), config)
-    database = summaries(encoder, [(path, None) for path in paths], config)
-    rankings = (asked @ database.T).argsort(dim=1, descending=True, stable=True).cpu().numpy()
+    cut_out = [(path, query.box) for path, query in zip(query_paths, queries, strict=True)]
+    asked, database = (
+        F.normalize(extract(encoder, views, cache or folder / "cache", config.extract, what=what).summaries(), dim=1)
+        for what, views in (
+            ("retrieval queries", SquareViews(data, cut_out, side)),
+            ("retrieval database", SquareViews(data, [(path, None) for path in paths], side)),
+        )
+    )
+    rankings = (asked @ database.T).argsort(dim=1, descending=True, stable=True).numpy()
     per_query: list[dict[str, Any]] = []
     for query, ranking in zip(queries, rankings, strict=True):
         row: dict[str, Any] = {"query": query.name}
@@ -107,23 +117,23 @@ def average_precision(ranking: np.ndarray, positives: list[int], ignored: list[i
     return float(np.mean((before + (found + 1) / (ranks + 1)) / 2))
 
 
-@torch.inference_mode()
-def summaries(encoder: Encoder, pictures: list[tuple[Path, Box | None]], config: EvaluationConfig) -> Tensor:
-    """L2-normalised summaries [n, d] of pictures, each cut to its box (if it has one) and squared."""
-    side, step = encoder.fit(config.retrieval.size), config.extract.batch_size
-    found = []
-    with ThreadPoolExecutor(max(1, config.extract.workers)) as pool:
-        for start in track(range(0, len(pictures), step), "retrieval", disable=not sys.stdout.isatty()):
-            part = pictures[start : start + step]
-            squares = [np.array(image.resize((side, side), Image.Resampling.BICUBIC)) for image in pool.map(cut, part)]
-            images = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
-            vectors = encoder(images.to(encoder.device)).summary
-            finite = vectors.isfinite().all(1)
-            if not finite.all():
-                path = part[int(finite.int().argmin())][0]
-                raise UserError(f"{encoder.name} gives features that are not finite for {path}: check its weights")
-            found.append(F.normalize(vectors, dim=1))
-    return torch.cat(found)
+class SquareViews:
+    """Pictures below `root`, each cut to its box (if it has one) and squared to `side` pixels."""
+
+    def __init__(self, root: Path, pictures: list[tuple[Path, Box | None]], side: int) -> None:
+        self.root, self.pictures, self.side = root, pictures, side
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, number: int) -> Tensor:
+        square = cut(self.pictures[number]).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+    def fingerprint(self) -> str:
+        """Changes when the files do, or how they are cut."""
+        files = stamp(self.root, [path for path, _ in self.pictures])
+        return f"{files} square {self.side} {digest((box,) for _, box in self.pictures)}"
 
 
 def cut(picture: tuple[Path, Box | None]) -> Image.Image:
@@ -156,7 +166,7 @@ def read_ground_truth(data: Path) -> tuple[list[str], list[Query]]:
         raise UserError(f"{path} must hold a dict with the lists imlist, qimlist and gnd")
     names, asked, truth = content["imlist"], content["qimlist"], content["gnd"]
     for key, values in (("imlist", names), ("qimlist", asked)):
-        if not values or not all(isinstance(name, str) for name in values):
+        if not values or not all(isinstance(name, str) and not Path(name).is_absolute() for name in values):
             raise UserError(f"{path}: {key} must list at least one picture, by name without .jpg")
     if len(asked) != len(truth):
         raise UserError(f"{path}: qimlist has {len(asked)} queries, gnd {len(truth)} entries: they must pair up")

@@ -7,28 +7,37 @@ The Role of Image Backgrounds in Object Recognition"), each in the folders its a
 
 import json
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
+from rich.progress import track
 from timm.data import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from distill.data import prepare_worker, take_crop
+from distill.data import prepare_worker
 from distill.errors import UserError, suggest
 from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.datasets import stamp
 from distill.evaluate.encoder import Encoder
+from distill.evaluate.extract import centre_view, extract
 from distill.evaluate.outcome import Outcome
 from distill.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
 
 Classifier = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, H, W] on the CPU in, logits [B, 1000] out."""
 
+LogitsOf = Callable[["Pictures"], Tensor]
+"""Pictures in, their logits [n, 1000] on the CPU out: `live(…)` or `cached(…)`."""
+
 CLASSES = 1000
+CHUNK = 8192
+"""Summaries that a head reads at once."""
 SEVERITIES = ("1", "2", "3", "4", "5")
 GROUPS = ("noise", "blur", "weather", "digital", "extra")
 EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
@@ -93,12 +102,21 @@ def check_finite(logits: Tensor) -> None:
 
 
 def own_classifier(encoder: Encoder) -> Classifier:
-    """A timm network's own ImageNet head as a classifier; raises UserError unless it has 1000 classes."""
+    """A timm network's own ImageNet head as a classifier.
+
+    Raises UserError unless it has 1000 classes, and for one that no weights came for: random, or not in the checkpoint.
+    """
     net = encoder.net
     classes = getattr(net, "num_classes", 0)
     if classes != CLASSES:
         raise UserError(
             f"{encoder.name} has a head of {classes} classes, not ImageNet's {CLASSES}: set robustness.classifier=probe"
+        )
+    config = encoder.teacher.config if hasattr(encoder, "teacher") else None
+    random = config is not None and not config.pretrained and config.checkpoint is None
+    if random or not getattr(net, "classifier_loaded", True):
+        raise UserError(
+            f"{encoder.name} has no trained classifier (its weights come without one): set robustness.classifier=probe"
         )
 
     @torch.inference_mode()
@@ -108,30 +126,11 @@ def own_classifier(encoder: Encoder) -> Classifier:
     return classify
 
 
-@dataclass(frozen=True)
-class Reader:
-    """A classifier with what it needs to look at files."""
-
-    classify: Classifier
-    image_size: int
-    config: EvaluationConfig
-
-    def logits(self, files: list[Path], crop: float) -> Tensor:
-        """Logits [n, 1000] of pictures, of which the centred square of `crop` times the shorter side is seen."""
-        extract = self.config.extract
-        pictures = Pictures(files, self.image_size, crop)
-        loader = DataLoader(pictures, extract.batch_size, num_workers=extract.workers, worker_init_fn=prepare_worker)
-        found = torch.cat([self.classify(batch).float().cpu() for batch in loader])
-        if found.shape != (len(files), CLASSES):
-            raise UserError(f"the classifier gives {list(found.shape[1:])} logits a picture: it must give [{CLASSES}]")
-        return found
-
-
 class Pictures(Dataset):
-    """Files as uint8 [3, size, size]; raises UserError for one that cannot be read."""
+    """Files below `root` as uint8 [3, size, size]; raises UserError for one that cannot be read. `name` is for people."""
 
-    def __init__(self, files: list[Path], size: int, crop: float) -> None:
-        self.files, self.size, self.crop = files, size, crop
+    def __init__(self, root: Path, files: list[Path], size: int, crop: float, name: str) -> None:
+        self.root, self.files, self.size, self.crop, self.name = root, files, size, crop, name
 
     def __len__(self) -> int:
         return len(self.files)
@@ -142,17 +141,64 @@ class Pictures(Dataset):
             image = decode_rgb(path, str(path))
         except UnreadableImage as error:
             raise UserError(f"picture {path} cannot be read: {error.reason} (fetch it again)") from error
-        side = self.crop * min(image.size)
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        return take_crop(image, (left, top, left + side, top + side), self.size, flip=False)
+        return centre_view(image, self.size, self.crop)
+
+    def fingerprint(self) -> str:
+        """Changes when the files do, or how they are cut."""
+        return f"{stamp(self.root, self.files)} centre {self.size} {self.crop}"
 
 
-def evaluate_variants(classify: Classifier, image_size: int, data: Path, config: EvaluationConfig) -> Outcome:
+def live(classify: Classifier, config: EvaluationConfig) -> LogitsOf:
+    """Logits by running a classifier over every picture, with nothing kept; a progress bar on a terminal."""
+
+    def logits(pictures: Pictures) -> Tensor:
+        workers = config.extract.workers
+        loader = DataLoader(
+            pictures, config.extract.batch_size, num_workers=workers, generator=torch.Generator(),
+            worker_init_fn=prepare_worker, multiprocessing_context="fork" if workers else None,
+        )  # fmt: skip
+        shown = track(loader, pictures.name, total=len(loader), disable=not sys.stdout.isatty())
+        return torch.cat([classify(batch).float().cpu() for batch in shown])
+
+    return logits
+
+
+def cached(head: nn.Module, encoder: Encoder, cache: Path, config: EvaluationConfig) -> LogitsOf:
+    """Logits by a head [B, d] to [B, 1000] on the encoder's summaries, which `extract` keeps in `cache` and resumes."""
+    head = head.to(encoder.device).eval()
+
+    def logits(pictures: Pictures) -> Tensor:
+        found = extract(encoder, pictures, cache, config.extract, what=pictures.name).summaries()
+        with torch.inference_mode():
+            return torch.cat([head(part.to(encoder.device)).float().cpu() for part in found.split(CHUNK)])
+
+    return logits
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What gives logits, with what it needs to look at files."""
+
+    logits_of: LogitsOf
+    image_size: int
+    data: Path
+    config: EvaluationConfig
+
+    def logits(self, folder: Path, files: list[Path], crop: float) -> Tensor:
+        """Logits [n, 1000] of `folder`'s pictures, of which the centred square of `crop` times the shorter side is seen."""
+        name = folder.relative_to(self.data).as_posix()
+        found = self.logits_of(Pictures(self.data, files, self.image_size, crop, name))
+        if found.shape != (len(files), CLASSES):
+            raise UserError(f"the classifier gives {list(found.shape[1:])} logits a picture: it must give [{CLASSES}]")
+        return found
+
+
+def evaluate_variants(logits_of: LogitsOf, image_size: int, data: Path, config: EvaluationConfig) -> Outcome:
     """Read every variant that lies in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c, imagenet-9.
 
-    Pictures are centre crops of `config.extract.crop`, resized to `image_size`; those of ImageNet-C and ImageNet-9, which
-    are published cropped to 224 pixels, are seen whole, as their authors do. Scores are top-1 accuracies in [0, 1], mCE
-    (1 is AlexNet) and BG-gap = accuracy(mixed_same) - accuracy(mixed_rand).
+    `logits_of` is `live(…)` or `cached(…)`. Pictures are centre crops of `config.extract.crop`, resized to `image_size`;
+    those of ImageNet-C and ImageNet-9, which are published cropped to 224 pixels, are seen whole, as their authors do.
+    Scores are top-1 accuracies in [0, 1], mCE (1 is AlexNet) and BG-gap = accuracy(mixed_same) - accuracy(mixed_rand).
 
     Raises UserError for a folder with no variant, a class folder that is none, missing severities, ImageNet-9 without
     its authors' class map, an unreadable picture, and logits that are not finite or not 1000.
@@ -165,7 +211,7 @@ def evaluate_variants(classify: Classifier, image_size: int, data: Path, config:
         corruption_folders(data / "imagenet-c")
     if "imagenet-9" in present:
         coarse_classes(data / "imagenet-9")
-    reader, scores, details = Reader(classify, image_size, config), {}, {}
+    reader, scores, details = Reader(logits_of, image_size, data, config), {}, {}
     for name in present:
         found, details[name] = VARIANTS[name](reader, data / name)
         scores |= {f"{name} {metric}": value for metric, value in found.items()}
@@ -177,7 +223,7 @@ def read_subset(reader: Reader, folder: Path) -> tuple[dict, dict]:
     among = subset_indices(folder.name.replace("-", "_"))
     allowed = {wnid: index for wnid, index in class_index().items() if index in among}
     files, labels = labelled_files(folder, allowed, f"one of its {len(allowed)} classes' WordNet ids")
-    score = accuracy(reader.logits(files, reader.config.extract.crop), labels, among=among)
+    score = accuracy(reader.logits(folder, files, reader.config.extract.crop), labels, among=among)
     return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
 
 
@@ -185,7 +231,7 @@ def read_v2(reader: Reader, folder: Path) -> tuple[dict, dict]:
     """ImageNet-V2: top-1; its authors name the folders by class number."""
     known = class_index() | {str(index): index for index in range(CLASSES)}
     files, labels = labelled_files(folder, known, "a class number from 0 to 999 or a WordNet id")
-    score = accuracy(reader.logits(files, reader.config.extract.crop), labels)
+    score = accuracy(reader.logits(folder, files, reader.config.extract.crop), labels)
     return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
 
 
@@ -196,7 +242,7 @@ def read_corruptions(reader: Reader, folder: Path) -> tuple[dict, dict]:
         errors[corruption] = []
         for severity in SEVERITIES:
             files, labels = labelled_files(place / severity, class_index(), "a WordNet id")
-            errors[corruption].append(1 - accuracy(reader.logits(files, 1.0), labels))
+            errors[corruption].append(1 - accuracy(reader.logits(place / severity, files, 1.0), labels))
     name, value, relative = mean_corruption_error(errors)
     missing = [corruption for corruption in ALEXNET if corruption not in errors]
     return {name: value}, {"corruption_errors": relative, "errors": errors, "missing": missing}
@@ -212,7 +258,7 @@ def read_backgrounds(reader: Reader, folder: Path) -> tuple[dict, dict]:
             child.name: int(child.name[:2]) for child in subfolders(folder / name / "val") if is_coarse(child.name)
         }
         files, labels = labelled_files(folder / name / "val", known, "a coarse class like 00_dog")
-        scores[name] = coarse_accuracy(reader.logits(files, 1.0), labels, coarse)
+        scores[name] = coarse_accuracy(reader.logits(folder / name, files, 1.0), labels, coarse)
         images[name] = len(files)
     if not scores:
         raise UserError(f"{folder} holds no set of backgrounds: give any of {', '.join(BACKGROUNDS)}")

@@ -1,5 +1,6 @@
 """Semantic segmentation by a linear head on frozen patches (UMT A.1: ADE20K at 512 px, mIoU)."""
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from distill.errors import UserError
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import Pairs, label_names, open_pairs, read_mask
+from distill.evaluate.datasets import IGNORED, Pairs, label_names, open_pairs, read_mask, read_matched
 from distill.evaluate.dense import train_head
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
@@ -19,12 +20,11 @@ from distill.evaluate.pictures import map_figure
 from distill.evaluate.windows import WindowLabels, WindowViews, merge_windows
 from distill.heads import LinearSegmenter, save_head
 
+log = logging.getLogger(__name__)
+
 ADE_CLASSES = 150
 SHOWN = 4
 """Pictures in the figure."""
-
-LOOKED_AT = 64
-"""Masks that are searched for a second class where the number of classes is given."""
 
 
 def evaluate(
@@ -44,28 +44,28 @@ def evaluate(
     }
     torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
     head = LinearSegmenter(encoder.dims.patches, labels.classes)
-    targets = WindowLabels(views["train"], lambda n: labels.read(train, n)[1], max(1, size // config.dense.loss_stride))
+    targets = WindowLabels(views["train"], lambda n: labels.read(train, n), max(1, size // config.dense.loss_stride))
     device = encoder.device
 
     def loss(logits: Tensor, truth: Tensor) -> Tensor:
         logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
         # a batch may hold ignored pixels only: the mean over none would be NaN
-        total = F.cross_entropy(logits, truth.long(), ignore_index=config.segmentation.ignore, reduction="sum")
-        return total / (truth != config.segmentation.ignore).sum().clamp_min(1)
+        total = F.cross_entropy(logits, truth.long(), ignore_index=IGNORED, reduction="sum")
+        return total / (truth != IGNORED).sum().clamp_min(1)
 
     train_head(head, lambda numbers: features["train"].patches(numbers).to(device), targets, loss, config, device)
 
     metric = MulticlassJaccardIndex(
-        labels.classes, average="none", ignore_index=config.segmentation.ignore, zero_division=float("nan")
+        labels.classes, average="none", ignore_index=IGNORED, zero_division=float("nan")
     ).to(device)
     right = counted = 0
     shown = []
     for number, windows in enumerate(views["val"].of_picture()):
-        picture, truth = labels.read(val, number)
+        picture, truth = read_matched(val, number), labels.read(val, number)
         predicted = segment(head, features["val"].patches(windows).to(device), views["val"], windows, picture.size)
         truth = torch.from_numpy(truth).to(device)
         metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
-        valid = truth != config.segmentation.ignore
+        valid = truth != IGNORED
         right, counted = right + int((predicted == truth)[valid].sum()), counted + int(valid.sum())
         if len(shown) < SHOWN:
             shown.append((np.asarray(picture), truth.cpu().numpy(), predicted.cpu().numpy()))
@@ -75,7 +75,7 @@ def evaluate(
     about = {**binding, "output": "patches", "classes": labels.names, "size": size, "scores": scores}
     about["zero_is_ignored"] = labels.shift
     path = save_head(folder / "heads", "segmentation", head, about)
-    figure = map_figure(folder / "segmentation.png", shown, labels.classes, config.segmentation.ignore)
+    figure = map_figure(folder / "segmentation.png", shown, labels.classes, IGNORED)
     iou = {name: None if np.isnan(value) else value for name, value in zip(labels.names, per_class, strict=True)}
     details = {"size": size, "iou": iou}
     return Outcome(scores, details, (figure, path))
@@ -98,8 +98,10 @@ class Labelling:
         self.classes = settings.classes or (ADE_CLASSES if train.ade else None)
         known = self.classes is not None
         found: set[int] = set()
-        for number in range(min(len(train), LOOKED_AT) if known else len(train)):
-            found |= set(np.unique(self.read(train, number)[1]).tolist()) - {self.ignore}
+        for number in range(len(train)):
+            found |= set(np.unique(self.read(train, number)).tolist()) - {IGNORED}
+            if known and len(found) > 1:
+                break
         if len(found) < 2:
             raise UserError(
                 f"{train.maps[0].parent}: the training masks hold {len(found)} class only ({sorted(found)}): segmentation "
@@ -107,8 +109,16 @@ class Labelling:
             )
         if not known:
             self.classes = max(found) + 1
+        if not any((self.read(val, number) != IGNORED).any() for number in range(len(val))):
+            raise UserError(
+                f"{val.maps[0].parent}: every pixel of the validation masks is ignored: nothing can be scored"
+            )
         self.names = label_names(train, self.classes)
+        log.info(
+            "masks     %d classes (%s), label 0 is %s", self.classes, train.maps[0].parent,
+            "not counted, as in ADE20K" if self.shift else "the first",
+        )  # fmt: skip
 
-    def read(self, pairs: Pairs, number: int):  # noqa: ANN201 - picture and labels
-        """Picture and labels [H, W]; see `datasets.read_mask`."""
+    def read(self, pairs: Pairs, number: int) -> np.ndarray:
+        """Labels [H, W]; see `datasets.read_mask`."""
         return read_mask(pairs, number, self.shift, self.classes, self.ignore)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from distill.evaluate import depth, finetune, knn, linear_probe, retrieval, robustness, segmentation, video, zero_shot
-from distill.evaluate.attention import attention_figure, attention_maps
+from distill.evaluate.attention import attention_figure, attention_maps, has_attention
 from distill.evaluate.classification import FrozenSplits, frozen_splits
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import family_root, open_classes, read_picture
@@ -16,7 +16,6 @@ from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import centre_view
 from distill.evaluate.outcome import Outcome
 from distill.evaluate.representation import cluster_scores, tsne_picture
-from distill.students import patch_size
 
 
 @dataclass
@@ -36,7 +35,10 @@ class Context:
     def binding(self) -> dict:
         """What a head must know of the network under it."""
         encoder = self.encoder
-        return {"network": encoder.name, "reads": encoder.read_out, "student_sha256": encoder.weights_sha256}
+        return {
+            "network": encoder.name, "reads": encoder.read_out, "student_sha256": encoder.weights_sha256,
+            "image_size": encoder.image_size,
+        }  # fmt: skip
 
     @cached_property
     def splits(self) -> FrozenSplits:
@@ -76,7 +78,7 @@ def run_depth(c: Context) -> Outcome:
 
 def run_retrieval(c: Context) -> Outcome:
     """Revisited Oxford and Paris."""
-    return retrieval.evaluate(c.encoder, family_root(c.data, "retrieval"), c.config, c.folder)
+    return retrieval.evaluate(c.encoder, family_root(c.data, "retrieval"), c.config, c.folder, c.cache)
 
 
 def run_video(c: Context) -> Outcome:
@@ -87,10 +89,11 @@ def run_video(c: Context) -> Outcome:
 def run_robustness(c: Context) -> Outcome:
     """ImageNet's variants, by the linear probe of this encoder or the network's own classifier."""
     if c.config.robustness.classifier == "own":
-        classify = robustness.own_classifier(c.encoder)
+        logits_of = robustness.live(robustness.own_classifier(c.encoder), c.config)
     else:
-        classify = linear_probe.as_classifier(c.encoder, c.folder / "heads" / "classification.safetensors")
-    return robustness.evaluate_variants(classify, c.encoder.image_size, family_root(c.data, "robustness"), c.config)
+        probe = linear_probe.imagenet_probe(c.encoder, c.folder / "heads" / "classification.safetensors")
+        logits_of = robustness.cached(probe, c.encoder, c.cache, c.config)
+    return robustness.evaluate_variants(logits_of, c.encoder.image_size, family_root(c.data, "robustness"), c.config)
 
 
 def run_clusters(c: Context) -> Outcome:
@@ -107,7 +110,7 @@ def run_clusters(c: Context) -> Outcome:
             features[few], labels[few], c.splits.classes, c.folder / "tsne.png", settings.perplexity, c.config.seed
         )
     ]
-    if patch_size(c.encoder.net) is not None:
+    if has_attention(c.encoder):
         val = open_classes(c.data, "val", c.splits.classes)
         photos = [read_picture(path) for path in val.files[:: max(1, len(val) // 4)][:4]]
         views = torch.stack([centre_view(photo, c.encoder.image_size, 1.0) for photo in photos])

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from distill.data import take_crop
-from distill.evaluate.datasets import Pairs, map_size, read_pair, stamp
+from distill.evaluate.datasets import Pairs, map_size, read_matched, stamp
 from distill.pictures import digest
 
 MEMORY = 2 * 2**30
@@ -51,7 +51,7 @@ class WindowViews:
 
     def __getitem__(self, number: int) -> Tensor:
         window = self.windows[number]
-        picture, _ = read_pair(self.pairs, window.picture)
+        picture = read_matched(self.pairs, window.picture)
         return take_crop(picture, window.box, self.size, flip=False)
 
     def fingerprint(self) -> str:

@@ -63,7 +63,12 @@ def read_embeddings(path: Path, classes: tuple[str, ...]) -> Tensor:
                 "names into its metadata as `classes`"
             )
         return embeddings
-    names = json.loads(metadata["classes"])
+    try:
+        names = json.loads(metadata["classes"])
+    except ValueError as error:
+        raise UserError(f"{path}: `classes` in its metadata is not JSON: write a list of names") from error
+    if not isinstance(names, list) or len(names) != len(embeddings):
+        raise UserError(f"{path}: `classes` must be a list of {len(embeddings)} names, one an embedding")
     lacking = [name for name in classes if name not in names]
     if lacking:
         raise UserError(

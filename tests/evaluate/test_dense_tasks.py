@@ -33,11 +33,8 @@ def test_segmentation_head_learns_and_its_iou_is_scikit_learns(tiny_vit, scenes,
     features = extract(tiny_vit, views, tmp_path / "cache", config.extract, patches=True)
     truth, predicted = [], []
     for number in range(len(val)):
-        picture, labels = read_mask(val, number, False, 7, 255)
-        truth.append(labels.ravel())
-        predicted.append(
-            segment(head.module, features.patches([number]), views, [number], picture.size).numpy().ravel()
-        )
+        truth.append(read_mask(val, number, False, 7, 255).ravel())
+        predicted.append(segment(head.module, features.patches([number]), views, [number], (64, 64)).numpy().ravel())
     truth, predicted = np.concatenate(truth), np.concatenate(predicted)
     present = np.union1d(truth, predicted)
     iou = jaccard_score(truth, predicted, labels=present, average=None)
@@ -82,13 +79,13 @@ def test_depth_head_beats_the_mean_and_its_errors_are_numpys(tiny_vit, tiny_cnn,
     train, val = open_pairs(scenes, "train", "depth"), open_pairs(scenes, "val", "depth")
     views = WindowViews(val, 64)
     rmse, delta1, constant = [], [], []
-    mean = np.mean([read_depth(train, n, 1000, 10)[1].mean() for n in range(len(train))])
+    mean = np.mean([read_depth(train, n, 1000, 10).mean() for n in range(len(train))])
     with torch.inference_mode():
         for number in range(len(val)):
             images = views[number].unsqueeze(0)
             seen = encoder(images).patches.half().float() if head == "linear" else encoder.layers(images)
             metres = merge_windows(module(seen).unsqueeze(1), [views.windows[number]], 64, 64)[0].numpy()
-            truth = read_depth(val, number, 1000, 10)[1]
+            truth = read_depth(val, number, 1000, 10)
             rmse.append(np.sqrt(((metres - truth) ** 2).mean()))
             delta1.append((np.maximum(metres / truth, truth / metres) < 1.25).mean())
             constant.append(np.sqrt(((mean - truth) ** 2).mean()))
@@ -204,6 +201,35 @@ def test_ade20k_names_come_from_its_own_table(tmp_path):
         label_names(pairs, 3)
 
 
+def test_the_ignored_value_never_hides_another_label(tmp_path):
+    for split in ("training", "validation"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            Image.fromarray(np.array([[0, 1, 2], [3, 1, 0]], np.uint8)).save(tmp_path / kind / split / "a.png")
+    pairs = open_pairs(tmp_path, "train", "masks")
+    assert pairs.ade
+    assert read_mask(pairs, 0, True, 3, 0).tolist() == [[-1, 0, 1], [2, 0, -1]]
+    assert read_mask(pairs, 0, True, 3, 2).tolist() == [[-1, 0, -1], [2, 0, -1]]
+    assert read_mask(pairs, 0, False, 4, 1).tolist() == [[0, -1, 2], [3, -1, 0]]
+    with pytest.raises(UserError, match="has label 3, .*segmentation.ignore=3"):
+        read_mask(pairs, 0, True, 2, 255)
+
+
+def test_masks_follow_ade20k_only_where_they_lie_as_there(tmp_path):
+    for split in ("train", "val"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+            Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / kind / split / "a.png")
+    assert not open_pairs(tmp_path, "train", "masks").ade
+
+
+def test_pictures_called_rgb_need_no_nyu_layout(tmp_path):
+    for kind in ("images", "depth"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        Image.fromarray(np.ones((8, 8), np.uint8)).save(tmp_path / "train" / kind / "rgb_0.png")
+    assert open_pairs(tmp_path, "train", "depth").maps[0].parent.name == "depth"
+
+
 def broken_masks(folder, how):
     """Two small splits of masks, one of them with a fault."""
     for split in ("train", "val"):
@@ -230,6 +256,12 @@ def broken_masks(folder, how):
             path.unlink()
     if how == "no split":
         (folder / "val").rename(folder / "other")
+    if how == "nothing counts":
+        for path in (folder / "val" / "masks").iterdir():
+            Image.fromarray(np.full((32, 32), 255, np.uint8)).save(path)
+    if how in ("truncated mask", "empty mask"):
+        path = folder / "train" / "masks" / "1.png"
+        path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2 if how == "truncated mask" else 0])
     if how == "truncated":
         path = folder / "train" / "images" / "1.png"
         path.write_bytes(path.read_bytes()[:60])
@@ -240,7 +272,8 @@ def broken_masks(folder, how):
     [
         ("size", "is 32x20, its picture 32x32"), ("one class", "1 class only"), ("too large", "has label 9"),
         ("colour", "has 3 channels"), ("missing mask", "1 of 2 lack one"), ("empty", "is empty"),
-        ("no split", "has no val split"), ("truncated", "cannot be read"),
+        ("no split", "has no val split"), ("truncated", "cannot be read"), ("truncated mask", "masks/1.png cannot be read"),
+        ("empty mask", "masks/1.png cannot be read"), ("nothing counts", "every pixel of the validation masks is ignored"),
     ],
 )  # fmt: skip
 def test_broken_masks_are_one_line(tiny_vit, tmp_path, how, words):
@@ -283,8 +316,8 @@ def test_nyu_official_splits_are_read(tmp_path):
             Image.fromarray(np.full((48, 64), 2500, np.uint16)).save(folder / f"sync_depth_{number:05d}.png")
     pairs = open_pairs(tmp_path, "val", "depth")
     assert len(pairs) == 2
-    picture, metres = read_depth(pairs, 0, 1000.0, 10.0)
-    assert picture.size == (64, 48) and (metres == 2.5).all()
+    metres = read_depth(pairs, 0, 1000.0, 10.0)
+    assert metres.shape == (48, 64) and (metres == 2.5).all()
     (tmp_path / "test" / "kitchen_0001" / "sync_depth_00001.png").unlink()
     with pytest.raises(UserError, match="sync_depth_00001.png is missing"):
         open_pairs(tmp_path, "val", "depth")

@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import KNeighborsClassifier
 
-from distill.evaluate.config import KNNConfig
-from distill.evaluate.knn import knn_votes
+from distill.evaluate.classification import FrozenSplits
+from distill.evaluate.config import EvaluationConfig, KNNConfig
+from distill.evaluate.knn import evaluate, knn_votes
 
 
 def test_votes_by_hand():
     train = torch.tensor([[1.0, 0], [0, 2.0], [3.0, 3.0]])
     votes = knn_votes(train, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0]]), 2, KNNConfig(k=2, temperature=0.5))
     # the two nearest: [1, 0] at cosine 1, [3, 3] at cosine 1/sqrt 2
-    torch.testing.assert_close(votes, torch.tensor([[math.exp(2), math.exp(2 / math.sqrt(2))]]))
+    torch.testing.assert_close(votes, torch.tensor([[1.0, math.exp(2 / math.sqrt(2) - 2)]]))
 
 
 @pytest.mark.parametrize("block_gib", [4.0, 1e-6])
@@ -32,6 +33,19 @@ def test_votes_equal_scikit_learns_weighted_neighbours_in_any_blocks(block_gib):
         atol=1e-5,
         rtol=1e-4,
     )
+
+
+def test_a_small_temperature_overflows_nothing():
+    train = torch.randn(50, 8)
+    votes = knn_votes(train, torch.arange(50) % 3, train, 3, KNNConfig(temperature=1e-4))
+    assert torch.isfinite(votes).all() and (votes.argmax(1) == torch.arange(50) % 3).all()
+
+
+def test_top5_is_left_out_where_fewer_than_five_vote():
+    names = tuple(str(n) for n in range(9))
+    splits = FrozenSplits(torch.randn(90, 8), torch.arange(90) % 9, torch.randn(9, 8), torch.arange(9), names)
+    assert set(evaluate(splits, EvaluationConfig(knn=KNNConfig(k=4))).scores) == {"top1"}
+    assert set(evaluate(splits, EvaluationConfig(knn=KNNConfig(k=5))).scores) == {"top1", "top5"}
 
 
 def test_more_neighbours_than_features_take_them_all():

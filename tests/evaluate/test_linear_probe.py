@@ -83,6 +83,11 @@ def test_rate_is_chosen_without_the_validation_split(digits):
     assert set(digits.train_labels[choose].tolist()) == set(range(10))
 
 
+def test_something_is_always_left_to_learn_from():
+    learn, choose = hold_out(torch.tensor([0, 1] * 5), 0.95, seed=0)
+    assert len(learn) >= 1 and len(choose) >= 1
+
+
 def test_a_diverged_rate_is_never_chosen(digits):
     config = ProbeConfig(rates=3, lowest=0.01, highest=1.0, epochs=2, batch_size=256)
     sweep = train_sweep(digits.train, digits.train_labels, 10, config, seed=0)

@@ -12,8 +12,9 @@ from distill.errors import UserError
 from distill.evaluate.attention import attention_figure, attention_maps, last_attention
 from distill.evaluate.encoder import parse_model, teacher_encoder
 from distill.evaluate.representation import (
+    Spread,
     cluster_scores,
-    shared_space_spread,
+    shared_spaces,
     spread,
     teacher_variance,
     tsne_picture,
@@ -110,10 +111,10 @@ def deployment(method: str, student: str):
 
 
 @pytest.mark.parametrize("student", ["vit_tiny_patch16_224", "resnet10t"])
-def test_shared_space_spread_reads_each_teachers_feature_channels(student):
+def test_shared_spaces_are_each_teachers_feature_channels(student):
     whole = deployment("umt", student)
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    found = shared_space_spread(whole, images)
+    found = {label: spread(space) for label, space in shared_spaces(whole, images).items()}
     assert list(found) == ["mae", "dino"]
     features = whole.student(whole.preprocess.normalize(images.float() / 255))
     spaces = whole.coupling(features)
@@ -125,12 +126,20 @@ def test_shared_space_spread_reads_each_teachers_feature_channels(student):
     assert found["mae"] != found["dino"]
     # one head alone, as an encoder reads it, keeps its own space
     del whole.heads["mae"]
-    assert shared_space_spread(whole, images) == {"dino": found["dino"]}
+    assert {label: spread(space) for label, space in shared_spaces(whole, images).items()} == {"dino": found["dino"]}
+
+
+def test_streamed_spread_is_that_of_all_vectors_together():
+    values = torch.randn(50, 3, 7) * torch.arange(1, 8) + torch.randn(50, 1, 7) * 3
+    streamed = Spread()
+    for part in values.split([1, 30, 19]):
+        streamed.add(part)
+    assert streamed.value() == pytest.approx(spread(values), rel=1e-6)
 
 
 def test_plain_heads_share_no_space():
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    assert shared_space_spread(deployment("plain", "vit_tiny_patch16_224"), images) is None
+    assert shared_spaces(deployment("plain", "vit_tiny_patch16_224"), images) is None
 
 
 def by_hand(encoder, images):

@@ -12,12 +12,12 @@ import skimage.data
 import torch
 from PIL import Image
 
-from distill.errors import UserError
+from distill.errors import UserError, exit_status
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.retrieval import average_precision, evaluate, read_pickle
 
-CONFIG = EvaluationConfig.model_validate({"retrieval": {"size": 64}, "extract": {"batch_size": 5}})
+CONFIG = EvaluationConfig.model_validate({"retrieval": {"size": 64}, "extract": {"batch_size": 5, "workers": 0}})
 PHOTOS = ("chelsea", "astronaut", "coffee", "rocket")
 SHIFTS = ((0, 0), (12, 4), (4, 14), (16, 16))
 
@@ -267,6 +267,7 @@ MISTAKES = {
     "unpaired": (lambda d, t: t["gnd"].pop(), "qimlist has 4 queries, gnd 3 entries"),
     "no positives": (lambda d, t: [e.update(easy=[], hard=[]) for e in t["gnd"]], "no query of .* has a positive"),
     "no key": (lambda d, t: t.pop("imlist"), "must hold a dict with the lists"),
+    "absolute": (lambda d, t: t["qimlist"].__setitem__(0, "/etc/a"), "qimlist must list at least one picture, by name"),
     "empty": (lambda d, t: t["imlist"].clear(), "imlist must list at least one"),
     "two": (lambda d, t: (d / "gnd_other.pkl").write_bytes(b""), "exactly one .* gnd_other.pkl, gnd_test.json"),
 }
@@ -295,5 +296,31 @@ def test_features_that_are_not_finite_are_named(tiny_vit: Encoder, photographs, 
     write(photographs, ground_truth())
     bias = tiny_vit.net.norm.bias
     monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
-    with pytest.raises(UserError, match="tiny-vit gives features that are not finite for .*chelsea.jpg"):
+    with pytest.raises(UserError, match="tiny-vit: its summary features hold NaN or infinity"):
         evaluate(tiny_vit, photographs, CONFIG, tmp_path / "out")
+
+
+def test_features_are_extracted_once(tiny_vit: Encoder, photographs, tmp_path):
+    seen = []
+    hook = tiny_vit.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    write(photographs, ground_truth())
+    first = evaluate(tiny_vit, photographs, CONFIG, tmp_path / "out", tmp_path / "kept")
+    assert sum(seen) == 16 + 4 and (tmp_path / "kept").is_dir() and not (tmp_path / "out" / "cache").exists()
+    again = evaluate(tiny_vit, photographs, CONFIG, tmp_path / "out", tmp_path / "kept")
+    assert sum(seen) == 20 and again.scores == first.scores and again.details == first.details
+    # another box makes other queries, and leaves the database as it is
+    truth = ground_truth()
+    truth["gnd"][2]["bbx"][0] += 50
+    write(photographs, truth)
+    evaluate(tiny_vit, photographs, CONFIG, tmp_path / "out", tmp_path / "kept")
+    assert sum(seen) == 20 + 4
+    hook.remove()
+
+
+def test_decoding_processes_name_the_damaged_picture(tiny_vit, photographs, tmp_path, capsys):
+    write(photographs, ground_truth())
+    workers = CONFIG.model_copy(update={"extract": CONFIG.extract.model_copy(update={"workers": 1})})
+    (photographs / "jpg" / "coffee_2.jpg").write_bytes(b"\xff\xd8nothing")
+    assert exit_status(lambda: evaluate(tiny_vit, photographs, workers, tmp_path / "out")) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "cannot read the picture" in said and "coffee_2.jpg" in said

@@ -8,6 +8,7 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from distill.data import centre_crop
 from distill.errors import UserError, exit_status
@@ -16,10 +17,13 @@ from distill.evaluate.encoder import parse_model, teacher_encoder
 from distill.evaluate.robustness import (
     ALEXNET,
     SEVERITIES,
+    Pictures,
     accuracy,
+    cached,
     class_index,
     coarse_accuracy,
     evaluate_variants,
+    live,
     mean_corruption_error,
     own_classifier,
     subset_indices,
@@ -43,7 +47,7 @@ def classify(images: torch.Tensor) -> torch.Tensor:
 
 
 def run(data: Path):
-    return evaluate_variants(classify, 16, data, CONFIG)
+    return evaluate_variants(live(classify, CONFIG), 16, data, CONFIG)
 
 
 def test_accuracy_by_hand():
@@ -113,9 +117,9 @@ def test_decoding_processes_give_the_same_and_name_the_torn_picture(tmp_path, ca
     for index in range(7):
         paint(tmp_path / "imagenet-v2" / str(index) / "a.png", index % 5)
     workers = CONFIG.model_copy(update={"extract": CONFIG.extract.model_copy(update={"workers": 1})})
-    assert evaluate_variants(classify, 16, tmp_path, workers) == run(tmp_path)
+    assert evaluate_variants(live(classify, workers), 16, tmp_path, workers) == run(tmp_path)
     (tmp_path / "imagenet-v2" / "3" / "torn.jpg").write_bytes(b"")
-    assert exit_status(lambda: evaluate_variants(classify, 16, tmp_path, workers)) == 2
+    assert exit_status(lambda: evaluate_variants(live(classify, workers), 16, tmp_path, workers)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "3/torn.jpg cannot be read: empty or not an image" in said
 
@@ -206,7 +210,7 @@ def test_centre_crop_keeps_the_share_of_the_shorter_side(tmp_path):
     (tmp_path / "imagenet-v2" / "5").mkdir(parents=True)
     Image.fromarray(picture).save(tmp_path / "imagenet-v2" / "5" / "a.png")
     half = CONFIG.model_copy(update={"extract": CONFIG.extract.model_copy(update={"crop": 0.5})})
-    assert evaluate_variants(classify, 16, tmp_path, half).scores == {"imagenet-v2 top1": 1.0}
+    assert evaluate_variants(live(classify, half), 16, tmp_path, half).scores == {"imagenet-v2 top1": 1.0}
     assert run(tmp_path).scores == {"imagenet-v2 top1": 0.0}
 
 
@@ -225,7 +229,50 @@ def test_what_variants_refuse(tmp_path):
     (place / "torn.jpg").unlink()
     paint(place / "a.png", 3)
     with pytest.raises(UserError, match=r"gives \[10\] logits a picture: it must give \[1000\]"):
-        evaluate_variants(lambda images: torch.zeros(len(images), 10), 16, tmp_path, CONFIG)
+        evaluate_variants(live(lambda images: torch.zeros(len(images), 10), CONFIG), 16, tmp_path, CONFIG)
+
+
+def test_cached_features_give_what_a_live_network_gives(tiny_vit, tmp_path):
+    for index in range(7):
+        paint(tmp_path / "imagenet-v2" / str(index) / "a.png", 40 * index, side=80)
+        paint(tmp_path / "imagenet-a" / WNIDS[subset_indices("imagenet_a")[index]] / "a.png", 90 * index, side=80)
+    head = torch.nn.Linear(48, 1000)
+    pictures = Pictures(tmp_path, sorted((tmp_path / "imagenet-v2").rglob("*.png")), 64, 0.875, "imagenet-v2")
+    classify = torch.inference_mode()(lambda images: head(tiny_vit(images).summary))
+    from_cache = cached(head, tiny_vit, tmp_path / "cache", CONFIG)
+    torch.testing.assert_close(from_cache(pictures), live(classify, CONFIG)(pictures))
+    found = evaluate_variants(from_cache, 64, tmp_path, CONFIG)
+    assert found == evaluate_variants(live(classify, CONFIG), 64, tmp_path, CONFIG)
+    assert set(found.scores) == {"imagenet-a top1", "imagenet-v2 top1"}
+
+
+def test_a_second_pass_does_not_run_the_encoder(tiny_vit, tmp_path):
+    path = tmp_path / "imagenet-v2" / "3" / "a.png"
+    paint(path, 3)
+    paint(tmp_path / "imagenet-v2" / "4" / "a.png", 4)
+    seen = []
+    hook = tiny_vit.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    logits_of = cached(torch.nn.Linear(48, 1000), tiny_vit, tmp_path / "cache", CONFIG)
+    first = evaluate_variants(logits_of, 64, tmp_path, CONFIG)
+    assert evaluate_variants(logits_of, 64, tmp_path, CONFIG) == first and sum(seen) == 2
+    paint(path, 700, side=30)  # a rewritten picture, or another crop, is another set
+    evaluate_variants(logits_of, 64, tmp_path, CONFIG)
+    assert sum(seen) == 4
+    half = CONFIG.model_copy(update={"extract": CONFIG.extract.model_copy(update={"crop": 0.5})})
+    evaluate_variants(logits_of, 64, tmp_path, half)
+    assert sum(seen) == 6
+    hook.remove()
+
+
+def test_cached_logits_are_checked_like_live_ones(tiny_vit, tmp_path):
+    paint(tmp_path / "imagenet-v2" / "3" / "a.png", 3)
+    head = torch.nn.Linear(48, 10)
+    with pytest.raises(UserError, match=r"gives \[10\] logits a picture: it must give \[1000\]"):
+        evaluate_variants(cached(head, tiny_vit, tmp_path / "cache", CONFIG), 64, tmp_path, CONFIG)
+    head = torch.nn.Linear(48, 1000)
+    torch.nn.init.constant_(head.bias, torch.inf)
+    with pytest.raises(UserError, match="logits that are not finite"):
+        evaluate_variants(cached(head, tiny_vit, tmp_path / "cache", CONFIG), 64, tmp_path, CONFIG)
 
 
 def test_own_head_of_mobilenet_sees_a_cat():
@@ -236,8 +283,23 @@ def test_own_head_of_mobilenet_sees_a_cat():
     assert set(logits[0].topk(5).indices.tolist()) & set(range(281, 286))
 
 
-def test_own_head_must_be_imagenets(tiny_vit):
+def test_own_head_must_be_imagenets():
     config = parse_model("resnet10t@random").model_copy(update={"kwargs": {"num_classes": 0}})
     with pytest.raises(UserError, match="headless has a head of 0 classes, not ImageNet's 1000: set robustness.class"):
         own_classifier(teacher_encoder(config, size=64, name="headless"))
-    assert own_classifier(tiny_vit)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 1000)
+
+
+def test_own_head_must_be_trained(tiny_vit, tiny_cnn, tmp_path):
+    untrained = r"{} has no trained classifier \(its weights come without one\): set robustness.classifier=probe"
+    with pytest.raises(UserError, match=untrained.format("tiny-vit")):
+        own_classifier(tiny_vit)
+    state = {name: tensor.contiguous() for name, tensor in tiny_cnn.net.state_dict().items()}
+    save_file(state, tmp_path / "whole.safetensors")
+    save_file({k: v for k, v in state.items() if not k.startswith("fc.")}, tmp_path / "bare.safetensors")
+    whole, bare = (
+        teacher_encoder(parse_model(f"resnet10t@{tmp_path / name}.safetensors"), size=64, name=name)
+        for name in ("whole", "bare")
+    )
+    assert own_classifier(whole)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 1000)
+    with pytest.raises(UserError, match=untrained.format("bare")):
+        own_classifier(bare)

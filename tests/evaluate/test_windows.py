@@ -49,7 +49,7 @@ def test_labels_lie_under_their_pixels(tmp_path):
     np.save(tmp_path / "val" / "depth" / "a.npy", ramp.astype(np.float32) / 100)
     pairs = open_pairs(tmp_path, "val", "depth")
     views = WindowViews(pairs, 64)
-    labels = WindowLabels(views, lambda n: read_depth(pairs, n, 1.0, 10.0)[1], 64)
+    labels = WindowLabels(views, lambda n: read_depth(pairs, n, 1.0, 10.0), 64)
     assert len(views) == len(labels) == 3
     for number in range(3):
         np.testing.assert_allclose(views[number][0].float() / 100, labels[number], atol=0.011)
