@@ -43,9 +43,9 @@ def main() -> None:
     parser.add_argument(
         "--model", default="vit_small_patch16_224", help="timm name; random weights (vit_small_patch16_224)"
     )
-    parser.add_argument("--pictures", type=int, default=160, help="pictures of the extraction and probe parts (160)")
+    parser.add_argument("--pictures", type=int, default=480, help="pictures of the extraction and probe parts (480)")
     parser.add_argument("--batch", type=int, default=32, help="pictures a forward pass (32)")
-    parser.add_argument("--rounds", type=int, default=3, help="(3)")
+    parser.add_argument("--rounds", type=int, default=2, help="(2)")
     parser.add_argument("--queries", type=int, default=256, help="of the k-NN part (256)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(cpu)")
     asked = parser.parse_args()

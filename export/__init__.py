@@ -1,1 +1,1 @@
-"""Run folder to bundle: ONNX graphs and TensorRT engines. This stage has not landed yet."""
+"""Run folder to bundle: ONNX graphs and TensorRT engines that agree with the student."""

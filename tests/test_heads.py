@@ -1,6 +1,7 @@
 """Task heads: their arithmetic against direct formulas, their files."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -85,6 +86,15 @@ def test_broken_files_are_refused(tmp_path, how, words):
     damage(path, how)
     with pytest.raises(UserError, match=words):
         load_head(path)
+
+
+def test_files_are_as_readable_as_the_users_mask_allows(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = save_head(tmp_path, "depth", LinearDepth(4, 8, 0.1, 1.0), {})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_a_head_fits_no_other_student(tmp_path):

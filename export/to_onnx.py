@@ -1,0 +1,164 @@
+"""From a traced module to an ONNX file: dynamic axes by name, current opset, nothing of this machine left inside."""
+
+import warnings
+from pathlib import Path
+
+import onnx
+import torch
+from torch import nn
+from torch.export import Dim
+
+from distill.errors import UserError
+from export.graph import Part
+from export.resample import dense_resampling
+from export.signature import Port, Signature
+
+OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
+"""By precision. 20 is read by every runtime; from 23 on attention is one node, which TensorRT-RTX refuses in float32; before
+22 ONNX has no convolution in bf16."""
+
+INLINE_LIMIT = 1_800_000_000
+"""Bytes of weights up to which they lie inside the file; protobuf ends at 2 GiB."""
+
+
+def example(port: Port, stride: int, sizes: dict[str, int]) -> torch.Tensor:
+    """Some input for tracing, with `sizes` for axes that vary."""
+    shape = [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes]
+    if port.dtype == "uint8":
+        return torch.randint(256, shape, dtype=torch.uint8)
+    return torch.randn(shape)
+
+
+def dynamic_axes(signature: Signature, stride: int, max_batch: int) -> tuple[dict[int, object], ...]:
+    """What torch.export is told of every input's axes; one `Dim` an axis name."""
+    dims: dict[str, object] = {
+        # no upper bound below the number of examples; a batch of one is an ordinary one
+        "batch": Dim("batch", min=1, max=max(2, max_batch)),
+        "rows": Dim("rows", min=2, max=1024), "columns": Dim("columns", min=2, max=1024),
+        "tokens": Dim("tokens", min=2, max=1 << 20),
+    }  # fmt: skip
+    # a multiple of the stride: anything else would be cut off in silence
+    dims["height"], dims["width"] = stride * dims["rows"], stride * dims["columns"]
+    return tuple(
+        {place: dims[axis] for place, axis in enumerate(port.axes) if isinstance(axis, str)}
+        for port in signature.inputs
+    )
+
+
+def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProto:
+    """Trace a part with torch.export and translate it; raises UserError where torch cannot."""
+    signature = part.signature
+    # two pictures, not square: a batch or side of one size could be taken for a constant
+    sizes = {"batch": 2, "rows": 6, "columns": 4, "height": 6 * stride, "width": 4 * stride}
+    prefix = getattr(part.module, "prefix", 0)
+    sizes["tokens"] = 24 + prefix
+    arguments = tuple(example(port, stride, sizes) for port in signature.inputs)
+    axes = dynamic_axes(signature, stride, max_batch)
+    # modules that take *inputs have one argument, a tuple, in torch.export's eyes
+    shapes = (axes,) if has_star(part.module) else axes
+    with dense_resampling(), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
+        try:
+            program = torch.onnx.export(
+                part.module.eval(), arguments, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False,
+                input_names=[port.name for port in signature.inputs],
+                output_names=[port.name for port in signature.outputs],
+            )  # fmt: skip
+        # the exporter has a dozen error types of its own, none of them public
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"graph '{signature.graph}' cannot be exported ({reason}): this architecture is not supported"
+            ) from error
+    return program.model_proto
+
+
+def has_star(module: nn.Module) -> bool:
+    """Whether a module's forward takes any number of tensors."""
+    return module.forward.__code__.co_flags & 0x04 != 0
+
+
+def clean(model: onnx.ModelProto, about: dict[str, str]) -> onnx.ModelProto:
+    """Take out stack traces and local paths, and put in what a reader should know."""
+    del model.metadata_props[:]
+    model.doc_string = ""
+    for graph in graphs(model):
+        graph.doc_string = ""
+        for items in (graph.node, graph.initializer, graph.value_info, graph.input, graph.output):
+            for item in items:
+                item.doc_string = ""
+                if hasattr(item, "metadata_props"):
+                    del item.metadata_props[:]
+        del graph.metadata_props[:]
+    for key, value in sorted(about.items()):
+        model.metadata_props.add(key=key, value=value)
+    return model
+
+
+def graphs(model: onnx.ModelProto) -> list[onnx.GraphProto]:
+    """The main graph and every subgraph or function body that holds nodes."""
+    found = [model.graph]
+    for graph in found:
+        for node in graph.node:
+            found += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return found + list(model.functions)  # type: ignore[operator] - functions have nodes too
+
+
+def name_axes(model: onnx.ModelProto, signature: Signature) -> None:
+    """Give the varying axes of inputs and outputs the names of the signature; torch calls them s39*s94 and the like."""
+    for values, ports in ((model.graph.input, signature.inputs), (model.graph.output, signature.outputs)):
+        for value, port in zip(values, ports, strict=True):
+            for dim, axis in zip(value.type.tensor_type.shape.dim, port.axes, strict=True):
+                if isinstance(axis, str):
+                    dim.ClearField("dim_value")
+                    dim.dim_param = axis
+                else:
+                    dim.ClearField("dim_param")
+                    dim.dim_value = axis
+
+
+def check(model: onnx.ModelProto, path: Path, signature: Signature, wanted: int) -> None:
+    """Raise UserError unless the file at `path` is a valid graph of this signature, at the opset that was asked."""
+    opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
+    if opset != wanted:  # torch keeps the nearest it can do, with no more than a warning
+        raise UserError(f"graph '{signature.graph}' came out at opset {opset}, asked was {wanted}: use another torch")
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise UserError(f"graph '{signature.graph}' is not valid ONNX ({str(error).splitlines()[0]})") from error
+    resized = [
+        n.name
+        for n in model.graph.node
+        if n.op_type == "Resize" and any(a.name == "antialias" and a.i for a in n.attribute)
+    ]
+    if resized:
+        raise UserError(f"graph '{signature.graph}' holds an antialiased Resize ({resized[0]}), which TensorRT refuses")
+    for got, ports, kind in (
+        (model.graph.input, signature.inputs, "input"),
+        (model.graph.output, signature.outputs, "output"),
+    ):
+        names = [value.name for value in got]
+        if names != [port.name for port in ports]:
+            raise UserError(f"graph '{signature.graph}' has {kind}s {names}, its signature says otherwise")
+
+
+def save(model: onnx.ModelProto, path: Path) -> list[Path]:
+    """Write a graph, its weights beside it (`NAME.onnx.data`) past 2 GB; returns the files."""
+    size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
+    if size <= INLINE_LIMIT:
+        onnx.save(model, path)
+        return [path]
+    data = path.with_name(path.name + ".data")
+    onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
+    return [path, data]
+
+
+def export_part(
+    part: Part, stride: int, max_batch: int, path: Path, about: dict[str, str], opset: int = OPSET["fp32"]
+) -> list[Path]:
+    """Trace, clean, name, write and check one graph; returns its files."""
+    model = clean(trace(part, stride, max_batch, opset), about)
+    name_axes(model, part.signature)
+    files = save(model, path)
+    check(model, path, part.signature, opset)
+    return files

@@ -1,0 +1,307 @@
+"""`python -m export.run` and `export.check`: graphs that say what the student says, and bundles that are whole or absent."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import run_here, small_recipe
+from timm.layers import resample_abs_pos_embed
+from yaml import safe_dump
+
+from distill.checkpoint import load_run
+from distill.evaluate.__main__ import main as evaluate
+from export.bundle import read_manifest, verify_files
+from export.check import main as check
+from export.parity import check_sizes, compare
+from export.resample import resample_grid
+from export.run import main
+
+
+def call(command, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a command's main in this process."""
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        status = command([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, status, output.getvalue(), error.getvalue())
+
+
+def train(folder: Path, photos: Path, **changes: object) -> Path:
+    """A run of two steps."""
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(safe_dump(small_recipe(photos, train={"steps": 2}, **changes)))
+    done = run_here(recipe, "--output", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def vit(photo_folder, scenes, tmp_path_factory) -> Path:
+    """A UMT run of a ViT with trained task heads, the segmentation one reading the dino head."""
+    run = train(tmp_path_factory.mktemp("vit"), photo_folder)
+    quick = ("extract.workers=0", "probe.epochs=2", "probe.rates=2", "dense.size=64", "dense.steps=5")
+    for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
+        done = call(evaluate, run, "--data", scenes, "--features", features, "--tasks", tasks, *quick)
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def cnn(photo_folder, tmp_path_factory) -> Path:
+    """A UMT run of a CNN."""
+    student = {"name": "resnet10t", "kwargs": {}, "drop_path": 0.0}
+    umt = {"space_dim": 32, "token_dim": 32, "groups": 8}
+    return train(tmp_path_factory.mktemp("cnn"), photo_folder, student=student, umt=umt)
+
+
+@pytest.fixture(scope="module")
+def plain(photo_folder, tmp_path_factory) -> Path:
+    """A run of plain heads."""
+    return train(tmp_path_factory.mktemp("plain"), photo_folder, method="plain")
+
+
+@pytest.fixture(scope="module")
+def bundle(vit, tmp_path_factory) -> Path:
+    """The ViT run exported for varying sizes."""
+    folder = tmp_path_factory.mktemp("bundles") / "vit"
+    done = call(main, vit, "--output", folder, "--resolutions", 64, "96x64", "--max-batch", 4)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def sessions(bundle: Path) -> dict[str, onnxruntime.InferenceSession]:
+    return {path.stem: onnxruntime.InferenceSession(str(path)) for path in bundle.glob("*.onnx")}
+
+
+def test_a_bundle_has_every_graph_and_says_what_each_gives(bundle):
+    manifest = read_manifest(bundle)
+    assert [graph.name for graph in manifest.graphs] == [
+        "backbone", "interaction", "head_cls", "head_mae", "head_dino", "classification", "segmentation", "depth", "fused",
+    ]  # fmt: skip
+    outputs = {graph.name: [t.name for t in graph.outputs] for graph in manifest.graphs}
+    assert outputs["backbone"] == ["backbone_global", "backbone_patches", "features", "features_global"]
+    assert outputs["head_dino"] == ["dino_token", "dino_patches"]
+    image = manifest.graph("backbone").inputs[0]
+    assert (image.name, image.dtype, image.shape) == ("image", "uint8", ("batch", "height", "width", 3))
+    assert manifest.graph("segmentation").about["classes"][0] == "wall"
+    assert manifest.graph("depth").about["unit"] == "metre"
+    assert manifest.student.method == "umt" and manifest.student.stride == 16
+    assert [(t.label, t.role) for t in manifest.teachers][1] == ("mae", "mae")
+    assert manifest.resolution.dynamic and (64, 64) in manifest.resolution.checked
+    assert all(row.passed and row.cosine > 0.99999 for row in manifest.parity)
+    assert {row.batch for row in manifest.parity} == {1, 3, 4}
+    # as many positions as the example, in another aspect ratio: what a constant position embedding gets wrong
+    assert (32, 128) in {(row.height, row.width) for row in manifest.parity}
+
+
+def test_graphs_in_a_row_say_what_the_deployed_student_says(bundle, vit):
+    deployment = load_run(vit).method.deploy()
+    found = sessions(bundle)
+    image = np.random.default_rng(0).integers(0, 256, (3, 96, 48, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        wanted = deployment(torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255)
+    summary, patches, features, features_global = found["backbone"].run(None, {"image": image})
+    np.testing.assert_allclose(summary, wanted["backbone"].token, atol=1e-5)
+    (spaces,) = found["interaction"].run(None, {"features": features, "features_global": features_global})
+    for label in ("cls", "mae", "dino"):
+        token, flat = found[f"head_{label}"].run(None, {"spaces": spaces})
+        np.testing.assert_allclose(token, wanted[label].token, atol=1e-4)
+        np.testing.assert_allclose(flat, wanted[label].patches.flatten(1, 2), atol=1e-3, rtol=1e-4)
+    fused = dict(
+        zip([o.name for o in found["fused"].get_outputs()], found["fused"].run(None, {"image": image}), strict=True)
+    )
+    (logits,) = found["segmentation"].run(None, {"spaces": spaces})
+    np.testing.assert_allclose(fused["segmentation_logits"], logits, atol=1e-4)
+    assert logits.shape == (3, 6 * 3, 7) and fused["depth"].shape == (3, 6 * 3)
+    assert (fused["depth"] > 0).all()
+
+
+def test_graphs_carry_nothing_of_this_machine_and_refuse_odd_sizes(bundle):
+    for path in bundle.glob("*.onnx"):
+        data = path.read_bytes()
+        assert b"site-packages" not in data and str(Path(__file__).parent.parent).encode() not in data
+        model = onnx.load(path)
+        assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+        assert {p.key for p in model.metadata_props} >= {"method", "student", "licences", "precision"}
+        assert not any(n.op_type == "Resize" for n in model.graph.node)
+
+
+def test_position_embeddings_by_matrices_are_timms():
+    posemb = torch.randn(1, 1 + 7 * 7, 16)
+    for size in ((7, 7), (14, 14), (5, 9), (3, 4), (20, 6)):
+        wanted = resample_abs_pos_embed(posemb, list(size), [7, 7], num_prefix_tokens=1)
+        torch.testing.assert_close(resample_grid(posemb, list(size), [7, 7]), wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(resample_grid(posemb, [7, 7], [7, 7]), posemb)
+
+
+@pytest.mark.parametrize(
+    ("student", "precision"), [("cnn", "fp32"), ("plain", "fp32"), ("vit", "fp16"), ("vit", "bf16")]
+)
+def test_students_of_every_kind_pass_parity(student, precision, request, tmp_path):
+    run = request.getfixturevalue(student)
+    done = call(main, run, "--output", tmp_path / "b", "--precision", precision, "--max-batch", 3)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "b")
+    assert manifest.precision == precision and not manifest.resolution.dynamic
+    assert ("interaction" in [g.name for g in manifest.graphs]) == (student != "plain")
+    types = {t.data_type for t in onnx.load(tmp_path / "b" / "backbone.onnx").graph.initializer}
+    wanted = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+    assert wanted[precision] in types
+    assert call(check, tmp_path / "b").returncode == 0
+
+
+def test_int8_is_calibrated_and_the_same_alone_as_in_a_batch(vit, photo_folder, tmp_path):
+    done = call(main, vit, "--output", tmp_path / "b", "--precision", "int8", "--calibration", photo_folder, "--images",
+                photo_folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = onnx.load(tmp_path / "b" / "backbone.onnx")
+    kinds = {node.op_type for node in model.graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= kinds
+    assert onnx.TensorProto.INT32 not in {
+        t.data_type for t in model.graph.initializer if t.name.endswith("bias_quantized")
+    }
+    fused = sessions(tmp_path / "b")["fused"]
+    images = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+    together = fused.run(None, {"image": images})
+    for row in range(4):
+        alone = fused.run(None, {"image": images[row : row + 1]})
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_allclose(a[0], b[row], atol=1e-4, rtol=1e-4)
+
+
+def test_outputs_that_do_not_agree_fail_and_leave_nothing_unless_allowed(plain, tmp_path):
+    """A head that says numbers beyond float16's range says infinity in fp16."""
+    run = Path(shutil.copytree(plain, tmp_path / "run"))
+    change_weights(run / "student.safetensors", lambda name, w: w * 1e7 if name == "heads.mae.token.3.weight" else w)
+    wanted = (run, "--precision", "fp16", "--max-batch", 2, "--output", tmp_path / "b")
+    done = call(main, *wanted)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and all(w in done.stderr for w in ("'mae_token'", "cosine", "picture", "fp16"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"], "no half bundle, and nothing aside"
+    assert call(main, *wanted, "--allow-parity-failure").returncode == 0
+    failed = {row.output for row in read_manifest(tmp_path / "b").parity if not row.passed}
+    assert failed == {"mae_token"}
+    found = call(check, tmp_path / "b")
+    assert found.returncode == 1 and "comparisons failed" in found.stdout
+
+
+def change_weights(path: Path, change) -> None:
+    """Rewrite a student's weights with its hashes in order."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    from distill.weights import tensors_sha256
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    weights = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file(weights, path, metadata=metadata | {"sha256": tensors_sha256(weights)})
+
+
+def test_two_exports_are_the_same_bytes(plain, tmp_path):
+    hashes = []
+    for name in ("a", "b"):
+        assert call(main, plain, "--output", tmp_path / name, "--max-batch", 2).returncode == 0
+        hashes.append(read_manifest(tmp_path / name).files)
+    assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("name", ["backbone.onnx", "head_mae.onnx", "manifest.json"])
+def test_a_changed_byte_is_found(bundle, tmp_path, name):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    assert call(check, copy).returncode == 0
+    data = bytearray((copy / name).read_bytes())
+    place = data.index(b'"max_batch"') + 13 if name == "manifest.json" else len(data) // 2
+    data[place] ^= 1
+    (copy / name).write_bytes(data)
+    assert call(check, copy).returncode != 0
+
+
+def test_missing_and_foreign_files_are_found(bundle, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / "head_cls.onnx").unlink()
+    (copy / "extra.bin").write_bytes(b"x")
+    problems = verify_files(copy, read_manifest(copy))
+    assert problems["head_cls.onnx"] == "missing" and problems["extra.bin"] == "not in the manifest"
+    assert call(check, copy).returncode == 1
+
+
+def test_force_replaces_a_bundle_whole(bundle, plain, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    refused = call(main, plain, "--output", copy)
+    assert refused.returncode == 2 and "--force" in refused.stderr
+    assert read_manifest(copy).student.method == "umt"
+    assert call(main, plain, "--output", copy, "--force", "--max-batch", 2).returncode == 0
+    assert read_manifest(copy).student.method == "plain" and not (copy / "interaction.onnx").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["copy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("NOWHERE",), "has no student.safetensors"),
+        (("RUN", "--resolutions", "70"), "70 is not a multiple of the student's stride 16: use 64 or 80"),
+        (("RUN", "--resolutions", "64x"), "write pixels"),
+        (("RUN", "--max-batch", "0"), "--max-batch 0"),
+        (("RUN", "--precision", "int8"), "add --calibration DIR"),
+        (("RUN", "--precision", "int8", "--calibration", "nowhere"), "nowhere"),
+        (("RUN", "--formats", "onnx,tensort"), "--formats tensort: known are"),
+        (("RUN", "--images", "nowhere"), "nowhere"),
+        (("HALF",), "damaged or half-written"),
+        (("UNKNOWN",), "is not a timm architecture"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(plain, tmp_path, arguments, words):
+    run = Path(shutil.copytree(plain, tmp_path / "run"))
+    student = run / "student.safetensors"
+    if "HALF" in arguments:
+        student.write_bytes(student.read_bytes()[:-100])
+    if "UNKNOWN" in arguments:
+        rename_student(student)
+    stand_ins = {"RUN": run, "HALF": run, "UNKNOWN": run, "NOWHERE": tmp_path}
+    done = call(main, *(stand_ins.get(a, a) for a in arguments), "--output", tmp_path / "out")
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def rename_student(path: Path) -> None:
+    """Make the file name a network that does not exist."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    metadata["recipe"] = metadata["recipe"].replace("vit_tiny_patch16_224", "vit_huge_patch99_224")
+    save_file(load_file(path), path, metadata=metadata)
+
+
+def test_check_of_no_bundle_is_one_line(tmp_path):
+    done = call(check, tmp_path)
+    assert done.returncode == 2 and "is no bundle" in done.stderr
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
+    assert "format 99" in call(check, tmp_path).stderr
+
+
+def test_compared_sizes_are_those_asked_and_two_traps_where_sizes_vary():
+    assert check_sizes(16, [(64, 64)], dynamic=False) == [(64, 64)]
+    assert check_sizes(16, [(64, 64), (96, 64)], dynamic=True) == [(64, 64), (96, 64), (64, 80), (32, 128)]
+
+
+def test_cosine_and_difference_by_hand():
+    cosine, largest = compare(np.array([[3.0, 4], [0, 0], [np.nan, 1]]), np.array([[4.0, 3], [0, 0], [1, 1]]))
+    np.testing.assert_allclose(cosine, [0.96, 1.0, -1.0])
+    assert largest[0] == 1
+
+
+@pytest.mark.parametrize("module", ["export.run", "export.check"])
+def test_help_shows_examples(module):
+    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"python -m {module} " in done.stdout
