@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -169,6 +170,21 @@ def read_manifest(bundle: Path) -> Manifest:
     if not manifest.whole:
         raise UserError(f"{path} does not match its own seal: it was changed after the export; export again")
     return manifest
+
+
+def add_files(bundle: Path, names: Sequence[str]) -> None:
+    """Enter files written into a bundle later (class embeddings, say) in its manifest, by rename.
+
+    A folder without a manifest is left as it is. Raises UserError for a manifest that is damaged.
+    """
+    if not (bundle / MANIFEST).exists():
+        return
+    manifest = read_manifest(bundle)
+    files = manifest.files | {name: sha256_of(bundle / name) for name in names}
+    text = manifest.model_copy(update={"files": files}).sealed().model_dump_json(indent=1)
+    aside = bundle / f".{MANIFEST}.tmp"
+    aside.write_text(text)
+    aside.replace(bundle / MANIFEST)
 
 
 def verify_files(bundle: Path, manifest: Manifest) -> dict[str, str]:

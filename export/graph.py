@@ -43,7 +43,8 @@ class BackboneGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """backbone_global [B, d], backbone_patches [B, h*w, d], features [B, h, w, d], features_global [B, 1, d]."""
-        pixels = self.preprocess.normalize(image.permute(0, 3, 1, 2).float() / 255)
+        # bytes become floats before anything else happens to them: TensorRT only casts bytes
+        pixels = self.preprocess.normalize((image.float() / 255).permute(0, 3, 1, 2))
         # normalisation stays in float32 whatever the network's precision
         found = self.student(pixels.to(next(self.student.parameters()).dtype))
         summary, patches = found.summary.float(), found.patches.float()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill.errors import UserError, exit_status
+from export.bundle import MANIFEST, add_files, read_manifest
 from export.text_tower import TextTower, class_embeddings, open_tower, quiet, read_labels, read_templates, tokenize
 
 if TYPE_CHECKING:  # --help must not wait for torch to load
@@ -81,6 +82,8 @@ def run(asked: argparse.Namespace) -> int:
         raise UserError(f"--batch-size {asked.batch_size}: give 1 or more")
     labels, templates = read_labels(asked.labels), read_templates(asked.templates)
     check_folder(asked.output)
+    if (asked.output / MANIFEST).exists():
+        read_manifest(asked.output)  # a damaged bundle is said before the work, not after it
     if asked.with_encoder and (
         lacking := [m for m in ("onnxscript", "onnxruntime") if not importlib.util.find_spec(m)]
     ):
@@ -94,6 +97,7 @@ def run(asked: argparse.Namespace) -> int:
         "labels": [label.words for label in labels], "templates": templates,
     }  # fmt: skip
     write_files(asked.output, files, embeddings, about)
+    add_files(asked.output, [EMBEDDINGS, *files])
     print(f"labels    {len(labels)}, each in {len(templates)} sentences: embeddings {list(embeddings.shape)}")
     for name in (EMBEDDINGS, *files):
         print(f"wrote     {asked.output / name}")
