@@ -1,4 +1,4 @@
-# make demo: distil the offline quickstart and score it.   make test: lint and tests.   Both install into .venv first.
+# make demo: distil the offline quickstart, score it, export it.   make test: lint and tests.   Both install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -32,6 +32,8 @@ install: .venv/installed
 # trained and its scores taken on drawn scenes, because labelled photographs cannot be had offline.
 SCENES := --train 160 --val 60 --size 112
 SCORING := --tasks knn,segmentation,depth --with-teachers dense.size=112 dense.steps=200 dense.lr=1e-2
+# TensorRT-RTX builds engines for GPUs that are not here: GeForce RTX 30, 40 and 50
+EXPORT := --formats onnx,tensorrt-rtx --compute-capability 8.6 8.9 12.0
 demo: install
 	@run=runs/quickstart; n=2; while [ -e $$run ]; do run=runs/quickstart-$$n; n=$$((n + 1)); done; \
 	set -e; \
@@ -39,6 +41,7 @@ demo: install
 	show $(BIN)/python -m distill.run --output $$run; \
 	show $(BIN)/python -m distill.scenes --output $$run/scenes $(SCENES); \
 	show $(BIN)/python -m distill.evaluate $$run --data $$run/scenes $(SCORING); \
+	show $(BIN)/python -m export.run $$run --output $$run/bundle $(EXPORT); \
 	echo "(python is $(BIN)/python; \". $(BIN)/activate\" makes it so)"
 
 lint: install

@@ -41,6 +41,7 @@ from export.graph import Part, Student, build_parts, open_student
 from export.parity import TOLERANCE, OnnxRuntime, OpenVINO, check_sizes, measure, run_chain
 from export.precision import cast_student, quantize
 from export.run import parse_sizes
+from export.signature import IMAGE
 from export.to_onnx import OPSET, export_part
 
 log = logging.getLogger(__name__)
@@ -57,14 +58,20 @@ def export_bundle(asked: argparse.Namespace, formats: list[str]) -> Path:
     start = time.perf_counter()
     student = open_student(asked.run)
     sizes = parse_sizes(asked.resolutions, student.stride, student.run.recipe.student.image_size)
-    photos = load_photos(asked.images)
+    photos = load_photos(asked.images, PHOTOS)
+    calibration = None
+    if asked.precision == "int8":
+        if asked.calibration_images < 1:
+            raise UserError(f"--calibration-images {asked.calibration_images}: give 1 or more")
+        folder = None if asked.calibration == "packaged-photos" else Path(asked.calibration)
+        calibration = load_photos(folder, asked.calibration_images)
     aside = asked.output.parent / f".{asked.output.name}.{os.getpid()}.tmp"
     try:
         aside.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"--output {asked.output}: cannot make it ({error.strerror}): choose another") from error
     try:
-        manifest = fill(asked, formats, student, sizes, photos, aside)
+        manifest = fill(asked, formats, student, sizes, photos, calibration, aside)
         (aside / MANIFEST).write_text(manifest.sealed().model_dump_json(indent=1))
         if asked.output.exists():  # with --force, or empty
             old = aside.with_suffix(".old")
@@ -86,7 +93,7 @@ def export_bundle(asked: argparse.Namespace, formats: list[str]) -> Path:
 
 def fill(
     asked: argparse.Namespace, formats: list[str], student: Student, sizes: list[tuple[int, int]],
-    photos: list[tuple[str, Image.Image]], folder: Path,
+    photos: list[tuple[str, Image.Image]], calibration: list[tuple[str, Image.Image]] | None, folder: Path,
 ) -> Manifest:  # fmt: skip
     """Write every file of the bundle but the manifest, and return that."""
     dynamic = len(sizes) > 1
@@ -107,8 +114,8 @@ def fill(
         log.info(
             "graph     %-16s %6.1f MB  %4.1f s", graph, paths[graph].stat().st_size / 1e6, time.perf_counter() - begun
         )
-    if asked.precision == "int8":
-        calibrate(asked, parts, paths, sizes[0])
+    if calibration:
+        calibrate(asked.calibration_method, parts, paths, sizes[0], [photo for _, photo in calibration])
     parity = prove(asked, student, parts, paths, photos, sizes, dynamic)
     engines = build_engines(asked, formats, parts, paths, sizes, student.stride, folder)
     checked = check_sizes(student.stride, sizes, dynamic)
@@ -135,11 +142,11 @@ def fill(
     )  # fmt: skip
 
 
-def load_photos(folder: Path | None) -> list[tuple[str, Image.Image]]:
-    """Names and pictures to compare on; raises UserError for a folder without readable ones."""
+def load_photos(folder: Path | None, most: int) -> list[tuple[str, Image.Image]]:
+    """Names and pictures of a folder (default: packaged ones), at most so many; raises UserError for unreadable ones."""
     pictures = FolderPictures(folder) if folder else PackagedPhotos()
     found = []
-    for number in range(min(PHOTOS, len(pictures))):
+    for number in range(min(most, len(pictures))):
         try:
             found.append((pictures.name(number), pictures.load(number)))
         except UnreadableImage as error:
@@ -147,27 +154,22 @@ def load_photos(folder: Path | None) -> list[tuple[str, Image.Image]]:
     return found
 
 
-def calibrate(asked: argparse.Namespace, parts: list[Part], paths: dict[str, Path], size: tuple[int, int]) -> None:
+def calibrate(
+    method: str, parts: list[Part], paths: dict[str, Path], size: tuple[int, int], photos: list[Image.Image]
+) -> None:
     """Turn every graph into its int8 form, ranges taken from calibration pictures run through the float32 graphs."""
-    if asked.calibration_images < 1:
-        raise UserError(f"--calibration-images {asked.calibration_images}: give 1 or more")
-    pictures = PackagedPhotos() if asked.calibration == "packaged-photos" else FolderPictures(asked.calibration)
     runtime = OnnxRuntime(paths)
     feeds: dict[str, list[dict[str, np.ndarray]]] = {part.signature.graph: [] for part in parts}
-    for number in range(min(asked.calibration_images, len(pictures))):
-        try:
-            photo = pictures.load(number)
-        except UnreadableImage as error:
-            raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
+    for photo in photos:
         pixels = np.asarray(photo.resize(size[::-1], Image.Resampling.BICUBIC))[None]
         found = run_chain(runtime, parts, pixels)
-        known = {"image": pixels} | {name: value for outputs in found.values() for name, value in outputs.items()}
+        known = {IMAGE: pixels} | {name: value for outputs in found.values() for name, value in outputs.items()}
         for part in parts:
             feeds[part.signature.graph].append({port.name: known[port.name] for port in part.signature.inputs})
     for graph, path in paths.items():
         begun = time.perf_counter()
         quantized = path.with_suffix(".int8.onnx")
-        quantize(path, quantized, feeds[graph], asked.calibration_method)
+        quantize(path, quantized, feeds[graph], method)
         quantized.replace(path)
         log.info("int8      %-16s %6.1f MB  %4.1f s", graph, path.stat().st_size / 1e6, time.perf_counter() - begun)
 

@@ -39,6 +39,7 @@ def check(bundle: Path) -> int:
     manifest = read_manifest(bundle)
     rows = [("file", name, problem) for name, problem in verify_files(bundle, manifest).items()]
     rows += [("graph", graph.name, graph_problem(bundle, graph)) for graph in manifest.graphs]
+    rows += [("engine", entry["file"], engine_problem(bundle / entry["file"], entry)) for entry in manifest.engines]
     failed = [row for row in manifest.parity if not row.passed]
     worst = min((row.cosine for row in manifest.parity), default=1.0)
     said = f"{len(failed)} comparisons failed, least cosine {worst:.6f}" if failed else ""
@@ -76,6 +77,19 @@ def graph_problem(bundle: Path, record) -> str:  # noqa: ANN001 - a GraphRecord
         if found != wanted:
             return f"{found} where the manifest says {wanted}"
     return ""
+
+
+def engine_problem(path: Path, entry: dict) -> str:
+    """What is wrong with an engine and its sidecar, "" where nothing is."""
+    from distill.errors import UserError
+    from export.to_tensorrt import verify_engine
+
+    try:
+        record = verify_engine(path).model_dump(mode="json")
+    except UserError as error:
+        return str(error)
+    listed = {key: value for key, value in entry.items() if key not in ("graph", "file")}
+    return "" if record == listed else "its sidecar says something else than the manifest"
 
 
 def describe(value) -> tuple[str, str, tuple[int | str, ...]]:  # noqa: ANN001 - a ValueInfoProto

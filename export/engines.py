@@ -7,7 +7,7 @@ from pathlib import Path
 
 from export.graph import Part
 from export.signature import Port
-from export.to_tensorrt import EngineOptions, Profile, build_engine
+from export.to_tensorrt import EngineOptions, Profile, build_engine, load_bindings
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +18,7 @@ def build_all(
 ) -> list[dict]:  # fmt: skip
     """Build `folder/<graph>.<flavour>.engine` for every graph and flavour; returns the sidecars' contents."""
     records = []
-    for flavour in flavours:
-        options = EngineOptions(
-            flavour=flavour,
-            compute_capabilities=tuple(asked.compute_capability) if flavour == "tensorrt-rtx" else (),
-            workspace_gib=asked.workspace, optimization_level=asked.optimization_level, timing_cache=asked.timing_cache,
-        )  # fmt: skip
+    for flavour, options in engine_options(asked, flavours).items():
         for part in parts:
             begun = time.perf_counter()
             graph = part.signature.graph
@@ -36,6 +31,23 @@ def build_all(
                 time.perf_counter() - begun, flavour, ", ".join(record.compute_capabilities),
             )  # fmt: skip
     return records
+
+
+def engine_options(asked: argparse.Namespace, formats: list[str]) -> dict[str, EngineOptions]:
+    """The builder's options for every TensorRT flavour among `formats`.
+
+    Raises UserError for what cannot be built here: bindings or libraries missing, no GPU, an unknown compute capability.
+    """
+    found = {}
+    for flavour in (name for name in formats if name != "onnx"):
+        load_bindings(flavour)
+        found[flavour] = EngineOptions(
+            flavour=flavour,
+            compute_capabilities=tuple(asked.compute_capability) if flavour == "tensorrt-rtx" else (),
+            workspace_gib=asked.workspace, optimization_level=asked.optimization_level, timing_cache=asked.timing_cache,
+            version_compatible=asked.version_compatible, strip_weights=asked.strip_weights, refit=asked.refit,
+        )  # fmt: skip
+    return found
 
 
 def make_profile(part: Part, max_batch: int, sizes: list[tuple[int, int]], stride: int) -> Profile:

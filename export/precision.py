@@ -47,10 +47,18 @@ def cast_student(student: Student, precision: str) -> Student:
 
 
 class Feeds(CalibrationDataReader):
-    """Calibration inputs, one after the other."""
+    """Calibration inputs, one after the other, in the ranges that are asked for."""
 
     def __init__(self, feeds: list[dict[str, np.ndarray]]) -> None:
+        self.feeds = feeds
         self.items: Iterator[dict[str, np.ndarray]] = iter(feeds)
+
+    def __len__(self) -> int:
+        return len(self.feeds)
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        """Go on with these."""
+        self.items = iter(self.feeds[start_index:end_index])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         """The next inputs, None after the last."""
@@ -78,7 +86,11 @@ def quantize(source: Path, target: Path, feeds: list[dict[str, np.ndarray]], met
             str(target), str(target), Feeds(feeds), quant_format=QuantFormat.QDQ, op_types_to_quantize=QUANTIZED,
             per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, nodes_to_exclude=small,
             calibrate_method=CALIBRATION[method],
-            extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+            extra_options={
+                "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False,
+                # one picture at a time: otherwise every activation of all of them is held at once
+                "CalibStridedMinMax": 1,
+            },
         )  # fmt: skip
 
 

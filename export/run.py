@@ -55,6 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workspace", type=float, metavar="GIB", help="TensorRT: memory limit while building")
     parser.add_argument("--optimization-level", type=int, metavar="0-5", help="TensorRT: the builder's effort")
     parser.add_argument("--timing-cache", type=Path, metavar="FILE", help="TensorRT: kept between builds")
+    parser.add_argument("--version-compatible", action="store_true", help="TensorRT: engines for later versions too")
+    parser.add_argument(
+        "--strip-weights", action="store_true", help="TensorRT: engines without weights, refitted on load"
+    )
+    parser.add_argument("--refit", action="store_true", help="TensorRT: engines whose weights can be replaced")
     parser.add_argument(
         "--allow-parity-failure", action="store_true", help="record outputs that do not agree instead of failing"
     )
@@ -77,8 +82,17 @@ def run(asked: argparse.Namespace) -> int:
     if asked.output.exists() and any(asked.output.iterdir()) and not asked.force:
         raise UserError(f"--output {asked.output} already holds files: add --force to replace it, or choose another")
 
+    if asked.compute_capability and "tensorrt-rtx" not in formats:
+        raise UserError(
+            "--compute-capability is for --formats tensorrt-rtx: add it (full TensorRT builds for this GPU)"
+        )
+
     # Imported here so that --help answers at once: torch and timm take seconds to load.
     from export.assemble import export_bundle
+    from export.engines import engine_options
+
+    # What engines need is looked at before the minutes that graphs take.
+    engine_options(asked, formats)
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     for noisy in ("timm", "onnxscript", "onnx_ir", "torch.onnx"):

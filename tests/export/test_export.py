@@ -158,6 +158,27 @@ def test_students_of_every_kind_pass_parity(student, precision, request, tmp_pat
     assert call(check, tmp_path / "b").returncode == 0
 
 
+def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="the optional extra [tensorrt-rtx] is not installed")
+    wanted = ("--formats", "onnx,tensorrt-rtx", "--compute-capability", "8.6", "8.9", "12.0", "--max-batch", 3)
+    done = call(main, cnn, "--output", tmp_path / "b", "--resolutions", 64, "96x64", *wanted)
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "b")
+    assert [entry["graph"] for entry in manifest.engines] == [graph.name for graph in manifest.graphs]
+    backbone = manifest.engines[0]
+    assert backbone["compute_capabilities"] == ["8.6", "8.9", "12.0"]
+    assert backbone["inputs"][0]["shape"] == [-1, -1, -1, 3]
+    ranges = backbone["profiles"][0]["shapes"]["image"]
+    assert ranges == [[1, 64, 64, 3], [3, 64, 64, 3], [3, 96, 64, 3]], "smallest, usual, largest"
+    assert call(check, tmp_path / "b").returncode == 0
+    engine = tmp_path / "b" / backbone["file"]
+    data = bytearray(engine.read_bytes())
+    data[len(data) // 2] ^= 1
+    engine.write_bytes(data)
+    found = call(check, tmp_path / "b")
+    assert found.returncode == 1 and "sha256" in found.stdout
+
+
 def test_int8_is_calibrated_and_the_same_alone_as_in_a_batch(vit, photo_folder, tmp_path):
     done = call(main, vit, "--output", tmp_path / "b", "--precision", "int8", "--calibration", photo_folder, "--images",
                 photo_folder)  # fmt: skip
@@ -255,6 +276,9 @@ def test_force_replaces_a_bundle_whole(bundle, plain, tmp_path):
         (("RUN", "--precision", "int8", "--calibration", "nowhere"), "nowhere"),
         (("RUN", "--formats", "onnx,tensort"), "--formats tensort: known are"),
         (("RUN", "--images", "nowhere"), "nowhere"),
+        (("RUN", "--formats", "tensorrt"), "tensorrt"),
+        (("RUN", "--formats", "tensorrt-rtx", "--compute-capability", "9.0"), "9.0"),
+        (("RUN", "--compute-capability", "8.9"), "is for --formats tensorrt-rtx"),
         (("HALF",), "damaged or half-written"),
         (("UNKNOWN",), "is not a timm architecture"),
     ],
