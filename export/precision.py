@@ -1,6 +1,8 @@
 """Precision lives in the graph: a cast before tracing (fp16, bf16), or Q/DQ nodes after calibration (int8)."""
 
+import contextlib
 import copy
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -79,19 +81,23 @@ def quantize(source: Path, target: Path, feeds: list[dict[str, np.ndarray]], met
         node.name for node in model.graph.node if node.op_type in QUANTIZED and smallest_side(model, node) < SMALLEST
     ]
     onnx.save(model, target)
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))
-    with warnings.catch_warnings():
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it advises steps that do not apply to graphs of torch's exporter, and prints
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        quantize_static(
-            str(target), str(target), Feeds(feeds), quant_format=QuantFormat.QDQ, op_types_to_quantize=QUANTIZED,
-            per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, nodes_to_exclude=small,
-            calibrate_method=CALIBRATION[method],
-            extra_options={
-                "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False,
-                # one picture at a time: otherwise every activation of all of them is held at once
-                "CalibStridedMinMax": 1,
-            },
-        )  # fmt: skip
+        try:
+            quantize_static(
+                str(target), str(target), Feeds(feeds), quant_format=QuantFormat.QDQ, op_types_to_quantize=QUANTIZED,
+                per_channel=True, activation_type=QuantType.QInt8, weight_type=QuantType.QInt8, nodes_to_exclude=small,
+                calibrate_method=CALIBRATION[method],
+                extra_options={
+                    "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False,
+                    # one picture at a time: otherwise every activation of all of them is held at once
+                    "CalibStridedMinMax": 1,
+                },
+            )  # fmt: skip
+        finally:
+            logging.disable(before)
 
 
 def smallest_side(model: onnx.ModelProto, node: onnx.NodeProto) -> int:

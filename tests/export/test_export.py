@@ -19,7 +19,8 @@ from yaml import safe_dump
 
 from distill.checkpoint import load_run
 from distill.evaluate.__main__ import main as evaluate
-from export.bundle import read_manifest, verify_files
+from export.bench import main as bench
+from export.bundle import add_files, read_manifest, verify_files
 from export.check import main as check
 from export.parity import check_sizes, compare
 from export.resample import resample_grid
@@ -314,6 +315,50 @@ def test_check_of_no_bundle_is_one_line(tmp_path):
     assert "format 99" in call(check, tmp_path).stderr
 
 
+def test_bench_times_every_runtime_beside_torch(bundle, vit, tmp_path):
+    wanted = ("--run", vit, "--batches", 1, 2, "--rounds", 2, "--no-compile", "--output", tmp_path, "--graphs", "fused")
+    done = call(bench, bundle, *wanted)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert {row["batch"] for row in rows} == {1, 2}
+    names = {row["runtime"] for row in rows}
+    assert {"torch eager fp32", "onnxruntime fp32"} <= names
+    for row in rows:
+        base = next(r for r in rows if r["batch"] == row["batch"] and r["runtime"] == "torch eager fp32")
+        assert row["speedup"] == pytest.approx(base["p50_ms"] / row["p50_ms"])
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
+        assert row["p99_ms"] >= row["p50_ms"]
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--rounds", "0"), "--rounds 0"),
+        (("--graphs", "head_cls"), "does not read pictures"),
+        (("--graphs", "nothing"), "has no graph 'nothing'"),
+        (("--run", "PLAIN"), "is not the bundle's"),
+        (("OTHER",), "holds another student"),
+    ],
+)
+def test_mistakes_in_bench_are_one_line(bundle, plain, tmp_path, arguments, words):
+    other = tmp_path / "other"
+    if "OTHER" in arguments:
+        assert call(main, plain, "--output", other, "--max-batch", 2).returncode == 0
+    stand_ins = {"PLAIN": plain, "OTHER": other}
+    done = call(bench, bundle, *(stand_ins.get(a, a) for a in arguments), "--output", tmp_path / "out", "--batches", 1)
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_files_added_later_are_in_the_manifest(bundle, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / "class_embeddings.safetensors").write_bytes(b"x")
+    assert call(check, copy).returncode == 1
+    add_files(copy, ["class_embeddings.safetensors"])
+    assert call(check, copy).returncode == 0
+    add_files(tmp_path, ["nothing"])  # no bundle: nothing to do
+
+
 def test_compared_sizes_are_those_asked_and_two_traps_where_sizes_vary():
     assert check_sizes(16, [(64, 64)], dynamic=False) == [(64, 64)]
     assert check_sizes(16, [(64, 64), (96, 64)], dynamic=True) == [(64, 64), (96, 64), (64, 80), (32, 128)]
@@ -325,7 +370,7 @@ def test_cosine_and_difference_by_hand():
     assert largest[0] == 1
 
 
-@pytest.mark.parametrize("module", ["export.run", "export.check"])
+@pytest.mark.parametrize("module", ["export.run", "export.check", "export.bench"])
 def test_help_shows_examples(module):
     done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and f"python -m {module} " in done.stdout
