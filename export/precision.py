@@ -104,5 +104,6 @@ def smallest_side(model: onnx.ModelProto, node: onnx.NodeProto) -> int:
     """The smallest side of a node's constant matrix or kernel (output and input channels), a large number without one."""
     for tensor in model.graph.initializer:
         if tensor.name in node.input[1:2]:
-            return min(tensor.dims[:2])
+            # runtimes take no scale per channel for a stack of matrices (grouped maps): those stay in float too
+            return 0 if node.op_type == "MatMul" and len(tensor.dims) > 2 else min(tensor.dims[:2])
     return 1 << 30

@@ -61,6 +61,8 @@ def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProt
         try:
             program = torch.onnx.export(
                 part.module.eval(), arguments, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False,
+                # its folding of batch norms into convolutions makes float32 weights of bf16 ones
+                optimize=opset != OPSET["bf16"],
                 input_names=[port.name for port in signature.inputs],
                 output_names=[port.name for port in signature.outputs],
             )  # fmt: skip
