@@ -130,10 +130,6 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def fingerprint(self) -> str:
-        """Changes when pictures or maps do."""
-        return stamp(self.root, self.pictures + self.maps)
-
 
 def open_pairs(data: Path, split: Literal["train", "val"], kind: Literal["masks", "depth"]) -> Pairs:
     """Open one split of a dense data set, in any of these layouts:

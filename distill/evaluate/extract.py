@@ -26,12 +26,10 @@ from distill.errors import UserError
 from distill.evaluate.config import ExtractConfig
 from distill.evaluate.datasets import ClassFolders, read_picture
 from distill.evaluate.encoder import Encoder
+from distill.teachers import AUTOCAST
 from distill.weights import file_sha256
 
 log = logging.getLogger(__name__)
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 SUMMARIES_A_SHARD = 8
 """How many times more views a shard of summaries alone holds than one with patches."""
