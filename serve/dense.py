@@ -1,0 +1,42 @@
+"""Scores at every patch become maps of the picture's size. Used by clients and, copied, by the server; numpy only."""
+
+import numpy as np
+
+
+def grid_of(positions: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of `positions` cells that tile a picture of height x width squarely; ValueError if none do."""
+    rows = round((positions * height / width) ** 0.5)
+    if rows < 1 or positions % rows or height * (positions // rows) != width * rows:
+        raise ValueError(f"{positions} positions are no grid of square cells over a picture of {height}x{width}")
+    return rows, positions // rows
+
+
+def interpolation(size: int, cells: int) -> np.ndarray:
+    """Matrix [size, cells] of bilinear interpolation between cells' centres (torch's align_corners=False)."""
+    centre = np.clip((np.arange(size) + 0.5) * cells / size - 0.5, 0, cells - 1)
+    left = np.minimum(centre.astype(int), cells - 1)
+    right = np.minimum(left + 1, cells - 1)
+    weight = (centre - left).astype(np.float32)
+    matrix = np.zeros((size, cells), np.float32)
+    np.add.at(matrix, (np.arange(size), left), 1 - weight)
+    np.add.at(matrix, (np.arange(size), right), weight)
+    return matrix
+
+
+def upsample(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Bilinear [B, positions, C] -> float32 [B, height, width, C]."""
+    batch, positions, channels = values.shape
+    rows, columns = grid_of(positions, height, width)
+    cells = values.reshape(batch, rows, columns, channels)
+    tall = np.einsum("hr,brcd->bhcd", interpolation(height, rows), cells, optimize=True)
+    return np.einsum("wc,bhcd->bhwd", interpolation(width, columns), tall, optimize=True)
+
+
+def class_map(logits: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Most likely class of every pixel: float32 [B, positions, C] -> int32 [B, height, width]."""
+    return upsample(logits, height, width).argmax(-1).astype(np.int32)
+
+
+def depth_map(depth: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Metres at every pixel: float32 [B, positions] -> float32 [B, height, width]."""
+    return upsample(depth[..., None], height, width)[..., 0]

@@ -1,0 +1,219 @@
+"""From a bundle to Triton's model configurations: which models there are, and how the ensembles join them.
+
+Names, types and dims come from the manifest; everything else from the templates in triton_models/, which are valid
+configurations themselves (https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto).
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from serve.bundle import BACKBONE, FUSED, IMAGE, Bundle, Graph
+from serve.errors import UserError
+from serve.model_config import (
+    TEMPLATES,
+    add_port,
+    add_tensor,
+    join,
+    pin,
+    place,
+    place_on_cpu,
+    read_template,
+    step,
+    tune_batching,
+    warm_up,
+)
+from serve.settings import Settings
+
+SERVE = Path(__file__).parent
+TASKS = ("classification", "segmentation", "depth")
+MAPS = {"segmentation": ("segmentation_logits", "class_map"), "depth": ("depth", "depth_map")}
+"""Tasks whose answer is a map of the picture's size: what the map is made from, what it is called."""
+
+
+@dataclass
+class Model:
+    """A folder of the repository: its configuration and the files of its version, by name (a path is copied)."""
+
+    config: ModelConfig
+    files: dict[str, bytes | Path] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The model's name, which is its folder's."""
+        return self.config.name
+
+
+def served_name(graph: str) -> str:
+    """Triton's name of a graph: that of a task goes to the model that takes pictures, its head is TASK_head."""
+    return f"{graph}_head" if graph in TASKS else graph
+
+
+def template_of(graph: str) -> str:
+    """The folder of triton_models/ a graph is rendered from."""
+    if graph in TASKS:
+        return "task_head"
+    return "head" if graph.startswith("head_") else graph
+
+
+def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
+    """Every model of a repository, in an order in which each follows those it is made of.
+
+    Raises UserError for files that do not match their hashes, engines that are not there, batches never checked.
+    """
+    most = settings.max_batch or bundle.manifest.max_batch
+    if most > bundle.manifest.max_batch:
+        raise UserError(
+            f"--max-batch {most}: the bundle was checked up to {bundle.manifest.max_batch} (export with --max-batch {most})"
+        )
+    graphs = [graph for graph in bundle.manifest.graphs if graph.name != FUSED or settings.fused]
+    models = [graph_model(bundle, graph, settings) for graph in graphs]
+    models.append(features(bundle, settings, encoded=False))
+    if settings.encoded:
+        models += [decoder(bundle, settings), features(bundle, settings, encoded=True)]
+    for task in MAPS:
+        if task in bundle.graphs:
+            models += [map_model(bundle, task, settings), task_ensemble(bundle, task, settings)]
+    for model in models:
+        model.config.max_batch_size = most
+        pin(model.config, settings.version)
+        if model.name in settings.response_cache:
+            model.config.response_cache.enable = True
+    unknown = sorted(set(settings.response_cache) - {model.name for model in models})
+    if unknown:
+        names = ", ".join(model.name for model in models)
+        raise UserError(f"--response-cache {unknown[0]}: no such model (there are {names})")
+    return models
+
+
+def graph_model(bundle: Bundle, graph: Graph, settings: Settings) -> Model:
+    """One graph: in the python backend with its code beside it, or in a backend of Triton's own."""
+    folder = template_of(graph.name)
+    config = read_template(folder)
+    config.name = served_name(graph.name)
+    for tensor in graph.inputs:
+        add_tensor(config.input, tensor)
+    for tensor in graph.outputs:
+        add_tensor(config.output, tensor)
+    large = graph.name in (BACKBONE, FUSED)
+    threads = str(settings.threads if large else 1)
+    place(config, settings, settings.instances if large else 1)
+    tune_batching(config, settings)
+    if settings.warmup:
+        warm_up(config, graph.inputs, usual_sizes(bundle))
+    else:
+        config.ClearField("model_warmup")
+    if settings.backend == "python":
+        config.parameters["runtime"].string_value = settings.runtime
+        config.parameters["threads"].string_value = threads
+        files = {
+            "model.py": TEMPLATES / folder / "1" / "model.py", "graph_model.py": TEMPLATES / "graph_model.py",
+            "model.onnx": bundle.file(graph.file), "model.json": about(bundle, graph),
+        }  # fmt: skip
+        return Model(config, files)
+    config.ClearField("parameters")
+    config.backend = settings.backend
+    if settings.backend == "onnxruntime":
+        config.default_model_filename = "model.onnx"
+        config.parameters["intra_op_thread_count"].string_value = threads
+        return Model(config, {"model.onnx": bundle.file(graph.file)})
+    config.default_model_filename = "model.plan"
+    # launching many small kernels costs more than running them, at small batches
+    config.optimization.cuda.graphs = True
+    for group in config.instance_group:
+        group.profile.append("0")
+    return Model(config, {"model.plan": engine_of(bundle, graph)})
+
+
+def usual_sizes(bundle: Bundle) -> dict[str, int]:
+    """The axes that vary, at the largest size the bundle was checked at."""
+    resolution = bundle.manifest.resolution
+    rows, columns = resolution.height // resolution.stride, resolution.width // resolution.stride
+    # `tokens` may count a class position too; warm-up only needs a size that runs
+    return {"height": resolution.height, "width": resolution.width, "rows": rows, "columns": columns,
+            "positions": rows * columns, "tokens": rows * columns + 1}  # fmt: skip
+
+
+def about(bundle: Bundle, graph: Graph) -> bytes:
+    """model.json: what the python model must know of its graph."""
+    resolution = bundle.manifest.resolution
+    facts = {
+        "sha256": bundle.manifest.files[graph.file], "bundle": bundle.version, "student": bundle.manifest.student.sha256,
+        "inputs": [tensor.name for tensor in graph.inputs], "outputs": [tensor.name for tensor in graph.outputs],
+        "stride": resolution.stride, "height": resolution.height, "width": resolution.width,
+    }  # fmt: skip
+    return json.dumps(facts, indent=1).encode()
+
+
+def engine_of(bundle: Bundle, graph: Graph) -> Path:
+    """The engine of full TensorRT for a graph; UserError if there is none, or only TensorRT-RTX's."""
+    flavours = {entry["flavour"]: entry for entry in bundle.manifest.engines if entry["graph"] == graph.name}
+    if "tensorrt" not in flavours:
+        has = f" (only of {', '.join(sorted(flavours))}, which Triton cannot load)" if flavours else ""
+        raise UserError(
+            f"{bundle.path}: no engine of full TensorRT for '{graph.name}'{has}: export with --formats onnx,tensorrt on the "
+            "GPU that serves, or choose --backend python or onnxruntime"
+        )
+    return bundle.file(flavours["tensorrt"]["file"])
+
+
+def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
+    """The front door: an ensemble of all parts, of which Triton runs those that the asked-for outputs need."""
+    config = read_template("features_encoded" if encoded else "features")
+    if encoded:
+        add_port(config.input, "encoded", "TYPE_STRING", [1])
+        step(config, "decode", settings.version, {"encoded": "encoded"}, {IMAGE: IMAGE})
+    else:
+        add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    for tensor in bundle.outputs:
+        add_tensor(config.output, tensor)
+    for graph in bundle.parts:
+        join(config, served_name(graph.name), graph, settings.version)
+    return Model(config)
+
+
+def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
+    """A picture in, a map of its size out: what the task's head needs, the head, the map."""
+    scores, answer = MAPS[task]
+    config = read_template(task)
+    add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    config.output.append(read_template(f"{task}_map").output[0])
+    for graph in needed(bundle, task):
+        join(config, served_name(graph.name), graph, settings.version)
+    step(config, f"{task}_map", settings.version, {scores: scores, IMAGE: IMAGE}, {answer: answer})
+    return Model(config)
+
+
+def needed(bundle: Bundle, last: str) -> list[Graph]:
+    """The graphs that one graph needs, itself included, in order."""
+    wanted, found = {tensor.name for tensor in bundle.graphs[last].inputs}, [bundle.graphs[last]]
+    for graph in reversed(bundle.parts):
+        if graph.name != last and wanted & {tensor.name for tensor in graph.outputs}:
+            found.insert(0, graph)
+            wanted |= {tensor.name for tensor in graph.inputs}
+    return found
+
+
+def map_model(bundle: Bundle, task: str, settings: Settings) -> Model:
+    """The step that makes a map of scores."""
+    scores, _ = MAPS[task]
+    config = read_template(f"{task}_map")
+    add_tensor(config.input, next(tensor for tensor in bundle.graphs[task].outputs if tensor.name == scores))
+    add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    place_on_cpu(config)
+    return Model(config, {"model.py": TEMPLATES / f"{task}_map" / "1" / "model.py", "dense.py": SERVE / "dense.py"})
+
+
+def decoder(bundle: Bundle, settings: Settings) -> Model:
+    """The step that decodes picture files."""
+    config = read_template("decode")
+    resolution = bundle.manifest.resolution
+    add_port(config.output, IMAGE, "TYPE_UINT8", bundle.graphs[BACKBONE].inputs[0].dims)
+    values = {"height": resolution.height, "width": resolution.width,
+              "max_bytes": settings.max_image_bytes, "max_pixels": settings.max_image_pixels}  # fmt: skip
+    for name, value in values.items():
+        config.parameters[name].string_value = str(value)
+    place_on_cpu(config)
+    return Model(config, {"model.py": TEMPLATES / "decode" / "1" / "model.py", "images.py": SERVE / "images.py"})

@@ -1,0 +1,150 @@
+"""`python -m serve.repository`: a bundle becomes a Triton model repository, linted before it is there."""
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from serve.errors import UserError, exit_status
+from serve.settings import Settings
+
+EPILOG = """\
+examples:
+  python -m serve.repository bundles/mine --output repository
+  python -m serve.repository bundles/mine --output repository --backend onnxruntime --kind gpu --devices 0 1
+  python -m serve.repository bundles/mine --output repository --backend tensorrt --kind gpu --instances 2
+  python -m serve.repository bundles/mine --output repository --runtime openvino --instances 2 --threads 1
+
+--backend python runs in every Triton (the graphs in onnxruntime or OpenVINO, inside Triton's python backend); onnxruntime and
+tensorrt are Triton's native backends, which NVIDIA's container image has. Files are checked against the bundle's hashes.
+Exit status: 0 done, 2 a mistake in what was asked.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.repository",
+        description="Render a Triton model repository from a bundle of export.run.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="repository to make")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is there")
+    add_settings(parser)
+    asked = parser.parse_args(arguments)
+    return exit_status(lambda: run(asked))
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Options of how a bundle is served, shared by serve.repository and serve.run."""
+    known = Settings.model_fields
+    parser.add_argument("--backend", default="python", choices=("python", "onnxruntime", "tensorrt"), help="(python)")
+    parser.add_argument(
+        "--runtime", default="auto", choices=("auto", "onnxruntime", "openvino", "tensorrt"),
+        help="of the python backend; auto: OpenVINO on CPUs where it is installed, else onnxruntime (auto)",
+    )  # fmt: skip
+    parser.add_argument("--kind", default="cpu", choices=("cpu", "gpu"), help="where graphs run (cpu)")
+    parser.add_argument("--devices", type=int, nargs="+", default=[0], metavar="N", help="GPUs (0)")
+    parser.add_argument("--instances", type=int, metavar="N", help="of the backbone (CPU: one a core; GPU: 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads an instance (cores / instances)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="(the bundle's)")
+    parser.add_argument("--queue-delay", type=int, metavar="US", help="microseconds a request waits for others (500)")
+    default = known["max_queue"].default
+    parser.add_argument("--max-queue", type=int, default=default, metavar="N", help=f"requests waiting ({default})")
+    parser.add_argument("--no-batching", action="store_true", help="one request at a time")
+    parser.add_argument("--no-warmup", action="store_true", help="ready before the graphs have run once")
+    parser.add_argument("--no-fused", action="store_true", help="leave out the graph of all outputs: less memory")
+    for name, what in (("max_image_bytes", "of an encoded picture"), ("max_image_pixels", "of a picture")):
+        option, default = "--" + name.replace("_", "-"), known[name].default
+        parser.add_argument(option, type=int, default=default, metavar="N", help=f"{what}, at most ({default:,})")
+    parser.add_argument(
+        "--response-cache", nargs="+", default=[], metavar="MODEL", help="models whose answers are kept"
+    )
+
+
+def read_settings(asked: argparse.Namespace) -> Settings:
+    """Settings of a parsed command line; raises UserError for values that make no sense."""
+    from serve.settings import choose_runtime, cores
+
+    for name in ("instances", "threads", "max_batch", "max_queue", "max_image_bytes", "max_image_pixels"):
+        value = getattr(asked, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if asked.queue_delay is not None and asked.queue_delay < 0:
+        raise UserError(f"--queue-delay {asked.queue_delay}: give 0 or more microseconds")
+    if asked.backend == "tensorrt" and asked.kind != "gpu":
+        raise UserError("--backend tensorrt runs on GPUs: add --kind gpu")
+    instances = asked.instances or (cores() if asked.kind == "cpu" else 1)
+    return Settings(
+        backend=asked.backend, runtime=choose_runtime(asked.runtime, asked.kind), kind=asked.kind,
+        devices=tuple(asked.devices), instances=instances, threads=asked.threads or max(1, cores() // instances),
+        max_batch=asked.max_batch, queue_delay_us=asked.queue_delay, max_queue=asked.max_queue,
+        batching=not asked.no_batching, warmup=not asked.no_warmup, fused=not asked.no_fused,
+        max_image_bytes=asked.max_image_bytes, max_image_pixels=asked.max_image_pixels,
+        response_cache=tuple(asked.response_cache),
+    )  # fmt: skip
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    settings = read_settings(asked)
+    output: Path = asked.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not asked.force:
+        raise UserError(f"--output {output} is already there: add --force to replace it, or choose another")
+    names = make_repository(asked.bundle, output, settings)
+    print(f"repository  {output}: {', '.join(names)}")
+    if settings.backend == "python":
+        print("next        serve it (or serve the bundle at once: python -m serve.run BUNDLE):")
+        print(f"  python -m serve.run {asked.bundle} --repository {output}")
+    else:
+        print("next        serve it in NVIDIA's image:")
+        print(
+            f"  docker run --gpus all --rm --net host -v {output.absolute()}:/models nvcr.io/nvidia/tritonserver:26.06-py3 \\"
+        )
+        print("      tritonserver --model-repository /models --disable-auto-complete-config")
+    return 0
+
+
+def make_repository(path: Path, output: Path, settings: Settings) -> list[str]:
+    """Render, lint and write a repository aside, then rename it into place; returns the models' names."""
+    from serve.bundle import read_bundle
+    from serve.lint import lint
+    from serve.models import build_models
+
+    models = build_models(read_bundle(path), settings)
+    wrong = lint({model.name: model.config for model in models})
+    if wrong:
+        raise UserError(f"{path} makes a repository that Triton would serve wrongly: {'; '.join(wrong)}")
+    aside = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    try:
+        for model in models:
+            write_model(aside / model.name, model, settings.version)
+        if output.exists():
+            shutil.rmtree(output)
+        aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return [model.name for model in models]
+
+
+def write_model(folder: Path, model, version: int) -> None:  # noqa: ANN001 - a serve.models.Model
+    """Write config.pbtxt and the files of one version."""
+    from google.protobuf import text_format
+
+    inside = folder / str(version)
+    inside.mkdir(parents=True, exist_ok=True)
+    for name, content in model.files.items():
+        if isinstance(content, bytes):
+            (inside / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, inside / name)
+    source = "rendered by serve.repository; what the fields are for is said in triton_models/ of the project"
+    (folder / "config.pbtxt").write_text(f"# {source}\n{text_format.MessageToString(model.config)}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""One ONNX graph behind Triton's python backend; `serve.repository` copies this file beside each graph's model.py.
+
+Runs where Triton's own onnxruntime and tensorrt backends are not at hand, and gives the choice of OpenVINO on CPUs.
+Beside it lie `model.onnx` and `model.json`: the graph's inputs and outputs, its sha256, and sizes it takes.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+
+class GraphModel:
+    """Batches requests itself, as the python backend asks of a model: one call of the graph for all of them."""
+
+    def initialize(self, args: dict) -> None:
+        """Open the graph if it is the one that was exported; an exception here keeps the model from being loaded."""
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self.about = json.loads((folder / "model.json").read_text())
+        graph = folder / "model.onnx"
+        with open(graph, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.about["sha256"]:
+            raise ValueError(f"{graph} does not match its sha256: it is not the graph that was exported")
+        settings = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
+        device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        self.inputs, self.outputs = self.about["inputs"], self.about["outputs"]
+        self.call = open_graph(graph, settings["runtime"], int(settings["threads"]), device)
+
+    def execute(self, requests: list) -> list:
+        """Answer every request; one that is refused or fails leaves the others of its batch alone."""
+        answers: list = [None] * len(requests)
+        taken: dict[tuple, list] = {}
+        for number, request in enumerate(requests):
+            feeds = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
+            refused = self.refuse(feeds)
+            if refused:
+                answers[number] = failed(refused, pb_utils.TritonError.INVALID_ARG)
+            else:
+                taken.setdefault(tuple(feed.shape[1:] for feed in feeds), []).append((number, feeds))
+        for group in taken.values():
+            numbers = [number for number, _ in group]
+            for number, answer in zip(
+                numbers, self.answer([requests[n] for n in numbers], [f for _, f in group]), strict=True
+            ):
+                answers[number] = answer
+        return answers
+
+    def refuse(self, feeds: list[np.ndarray]) -> str:
+        """Why inputs must not reach the graph, "" if they may: floats that are not finite would come out as features."""
+        for name, feed in zip(self.inputs, feeds, strict=True):
+            # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost
+            if feed.dtype.kind == "f" and not np.isfinite(feed.sum(dtype=np.float64)):
+                return f"input '{name}' holds NaN or infinity"
+        return ""
+
+    def answer(self, requests: list, feeds: list[list[np.ndarray]]) -> list:
+        """Responses to requests of equal shapes, from one call of the graph."""
+        together = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*feeds, strict=True)]
+        try:
+            found = self.call(together)
+        except Exception as error:
+            if len(requests) > 1:  # which of them it was is found by asking one at a time
+                return [self.answer([request], [feed])[0] for request, feed in zip(requests, feeds, strict=True)]
+            return [failed(f"the graph failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)]
+        answers, start = [], 0
+        for request, feed in zip(requests, feeds, strict=True):
+            end = start + len(feed[0])
+            wanted = set(request.requested_output_names())
+            rows = {name: value[start:end] for name, value in zip(self.outputs, found, strict=True) if name in wanted}
+            start = end
+            broken = [name for name, value in rows.items() if not np.isfinite(value.sum(dtype=np.float64))]
+            if broken:
+                answers.append(failed(f"output '{broken[0]}' holds NaN or infinity", pb_utils.TritonError.INTERNAL))
+                continue
+            tensors = [pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in rows.items()]
+            answers.append(pb_utils.InferenceResponse(tensors))
+        return answers
+
+
+class ImageGraph(GraphModel):
+    """A graph that reads pictures: sizes it would answer wrongly are refused here."""
+
+    def refuse(self, feeds: list[np.ndarray]) -> str:
+        """Sides must be multiples of the stride and no larger than the bundle's largest."""
+        image, stride = feeds[0], self.about["stride"]
+        height, width = image.shape[1:3]
+        if height < stride or width < stride or height % stride or width % stride:
+            return f"input 'image' is {height}x{width}: height and width must be multiples of {stride}"
+        if height > self.about["height"] or width > self.about["width"]:
+            return f"input 'image' is {height}x{width}: at most {self.about['height']}x{self.about['width']} is served"
+        return ""
+
+
+def failed(message: str, code: int) -> pb_utils.InferenceResponse:
+    """An answer that says what is wrong."""
+    return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, or its kind."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def open_graph(graph: Path, runtime: str, threads: int, device: int | None):  # noqa: ANN201 - a callable
+    """The graph as a function from its inputs to its outputs, both lists of arrays in order."""
+    if runtime == "openvino":
+        import openvino
+
+        settings = {
+            # what the graph says, not what the plugin thinks is near enough: that is what parity was measured with
+            "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False,
+        }  # fmt: skip
+        model = openvino.Core().compile_model(str(graph), "CPU", settings)
+        names, outputs = [port.any_name for port in model.inputs], model.outputs
+
+        def run(feeds: list[np.ndarray]) -> list[np.ndarray]:
+            found = model(dict(zip(names, feeds, strict=True)))
+            return [found[port] for port in outputs]
+
+        return run
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    # threads that spin while idle take the cores from other models
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers: list = ["CPUExecutionProvider"]
+    if device is not None:
+        providers = [("CUDAExecutionProvider", {"device_id": device}), *providers]
+        if runtime == "tensorrt":
+            providers.insert(0, ("TensorrtExecutionProvider", {"device_id": device, "trt_engine_cache_enable": True,
+                                                                "trt_engine_cache_path": str(graph.parent)}))  # fmt: skip
+    session = onnxruntime.InferenceSession(str(graph), options, providers=providers)
+    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != wanted:  # it falls back to the CPU without a word
+        raise RuntimeError(f"onnxruntime has no working {wanted} here: install onnxruntime-gpu and CUDA's libraries")
+    names = [port.name for port in session.get_inputs()]
+    return lambda feeds: session.run(None, dict(zip(names, feeds, strict=True)))
