@@ -4,7 +4,7 @@ The messages are those of https://github.com/triton-inference-server/common/blob
 tritonclient ships.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -78,8 +78,8 @@ def step(config: ModelConfig, model: str, version: int, reads: dict[str, str], g
     config.ensemble_scheduling.step.add(model_name=model, model_version=version, input_map=reads, output_map=gives)
 
 
-def join(config: ModelConfig, model: str, graph: Graph, version: int) -> None:
-    """Append a graph to an ensemble; tensors have the same names everywhere."""
+def join(config: ModelConfig, model: str, graph: Graph, version: int, wanted: Set[str]) -> None:
+    """Append a graph to an ensemble; tensors have the same names everywhere. Triton refuses outputs that nobody reads."""
     reads = {tensor.name: tensor.name for tensor in graph.inputs}
-    gives = {tensor.name: tensor.name for tensor in graph.outputs}
+    gives = {tensor.name: tensor.name for tensor in graph.outputs if tensor.name in wanted}
     step(config, model, version, reads, gives)

@@ -5,6 +5,7 @@ configurations themselves (https://github.com/triton-inference-server/common/blo
 """
 
 import json
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,8 +170,7 @@ def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
         add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     for tensor in bundle.outputs:
         add_tensor(config.output, tensor)
-    for graph in bundle.parts:
-        join(config, served_name(graph.name), graph, settings.version)
+    join_all(config, bundle.parts, {tensor.name for tensor in bundle.outputs}, settings)
     return Model(config)
 
 
@@ -180,10 +180,16 @@ def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
     config = read_template(task)
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     config.output.append(read_template(f"{task}_map").output[0])
-    for graph in needed(bundle, task):
-        join(config, served_name(graph.name), graph, settings.version)
+    join_all(config, needed(bundle, task), {scores}, settings)
     step(config, f"{task}_map", settings.version, {scores: scores, IMAGE: IMAGE}, {answer: answer})
     return Model(config)
+
+
+def join_all(config: ModelConfig, graphs: Sequence[Graph], outputs: Set[str], settings: Settings) -> None:
+    """Append graphs to an ensemble, each with those of its outputs that the others read or that are `outputs`."""
+    wanted = outputs | {tensor.name for graph in graphs for tensor in graph.inputs}
+    for graph in graphs:
+        join(config, served_name(graph.name), graph, settings.version, wanted)
 
 
 def needed(bundle: Bundle, last: str) -> list[Graph]:

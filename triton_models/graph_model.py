@@ -94,7 +94,7 @@ class ImageGraph(GraphModel):
         return ""
 
 
-def failed(message: str, code: int) -> pb_utils.InferenceResponse:
+def failed(message: str, code: int):  # noqa: ANN201 - the stub adds Triton's types only after this file is read
     """An answer that says what is wrong."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
