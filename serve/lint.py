@@ -53,7 +53,7 @@ def response_cache(config: ModelConfig, configs: Configs) -> Iterator[str]:
 
 def explicit_batch(config: ModelConfig, configs: Configs) -> Iterator[str]:
     """Left out, Triton's auto-complete picks 4, and an ensemble cannot pass larger batches to its steps."""
-    if config.max_batch_size < 1 and not config.parameters["unbatched"].string_value:
+    if config.max_batch_size < 1 and "unbatched" not in config.parameters:
         yield "max_batch_size is not set: write it down (parameter `unbatched` says that a model takes no batches)"
     for step in config.ensemble_scheduling.step:
         part = configs.get(step.model_name)
