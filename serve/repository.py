@@ -123,9 +123,13 @@ def make_repository(path: Path, output: Path, settings: Settings) -> list[str]:
     try:
         for model in models:
             write_model(aside / model.name, model, settings.version)
-        if output.exists():
-            shutil.rmtree(output)
-        aside.rename(output)
+        if output.exists():  # with --force, or empty
+            old = aside.with_suffix(".old")
+            output.rename(old)
+            aside.rename(output)
+            shutil.rmtree(old)
+        else:
+            aside.rename(output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return [model.name for model in models]

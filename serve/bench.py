@@ -1,0 +1,145 @@
+"""`python -m serve.bench`: throughput and latency percentiles of a running server, under closed- and open-loop load."""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from serve.errors import ServerError, UserError, exit_status
+
+EPILOG = """\
+examples:
+  python -m serve.bench --concurrency 1 8
+  python -m serve.bench --model features --outputs backbone_global cls_token --concurrency 8 --batch 4
+  python -m serve.bench --rate 20 40 80 --seconds 20            arrivals at random, so many a second
+  python -m serve.bench --encoded photo.jpg --concurrency 8     JPEG bytes, decoded on the server
+
+Closed loop (--concurrency): so many clients, each asks again when answered; finds the highest throughput. Open loop (--rate):
+requests come whether or not earlier ones are answered, as from many users; latencies count from when a request was due.
+Batches of a request are counted as pictures. Exit status: 0 done, 1 requests failed, 2 a mistake in what was asked.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.bench",
+        description="Measure a running server.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC (127.0.0.1:8001)")
+    parser.add_argument("--model", metavar="NAME", help="(features, or features_encoded with --encoded)")
+    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="(all of the model's)")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[], metavar="N", help="closed loop (1 and 8)")
+    parser.add_argument("--rate", type=float, nargs="+", default=[], metavar="R", help="open loop, requests a second")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures a request (1)")
+    parser.add_argument("--seconds", type=float, default=10, metavar="S", help="of each measurement (10)")
+    parser.add_argument("--encoded", type=Path, metavar="FILE", help="send this JPEG, PNG or WebP file as it is")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    asked = parser.parse_args(arguments)
+    return exit_status(lambda: run(asked))
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    for name, values in (("--concurrency", asked.concurrency), ("--batch", [asked.batch])):
+        if any(value < 1 for value in values):
+            raise UserError(f"{name} {min(values)}: give 1 or more")
+    for name, values in (("--rate", asked.rate), ("--seconds", [asked.seconds])):
+        if any(value <= 0 for value in values):
+            raise UserError(f"{name} {min(values):g}: give more than 0")
+    if asked.encoded and not asked.encoded.is_file():
+        raise UserError(f"--encoded {asked.encoded}: no such file")
+    rows = asyncio.run(measure(asked))
+    show(rows, asked.batch)
+    if asked.json:
+        asked.json.write_text(json.dumps(rows, indent=1))
+        print(f"figures   {asked.json}")
+    failed = {reason: count for row in rows for reason, count in row["failures"].items()}
+    if failed:
+        raise ServerError(f"requests failed: {', '.join(f'{count} x {reason}' for reason, count in failed.items())}")
+    return 0
+
+
+async def measure(asked: argparse.Namespace) -> list[dict]:
+    """All measurements of a command line, one after the other."""
+    import tritonclient.grpc.aio as grpc
+
+    from serve.load import closed_loop, open_loop
+
+    model = asked.model or ("features_encoded" if asked.encoded else "features")
+    rows = []
+    async with grpc.InferenceServerClient(asked.url) as client:
+        ask = await prepare(client, asked.url, model, asked.outputs, asked.batch, asked.encoded)
+        await ask()
+        loads = [(f"{n} at once", n, None) for n in asked.concurrency or ([] if asked.rate else [1, 8])]
+        loads += [(f"{rate:g}/s", None, rate) for rate in asked.rate]
+        for name, concurrency, rate in loads:
+            if concurrency:
+                outcome = await closed_loop(ask, concurrency, asked.seconds)
+            else:
+                outcome = await open_loop(ask, rate, asked.seconds)
+            rows.append({"model": model, "load": name, **outcome.row(), "failures": outcome.failures})
+    return rows
+
+
+async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Path | None):  # noqa: ANN001, ANN201
+    """A function that asks once; raises UserError for a server, model, output or batch that is not there."""
+    import numpy as np
+    import tritonclient.grpc.aio as grpc
+    from tritonclient.utils import InferenceServerException
+
+    try:
+        config = (await client.get_model_config(model)).config
+    except InferenceServerException as error:
+        if "UNAVAILABLE" in str(error.status()):
+            raise UserError(f"--url {url}: no server answers (start one: python -m serve.run BUNDLE)") from error
+        raise UserError(f"--model {model}: {error.message()}") from error
+    known = [port.name for port in config.output]
+    lacking = [name for name in outputs or () if name not in known]
+    if lacking:
+        raise UserError(f"--outputs {lacking[0]}: '{model}' gives {', '.join(known)}")
+    if batch > max(1, config.max_batch_size):
+        raise UserError(f"--batch {batch}: '{model}' takes at most {config.max_batch_size}")
+    source = config.input[0]
+    if encoded:
+        values = np.array([[encoded.read_bytes()]] * batch, dtype=np.object_)
+        kind = "BYTES"
+    elif source.name == "image":
+        if min(source.dims) < 1:
+            raise UserError(f"--model {model} takes pictures of any size: measure features_encoded (--encoded FILE)")
+        values = np.random.default_rng(0).integers(0, 256, (batch, *source.dims), dtype=np.uint8)
+        kind = "UINT8"
+    else:
+        raise UserError(f"--model {model} reads '{source.name}': choose one that reads pictures")
+    tensor = grpc.InferInput(source.name, values.shape, kind)
+    tensor.set_data_from_numpy(values)
+    wanted = [grpc.InferRequestedOutput(name) for name in outputs or known]
+
+    async def ask() -> None:
+        await client.infer(model, [tensor], outputs=wanted)
+
+    return ask
+
+
+def show(rows: list[dict], batch: int) -> None:
+    """The table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("model", "load", "pictures/s", "p50 ms", "p90 ms", "p99 ms", "answered", "failed"):
+        table.add_column(name, justify="left" if name in ("model", "load") else "right")
+    for row in rows:
+        figures = (row["requests_per_second"] * batch, row["p50_ms"], row["p90_ms"], row["p99_ms"])
+        table.add_row(
+            row["model"], row["load"], *(f"{value:.1f}" for value in figures), str(row["answered"]), str(row["failed"])
+        )
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

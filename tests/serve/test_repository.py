@@ -1,0 +1,234 @@
+"""From a bundle to a repository: names, types and dims are the manifest's, and what Triton would serve wrongly is refused."""
+
+import json
+import shutil
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInput
+
+from export.bundle import read_manifest
+from serve.bundle import read_bundle
+from serve.errors import UserError
+from serve.lint import lint
+from serve.model_config import TEMPLATES, read_template
+from serve.models import build_models, needed, served_name
+from serve.repository import main
+from serve.settings import Settings, choose_runtime, runtimes_here
+
+
+def configs_of(repository):
+    """Every config.pbtxt below a folder, read by Triton's own schema."""
+    return {
+        path.parent.name: text_format.Parse(path.read_text(), ModelConfig())
+        for path in repository.glob("*/config.pbtxt")
+    }
+
+
+@pytest.fixture(scope="module")
+def bundle(small_bundle):
+    return read_bundle(small_bundle)
+
+
+@pytest.fixture(scope="module")
+def repository(small_bundle, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rendered") / "repository"
+    assert main([str(small_bundle), "--output", str(folder), "--instances", "2", "--threads", "1"]) == 0
+    return folder
+
+
+@pytest.fixture
+def copy(small_bundle, tmp_path):
+    """A bundle that a test may break."""
+    return shutil.copytree(small_bundle, tmp_path / "bundle")
+
+
+def configurations(bundle, **settings):
+    return {model.name: model.config for model in build_models(bundle, Settings(**settings))}
+
+
+@pytest.mark.parametrize("template", sorted(path.parent.name for path in TEMPLATES.glob("*/config.pbtxt")))
+def test_a_template_is_a_valid_configuration_of_its_own_name(template):
+    config = read_template(template)
+    assert config.name == template
+    assert config.platform == "ensemble" or (TEMPLATES / template / "1" / "model.py").is_file()
+
+
+def test_serving_reads_the_manifest_as_export_wrote_it(bundle, small_bundle):
+    written = read_manifest(small_bundle)
+    assert bundle.manifest.student.sha256 == written.student.sha256
+    assert bundle.manifest.files == written.files
+    ports = {g.name: [(t.name, t.dtype, t.shape) for t in (*g.inputs, *g.outputs)] for g in bundle.manifest.graphs}
+    assert ports == {g.name: [(t.name, t.dtype, t.shape) for t in (*g.inputs, *g.outputs)] for g in written.graphs}
+
+
+def test_configurations_have_the_names_types_and_dims_of_the_graphs(repository, bundle):
+    configs = configs_of(repository)
+    for graph in bundle.manifest.graphs:
+        config = configs[served_name(graph.name)]
+        for ports, tensors in ((config.input, graph.inputs), (config.output, graph.outputs)):
+            found = [(port.name, DataType.Name(port.data_type), tuple(port.dims)) for port in ports]
+            kinds = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
+            assert found == [(t.name, kinds[t.dtype], tuple(t.shape[1:])) for t in tensors]
+        assert config.max_batch_size == bundle.manifest.max_batch
+
+
+def test_the_front_door_offers_what_fused_gives(repository, bundle):
+    configs = configs_of(repository)
+    offered = {(port.name, tuple(port.dims)) for port in configs["features"].output}
+    assert offered == {(port.name, tuple(port.dims)) for port in configs["fused"].output}
+    assert offered == {(port.name, tuple(port.dims)) for port in configs["features_encoded"].output}
+
+
+def test_each_version_holds_the_graph_whose_hash_it_names(repository, bundle):
+    for graph in bundle.manifest.graphs:
+        folder = repository / served_name(graph.name) / "1"
+        assert json.loads((folder / "model.json").read_text())["sha256"] == bundle.manifest.files[graph.file]
+        assert (folder / "model.onnx").read_bytes() == (bundle.path / graph.file).read_bytes()
+
+
+def test_a_task_needs_the_backbone_and_only_what_lies_between(bundle):
+    for task in ("segmentation", "depth"):
+        names = [graph.name for graph in needed(bundle, task)]
+        reads = {tensor.name for tensor in bundle.graphs[task].inputs}
+        assert names == (["backbone", task] if "spaces" not in reads else ["backbone", "interaction", task])
+
+
+def test_instances_and_threads_go_to_the_graphs_that_read_pictures(repository):
+    configs = configs_of(repository)
+    for name in ("backbone", "fused"):
+        assert configs[name].instance_group[0].count == 2
+    assert configs["interaction"].instance_group[0].count == 1
+
+
+def test_native_backends_get_the_graph_and_no_python(bundle):
+    models = {
+        model.name: model for model in build_models(bundle, Settings(backend="onnxruntime", kind="gpu", devices=(0, 1)))
+    }
+    backbone = models["backbone"]
+    assert backbone.config.backend == "onnxruntime" and set(backbone.files) == {"model.onnx"}
+    assert list(backbone.config.instance_group[0].gpus) == [0, 1]
+    assert models["decode"].config.backend == "python"
+    assert lint({name: model.config for name, model in models.items()}) == []
+
+
+def test_tensorrt_without_engines_of_full_tensorrt_is_refused(bundle):
+    with pytest.raises(UserError, match="no engine of full TensorRT for 'backbone'.*--formats onnx,tensorrt"):
+        build_models(bundle, Settings(backend="tensorrt", kind="gpu"))
+
+
+def test_larger_batches_than_were_checked_are_refused(bundle):
+    with pytest.raises(UserError, match="--max-batch 64: the bundle was checked up to"):
+        build_models(bundle, Settings(max_batch=64))
+
+
+def test_batching_and_warm_up_can_be_left_out(bundle):
+    config = configurations(bundle, batching=False, warmup=False)["backbone"]
+    assert not config.HasField("dynamic_batching") and not config.model_warmup
+
+
+@pytest.mark.parametrize("file", ["backbone.onnx", "manifest.json"])
+def test_a_changed_byte_is_refused_and_nothing_is_written(copy, tmp_path, capsys, file):
+    content = bytearray((copy / file).read_bytes())
+    place = (
+        len(content) // 2 if file != "manifest.json" else bytes(content).index(b'"max_batch": ') + len(b'"max_batch": ')
+    )
+    content[place] = ord("9") if file == "manifest.json" else content[place] ^ 1
+    (copy / file).write_bytes(content)
+    assert main([str(copy), "--output", str(tmp_path / "repository")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("sha256" in said or "seal" in said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle"]
+
+
+def test_a_folder_that_is_no_bundle_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path), "--output", str(tmp_path / "repository")]) == 2
+    assert "is no bundle: it has no manifest.json (make one with python -m export.run)" in capsys.readouterr().err
+
+
+def test_an_output_that_holds_files_needs_force(small_bundle, tmp_path, capsys):
+    (tmp_path / "kept").write_text("mine")
+    assert main([str(small_bundle), "--output", str(tmp_path)]) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (tmp_path / "kept").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--instances", "0"], "--instances 0: give 1 or more"),
+        (["--queue-delay", "-1"], "--queue-delay -1"),
+        (["--backend", "tensorrt"], "--kind gpu"),
+        (["--runtime", "openvino", "--kind", "gpu"], "--runtime openvino runs on CPUs"),
+        (["--runtime", "tensorrt"], "--runtime tensorrt runs on GPUs"),
+        (["--response-cache", "nothing"], "--response-cache nothing: no such model"),
+        (["--response-cache", "features"], "response_cache on an ensemble"),
+        (["--response-cache", "backbone"], "response_cache on a model of 4 outputs"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(small_bundle, tmp_path, capsys, options, said):
+    assert main([str(small_bundle), "--output", str(tmp_path / "repository"), *options]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_is_allowed_where_answers_cannot_be_mixed_up(bundle):
+    configs = configurations(bundle, response_cache=("segmentation_head",))
+    assert configs["segmentation_head"].response_cache.enable
+    assert lint(configs) == []
+
+
+def test_the_runtime_on_cpus_is_openvino_where_it_is_installed():
+    assert choose_runtime("auto", "cpu") == runtimes_here()[0] == "openvino"
+    assert choose_runtime("auto", "gpu") == "onnxruntime"
+
+
+class TestLint:
+    """Each trap, written into a repository that is otherwise right."""
+
+    @pytest.fixture
+    def configs(self, bundle):
+        found = configurations(bundle)
+        assert lint(found) == []
+        return found
+
+    def test_an_output_that_a_step_reads(self, configs):
+        features = configs["features"]
+        features.output.add().CopyFrom(next(port for port in configs["backbone"].output if port.name == "features"))
+        assert any("'features' is an output and is read by step" in said for said in lint(configs))
+
+    def test_an_input_beside_the_first_step(self, configs):
+        port = ModelInput(name="labels", data_type=DataType.TYPE_FP32, dims=[4])
+        configs["features"].input.append(port)
+        assert any("'labels' is not read by the first step" in said for said in lint(configs))
+
+    def test_a_cache_on_inputs_that_vary(self, configs):
+        head = configs["segmentation_head"]
+        head.response_cache.enable = True
+        head.input[0].dims[0] = -1
+        assert any("shape varies" in said for said in lint(configs))
+
+    def test_a_batch_size_that_is_not_written_down(self, configs):
+        configs["backbone"].max_batch_size = 0
+        said = lint(configs)
+        assert any("backbone: max_batch_size is not set" in line for line in said)
+        assert any("is more than the 0 of step 'backbone'" in line for line in said)
+
+    def test_a_queue_without_end(self, configs):
+        configs["backbone"].dynamic_batching.default_queue_policy.max_queue_size = 0
+        assert any("without max_queue_size" in said for said in lint(configs))
+
+    def test_warm_up_by_random_bytes(self, configs):
+        data = configs["interaction"].model_warmup[0].inputs["features"]
+        data.random_data = True
+        assert any("warm-up of 'features' by random_data" in said for said in lint(configs))
+
+    def test_steps_that_do_not_fit(self, configs):
+        configs["interaction"].input[0].dims[-1] += 1
+        configs["features"].ensemble_scheduling.step[0].model_version = 7
+        del configs["depth_map"]
+        said = "\n".join(lint(configs))
+        assert "step 'interaction' reads 'features'" in said
+        assert "asks for version 7" in said
+        assert "step 'depth_map' is no model of this repository" in said
