@@ -14,10 +14,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.encoder import Encoder, parse_model, teacher_encoder
 from distill.pictures import PackagedPhotos
 from distill.run import main
 from distill.scenes import write
+from export.run import main as export
 
 # One thread everywhere: sums come out in one order, here and in the processes that tests start.
 torch.set_num_threads(1)
@@ -118,6 +120,22 @@ def recipe_file(tmp_path: Path, photo_folder: Path):
     return write
 
 
+@pytest.fixture(scope="session")
+def small_bundle(photo_folder: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported UMT student of three teachers with trained heads for three tasks, segmentation's reading dino's."""
+    folder = tmp_path_factory.mktemp("small")
+    recipe, run = folder / "recipe.yaml", folder / "run"
+    recipe.write_text(yaml.safe_dump(small_recipe(photo_folder, train={"steps": 2})))
+    done = [run_here(recipe, "--output", run)]
+    quick = ("extract.workers=0", "probe.epochs=2", "probe.rates=2", "dense.size=64", "dense.steps=5")
+    for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
+        wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
+        done.append(run_here(run, *wanted, *quick, command=evaluate))
+    done.append(run_here(run, "--output", folder / "bundle", "--max-batch", 4, command=export))
+    assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
+    return folder / "bundle"
+
+
 def command(*arguments: object, ranks: int = 1) -> list[str]:
     """The command line of `python -m distill.run`, under torchrun if there are several ranks."""
     launcher = (
@@ -138,11 +156,11 @@ def run_command(*arguments: object, ranks: int = 1, **options: object) -> subpro
     )
 
 
-def run_here(*arguments: object) -> subprocess.CompletedProcess:
-    """Run the command in this process, which saves the seconds that importing torch takes."""
+def run_here(*arguments: object, command=main) -> subprocess.CompletedProcess:
+    """Run a command's main in this process, which saves the seconds that importing torch takes."""
     output, error = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
-        status = main([str(argument) for argument in arguments])
+        status = command([str(argument) for argument in arguments])
     return subprocess.CompletedProcess(arguments, status, output.getvalue(), error.getvalue())
 
 
