@@ -37,6 +37,7 @@ from export.bundle import (
     TensorRecord,
     sha256_of,
 )
+from export.golden import write_golden
 from export.graph import Part, Student, build_parts, open_student
 from export.parity import TOLERANCE, OnnxRuntime, OpenVINO, check_sizes, measure, run_chain
 from export.precision import cast_student, quantize
@@ -119,6 +120,7 @@ def fill(
     parity = prove(asked, student, parts, paths, photos, sizes, dynamic)
     engines = build_engines(asked, formats, parts, paths, sizes, student.stride, folder)
     checked = check_sizes(student.stride, sizes, dynamic)
+    write_golden(folder, student, parts, photos, (height, width), asked.max_batch, asked.precision)
     files = {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     return Manifest(
         student=StudentRecord(

@@ -1,0 +1,68 @@
+"""The bundle's golden photographs: does a server say of them what the student said when it was exported?"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from serve.bundle import IMAGE, Bundle
+from serve.errors import UserError
+
+GOLDEN = "golden.safetensors"
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Golden:
+    """`image` uint8 [n, H, W, 3], `outputs` float32 [n, …] by name, the least cosine allowed, the pictures' names."""
+
+    image: np.ndarray
+    outputs: dict[str, np.ndarray]
+    tolerance: float
+    pictures: tuple[str, ...]
+
+
+def read_golden(bundle: Bundle) -> Golden:
+    """The golden set of a bundle; raises UserError for a bundle without one, or whose file is not the one exported."""
+    path = bundle.file(GOLDEN)
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        if metadata["format"] != FORMAT:
+            raise UserError(f"{path} is of format {metadata['format']}, this version reads {FORMAT}: export again")
+        return Golden(tensors.pop(IMAGE), tensors, float(metadata["cosine"]), tuple(metadata["pictures"].split("\n")))
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{path} is no golden set ({error}): export again") from error
+
+
+def compare(golden: Golden, answers: Mapping[str, np.ndarray | None]) -> list[str]:
+    """What is wrong with a server's answers to `golden.image`, a sentence an output; an empty list if nothing is.
+
+    An output is wrong if it is missing, of another shape, not finite, or below the tolerance's cosine on any picture.
+    """
+    return [
+        said for name, wanted in golden.outputs.items() if (said := problem(golden, name, wanted, answers.get(name)))
+    ]
+
+
+def problem(golden: Golden, name: str, wanted: np.ndarray, got: np.ndarray | None) -> str:
+    """What is wrong with one output, "" if nothing is."""
+    if got is None:
+        return f"output '{name}' is missing"
+    if got.shape != wanted.shape:
+        return f"output '{name}' is {list(got.shape)}, recorded {list(wanted.shape)}"
+    if not np.isfinite(got).all():
+        return f"output '{name}' holds NaN or infinity"
+    a, b = (values.reshape(len(values), -1).astype(np.float64) for values in (got, wanted))
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    # a picture of zeros has no direction: it must be zeros again
+    cosine = np.where(norms > 0, (a * b).sum(1) / np.where(norms > 0, norms, 1), (a == b).all(1))
+    worst = int(cosine.argmin())
+    if cosine[worst] >= golden.tolerance:
+        return ""
+    return (
+        f"output '{name}' is not what was recorded: cosine {cosine[worst]:.6f} on {golden.pictures[worst]}, at least "
+        f"{golden.tolerance} is wanted"
+    )
