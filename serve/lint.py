@@ -76,15 +76,16 @@ def warm_up_data(config: ModelConfig, configs: Configs) -> Iterator[str]:
 
 
 def joined_steps(config: ModelConfig, configs: Configs) -> Iterator[str]:
-    """Every step exists in the version named, and every tensor it reads is given before it in the same type and dims."""
+    """Every step exists, all of one version, and each tensor it reads is given before it in the same type and dims."""
+    versions = {step.model_version for step in config.ensemble_scheduling.step}
+    if len(versions) > 1 or any(version < 1 for version in versions):
+        yield f"its steps are of versions {sorted(versions)}: name one, or a rollout joins parts of two students"
     given = {port.name: (port.data_type, tuple(port.dims)) for port in config.input}
     for step in config.ensemble_scheduling.step:
         part = configs.get(step.model_name)
         if part is None:
             yield f"step '{step.model_name}' is no model of this repository"
             continue
-        if step.model_version not in part.version_policy.specific.versions:
-            yield f"step '{step.model_name}' asks for version {step.model_version}, which that model does not serve"
         reads = {port.name: (port.data_type, tuple(port.dims)) for port in part.input}
         gives = {port.name: (port.data_type, tuple(port.dims)) for port in part.output}
         for inner in sorted(set(reads) - set(step.input_map)):

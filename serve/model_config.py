@@ -34,8 +34,13 @@ def add_tensor(ports, tensor: Tensor) -> None:  # noqa: ANN001 - a repeated fiel
 
 
 def pin(config: ModelConfig, version: int) -> None:
-    """Serve exactly this version, whatever else lies in the folder."""
+    """Serve exactly this version (ensembles: their steps are of one version, so that parts of one student stay together)."""
     config.version_policy.specific.versions[:] = [version]
+
+
+def keep_latest(config: ModelConfig, versions: int = 2) -> None:
+    """Serve the latest versions. Not a list of them: Triton would reload all where one was added, for the config changed."""
+    config.version_policy.latest.num_versions = versions
 
 
 def place(config: ModelConfig, settings: Settings, count: int) -> None:

@@ -18,6 +18,7 @@ from serve.model_config import (
     add_port,
     add_tensor,
     join,
+    keep_latest,
     pin,
     place,
     place_on_cpu,
@@ -79,7 +80,10 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
             models += [map_model(bundle, task, settings), task_ensemble(bundle, task, settings)]
     for model in models:
         model.config.max_batch_size = most
-        pin(model.config, settings.version)
+        if model.config.platform == "ensemble":
+            pin(model.config, settings.version)
+        else:
+            keep_latest(model.config)
         if model.name in settings.response_cache:
             model.config.response_cache.enable = True
     unknown = sorted(set(settings.response_cache) - {model.name for model in models})

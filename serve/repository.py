@@ -1,6 +1,7 @@
 """`python -m serve.repository`: a bundle becomes a Triton model repository, linted before it is there."""
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -9,6 +10,10 @@ from pathlib import Path
 
 from serve.errors import UserError, exit_status
 from serve.settings import Settings
+
+CONFIG = "config.pbtxt"
+MADE_WITH = "made_with.json"
+"""In the repository's folder: the bundle and the settings it was rendered from."""
 
 EPILOG = """\
 examples:
@@ -115,7 +120,8 @@ def make_repository(path: Path, output: Path, settings: Settings) -> list[str]:
     from serve.lint import lint
     from serve.models import build_models
 
-    models = build_models(read_bundle(path), settings)
+    bundle = read_bundle(path)
+    models = build_models(bundle, settings)
     wrong = lint({model.name: model.config for model in models})
     if wrong:
         raise UserError(f"{path} makes a repository that Triton would serve wrongly: {'; '.join(wrong)}")
@@ -123,6 +129,8 @@ def make_repository(path: Path, output: Path, settings: Settings) -> list[str]:
     try:
         for model in models:
             write_model(aside / model.name, model, settings.version)
+        made_with = {"bundle": bundle.version, "settings": settings.model_dump(mode="json")}
+        (aside / MADE_WITH).write_text(json.dumps(made_with, indent=1))
         if output.exists():  # with --force, or empty
             old = aside.with_suffix(".old")
             output.rename(old)
@@ -147,7 +155,19 @@ def write_model(folder: Path, model, version: int) -> None:  # noqa: ANN001 - a 
         else:
             shutil.copyfile(content, inside / name)
     source = "rendered by serve.repository; what the fields are for is said in triton_models/ of the project"
-    (folder / "config.pbtxt").write_text(f"# {source}\n{text_format.MessageToString(model.config)}", encoding="utf-8")
+    text = f"# {source}\n{text_format.MessageToString(model.config)}"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    if model.config.platform == "ensemble":  # a rollout goes back and forth between its versions' configurations
+        (inside / CONFIG).write_text(text, encoding="utf-8")
+
+
+def read_made_with(repository: Path) -> tuple[str, Settings]:
+    """The bundle version and settings a repository was rendered from; raises UserError for any other folder."""
+    try:
+        content = json.loads((repository / MADE_WITH).read_text(encoding="utf-8"))
+        return content["bundle"], Settings.model_validate(content["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{repository} is no repository of serve.repository: render one, or name another") from error
 
 
 if __name__ == "__main__":

@@ -230,5 +230,5 @@ class TestLint:
         del configs["depth_map"]
         said = "\n".join(lint(configs))
         assert "step 'interaction' reads 'features'" in said
-        assert "asks for version 7" in said
+        assert "features: its steps are of versions [1, 7]" in said
         assert "step 'depth_map' is no model of this repository" in said
