@@ -1,13 +1,17 @@
 """Small real things shared by tests: a folder of photographs, a recipe of seconds, the command line."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -134,6 +138,44 @@ def small_bundle(photo_folder: Path, scenes: Path, tmp_path_factory: pytest.Temp
     done.append(run_here(run, "--output", folder / "bundle", "--max-batch", 4, command=export))
     assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
     return folder / "bundle"
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running tritonserver: HOST:PORT of its three endpoints, what it serves, the key of its restricted endpoints."""
+
+    grpc: str
+    http: str
+    metrics: str
+    repository: Path
+    bundle: Path
+    admin_key: str
+
+
+def need_tritonserver() -> None:
+    """Skip a test where the embedded tritonserver cannot run."""
+    if importlib.util.find_spec("pytriton") is None:
+        pytest.skip("nvidia-pytriton is not installed (it has no wheel for this Python): no embedded tritonserver")
+    if int(np.__version__.split(".")[0]) >= 2:
+        pytest.skip(f"numpy {np.__version__}: the embedded tritonserver's python backend needs numpy below 2")
+
+
+@pytest.fixture(scope="session")
+def server(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The embedded tritonserver on `small_bundle`, one instance a model, without a supervisor: it counts requests too."""
+    need_tritonserver()
+    from serve.repository import make_repository
+    from serve.server import Options, Server
+    from serve.settings import Settings
+    from serve.triton import find_tritonserver
+
+    folder, lines = tmp_path_factory.mktemp("server"), []
+    repository = folder / "repository"
+    make_repository(small_bundle, repository, Settings())
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
+    with Server(find_tritonserver(None, folder), repository, options, lines.append) as found:
+        yield Served(found.grpc, found.http, found.metrics, repository, small_bundle, found.admin_key)
+    (folder / "log").write_text("\n".join(lines))
 
 
 def command(*arguments: object, ranks: int = 1) -> list[str]:
