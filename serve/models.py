@@ -28,11 +28,14 @@ from serve.model_config import (
     warm_up,
 )
 from serve.settings import Settings
+from serve.zero_shot_models import zero_shot_parts
 
 SERVE = Path(__file__).parent
 TASKS = ("classification", "segmentation", "depth")
 MAPS = {"segmentation": ("segmentation_logits", "class_map"), "depth": ("depth", "depth_map")}
 """Tasks whose answer is a map of the picture's size: what the map is made from, what it is called."""
+UNBATCHED = "unbatched"
+"""Parameter of models that take no batches, as the lint wants to be told."""
 
 
 @dataclass
@@ -78,8 +81,10 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     for task in MAPS:
         if task in bundle.graphs:
             models += [map_model(bundle, task, settings), task_ensemble(bundle, task, settings)]
+    models += [Model(config, files) for config, files in zero_shot_parts(bundle, settings)]
     for model in models:
-        model.config.max_batch_size = most
+        if UNBATCHED not in model.config.parameters:
+            model.config.max_batch_size = most
         if model.config.platform == "ensemble":
             pin(model.config, settings.version)
         else:
@@ -175,7 +180,25 @@ def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
     for tensor in bundle.outputs:
         add_tensor(config.output, tensor)
     join_all(config, bundle.parts, {tensor.name for tensor in bundle.outputs}, settings)
+    config.parameters["about"].string_value = json.dumps(about_bundle(bundle))
     return Model(config)
+
+
+def about_bundle(bundle: Bundle) -> dict:
+    """What a client may want to know of the bundle behind the front door."""
+    manifest, resolution = bundle.manifest, bundle.manifest.resolution
+    return {
+        "student": manifest.student.network, "method": manifest.student.method, "precision": manifest.precision,
+        "bundle": bundle.version, "stride": resolution.stride, "dynamic": resolution.dynamic,
+        "height": resolution.height, "width": resolution.width,
+        "teachers": [{"label": t.label, "role": t.role, "licence": t.licence} for t in manifest.teachers],
+        "tasks": {task: facts(bundle.graphs[task]) for task in TASKS if task in bundle.graphs},
+    }  # fmt: skip
+
+
+def facts(graph: Graph) -> dict:
+    """What the answer of a task's head means: the names of its classes, its unit, as far as it has them."""
+    return {name: graph.about[name] for name in ("classes", "unit") if graph.about.get(name)}
 
 
 def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
@@ -186,6 +209,8 @@ def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
     config.output.append(read_template(f"{task}_map").output[0])
     join_all(config, needed(bundle, task), {scores}, settings)
     step(config, f"{task}_map", settings.version, {scores: scores, IMAGE: IMAGE}, {answer: answer})
+    for name, value in facts(bundle.graphs[task]).items():
+        config.parameters[name].string_value = value if isinstance(value, str) else json.dumps(value)
     return Model(config)
 
 

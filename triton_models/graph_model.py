@@ -85,13 +85,17 @@ class ImageGraph(GraphModel):
 
     def refuse(self, feeds: list[np.ndarray]) -> str:
         """Sides must be multiples of the stride and no larger than the bundle's largest."""
-        image, stride = feeds[0], self.about["stride"]
-        height, width = image.shape[1:3]
-        if height < stride or width < stride or height % stride or width % stride:
-            return f"input 'image' is {height}x{width}: height and width must be multiples of {stride}"
-        if height > self.about["height"] or width > self.about["width"]:
-            return f"input 'image' is {height}x{width}: at most {self.about['height']}x{self.about['width']} is served"
-        return ""
+        return wrong_size(feeds[0].shape, self.about)
+
+
+def wrong_size(shape: tuple[int, ...], about: dict) -> str:
+    """Why pictures [B, H, W, 3] are not taken, "" if they are; `about` has the stride and the largest height and width."""
+    (height, width), stride = shape[1:3], about["stride"]
+    if height < stride or width < stride or height % stride or width % stride:
+        return f"input 'image' is {height}x{width}: height and width must be multiples of {stride}"
+    if height > about["height"] or width > about["width"]:
+        return f"input 'image' is {height}x{width}: at most {about['height']}x{about['width']} is served"
+    return ""
 
 
 def failed(message: str, code: int):  # noqa: ANN201 - the stub adds Triton's types only after this file is read

@@ -1,0 +1,104 @@
+"""Pictures (and labels) in, a probability for each class out: asks `features` and `text_encoder`, compares their vectors."""
+
+import asyncio
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from class_scores import ClassVectors, probabilities
+from graph_model import wrong_size
+
+LATEST = -1
+MARK = "refused: "
+"""Before the sentences of `text_encoder`'s refusals: Triton gives a model that calls another its words, not its code."""
+BUSY = ("Exceeds maximum queue size", "Server is stopping", "no available versions", "Stub process")
+"""What Triton says when asking again may help."""
+
+
+class Refused(Exception):
+    """An answer that is an error: its sentence and Triton's code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.message, self.code = message, code
+
+
+class TritonPythonModel:
+    """A model that calls others, because what it runs depends on the request. class_scores.py is serve/class_scores.py."""
+
+    def initialize(self, args: dict) -> None:
+        """Read the bundle's class embeddings if they are those that were exported."""
+        folder, self.version = Path(args["model_repository"]) / args["model_version"], int(args["model_version"])
+        self.about = json.loads((folder / "zero_shot.json").read_text(encoding="utf-8"))
+        data = (folder / "classes.npz").read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.about["sha256"]:
+            raise ValueError("classes.npz does not match its sha256: it is not the one that was exported")
+        with np.load(io.BytesIO(data)) as arrays:
+            self.vectors = ClassVectors(scale=self.about["scale"], **{name: arrays[name] for name in arrays.files})
+        self.classes = np.array([name.encode() for name in self.about["classes"]], dtype=np.object_)
+
+    async def execute(self, requests: list) -> list:
+        """Answer every request; one that is refused leaves the others alone."""
+        return await asyncio.gather(*(self.answer(request) for request in requests))
+
+    async def answer(self, request):  # noqa: ANN001, ANN201 - Triton's own types
+        """probabilities [B, C] and classes [C] of one request, or why there are none."""
+        image = pb_utils.get_input_tensor_by_name(request, "image")
+        labels = pb_utils.get_input_tensor_by_name(request, "labels")
+        try:
+            self.check(image, labels)
+            asked = [self.ask("features", LATEST, image, self.about["output"], request)]
+            if labels is not None:
+                asked.append(self.ask("text_encoder", self.version, labels, "embeddings", request))
+            tokens, *embeddings = await asyncio.gather(*asked)
+        except Refused as refused:
+            return pb_utils.InferenceResponse(error=pb_utils.TritonError(refused.message, refused.code))
+        vectors, classes = self.vectors, self.classes
+        if labels is not None:
+            vectors, classes = ClassVectors(embeddings[0], self.about["scale"]), labels.as_numpy().reshape(-1)
+        answers = {"probabilities": probabilities(tokens, vectors), "classes": classes}
+        wanted = request.requested_output_names()
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, answers[name]) for name in answers if name in wanted])
+
+    def check(self, image, labels) -> None:  # noqa: ANN001 - Triton's own types
+        """Refuse what `features` would refuse, while the code can still be told, and labels where nobody can read them."""
+        pictures, most = image.shape()[0], self.about["max_batch"]
+        said = wrong_size(image.shape(), self.about)
+        if not 1 <= pictures <= most:
+            said = f"{pictures} pictures in a request: 1 to {most} are taken"
+        elif labels is not None and not self.about["encoder"]:
+            said = (
+                f"labels cannot be given: {self.about['encoder_missing']}; leave them out to be answered for the bundle's "
+                f"{len(self.classes)} classes"
+            )
+        if said:
+            raise Refused(said, pb_utils.TritonError.INVALID_ARG)
+
+    async def ask(self, model: str, version: int, tensor, output: str, request) -> np.ndarray:  # noqa: ANN001
+        """One output of another model; raises Refused with that model's words and its code as far as they tell it.
+
+        `features` is asked in whatever version serves: the vectors of every student are in its teacher's space.
+        """
+        call = pb_utils.InferenceRequest(
+            model_name=model, model_version=version, inputs=[tensor], requested_output_names=[output],
+            request_id=request.request_id(), parameters={"refusal_mark": MARK},
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+        )  # fmt: skip
+        try:
+            response = await call.async_exec()
+        except pb_utils.TritonModelException as error:  # refused before the model saw it
+            raise refusal(str(error)) from error
+        if response.has_error():
+            raise refusal(response.error().message())
+        return pb_utils.get_output_tensor_by_name(response, output).as_numpy()
+
+
+def refusal(message: str) -> Refused:
+    """The code that belongs to the words of another model."""
+    if message.startswith(MARK):
+        return Refused(message.removeprefix(MARK), pb_utils.TritonError.INVALID_ARG)
+    busy = any(words in message for words in BUSY)
+    return Refused(message, pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INTERNAL)
