@@ -209,7 +209,8 @@ def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
     config.output.append(read_template(f"{task}_map").output[0])
     join_all(config, needed(bundle, task), {scores}, settings)
     step(config, f"{task}_map", settings.version, {scores: scores, IMAGE: IMAGE}, {answer: answer})
-    for name, value in facts(bundle.graphs[task]).items():
+    size = {"height": bundle.manifest.resolution.height, "width": bundle.manifest.resolution.width}
+    for name, value in (facts(bundle.graphs[task]) | size).items():
         config.parameters[name].string_value = value if isinstance(value, str) else json.dumps(value)
     return Model(config)
 

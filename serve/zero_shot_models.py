@@ -149,7 +149,8 @@ def zero_shot(bundle: Bundle, found: ClassEmbeddings, missing: str, settings: Se
         "encoder": not missing, "encoder_missing": missing,
     }  # fmt: skip
     # the classes are in every answer: a parameter that differs would keep a new bundle from taking over from this one
-    config.parameters["about"].string_value = json.dumps({"teacher": teacher, "new_labels": not missing})
+    told = {"teacher": teacher, "new_labels": not missing, "height": resolution.height, "width": resolution.width}
+    config.parameters["about"].string_value = json.dumps(told)
     files = {
         "model.py": TEMPLATES / "zero_shot" / "1" / "model.py", "classes.npz": data,
         "class_scores.py": Path(__file__).parent / "class_scores.py", "graph_model.py": TEMPLATES / "graph_model.py",

@@ -1,0 +1,123 @@
+"""A bundle's golden photographs: the student's own answers are kept, and a server that says something else is found out."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import tritonclient.grpc as grpc
+from pydantic_core import to_json
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from distill.checkpoint import load_run
+from export.bundle import add_files, read_manifest
+from export.golden import GOLDEN as WRITTEN
+from export.parity import TOLERANCE
+from serve.bundle import read_bundle
+from serve.errors import UserError
+from serve.golden import GOLDEN, compare, read_golden
+
+
+@pytest.fixture(scope="module")
+def golden(small_bundle):
+    return read_golden(read_bundle(small_bundle))
+
+
+@pytest.fixture
+def copy(small_bundle, tmp_path):
+    """A bundle that a test may break."""
+    return shutil.copytree(small_bundle, tmp_path / "bundle")
+
+
+def test_both_sides_call_the_file_the_same():
+    assert WRITTEN == GOLDEN
+
+
+def test_the_outputs_are_those_of_the_torch_student(golden, small_bundle):
+    deployment = load_run(small_bundle.parent / "run").method.deploy()
+    with torch.inference_mode():
+        said = deployment(torch.from_numpy(golden.image).permute(0, 3, 1, 2).float() / 255)
+    np.testing.assert_array_equal(golden.outputs["dino_token"], said["dino"].token.numpy())
+    np.testing.assert_array_equal(golden.outputs["backbone_patches"], said["backbone"].patches.flatten(1, 2).numpy())
+
+
+def test_it_holds_every_output_a_client_may_ask_for(golden, small_bundle):
+    bundle = read_bundle(small_bundle)
+    size = bundle.manifest.resolution
+    assert set(golden.outputs) == {tensor.name for tensor in bundle.outputs}
+    assert golden.image.dtype == np.uint8 and golden.image.shape == (3, size.height, size.width, 3)
+    assert all(value.dtype == np.float32 and len(value) == 3 for value in golden.outputs.values())
+    assert golden.tolerance == TOLERANCE[bundle.manifest.precision] and golden.pictures[0] == "astronaut.png"
+    assert not np.array_equal(golden.image[0], golden.image[1])
+
+
+def test_a_running_server_passes(golden, server):
+    with grpc.InferenceServerClient(server.grpc) as client:
+        image = grpc.InferInput("image", golden.image.shape, "UINT8")
+        image.set_data_from_numpy(golden.image)
+        for model in ("features", "fused"):
+            answer = client.infer(model, [image])
+            assert compare(golden, {name: answer.as_numpy(name) for name in golden.outputs}) == []
+
+
+def test_each_kind_of_wrong_answer_is_said(golden):
+    answers = {name: value.copy() for name, value in golden.outputs.items()}
+    assert compare(golden, answers) == []
+    answers["cls_token"] = None
+    answers["mae_token"] = answers["mae_token"][:2]
+    answers["dino_token"][1, 0] = np.nan
+    answers["depth"][2] = answers["depth"][2][::-1]
+    del answers["mae_patches"]
+    said = {sentence.split("'")[1]: sentence for sentence in compare(golden, answers)}
+    assert set(said) == {"cls_token", "mae_token", "dino_token", "depth", "mae_patches"}
+    assert "missing" in said["cls_token"] and "missing" in said["mae_patches"]
+    assert "recorded [3, " in said["mae_token"] and "NaN" in said["dino_token"]
+    assert golden.pictures[2] in said["depth"] and "cosine" in said["depth"]
+
+
+def test_only_the_tolerance_decides(golden):
+    answers = dict(golden.outputs)
+    answers["cls_token"] = answers["cls_token"] + 0.02 * np.abs(answers["cls_token"]).max() * np.sign(
+        np.random.default_rng(0).standard_normal(answers["cls_token"].shape).astype(np.float32)
+    )
+    assert len(compare(golden, answers)) == 1
+    assert compare(dataclasses.replace(golden, tolerance=0.9), answers) == []
+
+
+def test_an_output_of_zeros_must_be_zeros_again(golden):
+    zeros = dataclasses.replace(golden, outputs={"depth": np.zeros((3, 4), np.float32)})
+    assert compare(zeros, {"depth": np.zeros((3, 4), np.float32)}) == []
+    assert len(compare(zeros, {"depth": np.ones((3, 4), np.float32)})) == 1
+
+
+def test_a_bundle_from_before_golden_sets_is_told_to_be_exported_again(copy):
+    (copy / GOLDEN).unlink()
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["files"][GOLDEN]
+    manifest["seal"] = hashlib.sha256(to_json(manifest | {"seal": ""})).hexdigest()
+    (copy / "manifest.json").write_bytes(to_json(manifest))
+    with pytest.raises(UserError, match=f"lists no {GOLDEN}.*export again"):
+        read_golden(read_bundle(copy))
+
+
+def test_a_changed_file_is_refused(copy):
+    data = bytearray((copy / GOLDEN).read_bytes())
+    data[-1] ^= 1
+    (copy / GOLDEN).write_bytes(data)
+    with pytest.raises(UserError, match="sha256"):
+        read_golden(read_bundle(copy))
+
+
+def test_a_file_of_something_else_is_refused(copy):
+    with safe_open(copy / GOLDEN, framework="np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for metadata in ({}, {"format": "2", "cosine": "1", "pictures": ""}):
+        save_file(tensors, copy / GOLDEN, metadata)
+        add_files(copy, [GOLDEN])
+        with pytest.raises(UserError, match="export again"):
+            read_golden(read_bundle(copy))
+    assert GOLDEN in read_manifest(copy).files
