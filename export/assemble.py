@@ -39,9 +39,10 @@ from export.bundle import (
 )
 from export.golden import write_golden
 from export.graph import Part, Student, build_parts, open_student
-from export.parity import TOLERANCE, OnnxRuntime, OpenVINO, check_sizes, measure, run_chain
+from export.parity import TOLERANCE, check_sizes, engine_sizes, measure, run_chain
 from export.precision import cast_student, quantize
 from export.run import parse_sizes
+from export.runtimes import OnnxRuntime, Runtime, runtimes_here
 from export.signature import IMAGE
 from export.to_onnx import OPSET, export_part
 
@@ -117,9 +118,14 @@ def fill(
         )
     if calibration:
         calibrate(asked.calibration_method, parts, paths, sizes[0], [photo for _, photo in calibration])
-    parity = prove(asked, student, parts, paths, photos, sizes, dynamic)
-    engines = build_engines(asked, formats, parts, paths, sizes, student.stride, folder)
     checked = check_sizes(student.stride, sizes, dynamic)
+    parity = prove(asked, student, parts, runtimes_here(asked.precision, graphs=paths), photos, checked)
+    engines = build_engines(asked, formats, parts, paths, sizes, student.stride, folder)
+    by_flavour: dict[str, dict[str, Path]] = {}
+    for entry in engines:
+        by_flavour.setdefault(entry["flavour"], {})[entry["graph"]] = folder / entry["file"]
+    built = runtimes_here(asked.precision, engines=by_flavour)
+    parity += prove(asked, student, parts, built, photos, engine_sizes(sizes))
     write_golden(folder, student, parts, photos, (height, width), asked.max_batch, asked.precision)
     files = {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     return Manifest(
@@ -177,31 +183,25 @@ def calibrate(
 
 
 def prove(
-    asked: argparse.Namespace, student: Student, parts: list[Part], paths: dict[str, Path],
-    photos: list[tuple[str, Image.Image]], sizes: list[tuple[int, int]], dynamic: bool,
+    asked: argparse.Namespace, student: Student, parts: list[Part], runtimes: list[Runtime],
+    photos: list[tuple[str, Image.Image]], sizes: list[tuple[int, int]],
 ) -> list[ParityRecord]:  # fmt: skip
-    """Compare all graphs with the student and print the worst of every output; raises TrainingError where they differ."""
-    if asked.precision == "bf16":  # onnxruntime's CPU provider has no bf16 convolutions
-        try:
-            runtime = OpenVINO(paths)
-        except ModuleNotFoundError as error:
-            raise UserError(
-                "--precision bf16 is checked in OpenVINO, which is not installed: pip install openvino"
-            ) from error
-    else:
-        runtime = OnnxRuntime(paths)
+    """Compare the graphs in every runtime with the student and print the worst of each output.
+
+    Raises TrainingError where they differ.
+    """
     batches = sorted({1, min(3, asked.max_batch), asked.max_batch})
-    rows = measure(
-        student, parts, runtime, photos, batches, check_sizes(student.stride, sizes, dynamic), asked.precision
-    )
-    print_parity(rows, runtime.name)
+    rows = measure(student, parts, runtimes, photos, batches, sizes, asked.precision) if runtimes else []
+    for runtime in runtimes:
+        print_parity([row for row in rows if row.runtime == runtime.name], runtime.name)
     failed = sorted((row for row in rows if not row.passed), key=lambda row: row.cosine)
     if failed and not asked.allow_parity_failure:
         worst = failed[0]
         raise TrainingError(
-            f"graph '{worst.graph}', output '{worst.output}', picture {worst.worst_image}: cosine {worst.cosine:.6f} at "
-            f"batch {worst.batch}, {worst.height}x{worst.width}, below {TOLERANCE[asked.precision]} for {asked.precision} "
-            f"({len(failed)} of {len(rows)} comparisons); nothing was written (--allow-parity-failure records it instead)"
+            f"graph '{worst.graph}', output '{worst.output}', picture {worst.worst_image}: cosine {worst.cosine:.6f} in "
+            f"{worst.runtime} at batch {worst.batch}, {worst.height}x{worst.width}, below {TOLERANCE[asked.precision]} for "
+            f"{asked.precision} ({len(failed)} of {len(rows)} comparisons); nothing was written (--allow-parity-failure "
+            "records it instead)"
         )
     return rows
 

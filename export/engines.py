@@ -1,13 +1,14 @@
-"""TensorRT engines of every graph of a bundle, each with a sidecar that can be read without a GPU."""
+"""TensorRT engines of every graph of a bundle: how they are built, and which shapes and GPUs they are for."""
 
 import argparse
 import logging
 import time
 from pathlib import Path
 
+from export.gpu import compute_capability
 from export.graph import Part
 from export.signature import Port
-from export.to_tensorrt import EngineOptions, Profile, build_engine, load_bindings
+from export.to_tensorrt import EngineOptions, EngineRecord, Profile, build_engine, load_bindings
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ def engine_options(asked: argparse.Namespace, formats: list[str]) -> dict[str, E
             flavour=flavour,
             compute_capabilities=tuple(asked.compute_capability) if flavour == "tensorrt-rtx" else (),
             workspace_gib=asked.workspace, optimization_level=asked.optimization_level, timing_cache=asked.timing_cache,
+            tf32=asked.precision != "fp32",  # a float32 engine says what the float32 student says
             version_compatible=asked.version_compatible, strip_weights=asked.strip_weights, refit=asked.refit,
         )  # fmt: skip
     return found
@@ -78,3 +80,42 @@ def shape_of(port: Port, batch: int, height: int, width: int, stride: int, prefi
         "tokens": rows * columns + prefix,
     }  # fmt: skip
     return tuple(axis if isinstance(axis, int) else known[axis] for axis in port.axes)
+
+
+def profile_for(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> int | None:
+    """The number of the first optimisation profile that admits inputs of these shapes, None where none does."""
+
+    def admits(ranges: dict, name: str, declared: tuple[int, ...]) -> bool:
+        smallest, _, largest = ranges.get(name, (declared,) * 3)
+        shape = shapes[name]
+        return len(shape) == len(smallest) and all(
+            low <= side <= high for low, side, high in zip(smallest, shape, largest, strict=True)
+        )
+
+    for number, profile in enumerate(record.profiles):
+        if all(admits(profile.shapes, tensor.name, tensor.shape) for tensor in record.inputs):
+            return number
+    return None
+
+
+def outside(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> str:
+    """What an engine takes instead of these inputs, in words."""
+    given = ", ".join(f"'{name}' {list(shape)}" for name, shape in shapes.items())
+    taken = "; ".join(
+        f"'{name}' from {list(ranges.min)} to {list(ranges.max)}"
+        for profile in record.profiles for name, ranges in profile.shapes.items()
+    )  # fmt: skip
+    return f"the engine takes {taken}, not {given} (export with another --max-batch or --resolutions)"
+
+
+def not_for_here(record: EngineRecord) -> str:
+    """Why an engine cannot run on this machine, "" where it can."""
+    here, built = compute_capability(), ", ".join(record.compute_capabilities)
+    if here is None:
+        return f"built for GPUs of compute capability {built}, and no GPU is visible here"
+    current = f"{here[0]}.{here[1]}"
+    if current not in record.compute_capabilities:
+        return f"built for GPUs of compute capability {built}, this one has {current}: export again for it"
+    if record.options.strip_weights:
+        return "built without weights: it cannot run until it is refitted"
+    return ""

@@ -131,6 +131,8 @@ def configure(trt: ModuleType, config: Any, capabilities: tuple[str, ...], optio
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace_gib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
     if options.optimization_level is not None:
@@ -234,13 +236,12 @@ def dtype_name(dtype: Any) -> str:
     return NAMES.get(dtype.name, dtype.name.lower())
 
 
-def open_engine(trt: ModuleType, engine: Path, built: str, host_code: bool) -> tuple[dict[str, list[tuple]], dict]:
-    """Load an engine on the GPU: its "input"s and "output"s (name, dtype, shape) and EngineInspector's JSON.
+def load_engine(trt: ModuleType, engine: Path, built: str, host_code: bool, logger: Any) -> tuple[Any, Any]:
+    """Load an engine on the GPU; returns it and the runtime, which must live as long.
 
     `built` says by what and for what, for the UserError of an engine that cannot be loaded; `host_code` lets a
     version-compatible engine run the runtime it brings along. Never call it without a GPU.
     """
-    logger = collecting_logger(trt)
     runtime = trt.Runtime(logger)
     if host_code and hasattr(runtime, "engine_host_code_allowed"):
         runtime.engine_host_code_allowed = True
@@ -248,6 +249,12 @@ def open_engine(trt: ModuleType, engine: Path, built: str, host_code: bool) -> t
     if loaded is None:
         here = f"{trt.__version__} on a GPU of {'.'.join(map(str, compute_capability() or ()))}"
         raise failure(f"{engine}: built by {built}, not to be loaded by {here} (build it here)", logger.errors)
+    return loaded, runtime
+
+
+def open_engine(trt: ModuleType, engine: Path, built: str, host_code: bool) -> tuple[dict[str, list[tuple]], dict]:
+    """An engine's "input"s and "output"s (name, dtype, shape) and EngineInspector's JSON; see `load_engine`."""
+    loaded, _runtime = load_engine(trt, engine, built, host_code, collecting_logger(trt))
     tensors: dict[str, list[tuple]] = {"input": [], "output": []}
     for name in map(loaded.get_tensor_name, range(loaded.num_io_tensors)):
         kind = "input" if loaded.get_tensor_mode(name) == trt.TensorIOMode.INPUT else "output"

@@ -1,10 +1,9 @@
-"""Does every graph say what the torch student says? On real photographs, several batches and sizes, in a real runtime."""
+"""Does every graph say what the torch student says? On real photographs, several batches and sizes, in real runtimes."""
 
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image
 from torch import Tensor
@@ -12,52 +11,14 @@ from torch import Tensor
 from distill.methods.deployment import BACKBONE
 from export.bundle import ParityRecord, Precision
 from export.graph import Part, Student
+from export.runtimes import Outputs, Runtime
 from export.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE
 
 TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
 """Least cosine between a graph's output and the student's, on every picture."""
 
-Outputs = dict[str, np.ndarray]
 
-
-class OnnxRuntime:
-    """Graphs in onnxruntime on the CPU."""
-
-    name = "onnxruntime-cpu"
-
-    def __init__(self, files: dict[str, Path]) -> None:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.sessions = {
-            graph: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            for graph, path in files.items()
-        }
-
-    def run(self, graph: str, feeds: Outputs) -> list[np.ndarray]:
-        """Outputs of a graph, in its order."""
-        return self.sessions[graph].run(None, feeds)
-
-
-class OpenVINO:
-    """Graphs in OpenVINO on the CPU: it runs bf16 graphs, which onnxruntime's CPU provider does not."""
-
-    name = "openvino-cpu"
-
-    def __init__(self, files: dict[str, Path]) -> None:
-        import openvino
-
-        core = openvino.Core()
-        # full precision of what the graph says: the check is of the graph, not of the plugin's shortcuts
-        settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        self.models = {graph: core.compile_model(str(path), "CPU", settings) for graph, path in files.items()}
-
-    def run(self, graph: str, feeds: Outputs) -> list[np.ndarray]:
-        """Outputs of a graph, in its order."""
-        found = self.models[graph](feeds)
-        return [found[port] for port in self.models[graph].outputs]
-
-
-def run_chain(runtime, parts: Sequence[Part], image: np.ndarray) -> dict[str, Outputs]:  # noqa: ANN001 - either of the above
+def run_chain(runtime: Runtime, parts: Sequence[Part], image: np.ndarray) -> dict[str, Outputs]:
     """Outputs of every graph, each fed from those before it as in a server."""
     known: Outputs = {IMAGE: image}
     found: dict[str, Outputs] = {}
@@ -126,11 +87,17 @@ def check_sizes(stride: int, sizes: Sequence[tuple[int, int]], dynamic: bool) ->
     return list(dict.fromkeys(found))
 
 
+def engine_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sizes (height, width) to compare engines at: those asked for and all corners of the profile they make."""
+    ends = [(min(sides), max(sides)) for sides in zip(*sizes, strict=True)]
+    return list(dict.fromkeys([*sizes, *itertools.product(*ends)]))
+
+
 def measure(
-    student: Student, parts: Sequence[Part], runtime, photos: Sequence[tuple[str, Image.Image]],  # noqa: ANN001
+    student: Student, parts: Sequence[Part], runtimes: Sequence[Runtime], photos: Sequence[tuple[str, Image.Image]],
     batches: Sequence[int], sizes: Sequence[tuple[int, int]], precision: Precision,
 ) -> list[ParityRecord]:  # fmt: skip
-    """Compare every output of every graph at all batches and sizes."""
+    """Compare every output of every graph in all runtimes at all batches and sizes."""
     rows = []
     for height, width in sizes:
         for batch in batches:
@@ -139,15 +106,19 @@ def measure(
                 [np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC)) for _, photo in chosen]
             )
             wanted = reference(student, parts, torch.from_numpy(pixels))
-            for graph, outputs in run_chain(runtime, parts, pixels).items():
-                for output, got in outputs.items():
-                    if output not in wanted:  # `spaces` lives between graphs; what heads make of it is compared
-                        continue
-                    cosine, largest = compare(got, wanted[output])
-                    worst = int(cosine.argmin())
-                    rows.append(ParityRecord(
-                        graph=graph, output=output, runtime=runtime.name, batch=batch, height=height, width=width,
-                        cosine=float(cosine[worst]), max_abs=float(largest.max()), worst_image=chosen[worst][0],
-                        passed=bool(cosine[worst] >= TOLERANCE[precision]),
-                    ))  # fmt: skip
+            compared = [
+                (runtime.name, graph, output, got)
+                for runtime in runtimes
+                for graph, outputs in run_chain(runtime, parts, pixels).items()
+                for output, got in outputs.items()
+                if output in wanted  # `spaces` lives between graphs; what heads make of it is compared
+            ]
+            for runtime_name, graph, output, got in compared:
+                cosine, largest = compare(got, wanted[output])
+                worst = int(cosine.argmin())
+                rows.append(ParityRecord(
+                    graph=graph, output=output, runtime=runtime_name, batch=batch, height=height, width=width,
+                    cosine=float(cosine[worst]), max_abs=float(largest.max()), worst_image=chosen[worst][0],
+                    passed=bool(cosine[worst] >= TOLERANCE[precision]),
+                ))  # fmt: skip
     return rows

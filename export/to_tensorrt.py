@@ -38,6 +38,8 @@ class EngineOptions(_Frozen):
     """0 builds fastest, 5 runs fastest; None: TensorRT's own choice, 3."""
     timing_cache: Path | None = None
     """Measured kernel times, read if the file is there and written back; tensorrt-rtx measures none and ignores it."""
+    tf32: bool = True
+    """Whether float32 matrices may be multiplied at 10 bits of mantissa, as TensorRT does unless told otherwise."""
     version_compatible: bool = False
     strip_weights: bool = False
     refit: bool = False
@@ -97,6 +99,11 @@ class EngineRecord(_Frozen):
     engine_sha256: str
     options: EngineOptions
     """As they took effect; of the timing cache the file name only."""
+
+    @property
+    def built(self) -> str:
+        """By what and for which GPUs, in words."""
+        return f"{self.flavour} {self.tensorrt_version} for {', '.join(self.compute_capabilities)}"
 
 
 class Inspection(_Frozen):
@@ -289,9 +296,8 @@ def inspect_engine(engine: Path) -> Inspection:
     if not gpu.gpu_present():
         note = f"no GPU here: this is what {record_path(engine).name} says, the engine itself was not opened"
         return Inspection(record=record, deserialised=False, information={}, note=note)
-    built = f"{record.flavour} {record.tensorrt_version} for {', '.join(record.compute_capabilities)}"
     trt = load_bindings(record.flavour)
-    tensors, information = gpu.open_engine(trt, engine, built, record.options.version_compatible)
+    tensors, information = gpu.open_engine(trt, engine, record.built, record.options.version_compatible)
     for kind, recorded in (("input", record.inputs), ("output", record.outputs)):
         found = [EngineTensor(name=name, dtype=dtype, shape=shape) for name, dtype, shape in tensors[kind]]
         if sorted(found, key=str) != sorted(recorded, key=str):
