@@ -2,6 +2,7 @@
 
 A student distilled from a CLIP teacher has its image embeddings; the text embeddings come from that teacher's own text
 tower (open_clip). They are computed here once a class, and with `--with-encoder` the tower itself goes along as ONNX.
+Where there is no CLIP teacher, `--classifier` takes the classes of another teacher's own classifier (classifier_rows.py).
 """
 
 import argparse
@@ -14,9 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.errors import UserError, exit_status
+from distill.errors import UserError, exit_status, suggest
 from export.bundle import MANIFEST, add_files, read_manifest
-from export.text_tower import TextTower, class_embeddings, open_tower, quiet, read_labels, read_templates, tokenize
+from export.text_tower import (
+    Label,
+    TextTower,
+    class_embeddings,
+    open_tower,
+    quiet,
+    read_labels,
+    read_templates,
+    tokenize,
+)
 
 if TYPE_CHECKING:  # --help must not wait for torch to load
     from torch import Tensor, nn
@@ -28,6 +38,7 @@ examples:
   python -m export.text --output bundles/mine --model ViT-L-14 --pretrained datacomp_xl_s13b_b90k --labels labels.txt \\
       --templates templates.txt --with-encoder
   python -m export.text --output /tmp/trial --model ViT-B-16 --pretrained random --labels labels.txt
+  python -m export.text --output bundles/quickstart --classifier cls --run runs/quickstart --labels imagenet.txt
 
 labels.txt: a class a line, named as in the data (its folder); NAME<tab>WORDS where one would say it otherwise:
   n02099601<tab>golden retriever
@@ -35,6 +46,9 @@ templates.txt: a sentence a line with {} for the label, as `a photo of a {}.`; d
 --model is open_clip's name, or a .json file of its own kind of configuration. Take the model and weights of the
 run's CLIP teacher: embeddings of another CLIP are of another space. In a FILE, OpenAI's, DFN's and MetaCLIP's weights
 want the model's -quickgelu variant (a tag knows that by itself).
+--classifier is for runs without a CLIP teacher: labels are ImageNet's own (`tabby cat`, `espresso`, n02123045), each
+represented by its row in the classifier of that teacher of RUN. What it says is the classifier's logits, read from the
+student's <teacher>_token: a closed vocabulary that the teacher was trained on, no text encoder, nothing zero-shot about it.
 
 writes class_embeddings.safetensors; with --with-encoder also text_encoder.onnx (token ids int64 [B, context] ->
 text_embedding float32 [B, d], normalised), text_encoder.json and the vocabulary its tokens come from.
@@ -65,6 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--pretrained", metavar="TAG|FILE|random", help="open_clip's tag of the weights, or a local file"
     )
+    parser.add_argument(
+        "--classifier", metavar="LABEL", help="instead of a CLIP: RUN's teacher whose classifier to use"
+    )
+    parser.add_argument("--run", type=Path, metavar="RUN", help="run folder of distill.run, for --classifier")
+    parser.add_argument("--teacher", metavar="LABEL", help="the bundle's CLIP teacher, if it has several of one width")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="a class a line")
     parser.add_argument("--templates", type=Path, metavar="FILE", help="a sentence with {} a line (default: eight)")
     parser.add_argument("--with-encoder", action="store_true", help="the text tower as ONNX too, for new labels later")
@@ -75,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(asked: argparse.Namespace) -> int:
     """Carry out a parsed command line; nothing is written before all of it has succeeded."""
-    for option in ("output", "model", "pretrained", "labels"):
+    needed = ("classifier", "run") if asked.classifier or asked.run else ("model", "pretrained")
+    for option in ("output", *needed, "labels"):
         if getattr(asked, option) is None:
             raise UserError(f"no --{option}: it is needed (python -m export.text --help has examples)")
     if asked.batch_size < 1:
@@ -83,7 +103,12 @@ def run(asked: argparse.Namespace) -> int:
     labels, templates = read_labels(asked.labels), read_templates(asked.templates)
     check_folder(asked.output)
     if (asked.output / MANIFEST).exists():
-        read_manifest(asked.output)  # a damaged bundle is said before the work, not after it
+        manifest = read_manifest(asked.output)  # a damaged bundle is said before the work, not after it
+        teachers, teacher = [t.label for t in manifest.teachers], asked.classifier or asked.teacher
+        if teacher and teacher not in teachers:
+            raise UserError(f"teacher '{teacher}' is none of the bundle's: {suggest(teacher, teachers)}")
+    if asked.classifier:
+        return write_classifier(asked, labels)
     if asked.with_encoder and (
         lacking := [m for m in ("onnxscript", "onnxruntime") if not importlib.util.find_spec(m)]
     ):
@@ -95,8 +120,8 @@ def run(asked: argparse.Namespace) -> int:
     about = tower.about | {
         "format": FORMAT, "classes": [label.name for label in labels],
         "labels": [label.words for label in labels], "templates": templates,
-    }  # fmt: skip
-    write_files(asked.output, files, embeddings, about)
+    } | ({"teacher": asked.teacher} if asked.teacher else {})  # fmt: skip
+    write_files(asked.output, files, {"embeddings": embeddings}, about)
     add_files(asked.output, [EMBEDDINGS, *files])
     print(f"labels    {len(labels)}, each in {len(templates)} sentences: embeddings {list(embeddings.shape)}")
     for name in (EMBEDDINGS, *files):
@@ -108,6 +133,28 @@ def run(asked: argparse.Namespace) -> int:
         f"  python -m distill.evaluate RUN --tasks zero-shot zero_shot.embeddings={asked.output / EMBEDDINGS} "
         "--features clip --data ROOT"
     )
+    return 0
+
+
+def write_classifier(asked: argparse.Namespace, labels: list[Label]) -> int:
+    """Write the classes of a teacher's own classifier; UserError for options that are CLIP's."""
+    from export.classifier_rows import classifier_rows
+
+    for option in ("model", "pretrained", "templates", "teacher", "with_encoder"):
+        if getattr(asked, option):
+            raise UserError(
+                f"--{option.replace('_', '-')} is for a CLIP, --classifier has no text: leave one of them out"
+            )
+    tensors, about = classifier_rows(asked.run, asked.classifier, labels, asked.labels)
+    write_files(asked.output, {}, tensors, about | {"format": FORMAT})
+    add_files(asked.output, [EMBEDDINGS])
+    print(
+        f"classes   {len(labels)} rows of the classifier of '{asked.classifier}': {list(tensors['embeddings'].shape)}"
+    )
+    print(f"wrote     {asked.output / EMBEDDINGS}")
+    if (asked.output / MANIFEST).exists():
+        print("next      serve them:")
+        print(f"  python -m serve.run {asked.output}")
     return 0
 
 
@@ -213,7 +260,7 @@ def compare(tower: TextTower, graph: bytes, tokens: "Tensor") -> dict[str, float
     return {"cosine": cosine, "max_abs_error": error, "dim": dim}
 
 
-def write_files(folder: Path, files: dict[str, bytes], embeddings: "Tensor", about: dict) -> None:
+def write_files(folder: Path, files: dict[str, bytes], tensors: dict[str, "Tensor"], about: dict) -> None:
     """Write the encoder's files and then the embeddings, each by rename; an old file is replaced whole or not at all."""
     from safetensors.torch import save
 
@@ -223,7 +270,6 @@ def write_files(folder: Path, files: dict[str, bytes], embeddings: "Tensor", abo
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         write_atomically(folder / name, lambda temporary, data=data: temporary.write_bytes(data))
-    tensors = {"embeddings": embeddings}
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     # not save_file: its file is readable by its owner alone, and a server runs as another user
     data = save(tensors, metadata | {"sha256": tensors_sha256(tensors)})

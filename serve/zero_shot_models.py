@@ -105,7 +105,9 @@ def teacher_of(bundle: Bundle, found: ClassEmbeddings) -> str:
 
 
 def read_encoder(bundle: Bundle, found: ClassEmbeddings) -> tuple[dict | None, str]:
-    """The text encoder's description if it is of the embeddings' model, else None and why there is none."""
+    """The text encoder's description if it is of the embeddings' model, else None and why new labels cannot be asked."""
+    if found.vectors.norms is not None:
+        return None, "this bundle's classes are those of a classifier, which knows no others"
     if ENCODER not in bundle.manifest.files:
         return None, "this bundle has no text encoder (python -m export.text --with-encoder adds one)"
     about = json.loads(bundle.file(ENCODER).read_text(encoding="utf-8"))
