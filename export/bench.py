@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from distill.errors import UserError, exit_status
@@ -13,31 +11,42 @@ from distill.errors import UserError, exit_status
 EPILOG = """\
 examples:
   python -m export.bench bundles/quickstart --run runs/quickstart
-  python -m export.bench bundles/mine bundles/mine-int8 --run runs/mine --batches 1 8 32 --rounds 20
-  python -m export.bench bundles/mine --batches 8 --graphs fused backbone
+  python -m export.bench bundles/mine bundles/mine-int8 --run runs/mine --graphs backbone fused --rounds 20
+  python -m export.bench bundles/mine --run runs/mine --devices cuda --batches 1 8 32 128
+  python -m export.bench bundles/mine --batches 8 --graphs head_dino depth --threads 4
 
-Runtimes take turns within a round, so that a machine that slows down slows all of them. torch eager and torch.compile run
-the student of --run (the bundle alone has no torch model); ratios are to torch eager, at each graph and batch. Prints a
-table and writes BUNDLE/../bench.json and bench.png (or into --output). Threads: all cores for every runtime.
+On a CPU: torch eager and torch.compile, onnxruntime, OpenVINO. Where there is a GPU also torch there (fp16 autocast too),
+onnxruntime's CUDA provider and the bundle's TensorRT engines, inputs and outputs staying on the GPU and TF32 off.
+torch runs the student of --run; ratios are to torch eager on the same device, at each graph and batch, and the least cosine
+is that of any output of any photograph to torch eager's, so that no row is fast by being wrong. Heads are fed what the
+graphs before them say of the photographs. Runtimes take turns within a round, so that a machine that slows down slows all.
+
+Graphs take any batch, whatever --max-batch they were exported with; engines take no more than that and have no rows beyond.
+On a CPU each uses the fastest of a few settings, tried first and printed: threads (all cores or half of them, unless
+--threads says how many), onnxruntime's optimisation level, OpenVINO's hint. Prints a table and writes BUNDLE/../bench.json
+and bench.png (or into --output).
 """
-
-LEVELS = ("basic", "all")
-"""onnxruntime's graph optimisation levels that are tried; the faster one is used."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m export.bench",
-        description="Time a bundle's graphs in onnxruntime and OpenVINO beside torch.",
+        description="Time a bundle's graphs and engines in onnxruntime, OpenVINO and TensorRT beside torch.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="one or more precisions of one student")
-    parser.add_argument("--run", type=Path, metavar="RUN", help="run folder, for torch eager and torch.compile")
-    parser.add_argument("--graphs", nargs="+", default=["backbone", "fused"], metavar="NAME", help="(backbone fused)")
+    parser.add_argument("--run", type=Path, metavar="RUN", help="run folder, for torch and the cosines to it")
+    parser.add_argument(
+        "--graphs", nargs="+", metavar="NAME", help="any of the bundle (backbone, interaction, every head, fused)"
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32], metavar="N", help="(1 8 32)")
     parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed calls of each (10)")
+    parser.add_argument("--devices", nargs="+", choices=("cpu", "cuda"), help="(cpu and, where there is a GPU, cuda)")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of every runtime (default: by measurement)"
+    )
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which takes minutes to start"
     )
@@ -48,125 +57,125 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(asked: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
-    import numpy as np
+    import torch
 
-    from export.bundle import read_manifest
+    from export.gpu import gpu_present
 
-    for name, values in (("--batches", asked.batches), ("--rounds", [asked.rounds])):
-        if min(values) < 1:
+    for name, values in (("--batches", asked.batches), ("--rounds", [asked.rounds]), ("--threads", [asked.threads])):
+        if values != [None] and min(values) < 1:
             raise UserError(f"{name} {min(values)}: give 1 or more")
-    manifests = {path: read_manifest(path) for path in asked.bundles}
-    first = next(iter(manifests.values()))
-    for path, manifest in manifests.items():
-        if manifest.student.sha256 != first.student.sha256:
-            raise UserError(f"{path} holds another student than {asked.bundles[0]}: compare bundles of one student")
-        for graph in asked.graphs:
-            if [t.name for t in manifest.graph(graph).inputs] != ["image"]:
-                raise UserError(f"--graphs {graph}: it does not read pictures; choose backbone or fused")
-    height, width = first.resolution.height, first.resolution.width
-    rng = np.random.default_rng(0)
-    rows: list[dict] = []
-    for graph in asked.graphs:
-        for batch in asked.batches:
-            fits = {path: m for path, m in manifests.items() if batch <= m.max_batch}
-            image = rng.integers(0, 256, (batch, height, width, 3), dtype=np.uint8)
-            works = dict(torch_works(asked, graph, image, first)) if asked.run else {}
-            for path, manifest in fits.items():
-                works |= onnx_works(path / manifest.graph(graph).file, manifest.precision, image)
-            rows += [{"graph": graph, "batch": batch, **row} for row in time_all(works, asked.rounds, batch)]
+    devices = asked.devices or (["cpu", "cuda"] if gpu_present() else ["cpu"])
+    if "cuda" in devices and not gpu_present():
+        raise UserError("--devices cuda: no CUDA GPU is visible here (see nvidia-smi and CUDA_VISIBLE_DEVICES)")
+    manifests = read_bundles(asked.bundles)
+    first = manifests[asked.bundles[0]]
+    graphs = asked.graphs or [graph.name for graph in first.graphs if is_usual(graph.name)]
+    for manifest in manifests.values():
+        for graph in graphs:
+            manifest.graph(graph)
+    threads = torch.get_num_threads()  # timing tries others
+    try:
+        rows = time_graphs(asked, manifests, graphs, devices)
+    finally:
+        torch.set_num_threads(threads)
     show(rows)
     folder = asked.output or asked.bundles[0].parent
     folder.mkdir(parents=True, exist_ok=True)
-    about = {"height": height, "width": width, "student": first.student.network, "rounds": asked.rounds}
+    about = {
+        "height": first.resolution.height, "width": first.resolution.width, "student": first.student.network,
+        "rounds": asked.rounds, "threads": asked.threads, **describe_devices(devices),
+    }  # fmt: skip
     (folder / "bench.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1))
     print(f"figures   {folder / 'bench.json'}")
     print(f"picture   {draw(folder / 'bench.png', rows)}")
     return 0
 
 
-def torch_works(asked: argparse.Namespace, graph: str, image, manifest):  # noqa: ANN001, ANN201 - a generator
-    """torch eager and torch.compile on the same graph's module, as (name, call)."""
+def read_bundles(bundles: Sequence[Path]) -> dict:
+    """Manifests by bundle; raises UserError for bundles that cannot stand in one table."""
+    from export.bundle import read_manifest
+
+    manifests = {path: read_manifest(path) for path in bundles}
+    first = manifests[bundles[0]]
+    precisions: dict[str, Path] = {}
+    for path, manifest in manifests.items():
+        if manifest.student.sha256 != first.student.sha256:
+            raise UserError(f"{path} holds another student than {bundles[0]}: compare bundles of one student")
+        size, wanted = ((m.resolution.height, m.resolution.width) for m in (manifest, first))
+        if size != wanted:
+            raise UserError(
+                f"{path} is for {size[0]}x{size[1]}, {bundles[0]} for {wanted[0]}x{wanted[1]}: export alike"
+            )
+        if manifest.precision in precisions:
+            other = precisions[manifest.precision]
+            raise UserError(f"{path} and {other} are both {manifest.precision}: compare bundles of several precisions")
+        precisions[manifest.precision] = path
+    return manifests
+
+
+def is_usual(graph: str) -> bool:
+    """Whether a graph is timed unless others are asked for: all but the tasks, which only some students have."""
+    from export.signature import BACKBONE, FUSED, INTERACTION, head_graph
+
+    return graph in (BACKBONE, INTERACTION, FUSED) or graph.startswith(head_graph(""))
+
+
+def describe_devices(devices: Sequence[str]) -> dict[str, object]:
+    """What the figures were taken on."""
+    import os
+    import platform
+
     import torch
 
-    from export.graph import build_parts, open_student
-
-    student = open_student(asked.run)
-    if student.sha256 != manifest.student.sha256:
-        raise UserError(f"--run {asked.run}: its student is not the bundle's")
-    height, width = manifest.resolution.height, manifest.resolution.width
-    parts = {part.signature.graph: part.module.eval() for part in build_parts(student, height, width)}
-    pixels = torch.from_numpy(image)
-
-    def call(module: Callable) -> Callable:
-        def work() -> None:
-            with torch.inference_mode():
-                module(pixels)
-
-        return work
-
-    yield "torch eager fp32", call(parts[graph])
-    if not asked.no_compile:
-        yield "torch.compile fp32", call(torch.compile(parts[graph]))
+    found: dict[str, object] = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+    if "cuda" in devices and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
-def onnx_works(path: Path, precision: str, image) -> dict[str, Callable]:  # noqa: ANN001 - an array
-    """A graph in onnxruntime (the faster of two optimisation levels) and in OpenVINO, as calls by name."""
-    import onnxruntime
+def time_graphs(asked: argparse.Namespace, manifests: dict, graphs: list[str], devices: Sequence[str]) -> list[dict]:
+    """Rows of every graph and batch; says in a line what was chosen, and once each what cannot run here."""
+    import torch
 
-    works: dict[str, Callable] = {}
-    if precision != "bf16":  # its CPU provider has no bf16 convolutions
-        sessions = {}
-        for level in LEVELS:
-            options = onnxruntime.SessionOptions()
-            options.log_severity_level = 3
-            options.graph_optimization_level = {
-                "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-                "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-            }[level]
-            # idle threads that spin take cores from whatever runs beside
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            sessions[level] = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        level = min(sessions, key=lambda name: measured(lambda: sessions[name].run(None, {"image": image}), 2))
-        works[f"onnxruntime {precision}"] = lambda: sessions[level].run(None, {"image": image})
-    try:
-        import openvino
-    except ModuleNotFoundError:
-        return works
-    model = openvino.Core().compile_model(str(path), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
-    works[f"openvino {precision}"] = lambda: model({"image": image})
-    return works
+    from export.timing import Feeds, TorchStudent, cpu_works, gpu_runtimes, gpu_works, time_all
 
+    bundle, first = next(iter(manifests.items()))
+    student = TorchStudent(asked.run, first, not asked.no_compile) if asked.run else None
+    feeds = Feeds(bundle, first, graphs)
+    rows: list[dict] = []
+    told: set[str] = set()
 
-def measured(work: Callable, times: int) -> float:
-    """Least seconds of several calls, after one that does not count."""
-    work()
-    return min(once(work) for _ in range(times))
+    def tell(reasons: Sequence[str]) -> None:
+        for reason in reasons:
+            if reason not in told:
+                print(f"left out  {reason}")
+                told.add(reason)
 
-
-def once(work: Callable) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def time_all(works: dict[str, Callable], rounds: int, batch: int) -> list[dict]:
-    """Latencies of all works, taking turns; ratios of medians to torch eager, where that is among them."""
-    for work in works.values():
-        work()  # compiles, fills caches
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            times[name].append(once(work))
-    base = statistics.median(times["torch eager fp32"]) if "torch eager fp32" in times else None
-    rows = []
-    for name, values in times.items():
-        middle = statistics.median(values)
-        ordered = sorted(values)
-        rows.append({
-            "runtime": name, "p50_ms": 1e3 * middle, "p99_ms": 1e3 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
-            "images_per_second": batch / middle, "speedup": base / middle if base else None,
-        })  # fmt: skip
+    for graph in graphs:
+        opened = {}
+        for path, manifest in manifests.items() if "cuda" in devices else ():
+            opened[path], reasons = gpu_runtimes(path, manifest, graph)
+            tell(reasons)
+        for batch in asked.batches:
+            known = feeds.of(batch)
+            inputs = {tensor.name: known[tensor.name] for tensor in first.graph(graph).inputs}
+            works = []
+            for device in devices:
+                if student and device == "cuda" and not torch.cuda.is_available():
+                    tell(["torch on cuda: this torch sees no GPU (install torch for CUDA)"])
+                elif student:
+                    works += student.works(graph, inputs, device, asked.threads)
+            for path, manifest in manifests.items():
+                if "cpu" in devices:
+                    works += cpu_works(
+                        graph, path / manifest.graph(graph).file, manifest.precision, inputs, asked.threads
+                    )
+                found, reasons = gpu_works(opened.get(path, []), graph, manifest.precision, inputs)
+                works += found
+                tell(reasons)
+            chosen = "; ".join(f"{work.name}: {work.settings}" for work in works if work.settings)
+            print(f"timing    {graph}, batch {batch}" + (f": {chosen}" if chosen else ""))
+            rows += [{"graph": graph, "batch": batch, **row} for row in time_all(works, asked.rounds, batch)]
     return rows
 
 
@@ -175,14 +184,19 @@ def show(rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from export.parity import TOLERANCE
+
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("graph", "batch", "runtime", "p50 ms", "p99 ms", "images/s", "over torch eager"):
+    for name in ("graph", "batch", "runtime", "p50 ms", "p99 ms", "images/s", "over torch eager", "least cosine"):
         table.add_column(name, justify="left" if name in ("graph", "runtime") else "right")
     for row in rows:
         speedup = f"{row['speedup']:.2f}x" if row["speedup"] else ""
-        table.add_row(row["graph"], str(row["batch"]), row["runtime"], f"{row['p50_ms']:.1f}", f"{row['p99_ms']:.1f}",
-                      f"{row['images_per_second']:.1f}", speedup)  # fmt: skip
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+        cosine = "" if row["cosine"] is None else f"{row['cosine']:.6f}"
+        if row["agrees"] is False:
+            cosine = f"[red]BELOW {TOLERANCE[row['precision']]}: {cosine}[/red]"
+        table.add_row(row["graph"], str(row["batch"]), row["runtime"], f"{row['p50_ms']:.2f}", f"{row['p99_ms']:.2f}",
+                      f"{row['images_per_second']:.1f}", speedup, cosine)  # fmt: skip
+    Console(width=None if sys.stdout.isatty() else 130, highlight=False).print(table)
 
 
 def draw(path: Path, rows: list[dict]) -> Path:
@@ -195,8 +209,14 @@ def draw(path: Path, rows: list[dict]) -> Path:
     from distill.plots import save_figure
 
     graphs = list(dict.fromkeys(row["graph"] for row in rows))
-    figure, axes = plt.subplots(1, len(graphs), figsize=(6.5 * len(graphs), 4.2), squeeze=False, layout="constrained")
-    for axis, graph in zip(axes[0], graphs, strict=True):
+    columns = min(3, len(graphs))
+    lines = -(-len(graphs) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(6.5 * columns, 4.2 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(graphs) :]:
+        axis.set_axis_off()
+    for axis, graph in zip(axes.flat, graphs, strict=False):
         for runtime in dict.fromkeys(row["runtime"] for row in rows):
             points = [
                 (r["batch"], r["images_per_second"]) for r in rows if (r["graph"], r["runtime"]) == (graph, runtime)

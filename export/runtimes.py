@@ -96,13 +96,17 @@ class OnnxRuntime(Runtime):
                 session.run_with_iobinding(binding)
                 binding.synchronize_outputs()
 
+        def read() -> list[np.ndarray]:
+            with self.in_one_line(graph):
+                return binding.copy_outputs_to_cpu()
+
         with self.in_one_line(graph):
             for name, value in feeds.items():
                 there = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0)
                 binding.bind_ortvalue_input(name, there)
             for output in session.get_outputs():
                 binding.bind_output(output.name, self.device, 0)
-        return Bound(call, binding.copy_outputs_to_cpu)
+        return Bound(call, read)
 
     @contextlib.contextmanager
     def in_one_line(self, graph: str) -> Iterator[None]:
