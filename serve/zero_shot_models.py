@@ -93,7 +93,7 @@ def teacher_of(bundle: Bundle, found: ClassEmbeddings) -> str:
     ]  # fmt: skip
     if len(fitting) == 1:
         return fitting[0]
-    widths = ", ".join(f"{label}: {teacher.role}, {teacher.token_dim}" for label, teacher in teachers.items())
+    widths = "; ".join(f"{label}: {teacher.role}, {teacher.token_dim}" for label, teacher in teachers.items())
     whose = f"teacher '{found.teacher}'" if found.teacher else "a CLIP teacher"
     problem = (
         f"there are several ({', '.join(fitting)}): name one with --teacher" if fitting else f"there is none ({widths})"

@@ -39,6 +39,7 @@ class TritonPythonModel:
         with np.load(io.BytesIO(data)) as arrays:
             self.vectors = ClassVectors(scale=self.about["scale"], **{name: arrays[name] for name in arrays.files})
         self.classes = np.array([name.encode() for name in self.about["classes"]], dtype=np.object_)
+        self.numbers = {name: number for number, name in enumerate(self.classes)}
 
     async def execute(self, requests: list) -> list:
         """Answer every request; one that is refused leaves the others alone."""
@@ -48,34 +49,45 @@ class TritonPythonModel:
         """probabilities [B, C] and classes [C] of one request, or why there are none."""
         image = pb_utils.get_input_tensor_by_name(request, "image")
         labels = pb_utils.get_input_tensor_by_name(request, "labels")
+        given = None if labels is None else labels.as_numpy().reshape(-1)
+        vectors, classes = self.vectors, self.classes
         try:
-            self.check(image, labels)
+            self.check(image.shape())
+            if given is not None and not self.about["encoder"]:
+                vectors, classes = self.choose(given), given
             asked = [self.ask("features", LATEST, image, self.about["output"], request)]
-            if labels is not None:
+            if given is not None and self.about["encoder"]:
                 asked.append(self.ask("text_encoder", self.version, labels, "embeddings", request))
             tokens, *embeddings = await asyncio.gather(*asked)
         except Refused as refused:
             return pb_utils.InferenceResponse(error=pb_utils.TritonError(refused.message, refused.code))
-        vectors, classes = self.vectors, self.classes
-        if labels is not None:
-            vectors, classes = ClassVectors(embeddings[0], self.about["scale"]), labels.as_numpy().reshape(-1)
+        if embeddings:
+            vectors, classes = ClassVectors(embeddings[0], self.about["scale"]), given
         answers = {"probabilities": probabilities(tokens, vectors), "classes": classes}
         wanted = request.requested_output_names()
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, answers[name]) for name in answers if name in wanted])
 
-    def check(self, image, labels) -> None:  # noqa: ANN001 - Triton's own types
-        """Refuse what `features` would refuse, while the code can still be told, and labels where nobody can read them."""
-        pictures, most = image.shape()[0], self.about["max_batch"]
-        said = wrong_size(image.shape(), self.about)
-        if not 1 <= pictures <= most:
-            said = f"{pictures} pictures in a request: 1 to {most} are taken"
-        elif labels is not None and not self.about["encoder"]:
-            said = (
-                f"labels cannot be given: {self.about['encoder_missing']}; leave them out to be answered for the bundle's "
-                f"{len(self.classes)} classes"
-            )
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse pictures [B, H, W, 3] that `features` would refuse, while the code can still be told."""
+        most = self.about["max_batch"]
+        said = wrong_size(shape, self.about)
+        if not 1 <= shape[0] <= most:
+            said = f"{shape[0]} pictures in a request: 1 to {most} are taken"
         if said:
             raise Refused(said, pb_utils.TritonError.INVALID_ARG)
+
+    def choose(self, labels: np.ndarray) -> ClassVectors:
+        """The vectors of some of the bundle's classes, where there is no text encoder for others."""
+        rows = [self.numbers.get(bytes(label)) for label in labels]
+        if None in rows or not rows:
+            what = f"label {rows.index(None)}" if rows else "an empty list of labels"
+            raise Refused(
+                f"{what} is none of the bundle's {len(self.classes)} classes, and {self.about['encoder_missing']}: leave "
+                "labels out to be answered for all classes",
+                pb_utils.TritonError.INVALID_ARG,
+            )
+        chosen = {name: value[rows] for name, value in self.vectors._asdict().items() if isinstance(value, np.ndarray)}
+        return self.vectors._replace(**chosen)
 
     async def ask(self, model: str, version: int, tensor, output: str, request) -> np.ndarray:  # noqa: ANN001
         """One output of another model; raises Refused with that model's words and its code as far as they tell it.
