@@ -289,7 +289,7 @@ def no_cuda_provider() -> str:
     if CUDA not in onnxruntime.get_available_providers():
         return (
             f"onnxruntime {onnxruntime.__version__} is built without CUDA: "
-            "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+            "pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'"
         )
     return ""
 

@@ -119,7 +119,7 @@ def test_cuda_without_a_gpu_is_refused_and_says_where_to_look(graphs):
 def test_onnxruntime_that_would_run_on_the_cpu_instead_is_refused_with_the_remedy(graphs, monkeypatch):
     monkeypatch.setattr(gpu, "gpu_present", lambda: True)
     message = refused(CudaRuntime, graphs)
-    assert "built without CUDA" in message and "pip install onnxruntime-gpu" in message
+    assert "built without CUDA" in message and "pip install 'onnxruntime-gpu" in message
     monkeypatch.setattr(runtimes, "no_cuda_provider", lambda: "")  # as if it were built with CUDA that does not load
     assert "would run on the CPU: install the CUDA and cuDNN" in refused(CudaRuntime, graphs)
 
@@ -205,4 +205,4 @@ def test_without_a_gpu_a_cpu_runtime_checks_graphs_and_engines_are_left_with_a_r
 def test_a_gpu_that_onnxruntime_cannot_use_is_said_and_the_export_goes_on(graphs, monkeypatch, caplog):
     monkeypatch.setattr(gpu, "gpu_present", lambda: True)
     assert [runtime.name for runtime in runtimes_here("fp32", graphs=graphs)] == ["onnxruntime-cpu"]
-    assert "not checked in onnxruntime-cuda" in caplog.text and "pip install onnxruntime-gpu" in caplog.text
+    assert "not checked in onnxruntime-cuda" in caplog.text and "pip install 'onnxruntime-gpu" in caplog.text
