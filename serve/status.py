@@ -1,0 +1,177 @@
+"""`python -m serve.status`: what every model of a running server has done, from Triton's statistics and metrics."""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from serve.errors import ServerError, UserError, exit_status
+from serve.rest import Refused, Rest
+
+EPILOG = """\
+examples:
+  python -m serve.status                                        the server on this machine
+  python -m serve.status --repository repository                with restarts, and versions that did not load
+  python -m serve.status --url 10.0.0.5:8000 --metrics 10.0.0.5:8002
+  watch -n 2 python -m serve.status
+
+Counts since a version was loaded, the supervisor's canaries among them; requests are answered requests, batch is pictures an
+execution, queue and compute are milliseconds (median of the last minute; with ~, mean since it was loaded). An ensemble's
+requests are those to it, its steps have their own rows. Exit status: 0 the server is ready, 1 it is not, 2 a mistake.
+"""
+
+SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+COLUMNS = ("model", "version", "state", "instances", "requests", "executions", "batch", "queue", "compute", "failed",
+           "cached", "restarts")  # fmt: skip
+
+Metrics = dict[tuple[str, str, str, str], float]
+"""Value by metric, model, version and quantile ("" if it has none)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.status",
+        description="Show what the models of a running server have done.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--url", metavar="HOST:PORT", help="HTTP, not gRPC (127.0.0.1:8000)")
+    parser.add_argument("--metrics", metavar="HOST:PORT", help="(the same host, port 8002)")
+    parser.add_argument("--repository", type=Path, metavar="DIR", help="of serve.run: where the server is and its key")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    asked = parser.parse_args(arguments)
+    return exit_status(lambda: run(asked))
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    from serve.state import read_state
+
+    state = None
+    if asked.repository:
+        if asked.url or asked.metrics:
+            raise UserError("--repository says where its server is: leave out --url and --metrics")
+        state = read_state(asked.repository)
+        if state is None:
+            raise UserError(f"--repository {asked.repository}: no server runs on it (start one: python -m serve.run)")
+    url = state.http if state else address(asked.url or "127.0.0.1:8000", "--url")
+    default = f"{url.rpartition(':')[0]}:8002"
+    metrics = Rest(state.metrics if state else address(asked.metrics or default, "--metrics"))
+    rest = Rest(url, state.admin_key if state else "")
+    try:
+        rows = collect(rest, read_metrics(metrics), dict(state.restarts) if state else None)
+    except (OSError, Refused) as error:
+        raise ServerError(f"no Triton answers over HTTP at {url} ({error}): start one with python -m serve.run, or name "
+                          "another with --url") from error  # fmt: skip
+    if asked.json:
+        print(json.dumps({"ready": rest.ready(), "models": rows}, indent=1))
+    else:
+        print_table(rows)
+        if state and state.server_restarts:
+            print(f"tritonserver was started again {state.server_restarts} times")
+    return 0 if rest.ready() and all(row["state"] == "READY" for row in rows) else 1
+
+
+def address(text: str, option: str) -> str:
+    """HOST:PORT of an address; raises UserError for anything else."""
+    found = text.removeprefix("http://").rstrip("/").removesuffix("/metrics")
+    host, _, port = found.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"{option} {text}: write HOST:PORT (127.0.0.1:8000)")
+    return found
+
+
+def collect(rest: Rest, metrics: Metrics, restarts: dict[str, int] | None) -> list[dict[str, Any]]:
+    """A row for every version; `restarts` None: not known. With the key, versions that are not loaded have rows too."""
+    rows = []
+    for entry in rest.statistics():
+        model, version, counts = entry["name"], entry["version"], entry["inference_stats"]
+        config = rest.config(model, version)
+        groups = config.get("instance_group", ())
+        number = {name: int(counts[name]["count"]) for name in ("success", "fail", "cache_hit")}
+        executions = int(entry.get("execution_count", 0))
+        rows.append({
+            "model": model, "version": version,
+            "state": "READY" if rest.model_ready(model, version) else "NOT READY",
+            "instances": sum(group["count"] * max(1, len(group["gpus"])) for group in groups),
+            "requests": number["success"], "executions": executions,
+            "batch": int(entry.get("inference_count", 0)) / executions if executions else None,
+            "queue": latency(counts["queue"], metrics.get(("nv_inference_queue_summary_us", model, version, "0.5"))),
+            "compute": latency(
+                counts["compute_infer"], metrics.get(("nv_inference_compute_infer_summary_us", model, version, "0.5"))
+            ),
+            "failed": number["fail"], "cached": number["cache_hit"],
+            "restarts": None if restarts is None else restarts.get(model, 0),
+        })  # fmt: skip
+    return rows + (not_loaded(rest, rows) if rest.key else [])
+
+
+def not_loaded(rest: Rest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for versions that were asked for and failed; versions that were unloaded in order are left out."""
+    known, found = {(row["model"], row["version"]) for row in rows}, []
+    for entry in rest.index():
+        key, reason = (entry["name"], entry.get("version", "")), entry.get("reason", "")
+        if key not in known and entry.get("state") == "UNAVAILABLE" and reason not in ("", "unloaded"):
+            row = dict.fromkeys(COLUMNS) | {
+                "model": key[0],
+                "version": key[1],
+                "state": "UNAVAILABLE",
+                "reason": reason,
+            }
+            found.append(row)
+    return found
+
+
+def latency(duration: dict[str, Any], median_us: float | None) -> dict[str, Any] | None:
+    """Milliseconds: Triton's median where it has one (it forgets after a minute), else the mean of all requests."""
+    if median_us is not None and median_us == median_us:  # NaN: nothing in the last minute
+        return {"milliseconds": median_us / 1e3, "is": "median"}
+    count = int(duration.get("count", 0))
+    return {"milliseconds": int(duration.get("ns", 0)) / count / 1e6, "is": "mean"} if count else None
+
+
+def read_metrics(metrics: Rest) -> Metrics:
+    """Prometheus' text as numbers; none where that port is not reachable, the statistics say enough."""
+    try:
+        text = metrics.call("GET", "/metrics").decode()
+    except (OSError, Refused):
+        return {}
+    found: Metrics = {}
+    for line in text.splitlines():
+        sample = SAMPLE.match(line)
+        if sample:
+            labels = dict(LABEL.findall(sample["labels"]))
+            key = sample["name"], labels.get("model", ""), labels.get("version", ""), labels.get("quantile", "")
+            found[key] = float(sample["value"])
+    return found
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print rows in columns, names to the left and numbers to the right; then why some are not loaded."""
+    table = [COLUMNS, *(tuple(shown(row[name]) for name in COLUMNS) for row in rows)]
+    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
+    for line in table:
+        cells = [cell.ljust(width) if n in (0, 2) else cell.rjust(width)
+                 for n, (cell, width) in enumerate(zip(line, widths, strict=True))]  # fmt: skip
+        print("  ".join(cells).rstrip())
+    for row in rows:
+        if row.get("reason"):
+            print(f"{row['model']} version {row['version']} did not load: {row['reason'].strip().splitlines()[0]}")
+
+
+def shown(value: Any) -> str:
+    """A cell's text."""
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return f"{'~' if value['is'] == 'mean' else ''}{value['milliseconds']:.2f}"
+    return f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
