@@ -251,5 +251,5 @@ def decoder(bundle: Bundle, settings: Settings) -> Model:
               "max_bytes": settings.max_image_bytes, "max_pixels": settings.max_image_pixels}  # fmt: skip
     for name, value in values.items():
         config.parameters[name].string_value = str(value)
-    place_on_cpu(config)
+    place_on_cpu(config, settings.instances)  # every picture passes here: it must keep up with the backbone
     return Model(config, {"model.py": TEMPLATES / "decode" / "1" / "model.py", "images.py": SERVE / "images.py"})
