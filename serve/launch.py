@@ -4,11 +4,10 @@ import errno
 import socket
 from pathlib import Path
 
-from google.protobuf import text_format
 from pydantic import BaseModel, ConfigDict, Field
-from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from serve.errors import UserError
+from serve.loading import CONFIG, read_config
 from serve.rest import ADMIN_HEADER
 from serve.triton import Tritonserver
 
@@ -62,7 +61,7 @@ def command_line(
         line += [f"--{name}-address={host}", f"--{name}-port={port}"]
     line += [
         "--model-control-mode=explicit", "--load-model=*",
-        # a broken new version must not keep the old one from starting: `Server.check_models` decides, not Triton
+        # a broken new version must not keep the old one from starting: serve.loading decides, not Triton
         "--exit-on-error=false", "--strict-readiness=false", "--disable-auto-complete-config",
         f"--exit-timeout-secs={options.exit_seconds}", "--metrics-config=summary_latencies=true",
         f"--allow-gpu-metrics={'true' if options.gpu else 'false'}",
@@ -85,10 +84,7 @@ def command_line(
 
 def caches_answers(repository: Path) -> bool:
     """Whether a model of the repository wants Triton's response cache."""
-    for path in repository.glob("*/config.pbtxt"):
-        if text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig()).response_cache.enable:
-            return True
-    return False
+    return any(read_config(path).response_cache.enable for path in repository.glob(f"*/{CONFIG}"))
 
 
 def choose_ports(asked: dict[str, int], host: str) -> dict[str, int]:

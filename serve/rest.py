@@ -77,9 +77,13 @@ class Rest:
         """Name, version, state and reason of every version that was asked for; restricted."""
         return self.json("POST", "/v2/repository/index", b"{}")
 
-    def load(self, model: str, timeout: float = 120.0) -> None:
-        """Load a model whose files have changed, beside the old one until it is ready; restricted."""
-        self.call("POST", f"/v2/repository/models/{model}/load", b"{}", timeout=timeout)
+    def load(self, model: str, config: str = "", timeout: float = 120.0) -> None:
+        """Load a model whose files have changed, beside the old one until it is ready; restricted.
+
+        `config`: a configuration as JSON, in place of the model's file.
+        """
+        body = json.dumps({"parameters": {"config": config}} if config else {}).encode()
+        self.call("POST", f"/v2/repository/models/{model}/load", body, timeout=timeout)
 
     def config(self, model: str, version: str) -> dict[str, Any]:
         """A model's configuration, in the JSON form of its protobuf message."""

@@ -1,12 +1,15 @@
 """`python -m serve.run`: a bundle becomes a running Triton Inference Server, watched until it is told to stop."""
 
 import argparse
+import contextlib
+import fcntl
 import importlib.util
 import os
+import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from serve.errors import ServerError, UserError, exit_status
@@ -29,6 +32,9 @@ Loading models, shared memory, tracing and logging need the key in DIR/.serve.js
 (which has none) stays on 127.0.0.1. What follows -- goes to tritonserver as it is. More in docs/serving.md.
 Exit status: 0 stopped as told, 2 a mistake in what was asked, 1 the server failed or requests were cut off.
 """
+
+WORKSPACE = "serve-run-"
+"""Prefix of temporary folders."""
 
 OURS = ("model-repository", "model-store", "model-control-mode", "load-model", "allow-http", "allow-grpc", "allow-metrics",
         "strict-readiness", "exit-on-error", "exit-timeout-secs", "disable-auto-complete-config", "backend-directory",
@@ -88,10 +94,10 @@ def run(asked: argparse.Namespace, extra: Sequence[str]) -> int:
 
     options = read_options(asked, extra)
     settings = read_settings(asked)
-    with tempfile.TemporaryDirectory(prefix="serve-") as workspace, Signals() as signals:
-        found = find_tritonserver(asked.tritonserver, Path(workspace))
+    with Signals() as signals, make_workspace() as workspace:
+        found = find_tritonserver(asked.tritonserver, workspace)
         kept = asked.repository is not None
-        repository = asked.repository if kept else Path(workspace) / "repository"
+        repository = asked.repository if kept else workspace / "repository"
         # what can be refused is, before graphs are copied
         settings = check_repository(repository, asked.bundle, settings)
         check_backend(found, settings.backend)
@@ -117,9 +123,22 @@ def run(asked: argparse.Namespace, extra: Sequence[str]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def make_workspace() -> Iterator[Path]:
+    """A temporary folder that is gone afterwards, as are those of runs that were killed: nobody holds their lock."""
+    for old in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}*/lock"):
+        with contextlib.suppress(OSError), open(old, "rb") as file:  # another user's, or in use
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=WORKSPACE) as folder, open(Path(folder) / "lock", "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield Path(folder)
+
+
 def say(line: str) -> None:
-    """Print a line at once, also into a pipe."""
-    print(line, flush=True)
+    """Print a line at once, also into a pipe; in one piece, because threads do."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 class Signals:

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
-from serve.errors import ServerError
+from serve.errors import ServerError, UserError
 from serve.launch import RESTRICTED, Options, Tls, choose_ports, command_line, listen
+from serve.loading import load_rest, one_line
 from serve.rest import Rest
 from serve.state import State, remove_state, write_state
 from serve.stubs import find_stubs, remove_regions
@@ -34,8 +36,11 @@ DRAINED = "All models are stopped"
 UNLOAD_SECONDS = 5.0
 """For unloading, which never ends where a backend was killed."""
 
-MESSAGE = re.compile(r'^(?P<level>[EWIF])\d{4} [\d:.]+ +\d+ [\w.]+:\d+\] +"?(?P<text>.*?)"? *$')
-"""A line of Triton's log: level, date, time, thread, place, message."""
+MESSAGE = re.compile(
+    r"^((?P<level>[EWIF])\d{4} [\d:.]+|\d{4}-\d\d-\d\dT[\d:.]+Z (?P<iso>[EWIF])) +\d+ [\w.]+:\d+\] +"
+    r'"?(?P<text>.*?)"? *$'
+)
+"""A line of Triton's log in either of its formats: level and time, thread, place, message."""
 
 LAUNCH = """\
 import ctypes, os, signal, sys
@@ -55,11 +60,14 @@ class Server:
         self.restarts: dict[str, int] = {}
         self.server_restarts = 0
         self.process: subprocess.Popen | None = None
+        self.narrowed: dict[str, str] = {}
+        """Configurations of models of which a version had to be left out."""
         self.regions: set[str] = set()
         """Shared memory of stub processes; tritonserver does not remove that of those that were killed."""
         self.stopping = False
         self._drained = 0.0
         self._errors: list[str] = []
+        self._complaints: list[str] = []
         names = ("grpc", "http", "metrics")
         self.ports = choose_ports({name: getattr(options, f"{name}_port") for name in names}, options.host)
 
@@ -105,7 +113,7 @@ class Server:
         """
         self.check_ports()
         began = time.monotonic()
-        self._errors.clear()
+        self._errors, self._complaints = [], []
         launch = [sys.executable, "-I", "-S", "-c", LAUNCH, str(os.getpid()), *self.command]
         self.process = subprocess.Popen(
             launch, env={**os.environ, **self.found.environment}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -117,7 +125,7 @@ class Server:
         self._reader.start()
         try:
             self.wait_ready(began + self.options.start_seconds)
-            self.check_models()
+            self.narrowed = load_rest(self.rest, self.repository, self.log)
         except BaseException:
             self.kill()
             raise
@@ -133,8 +141,7 @@ class Server:
         """Return when the server says READY; raises ServerError if it ends before, or is not by the deadline."""
         while not self.rest.ready():
             if self.process.poll() is not None:
-                self._reader.join(5)
-                raise ServerError(f"tritonserver ended: {self.reason()}")
+                raise self.explain_end()
             if self.stopping:
                 raise ServerError("stopped before it was ready")
             if time.monotonic() > deadline:
@@ -143,42 +150,36 @@ class Server:
                 )
             time.sleep(0.05)
 
-    def check_models(self) -> None:
-        """Raise ServerError for a model without a ready version; a version that failed beside a good one is only told."""
-        found: dict[str, list[dict]] = {}
-        for entry in self.rest.index():
-            found.setdefault(entry["name"], []).append(entry)
-        broken = {}
-        for name, entries in sorted(found.items()):
-            failed = [entry for entry in entries if entry.get("state") != "READY"]
-            if len(failed) == len(entries):
-                broken[name] = one_line(failed[-1].get("reason", "no reason given"))
-            for entry in failed if len(failed) < len(entries) else ():
-                self.log(
-                    f"warning: {name} version {entry.get('version')} did not load: {one_line(entry.get('reason', ''))}"
-                )
-        # an ensemble fails with its parts: the part's reason is the one to mend
-        for name, reason in sorted(broken.items(), key=lambda item: "depends on" in item[1]):
-            raise ServerError(f"model '{name}' did not load: {reason}")
-
-    def pass_on(self, stream) -> None:  # noqa: ANN001 - a text stream
+    def pass_on(self, stream: TextIO) -> None:
         """Pass the log on line by line, without the lines that mean nothing on this machine."""
+        begun = False
         with stream:
             for line in map(str.rstrip, stream):
+                said = MESSAGE.match(line)
+                begun = begun or said is not None
+                if not begun:  # before its log begins there can only be a complaint about flags, and pages of help
+                    self._complaints.append(line)
+                    continue
                 if not self.options.gpu and NOISE.search(line):
                     continue
-                said = MESSAGE.match(line)
                 if DRAINED in line:
                     self._drained = time.monotonic()
-                if said and said["level"] in "EF":
+                if said and (said["level"] or said["iso"]) in "EF":
                     self._errors.append(said["text"])
                 self.log(line.replace(self.admin_key, "…"))
 
-    def reason(self) -> str:
-        """Why tritonserver ended, as it said itself."""
+    def explain_end(self) -> Exception:
+        """Why tritonserver ended before it was ready, as it said itself."""
+        self._reader.join(5)
+        if self._errors:
+            return ServerError(f"tritonserver ended: {one_line(self._errors[0])}")
+        if self._complaints and self.options.extra:
+            said = next((line for line in self._complaints if "option" in line), self._complaints[0])
+            said = said.removeprefix(f"{self.found.executable}: ")
+            return UserError(f"tritonserver refuses what follows -- ({' '.join(self.options.extra)}): {said}")
         status = self.process.returncode
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
-        return one_line(self._errors[0]) if self._errors else f"{how}, its log gives no reason"
+        return ServerError(f"tritonserver ended: {' '.join(self._complaints[:1]) or 'its log gives no reason'} ({how})")
 
     def save(self) -> None:
         """Write the state file; called whenever a count changes."""
@@ -228,9 +229,3 @@ class Server:
 
     def __exit__(self, *error: object) -> None:
         self.stop()
-
-
-def one_line(text: str) -> str:
-    """The last line of a traceback, the first of anything else."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()] or [""]
-    return next((line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[0])

@@ -180,7 +180,7 @@ class Supervisor:
         try:
             # Triton loads what has changed
             os.utime(min((self.server.repository / model / backend.version).iterdir()))
-            self.server.rest.load(model)
+            self.server.rest.load(model, self.server.narrowed.get(model, ""))
         except (OSError, Refused) as error:
             if self.server.stopping or self.server.process.poll() is not None:
                 return
