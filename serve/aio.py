@@ -1,0 +1,132 @@
+"""`AsyncFeatureClient`: `serve.client.FeatureClient` for asyncio, with the same options, calls and errors."""
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
+
+from tritonclient.grpc.aio import InferenceServerClient
+from tritonclient.utils import InferenceServerException
+
+from serve.answers import Answer
+from serve.calls import Calls, Options
+from serve.client import CHANNEL, DEFAULT_URL, LAST_WAIT, TIME_IS_UP
+from serve.inputs import Images
+from serve.served import FRONT_DOOR, Served
+from serve.steps import Rpc, Sleep, Step, Steps, Together
+
+Result = TypeVar("Result")
+
+
+class AsyncFeatureClient:
+    """A connection to a server, of one event loop. Use with `async with`, or call `close`.
+
+    Tasks of serve.tasks take it too: what they return is then awaited.
+    """
+
+    def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
+        self.url = url
+        self.calls = Calls(Options(**options))
+        tls = self.calls.options.tls
+        self.credentials = tls.credentials() if tls else None
+        self.triton: InferenceServerClient | None = None
+        self.places = asyncio.Semaphore(self.calls.options.concurrency)
+        self.left: set[asyncio.Task[Any]] = set()
+
+    async def features(
+        self,
+        images: Images,
+        outputs: Sequence[str] | str | None = None,
+        *,
+        model: str = FRONT_DOOR,
+        encoded: bool = False,
+        partial: bool = False,
+        size: tuple[int, int] | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+    ) -> Answer:
+        """Outputs for pictures: see FeatureClient.features."""
+        return await self.run(
+            self.calls.features(
+                images, outputs, model=model, encoded=encoded, partial=partial, size=size, timeout=timeout,
+                request_id=request_id,
+            )
+        )  # fmt: skip
+
+    async def describe(self, model: str = FRONT_DOOR) -> Served:
+        """Inputs, outputs, batch and parameters of a model."""
+        return await self.run(self.calls.describe(model, self.calls.options.timeout))
+
+    async def run(self, steps: Steps[Result]) -> Result:
+        """Carry out a piece of work of serve.calls or serve.tasks; returns its answer."""
+        try:
+            step = next(steps)
+            while True:
+                try:
+                    result = await self.carry_out(step)
+                except Exception as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as done:
+            return done.value
+        finally:
+            steps.close()  # a cancelled task is thrown out of its step: what was lent to it is given back now
+
+    async def carry_out(self, step: Step) -> Any:
+        """The result of one step."""
+        if isinstance(step, Rpc):
+            if self.triton is None:  # gRPC's channel belongs to the event loop it is made in
+                self.triton = InferenceServerClient(self.url, creds=self.credentials, channel_args=CHANNEL)
+            call = getattr(self.triton, step.method)(**step.arguments)
+            return await (call if step.patience is None else self.wait_for(call, step.patience))
+        if isinstance(step, Sleep):
+            return await asyncio.sleep(step.seconds)
+        if isinstance(step, Together):
+            return await self.together(step.parts, step.at_once)
+        return await asyncio.to_thread(step.function)
+
+    async def wait_for(self, call: Coroutine[Any, Any, Any], seconds: float) -> Any:
+        """An inference that is not cancelled when nobody waits for it any more."""
+        task = asyncio.create_task(call)
+        self.left.add(task)
+        task.add_done_callback(self.forget)
+        try:
+            return await asyncio.wait_for(asyncio.shield(task), seconds)
+        except TimeoutError:
+            raise InferenceServerException(*TIME_IS_UP) from None
+
+    def forget(self, task: asyncio.Task[Any]) -> None:
+        """Let go of a call that has ended; looking at its exception says that it is known."""
+        self.left.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    async def together(self, parts: Sequence[Steps[Result]], at_once: bool) -> list[Result]:
+        """Answers of several pieces of work, as many at a time as the client allows, or all at once."""
+
+        async def one(part: Steps[Result]) -> Result:
+            async with contextlib.nullcontext() if at_once else self.places:
+                return await self.run(part)
+
+        tasks = [asyncio.create_task(one(part)) for part in parts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Give back shared memory, close the connection."""
+        if self.left:
+            await asyncio.wait(self.left, timeout=LAST_WAIT)  # closing cancels them
+        await self.run(self.calls.clean(everything=True))
+        if self.triton is not None:
+            await self.triton.close()
+
+    async def __aenter__(self) -> "AsyncFeatureClient":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()

@@ -1,0 +1,30 @@
+"""TLS between client and server: the files of a connection, read where a mistake can still be told to the user."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from serve.errors import NotAllowed
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files. `root`: who signs servers (None: the system's); `certificate` and `key`: who this client is (mTLS)."""
+
+    root: Path | str | None = None
+    certificate: Path | str | None = None
+    key: Path | str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """For a gRPC channel; raises NotAllowed for files that cannot be read, or half of a pair."""
+        if (self.certificate is None) != (self.key is None):
+            raise NotAllowed("TLS: a client's certificate and its key go together: give both or none")
+        contents = {}
+        for name in ("root", "certificate", "key"):
+            path = getattr(self, name)
+            try:
+                contents[name] = None if path is None else Path(path).read_bytes()
+            except OSError as error:
+                raise NotAllowed(f"TLS {name} {path}: {error.strerror} (give a PEM file)") from error
+        return grpc.ssl_channel_credentials(contents["root"], contents["key"], contents["certificate"])
