@@ -1,0 +1,174 @@
+"""Answers as pictures: principal components of features, class maps with a legend, depth with a scale, bars of classes."""
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+
+from serve.errors import UserError
+
+LONGEST = 1024
+"""Pixels of a picture's longer side, at most."""
+
+NAMED_COLOURS = (
+    (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194),
+    (188, 189, 34), (23, 190, 207), (255, 221, 87), (112, 128, 144), (0, 100, 80),
+)  # fmt: skip
+
+
+def palette(classes: int) -> np.ndarray:
+    """A colour for each class, uint8 [classes, 3]: the same for the same number, easily told apart for the first dozen."""
+    colours = list(NAMED_COLOURS[:classes])
+    for number in range(len(colours), classes):
+        # hues a golden angle apart never come round to the same place
+        hue, light = (number * 0.618034) % 1, 0.45 + 0.2 * (number % 2)
+        colours.append(tuple(round(255 * part) for part in colorsys.hls_to_rgb(hue, light, 0.65)))
+    return np.array(colours, np.uint8).reshape(-1, 3)
+
+
+def shown(photo: Image.Image) -> Image.Image:
+    """A photograph as large as pictures show it."""
+    scale = LONGEST / max(photo.size)
+    if scale >= 1:
+        return photo.convert("RGB")
+    size = tuple(max(1, round(side * scale)) for side in photo.size)
+    return photo.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def pca_rgb(patches: np.ndarray) -> np.ndarray:
+    """Colour features [h, w, d] by their first three principal components: float [h, w, 3] in [0, 1].
+
+    Each component is stretched between its 1st and 99th percentile and has a fixed sign, as in distill's pictures.
+    """
+    rows = patches.reshape(-1, patches.shape[-1]).astype(np.float64)
+    centred = rows - rows.mean(0)
+    components = np.linalg.svd(centred, full_matrices=False)[2][:3]
+    # a singular vector's sign is arbitrary: make its largest entry positive
+    largest = np.take_along_axis(components, np.abs(components).argmax(1, keepdims=True), 1)
+    scores = centred @ (components * np.sign(largest)).T
+    scores = np.pad(scores, ((0, 0), (0, 3 - scores.shape[1])))  # fewer than three positions or channels
+    low, high = np.quantile(scores, (0.01, 0.99), axis=0)
+    colours = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return colours.reshape(*patches.shape[:2], 3)
+
+
+def features_figure(photo: Image.Image, maps: Mapping[str, np.ndarray]) -> Figure:
+    """A photograph beside the principal components of maps [h, w, d], stretched to its shape."""
+    photo = shown(photo)
+    figure, axes = row_of(1 + len(maps), photo)
+    axes[0].imshow(photo)
+    axes[0].set_title(f"{photo.width}x{photo.height}", fontsize=10)
+    for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
+        axis.imshow(pca_rgb(values), interpolation="nearest", extent=(0, photo.width, photo.height, 0))
+        axis.set_title(f"{name}, {values.shape[0]}x{values.shape[1]}", fontsize=10)
+    return figure
+
+
+def class_image(class_map: np.ndarray, classes: int) -> Image.Image:
+    """A class map [H, W] as a picture whose pixels are its numbers: with colours up to 256 classes, 16 bits beyond."""
+    if classes > 256:
+        return Image.fromarray(class_map.astype(np.uint16))
+    image = Image.fromarray(class_map.astype(np.uint8)).convert("P")
+    image.putpalette(palette(classes).tobytes())
+    return image
+
+
+def overlay(photo: Image.Image, class_map: np.ndarray, classes: int, strength: float = 0.55) -> Image.Image:
+    """Classes laid over a photograph, with white lines between them."""
+    photo = shown(photo)
+    numbers = np.asarray(Image.fromarray(class_map.astype(np.int32)).resize(photo.size, Image.Resampling.NEAREST))
+    mixed = (1 - strength) * np.asarray(photo, np.float32) + strength * palette(classes)[numbers]
+    edge = np.zeros(numbers.shape, bool)
+    edge[:, 1:] |= numbers[:, 1:] != numbers[:, :-1]
+    edge[1:] |= numbers[1:] != numbers[:-1]
+    mixed[edge] = 255
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+def segmentation_figure(photo: Image.Image, class_map: np.ndarray, classes: Sequence[str]) -> Figure:
+    """A photograph, its classes laid over it, and a legend of those that are there with the share of pixels of each."""
+    figure, axes = row_of(2, shown(photo), legend=2.2)
+    axes[0].imshow(shown(photo))
+    axes[1].imshow(overlay(photo, class_map, len(classes)))
+    numbers, counts = np.unique(class_map, return_counts=True)
+    order = counts.argsort()[::-1]
+    colours = palette(len(classes)) / 255
+    entries = [
+        Patch(color=colours[numbers[n]], label=f"{shorten(classes[numbers[n]], 24)}  {counts[n] / class_map.size:.0%}")
+        for n in order[:12]
+    ]
+    if len(order) > 12:
+        entries.append(Patch(color="none", label=f"and {len(order) - 12} more"))
+    axes[2].legend(handles=entries, loc="center left", frameon=False, fontsize=10, borderaxespad=0)
+    return figure
+
+
+def depth_figure(photo: Image.Image, depth: np.ndarray, unit: str) -> Figure:
+    """A photograph beside its depth [H, W] in colours, near ones bright, with a scale."""
+    photo = shown(photo)
+    figure, axes = row_of(2, photo)
+    axes[0].imshow(photo)
+    extent = (0, photo.width, photo.height, 0)
+    image = axes[1].imshow(depth, cmap="magma_r", extent=extent, interpolation="bilinear")
+    axes[1].set_title(f"{depth.min():.2f} to {depth.max():.2f}, median {np.median(depth):.2f} {unit}s", fontsize=10)
+    bar = figure.colorbar(image, ax=axes[1], fraction=0.05, pad=0.02, label=f"{unit}s")
+    bar.ax.invert_yaxis()  # near ones above, as they are bright
+    return figure
+
+
+def zero_shot_figure(photo: Image.Image, probabilities: np.ndarray, classes: Sequence[str], most: int = 10) -> Figure:
+    """A photograph beside bars of its likeliest classes, probabilities [C]."""
+    photo = shown(photo)
+    figure, axes = row_of(2, photo, ratio=1.2)
+    axes[0].imshow(photo)
+    order = probabilities.argsort(kind="stable")[::-1][:most]
+    bars = axes[1]
+    bars.set_axis_on()
+    bars.barh(range(len(order)), probabilities[order], color="#4477aa", height=0.7)
+    for place, number in enumerate(order):
+        bars.text(probabilities[number] + 0.01, place, f"{probabilities[number]:.1%}", va="center", fontsize=9)
+    bars.set_yticks(range(len(order)), [shorten(classes[number]) for number in order], fontsize=10)
+    bars.set(
+        xlim=(0, 1.12), ylim=(max(len(order), 4) - 0.4, -0.6), xlabel="probability", xticks=(0, 0.25, 0.5, 0.75, 1)
+    )
+    bars.spines[["top", "right"]].set_visible(False)
+    if len(classes) > most:
+        bars.set_title(f"the {most} likeliest of {len(classes)} classes", fontsize=10)
+    return figure
+
+
+def shorten(text: str, most: int = 28) -> str:
+    """Cut a name for an axis."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def row_of(panels: int, photo: Image.Image, legend: float = 0, ratio: float = 0) -> tuple[Figure, list]:
+    """A figure of panels in a photograph's shape, and a last one `legend` inches wide, or the last `ratio` times as wide."""
+    tall = 3.4
+    wide = min(max(tall * photo.width / photo.height, 1.6), 8, max(15 / panels, 2.2))
+    tall = min(tall, wide * photo.height / photo.width)
+    widths = [wide] * panels + ([legend] if legend else [])
+    if ratio:
+        widths[-1] = max(wide * ratio, 4.4)
+    figure = Figure(figsize=(sum(widths) + 0.2, max(tall, 2.2) + 0.4), layout="constrained")
+    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+    for axis in axes:
+        axis.set_axis_off()
+    return figure, list(axes)
+
+
+def save(picture: Figure | Image.Image, path: Path) -> Path:
+    """Write a PNG, making its folder; raises UserError where that is not possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(picture, Figure):
+            picture.savefig(path, dpi=110)
+        else:
+            picture.save(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror} (choose another --output)") from error
+    return path
