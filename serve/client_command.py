@@ -1,0 +1,271 @@
+"""The command line of `python -m serve.client`: pictures in; arrays, and pictures of them, out."""
+
+import argparse
+import json
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from serve.calls import Options
+from serve.client import DEFAULT_URL, FeatureClient
+from serve.errors import NotAllowed, Unavailable, UserError, exit_status
+from serve.retry import Retry
+from serve.tls import Tls
+
+EPILOG = """\
+examples:
+  python -m serve.client photo.jpg
+  python -m serve.client a.jpg b.jpg --outputs backbone_global clip_token --format safetensors --output features
+  python -m serve.client photo.jpg --task segmentation
+  python -m serve.client photo.jpg --task depth --side client
+  python -m serve.client photo.jpg --task zero-shot --labels "a cat" "a dog" "a cup of coffee"
+  python -m serve.client photo.jpg --task zero-shot --side client --embeddings bundles/mine/class_embeddings.safetensors
+  python -m serve.client *.jpg --encoded --partial --url gpu-server:8001 --ssl --ssl-root ca.pem
+
+Writes DIR/TASK.npz (or .safetensors), a row a picture, and PNGs beside it: features as principal components; classes as a
+map and laid over the photograph; depth with its scale; the likeliest classes as bars. Pictures are resized to the model's
+size, whatever their shape.
+Exit status: 0 done, 2 a mistake in what was asked, 1 no server there or another failure.
+"""
+
+TASKS = ("features", "segmentation", "depth", "zero-shot")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    defaults = Options()
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.client",
+        description="Ask a running server for features, segmentation, depth or zero-shot classes of pictures.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
+    parser.add_argument("--task", default="features", choices=TASKS, help="(features)")
+    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="features: which (default: all)")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="zero-shot: classes (default: the bundle's)")
+    parser.add_argument("--embeddings", type=Path, metavar="FILE", help="zero-shot --side client: export.text's file")
+    parser.add_argument(
+        "--side", default="server", choices=("server", "client"), help="where a task's head runs (server)"
+    )
+    parser.add_argument("--url", default=DEFAULT_URL, metavar="HOST:PORT", help=f"gRPC address ({DEFAULT_URL})")
+    parser.add_argument("--output", type=Path, default=Path("answers"), metavar="DIR", help="where to write (answers)")
+    parser.add_argument("--format", default="npz", choices=("npz", "safetensors"), help="of the arrays (npz)")
+    parser.add_argument("--encoded", action="store_true", help="send the files; the server decodes them")
+    parser.add_argument("--size", metavar="HxW", help="pixels, for models that take many sizes")
+    parser.add_argument("--partial", action="store_true", help="features: do without heads that fail")
+    parser.add_argument("--shm", nargs="?", const="system", choices=("system", "cuda"), help="shared memory (system)")
+    parser.add_argument("--admin-key", metavar="KEY", help="of the server's restricted endpoints; --shm wants it there")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=defaults.timeout,
+        metavar="S",
+        help=f"seconds a request ({defaults.timeout:.0f})",
+    )
+    parser.add_argument("--retries", type=int, default=3, metavar="N", help="while the server is unavailable (3)")
+    parser.add_argument("--request-id", metavar="ID", help="as the server's log will have it (default: made up)")
+    parser.add_argument("--ssl", action="store_true", help="TLS, trusting the system's authorities")
+    parser.add_argument("--ssl-root", type=Path, metavar="PEM", help="TLS: who signed the server's certificate")
+    parser.add_argument("--ssl-certificate", type=Path, metavar="PEM", help="mTLS: this client's certificate")
+    parser.add_argument("--ssl-key", type=Path, metavar="PEM", help="mTLS: its key")
+    asked = parser.parse_args(arguments)
+    return exit_status(lambda: run(asked))
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    options = check(asked)
+    files = {path: asked.output / path_name for path, path_name in zip(asked.images, stems(asked.images), strict=True)}
+    try:
+        with FeatureClient(asked.url, **options) as client:
+            wrote = TASK_COMMANDS[asked.task](client, asked, files)
+            outputs = client.describe().outputs
+    except Unavailable as error:
+        if "connect" in error.message or "resolving" in error.message:
+            raise type(error)(
+                f"no server answers at {asked.url}: start one with python -m serve.run BUNDLE, or name another with --url"
+            ) from error
+        raise
+    except NotAllowed as error:
+        error.message += " (see --ssl, --ssl-root, --ssl-certificate, --ssl-key, --admin-key)"
+        raise
+    for path in wrote:
+        print(f"wrote     {path}")
+    print(f"next      {suggestion(asked, outputs)}")
+    return 0
+
+
+def check(asked: argparse.Namespace) -> dict:
+    """Options of the client; raises UserError for options that do not go together."""
+    for path in asked.images:
+        if not path.is_file():
+            raise UserError(f"image {path}: no such file")
+    for name, task in (
+        ("outputs", "features"),
+        ("partial", "features"),
+        ("labels", "zero-shot"),
+        ("embeddings", "zero-shot"),
+    ):
+        if getattr(asked, name) and asked.task != task:
+            raise UserError(f"--{name} is for --task {task}: leave it out, or choose that task")
+    if asked.task != "features" and asked.side == "server" and asked.encoded:
+        raise UserError(f"--encoded goes with --task features or --side client: --task {asked.task} takes pixels")
+    if asked.task == "zero-shot" and (asked.side == "client") != (asked.embeddings is not None):
+        raise UserError("--task zero-shot --side client and --embeddings FILE go together: give both or none")
+    if asked.timeout <= 0:
+        raise UserError(f"--timeout {asked.timeout}: give seconds above 0")
+    if asked.retries < 0:
+        raise UserError(f"--retries {asked.retries}: give 0 or more")
+    if asked.output.exists() and not asked.output.is_dir():
+        raise UserError(f"--output {asked.output} is a file: give a folder")
+    secure = asked.ssl or asked.ssl_root or asked.ssl_certificate or asked.ssl_key
+    return {
+        "timeout": asked.timeout, "retry": Retry(most=asked.retries), "shared_memory": asked.shm,
+        "admin_key": asked.admin_key,
+        "tls": Tls(asked.ssl_root, asked.ssl_certificate, asked.ssl_key) if secure else None,
+    }  # fmt: skip
+
+
+def call_options(asked: argparse.Namespace) -> dict:
+    """What every task passes on."""
+    options = {"request_id": asked.request_id, "encoded": asked.encoded}
+    if asked.size:
+        sides = asked.size.lower().split("x")
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+            raise UserError(f"--size {asked.size}: write pixels, height x width: 448x336")
+        options["size"] = tuple(int(side) for side in sides)
+    return options
+
+
+def features(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path, Path]) -> list[Path]:
+    """Ask for outputs; write them, and their principal components where they are maps."""
+    from serve.pictures import features_figure, save
+
+    answer = client.features(asked.images, asked.outputs, partial=asked.partial, **call_options(asked))
+    for name, reason in answer.missing.items():
+        print(f"missing   {name}: {reason}")
+    grids = {name: answer.grid(name) for name in answer if name.endswith("_patches")}
+    for name, value in answer.items():
+        grid = f", grid {grids[name][0]}x{grids[name][1]}" if name in grids else ""
+        print(f"output    {name} {list(value.shape)}{grid}")
+    facts = {"size": list(answer.size), "grids": {name: list(grid) for name, grid in grids.items()}}
+    wrote = [write_arrays(asked, "features", answer.arrays, facts)]
+    for row, (path, stem) in enumerate(files.items() if grids else ()):
+        maps = {name.removesuffix("_patches"): answer[name][row].reshape(*grid, -1) for name, grid in grids.items()}
+        wrote.append(save(features_figure(photograph(path), maps), named(stem, "features")))
+    return wrote
+
+
+def segmentation(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path, Path]) -> list[Path]:
+    """Segment; write the class maps, alone and over the photographs."""
+    from serve.pictures import class_image, save, segmentation_figure
+    from serve.tasks.segmentation import segment
+
+    found = segment(client, asked.images, side=asked.side, **side_options(asked))
+    wrote = [write_arrays(asked, "segmentation", {"class_map": found.class_map}, {"classes": list(found.classes)})]
+    for path, stem, classes in zip(files, files.values(), found.class_map, strict=True):
+        shares = np.bincount(classes.ravel(), minlength=len(found.classes)) / classes.size
+        said = ", ".join(f"{found.classes[n]} {shares[n]:.0%}" for n in shares.argsort()[::-1][:3] if shares[n])
+        print(f"{path.name}: {said}")
+        wrote.append(save(class_image(classes, len(found.classes)), named(stem, "classes")))
+        wrote.append(save(segmentation_figure(photograph(path), classes, found.classes), named(stem, "segmentation")))
+    return wrote
+
+
+def depth(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path, Path]) -> list[Path]:
+    """Estimate depth; write it, and a picture with its scale."""
+    from serve.pictures import depth_figure, save
+    from serve.tasks.depth import estimate_depth
+
+    found = estimate_depth(client, asked.images, side=asked.side, **side_options(asked))
+    wrote = [write_arrays(asked, "depth", {"depth": found.depth}, {"unit": found.unit})]
+    for path, stem, values in zip(files, files.values(), found.depth, strict=True):
+        print(f"{path.name}: {values.min():.2f} to {values.max():.2f} {found.unit}s")
+        wrote.append(save(depth_figure(photograph(path), values, found.unit), named(stem, "depth")))
+    return wrote
+
+
+def zero_shot(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path, Path]) -> list[Path]:
+    """Classify; write probabilities, and bars of the likeliest classes."""
+    from serve.pictures import save, zero_shot_figure
+    from serve.tasks.zero_shot import classify
+
+    found = classify(
+        client, asked.images, asked.labels, side=asked.side, embeddings=asked.embeddings, **side_options(asked)
+    )
+    wrote = [write_arrays(asked, "zero_shot", {"probabilities": found.probabilities}, {"classes": list(found.classes)})]
+    for path, stem, row in zip(files, files.values(), found.probabilities, strict=True):
+        said = ", ".join(f"{found.classes[n]} {row[n]:.1%}" for n in row.argsort(kind="stable")[::-1][:3])
+        print(f"{path.name}: {said}")
+        wrote.append(save(zero_shot_figure(photograph(path), row, found.classes), named(stem, "zero_shot")))
+    return wrote
+
+
+TASK_COMMANDS = {"features": features, "segmentation": segmentation, "depth": depth, "zero-shot": zero_shot}
+
+
+def side_options(asked: argparse.Namespace) -> dict:
+    """Options of a task: on the server's side none is about features."""
+    options = call_options(asked)
+    return options if asked.side == "client" else {key: options[key] for key in options if key != "encoded"}
+
+
+def photograph(path: Path):  # noqa: ANN201 - a PIL picture
+    """The picture itself, for pictures of answers; it was decoded once before, or by the server."""
+    from serve.images import Limits
+    from serve.inputs import Picture
+
+    return Picture(path, str(path)).open(Limits())
+
+
+def stems(paths: Sequence[Path]) -> list[str]:
+    """Names of pictures' files, told apart where two are the same."""
+    found: list[str] = []
+    for path in paths:
+        name, number = path.stem, 2
+        while name in found:
+            name, number = f"{path.stem}_{number}", number + 1
+        found.append(name)
+    return found
+
+
+def named(stem: Path, what: str) -> Path:
+    """DIR/photo.1_depth.png for DIR/photo.1."""
+    return stem.with_name(f"{stem.name}_{what}.png")
+
+
+def write_arrays(asked: argparse.Namespace, name: str, arrays: Mapping[str, np.ndarray], facts: dict) -> Path:
+    """DIR/NAME.npz or .safetensors: arrays, and what they mean (in the npz as arrays, else as JSON metadata)."""
+    facts = {"images": [str(path) for path in asked.images], **facts}
+    path = asked.output / f"{name}.{asked.format}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if asked.format == "npz":
+            texts = {
+                key: np.array(json.dumps(value) if isinstance(value, dict) else value) for key, value in facts.items()
+            }
+            np.savez(path, **arrays, **texts)
+        else:
+            from safetensors.numpy import save_file
+
+            ordered = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+            save_file(ordered, path, {key: json.dumps(value) for key, value in facts.items()})
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror} (choose another --output)") from error
+    return path
+
+
+def suggestion(asked: argparse.Namespace, outputs: Collection[str]) -> str:
+    """The next command to type: another task that the server has."""
+    there = {"features": True, "segmentation": "segmentation_logits" in outputs, "depth": "depth" in outputs}
+    tasks = [task for task in there if there[task] or task == asked.task]
+    place = tasks.index(asked.task) if asked.task in tasks else -1
+    url = f" --url {asked.url}" if asked.url != DEFAULT_URL else ""
+    return f"python -m serve.client {asked.images[0]} --task {tasks[(place + 1) % len(tasks)]}{url}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
