@@ -65,6 +65,7 @@ class Server:
         self.regions: set[str] = set()
         """Shared memory of stub processes; tritonserver does not remove that of those that were killed."""
         self.stopping = False
+        self._ready = False
         self._drained = 0.0
         self._errors: list[str] = []
         self._complaints: list[str] = []
@@ -129,6 +130,7 @@ class Server:
         except BaseException:
             self.kill()
             raise
+        self._ready = True
         self.save()
         return time.monotonic() - began
 
@@ -210,7 +212,7 @@ class Server:
             time.sleep(0.05)
         self.kill()
         remove_state(self.repository)
-        return bool(self._drained) or self.process.returncode == 0
+        return not self._ready or bool(self._drained) or self.process.returncode == 0
 
     def kill(self) -> None:
         """End whatever is left of tritonserver and its stub processes, at once."""

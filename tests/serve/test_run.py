@@ -1,0 +1,337 @@
+"""`python -m serve.run`: it starts, says where it is, keeps strangers out, answers what it accepted, and leaves nothing."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc as grpc
+from conftest import need_tritonserver
+from running import ANY_PORTS, Load, Run, ask, processes, until
+
+from serve import checks
+from serve.bundle import read_bundle
+from serve.repository import make_repository
+from serve.rest import Refused, Rest
+from serve.run import main
+from serve.settings import Settings
+from serve.state import STATE, State, read_state
+
+SIZE = 64
+NOT_TAKEN = "Server is stopping"
+"""What a server says of a request that reached it after it was told to stop."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tritonserver() -> None:
+    need_tritonserver()
+
+
+@pytest.fixture(scope="module")
+def made(small_bundle, tmp_path_factory) -> Path:
+    """A repository as serve.repository makes it, for tests to copy."""
+    folder = tmp_path_factory.mktemp("made") / "repository"
+    make_repository(small_bundle, folder, Settings(fused=False))
+    return folder
+
+
+@pytest.fixture
+def repository(made, tmp_path) -> Path:
+    return shutil.copytree(made, tmp_path / "repository")
+
+
+@pytest.fixture(scope="module")
+def kept(small_bundle, tmp_path_factory):
+    """A running serve.run on the bundle with a kept repository, and that repository."""
+    folder = tmp_path_factory.mktemp("kept") / "repository"
+    with Run(small_bundle, "--repository", folder, "--no-fused", "--instances", 1) as run:
+        yield run.ready(), folder
+
+
+class TestRunning:
+    def test_what_it_prints_answers(self, kept):
+        run, repository = kept
+        with grpc.InferenceServerClient(run.grpc) as client:
+            assert ask(client, SIZE) == ""
+        assert Rest(run.http).ready()
+        assert b"nv_inference_request_success" in Rest(run.metrics).call("GET", "/metrics")
+        assert b"nv_inference_queue_summary_us" in Rest(run.metrics).call("GET", "/metrics")
+        command = run.wait_for(r"^  (python -m serve\.status .*)$")[1].split()
+        done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "backbone" in done.stdout
+
+    def test_the_request_to_copy_names_a_picture_and_the_server(self, kept):
+        run, _ = kept
+        command = run.wait_for(r"^  python -m serve\.client (\S+) --url (\S+)$")
+        assert Path(command[1]).is_file() and command[2] == run.grpc
+
+    def test_its_log_has_nothing_of_gpus_that_are_not_there_and_no_key(self, kept):
+        run, repository = kept
+        assert "successfully loaded 'backbone'" in run.text
+        for word in (
+            "CUDA",
+            "pinned system memory",
+            "pool disabled",
+            "unable to create stream",
+            read_state(repository).admin_key,
+        ):
+            assert word not in run.text
+
+    def test_it_listens_on_this_machine_only(self, kept):
+        run, repository = kept
+        listening = [
+            line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()
+        ]
+        for address in (run.grpc, run.http, run.metrics):
+            port = f"{int(address.split(':')[1]):04X}"
+            hosts = {words[1][:-5] for words in listening if words[1].endswith(f":{port}") and words[3] == "0A"}
+            assert hosts and hosts <= {"0100007F", "0000000000000000FFFF00000100007F"}
+
+    def test_the_key_is_for_the_owner_alone(self, kept):
+        _, repository = kept
+        assert (repository / STATE).stat().st_mode & 0o777 == 0o600
+
+    def test_admin_endpoints_are_closed_over_http_without_the_key(self, kept):
+        run, repository = kept
+        state = read_state(repository)
+        calls = [
+            ("POST", "/v2/repository/index", b"{}"), ("POST", "/v2/repository/models/backbone/unload", b"{}"),
+            ("POST", "/v2/repository/models/backbone/load", b"{}"), ("GET", "/v2/systemsharedmemory/status", None),
+            ("GET", "/v2/cudasharedmemory/status", None), ("GET", "/v2/trace/setting", None), ("GET", "/v2/logging", None),
+        ]  # fmt: skip
+        for rest in (Rest(run.http), Rest(run.http, "guess")):
+            for method, path, body in calls:
+                with pytest.raises(Refused) as refused:
+                    rest.call(method, path, body)
+                assert refused.value.status == 403, path
+        assert {entry["name"] for entry in Rest(run.http, state.admin_key).index()} >= {"backbone", "features"}
+        assert Rest(run.http).statistics()
+
+    def test_admin_endpoints_are_closed_over_grpc_without_the_key(self, kept):
+        run, repository = kept
+        key = {"triton-grpc-protocol-admin-key": read_state(repository).admin_key}
+        with grpc.InferenceServerClient(run.grpc) as client:
+            calls = (
+                client.get_model_repository_index, lambda **h: client.load_model("decode", **h),
+                lambda **h: client.unload_model("decode", **h), client.get_system_shared_memory_status,
+                client.get_trace_settings, client.get_log_settings,
+            )  # fmt: skip
+            for call in calls:
+                with pytest.raises(grpc.InferenceServerException, match="restricted"):
+                    call()
+            assert client.get_model_repository_index(headers=key).models
+            assert client.get_system_shared_memory_status(headers=key) is not None
+            assert client.get_inference_statistics().model_stats
+
+    def test_a_second_start_on_the_same_repository_is_refused(self, kept, small_bundle, capsys):
+        run, repository = kept
+        assert main([str(small_bundle), "--repository", str(repository)]) == 2
+        assert f"is served by process {run.process.pid}" in capsys.readouterr().err
+
+    def test_a_port_in_use_is_named_before_anything_is_made(self, kept, small_bundle, tmp_path, capsys):
+        port = kept[0].grpc.split(":")[1]
+        folder = tmp_path / "never"
+        assert main([str(small_bundle), "--grpc-port", port, "--repository", str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert said == f"error: port {port} is in use: choose another with --grpc-port, or stop what listens there\n"
+        assert not folder.exists()
+
+
+class TestEnding:
+    def test_sigterm_under_load_answers_what_was_accepted_and_leaves_nothing(self, small_bundle, tmp_path):
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
+        with Run(small_bundle, "--no-fused", "--instances", 2, "--threads", 1, temporary=temporary) as run:
+            run.ready()
+            (workspace,) = temporary.iterdir()
+            assert processes(workspace)
+            with Load(run.grpc, SIZE) as load:
+                assert until(lambda: len(load.answers) > 40, 30)
+                told = time.monotonic()
+                assert run.end(signal.SIGTERM) == 0
+            before = [(ended, error) for sent, ended, error in load.answers if sent < told]
+            assert not [error for _, error in before if error and NOT_TAKEN not in error]
+            assert [ended for ended, error in before if ended > told and not error], "none was under way"
+        assert run.lines[-1] == "stopped: every request that was accepted has been answered"
+        assert not processes(workspace)
+        assert not list(temporary.iterdir())
+
+    def test_sigint_is_as_good(self, repository):
+        with Run("--repository", repository) as run:
+            run.ready()
+            assert run.end(signal.SIGINT) == 0
+        assert not (repository / STATE).exists() and not processes(repository)
+
+    def test_a_signal_while_it_starts_ends_it_in_order(self, repository):
+        with Run("--repository", repository) as run:
+            run.wait_for("loading: backbone")
+            assert run.end(signal.SIGTERM) == 0
+        assert not processes(repository)
+
+    def test_killed_it_leaves_no_process_behind(self, repository, tmp_path):
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
+        with Run("--repository", repository, temporary=temporary) as run:
+            run.ready()
+            assert processes(repository)
+            run.end(signal.SIGKILL)
+        assert until(lambda: not processes(repository), 40), processes(repository)
+        (left,) = temporary.glob("serve-run-*")
+        with Run("--repository", repository, temporary=temporary) as again:  # the stale state file does not stop it
+            again.ready()
+            assert not left.exists()
+
+
+class TestStarting:
+    def test_a_broken_new_version_does_not_keep_the_old_one_from_serving(self, repository, capsys):
+        shutil.copytree(repository / "head_cls" / "1", repository / "head_cls" / "2")
+        with open(repository / "head_cls" / "2" / "model.onnx", "ab") as file:
+            file.write(b"!")
+        with Run("--repository", repository) as run:
+            run.ready()
+            assert "warning: head_cls version 2 does not load" in run.text and "sha256" in run.text
+            with grpc.InferenceServerClient(run.grpc) as client:
+                assert ask(client, SIZE) == ""
+                assert client.is_model_ready("head_cls", "1")
+
+    def test_a_model_that_does_not_load_is_named_with_its_reason(self, repository, capsys):
+        with open(repository / "head_cls" / "1" / "model.onnx", "ab") as file:
+            file.write(b"!")
+        with Run("--repository", repository) as run:
+            assert run.process.wait(90) == 1
+        run.reader.join(10)
+        assert run.lines[-1].startswith("error: model 'head_cls' does not load: ") and "sha256" in run.lines[-1]
+        assert not processes(repository)
+
+    def test_flags_after_two_dashes_go_to_tritonserver(self, repository, capsys):
+        with Run("--repository", repository, "--", "--log-format=ISO8601", "--trace-config=rate=7") as run:
+            run.ready()
+            key = read_state(repository).admin_key
+            assert json.loads(Rest(run.http, key).call("GET", "/v2/trace/setting"))["trace_rate"] == "7"
+            assert run.wait_for(r"^\d{4}-\d\d-\d\dT[\d:]+Z I .*backbone")
+        assert main(["--repository", str(repository), *map(str, ANY_PORTS), "--", "--nonsense=3"]) == 2
+        assert "refuses what follows -- (--nonsense=3): unrecognized option" in capsys.readouterr().err
+
+    def test_mutual_tls_lets_in_only_whom_it_knows(self, repository, tmp_path):
+        if shutil.which("openssl") is None:
+            pytest.skip("no openssl command to make certificates with")
+        files = certificates(tmp_path)
+        options = ("--ssl-cert", files["server.pem"], "--ssl-key", files["server.key"], "--ssl-root", files["ca.pem"])
+        with Run("--repository", repository, *options) as run:
+            run.ready()
+            known = {"root_certificates": files["ca.pem"], "private_key": files["client.key"],
+                     "certificate_chain": files["client.pem"]}  # fmt: skip
+            with grpc.InferenceServerClient(run.grpc, ssl=True, **known) as client:
+                assert ask(client, SIZE) == ""
+            for strangers in ({}, {"ssl": True, "root_certificates": files["ca.pem"]}, {"ssl": True}):
+                with grpc.InferenceServerClient(run.grpc, **strangers) as client:
+                    assert "UNAVAILABLE" in ask(client, SIZE)
+            assert Rest(run.http).ready()  # for the supervisor: on this machine
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """A certificate authority, and a server and a client that it signed."""
+    names = ("ca.pem", "ca.key", "server.pem", "server.key", "client.pem", "client.key")
+    files = {name: str(folder / name) for name in names}
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=60)
+
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    openssl("req", "-x509", *key, "-keyout", files["ca.key"], "-out", files["ca.pem"], "-subj", "/CN=test authority",
+            "-addext", "keyUsage=critical,keyCertSign", "-days", "2")  # fmt: skip
+    (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
+    for name in ("server", "client"):
+        request = str(folder / f"{name}.csr")
+        openssl("req", *key, "-keyout", files[f"{name}.key"], "-out", request, "-subj", f"/CN={name}")
+        openssl("x509", "-req", "-in", request, "-CA", files["ca.pem"], "-CAkey", files["ca.key"], "-CAcreateserial",
+                "-out", files[f"{name}.pem"], "-days", "2", "-extfile", str(folder / "names"))  # fmt: skip
+    return files
+
+
+class TestMistakes:
+    """A user's mistake is one line and exit status 2, before anything is started."""
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (["--backend", "onnxruntime"], "--backend onnxruntime: .* has no such backend \\(it has python\\)"),
+            (["--grpc-port", "9", "--http-port", "9"], "--http-port 9 is --grpc-port too"),
+            (["--grpc-port", "70000"], "--grpc-port 70000: ports are 0 to 65535"),
+            (["--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine"),
+            (["--tritonserver", "/nowhere"], "--tritonserver /nowhere: no executable file there"),
+            (["--ssl-cert", "/nowhere"], "--ssl-cert /nowhere: no such file"),
+            (["--ssl-key", __file__], "--ssl-cert is missing"),
+            (["--open", "everything"], "--open everything: known are model-repository"),
+            (["--exit-timeout", "0"], "--exit-timeout 0: give more than 0"),
+            (["--", "--http-port=9"], "serve.run sets --http-port itself"),
+            (["--instances", "0"], "--instances 0: give 1 or more"),
+        ],
+    )
+    def test_an_option_that_cannot_be(self, small_bundle, capsys, options, said):
+        assert main([str(small_bundle), *map(str, ANY_PORTS), *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert re.search(said, error), error
+
+    def test_no_bundle(self, tmp_path, capsys):
+        assert main([]) == 2
+        assert "name a BUNDLE" in capsys.readouterr().err
+        assert main([str(tmp_path)]) == 2
+        assert "is no bundle" in capsys.readouterr().err
+        (tmp_path / "file").touch()
+        assert main(["--repository", str(tmp_path)]) == 2
+        assert "is no repository of serve.repository" in capsys.readouterr().err
+
+    def test_no_tritonserver(self, small_bundle, capsys, monkeypatch):
+        monkeypatch.setenv("PATH", "/nowhere")
+        monkeypatch.setattr("serve.triton.IMAGE_PATH", Path("/nowhere"))
+        monkeypatch.setattr("serve.triton.importlib.util.find_spec", lambda name: None)
+        assert main([str(small_bundle), "--runtime", "auto"]) == 2
+        assert "no tritonserver found" in capsys.readouterr().err
+
+    def test_gpus_that_are_not_here(self, small_bundle, capsys, monkeypatch):
+        monkeypatch.setattr(checks, "compute_capabilities", lambda: ())
+        assert main([str(small_bundle), "--kind", "gpu"]) == 2
+        assert "--kind gpu: this machine has no CUDA GPU" in capsys.readouterr().err
+        monkeypatch.setattr(checks, "compute_capabilities", lambda: ("8.9",))
+        assert main([str(small_bundle), "--kind", "gpu", "--devices", "0", "1"]) == 2
+        assert "--devices 1: this machine has 1 GPU" in capsys.readouterr().err
+
+    def test_engines_of_another_gpu(self, small_bundle, monkeypatch):
+        bundle = read_bundle(small_bundle)
+        engine = {
+            "graph": "backbone",
+            "flavour": "tensorrt",
+            "compute_capabilities": ["8.0"],
+            "file": "backbone.engine",
+        }
+        bundle.manifest = bundle.manifest.model_copy(update={"engines": (engine,)})
+        monkeypatch.setattr(checks, "compute_capabilities", lambda: ("9.0",))
+        monkeypatch.setattr(checks, "read_bundle", lambda path: bundle)
+        with pytest.raises(checks.UserError, match="for GPUs of compute capability 8.0, GPU 0 has 9.0"):
+            checks.check_gpus(Settings(backend="tensorrt", kind="gpu"), small_bundle)
+
+    def test_a_repository_of_another_bundle_or_other_settings(self, small_bundle, repository, capsys):
+        assert main([str(small_bundle), "--repository", str(repository), "--instances", "1", "--max-queue", "7"]) == 2
+        assert "was rendered with" in capsys.readouterr().err
+        made_with = repository / "made_with.json"
+        made_with.write_text(json.dumps(json.loads(made_with.read_text()) | {"bundle": "0123456789ab"}))
+        assert main([str(small_bundle), "--repository", str(repository)]) == 2
+        said = capsys.readouterr().err
+        assert "was rendered from bundle 0123456789ab" in said and "serve.rollout" in said
+
+
+def test_a_state_file_whose_process_is_gone_says_nothing(tmp_path):
+    state = State(pid=os.getpid(), server_pid=os.getpid(), grpc="", http="", metrics="", admin_key="")
+    (tmp_path / STATE).write_text(state.model_dump_json())
+    assert read_state(tmp_path) is None  # a process of that id runs, but is no tritonserver
+    (tmp_path / STATE).write_text("{")
+    assert read_state(tmp_path) is None
