@@ -122,7 +122,8 @@ class Calls:
     ) -> Steps[tuple[int, int]]:
         """The (height, width) pictures are brought to: the model's own, where that is fixed.
 
-        Where it varies: the size asked for, else that of the arrays if they have one in common, else the model's usual one.
+        Where it varies: the size asked for, else that of the arrays if they have one in common that the model takes, else the
+        model's usual one.
         """
         image = served.inputs.get("image")
         if image is not None:
@@ -131,8 +132,11 @@ class Calls:
                 if size is not None and tuple(size) != fixed:
                     raise BadRequest(f"size={tuple(size)}: '{served.name}' takes {fixed[0]}x{fixed[1]} only")
                 return fixed
-            if size is not None or common_size(pictures):
-                return size or common_size(pictures)
+            if size is not None:
+                return size
+            own = common_size(pictures)
+            if (yield from self.describe(FRONT_DOOR, seconds, request_id)).takes(own):
+                return own
         for model in (served.name, FRONT_DOOR, DECODER):
             try:
                 known = (yield from self.describe(model, seconds, request_id)).size()

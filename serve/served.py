@@ -78,6 +78,18 @@ class Served:
         height, width = said.get("height"), said.get("width")
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
+    def takes(self, size: tuple[int, int] | None) -> bool:
+        """Whether pictures of a height and width are answered as they are, as far as the server says which are."""
+        about = self.facts("about") or {}
+        if size is None:
+            return False
+        if not {"stride", "height", "width"} <= set(about):
+            return True
+        return all(
+            side <= most and side % about["stride"] == 0
+            for side, most in zip(size, (about["height"], about["width"]), strict=True)
+        )
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`: did you mean 'x'?` if one of the known names is near, "" otherwise."""

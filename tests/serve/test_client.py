@@ -173,6 +173,16 @@ def test_an_answer_that_is_not_what_was_promised_is_refused():
             look(**wrong)
 
 
+def test_a_model_of_many_sizes_says_which_it_takes():
+    about = '{"stride": 16, "height": 96, "width": 64, "dynamic": true}'
+    many = Served("features", 4, {"image": Port("image", "UINT8", (-1, -1, 3))}, {}, {"about": about})
+    assert many.size() == (96, 64)
+    assert many.takes((96, 64)) and many.takes((16, 32))
+    assert not many.takes((64, 96)) and not many.takes((60, 64)) and not many.takes(None)
+    silent = Served("features", 4, many.inputs, {}, {})  # then the server has the word
+    assert silent.size() is None and silent.takes((60, 64))
+
+
 def test_parts_of_two_versions_are_not_joined():
     one, other = np.array([b"cat"], np.object_), np.array([b"dog"], np.object_)
     for first, second in ((one, other), (np.zeros((2, 3)), np.zeros((2, 4)))):
