@@ -1,4 +1,4 @@
-# make demo: distil the offline quickstart, score it, export it.   make test: lint and tests.   Both install into .venv first.
+# make demo: distil the offline quickstart, score it, export it, serve it.   make test: lint and tests.   Both install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -34,6 +34,10 @@ SCENES := --train 160 --val 60 --size 112
 SCORING := --tasks knn,segmentation,depth --with-teachers dense.size=112 dense.steps=200 dense.lr=1e-2
 # TensorRT-RTX builds engines for GPUs that are not here: GeForce RTX 30, 40 and 50
 EXPORT := --formats onnx,tensorrt-rtx --compute-capability 8.6 8.9 12.0
+# Zero-shot classes, from the rows of the classification teacher's own classifier: no CLIP can be had offline
+LABELS := 'Egyptian cat' tabby 'golden retriever' espresso 'space shuttle' missile 'wall clock' 'coral reef'
+# A photograph that scikit-image brings along
+PHOTO := $(BIN)/python -c 'import skimage.data; print(skimage.data.__path__[0])'
 demo: install
 	@run=runs/quickstart; n=2; while [ -e $$run ]; do run=runs/quickstart-$$n; n=$$((n + 1)); done; \
 	set -e; \
@@ -42,6 +46,9 @@ demo: install
 	show $(BIN)/python -m distill.scenes --output $$run/scenes $(SCENES); \
 	show $(BIN)/python -m distill.evaluate $$run --data $$run/scenes $(SCORING); \
 	show $(BIN)/python -m export.run $$run --output $$run/bundle $(EXPORT); \
+	printf '%s\n' $(LABELS) > $$run/labels.txt; \
+	show $(BIN)/python -m export.text --output $$run/bundle --classifier cls --run $$run --labels $$run/labels.txt; \
+	show $(BIN)/python -m serve.trial $$run/bundle "$$($(PHOTO))/chelsea.png" --output $$run/answers; \
 	echo "(python is $(BIN)/python; \". $(BIN)/activate\" makes it so)"
 
 lint: install

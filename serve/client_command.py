@@ -35,48 +35,62 @@ TASKS = ("features", "segmentation", "depth", "zero-shot")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    asked = parser().parse_args(arguments)
+    return exit_status(lambda: run(asked))
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     defaults = Options()
-    parser = argparse.ArgumentParser(
+    found = argparse.ArgumentParser(
         prog="python -m serve.client",
         description="Ask a running server for features, segmentation, depth or zero-shot classes of pictures.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
-    parser.add_argument("--task", default="features", choices=TASKS, help="(features)")
-    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="features: which (default: all)")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="zero-shot: classes (default: the bundle's)")
-    parser.add_argument("--embeddings", type=Path, metavar="FILE", help="zero-shot --side client: export.text's file")
-    parser.add_argument(
+    found.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
+    found.add_argument("--task", default="features", choices=TASKS, help="(features)")
+    found.add_argument("--outputs", nargs="+", metavar="NAME", help="features: which (default: all)")
+    found.add_argument("--labels", nargs="+", metavar="LABEL", help="zero-shot: classes (default: the bundle's)")
+    found.add_argument("--embeddings", type=Path, metavar="FILE", help="zero-shot --side client: export.text's file")
+    found.add_argument(
         "--side", default="server", choices=("server", "client"), help="where a task's head runs (server)"
     )
-    parser.add_argument("--url", default=DEFAULT_URL, metavar="HOST:PORT", help=f"gRPC address ({DEFAULT_URL})")
-    parser.add_argument("--output", type=Path, default=Path("answers"), metavar="DIR", help="where to write (answers)")
-    parser.add_argument("--format", default="npz", choices=("npz", "safetensors"), help="of the arrays (npz)")
-    parser.add_argument("--encoded", action="store_true", help="send the files; the server decodes them")
-    parser.add_argument("--size", metavar="HxW", help="pixels, for models that take many sizes")
-    parser.add_argument("--partial", action="store_true", help="features: do without heads that fail")
-    parser.add_argument("--shm", nargs="?", const="system", choices=("system", "cuda"), help="shared memory (system)")
-    parser.add_argument("--admin-key", metavar="KEY", help="of the server's restricted endpoints; --shm wants it there")
-    parser.add_argument(
+    found.add_argument("--url", default=DEFAULT_URL, metavar="HOST:PORT", help=f"gRPC address ({DEFAULT_URL})")
+    found.add_argument("--output", type=Path, default=Path("answers"), metavar="DIR", help="where to write (answers)")
+    found.add_argument("--format", default="npz", choices=("npz", "safetensors"), help="of the arrays (npz)")
+    found.add_argument("--encoded", action="store_true", help="send the files; the server decodes them")
+    found.add_argument("--size", metavar="HxW", help="pixels, for models that take many sizes")
+    found.add_argument("--partial", action="store_true", help="features: do without heads that fail")
+    found.add_argument("--shm", nargs="?", const="system", choices=("system", "cuda"), help="shared memory (system)")
+    found.add_argument("--admin-key", metavar="KEY", help="of the server's restricted endpoints; --shm wants it there")
+    found.add_argument(
         "--timeout",
         type=float,
         default=defaults.timeout,
         metavar="S",
         help=f"seconds a request ({defaults.timeout:.0f})",
     )
-    parser.add_argument("--retries", type=int, default=3, metavar="N", help="while the server is unavailable (3)")
-    parser.add_argument("--request-id", metavar="ID", help="as the server's log will have it (default: made up)")
-    parser.add_argument("--ssl", action="store_true", help="TLS, trusting the system's authorities")
-    parser.add_argument("--ssl-root", type=Path, metavar="PEM", help="TLS: who signed the server's certificate")
-    parser.add_argument("--ssl-certificate", type=Path, metavar="PEM", help="mTLS: this client's certificate")
-    parser.add_argument("--ssl-key", type=Path, metavar="PEM", help="mTLS: its key")
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: run(asked))
+    found.add_argument("--retries", type=int, default=3, metavar="N", help="while the server is unavailable (3)")
+    found.add_argument("--request-id", metavar="ID", help="as the server's log will have it (default: made up)")
+    found.add_argument("--ssl", action="store_true", help="TLS, trusting the system's authorities")
+    found.add_argument("--ssl-root", type=Path, metavar="PEM", help="TLS: who signed the server's certificate")
+    found.add_argument("--ssl-certificate", type=Path, metavar="PEM", help="mTLS: this client's certificate")
+    found.add_argument("--ssl-key", type=Path, metavar="PEM", help="mTLS: its key")
+    return found
 
 
 def run(asked: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
+    wrote, outputs = answer(asked)
+    for path in wrote:
+        print(f"wrote     {path}")
+    print(f"next      {suggestion(asked, outputs)}")
+    return 0
+
+
+def answer(asked: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
+    """Ask and write; the files written, and the outputs that the server offers."""
     options = check(asked)
     files = {path: asked.output / path_name for path, path_name in zip(asked.images, stems(asked.images), strict=True)}
     try:
@@ -92,10 +106,7 @@ def run(asked: argparse.Namespace) -> int:
     except NotAllowed as error:
         error.message += " (see --ssl, --ssl-root, --ssl-certificate, --ssl-key, --admin-key)"
         raise
-    for path in wrote:
-        print(f"wrote     {path}")
-    print(f"next      {suggestion(asked, outputs)}")
-    return 0
+    return wrote, outputs
 
 
 def check(asked: argparse.Namespace) -> dict:
