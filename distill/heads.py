@@ -7,6 +7,7 @@ classes, the output of the student it reads, and the sha256 of that student's we
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,22 @@ class DPTDepth(nn.Module):
         for (summary, patches), read, reduce, scale in zip(layers, self.read, self.reduce, self.scales, strict=True):
             glob = summary[:, None, None].expand_as(patches)
             x = read(torch.cat((patches, glob), dim=-1)).permute(0, 3, 1, 2)
-            size = [max(1, round(side * scale)) for side in x.shape[-2:]]
-            maps.append(reduce(F.interpolate(x, size=size, mode="bilinear", align_corners=False)))
+            if scale != 1:
+                size = [scaled(side, scale) for side in x.shape[-2:]]
+                x = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+            maps.append(reduce(x))
         fused = None
         for x, fuse in zip(reversed(maps), self.fuse, strict=True):
             fused = fuse(x, fused)
-        share = torch.sigmoid(self.head(fused)).squeeze(1)
+        # metres need more digits than half precision has
+        share = torch.sigmoid(self.head(fused).float()).squeeze(1)
         return self.low + (self.high - self.low) * share
+
+
+def scaled(side: int, scale: float) -> int:
+    """`side * scale` rounded, halves up, at least 1; in whole numbers, so that a side may also be symbolic."""
+    ratio = Fraction(scale).limit_denominator(1000)
+    return torch.sym_max(1, (2 * ratio.numerator * side + ratio.denominator) // (2 * ratio.denominator))
 
 
 class Fusion(nn.Module):

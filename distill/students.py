@@ -90,7 +90,10 @@ class Student(nn.Module):
         Returns patches [B, H/stride, W/stride, width] and the summary [B, width]: the class token after the final
         norm for a ViT that has one, else the mean over positions.
         """
-        output = self.net.forward_features(images)
+        return self.read(self.net.forward_features(images), images)
+
+    def read(self, output: Tensor, images: Tensor) -> Features:
+        """`forward`'s features from what the network itself says of these images."""
         if self.family == "cnn":
             patches = output if self.channels_at_end else output.permute(0, 2, 3, 1)
             return Features(patches.mean(dim=(1, 2)), patches)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from export.gpu import compute_capability
 from export.graph import Part
-from export.signature import Port
+from export.signature import Port, layer_side
 from export.to_tensorrt import EngineOptions, EngineRecord, Profile, build_engine, load_bindings
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,10 @@ def shape_of(port: Port, batch: int, height: int, width: int, stride: int, prefi
         "batch": batch, "height": height, "width": width, "rows": rows, "columns": columns,
         "tokens": rows * columns + prefix,
     }  # fmt: skip
-    return tuple(axis if isinstance(axis, int) else known[axis] for axis in port.axes)
+    return tuple(
+        axis if isinstance(axis, int) else known[axis] if axis in known else layer_side(axis, rows, columns, stride)
+        for axis in port.axes
+    )
 
 
 def profile_for(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> int | None:

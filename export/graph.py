@@ -1,7 +1,8 @@
 """The modules that are traced: tensors in, tensors out, in the order of `signature.py`. Rebuilt from a run folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor, nn
 
 from distill.checkpoint import Run, load_run
 from distill.errors import UserError
+from distill.evaluate.encoder import RunEncoder, dpt_blocks
 from distill.features import Features
-from distill.heads import Head, load_head
+from distill.heads import Head, load_head, scaled
 from distill.losses import FEATURE_LOSS, patch_cosine, pooled_cosine
 from distill.methods.deployment import BACKBONE, Deployment
+from distill.students import patch_size
 from distill.weights import tensors_sha256
 from export.signature import (
     FEATURES,
@@ -27,11 +30,16 @@ from export.signature import (
     head_graph,
     head_ports,
     image_port,
+    layer_names,
+    layer_ports,
     task_port,
 )
 
 TASKS = ("classification", "segmentation", "depth")
 """Task heads looked for in RUN/heads, in the order of the outputs."""
+
+DPT = "dpt-depth"
+"""Kind of the head that reads four layers."""
 
 
 class BackboneGraph(nn.Module):
@@ -43,12 +51,43 @@ class BackboneGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """backbone_global [B, d], backbone_patches [B, h*w, d], features [B, h, w, d], features_global [B, 1, d]."""
+        return self.tell(self.student(self.normalize(image)))
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """What the network takes."""
         # bytes become floats before anything else happens to them: TensorRT only casts bytes
         pixels = self.preprocess.normalize((image.float() / 255).permute(0, 3, 1, 2))
         # normalisation stays in float32 whatever the network's precision
-        found = self.student(pixels.to(next(self.student.parameters()).dtype))
+        return pixels.to(next(self.student.parameters()).dtype)
+
+    def tell(self, found: Features) -> tuple[Tensor, ...]:
+        """The four outputs of the student's features."""
         summary, patches = found.summary.float(), found.patches.float()
         return summary, patches.flatten(1, 2), patches, summary.unsqueeze(1)
+
+
+class LayersGraph(BackboneGraph):
+    """The backbone and, from the same pass, the four layers that a DPT head reads."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The backbone's outputs, then layers_k [B, h_k, w_k, d_k] and layers_k_global [B, 1, d_k], shallow to deep."""
+        pixels, net = self.normalize(image), self.student.net
+        if patch_size(net) is None:
+            final, found = net.forward_intermediates(pixels, indices=4, output_fmt="NCHW")
+            maps = [layer.permute(0, 2, 3, 1) for layer in found]
+            vectors = [layer.mean(dim=(1, 2)) for layer in maps]
+        else:
+            final, found = net.forward_intermediates(
+                pixels, indices=dpt_blocks(len(net.blocks)), norm=True, output_fmt="NLC", return_prefix_tokens=True
+            )
+            # without prefix tokens timm gives the patches alone
+            tokens = [layer if isinstance(layer, tuple) else (layer, None) for layer in found]
+            vectors = [patches.mean(1) if prefix is None else prefix[:, 0] for patches, prefix in tokens]
+            grid = (pixels.shape[-2] // self.student.stride, pixels.shape[-1] // self.student.stride)
+            maps = [patches.unflatten(1, grid) for patches, _ in tokens]
+        pairs = zip(maps, vectors, strict=True)
+        layers = tuple(value.float() for layer, vector in pairs for value in (layer, vector.unsqueeze(1)))
+        return self.tell(self.student.read(final, pixels)) + layers
 
 
 class InteractionGraph(nn.Module):
@@ -106,6 +145,21 @@ class TaskGraph(nn.Module):
         return said.flatten(1) if self.task == "depth" else said
 
 
+class DPTGraph(nn.Module):
+    """A DPT head of `distill.evaluate`, on the backbone's layers."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *layers: Tensor) -> Tensor:
+        """Metres [B, positions] from maps and vectors in turn, shallow to deep."""
+        dtype = next(self.head.parameters()).dtype
+        maps, vectors = ([value.to(dtype) for value in layers[start::2]] for start in (0, 1))
+        pairs = [(vector[:, 0], layer) for vector, layer in zip(vectors, maps, strict=True)]
+        return self.head(pairs).flatten(1)
+
+
 class FusedGraph(nn.Module):
     """Everything a client may ask for in one graph."""
 
@@ -117,8 +171,9 @@ class FusedGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """backbone_global, backbone_patches, then the outputs of every head and task."""
-        summary, flat, features, features_global = self.backbone(image)
+        summary, flat, features, features_global, *layers = self.backbone(image)
         known = {FEATURES: features, FEATURES_GLOBAL: features_global}
+        known |= dict(zip(layer_names(len(layers) // 2), layers, strict=True))
         if self.interaction is not None:
             known[SPACES] = self.interaction(features, features_global)
         found = [summary, flat]
@@ -146,6 +201,13 @@ class Student:
     heads: tuple[Head, ...]
     stride: int
     sha256: str
+    layer_strides: tuple[int, ...] = ()
+    """Pixels per position of the layers a DPT head reads, empty without such a head."""
+
+    @cached_property
+    def encoder(self) -> RunEncoder:
+        """The student as evaluation reads it."""
+        return RunEncoder(self.run, BACKBONE)
 
 
 def open_student(folder: Path) -> Student:
@@ -154,14 +216,26 @@ def open_student(folder: Path) -> Student:
     sha256 = tensors_sha256(run.method.state_dict())
     heads = [load_head(folder / "heads" / f"{task}.safetensors", sha256) for task in TASKS
              if (folder / "heads" / f"{task}.safetensors").exists()]  # fmt: skip
-    for head in heads:
-        if head.kind == "dpt-depth":
-            raise UserError(
-                f"{folder}/heads/depth.safetensors is a DPT head, which reads four layers; graphs have the last one only "
-                "(train it with depth.head=linear, or move it away)"
-            )
     deployment = run.method.deploy()
-    return Student(run, deployment, tuple(heads), deployment.student.stride, sha256)
+    student = Student(run, deployment, tuple(heads), deployment.student.stride, sha256)
+    if any(head.kind == DPT for head in heads):
+        return replace(student, layer_strides=measure_strides(student))
+    return student
+
+
+@torch.inference_mode()
+def measure_strides(student: Student) -> tuple[int, ...]:
+    """Pixels per position of the four layers; raises UserError where they are no whole part of the student's stride."""
+    stride = student.stride
+    size = max(1, student.run.recipe.student.image_size // stride) * stride
+    layers = student.encoder.layers(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    rows = [patches.shape[1] for _, patches in layers]
+    if any(size % n or stride % (size // n) for n in rows):
+        raise UserError(
+            f"the layers of '{student.run.recipe.student.name}' have {', '.join(map(str, rows))} rows for {size} pixels, which "
+            f"its stride {stride} is no multiple of: train the depth head with depth.head=linear, or move it away"
+        )
+    return tuple(size // n for n in rows)
 
 
 def build_parts(student: Student, height: int | None, width: int | None) -> list[Part]:
@@ -174,9 +248,13 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
     rows, columns = (height // stride, width // stride) if height and width else ("rows", "columns")
     positions = rows * columns if height and width else "positions"
     image = image_port(height or "height", width or "width")
+    layers: tuple[Port, ...] = ()
+    for head in student.heads:
+        if head.kind == DPT:
+            layers = layer_ports(head.module.settings["widths"], student.layer_strides, stride, height, width)
     backbone = Part(
-        BackboneGraph(deployment),
-        Signature(BACKBONE, (image,), backbone_ports(d, positions) + feature_ports(d, rows, columns)),
+        LayersGraph(deployment) if layers else BackboneGraph(deployment),
+        Signature(BACKBONE, (image,), backbone_ports(d, positions) + feature_ports(d, rows, columns) + layers),
     )
     parts, interaction, inputs = [backbone], None, feature_ports(d, rows, columns)
     prefix = int(deployment.student.has_class_token)
@@ -200,7 +278,12 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
         by_direction = FEATURE_LOSS[teacher.role] in (pooled_cosine, patch_cosine)
         ports = head_ports(label, dims.summary if has_token else None, dims.patches, positions, not by_direction)
         heads.append(Part(readers[label], Signature(head_graph(label), inputs, ports), {"teacher": label}))
-    tasks = [build_task(head, readers, inputs, feature_ports(d, rows, columns), positions) for head in student.heads]
+    tasks = [
+        build_dpt(head, layers, student.layer_strides[0], height, width)
+        if head.kind == DPT
+        else build_task(head, readers, inputs, feature_ports(d, rows, columns), positions, stride)
+        for head in student.heads
+    ]
     fused = FusedGraph(backbone.module, interaction.module if interaction else None, [*heads, *tasks])
     outputs = backbone_ports(d, positions) + tuple(p for part in [*heads, *tasks] for p in part.signature.outputs)
     return [*parts, *heads, *tasks, Part(fused, Signature(FUSED, (image,), outputs))]
@@ -212,14 +295,38 @@ def build_task(
     coupled: tuple[Port, ...],
     features: tuple[Port, ...],
     positions: int | str,
+    stride: int,
 ) -> Part:
     """The graph of one task head; one that reads a teacher's output carries that teacher's head inside.
 
     (Fed from the head's own output, it would make that both an ensemble output and a step's input.)
     """
     reads, classes = head.about["reads"], head.module.settings.get("classes", 1)
-    about = {key: head.about[key] for key in ("reads", "classes", "size", "unit") if key in head.about}
+    about = describe(head)
+    if head.task != "classification":
+        grid = (features[0].axes[1], features[0].axes[2])
+        about |= {"stride": stride} | ({"grid": grid} if isinstance(positions, int) else {})
     reader = None if reads == BACKBONE else readers[reads]
     inputs = coupled if reader else (features[1] if head.task == "classification" else features[0],)
     port = task_port(head.task, classes, positions)
     return Part(TaskGraph(head.task, head.module, reader), Signature(head.task, inputs, (port,)), about)
+
+
+def build_dpt(head: Head, layers: tuple[Port, ...], finest: int, height: int | None, width: int | None) -> Part:
+    """The graph of a DPT head; `finest` is the stride of the first layer, whose grid it multiplies by its first scale.
+
+    What it says is finer than patches, so `about` has its own stride: floor(pixels / stride + 1/2) rows or columns.
+    """
+    scale = head.module.settings["scales"][0]
+    about = describe(head) | {"stride": finest / scale}
+    positions: int | str = "depth_positions"
+    if height and width:
+        about["grid"] = (scaled(height // finest, scale), scaled(width // finest, scale))
+        positions = about["grid"][0] * about["grid"][1]
+    port = task_port("depth", 1, positions, f"cell of {finest / scale:g} pixels")
+    return Part(DPTGraph(head.module), Signature("depth", layers, (port,)), about)
+
+
+def describe(head: Head) -> dict:
+    """What a client should know of a head."""
+    return {key: head.about[key] for key in ("reads", "classes", "size", "unit") if key in head.about}

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from distill.methods.deployment import BACKBONE
 from export.bundle import ParityRecord, Precision
-from export.graph import Part, Student
+from export.graph import DPT, Part, Student
 from export.runtimes import Outputs, Runtime
-from export.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE
+from export.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE, layer_names
 
 TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
 """Least cosine between a graph's output and the student's, on every picture."""
@@ -49,6 +49,10 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
         if prediction.token is not None:
             found[f"{label}_token"] = prediction.token.numpy()
         found[f"{label}_patches"] = flat.numpy()
+    if student.layer_strides:
+        layers = student.encoder.layers(image.permute(0, 3, 1, 2))
+        values = (value for summary, patches in layers for value in (patches, summary.unsqueeze(1)))
+        found |= {name: value.numpy() for name, value in zip(layer_names(len(layers)), values, strict=True)}
     for head in student.heads:
         seen = predictions[head.about["reads"]]
         match head.task:
@@ -58,7 +62,7 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
             case "segmentation":
                 found["segmentation_logits"] = head.module(seen.patches).flatten(2).transpose(1, 2).numpy()
             case "depth":
-                found["depth"] = head.module(seen.patches).flatten(1).numpy()
+                found["depth"] = head.module(layers if head.kind == DPT else seen.patches).flatten(1).numpy()
     return found
 
 

@@ -17,7 +17,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from distill.errors import UserError
 from distill.preprocess import Preprocess
 from distill.targets import FeatureNormalizer
-from export.graph import Student
+from export.graph import DPT, Student
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 CALIBRATION = {
@@ -37,7 +37,7 @@ def cast_student(student: Student, precision: str) -> Student:
     """A copy whose network, interaction and heads compute in `precision`.
 
     What goes in and comes out stays float32, as do the picture's normalisation, the way back to the teachers' units and
-    the task heads, all of them tiny.
+    the task heads, all of them tiny but DPT's, which is cast too.
     """
     if precision not in ("fp16", "bf16"):
         return student
@@ -45,7 +45,11 @@ def cast_student(student: Student, precision: str) -> Student:
     for module in deployment.modules():
         if isinstance(module, Preprocess | FeatureNormalizer):
             module.float()
-    return replace(student, deployment=deployment)
+    heads = tuple(
+        replace(head, module=copy.deepcopy(head.module).to(DTYPES[precision])) if head.kind == DPT else head
+        for head in student.heads
+    )
+    return replace(student, deployment=deployment, heads=heads)
 
 
 class Feeds(CalibrationDataReader):

@@ -5,17 +5,21 @@ from pathlib import Path
 
 import onnx
 import torch
+from onnxscript.optimizer import fold_constants
 from torch import nn
 from torch.export import Dim
 
 from distill.errors import UserError
 from export.graph import Part
 from export.resample import dense_resampling
-from export.signature import Port, Signature
+from export.signature import Port, Signature, layer_side
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
 """By precision. 20 is read by every runtime; from 23 on attention is one node, which TensorRT-RTX refuses in float32; before
 22 ONNX has no convolution in bf16."""
+
+FOLDED = 64
+"""Bytes of constants that are computed at export in bf16: axes, which TensorRT wants as numbers, but no weights."""
 
 INLINE_LIMIT = 1_800_000_000
 """Bytes of weights up to which they lie inside the file; protobuf ends at 2 GiB."""
@@ -39,10 +43,17 @@ def dynamic_axes(signature: Signature, stride: int, max_batch: int) -> tuple[dic
     }  # fmt: skip
     # a multiple of the stride: anything else would be cut off in silence
     dims["height"], dims["width"] = stride * dims["rows"], stride * dims["columns"]
+    dims |= layer_sides(signature, dims, stride)
     return tuple(
         {place: dims[axis] for place, axis in enumerate(port.axes) if isinstance(axis, str)}
         for port in signature.inputs
     )
+
+
+def layer_sides(signature: Signature, known: dict, stride: int) -> dict:
+    """What `known` lacks of the inputs' axes: those of layers finer than the student's grid."""
+    names = {axis for port in signature.inputs for axis in port.axes if isinstance(axis, str)}
+    return {axis: layer_side(axis, known["rows"], known["columns"], stride) for axis in sorted(names - set(known))}
 
 
 def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProto:
@@ -52,6 +63,7 @@ def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProt
     sizes = {"batch": 2, "rows": 6, "columns": 4, "height": 6 * stride, "width": 4 * stride}
     prefix = getattr(part.module, "prefix", 0)
     sizes["tokens"] = 24 + prefix
+    sizes |= layer_sides(signature, sizes, stride)
     arguments = tuple(example(port, stride, sizes) for port in signature.inputs)
     axes = dynamic_axes(signature, stride, max_batch)
     # modules that take *inputs have one argument, a tuple, in torch.export's eyes
@@ -72,6 +84,8 @@ def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProt
             raise UserError(
                 f"graph '{signature.graph}' cannot be exported ({reason}): this architecture is not supported"
             ) from error
+    if opset == OPSET["bf16"]:
+        fold_constants(program.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
     return program.model_proto
 
 

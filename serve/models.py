@@ -142,8 +142,14 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
     resolution = bundle.manifest.resolution
     rows, columns = resolution.height // resolution.stride, resolution.width // resolution.stride
     # `tokens` may count a class position too; warm-up only needs a size that runs
-    return {"height": resolution.height, "width": resolution.width, "rows": rows, "columns": columns,
-            "positions": rows * columns, "tokens": rows * columns + 1}  # fmt: skip
+    found = {"height": resolution.height, "width": resolution.width, "rows": rows, "columns": columns,
+             "positions": rows * columns, "tokens": rows * columns + 1}  # fmt: skip
+    for graph in bundle.parts:  # a DPT head reads finer layers: `rows_4` is a row every 4 pixels
+        for axis in {axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)}:
+            side, _, pixels = axis.partition("_")
+            if pixels:
+                found[axis] = {"rows": resolution.height, "columns": resolution.width}[side] // int(pixels)
+    return found
 
 
 def about(bundle: Bundle, graph: Graph) -> bytes:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from distill.errors import UserError
-from distill.heads import KINDS, Classifier, DPTDepth, LinearDepth, LinearSegmenter, load_head, save_head
+from distill.heads import KINDS, Classifier, DPTDepth, LinearDepth, LinearSegmenter, load_head, save_head, scaled
 
 
 def test_every_kind_round_trips_through_its_file(tmp_path):
@@ -62,6 +62,12 @@ def test_dpt_gives_a_map_of_the_finest_layer_within_the_range(scales):
     depth.sum().backward()
     lacking = [name for name, p in head.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert lacking == [], "every layer and its summary reach the depth"
+
+
+@pytest.mark.parametrize("scale", [4, 3.5, 2, 1.75, 1, 0.875, 0.5, 0.4375, 16 / 17])
+def test_scaled_sides_are_rounded_halves_up(scale):
+    for side in range(1, 200):
+        assert scaled(side, scale) == max(1, int(side * scale + 0.5))
 
 
 def damage(path, how):
