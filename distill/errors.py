@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
@@ -13,6 +14,10 @@ class UserError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training itself failed (it diverged, say); commands turn it into one line and exit status 1."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal that ends a command as Ctrl-C does, SIGTERM say: made with its number."""
 
 
 def suggest(value: str, known: Iterable[str], show: int = 8) -> str:
@@ -26,9 +31,12 @@ def suggest(value: str, known: Iterable[str], show: int = 8) -> str:
 
 
 def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command; a mistake of the user's or a failure of training becomes one line on standard error."""
+    """Run a command; a mistake of the user's, a failure of training or Ctrl-C becomes one line on standard error."""
     try:
         return command() or 0
+    except KeyboardInterrupt as error:
+        print("stopped", file=sys.stderr)
+        return 128 + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)  # as shells count
     except UserError as error:
         status = 2
         # A DataLoader worker's error comes with its traceback in front; the last line is ours.

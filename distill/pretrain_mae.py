@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from distill.command_line import CommandLine
 from distill.config import DataConfig
 from distill.data import CropDataset, StepBatches, centre_crop, collate, make_loader
 from distill.errors import UserError, exit_status
@@ -206,11 +207,10 @@ def draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Pat
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m distill.pretrain_mae",
         description="Pretrain the quickstart's small masked autoencoder on packaged photographs.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="also draw reconstructions of held-out crops")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.command_line import CommandLine
 from distill.errors import UserError, exit_status
 
 EPILOG = """\
@@ -25,11 +26,10 @@ Exit status: 0 done (or stopped by SIGTERM after a checkpoint), 2 a mistake in w
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m distill.run",
         description="Distil several frozen vision teachers into one student.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="shipped recipe or YAML file (default: quickstart)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set any key of the recipe")

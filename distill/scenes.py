@@ -7,7 +7,6 @@ Every scene is a pure function of (seed, number, size). One ray a sample, cast f
 ray's parameter is the depth along the optical axis, in metres, as depth cameras report it.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from distill.command_line import CommandLine
 from distill.errors import UserError, exit_status
 
 CLASSES = ("ball", "box", "cone", "cylinder", "ring")
@@ -249,11 +249,10 @@ DIR/scenes.json                                 names of classes and labels, see
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m distill.scenes",
         description="Draw procedural scenes with class, mask and depth, for offline demonstrations and tests.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write; must not exist")
     parser.add_argument("--train", type=int, default=400, metavar="N", help="training scenes (400)")

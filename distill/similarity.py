@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.command_line import CommandLine
 from distill.errors import UserError, exit_status
 
 EPILOG = """\
@@ -32,11 +33,10 @@ LOW, BEST_FROM, BEST_TO, HIGH = 0.45, 0.50, 0.54, 0.555
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m distill.similarity",
         description="Linear CKA between teachers, with the papers' advice on which to combine.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--teachers", nargs="+", metavar="NAME", help="two or more networks")

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from distill.checkpoint import load_run
+from distill.command_line import CommandLine
 from distill.errors import UserError, exit_status
 from distill.images import UnreadableImage, decode_rgb
 from distill.losses import Prediction
@@ -35,11 +36,10 @@ multiple of the student's stride works; memory grows with its square (a ViT's at
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m distill.visualize",
         description="Picture the features of a trained student.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of distill.run")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="photographs")

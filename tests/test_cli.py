@@ -129,6 +129,17 @@ def test_fewer_pictures_a_batch_than_ranks_is_refused(recipe_file, tmp_path):
     assert "train.batch_size" in done.stderr and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--dryrun"], "did you mean '--dry-run'"), (["quickstart", "--output"], "--output: expected one argument")],
+)
+def test_a_wrong_option_is_one_line_and_status_two(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
 def test_help_shows_examples_and_list_shows_every_key(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["--help"])

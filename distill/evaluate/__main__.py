@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.command_line import CommandLine
 from distill.errors import UserError, exit_status, suggest
 
 EPILOG = """\
@@ -44,11 +45,10 @@ data layouts (--data ROOT; ROOT/classification, ROOT/dense, … go before ROOT i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m distill.evaluate",
         description="Score a student, its heads and its teachers by the papers' protocols.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, or timm name")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="set any key of --list")
