@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from distill.errors import UserError, suggest
 
 if TYPE_CHECKING:
-    from export.to_tensorrt import EngineOptions
+    from export.engine_record import EngineOptions
 
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
 ANYWHERE = "--formats tensorrt-rtx --compute-capability 8.9"
@@ -122,12 +122,29 @@ def targets(trt: ModuleType, flavour: str, asked: tuple[str, ...]) -> tuple[str,
     return asked
 
 
-def configure(trt: ModuleType, config: Any, capabilities: tuple[str, ...], options: "EngineOptions") -> None:
-    """Carry the options over to the builder's config; a flag this TensorRT lacks is a UserError."""
+def flags(trt: ModuleType, options: "EngineOptions") -> list[str]:
+    """Names of the builder's flags that options ask for; a UserError for those that cannot be had here."""
     if options.flavour == "tensorrt-rtx":
         for name in ("strip_weights", "refit", "version_compatible"):
             if getattr(options, name) and not gpu_present():
                 raise UserError(f"tensorrt-rtx: {name} cannot be built without a GPU (leave it out, or build on a GPU)")
+    wanted = {
+        "VERSION_COMPATIBLE": options.version_compatible,
+        "REFIT": options.refit,
+        "STRIP_PLAN": options.strip_weights,
+        "REFIT_IDENTICAL": options.strip_weights and not options.refit,  # stripped weights must come back somehow
+    }
+    names = [name for name, asked in wanted.items() if asked]
+    for name in names:
+        if not hasattr(trt.BuilderFlag, name):
+            raise UserError(f"{options.flavour} {trt.__version__}: knows no {name} (install 10.0 or later)")
+    return names
+
+
+def configure(trt: ModuleType, config: Any, capabilities: tuple[str, ...], options: "EngineOptions") -> None:
+    """Carry the options over to the builder's config; a flag this TensorRT lacks is a UserError."""
+    wanted = flags(trt, options)
+    if options.flavour == "tensorrt-rtx":
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
             config.set_compute_capability(getattr(trt.ComputeCapability, "SM" + capability.replace(".", "")), index)
@@ -137,15 +154,7 @@ def configure(trt: ModuleType, config: Any, capabilities: tuple[str, ...], optio
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, int(options.workspace_gib * 2**30))
     if options.optimization_level is not None:
         config.builder_optimization_level = options.optimization_level
-    flags = {
-        "VERSION_COMPATIBLE": options.version_compatible,
-        "REFIT": options.refit,
-        "STRIP_PLAN": options.strip_weights,
-        "REFIT_IDENTICAL": options.strip_weights and not options.refit,  # stripped weights must come back somehow
-    }
-    for name in (name for name, wanted in flags.items() if wanted):
-        if not hasattr(trt.BuilderFlag, name):
-            raise UserError(f"{options.flavour} {trt.__version__}: knows no {name} (install 10.0 or later)")
+    for name in wanted:
         config.set_flag(getattr(trt.BuilderFlag, name))
     if options.timing_cache:
         path = options.timing_cache
@@ -189,16 +198,18 @@ def collecting_logger(trt: ModuleType) -> Any:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into an event: an exception inside TensorRT's callbacks would end the process."""
+    """Turn Ctrl-C and SIGTERM into an event: an exception inside TensorRT's callbacks would end the process."""
     stopped = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield stopped
         return
-    before = signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in numbers}
     try:
         yield stopped
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def progress_bars() -> Progress:

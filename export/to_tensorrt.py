@@ -6,107 +6,23 @@ An engine cannot be opened without a GPU, so beside it lies `<engine>.json`, wri
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import ValidationError
 
 from distill.errors import UserError, suggest
 from export import gpu
+from export.engine_record import EngineOptions, EngineRecord, EngineTensor, Profile, Record, first_problem
 from export.gpu import FLAVOURS as FLAVOURS
 from export.gpu import load_bindings, one_line
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EngineOptions(_Frozen):
-    """How to build; made by keyword, a wrong value is a one-line `UserError`."""
-
-    flavour: Literal["tensorrt", "tensorrt-rtx"]
-    compute_capabilities: tuple[str, ...] = ()
-    """GPUs the engine shall run on, such as "8.9"; empty: the one in this machine. Several: tensorrt-rtx only."""
-    workspace_gib: float | None = Field(None, gt=0)
-    """Most scratch memory a layer may use, in GiB; None: all there is."""
-    optimization_level: int | None = Field(None, ge=0, le=5)
-    """0 builds fastest, 5 runs fastest; None: TensorRT's own choice, 3."""
-    timing_cache: Path | None = None
-    """Measured kernel times, read if the file is there and written back; tensorrt-rtx measures none and ignores it."""
-    tf32: bool = True
-    """Whether float32 matrices may be multiplied at 10 bits of mantissa, as TensorRT does unless told otherwise."""
-    version_compatible: bool = False
-    strip_weights: bool = False
-    refit: bool = False
-
-    def __init__(self, **values: Any) -> None:
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise UserError(f"engine options: {_first(error)}") from error
-
-    @field_validator("compute_capabilities")
-    @classmethod
-    def _spelt(cls, capabilities: tuple[str, ...]) -> tuple[str, ...]:
-        for capability in capabilities:
-            if not re.fullmatch(r"\d{1,2}\.\d", capability):
-                raise ValueError(f"'{capability}' is no compute capability (write major.minor, such as 8.9)")
-        if len(set(capabilities)) < len(capabilities):
-            raise ValueError(f"{', '.join(capabilities)} names one twice (name each once)")
-        return capabilities
-
-
-class ShapeRange(NamedTuple):
-    """The smallest, the favoured and the largest shape of one input."""
-
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
-
-
-class Profile(_Frozen):
-    """An optimisation profile: the shapes of every input with dynamic dimensions."""
-
-    shapes: dict[str, ShapeRange]
-
-
-class EngineTensor(_Frozen):
-    """An input or output of the engine; dynamic dimensions are -1."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-class EngineRecord(_Frozen):
-    """The sidecar of an engine: all that is known about it where it cannot be opened."""
-
-    inputs: tuple[EngineTensor, ...]
-    outputs: tuple[EngineTensor, ...]
-    profiles: tuple[Profile, ...]
-    dtypes: tuple[str, ...]
-    """Types of all tensors in the network, sorted: the precision it computes in."""
-    compute_capabilities: tuple[str, ...]
-    flavour: Literal["tensorrt", "tensorrt-rtx"]
-    tensorrt_version: str
-    graph_sha256: dict[str, str]
-    """By file name: the graph, and its external weights if it has some."""
-    engine_sha256: str
-    options: EngineOptions
-    """As they took effect; of the timing cache the file name only."""
-
-    @property
-    def built(self) -> str:
-        """By what and for which GPUs, in words."""
-        return f"{self.flavour} {self.tensorrt_version} for {', '.join(self.compute_capabilities)}"
-
-
-class Inspection(_Frozen):
+class Inspection(Record):
     """What `inspect_engine` found out: `deserialised` if the engine was opened on a GPU and agrees with its record."""
 
     record: EngineRecord
@@ -252,14 +168,6 @@ def _appear(files: dict[Path, memoryview]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _first(error: ValidationError) -> str:
-    """The first complaint of pydantic's, with the field's name and value, on one line."""
-    problem = error.errors()[0]
-    place, said = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-    given = "" if problem["type"] in ("missing", "value_error") else f" (given: {str(problem['input'])[:60]})"
-    return one_line([f"{place}: {said}{given}" if place else f"{said}{given}"])
-
-
 def record_path(engine: Path) -> Path:
     """Where the sidecar of an engine lies: `model.engine.json` beside `model.engine`."""
     return engine.with_name(engine.name + ".json")
@@ -272,7 +180,7 @@ def read_record(path: Path) -> EngineRecord:
     except FileNotFoundError as error:
         raise UserError(f"{path}: an engine's record is missing (build the engine again)") from error
     except ValidationError as error:
-        raise UserError(f"{path}: a damaged engine record: {_first(error)} (build the engine again)") from error
+        raise UserError(f"{path}: a damaged engine record: {first_problem(error)} (build the engine again)") from error
 
 
 def verify_engine(engine: Path) -> EngineRecord:

@@ -272,21 +272,22 @@ def test_timing_cache_does_nothing_for_rtx_and_the_record_says_so(graph, tmp_pat
     assert record.options.timing_cache is None and not (tmp_path / "timing.cache").exists()
 
 
-def test_interrupt_ends_the_build_and_leaves_no_file(graph):
-    """Ctrl-C arrives while TensorRT calls back; an exception there would end the process."""
-    before = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_ends_the_build_and_leaves_no_file(graph, number):
+    """Ctrl-C or SIGTERM arrives while TensorRT calls back; an exception there would end the process."""
+    before = signal.getsignal(number)
 
     def strike() -> None:
-        while signal.getsignal(signal.SIGINT) is before:  # until the builder is about to run
+        while signal.getsignal(number) is before:  # until the builder is about to run
             time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=strike)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         build_engine(graph, graph.with_suffix(".engine"), [PROFILE], rtx())
     thread.join()
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert [path.name for path in graph.parent.iterdir()] == ["student.onnx"]
 
 
