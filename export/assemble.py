@@ -3,9 +3,7 @@
 import argparse
 import datetime
 import logging
-import os
 import platform
-import shutil
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from safetensors import safe_open
 
 from distill.checkpoint import git_commit
 from distill.config import TeacherConfig
@@ -27,6 +26,7 @@ from distill.pictures import FolderPictures, PackagedPhotos
 from distill.teachers import PACKAGE, weights_source
 from export.bundle import (
     MANIFEST,
+    BundledEngine,
     GraphRecord,
     Manifest,
     ParityRecord,
@@ -37,12 +37,14 @@ from export.bundle import (
     TensorRecord,
     sha256_of,
 )
+from export.check import weight_dtypes
 from export.golden import write_golden
 from export.graph import Part, Student, build_parts, open_student
+from export.output import appearing
 from export.parity import TOLERANCE, check_sizes, engine_sizes, measure, run_chain
 from export.precision import cast_student, quantize
-from export.run import parse_sizes
-from export.runtimes import OnnxRuntime, Runtime, runtimes_here
+from export.run import PACKAGED, parse_sizes
+from export.runtimes import OnnxRuntime, Runtime, cpu_runtime, runtimes_here
 from export.signature import IMAGE
 from export.to_onnx import OPSET, export_part
 
@@ -52,45 +54,29 @@ PHOTOS = 32
 """Pictures that are compared, at most."""
 
 
-def export_bundle(asked: argparse.Namespace, formats: list[str]) -> Path:
-    """Make the bundle of a parsed command line aside, then rename it into place; nothing is left of a failed one.
+def export_bundle(asked: argparse.Namespace, formats: list[str], place: Path) -> None:
+    """Make the bundle of a parsed command line aside of its `place`; nothing is left of a failed or stopped one.
 
     Raises UserError for what a user can mend and TrainingError where graphs do not agree with the student.
     """
     start = time.perf_counter()
+    cpu_runtime({}, asked.precision)  # before the minutes that graphs take, too: what they will be checked in
     student = open_student(asked.run)
     sizes = parse_sizes(asked.resolutions, student.stride, student.run.recipe.student.image_size)
-    photos = load_photos(asked.images, PHOTOS)
+    photos = load_photos("--images", asked.images, PHOTOS)
     calibration = None
     if asked.precision == "int8":
-        if asked.calibration_images < 1:
-            raise UserError(f"--calibration-images {asked.calibration_images}: give 1 or more")
-        folder = None if asked.calibration == "packaged-photos" else Path(asked.calibration)
-        calibration = load_photos(folder, asked.calibration_images)
-    aside = asked.output.parent / f".{asked.output.name}.{os.getpid()}.tmp"
-    try:
-        aside.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--output {asked.output}: cannot make it ({error.strerror}): choose another") from error
-    try:
-        manifest = fill(asked, formats, student, sizes, photos, calibration, aside)
-        (aside / MANIFEST).write_text(manifest.sealed().model_dump_json(indent=1))
-        if asked.output.exists():  # with --force, or empty
-            old = aside.with_suffix(".old")
-            asked.output.rename(old)
-            aside.rename(asked.output)
-            shutil.rmtree(old)
-        else:
-            aside.rename(asked.output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    size = sum((asked.output / name).stat().st_size for name in manifest.files)
+        folder = None if asked.calibration == PACKAGED else Path(asked.calibration)
+        calibration = load_photos("--calibration", folder, asked.calibration_images)
+    with appearing(asked.output, place, asked.force) as aside:
+        manifest = fill(asked, formats, student, sizes, photos, calibration, aside).sealed()
+        (aside / MANIFEST).write_bytes(manifest.to_bytes())
+    size = sum((place / name).stat().st_size for name in manifest.files)
     log.info("bundle    %s, %d graphs, %.1f MB, %.0f s", asked.output, len(manifest.graphs), size / 1e6,
              time.perf_counter() - start)  # fmt: skip
     print(f"manifest  {asked.output / MANIFEST}")
     print("next      verify it, or look at its speed:")
     print(f"  python -m export.check {asked.output}")
-    return asked.output
 
 
 def fill(
@@ -123,7 +109,7 @@ def fill(
     engines = build_engines(asked, formats, parts, paths, sizes, student.stride, folder)
     by_flavour: dict[str, dict[str, Path]] = {}
     for entry in engines:
-        by_flavour.setdefault(entry["flavour"], {})[entry["graph"]] = folder / entry["file"]
+        by_flavour.setdefault(entry.flavour, {})[entry.graph] = folder / entry.file
     built = runtimes_here(asked.precision, engines=by_flavour)
     parity += prove(asked, student, parts, built, photos, engine_sizes(sizes))
     write_golden(folder, student, parts, photos, (height, width), asked.max_batch, asked.precision)
@@ -132,6 +118,7 @@ def fill(
         student=StudentRecord(
             network=recipe.student.name, method=recipe.method, width=student.deployment.student.width,
             stride=student.stride, image_size=recipe.student.image_size, sha256=student.sha256,
+            trained_steps=trained_steps(asked.run),
         ),
         teachers=tuple(describe_teacher(t, student) for t in recipe.teachers),
         precision=asked.precision,
@@ -150,13 +137,25 @@ def fill(
     )  # fmt: skip
 
 
-def load_photos(folder: Path | None, most: int) -> list[tuple[str, Image.Image]]:
+def trained_steps(run: Path) -> int | None:
+    """Optimizer steps behind a run's weights, None where their file does not say."""
+    with safe_open(run / "student.safetensors", framework="np") as file:
+        said = file.metadata().get("step", "")
+    return int(said) if said.isdecimal() else None
+
+
+def load_photos(option: str, folder: Path | None, most: int) -> list[tuple[str, Image.Image]]:
     """Names and pictures of a folder (default: packaged ones), at most so many; raises UserError for unreadable ones."""
-    pictures = FolderPictures(folder) if folder else PackagedPhotos()
+    try:
+        pictures = FolderPictures(folder) if folder else PackagedPhotos()
+    except UserError as error:
+        # training's key for the same thing
+        raise UserError(str(error).replace("data.path =", option)) from error
     found = []
     for number in range(min(most, len(pictures))):
         try:
-            found.append((pictures.name(number), pictures.load(number)))
+            name = pictures.name(number).encode(errors="backslashreplace").decode()  # a file's may be no UTF-8
+            found.append((name, pictures.load(number)))
         except UnreadableImage as error:
             raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
     return found
@@ -224,7 +223,7 @@ def print_parity(rows: list[ParityRecord], runtime: str) -> None:
 def build_engines(
     asked: argparse.Namespace, formats: list[str], parts: list[Part], paths: dict[str, Path],
     sizes: list[tuple[int, int]], stride: int, folder: Path,
-) -> list[dict]:  # fmt: skip
+) -> list[BundledEngine]:  # fmt: skip
     """Engines of every graph for the TensorRT flavours asked for; returns their records."""
     flavours = [name for name in formats if name != "onnx"]
     if not flavours:
@@ -244,7 +243,8 @@ def describe_graph(part: Part, paths: dict[str, Path], precision: str) -> GraphR
     about = {key: list(value) if isinstance(value, tuple) else value for key, value in part.about.items()}
     return GraphRecord(
         name=signature.graph, file=paths[signature.graph].name, inputs=inputs, outputs=outputs, precision=precision,
-        opset=OPSET[precision], about=about,
+        dtypes=weight_dtypes(onnx.load(paths[signature.graph], load_external_data=False)), opset=OPSET[precision],
+        about=about,
     )  # fmt: skip
 
 

@@ -5,25 +5,33 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from distill.errors import UserError
+from export.engine_record import EngineRecord, Record
 
-FORMAT = 1
-"""Version of the schema; raise it with a named `_upgrade_` function when it changes."""
+FORMAT = 2
+"""Version of the schema; bundles of another are exported again. 2: types of each graph's weights, engines' records."""
 
 MANIFEST = "manifest.json"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
-class Record(BaseModel):
-    """Base of everything in a manifest: unknown keys are errors, values never change."""
+def inside(name: str) -> str:
+    """A file's name as manifests have it; ValueError for one that leads out of the bundle or is spelt oddly."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST):
+        raise ValueError(f"'{name}' is no name of a file in a bundle")
+    return name
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+FileName = Annotated[str, AfterValidator(inside)]
 
 
 class TensorRecord(Record):
@@ -39,12 +47,31 @@ class GraphRecord(Record):
     """One ONNX graph. `about` says what a task head knows: its classes, unit, what it reads."""
 
     name: str
-    file: str
+    file: FileName
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     precision: Precision
+    """As asked for; small graphs may compute in float32 all the same."""
+    dtypes: tuple[str, ...]
+    """Types of the graph's weights and other constants (initialisers), sorted."""
     opset: int
     about: dict[str, Any] = Field(default_factory=dict)
+
+
+class BundledEngine(EngineRecord):
+    """An engine of a bundle: its sidecar, the graph it was built of and its file."""
+
+    graph: str
+    file: FileName
+
+    @property
+    def record(self) -> EngineRecord:
+        """What the sidecar says."""
+        return EngineRecord(**{name: getattr(self, name) for name in EngineRecord.model_fields})
+
+    def __getitem__(self, name: str) -> Any:
+        """A field by its name in manifest.json."""
+        return getattr(self, name)
 
 
 class TeacherRecord(Record):
@@ -68,7 +95,8 @@ class StudentRecord(Record):
     stride: int
     image_size: int
     sha256: str
-    trained_steps: int | None = None
+    trained_steps: int | None
+    """Optimizer steps of the run, None where it does not say."""
 
 
 class Preprocessing(Record):
@@ -116,9 +144,9 @@ class Manifest(Record):
     resolution: Resolution
     max_batch: int
     graphs: tuple[GraphRecord, ...]
-    engines: tuple[dict[str, Any], ...] = ()
+    engines: tuple[BundledEngine, ...] = ()
     parity: tuple[ParityRecord, ...]
-    files: dict[str, str]
+    files: dict[FileName, str]
     made: dict[str, str]
     seal: str = ""
     """sha256 over all of the above, so that a changed manifest is found too."""
@@ -135,6 +163,10 @@ class Manifest(Record):
     def whole(self) -> bool:
         """Whether the seal is that of the content."""
         return self.seal == self._digest()
+
+    def to_bytes(self) -> bytes:
+        """manifest.json, to the byte."""
+        return self.model_dump_json(indent=1).encode()
 
     def graph(self, name: str) -> GraphRecord:
         """The graph of a name; raises UserError if the bundle lacks it."""
@@ -155,9 +187,10 @@ def read_manifest(bundle: Path) -> Manifest:
     path = bundle / MANIFEST
     if not path.is_file():
         raise UserError(f"{bundle} is no bundle: it has no {MANIFEST} (make one with python -m export.run)")
+    data = path.read_bytes()
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not whole JSON ({error}): export again") from error
     if isinstance(content, dict) and content.get("format") != FORMAT:
         raise UserError(f"{path} is of format {content.get('format')}, this version reads {FORMAT}: export again")
@@ -167,7 +200,11 @@ def read_manifest(bundle: Path) -> Manifest:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         raise UserError(f"{path}: {key}: {problem['msg']} (export again)") from error
-    if not manifest.whole:
+    try:
+        same = manifest.whole and manifest.to_bytes() == data  # the seal is of what JSON says, whatever its spelling
+    except ValueError:  # half a surrogate pair, which JSON can write and UTF-8 cannot
+        same = False
+    if not same:
         raise UserError(f"{path} does not match its own seal: it was changed after the export; export again")
     return manifest
 
@@ -181,20 +218,50 @@ def add_files(bundle: Path, names: Sequence[str]) -> None:
         return
     manifest = read_manifest(bundle)
     files = manifest.files | {name: sha256_of(bundle / name) for name in names}
-    text = manifest.model_copy(update={"files": files}).sealed().model_dump_json(indent=1)
     aside = bundle / f".{MANIFEST}.tmp"
-    aside.write_text(text)
-    aside.replace(bundle / MANIFEST)
+    try:
+        with open(aside, "wb") as file:
+            file.write(manifest.model_copy(update={"files": files}).sealed().to_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(bundle / MANIFEST)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def entries(folder: Path) -> dict[str, int]:
+    """Mode (`st_mode`) of everything below a folder by its name in it; links are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = {}
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        for name in (*folders, *files):
+            path = Path(root, name)
+            found[path.relative_to(folder).as_posix()] = path.lstat().st_mode
+    return dict(sorted(found.items()))
+
+
+def strangers(present: dict[str, int], listed: Iterable[str]) -> list[str]:
+    """What is in a folder that is neither a file listed, of whatever kind, nor a folder that holds one."""
+    names = {*listed, MANIFEST}
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    return [
+        name for name, mode in present.items() if name not in names and not (name in folders and stat.S_ISDIR(mode))
+    ]
 
 
 def verify_files(bundle: Path, manifest: Manifest) -> dict[str, str]:
-    """What is wrong with each listed file ("" where nothing is), and with files that are not listed."""
-    found = {}
-    for name, expected in manifest.files.items():
-        path = bundle / name
-        if not path.is_file():
+    """What is wrong with each listed file ("" where nothing is), and with all else that is there."""
+    present, found = entries(bundle), {}
+    for name, expected in {MANIFEST: "", **manifest.files}.items():
+        if name not in present:
             found[name] = "missing"
+        elif stat.S_ISLNK(present[name]):
+            found[name] = "a link, not a file"
+        elif not stat.S_ISREG(present[name]):
+            found[name] = "no regular file"
         else:
-            found[name] = "" if sha256_of(path) == expected else "does not match its sha256"
-    present = {str(path.relative_to(bundle)) for path in bundle.rglob("*") if path.is_file()}
-    return found | {name: "not in the manifest" for name in sorted(present - set(manifest.files) - {MANIFEST})}
+            found[name] = "" if expected in ("", sha256_of(bundle / name)) else "does not match its sha256"
+    return found | dict.fromkeys(strangers(present, manifest.files), "not in the manifest")

@@ -1,29 +1,32 @@
 """`python -m export.check`: is a bundle whole, valid and what its manifest says?"""
 
-import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distill.errors import exit_status
+from distill.command_line import CommandLine
+from distill.errors import UserError, exit_status
+from export.bundle import BundledEngine, GraphRecord, Manifest, read_manifest, sha256_of, verify_files
+
+if TYPE_CHECKING:
+    import onnx
 
 EPILOG = """\
 examples:
   python -m export.check bundles/quickstart
 
-Verifies the sha256 of every file, each graph (onnx.checker, opset, names, types and shapes of inputs and outputs against the
-manifest), the recorded parity, and every engine's sidecar. Exit status: 0 all well, 1 something is wrong, 2 no bundle.
+Verifies the sha256 of every file and that there are no others, each graph (onnx.checker, opset, names, types and shapes of
+inputs and outputs, types of weights, against the manifest), the text encoder against its own description, the tensors of
+golden set and class embeddings, the recorded parity, and every engine's sidecar.
+Exit status: 0 all well, 1 something is wrong, 2 no bundle.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m export.check",
-        description="Verify a bundle of export.run.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandLine(prog="python -m export.check", description="Verify a bundle of export.run.", epilog=EPILOG)
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
     asked = parser.parse_args(arguments)
     return exit_status(lambda: check(asked.bundle))
@@ -32,14 +35,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(bundle: Path) -> int:
     """Verify and print a table; returns 0 where everything is well, else 1."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
-
-    from export.bundle import read_manifest, verify_files
 
     manifest = read_manifest(bundle)
     rows = [("file", name, problem) for name, problem in verify_files(bundle, manifest).items()]
-    rows += [("graph", graph.name, graph_problem(bundle, graph)) for graph in manifest.graphs]
-    rows += [("engine", entry["file"], engine_problem(bundle / entry["file"], entry)) for entry in manifest.engines]
+    rows += [("graph", graph.name, graph_problem(bundle, manifest, graph)) for graph in manifest.graphs]
+    for name in manifest.files:
+        if name == "text_encoder.json":
+            rows.append(("graph", "text_encoder", encoder_problem(bundle, manifest, name)))
+        elif name.endswith(".safetensors"):
+            rows.append(("tensors", name, tensors_problem(bundle / name, manifest)))
+    rows += [("engine", entry.file, engine_problem(bundle, manifest, entry)) for entry in manifest.engines]
     failed = [row for row in manifest.parity if not row.passed]
     worst = min((row.cosine for row in manifest.parity), default=1.0)
     said = f"{len(failed)} comparisons failed, least cosine {worst:.6f}" if failed else ""
@@ -48,51 +55,121 @@ def check(bundle: Path) -> int:
     for name in ("what", "name", "verdict"):
         table.add_column(name, overflow="fold")
     for kind, name, problem in rows:
-        table.add_row(kind, name, f"[red]{problem}[/red]" if problem else "ok")
+        # names of files that do not belong here may hold anything
+        shown = escape(name.encode(errors="backslashreplace").decode())
+        table.add_row(kind, shown, f"[red]{escape(problem)}[/red]" if problem else "ok")
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
     wrong = sum(bool(problem) for _, _, problem in rows)
     print(f"{bundle}: {'all well' if not wrong else f'{wrong} of {len(rows)} checks failed'}")
     return 1 if wrong else 0
 
 
-def graph_problem(bundle: Path, record) -> str:  # noqa: ANN001 - a GraphRecord
+def graph_problem(bundle: Path, manifest: Manifest, record: GraphRecord) -> str:
     """What is wrong with a graph's file, "" where nothing is."""
-    import onnx
-
-    path = bundle / record.file
-    if not path.is_file():
-        return "its file is missing"
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-        model = onnx.load(path, load_external_data=False)
-    # protobuf, checker and shape inference each raise their own
-    except Exception as error:
-        return f"not valid ONNX ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    if opset != record.opset:
-        return f"opset {opset}, the manifest says {record.opset}"
+    model, problem = open_graph(bundle, manifest, record.file, record.opset)
+    if model is None:
+        return problem
     for values, tensors in ((model.graph.input, record.inputs), (model.graph.output, record.outputs)):
         found = [describe(value) for value in values]
         wanted = [(t.name, t.dtype, tuple(t.shape)) for t in tensors]
         if found != wanted:
             return f"{found} where the manifest says {wanted}"
+    if weight_dtypes(model) != record.dtypes:
+        return f"weights of {', '.join(weight_dtypes(model))}, the manifest says {', '.join(record.dtypes)}"
     return ""
 
 
-def engine_problem(path: Path, entry: dict) -> str:
-    """What is wrong with an engine and its sidecar, "" where nothing is."""
-    from distill.errors import UserError
-    from export.to_tensorrt import verify_engine
+def open_graph(bundle: Path, manifest: Manifest, file: str, opset: int) -> "tuple[onnx.ModelProto | None, str]":
+    """A graph's model without its external weights, or None and what is wrong with its file."""
+    import onnx
+
+    path = bundle / file
+    if file not in manifest.files:
+        return None, "its file is not in the manifest"
+    if not path.is_file():
+        return None, "its file is missing"
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+        model = onnx.load(path, load_external_data=False)
+    # protobuf, checker and shape inference each raise their own
+    except Exception as error:
+        return None, f"not valid ONNX ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    found = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
+    return (model, "") if found == opset else (None, f"opset {found}, the manifest says {opset}")
+
+
+def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
+    """Types of a graph's initialisers, sorted."""
+    import onnx
+
+    names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.DOUBLE: "float64"}
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    return tuple(sorted(names.get(kind) or onnx.TensorProto.DataType.Name(kind).lower() for kind in kinds))
+
+
+def encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
+    """What is wrong with the text encoder that a file of `export.text` describes, "" where nothing is."""
+    try:
+        about = json.loads((bundle / name).read_bytes())
+        graph, ports = about["graph"], [about["input"], about["output"]]
+        for part in (graph, about["tokenizer"]["vocabulary"]):
+            if part["file"] not in manifest.files:
+                return f"{part['file']} is not in the manifest"
+            if sha256_of(bundle / part["file"]) != part["sha256"]:
+                return f"{part['file']} is not the one that {name} describes"
+        model, problem = open_graph(bundle, manifest, graph["file"], graph["opset"])
+        if model is None:
+            return problem
+        wanted = [(port["name"], port["dtype"], tuple(port["shape"])) for port in ports]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{name} does not describe an encoder ({type(error).__name__}: {error})"
+    found = [describe(value) for value in (*model.graph.input, *model.graph.output)]
+    return "" if found == wanted else f"{found} where {name} says {wanted}"
+
+
+def tensors_problem(path: Path, manifest: Manifest) -> str:
+    """What is wrong with a file of tensors, "" where nothing is: golden set, class embeddings, or any other."""
+    import numpy as np
+    from safetensors import SafetensorError, safe_open
 
     try:
-        record = verify_engine(path).model_dump(mode="json")
+        with safe_open(path, framework="np") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if path.name == "class_embeddings.safetensors":
+            classes, rows = len(json.loads(about["classes"])), len(tensors["embeddings"])
+            if classes != rows:
+                return f"{rows} embeddings for {classes} classes"
+        if path.name == "golden.safetensors" and (lacking := missing_outputs(tensors, manifest)):
+            return f"lacks {', '.join(lacking)}"
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
+    odd = [name for name, value in tensors.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+    return f"'{odd[0]}' holds numbers that are not finite" if odd else ""
+
+
+def missing_outputs(tensors: Iterable[str], manifest: Manifest) -> list[str]:
+    """Which input and outputs of the whole student a golden set has nothing of."""
+    fused = manifest.graph("fused")
+    return sorted({tensor.name for tensor in (*fused.inputs, *fused.outputs)} - set(tensors))
+
+
+def engine_problem(bundle: Path, manifest: Manifest, entry: BundledEngine) -> str:
+    """What is wrong with an engine and its sidecar, "" where nothing is."""
+    from export.to_tensorrt import verify_engine
+
+    if entry.file not in manifest.files:
+        return "its file is not in the manifest"
+    if entry.graph not in {graph.name for graph in manifest.graphs}:
+        return f"the bundle has no graph '{entry.graph}'"
+    try:
+        record = verify_engine(bundle / entry.file)
     except UserError as error:
         return str(error)
-    listed = {key: value for key, value in entry.items() if key not in ("graph", "file")}
-    return "" if record == listed else "its sidecar says something else than the manifest"
+    return "" if record == entry.record else "its sidecar says something else than the manifest"
 
 
-def describe(value) -> tuple[str, str, tuple[int | str, ...]]:  # noqa: ANN001 - a ValueInfoProto
+def describe(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int | str, ...]]:
     """Name, element type and shape of a graph's input or output."""
     import onnx
 

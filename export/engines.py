@@ -5,10 +5,12 @@ import logging
 import time
 from pathlib import Path
 
-from export.gpu import compute_capability
+from export.bundle import BundledEngine
+from export.engine_record import EngineOptions, EngineRecord, Profile
+from export.gpu import compute_capability, flags, load_bindings, targets
 from export.graph import Part
 from export.signature import Port, layer_side
-from export.to_tensorrt import EngineOptions, EngineRecord, Profile, build_engine, load_bindings
+from export.to_tensorrt import build_engine
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +18,8 @@ log = logging.getLogger(__name__)
 def build_all(
     asked: argparse.Namespace, flavours: list[str], parts: list[Part], paths: dict[str, Path],
     sizes: list[tuple[int, int]], stride: int, folder: Path,
-) -> list[dict]:  # fmt: skip
-    """Build `folder/<graph>.<flavour>.engine` for every graph and flavour; returns the sidecars' contents."""
+) -> list[BundledEngine]:  # fmt: skip
+    """Build `folder/<graph>.<flavour>.engine` for every graph and flavour; returns their records."""
     records = []
     for flavour, options in engine_options(asked, flavours).items():
         for part in parts:
@@ -26,7 +28,7 @@ def build_all(
             path = folder / f"{graph}.{flavour}.engine"
             profile = make_profile(part, asked.max_batch, sizes, stride)
             record = build_engine(paths[graph], path, [profile], options)
-            records.append({"graph": graph, "file": path.name, **record.model_dump(mode="json")})
+            records.append(BundledEngine(graph=graph, file=path.name, **dict(record)))
             log.info(
                 "engine    %-16s %6.1f MB  %4.1f s  %s %s", graph, path.stat().st_size / 1e6,
                 time.perf_counter() - begun, flavour, ", ".join(record.compute_capabilities),
@@ -37,18 +39,22 @@ def build_all(
 def engine_options(asked: argparse.Namespace, formats: list[str]) -> dict[str, EngineOptions]:
     """The builder's options for every TensorRT flavour among `formats`.
 
-    Raises UserError for what cannot be built here: bindings or libraries missing, no GPU, an unknown compute capability.
+    Raises UserError for what cannot be built here: bindings or libraries missing, no GPU, an unknown compute capability,
+    engines that only a GPU can build.
     """
     found = {}
     for flavour in (name for name in formats if name != "onnx"):
-        load_bindings(flavour)
-        found[flavour] = EngineOptions(
+        trt = load_bindings(flavour)
+        options = EngineOptions(
             flavour=flavour,
             compute_capabilities=tuple(asked.compute_capability) if flavour == "tensorrt-rtx" else (),
             workspace_gib=asked.workspace, optimization_level=asked.optimization_level, timing_cache=asked.timing_cache,
             tf32=asked.precision != "fp32",  # a float32 engine says what the float32 student says
             version_compatible=asked.version_compatible, strip_weights=asked.strip_weights, refit=asked.refit,
         )  # fmt: skip
+        targets(trt, flavour, options.compute_capabilities)
+        flags(trt, options)
+        found[flavour] = options
     return found
 
 

@@ -7,7 +7,7 @@ nor the training code. A test holds both descriptions together.
 import hashlib
 import json
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,7 +15,7 @@ from pydantic_core import to_json
 
 from serve.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest's schema that this file reads."""
 
 MANIFEST = "manifest.json"
@@ -127,7 +127,12 @@ class Bundle:
         listed = self.manifest.files.get(name)
         if listed is None:
             raise UserError(f"{self.path}: its manifest lists no {name} (export again)")
-        path = self.path / name
+        path, inside = self.path / name, PurePosixPath(name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise UserError(f"{self.path}: its manifest lists {name}, which is no file of a bundle (export again)")
+        steps = [self.path.joinpath(*inside.parts[: count + 1]) for count in range(len(inside.parts))]
+        if any(step.is_symlink() for step in steps):
+            raise UserError(f"{path} is a link: copy the bundle again with the files themselves, or export again")
         if not path.is_file():
             raise UserError(f"{path} is missing: copy the bundle again, whole, or export again")
         if sha256_of(path) != listed:
@@ -146,16 +151,20 @@ def read_bundle(path: Path) -> Bundle:
     file = path / MANIFEST
     if not file.is_file():
         raise UserError(f"{path} is no bundle: it has no {MANIFEST} (make one with python -m export.run)")
+    data = file.read_bytes()
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not whole JSON ({error}): copy the bundle again, or export again") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise UserError(f"{file} is of format {found}, this version serves {FORMAT}: export again")
-    # the seal is taken over pydantic's compact JSON with an empty seal
-    sealed = to_json(content | {"seal": ""})
-    if hashlib.sha256(sealed).hexdigest() != content.get("seal"):
+    # the seal is taken over pydantic's compact JSON with an empty seal; the file has it indented by one, and nothing else
+    try:
+        sealed, written = to_json(content | {"seal": ""}), to_json(content, indent=1)
+    except ValueError:  # half a surrogate pair, which JSON can write and UTF-8 cannot
+        sealed = written = b""
+    if hashlib.sha256(sealed).hexdigest() != content.get("seal") or written != data:
         raise UserError(f"{file} does not match its own seal: it was changed after the export; export again")
     try:
         manifest = Manifest.model_validate(content)

@@ -34,7 +34,7 @@ def changed(bundle: Path, folder: Path, **changes: object) -> Path:
     """A copy of a bundle whose manifest says something else."""
     copy = Path(shutil.copytree(bundle, folder))
     manifest = read_manifest(copy).model_copy(update=changes).sealed()
-    (copy / MANIFEST).write_text(manifest.model_dump_json())
+    (copy / MANIFEST).write_bytes(manifest.to_bytes())
     return copy
 
 

@@ -165,18 +165,18 @@ def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tm
     done = call(main, cnn, "--output", tmp_path / "b", "--resolutions", 64, "96x64", *wanted)
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "b")
-    assert [entry["graph"] for entry in manifest.engines] == [graph.name for graph in manifest.graphs]
+    assert [entry.graph for entry in manifest.engines] == [graph.name for graph in manifest.graphs]
     backbone = manifest.engines[0]
-    assert backbone["compute_capabilities"] == ["8.6", "8.9", "12.0"]
-    assert backbone["inputs"][0]["shape"] == [-1, -1, -1, 3]
-    ranges = backbone["profiles"][0]["shapes"]["image"]
-    assert ranges == [[1, 64, 64, 3], [3, 64, 64, 3], [3, 96, 64, 3]], "smallest, usual, largest"
-    assert backbone["options"]["tf32"] is False, "a float32 engine says what the float32 student says"
+    assert backbone.compute_capabilities == ("8.6", "8.9", "12.0")
+    assert backbone.inputs[0].shape == (-1, -1, -1, 3)
+    ranges = backbone.profiles[0].shapes["image"]
+    assert ranges == ((1, 64, 64, 3), (3, 64, 64, 3), (3, 96, 64, 3)), "smallest, usual, largest"
+    assert backbone.options.tf32 is False, "a float32 engine says what the float32 student says"
     if not gpu_present():
         assert "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, 8.9, 12.0" in done.stdout
         assert {row.runtime for row in manifest.parity} == {"onnxruntime-cpu"}
     assert call(check, tmp_path / "b").returncode == 0
-    engine = tmp_path / "b" / backbone["file"]
+    engine = tmp_path / "b" / backbone.file
     data = bytearray(engine.read_bytes())
     data[len(data) // 2] ^= 1
     engine.write_bytes(data)

@@ -59,7 +59,7 @@ def built(request, run, tmp_path_factory) -> tuple[str, Path, Manifest]:
 
 
 def engines_of(folder: Path, manifest: Manifest) -> dict[str, Path]:
-    return {entry["graph"]: folder / entry["file"] for entry in manifest.engines}
+    return {entry.graph: folder / entry.file for entry in manifest.engines}
 
 
 def photos(batch: int, height: int, width: int) -> np.ndarray:
