@@ -20,7 +20,8 @@ examples:
 
 Counts since a version was loaded, the supervisor's canaries among them; requests are answered requests, batch is pictures an
 execution, queue and compute are milliseconds (median of the last minute; with ~, mean since it was loaded). An ensemble's
-requests are those to it, its steps have their own rows. Exit status: 0 the server is ready, 1 it is not, 2 a mistake.
+requests are those to it, its steps have their own rows. Triton counts a request that a step refused as failed at the ensemble,
+and one of a wrong type or shape nowhere. Exit status: 0 the server is ready, 1 it is not, 2 a mistake.
 """
 
 SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")

@@ -9,6 +9,7 @@ request was answered since the last look. A model that fails either gets a file 
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -81,7 +82,10 @@ class Supervisor:
     def __init__(self, server: Server, log: Callable[[str], None]) -> None:
         self.server, self.log = server, log
         self.backends: dict[tuple[str, str], Backend] = {}
+        self.counting = threading.Lock()
         self.pool = ThreadPoolExecutor(8, "canary")
+        self.seen: set[Stub] = set()
+        """Stub processes that were alive once and whose shared memory may still be there."""
         self.dismissed: dict[Stub, float] = {}
         self.deaths: list[float] = []
         self.survey_due = 0.0
@@ -103,6 +107,7 @@ class Supervisor:
     def look(self, now: float) -> None:
         """One look at everything that is due."""
         stubs = find_stubs(self.server.process.pid)
+        self.seen.update(stubs)
         self.server.regions.update(stub.region for stub in stubs)
         if now >= self.survey_due:
             self.survey(now)
@@ -171,26 +176,30 @@ class Supervisor:
     def replace(self, backend: Backend, stubs: list[Stub]) -> None:
         """Load a model anew beside what is left of it; the old processes are ended when they had time to finish."""
         model, began = backend.model, time.monotonic()
-        mine = [stub for stub in stubs if (stub.model, stub.version) == (model, backend.version)]
+        mine = [stub for stub in self.seen if (stub.model, stub.version) == (model, backend.version)]
         self.log(f"supervisor: {model} version {backend.version}: {backend.reason}: loading it again")
         if backend.reason.startswith("no answer"):
-            end(mine)  # they hang, and whoever waits for them would for ever
+            end([stub for stub in mine if stub in stubs])  # they hang, and whoever waits for them would for ever
         backend.quick = backend.quick + 1 if began - backend.replaced < STEADY_SECONDS else 0
         backend.retry = began + min(60, 2**backend.quick if backend.quick > 1 else 0)
         try:
             # Triton loads what has changed
             os.utime(min((self.server.repository / model / backend.version).iterdir()))
             self.server.rest.load(model, self.server.narrowed.get(model, ""))
+            wrong = self.ask(backend)[0]
         except (OSError, Refused) as error:
-            if self.server.stopping or self.server.process.poll() is not None:
-                return
-            backend.quick, backend.retry = backend.quick + 1, time.monotonic() + min(60, 2**backend.quick)
-            self.log(f"supervisor: {model} does not load: {str(error).splitlines()[0]} (trying again)")
+            wrong = str(error).splitlines()[0]
+        if self.server.stopping or self.server.process.poll() is not None:
             return
         now = time.monotonic()
-        self.server.restarts[model] = self.server.restarts.get(model, 0) + 1
-        self.server.save()
-        self.log(f"supervisor: {model} is back after {now - began:.1f} s (restart {self.server.restarts[model]})")
+        if wrong:
+            backend.quick, backend.retry = backend.quick + 1, now + min(60, 2**backend.quick)
+            self.log(f"supervisor: {model} is not back: {wrong} (trying again in {backend.retry - now:.0f} s)")
+            return
+        with self.counting:
+            count = self.server.restarts[model] = self.server.restarts.get(model, 0) + 1
+            self.server.save()
+        self.log(f"supervisor: {model} is back after {now - began:.1f} s (restart {count})")
         backend.old |= {stub.pid for stub in mine}
         self.dismissed |= {stub: now + GRACE_SECONDS for stub in mine}
         backend.replaced, backend.reason, backend.canary = now, "", None
@@ -201,6 +210,7 @@ class Supervisor:
         late = [stub for stub, until in self.dismissed.items() if now >= until]
         end([stub for stub in late if stub in stubs])
         remove_regions(stub.region for stub in late)
+        self.seen.difference_update(late)
         for stub in late:
             del self.dismissed[stub]
 
@@ -217,7 +227,7 @@ class Supervisor:
             delay = 2.0 ** (count - 1) - 1
             self.log(f"supervisor: tritonserver died by {how}: start {count} of {SERVER_STARTS} in {delay:.0f} s")
             self.server.kill()  # its stubs
-            self.backends, self.dismissed, self.survey_due = {}, {}, 0.0
+            self.backends, self.seen, self.dismissed, self.survey_due = {}, set(), {}, 0.0
             until = now + delay
             while time.monotonic() < until and not self.server.stopping:
                 time.sleep(0.1)

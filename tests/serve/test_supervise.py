@@ -1,0 +1,176 @@
+"""What the supervisor does about processes that die or hang: real ones, killed and stopped."""
+
+import mmap
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tritonclient.grpc as grpc
+from conftest import need_tritonserver
+from running import Load, Run, ask, processes, until
+
+from serve.errors import ServerError
+from serve.launch import Options
+from serve.repository import make_repository
+from serve.rest import Tensor
+from serve.server import Server
+from serve.settings import Settings
+from serve.state import read_state
+from serve.stubs import SHARED_MEMORY, Stub, find_stubs, remove_stale_regions
+from serve.supervise import PICTURE, Supervisor, describe
+from serve.triton import find_tritonserver
+
+SIZE = 64
+
+
+def stubs_of(repository: Path, model: str) -> list[Stub]:
+    """Living stub processes of a model of the server that runs on a repository."""
+    return [stub for stub in find_stubs(read_state(repository).server_pid) if stub.model == model]
+
+
+@pytest.fixture(scope="module")
+def running(small_bundle, tmp_path_factory):
+    """serve.run with two instances of the backbone, and its repository."""
+    need_tritonserver()
+    folder = tmp_path_factory.mktemp("watched") / "repository"
+    with Run(small_bundle, "--repository", folder, "--no-fused", "--instances", 2, "--threads", 1) as run:
+        run.ready()
+        time.sleep(1)  # the first look
+        yield run, folder
+
+
+class TestRunning:
+    """In the order of the file: restarts are counted up."""
+
+    def test_a_backend_killed_under_load_is_back_and_counted(self, running, capsys):
+        run, repository = running
+        first = stubs_of(repository, "backbone")
+        assert len(first) == 2
+        with Load(run.grpc, SIZE) as load:
+            assert until(lambda: len(load.answers) > 20, 30)
+            os.kill(first[0].pid, signal.SIGKILL)
+            killed = time.monotonic()
+            run.wait_for(r"supervisor: backbone is back after .* \(restart 1\)", 30)
+            back = time.monotonic()
+            assert until(lambda: len([sent for sent, *_ in load.answers if sent > back]) > 20, 30)
+        with capsys.disabled():
+            print(
+                f"\n  backbone killed under load: back after {back - killed:.1f} s, {len(load.errors)} requests failed"
+            )
+        assert back - killed < 15  # 5 s are promised; this machine may be busy with other things
+        assert not [error for sent, _, error in load.answers if error and sent > back]
+        assert all("is not healthy" in error for error in load.errors)
+        assert read_state(repository).restarts == {"backbone": 1}
+
+    def test_what_is_left_of_the_old_backend_goes(self, running):
+        run, repository = running
+        assert until(lambda: len(stubs_of(repository, "backbone")) == 2, 30)
+        with grpc.InferenceServerClient(run.grpc) as client:
+            assert [ask(client, SIZE) for _ in range(6)] == [""] * 6
+
+    def test_a_backend_killed_without_load_is_back_and_counted(self, running):
+        run, repository = running
+        (old,) = stubs_of(repository, "head_cls")
+        os.kill(old.pid, signal.SIGKILL)
+        run.wait_for(r"supervisor: head_cls is back after .* \(restart 1\)", 30)
+        assert read_state(repository).restarts == {"backbone": 1, "head_cls": 1}
+        (new,) = stubs_of(repository, "head_cls")
+        assert new.pid != old.pid
+        assert until(lambda: not (SHARED_MEMORY / old.region).exists(), 30)
+
+    def test_a_backend_that_hangs_is_replaced(self, running):
+        run, repository = running
+        (old,) = stubs_of(repository, "decode")[:1]
+        for stub in stubs_of(repository, "decode"):
+            os.kill(stub.pid, signal.SIGSTOP)
+        run.wait_for(r"supervisor: decode is back after .* \(restart 1\)", 90)
+        assert until(lambda: old.pid not in {stub.pid for stub in stubs_of(repository, "decode")}, 30)
+
+    def test_a_tritonserver_that_died_is_started_again(self, running):
+        run, repository = running
+        before = read_state(repository)
+        os.kill(before.server_pid, signal.SIGKILL)
+        run.wait_for(r"supervisor: tritonserver is back after .* \(restart 1\)")
+        after = read_state(repository)
+        assert after.server_restarts == 1 and after.server_pid != before.server_pid
+        assert (after.grpc, after.admin_key) == (before.grpc, before.admin_key)
+        with grpc.InferenceServerClient(run.grpc) as client:
+            assert ask(client, SIZE) == ""
+
+    def test_it_still_stops_in_order(self, running):
+        run, repository = running
+        regions = [stub.region for stub in find_stubs(read_state(repository).server_pid)]
+        assert regions and run.end(signal.SIGTERM) == 0
+        assert not processes(repository)
+        assert not [region for region in regions if (SHARED_MEMORY / region).exists()]
+
+
+def test_a_tritonserver_that_goes_on_dying_is_given_up(small_bundle, tmp_path, monkeypatch):
+    need_tritonserver()
+    monkeypatch.setattr("serve.supervise.SERVER_STARTS", 1)
+    repository, said = tmp_path / "repository", []
+    make_repository(small_bundle, repository, Settings(fused=False))
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
+    server = Server(find_tritonserver(None, tmp_path), repository, options, said.append)
+    with server:
+
+        def kill_each() -> None:
+            killed: set[int] = set()
+            while len(killed) < 2:
+                if server.process.pid not in killed and server.process.poll() is None:
+                    killed.add(server.process.pid)
+                    os.kill(server.process.pid, signal.SIGKILL)
+                time.sleep(0.1)
+
+        killer = threading.Thread(target=kill_each)
+        killer.start()
+        with pytest.raises(ServerError, match="tritonserver died 2 times in 600 s, last by .*: giving up"):
+            Supervisor(server, said.append).run()
+        killer.join()
+    assert not processes(repository)
+
+
+class TestDescribe:
+    """What a canary is made of."""
+
+    def test_sizes_that_vary_are_those_of_the_warm_up(self):
+        config = {
+            "backend": "python", "max_batch_size": 4, "instance_group": [{"count": 2, "gpus": []}],
+            "input": [{"name": "image", "data_type": "TYPE_UINT8", "dims": [-1, -1, 3]}],
+            "output": [{"name": "tokens"}],
+            "model_warmup": [{"inputs": {"image": {"dims": ["96", "64", "3"]}}}],
+        }  # fmt: skip
+        backend = describe(config, "backbone", "1")
+        assert backend.inputs == (Tensor("image", "UINT8", (1, 96, 64, 3), PICTURE),)
+        assert (backend.output, backend.instances) == ("tokens", 2)
+
+    def test_inputs_that_may_be_left_out_are(self):
+        config = {
+            "backend": "python", "max_batch_size": 0, "instance_group": [{"count": 1, "gpus": [0, 1]}],
+            "input": [{"name": "encoded", "data_type": "TYPE_STRING", "dims": [1]},
+                      {"name": "labels", "data_type": "TYPE_STRING", "dims": [-1], "optional": True}],
+            "output": [{"name": "image"}],
+        }  # fmt: skip
+        backend = describe(config, "decode", "1")
+        assert [(port.name, port.datatype, port.shape) for port in backend.inputs] == [("encoded", "BYTES", (1,))]
+        assert backend.instances == 2
+
+    def test_an_ensemble_has_no_backend_and_others_than_python_no_stubs(self):
+        assert describe({"platform": "ensemble"}, "features", "1").output == ""
+        config = {"backend": "onnxruntime", "max_batch_size": 1, "instance_group": [{"count": 2, "gpus": []}],
+                  "input": [], "output": [{"name": "x"}]}  # fmt: skip
+        assert describe(config, "backbone", "1").instances == 0
+
+
+def test_shared_memory_of_servers_that_were_killed_is_removed_and_no_other():
+    stale = SHARED_MEMORY / f"triton_python_backend_shm_region_test-{os.getpid()}"
+    used = SHARED_MEMORY / f"triton_python_backend_shm_region_test-used-{os.getpid()}"
+    for path in (stale, used):
+        path.write_bytes(b"\0" * 4096)
+    with open(used, "r+b") as file, mmap.mmap(file.fileno(), 4096):
+        remove_stale_regions()
+        assert used.exists() and not stale.exists()
+    used.unlink()
