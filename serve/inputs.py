@@ -29,14 +29,14 @@ class Picture:
         """Height and width of an array; None for what is decoded first."""
         return self.source.shape[:2] if isinstance(self.source, np.ndarray) else None
 
-    def open(self, limits: Limits) -> Image.Image:
-        """As an RGB picture; raises BadRequest."""
+    def open(self, limits: Limits, size: tuple[int, int] | None = None) -> Image.Image:
+        """As an RGB picture, which may be a smaller one if it will be fitted to a `size`; raises BadRequest."""
         try:
             if isinstance(self.source, np.ndarray):
                 return Image.fromarray(self.source)
             if isinstance(self.source, Image.Image):
                 return to_rgb(self.source)
-            return decode(self.read(limits), limits)
+            return decode(self.read(limits), limits, size)
         except BadImage as error:
             raise BadRequest(f"{self.name}: {error}") from error
 
@@ -59,7 +59,7 @@ class Picture:
         """uint8 [height, width, 3]; an array of that size stays as it is."""
         if self.size == (height, width):
             return self.source
-        return fit(self.open(limits), height, width)
+        return fit(self.open(limits, (height, width)), height, width)
 
 
 def list_pictures(images: Images) -> list[Picture]:
