@@ -84,7 +84,7 @@ def selections():
     yield from ((task, f"{t}_token") for task in tasks for t in TEACHERS)
 
 
-@pytest.mark.parametrize("outputs", selections(), ids="+".join)
+@pytest.mark.parametrize("outputs", list(selections()), ids="+".join)
 def test_a_selection_runs_exactly_the_models_it_needs(client, bundle, pixels, expected, outputs):
     before = executions(client)
     found = ask(client, "features", outputs, pixels)
