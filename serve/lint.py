@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 
-from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.grpc.model_config_pb2 import TYPE_STRING, ModelConfig
 
 Configs = Mapping[str, ModelConfig]
 
@@ -47,7 +47,7 @@ def response_cache(config: ModelConfig, configs: Configs) -> Iterator[str]:
         )
     if any(size < 0 for port in config.input for size in port.dims):
         yield "response_cache on inputs whose shape varies: the key leaves out the shape"
-    if any(port.data_type == 13 for port in config.input):  # TYPE_STRING
+    if any(port.data_type == TYPE_STRING for port in config.input):
         yield "response_cache on strings: their lengths are part of the shape, which the key leaves out"
 
 
@@ -65,6 +65,15 @@ def bounded_queue(config: ModelConfig, configs: Configs) -> Iterator[str]:
     """Without a limit a server that falls behind takes requests until memory ends."""
     if config.HasField("dynamic_batching") and not config.dynamic_batching.default_queue_policy.max_queue_size:
         yield "dynamic_batching without max_queue_size: an overloaded server would never say so"
+
+
+def strings_alone(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """A python model gets strings one request at a time."""
+    if config.HasField("dynamic_batching") and any(port.data_type == TYPE_STRING for port in config.input):
+        yield (
+            "dynamic_batching of strings: Triton fails all requests of a batch for one whose strings are packed wrongly "
+            "(take dynamic_batching away)"
+        )
 
 
 def warm_up_data(config: ModelConfig, configs: Configs) -> Iterator[str]:
@@ -101,5 +110,5 @@ def joined_steps(config: ModelConfig, configs: Configs) -> Iterator[str]:
 
 
 RULES: tuple[Callable[[ModelConfig, Configs], Iterator[str]], ...] = (
-    shared_output, side_input, response_cache, explicit_batch, bounded_queue, warm_up_data, joined_steps,
+    shared_output, side_input, response_cache, explicit_batch, bounded_queue, strings_alone, warm_up_data, joined_steps,
 )  # fmt: skip

@@ -116,6 +116,10 @@ def graph_model(bundle: Bundle, graph: Graph, settings: Settings) -> Model:
     else:
         config.ClearField("model_warmup")
     if settings.backend == "python":
+        for port in config.input:
+            # Triton lets a batch of 0 pass where the bytes are those of one picture, without its first axis, and then fails
+            # all requests of a batch, for it takes the next axis (64 rows, say) for the batch: an axis of 1 comes before it
+            port.reshape.shape[:] = [1, *port.dims]
         config.parameters["runtime"].string_value = settings.runtime
         config.parameters["threads"].string_value = threads
         files = {
@@ -154,10 +158,11 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
 
 def about(bundle: Bundle, graph: Graph) -> bytes:
     """model.json: what the python model must know of its graph."""
-    resolution = bundle.manifest.resolution
+    resolution, sizes = bundle.manifest.resolution, usual_sizes(bundle)
     facts = {
         "sha256": bundle.manifest.files[graph.file], "bundle": bundle.version, "student": bundle.manifest.student.sha256,
         "inputs": [tensor.name for tensor in graph.inputs], "outputs": [tensor.name for tensor in graph.outputs],
+        "largest": [[axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape[1:]] for tensor in graph.inputs],
         "stride": resolution.stride, "height": resolution.height, "width": resolution.width,
     }  # fmt: skip
     return json.dumps(facts, indent=1).encode()
@@ -244,18 +249,31 @@ def map_model(bundle: Bundle, task: str, settings: Settings) -> Model:
     config = read_template(f"{task}_map")
     add_tensor(config.input, next(tensor for tensor in bundle.graphs[task].outputs if tensor.name == scores))
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    tell_sizes(config, bundle)
     place_on_cpu(config)
-    return Model(config, {"model.py": TEMPLATES / f"{task}_map" / "1" / "model.py", "dense.py": SERVE / "dense.py"})
+    files = {
+        "model.py": TEMPLATES / f"{task}_map" / "1" / "model.py", "map_model.py": TEMPLATES / "map_model.py",
+        "graph_model.py": TEMPLATES / "graph_model.py", "dense.py": SERVE / "dense.py",
+    }  # fmt: skip
+    return Model(config, files)
 
 
 def decoder(bundle: Bundle, settings: Settings) -> Model:
     """The step that decodes picture files."""
     config = read_template("decode")
-    resolution = bundle.manifest.resolution
     add_port(config.output, IMAGE, "TYPE_UINT8", bundle.graphs[BACKBONE].inputs[0].dims)
-    values = {"height": resolution.height, "width": resolution.width,
-              "max_bytes": settings.max_image_bytes, "max_pixels": settings.max_image_pixels}  # fmt: skip
-    for name, value in values.items():
+    tell_sizes(config, bundle)
+    for name, value in {"max_bytes": settings.max_image_bytes, "max_pixels": settings.max_image_pixels}.items():
         config.parameters[name].string_value = str(value)
     place_on_cpu(config, settings.instances)  # every picture passes here: it must keep up with the backbone
-    return Model(config, {"model.py": TEMPLATES / "decode" / "1" / "model.py", "images.py": SERVE / "images.py"})
+    files = {
+        "model.py": TEMPLATES / "decode" / "1" / "model.py", "graph_model.py": TEMPLATES / "graph_model.py",
+        "images.py": SERVE / "images.py",
+    }  # fmt: skip
+    return Model(config, files)
+
+
+def tell_sizes(config: ModelConfig, bundle: Bundle) -> None:
+    """Write down the bundle's largest height and width, and what they are multiples of, for a model that reads pictures."""
+    for name in ("height", "width", "stride"):
+        config.parameters[name].string_value = str(getattr(bundle.manifest.resolution, name))

@@ -6,6 +6,7 @@ Beside it lie `model.onnx` and `model.json`: the graph's inputs and outputs, its
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,10 @@ class GraphModel:
         taken: dict[tuple, list] = {}
         for number, request in enumerate(requests):
             feeds = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
-            refused = self.refuse(feeds)
+            refused = no_batch(self.inputs, feeds, self.about["largest"])
+            if not refused:
+                feeds = [feed[:, 0] for feed in feeds]  # the axis that the configuration puts after the batch
+                refused = self.refuse(feeds)
             if refused:
                 answers[number] = failed(refused, pb_utils.TritonError.INVALID_ARG)
             else:
@@ -49,11 +53,16 @@ class GraphModel:
         return answers
 
     def refuse(self, feeds: list[np.ndarray]) -> str:
-        """Why inputs must not reach the graph, "" if they may: floats that are not finite would come out as features."""
-        for name, feed in zip(self.inputs, feeds, strict=True):
-            # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost
-            if feed.dtype.kind == "f" and not np.isfinite(feed.sum(dtype=np.float64)):
-                return f"input '{name}' holds NaN or infinity"
+        """Why inputs must not reach the graph, "" if they may: floats that are not finite would come out as features.
+
+        More positions than the largest picture has would take memory by their square.
+        """
+        for name, feed, largest in zip(self.inputs, feeds, self.about["largest"], strict=True):
+            if any(not 1 <= size <= most for size, most in zip(feed.shape[1:], largest, strict=True)):
+                given, most = ("x".join(map(str, shape)) for shape in (feed.shape[1:], largest))
+                return f"input '{name}' is {given} for a picture: it must not be empty, and at most {most} is served"
+            if not is_finite(feed):
+                return f"input '{name}' holds NaN or infinity: give finite numbers"
         return ""
 
     def answer(self, requests: list, feeds: list[list[np.ndarray]]) -> list:
@@ -71,7 +80,7 @@ class GraphModel:
             wanted = set(request.requested_output_names())
             rows = {name: value[start:end] for name, value in zip(self.outputs, found, strict=True) if name in wanted}
             start = end
-            broken = [name for name, value in rows.items() if not np.isfinite(value.sum(dtype=np.float64))]
+            broken = [name for name, value in rows.items() if not is_finite(value)]
             if broken:
                 answers.append(failed(f"output '{broken[0]}' holds NaN or infinity", pb_utils.TritonError.INTERNAL))
                 continue
@@ -88,6 +97,14 @@ class ImageGraph(GraphModel):
         return wrong_size(feeds[0].shape, self.about)
 
 
+def no_batch(names: Sequence[str], feeds: Sequence[np.ndarray], dims: Sequence[Sequence[int]]) -> str:
+    """Why inputs [B, 1, *dims] are not taken, "" if they are: Triton passes a batch of 0 on without its axis."""
+    for name, feed, one in zip(names, feeds, dims, strict=True):
+        if feed.ndim != len(one) + 2 or not len(feed):
+            return f"input '{name}' is a batch of 0: give 1 or more"
+    return ""
+
+
 def wrong_size(shape: tuple[int, ...], about: dict) -> str:
     """Why pictures [B, H, W, 3] are not taken, "" if they are; `about` has the stride and the largest height and width."""
     (height, width), stride = shape[1:3], about["stride"]
@@ -98,6 +115,35 @@ def wrong_size(shape: tuple[int, ...], about: dict) -> str:
     return ""
 
 
+def is_finite(values: np.ndarray) -> bool:
+    """Whether an array is free of NaN and infinity; True for integers."""
+    if values.dtype.kind != "f":
+        return True
+    with np.errstate(invalid="ignore"):
+        # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost; doubles hold any sum of floats
+        return bool(np.isfinite(values.sum(dtype=np.float64)))
+
+
+class Refused(Exception):
+    """What a request asks cannot be answered; the message is a sentence for whoever sent it."""
+
+
+def answer_each(requests: list, answer) -> list:  # noqa: ANN001 - a function of a request
+    """Responses to requests one by one; one that is refused, or fails, leaves the others alone.
+
+    An exception that left `execute` would fail all of them, with a traceback sent to each client.
+    """
+    answers = []
+    for request in requests:
+        try:
+            answers.append(answer(request))
+        except Refused as refused:
+            answers.append(failed(str(refused), pb_utils.TritonError.INVALID_ARG))
+        except Exception as error:
+            answers.append(failed(f"the model failed: {first_line(error)}", pb_utils.TritonError.INTERNAL))
+    return answers
+
+
 def failed(message: str, code: int):  # noqa: ANN201 - the stub adds Triton's types only after this file is read
     """An answer that says what is wrong."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
@@ -105,7 +151,7 @@ def failed(message: str, code: int):  # noqa: ANN201 - the stub adds Triton's ty
 
 def first_line(error: Exception) -> str:
     """The first line of an exception's text, or its kind."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def open_graph(graph: Path, runtime: str, threads: int, device: int | None):  # noqa: ANN201 - a callable

@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from images import BadImage, Limits, decode, fit
+from graph_model import Refused, answer_each
+from images import BadImage, Limits, read_pixels
 
 
 class TritonPythonModel:
-    """The first step of `features_encoded`. images.py beside this file is serve/images.py."""
+    """The first step of `features_encoded`. images.py is serve/images.py; it and graph_model.py lie beside this file."""
 
     def initialize(self, args: dict) -> None:
         """Read sizes and limits from config.pbtxt."""
@@ -20,17 +21,17 @@ class TritonPythonModel:
 
     def execute(self, requests: list) -> list:
         """Answer every request; a picture that cannot be decoded fails its own request only."""
-        return [self.answer(request) for request in requests]
+        return answer_each(requests, self.answer)
 
     def answer(self, request):  # noqa: ANN001, ANN201 - Triton's own types
-        """uint8 [B, height, width, 3] of one request, or why there is none."""
-        encoded = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy().reshape(-1)
-        pictures = []
-        for number, data in enumerate(encoded):
+        """uint8 [B, height, width, 3] of one request; raises Refused, naming which of several pictures it is."""
+        encoded = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()
+        if encoded.ndim != 2:  # Triton passes a batch of 0 on without its axis, if there is one string
+            raise Refused("input 'encoded' is a batch of 0: give 1 or more")
+        pictures = np.empty((len(encoded), self.height, self.width, 3), np.uint8)
+        for number, data in enumerate(encoded[:, 0]):
             try:
-                pictures.append(fit(decode(bytes(data), self.limits), self.height, self.width))
+                pictures[number] = read_pixels(bytes(data), self.height, self.width, self.limits)
             except BadImage as error:
-                where = f"picture {number}: " if len(encoded) > 1 else ""
-                code = pb_utils.TritonError.INVALID_ARG
-                return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"{where}{error}", code))
-        return pb_utils.InferenceResponse([pb_utils.Tensor("image", np.stack(pictures))])
+                raise Refused(f"picture {number}: {error}" if len(encoded) > 1 else str(error)) from error
+        return pb_utils.InferenceResponse([pb_utils.Tensor("image", pictures)])

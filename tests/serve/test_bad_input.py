@@ -1,0 +1,533 @@
+"""What a client may send by mistake or malice: refused in a sentence, and nobody else notices."""
+
+import io
+import json
+import re
+import struct
+import zlib
+from dataclasses import replace
+from http.client import HTTPConnection
+
+import grpc
+import numpy as np
+import pytest
+import yaml
+from conftest import need_tritonserver, run_here, small_recipe
+from PIL import Image, ImageOps
+from raw_requests import Raw, array, arrays, chunk, encode, memory, png, reference, request, same, strings
+from tritonclient.grpc.service_pb2 import ModelStatisticsRequest
+from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
+
+from distill.evaluate.__main__ import main as evaluate
+from distill.pictures import PackagedPhotos
+from export.run import main as export
+from serve.bundle import read_bundle
+from serve.dense import class_map, depth_map
+from serve.images import fit, read_pixels
+from serve.state import read_state
+from serve.stubs import find_stubs
+
+SIZE = 64
+INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
+PHOTO = PackagedPhotos().load(0).convert("RGB").resize((160, 120))
+PIXELS = fit(PHOTO, SIZE, SIZE)[None]
+FILE = encode(PHOTO, "JPEG", quality=90)
+ZEROS = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def bundle(small_bundle):
+    return read_bundle(small_bundle)
+
+
+@pytest.fixture(scope="module")
+def triton(server):
+    with grpc.insecure_channel(server.grpc) as channel:
+        yield GRPCInferenceServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def known(bundle):
+    """Every tensor of PIXELS, computed here."""
+    found = reference(bundle, PIXELS)
+    found["class_map"] = class_map(found["segmentation_logits"], SIZE, SIZE)
+    found["depth_map"] = depth_map(found["depth"], SIZE, SIZE)
+    return found
+
+
+GOOD = {  # a right request to every model that bad ones are sent to: inputs, outputs
+    "features": (["image"], ["backbone_global", "dino_token"]), "backbone": (["image"], ["backbone_patches"]),
+    "fused": (["image"], ["mae_token"]), "interaction": (["features", "features_global"], ["spaces"]),
+    "head_mae": (["spaces"], ["mae_token"]), "segmentation_head": (["spaces"], ["segmentation_logits"]),
+    "depth_head": (["features"], ["depth"]), "segmentation": (["image"], ["class_map"]),
+    "depth": (["image"], ["depth_map"]), "segmentation_map": (["segmentation_logits", "image"], ["class_map"]),
+    "depth_map": (["depth", "image"], ["depth_map"]),
+}  # fmt: skip
+
+
+def good(model, known):
+    """A right request and its answer."""
+    if model == "features_encoded":
+        file = encode(Image.fromarray(PIXELS[0]), "PNG")
+        return request(model, [strings("encoded", [file])], ["depth"]), {"depth": known["depth"]}
+    inputs, outputs = GOOD[model]
+    return request(model, [array(name, known[name]) for name in inputs], outputs), {n: known[n] for n in outputs}
+
+
+def refused(triton, known, bad, model="features"):
+    """Code and words of the answer to a bad request; right requests beside it and after it are answered rightly."""
+    fair, expected = good(model, known)
+    beside = triton.ModelInfer.future(fair, timeout=30)
+    pending = triton.ModelInfer.future(bad, timeout=30)
+    others = [beside, triton.ModelInfer.future(fair, timeout=30)]
+    with pytest.raises(grpc.RpcError) as raised:
+        pending.result()
+    for other in others:
+        same(arrays(other.result()), expected)
+    same(arrays(triton.ModelInfer(fair, timeout=30)), expected)
+    said = raised.value.details()
+    assert "Traceback" not in said and "\n" not in said and ".py" not in said
+    return raised.value.code(), said
+
+
+def image(pixels, **changes):
+    return replace(array("image", pixels), **changes)
+
+
+BAD_TENSORS = {
+    "floats for bytes": ([array("image", ZEROS.astype(np.float32))], "'image' data-type is 'FP32', but .* 'UINT8'"),
+    "an unknown type": ([image(ZEROS, kind="FOO")], "'image' data-type is '<invalid>'"),
+    "strings for pixels": ([image(ZEROS, kind="BYTES")], "'image' data-type is 'BYTES'"),
+    "no batch axis": ([image(ZEROS[0])], "batch-size must be <= 4 for 'features'"),
+    "an axis too many": ([image(ZEROS[None])], r"Expected \[-1,64,64,3\], got \[1,1,64,64,3\]"),
+    "no axes": ([image(ZEROS, shape=())], "'image' has no shape"),
+    "four channels": ([image(np.zeros((1, 64, 64, 4), np.uint8))], r"Expected \[-1,64,64,3\], got \[1,64,64,4\]"),
+    "no pictures": ([image(np.zeros((0, 64, 64, 3), np.uint8))], "byte size mismatch for input 'image'.* got 0"),
+    "no rows": ([image(np.zeros((1, 0, 64, 3), np.uint8))], r"got \[1,0,64,3\]"),
+    "another size": ([image(np.zeros((1, 70, 64, 3), np.uint8))], r"got \[1,70,64,3\]"),
+    "other multiples of the patch": ([image(np.zeros((1, 32, 128, 3), np.uint8))], r"got \[1,32,128,3\]"),
+    "a negative batch": ([image(ZEROS, shape=(-1, 64, 64, 3))], "mismatch|batch"),
+    "too many pictures": ([image(np.zeros((5, 64, 64, 3), np.uint8))], "batch-size must be <= 4 for 'features'"),
+    "too few bytes": ([image(ZEROS, data=b"abc")], "Expected 12288, got 3"),
+    "too many bytes": ([image(ZEROS, data=bytes(20000))], "Expected 12288, got 20000"),
+    "no bytes": ([image(ZEROS, data=None)], "unable to find data for input tensor 'image'"),
+    "no input": ([], r"missing required input\(s\) \['image'\]"),
+    "an input too many": ([image(ZEROS), image(ZEROS, name="other")], "expected 1 inputs but got 2"),
+    "an input twice": ([image(ZEROS), image(ZEROS)], "input 'image' already exists"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TENSORS)
+def test_a_wrong_tensor_is_an_invalid_argument(triton, known, case):
+    inputs, words = BAD_TENSORS[case]
+    code, said = refused(triton, known, request("features", inputs, ["backbone_global"]))
+    assert code == INVALID and re.search(words, said), said
+
+
+BAD_NAMES = {
+    "an unknown output": (request("features", [image(ZEROS)], ["nobody_token"]), INVALID, "output 'nobody_token'"),
+    "a tensor between graphs": (request("features", [image(ZEROS)], ["spaces"]), INVALID, "output 'spaces'"),
+    "an unknown model": (request("head_nobody", [image(ZEROS)]), MISSING, "unknown model: 'head_nobody'"),
+    "an unknown version": (request("features", [image(ZEROS)], version="7"), MISSING, "version 7 is not found"),
+    "a version in words": (request("features", [image(ZEROS)], version="new"), INVALID, "version string 'new'"),
+    "memory of nobody": (request("features", [image(ZEROS, region="mine")]), MISSING, "shared memory region: 'mine'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NAMES)
+def test_an_unknown_name_is_told(triton, known, case):
+    bad, code, words = BAD_NAMES[case]
+    found, said = refused(triton, known, bad)
+    assert found == code and words in said, said
+
+
+@pytest.mark.parametrize("model", ["backbone", "fused", "segmentation", "depth"])
+def test_every_model_that_reads_pictures_refuses_wrong_ones(triton, known, model):
+    for wrong in (ZEROS.astype(np.float32), ZEROS[:, :48], ZEROS[:0], np.repeat(ZEROS, 5, axis=0)):
+        code, said = refused(triton, known, request(model, [array("image", wrong)]), model)
+        assert code == INVALID and model in said
+
+
+FLOATS = [(m, name) for m, (names, _) in GOOD.items() for name in names if name != "image"]
+
+
+@pytest.mark.parametrize(("model", "name"), FLOATS)
+def test_floats_that_are_not_finite_are_refused_where_floats_are_taken(triton, known, model, name):
+    inputs, outputs = GOOD[model]
+    for value in (np.nan, np.inf, -np.inf):
+        broken = known[name].copy()
+        broken.flat[-1] = value
+        given = [array(n, broken if n == name else known[n]) for n in inputs]
+        code, said = refused(triton, known, request(model, given, outputs), model)
+        assert (code, said) == (INVALID, f"input '{name}' holds NaN or infinity: give finite numbers")
+
+
+def test_floats_whose_sum_is_large_are_not_taken_for_infinite(triton, known):
+    large = np.full_like(known["depth"], 3e38)
+    answer = triton.ModelInfer(request("depth_map", [array("depth", large), array("image", PIXELS)], ["depth_map"]))
+    np.testing.assert_allclose(arrays(answer)["depth_map"], 3e38, rtol=1e-5)
+
+
+def test_right_requests_in_one_batch_with_refused_ones_are_answered(triton, known):
+    broken = np.full_like(known["spaces"], np.nan)
+    names = ["mae_token", "mae_patches"]
+    expected = {name: known[name] for name in names}
+
+    def counts():
+        stats = triton.ModelStatistics(ModelStatisticsRequest(name="head_mae")).model_stats[0]
+        return stats.execution_count, stats.inference_count
+
+    before = counts()
+    pending = []
+    for turn in range(90):
+        values = broken if turn % 3 == 1 else known["spaces"]
+        ask = request("head_mae", [array("spaces", values)], names)
+        pending.append((turn % 3 == 1, triton.ModelInfer.future(ask, timeout=30)))
+    for bad, future in pending:
+        if bad:
+            assert future.exception().code() == INVALID
+        else:
+            same(arrays(future.result()), expected)
+    runs, rows = (after - was for after, was in zip(counts(), before, strict=True))
+    assert rows > 1.2 * runs, "requests were not batched: nothing was shown"
+
+
+def test_a_batch_of_nothing_with_the_bytes_of_one_is_refused_and_harms_no_other(triton, known):
+    # Triton takes these for requests without a batch, and by itself fails all requests of the batch they come into
+    for model in ("backbone", "fused", "interaction", "head_mae", "depth_head"):
+        inputs, outputs = GOOD[model]
+        empty = [replace(array(name, known[name]), shape=(0, *known[name].shape[1:])) for name in inputs]
+        fair, expected = good(model, known)
+        pending = [(n % 3, triton.ModelInfer.future(request(model, empty) if n % 3 == 1 else fair)) for n in range(30)]
+        for kind, future in pending:
+            if kind == 1:
+                error = future.exception()
+                assert (error.code(), error.details()) == (
+                    INVALID,
+                    f"input '{inputs[0]}' is a batch of 0: give 1 or more",
+                )
+            else:
+                same(arrays(future.result()), expected)
+    said = refusal(triton, request("decode", [strings("encoded", [FILE], (0, 1))]))
+    assert said == "input 'encoded' is a batch of 0: give 1 or more"
+
+
+# Picture files
+
+
+def bomb():
+    """30,000 x 30,000 pixels in 110 KB, whole and valid."""
+    return png(30_000, 30_000, 1, 0, bytes(30_000 * 3751))
+
+
+def large_png():
+    """8,000 x 8,000 pixels: less than Pillow takes for a bomb, more than the server's limit."""
+    return png(8000, 8000, 1, 0, bytes(1001 * 8000))
+
+
+def long_text():
+    """A PNG with 99 MB of text in 100 KB."""
+    return grey(chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(99_000_000), 9)))
+
+
+def wide_webp():
+    """A small animation on a canvas of 16,383 x 16,383."""
+    frame = encode(Image.new("RGBA", (16, 16)), "WEBP", lossless=True)[12:]
+    size = struct.pack("<I", 15)[:3] * 2
+    frame = bytes(6) + size + b"\x10\0\0\0" + frame
+    body = b"WEBPVP8X" + struct.pack("<IB", 10, 2) + bytes(3) + struct.pack("<I", 16382)[:3] * 2
+    body += b"ANIM" + struct.pack("<I", 6) + bytes(6) + b"ANMF" + struct.pack("<I", len(frame)) + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def many_scans():
+    """A progressive JPEG whose last scan comes 500 times."""
+    whole = encode(PHOTO, "JPEG", progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * 500 + whole[-2:]
+
+
+def damaged(data):
+    """A file with some bytes of its middle turned over."""
+    middle = len(data) // 2
+    return data[:middle] + bytes(255 - byte for byte in data[middle : middle + 20]) + data[middle + 20 :]
+
+
+def grey(*extra):
+    return png(16, 16, 8, 0, bytes(17 * 16), *extra)
+
+
+NO_PICTURE = "the bytes are no JPEG, PNG or WEBP picture: convert it to one of these"
+BAD_FILES = {
+    "nothing": (b"", "the picture is empty (0 bytes)"),
+    "a truncated JPEG": (FILE[: len(FILE) // 2], "the picture cannot be decoded, it is damaged: "),
+    "the start of a JPEG": (FILE[:200], "cannot be decoded"),
+    "two bytes of a JPEG": (FILE[:2], NO_PICTURE),
+    "a truncated PNG": (encode(PHOTO, "PNG")[:-3000], "the picture cannot be decoded, it is damaged: "),
+    "a damaged PNG": (damaged(encode(PHOTO, "PNG")), "the picture cannot be decoded, it is damaged: "),
+    "a truncated WebP": (encode(PHOTO, "WEBP")[:-500], "the picture cannot be decoded, it is damaged: "),
+    "a GIF": (encode(PHOTO, "GIF"), NO_PICTURE),
+    "a BMP": (encode(PHOTO, "BMP"), NO_PICTURE),
+    "a TIFF": (encode(PHOTO, "TIFF"), NO_PICTURE),
+    "an SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', NO_PICTURE),
+    "a text": (b"photo.jpg", NO_PICTURE),
+    "zeros": (bytes(5000), NO_PICTURE),
+    "30,000 x 30,000 pixels": (bomb, "the picture has 900,000,000 pixels, more than the 50,000,000 that are taken: "),
+    "8,000 x 8,000 pixels": (large_png, "the picture has 8000x8000 pixels, more than "),
+    "a canvas of 16,383 x 16,383": (
+        wide_webp(),
+        "the picture has 268,402,689 pixels, more than the 50,000,000 that are",
+    ),
+    "a text of 99 MB": (long_text, "cannot be decoded"),
+    "a text of claimed 2 GB": (grey(struct.pack(">I", 0x7FFFFFFF) + b"tEXtabc"), "cannot be decoded"),
+    "510 scans": (many_scans, "the picture has 510 scans, more than the 100 that are taken"),
+    "too many bytes": (FILE + bytes(20_000_000), "bytes, more than the 20,000,000 that are taken: make it smaller"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_that_must_not_be_decoded_is_an_invalid_argument(triton, known, case):
+    data, words = BAD_FILES[case]
+    data = data() if callable(data) else data
+    bad = request("features_encoded", [strings("encoded", [data])], ["backbone_global"])
+    code, said = refused(triton, known, bad, "features_encoded")
+    assert code == INVALID and words in said, said
+
+
+def test_of_several_pictures_the_bad_one_is_named(triton, known):
+    bad = request("features_encoded", [strings("encoded", [FILE, FILE, FILE[:900], b""])], ["backbone_global"])
+    code, said = refused(triton, known, bad, "features_encoded")
+    assert code == INVALID and "picture 2: the picture cannot be decoded" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (strings("encoded", [FILE, FILE], (1, 2)), r"Expected \[-1,1\], got \[1,2\]"),
+        (strings("encoded", [FILE], (1,)), r"Expected \[-1,1\], got \[1\]"),
+        (strings("encoded", [FILE] * 5), "batch-size must be <= 4"),
+        (strings("encoded", [FILE], (2, 1)), "expected 2 string elements .* got 1"),
+        (strings("encoded", [FILE, FILE], (1, 1)), "unexpected number of string elements 2"),
+        (Raw("encoded", "BYTES", (1, 1), FILE), "incomplete string data|unexpected number"),
+        (Raw("encoded", "BYTES", (1, 1), b"ab"), "expecting 4 bytes but only 2"),
+        (
+            Raw("encoded", "BYTES", (1, 1), b"\xff\xff\xff\xffab"),
+            "expecting string of length 4294967295 but only 2 bytes",
+        ),
+        (array("encoded", np.zeros((1, 1), np.uint8)), "data-type is 'UINT8', but .* expects 'BYTES'"),
+    ],
+    ids=["two axes", "no batch", "five", "one of two", "two of one", "no lengths", "half a length", "long", "numbers"],
+)
+def test_wrongly_packed_files_are_an_invalid_argument(triton, known, given, words):
+    bad = request("features_encoded", [given], ["backbone_global"])
+    code, said = refused(triton, known, bad, "features_encoded")
+    assert code == INVALID and re.search(words, said), said
+
+
+def test_bombs_are_refused_from_their_headers(triton, server):
+    (stub,) = (one for one in find_stubs(read_state(server.repository).server_pid) if one.model == "decode")
+    triton.ModelInfer(request("decode", [strings("encoded", [FILE])]))
+    before = memory(stub.pid, "VmHWM")
+    for data in (bomb(), wide_webp(), large_png(), long_text()):
+        with pytest.raises(grpc.RpcError, match="pixels|cannot be decoded"):
+            triton.ModelInfer(request("decode", [strings("encoded", [data])]))
+    assert memory(stub.pid, "VmHWM") < before + 16_000  # of 900 MB; KiB
+    assert stub in find_stubs(read_state(server.repository).server_pid)
+
+
+def turned(tag):
+    exif = Image.Exif()
+    exif[0x112] = tag
+    return encode(PHOTO.resize((640, 400)), "JPEG", exif=exif)
+
+
+def unusual():
+    """Files of kinds that decoders get wrong, and what they look like."""
+    large = PHOTO.resize((640, 400))
+    clear = large.convert("RGBA")
+    clear.putalpha(Image.linear_gradient("L").resize(large.size))
+    palette = large.quantize(16)
+    other = Image.new("RGB", large.size, "navy")
+    on_white = Image.alpha_composite(Image.new("RGBA", large.size, "white"), clear).convert("RGB")
+    values = np.asarray(large.convert("L")).astype(np.uint16) * 257
+    rows = b"".join(b"\0" + row.tobytes() for row in np.asarray(large))
+    exif = bytes.fromhex("ffe1 0018") + b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(6)
+    jpeg = encode(large, "JPEG", quality=95)
+    yield "CMYK JPEG", encode(large.convert("CMYK"), "JPEG", quality=95), large
+    yield "grey JPEG", encode(large.convert("L"), "JPEG", quality=95), large.convert("L")
+    yield "progressive JPEG", encode(large, "JPEG", quality=95, progressive=True), large
+    yield "JPEG with a broken EXIF block", jpeg[:2] + exif + jpeg[2:], large
+    yield "16-bit PNG", encode(Image.fromarray(values), "PNG"), large.convert("L")
+    yield "1-bit PNG", encode(large.convert("1"), "PNG"), large.convert("1")
+    yield "PNG with alpha", encode(clear, "PNG"), on_white
+    yield "grey PNG with alpha", encode(clear.convert("LA"), "PNG"), on_white.convert("L")
+    yield "palette", encode(palette, "PNG"), palette.convert("RGB")
+    mask = Image.fromarray((np.asarray(palette) == 0).astype(np.uint8) * 255)
+    seen = palette.convert("RGB")
+    seen.paste("white", mask=mask)
+    yield "palette with a clear colour", encode(palette, "PNG", transparency=0), seen
+    corner = large.getpixel((0, 0))
+    seen = np.asarray(large).copy()
+    seen[(seen == corner).all(axis=-1)] = 255
+    clear_colour = chunk(b"tRNS", struct.pack(">3H", *corner))
+    yield "RGB with a clear colour", png(*large.size, 8, 2, rows, clear_colour), Image.fromarray(seen)
+    yield "WebP with alpha", encode(clear, "WEBP", lossless=True, exact=True), on_white
+    yield "animated WebP", encode(large, "WEBP", save_all=True, append_images=[other], duration=40, quality=95), large
+    yield "animated PNG", encode(large, "PNG", save_all=True, append_images=[other], duration=40), large
+
+
+def test_unusual_files_are_decoded_as_on_the_clients_side(triton):
+    for kind, data, looks in unusual():
+        found = arrays(triton.ModelInfer(request("decode", [strings("encoded", [data])])))["image"]
+        assert np.array_equal(found[0], read_pixels(data, SIZE, SIZE)), kind
+        assert np.abs(found[0].astype(int) - fit(looks, SIZE, SIZE)).mean() < 4, kind
+
+
+@pytest.mark.parametrize("tag", [0, *range(1, 9), 9])
+def test_pictures_are_turned_upright_as_on_the_clients_side(triton, tag):
+    data = turned(tag)
+    found = arrays(triton.ModelInfer(request("decode", [strings("encoded", [data])])))["image"]
+    assert np.array_equal(found[0], read_pixels(data, SIZE, SIZE))
+    upright = fit(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), SIZE, SIZE)
+    assert np.abs(found[0].astype(int) - upright).mean() < 2
+
+
+# HTTP
+
+
+def post(server, path, body, headers=None):
+    """Status and error of a request; a right one after it is answered."""
+    connection = HTTPConnection(server.http, timeout=30)
+    try:
+        connection.request("POST", f"/v2/models/{path}", body, headers or {})
+        answer = connection.getresponse()
+        said = json.loads(answer.read())
+        connection.request("POST", "/v2/models/features/infer", json.dumps(in_json()))
+        assert connection.getresponse().status == 200
+    finally:
+        connection.close()
+    return answer.status, said.get("error", "")
+
+
+def in_json(**changes):
+    tensor = {"name": "image", "shape": [1, SIZE, SIZE, 3], "datatype": "UINT8", "data": PIXELS.ravel().tolist()}
+    return {"inputs": [tensor | changes], "outputs": [{"name": "backbone_global"}]}
+
+
+def binary(data, said=None):
+    """Body and headers of a file sent as bytes after a JSON header."""
+    packed = struct.pack("<I", len(data) if said is None else said) + data
+    port = {"name": "encoded", "shape": [1, 1], "datatype": "BYTES", "parameters": {"binary_data_size": len(packed)}}
+    header = json.dumps({"inputs": [port], "outputs": [{"name": "backbone_global"}]}).encode()
+    return header + packed, {"Inference-Header-Content-Length": str(len(header))}
+
+
+HTTP = {
+    "no body": ("features/infer", b"", {}, 400, "Expected 12288, got 0"),
+    # Triton's answer to JSON that it cannot read is 500
+    "no JSON": ("features/infer", b"{{{", {}, 500, "failed to parse the request JSON"),
+    "no inputs": ("features/infer", b"[]", {}, 500, "Unable to parse 'inputs'"),
+    "few numbers": ("features/infer", json.dumps(in_json(data=[1, 2])), {}, 500, "does not match true shape"),
+    "words for numbers": ("features/infer", json.dumps(in_json(data=["a"] * 12288)), {}, 500, "unsigned-integer"),
+    "another size": ("features/infer", json.dumps(in_json(shape=[1, 48, 85, 3], data=[0] * 12240)), {}, 400, "shape"),
+    "floats": ("features/infer", json.dumps(in_json(datatype="FP32")), {}, 400, "data-type is 'FP32'"),
+    "a long header": (
+        "features/infer",
+        b"abc",
+        {"Inference-Header-Content-Length": "999"},
+        400,
+        "inference header size",
+    ),
+    "a model of nobody": ("nobody/infer", json.dumps(in_json()), {}, 404, "unknown model: 'nobody'"),
+    "a version of nobody": ("features/versions/9/infer", json.dumps(in_json()), {}, 404, "version 9 is not found"),
+    "a text": ("features_encoded/infer", *binary(b"hello"), 400, NO_PICTURE),
+    "an empty file": ("features_encoded/infer", *binary(b""), 400, "the picture is empty (0 bytes)"),
+    "half a file": ("features_encoded/infer", *binary(FILE[:900]), 400, "the picture cannot be decoded"),
+    "a long length": ("features_encoded/infer", *binary(b"hello", 2**31), 400, "expecting string of length 2147483648"),
+}
+
+
+@pytest.mark.parametrize("case", HTTP)
+def test_bad_requests_over_http_are_refused_in_a_sentence(server, case):
+    path, body, headers, status, words = HTTP[case]
+    found, said = post(server, path, body, headers)
+    assert found == status and words in said and "Traceback" not in said, said
+
+
+# Sizes that vary
+
+
+@pytest.fixture(scope="module")
+def varying(photo_folder, scenes, tmp_path_factory):
+    """A server of a student that takes any multiples of 16 up to 64 x 96, with one head and depth."""
+    need_tritonserver()
+    from serve.repository import make_repository
+    from serve.server import Options, Server
+    from serve.settings import Settings
+    from serve.triton import find_tritonserver
+
+    folder = tmp_path_factory.mktemp("varying")
+    vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    teachers = [{"name": "vit_tiny_patch16_224", "role": "mae", "pretrained": False, "image_size": 64, "kwargs": vit}]
+    recipe = small_recipe(photo_folder, method="plain", train={"steps": 2}) | {"teachers": teachers}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run, quick = folder / "run", ("extract.workers=0", "dense.size=64", "dense.steps=2")
+    done = [run_here(folder / "recipe.yaml", "--output", run)]
+    wanted = ("--data", scenes, "--features", "backbone", "--tasks", "depth")
+    done.append(run_here(run, *wanted, *quick, command=evaluate))
+    sizes = ("--resolutions", 64, "64x96", "--max-batch", 4)
+    done.append(run_here(run, "--output", folder / "bundle", *sizes, command=export))
+    assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
+    make_repository(folder / "bundle", folder / "repository", Settings(fused=False))
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
+    server = Server(find_tritonserver(None, folder), folder / "repository", options, lambda line: None)
+    with server, grpc.insecure_channel(server.grpc) as channel:
+        yield GRPCInferenceServiceStub(channel), read_bundle(folder / "bundle")
+
+
+def test_only_sizes_that_the_graph_answers_rightly_are_taken(varying):
+    triton, bundle = varying
+    names = ["backbone_global", "backbone_patches", "mae_token", "depth"]
+    for height, width in ((64, 64), (64, 96), (32, 80), (16, 16)):
+        pixels = fit(PHOTO, height, width)[None]
+        expected = reference(bundle, pixels)
+        found = arrays(triton.ModelInfer(request("features", [array("image", pixels)], names)))
+        same(found, {name: expected[name] for name in names})
+        found = arrays(triton.ModelInfer(request("depth", [array("image", pixels)])))
+        same(found, {"depth_map": depth_map(expected["depth"], height, width)})
+    for model in ("features", "depth", "backbone"):
+        for height, width in ((70, 64), (64, 65), (8, 64), (64, 15)):
+            said = refusal(triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))]))
+            assert f"'image' is {height}x{width}: height and width must be multiples of 16" in said
+        for height, width in ((80, 64), (64, 112), (1600, 1600)):
+            said = refusal(triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))]))
+            assert f"'image' is {height}x{width}: at most 64x96 is served" in said
+        refusal(triton, request(model, [array("image", np.zeros((1, 0, 64, 3), np.uint8))]))
+
+
+def test_parts_refuse_more_positions_than_pictures_have(varying):
+    triton, bundle = varying
+    for count in (0, 1000):
+        given = [
+            array(
+                tensor.name,
+                np.zeros([1, *(count if isinstance(axis, str) else axis for axis in tensor.shape[1:])], "f4"),
+            )
+            for tensor in bundle.graphs["depth"].inputs
+        ]
+        said = refusal(triton, request("depth_head", given))
+        assert re.search(rf"'features' is {count}x.*: it must not be empty, and at most 4x6x48 is served", said), said
+    picture, depth = np.zeros((1, 64, 96, 3), np.uint8), np.zeros((1, 23), np.float32)
+    said = refusal(triton, request("depth_map", [array("depth", depth), array("image", picture)]))
+    assert "input 'depth' does not belong to 'image': 23 positions are no grid of square cells" in said
+    said = refusal(triton, request("depth_map", [array("depth", depth), array("image", picture[:, :9, :9])]))
+    assert "'image' is 9x9: height and width must be multiples of 16" in said
+
+
+def refusal(triton, bad):
+    """The words of an invalid argument."""
+    with pytest.raises(grpc.RpcError) as raised:
+        triton.ModelInfer(bad, timeout=30)
+    assert raised.value.code() == INVALID, raised.value
+    assert "Traceback" not in raised.value.details()
+    return raised.value.details()
