@@ -22,7 +22,7 @@ examples:
   python -m serve.run --repository repository                   serve it again as it is, whatever was rolled out
   python -m serve.run bundles/mine --grpc-port 9001 --http-port 9000 --metrics-port 9002
   python -m serve.run bundles/mine --backend tensorrt --kind gpu --devices 0 1 --host 0.0.0.0     in NVIDIA's image
-  python -m serve.run bundles/mine --host 0.0.0.0 --ssl-cert server.pem --ssl-key server.key --ssl-root clients.pem
+  python -m serve.run bundles/mine --host 0.0.0.0 --ssl-certificate server.pem --ssl-key server.key
   python -m serve.run bundles/mine -- --trace-config rate=100 --trace-config mode=opentelemetry \\
       --trace-config opentelemetry,url=http://127.0.0.1:4318/v1/traces
 
@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     listening.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)")
     for name, port in (("grpc", 8001), ("http", 8000), ("metrics", 8002)):
         listening.add_argument(f"--{name}-port", type=int, default=port, metavar="N", help=f"0: any free one ({port})")
-    listening.add_argument("--ssl-cert", type=Path, metavar="PEM", help="TLS on gRPC: the server's certificate")
+    listening.add_argument("--ssl-certificate", type=Path, metavar="PEM", help="TLS on gRPC: the server's certificate")
     listening.add_argument("--ssl-key", type=Path, metavar="PEM", help="and its key")
     listening.add_argument("--ssl-root", type=Path, metavar="PEM", help="mTLS: who signs the clients that are let in")
     listening.add_argument(
@@ -177,17 +177,21 @@ def read_options(asked: argparse.Namespace, extra: Sequence[str]):  # noqa: ANN2
     unknown = sorted(set(asked.open) - set(RESTRICTED))
     if unknown:
         raise UserError(f"--open {unknown[0]}: known are {', '.join(RESTRICTED)}")
-    files = {"--ssl-cert": asked.ssl_cert, "--ssl-key": asked.ssl_key, "--ssl-root": asked.ssl_root}
+    files = {"--ssl-certificate": asked.ssl_certificate, "--ssl-key": asked.ssl_key, "--ssl-root": asked.ssl_root}
     for name, path in files.items():
         if path is not None and not path.is_file():
             raise UserError(f"{name} {path}: no such file (a PEM file is wanted)")
         if path is None and name != "--ssl-root" and any(files.values()):
-            raise UserError(f"{name} is missing: TLS takes --ssl-cert and --ssl-key")
+            raise UserError(f"{name} is missing: TLS takes --ssl-certificate and --ssl-key")
     for flag in extra:
         name = flag.removeprefix("--").split("=")[0]
         if flag.startswith("--") and name in OURS:
             raise UserError(f"-- {flag}: serve.run sets --{name} itself (see its own options)")
-    tls = Tls(certificate=asked.ssl_cert, key=asked.ssl_key, root=asked.ssl_root) if asked.ssl_cert else None
+    tls = (
+        Tls(certificate=asked.ssl_certificate, key=asked.ssl_key, root=asked.ssl_root)
+        if asked.ssl_certificate
+        else None
+    )
     return Options(
         host=asked.host, grpc_port=asked.grpc_port, http_port=asked.http_port, metrics_port=asked.metrics_port, tls=tls,
         open_endpoints=tuple(asked.open), start_seconds=asked.start_timeout, exit_seconds=asked.exit_timeout,
@@ -200,7 +204,7 @@ def show(server, seconds: float, kept: bool) -> None:  # noqa: ANN001 - a Server
     tls = server.options.tls
     options = "" if server.grpc == "127.0.0.1:8001" else f" --url {server.grpc}"
     if tls:
-        options += " --ssl-root CA.pem" + (" --ssl-cert CLIENT.pem --ssl-key CLIENT.key" if tls.root else "")
+        options += " --ssl-root CA.pem" + (" --ssl-certificate CLIENT.pem --ssl-key CLIENT.key" if tls.root else "")
     where = f"--repository {server.repository}" if kept else f"--url {server.http} --metrics {server.metrics}"
     say("")
     say(f"ready     after {seconds:.1f} s: {server.found.executable}")

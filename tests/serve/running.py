@@ -135,15 +135,14 @@ class Load:
         return [text for *_, text in self.answers if text]
 
 
-def ask(client: grpc.InferenceServerClient, size: int) -> str:
+def ask(client: grpc.InferenceServerClient, size: int, request_id: str = "") -> str:
     """One request to the front door; "" or the error."""
     image = np.full((1, size, size, 3), 128, np.uint8)
     port = grpc.InferInput("image", image.shape, "UINT8")
     port.set_data_from_numpy(image)
     try:
-        found = client.infer(
-            "features", [port], outputs=[grpc.InferRequestedOutput("backbone_global")], client_timeout=30
-        )
+        wanted = [grpc.InferRequestedOutput("backbone_global")]
+        found = client.infer("features", [port], outputs=wanted, request_id=request_id, client_timeout=30)
         assert np.isfinite(found.as_numpy("backbone_global")).all()
     except grpc.InferenceServerException as error:
         return str(error)

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -219,11 +221,49 @@ class TestStarting:
         assert main(["--repository", str(repository), *map(str, ANY_PORTS), "--", "--nonsense=3"]) == 2
         assert "refuses what follows -- (--nonsense=3): unrecognized option" in capsys.readouterr().err
 
+    def test_a_request_is_traced_through_its_models_under_its_id(self, repository):
+        spans: list[dict] = []
+
+        class Collector(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                spans.extend(s for r in content["resourceSpans"] for scope in r["scopeSpans"] for s in scope["spans"])
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
+            threading.Thread(target=collector.serve_forever, daemon=True).start()
+            url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
+            settings = ("rate=1", "level=TIMESTAMPS", "mode=opentelemetry", f"opentelemetry,url={url}",
+                        "opentelemetry,bsp_schedule_delay=200")  # fmt: skip
+            with Run("--repository", repository, "--", *(f"--trace-config={text}" for text in settings)) as run:
+                run.ready()
+                with grpc.InferenceServerClient(run.grpc) as client:
+                    assert ask(client, SIZE, request_id="seen-again") == ""
+
+                def traced() -> set[str]:
+                    has = [(s["name"], a["value"]) for s in spans for a in s.get("attributes", ())]
+                    return {name for name, value in has if value == {"stringValue": "seen-again"}}
+
+                assert until(lambda: traced() >= {"features", "backbone"}, 30), traced()
+                assert "head_cls" not in traced()
+            collector.shutdown()
+
     def test_mutual_tls_lets_in_only_whom_it_knows(self, repository, tmp_path):
         if shutil.which("openssl") is None:
             pytest.skip("no openssl command to make certificates with")
         files = certificates(tmp_path)
-        options = ("--ssl-cert", files["server.pem"], "--ssl-key", files["server.key"], "--ssl-root", files["ca.pem"])
+        options = (
+            "--ssl-certificate",
+            files["server.pem"],
+            "--ssl-key",
+            files["server.key"],
+            "--ssl-root",
+            files["ca.pem"],
+        )
         with Run("--repository", repository, *options) as run:
             run.ready()
             known = {"root_certificates": files["ca.pem"], "private_key": files["client.key"],
@@ -267,8 +307,8 @@ class TestMistakes:
             (["--grpc-port", "70000"], "--grpc-port 70000: ports are 0 to 65535"),
             (["--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine"),
             (["--tritonserver", "/nowhere"], "--tritonserver /nowhere: no executable file there"),
-            (["--ssl-cert", "/nowhere"], "--ssl-cert /nowhere: no such file"),
-            (["--ssl-key", __file__], "--ssl-cert is missing"),
+            (["--ssl-certificate", "/nowhere"], "--ssl-certificate /nowhere: no such file"),
+            (["--ssl-key", __file__], "--ssl-certificate is missing"),
             (["--open", "everything"], "--open everything: known are model-repository"),
             (["--exit-timeout", "0"], "--exit-timeout 0: give more than 0"),
             (["--", "--http-port=9"], "serve.run sets --http-port itself"),
