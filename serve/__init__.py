@@ -1,1 +1,1 @@
-"""Bundle to a running Triton Inference Server and its clients. This stage has not landed yet."""
+"""A bundle becomes a running Triton Inference Server, and clients ask it. Imports neither torch nor the other stages."""

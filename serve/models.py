@@ -208,8 +208,8 @@ def about_bundle(bundle: Bundle) -> dict:
 
 
 def facts(graph: Graph) -> dict:
-    """What the answer of a task's head means: the names of its classes, its unit, as far as it has them."""
-    return {name: graph.about[name] for name in ("classes", "unit") if graph.about.get(name)}
+    """What the answer of a task's head means: names of classes, unit, pixels of a cell's side, as far as it has them."""
+    return {name: graph.about[name] for name in ("classes", "unit", "stride") if graph.about.get(name)}
 
 
 def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
@@ -250,6 +250,9 @@ def map_model(bundle: Bundle, task: str, settings: Settings) -> Model:
     add_tensor(config.input, next(tensor for tensor in bundle.graphs[task].outputs if tensor.name == scores))
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     tell_sizes(config, bundle)
+    # DPT's depth is finer than the patches
+    cell = bundle.graphs[task].about.get("stride", bundle.manifest.resolution.stride)
+    config.parameters["cell"].string_value = str(cell)
     place_on_cpu(config)
     files = {
         "model.py": TEMPLATES / f"{task}_map" / "1" / "model.py", "map_model.py": TEMPLATES / "map_model.py",

@@ -79,7 +79,7 @@ def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[
     """A failure of tritonclient's as one of ours, and whether the same request may be sent again.
 
     Sending again is for failures that say "not now": every status UNAVAILABLE (starting, stopping, queue full, connection
-    refused) and the two other shapes that Triton gives the same state:
+    refused) and the other shapes that Triton gives the same state:
 
     * NOT_FOUND "has no available versions": a model that is being stopped or reloaded. An unknown model reads otherwise.
     * INTERNAL "Stub process … is not healthy": the python backend's process died. Nobody knows whether it had already
@@ -95,6 +95,8 @@ def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[
             return NotAllowed(f"{said} (give the server's admin key)", request_id), False
         if any(word in lower for word in NOT_TRUSTED):
             return NotAllowed(f"no TLS connection: {said}", request_id), False
+        return Unavailable(said, request_id), True
+    if status == "CANCELLED":  # so Triton ends some newcomers while it drains; a caller's own cancelling never comes here
         return Unavailable(said, request_id), True
     if status == "NOT_FOUND" and "no available versions" in said:
         return Unavailable(said, request_id), True

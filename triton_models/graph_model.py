@@ -174,6 +174,7 @@ def open_graph(graph: Path, runtime: str, threads: int, device: int | None):  # 
         return run
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     # threads that spin while idle take the cores from other models

@@ -14,7 +14,7 @@ class MapModel:
         """Read names and the sizes of pictures that are served from config.pbtxt."""
         config = json.loads(args["model_config"])
         self.scores, self.map = config["input"][0]["name"], config["output"][0]["name"]
-        self.about = {key: int(config["parameters"][key]["string_value"]) for key in ("stride", "height", "width")}
+        self.about = {key: int(value["string_value"]) for key, value in config["parameters"].items()}
 
     def execute(self, requests: list) -> list:
         """Answer every request; one that is refused leaves the others alone."""
@@ -31,11 +31,11 @@ class MapModel:
         if not is_finite(values):
             raise Refused(f"input '{self.scores}' holds NaN or infinity: give finite numbers")
         try:
-            found = self.make(values, *image[1:3])
+            found = self.make(values, *image[1:3], self.about["cell"])
         except ValueError as error:  # scores of a picture of another size
             raise Refused(f"input '{self.scores}' does not belong to 'image': {error}") from error
         return pb_utils.InferenceResponse([pb_utils.Tensor(self.map, found)])
 
-    def make(self, values: np.ndarray, height: int, width: int) -> np.ndarray:
+    def make(self, values: np.ndarray, height: int, width: int, stride: int) -> np.ndarray:
         """The map."""
         raise NotImplementedError

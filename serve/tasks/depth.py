@@ -38,7 +38,7 @@ def steps(calls: Calls, images: Images, side: Side, options: dict[str, Any]) -> 
     else:
         answer = yield from calls.features(images, ["depth"], **options)
         cells = answer["depth"]
-        found = yield Work(lambda: depth_map(cells, *answer.size))
+        found = yield Work(lambda: depth_map(cells, *answer.size, facts.get("stride")))
     if found.shape[1:] != tuple(answer.size):
         raise WrongAnswer(f"depth_map is {list(found.shape)} for pictures of {answer.size}", answer.request_id)
     return Depth(found, facts.get("unit") or "metre")

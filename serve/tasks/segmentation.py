@@ -38,7 +38,7 @@ def steps(calls: Calls, images: Images, side: Side, options: dict[str, Any]) -> 
     else:
         answer = yield from calls.features(images, ["segmentation_logits"], **options)
         logits = answer["segmentation_logits"]
-        found = yield Work(lambda: class_map(logits, *answer.size))
+        found = yield Work(lambda: class_map(logits, *answer.size, facts.get("stride")))
     if found.shape[1:] != tuple(answer.size) or found.min() < 0:
         raise WrongAnswer(f"class_map is {list(found.shape)} for pictures of {answer.size}", answer.request_id)
     # a server of another make may not say its classes

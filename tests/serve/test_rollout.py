@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import tritonclient.grpc as grpc
+from conftest import need_tritonserver
 from onnx import numpy_helper
 
 from export.bundle import MANIFEST, read_manifest, sha256_of
@@ -18,7 +19,6 @@ from serve.rollout import main
 from serve.server import Options, Server
 from serve.settings import Settings
 from serve.triton import find_tritonserver
-from tests.conftest import need_tritonserver
 
 OUTPUTS = ["backbone_global", "cls_token", "segmentation_logits"]
 
