@@ -56,7 +56,7 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
 
 # The environment and caches; runs/ holds trained models and stays.
 clean:
