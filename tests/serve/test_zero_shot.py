@@ -233,6 +233,7 @@ BAD = {
     "without a batch": ({"image": np.zeros((64, 64, 3), np.uint8)}, "unexpected shape for input 'image'"),
     "four channels": ({"image": np.zeros((1, 64, 64, 4), np.uint8)}, "unexpected shape for input 'image'"),
     "nothing": ({"image": None}, "missing required input"),
+    "labels alone": ({"image": None, "labels": [b"cat"]}, "input 'image' is missing"),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from class_scores import ClassVectors, probabilities
-from graph_model import wrong_size
+from graph_model import failed, first_line, wrong_size
 
 LATEST = -1
 MARK = "refused: "
@@ -47,25 +47,33 @@ class TritonPythonModel:
 
     async def answer(self, request):  # noqa: ANN001, ANN201 - Triton's own types
         """probabilities [B, C] and classes [C] of one request, or why there are none."""
-        image = pb_utils.get_input_tensor_by_name(request, "image")
-        labels = pb_utils.get_input_tensor_by_name(request, "labels")
-        given = None if labels is None else labels.as_numpy().reshape(-1)
-        vectors, classes = self.vectors, self.classes
         try:
-            self.check(image.shape())
-            if given is not None and not self.about["encoder"]:
-                vectors, classes = self.choose(given), given
-            asked = [self.ask("features", LATEST, image, self.about["output"], request)]
-            if given is not None and self.about["encoder"]:
-                asked.append(self.ask("text_encoder", self.version, labels, "embeddings", request))
-            tokens, *embeddings = await asyncio.gather(*asked)
+            answers = await self.compare(request)
         except Refused as refused:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(refused.message, refused.code))
-        if embeddings:
-            vectors, classes = ClassVectors(embeddings[0], self.about["scale"]), given
-        answers = {"probabilities": probabilities(tokens, vectors), "classes": classes}
+            return failed(refused.message, refused.code)
+        except Exception as error:  # left to Triton, it would be a traceback for every client of the batch
+            return failed(f"the model failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)
         wanted = request.requested_output_names()
         return pb_utils.InferenceResponse([pb_utils.Tensor(name, answers[name]) for name in answers if name in wanted])
+
+    async def compare(self, request) -> dict[str, np.ndarray]:  # noqa: ANN001
+        """Both outputs of one request; raises Refused."""
+        image = pb_utils.get_input_tensor_by_name(request, "image")
+        labels = pb_utils.get_input_tensor_by_name(request, "labels")
+        if image is None:  # Triton itself only counts the inputs of a model that has optional ones
+            raise Refused("input 'image' is missing", pb_utils.TritonError.INVALID_ARG)
+        given = None if labels is None else labels.as_numpy().reshape(-1)
+        vectors, classes = self.vectors, self.classes
+        self.check(image.shape())
+        if given is not None and not self.about["encoder"]:
+            vectors, classes = self.choose(given), given
+        asked = [self.ask("features", LATEST, image, self.about["output"], request)]
+        if given is not None and self.about["encoder"]:
+            asked.append(self.ask("text_encoder", self.version, labels, "embeddings", request))
+        tokens, *embeddings = await asyncio.gather(*asked)
+        if embeddings:
+            vectors, classes = ClassVectors(embeddings[0], self.about["scale"]), given
+        return {"probabilities": probabilities(tokens, vectors), "classes": classes}
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Refuse pictures [B, H, W, 3] that `features` would refuse, while the code can still be told."""
