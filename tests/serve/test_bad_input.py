@@ -508,18 +508,16 @@ def test_only_sizes_that_the_graph_answers_rightly_are_taken(varying):
 def test_parts_refuse_more_positions_than_pictures_have(varying):
     triton, bundle = varying
     for count in (0, 1000):
-        given = [
-            array(
-                tensor.name,
-                np.zeros([1, *(count if isinstance(axis, str) else axis for axis in tensor.shape[1:])], "f4"),
-            )
+        shapes = {
+            tensor.name: [1, *(count if isinstance(axis, str) else axis for axis in tensor.shape[1:])]
             for tensor in bundle.graphs["depth"].inputs
-        ]
+        }
+        given = [array(name, np.zeros(shape, np.float32)) for name, shape in shapes.items()]
         said = refusal(triton, request("depth_head", given))
         assert re.search(rf"'features' is {count}x.*: it must not be empty, and at most 4x6x48 is served", said), said
     picture, depth = np.zeros((1, 64, 96, 3), np.uint8), np.zeros((1, 23), np.float32)
     said = refusal(triton, request("depth_map", [array("depth", depth), array("image", picture)]))
-    assert "input 'depth' does not belong to 'image': 23 positions are no grid of square cells" in said
+    assert "input 'depth' does not belong to 'image': 23 positions are no grid of" in said
     said = refusal(triton, request("depth_map", [array("depth", depth), array("image", picture[:, :9, :9])]))
     assert "'image' is 9x9: height and width must be multiples of 16" in said
 
