@@ -96,9 +96,8 @@ def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[
         if any(word in lower for word in NOT_TRUSTED):
             return NotAllowed(f"no TLS connection: {said}", request_id), False
         return Unavailable(said, request_id), True
-    if (
-        status == "CANCELLED"
-    ):  # so Triton ends some newcomers while it drains; a caller's own cancelling never comes here
+    # so Triton ends some newcomers while it drains; a caller's own cancelling never comes here
+    if status == "CANCELLED":
         return Unavailable(said, request_id), True
     if status == "NOT_FOUND" and "no available versions" in said:
         return Unavailable(said, request_id), True
