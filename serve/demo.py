@@ -1,0 +1,131 @@
+"""`python -m serve.demo`: a page to look at what a running server makes of a photograph."""
+
+import argparse
+import importlib.util
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+
+from serve.client import DEFAULT_URL, FeatureClient
+from serve.errors import NotAllowed, NotServed, ServerError, Unavailable, UserError, exit_status
+from serve.images import Limits
+from serve.retry import Retry
+
+EPILOG = """\
+examples:
+  python -m serve.demo                                          the server on this machine, http://127.0.0.1:7860
+  python -m serve.demo --url gpu-server:8001 --port 8080
+  python -m serve.demo --labels "a cat" "a dog" "a cup of coffee"
+
+The page shows what the server has: principal components of the patches of the backbone and of each head, segmentation,
+depth, zero-shot classes, and for each request its latency and the models that ran. It needs no network but the way to the
+server, and sends nothing anywhere else. Ctrl-C ends it; pictures that were dropped on it are deleted then.
+Exit status: 0 stopped as told, 2 a mistake in what was asked, 1 no server there.
+"""
+
+ENVIRONMENT = {
+    "GRADIO_ANALYTICS_ENABLED": "False",  # no telemetry, no look for a newer version
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "GRADIO_RUN_HISTORY": "False",  # nothing is kept in the browser
+    "GRADIO_MCP_SERVER": "False",
+    "GRADIO_SHARE": "False",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serve.demo",
+        description="Show on a web page what a running server makes of a photograph.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--url", default=DEFAULT_URL, metavar="HOST:PORT", help=f"the server's gRPC ({DEFAULT_URL})")
+    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (7860)")
+    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)")
+    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="zero-shot classes to begin with (the bundle's)")
+    asked = parser.parse_args(arguments)
+    return exit_status(lambda: run(asked))
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    if importlib.util.find_spec("gradio") is None:
+        raise UserError("serve.demo needs gradio, which is not installed: pip install 'vfm-distill[demo]'")
+    check_port(asked.host, asked.port)
+    with (
+        FeatureClient(asked.url, timeout=20.0, retry=Retry(most=2)) as client,
+        tempfile.TemporaryDirectory(prefix="serve-demo-") as folder,
+    ):
+        check_server(client, asked.labels)
+        os.environ.update(ENVIRONMENT, GRADIO_TEMP_DIR=folder)  # read when gradio is imported
+        show(client, asked)
+    return 0
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise UserError if the page cannot listen there."""
+    if not 1 <= port <= 65535:
+        raise UserError(f"--port {port}: ports are 1 to 65535")
+    try:
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(address[0]) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind(address[4])
+    except socket.gaierror as error:
+        raise UserError(f"--host {host}: no such address ({error.strerror})") from error
+    except OSError as error:
+        raise UserError(f"port {port} of {host}: {error.strerror} (choose another with --port)") from error
+
+
+def check_server(client: FeatureClient, labels: Sequence[str] | None) -> None:
+    """Raise an error that names the remedy if there is no server, or it has no use for labels."""
+    try:
+        client.describe()
+        if labels:
+            client.describe("zero_shot")
+    except Unavailable as error:
+        raise ServerError(
+            f"no server answers at {client.url}: start one with python -m serve.run BUNDLE, or name another with --url"
+        ) from error
+    except NotAllowed as error:
+        raise UserError(f"the server at {client.url} refuses this client: {error.message}") from error
+    except NotServed as error:
+        if "zero_shot" not in error.message:
+            raise UserError(f"the server at {client.url} has no model 'features': is it one of serve.run?") from error
+        raise UserError("--labels: the server has no zero_shot (python -m export.text adds it to a bundle)") from error
+
+
+def show(client: FeatureClient, asked: argparse.Namespace) -> None:
+    """Serve the page until SIGINT or SIGTERM."""
+    import gradio
+
+    from serve.demo_cards import CSS
+    from serve.demo_page import build
+
+    told = threading.Event()
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    page = build(client, asked.labels)
+    try:
+        _, address, _ = page.launch(
+            server_name=asked.host, server_port=asked.port, share=False, quiet=True, prevent_thread_lock=True,
+            max_file_size=Limits().max_bytes, enable_monitoring=False, ssr_mode=False, pwa=False, footer_links=[],
+            theme=gradio.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=CSS,
+        )  # fmt: skip
+        print(f"page      {address.rstrip('/')}", flush=True)
+        print(f"server    {client.url}", flush=True)
+        print("stop      Ctrl-C", flush=True)
+        told.wait()
+    finally:
+        page.close(verbose=False)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
