@@ -166,7 +166,8 @@ class OpenVINO(Runtime):
         core = openvino.Core()
         # full precision of what the graph says: the check is of the graph, not of the plugin's shortcuts
         settings = {"INFERENCE_PRECISION_HINT": "f32"} if settings is None else settings
-        self.models = {graph: core.compile_model(str(path), "CPU", settings) for graph, path in files.items()}
+        with gpu.signal_stack_kept():
+            self.models = {graph: core.compile_model(str(path), "CPU", settings) for graph, path in files.items()}
 
     def bind(self, graph: str, feeds: Outputs) -> Bound:
         """An infer request of its own, on the arrays as they are."""

@@ -1,5 +1,6 @@
 """Runtimes of graphs and engines: the same outputs in the same order, and one line for what cannot run here."""
 
+import ctypes
 import itertools
 import logging
 from pathlib import Path
@@ -206,3 +207,21 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_said_and_the_export_goes_on(graphs
     monkeypatch.setattr(gpu, "gpu_present", lambda: True)
     assert [runtime.name for runtime in runtimes_here("fp32", graphs=graphs)] == ["onnxruntime-cpu"]
     assert "not checked in onnxruntime-cuda" in caplog.text and "pip install 'onnxruntime-gpu" in caplog.text
+
+
+def signal_stack() -> tuple[int | None, int]:
+    """Where this thread's signal stack is, and its size."""
+    found = gpu.SignalStack()
+    ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
+    return found.place, found.size
+
+
+def test_signals_find_their_stack_after_openvino(graphs):
+    """Made and dropped in one order, its runtimes leave one that is no longer there: Ctrl-C would crash."""
+    pytest.importorskip("openvino", reason="needs pip install openvino")
+    before, head = signal_stack(), {"head_cls": graphs["head_cls"]}
+    kept = [OpenVINO(head), OpenVINO(head)]
+    assert signal_stack() == before
+    while kept:
+        kept.pop(0)
+        assert signal_stack() == before
