@@ -9,11 +9,13 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from serve.client import DEFAULT_URL, FeatureClient
 from serve.errors import NotAllowed, NotServed, ServerError, Unavailable, UserError, exit_status
 from serve.images import Limits
-from serve.retry import Retry
+
+if TYPE_CHECKING:  # needs an optional extra, of which `run` speaks in a sentence
+    from serve.client import FeatureClient
 
 EPILOG = """\
 examples:
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--url", default=DEFAULT_URL, metavar="HOST:PORT", help=f"the server's gRPC ({DEFAULT_URL})")
+    parser.add_argument("--url", metavar="HOST:PORT", help="the server's gRPC (port 8001 of this machine)")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (7860)")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="zero-shot classes to begin with (the bundle's)")
@@ -54,11 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(asked: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
-    if importlib.util.find_spec("gradio") is None:
-        raise UserError("serve.demo needs gradio, which is not installed: pip install 'vfm-distill[demo]'")
+    for package in ("gradio", "tritonclient"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"serve.demo needs {package}, which is not installed: pip install 'vfm-distill[demo]'")
+    from serve.client import DEFAULT_URL, FeatureClient
+    from serve.retry import Retry
+
     check_port(asked.host, asked.port)
     with (
-        FeatureClient(asked.url, timeout=20.0, retry=Retry(most=2)) as client,
+        FeatureClient(asked.url or DEFAULT_URL, timeout=20.0, retry=Retry(most=2)) as client,
         tempfile.TemporaryDirectory(prefix="serve-demo-") as folder,
     ):
         check_server(client, asked.labels)
@@ -82,7 +88,7 @@ def check_port(host: str, port: int) -> None:
         raise UserError(f"port {port} of {host}: {error.strerror} (choose another with --port)") from error
 
 
-def check_server(client: FeatureClient, labels: Sequence[str] | None) -> None:
+def check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
     """Raise an error that names the remedy if there is no server, or it has no use for labels."""
     try:
         client.describe()
@@ -100,7 +106,7 @@ def check_server(client: FeatureClient, labels: Sequence[str] | None) -> None:
         raise UserError("--labels: the server has no zero_shot (python -m export.text adds it to a bundle)") from error
 
 
-def show(client: FeatureClient, asked: argparse.Namespace) -> None:
+def show(client: "FeatureClient", asked: argparse.Namespace) -> None:
     """Serve the page until SIGINT or SIGTERM."""
     import gradio
 
