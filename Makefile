@@ -56,7 +56,11 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadgroup
+	@# two processes: a third of the suite waits for servers
+	@log=$$(mktemp); echo "tests/serve runs beside the others, into $$log"; \
+	$(BIN)/python -m pytest -q tests/serve > $$log 2>&1 & beside=$$!; \
+	status=0; $(BIN)/python -m pytest -q --ignore tests/serve || status=$$?; \
+	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
 
 # The environment and caches; runs/ holds trained models and stays.
 clean:

@@ -29,13 +29,6 @@ from export.run import main as export
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several processes: a file's tests stay together, and so do all that look at the machine's tritonservers."""
-    for item in items:
-        serving = "serve" in item.path.parent.parts
-        item.add_marker(pytest.mark.xdist_group("serve" if serving else item.path.name))
-
-
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
