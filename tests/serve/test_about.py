@@ -27,7 +27,7 @@ def test_the_front_doors_say_which_bundle_is_behind_them(bundle):
         assert about["bundle"] == bundle.version and (about["stride"], about["height"], about["width"]) == (16, 64, 64)
         assert about["teachers"][2] == {"label": "dino", "role": "dino", "licence": "unknown"}
         assert set(about["tasks"]) == {"classification", "segmentation", "depth"}
-        assert about["tasks"]["depth"] == {"unit": "metre"}
+        assert about["tasks"]["depth"] == {"unit": "metre", "stride": 16}
         assert about["tasks"]["classification"]["classes"]
 
 
