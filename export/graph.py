@@ -43,11 +43,14 @@ DPT = "dpt-depth"
 
 
 class BackboneGraph(nn.Module):
-    """uint8 [B, H, W, 3] to the student's features, for clients and for the other graphs."""
+    """uint8 [B, H, W, 3] to the student's features, for clients and for the other graphs.
 
-    def __init__(self, deployment: Deployment) -> None:
+    Where sizes vary, the graph itself must refuse a side that is no multiple of the stride: convolutions would crop it.
+    """
+
+    def __init__(self, deployment: Deployment, varying: bool) -> None:
         super().__init__()
-        self.preprocess, self.student = deployment.preprocess, deployment.student
+        self.preprocess, self.student, self.varying = deployment.preprocess, deployment.student, varying
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """backbone_global [B, d], backbone_patches [B, h*w, d], features [B, h, w, d], features_global [B, 1, d]."""
@@ -56,7 +59,15 @@ class BackboneGraph(nn.Module):
     def normalize(self, image: Tensor) -> Tensor:
         """What the network takes."""
         # bytes become floats before anything else happens to them: TensorRT only casts bytes
-        pixels = self.preprocess.normalize((image.float() / 255).permute(0, 3, 1, 2))
+        pixels = image.float() / 255
+        if self.varying:
+            # whole cells, or an error; the transposition in between keeps runtimes from joining the two reshapes into none
+            side = self.student.stride
+            cells = pixels.unflatten(2, (image.shape[2] // side, side)).unflatten(1, (image.shape[1] // side, side))
+            pixels = cells.permute(0, 5, 1, 2, 3, 4).flatten(4, 5).flatten(2, 3)
+        else:
+            pixels = pixels.permute(0, 3, 1, 2)
+        pixels = self.preprocess.normalize(pixels)
         # normalisation stays in float32 whatever the network's precision
         return pixels.to(next(self.student.parameters()).dtype)
 
@@ -253,7 +264,7 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
         if head.kind == DPT:
             layers = layer_ports(head.module.settings["widths"], student.layer_strides, stride, height, width)
     backbone = Part(
-        LayersGraph(deployment) if layers else BackboneGraph(deployment),
+        (LayersGraph if layers else BackboneGraph)(deployment, varying=not (height and width)),
         Signature(BACKBONE, (image,), backbone_ports(d, positions) + feature_ports(d, rows, columns) + layers),
     )
     parts, interaction, inputs = [backbone], None, feature_ports(d, rows, columns)

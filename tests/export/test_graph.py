@@ -1,0 +1,43 @@
+"""Graphs of varying sizes: position embeddings of any grid, and an error for sides that are cut off otherwise."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.layers import resample_abs_pos_embed
+
+from distill.errors import UserError
+from export.graph import build_parts, open_student
+from export.resample import resample_grid
+from export.runtimes import OnnxRuntime, OpenVINO
+from export.to_onnx import export_part
+
+
+@pytest.fixture(scope="module")
+def graphs(small_bundle, tmp_path_factory) -> dict[str, Path]:
+    """The backbone and the whole student for varying sizes, by name."""
+    folder, student = tmp_path_factory.mktemp("graphs"), open_student(small_bundle.parent / "run")
+    parts = {part.signature.graph: part for part in build_parts(student, None, None)}
+    found = {}
+    for graph in ("backbone", "fused"):
+        found[graph], *_ = export_part(parts[graph], student.stride, 4, folder / f"{graph}.onnx", {})
+    return found
+
+
+@pytest.mark.parametrize("kind", [OnnxRuntime, OpenVINO])
+def test_sides_that_are_no_multiple_of_the_stride_are_refused(kind, graphs):
+    runtime = kind(graphs)
+    for graph in graphs:
+        assert len(runtime.run(graph, {"image": np.zeros((2, 64, 80, 3), np.uint8)})[0]) == 2
+        for size in ((70, 64), (64, 75), (72, 72), (64, 8)):
+            with pytest.raises(UserError, match=f"{runtime.name}: graph '{graph}'"):
+                runtime.run(graph, {"image": np.zeros((1, *size, 3), np.uint8)})
+
+
+def test_position_embeddings_by_matrices_are_timms():
+    posemb = torch.randn(1, 1 + 7 * 7, 16)
+    for size in ((7, 7), (14, 14), (5, 9), (3, 4), (20, 6)):
+        wanted = resample_abs_pos_embed(posemb, list(size), [7, 7], num_prefix_tokens=1)
+        torch.testing.assert_close(resample_grid(posemb, list(size), [7, 7]), wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(resample_grid(posemb, [7, 7], [7, 7]), posemb)
