@@ -4,6 +4,7 @@ A rollout asks the new version for these pictures before the switch, and canarie
 numpy and safetensors (`serve/golden.py`).
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,4 +40,12 @@ def write_golden(
     # packaged photographs have plain names; of a user's only the file's name leaves the machine
     names = "\n".join(Path(name).name for name, _ in chosen)
     metadata = {"format": "1", "cosine": str(TOLERANCE[precision]), "precision": precision, "pictures": names}
-    (folder / GOLDEN).write_bytes(save(tensors, metadata))
+    (folder / GOLDEN).write_bytes(in_order(save(tensors, metadata)))
+
+
+def in_order(data: bytes) -> bytes:
+    """The same safetensors file with its header sorted: the library writes metadata in another order every time."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import run_here, small_recipe
+from safetensors.numpy import save_file
 from timm.layers import resample_abs_pos_embed
 from yaml import safe_dump
 
@@ -323,7 +324,9 @@ def test_check_of_no_bundle_is_one_line(tmp_path):
 
 def test_files_added_later_are_in_the_manifest(bundle, tmp_path):
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    (copy / "class_embeddings.safetensors").write_bytes(b"x")
+    save_file(
+        {"embeddings": np.ones((1, 8), np.float32)}, copy / "class_embeddings.safetensors", {"classes": '["cat"]'}
+    )
     assert call(check, copy).returncode == 1
     add_files(copy, ["class_embeddings.safetensors"])
     assert call(check, copy).returncode == 0
