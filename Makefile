@@ -56,11 +56,13 @@ lint: install
 	$(BIN)/ruff format --check .
 
 test: lint
-	@# two processes: a third of the suite waits for servers
-	@log=$$(mktemp); echo "tests/serve runs beside the others, into $$log"; \
-	$(BIN)/python -m pytest -q tests/serve > $$log 2>&1 & beside=$$!; \
-	status=0; $(BIN)/python -m pytest -q --ignore tests/serve || status=$$?; \
-	wait $$beside || status=$$?; cat $$log; rm $$log; exit $$status
+	@# three processes: much of the suite waits for servers, and each part has one of its own to be brought down with
+	@logs=$$(mktemp -d); echo "tests/serve and tests/export run beside the others, into $$logs"; \
+	for part in serve export; do \
+		{ $(BIN)/python -m pytest -q tests/$$part > $$logs/$$part 2>&1 || touch $$logs/failed; } & \
+	done; \
+	$(BIN)/python -m pytest -q --ignore tests/serve --ignore tests/export || touch $$logs/failed; \
+	wait; cat $$logs/serve $$logs/export; test ! -e $$logs/failed && rm -r $$logs
 
 # The environment and caches; runs/ holds trained models and stays.
 clean:
