@@ -7,26 +7,23 @@ import platform
 import time
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnxruntime
 import timm
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
 from distill.checkpoint import git_commit
 from distill.config import TeacherConfig
-from distill.errors import TrainingError, UserError
-from distill.images import UnreadableImage
+from distill.errors import TrainingError
 from distill.packaged import WHEELS
-from distill.pictures import FolderPictures, PackagedPhotos
 from distill.teachers import PACKAGE, weights_source
 from export.bundle import (
     MANIFEST,
     BundledEngine,
+    CalibrationRecord,
     GraphRecord,
     Manifest,
     ParityRecord,
@@ -40,18 +37,18 @@ from export.bundle import (
 from export.check import weight_dtypes
 from export.golden import write_golden
 from export.graph import Part, Student, build_parts, open_student
+from export.int8 import digest, prepare, quantize_graphs
 from export.output import appearing
-from export.parity import TOLERANCE, check_sizes, engine_sizes, measure, run_chain
-from export.precision import cast_student, quantize
-from export.run import PACKAGED, parse_sizes
-from export.runtimes import OnnxRuntime, Runtime, cpu_runtime, runtimes_here
-from export.signature import IMAGE
+from export.parity import check_sizes, engine_sizes, measure
+from export.photographs import Chosen, Photos, choose
+from export.precision import cast_student
+from export.run import parse_sizes
+from export.runtimes import Runtime, cpu_runtime, runtimes_here
+from export.signature import FUSED
 from export.to_onnx import OPSET, export_part
+from export.torch_runtime import cast_runtimes
 
 log = logging.getLogger(__name__)
-
-PHOTOS = 32
-"""Pictures that are compared, at most."""
 
 
 def export_bundle(asked: argparse.Namespace, formats: list[str], place: Path) -> None:
@@ -63,13 +60,9 @@ def export_bundle(asked: argparse.Namespace, formats: list[str], place: Path) ->
     cpu_runtime({}, asked.precision)  # before the minutes that graphs take, too: what they will be checked in
     student = open_student(asked.run)
     sizes = parse_sizes(asked.resolutions, student.stride, student.run.recipe.student.image_size)
-    photos = load_photos("--images", asked.images, PHOTOS)
-    calibration = None
-    if asked.precision == "int8":
-        folder = None if asked.calibration == PACKAGED else Path(asked.calibration)
-        calibration = load_photos("--calibration", folder, asked.calibration_images)
+    chosen = choose(asked)
     with appearing(asked.output, place, asked.force) as aside:
-        manifest = fill(asked, formats, student, sizes, photos, calibration, aside).sealed()
+        manifest = fill(asked, formats, student, sizes, chosen, aside).sealed()
         (aside / MANIFEST).write_bytes(manifest.to_bytes())
     size = sum((place / name).stat().st_size for name in manifest.files)
     log.info("bundle    %s, %d graphs, %.1f MB, %.0f s", asked.output, len(manifest.graphs), size / 1e6,
@@ -81,38 +74,38 @@ def export_bundle(asked: argparse.Namespace, formats: list[str], place: Path) ->
 
 def fill(
     asked: argparse.Namespace, formats: list[str], student: Student, sizes: list[tuple[int, int]],
-    photos: list[tuple[str, Image.Image]], calibration: list[tuple[str, Image.Image]] | None, folder: Path,
+    chosen: Chosen, folder: Path,
 ) -> Manifest:  # fmt: skip
     """Write every file of the bundle but the manifest, and return that."""
-    dynamic = len(sizes) > 1
+    dynamic, photos = len(sizes) > 1, chosen.compared
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     cast = cast_student(student, asked.precision)
     parts = build_parts(cast, None if dynamic else height, None if dynamic else width)
     recipe = student.run.recipe
     about = {"method": recipe.method, "student": recipe.student.name, "precision": asked.precision}
-    paths: dict[str, Path] = {}
+    paths = {part.signature.graph: folder / f"{part.signature.graph}.onnx" for part in parts}
     for part in parts:
         begun = time.perf_counter()
         graph = part.signature.graph
         licences = "; ".join(f"{t.label}: {licence_of(t)}" for t in recipe.teachers)
         facts = about | {"graph": graph, "licences": licences} | {k: str(v) for k, v in part.about.items()}
-        paths[graph], *_ = export_part(
-            part, student.stride, asked.max_batch, folder / f"{graph}.onnx", facts, OPSET[asked.precision]
-        )
+        if asked.precision == "int8" and graph == FUSED:
+            continue  # made of the others below
+        export_part(part, student.stride, asked.max_batch, paths[graph], facts, OPSET[asked.precision])
         log.info(
             "graph     %-16s %6.1f MB  %4.1f s", graph, paths[graph].stat().st_size / 1e6, time.perf_counter() - begun
         )
-    if calibration:
-        calibrate(asked.calibration_method, parts, paths, sizes[0], [photo for _, photo in calibration])
+    record = calibrate(asked, parts, paths, facts, sizes, chosen) if asked.precision == "int8" else None
     checked = check_sizes(student.stride, sizes, dynamic)
-    parity = prove(asked, student, parts, runtimes_here(asked.precision, graphs=paths), photos, checked)
+    runtimes = [*runtimes_here(asked.precision, graphs=paths), *cast_runtimes(parts, asked.precision)]
+    parity = prove(asked, student, parts, runtimes, photos, checked)
     engines = build_engines(asked, formats, parts, paths, sizes, student.stride, folder)
     by_flavour: dict[str, dict[str, Path]] = {}
     for entry in engines:
         by_flavour.setdefault(entry.flavour, {})[entry.graph] = folder / entry.file
     built = runtimes_here(asked.precision, engines=by_flavour)
     parity += prove(asked, student, parts, built, photos, engine_sizes(sizes))
-    write_golden(folder, student, parts, photos, (height, width), asked.max_batch, asked.precision)
+    write_golden(folder, student, parts, photos, (height, width), asked.max_batch, asked.precision, parity)
     files = {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
     return Manifest(
         student=StudentRecord(
@@ -123,11 +116,15 @@ def fill(
         teachers=tuple(describe_teacher(t, student) for t in recipe.teachers),
         precision=asked.precision,
         preprocessing=Preprocessing(mean=recipe.student.mean, std=recipe.student.std),
-        resolution=Resolution(dynamic=dynamic, height=height, width=width, stride=student.stride, checked=tuple(checked)),
+        resolution=Resolution(
+            dynamic=dynamic, height=height, width=width, min_height=min(h for h, _ in sizes),
+            min_width=min(w for _, w in sizes), stride=student.stride, checked=tuple(checked),
+        ),
         max_batch=asked.max_batch,
         graphs=tuple(describe_graph(part, paths, asked.precision) for part in parts),
         engines=tuple(engines),
         parity=tuple(parity),
+        calibration=record,
         files=files,
         made={
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": git_commit(),
@@ -144,46 +141,26 @@ def trained_steps(run: Path) -> int | None:
     return int(said) if said.isdecimal() else None
 
 
-def load_photos(option: str, folder: Path | None, most: int) -> list[tuple[str, Image.Image]]:
-    """Names and pictures of a folder (default: packaged ones), at most so many; raises UserError for unreadable ones."""
-    try:
-        pictures = FolderPictures(folder) if folder else PackagedPhotos()
-    except UserError as error:
-        # training's key for the same thing
-        raise UserError(str(error).replace("data.path =", option)) from error
-    found = []
-    for number in range(min(most, len(pictures))):
-        try:
-            name = pictures.name(number).encode(errors="backslashreplace").decode()  # a file's may be no UTF-8
-            found.append((name, pictures.load(number)))
-        except UnreadableImage as error:
-            raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
-    return found
-
-
 def calibrate(
-    method: str, parts: list[Part], paths: dict[str, Path], size: tuple[int, int], photos: list[Image.Image]
-) -> None:
-    """Turn every graph into its int8 form, ranges taken from calibration pictures run through the float32 graphs."""
-    runtime = OnnxRuntime(paths)
-    feeds: dict[str, list[dict[str, np.ndarray]]] = {part.signature.graph: [] for part in parts}
-    for photo in photos:
-        pixels = np.asarray(photo.resize(size[::-1], Image.Resampling.BICUBIC))[None]
-        found = run_chain(runtime, parts, pixels)
-        known = {IMAGE: pixels} | {name: value for outputs in found.values() for name, value in outputs.items()}
-        for part in parts:
-            feeds[part.signature.graph].append({port.name: known[port.name] for port in part.signature.inputs})
-    for graph, path in paths.items():
-        begun = time.perf_counter()
-        quantized = path.with_suffix(".int8.onnx")
-        quantize(path, quantized, feeds[graph], method)
-        quantized.replace(path)
-        log.info("int8      %-16s %6.1f MB  %4.1f s", graph, path.stat().st_size / 1e6, time.perf_counter() - begun)
+    asked: argparse.Namespace, parts: list[Part], paths: dict[str, Path], about: dict[str, str],
+    sizes: list[tuple[int, int]], chosen: Chosen,
+) -> CalibrationRecord:  # fmt: skip
+    """Turn every graph into its int8 form; returns what its ranges are from."""
+    images = prepare([photo for _, photo in chosen.calibration], sizes)
+    others = "others" if chosen.held_out else "what may be the same"
+    log.info(
+        "pictures  calibrated on %d of %s, compared on %d, %s", len(images), chosen.source, len(chosen.compared), others
+    )
+    quantize_graphs(parts, paths, about, asked.calibration_method, images)
+    return CalibrationRecord(
+        method=asked.calibration_method, source=chosen.source, pictures=len(images), sizes=tuple(sizes),
+        held_out=chosen.held_out, sha256=digest(images),
+    )  # fmt: skip
 
 
 def prove(
     asked: argparse.Namespace, student: Student, parts: list[Part], runtimes: list[Runtime],
-    photos: list[tuple[str, Image.Image]], sizes: list[tuple[int, int]],
+    photos: Photos, sizes: list[tuple[int, int]],
 ) -> list[ParityRecord]:  # fmt: skip
     """Compare the graphs in every runtime with the student and print the worst of each output.
 
@@ -197,26 +174,33 @@ def prove(
     if failed and not asked.allow_parity_failure:
         worst = failed[0]
         raise TrainingError(
-            f"graph '{worst.graph}', output '{worst.output}', picture {worst.worst_image}: cosine {worst.cosine:.6f} in "
-            f"{worst.runtime} at batch {worst.batch}, {worst.height}x{worst.width}, below {TOLERANCE[asked.precision]} for "
-            f"{asked.precision} ({len(failed)} of {len(rows)} comparisons); nothing was written (--allow-parity-failure "
-            "records it instead)"
+            f"graph '{worst.graph}', output '{worst.output}', picture {worst.worst_image}: {worst.problem} for "
+            f"{asked.precision}, in {worst.runtime} at batch {worst.batch}, {worst.height}x{worst.width} ({len(failed)} of "
+            f"{len(rows)} comparisons); nothing was written (--allow-parity-failure records it instead)"
         )
     return rows
 
 
 def print_parity(rows: list[ParityRecord], runtime: str) -> None:
-    """The worst agreement of every output over all batches and sizes."""
-    table = Table(title=f"parity with the torch student in {runtime}", title_justify="left", box=None, pad_edge=False)
-    for name in ("graph", "output", "least cosine", "largest difference", ""):
+    """The worst agreement of every output over all batches and sizes: least cosines (of the whole, without the mean over
+    pictures, of a position) and the largest error, over the output's length and as a number."""
+    most = max(row.pictures for row in rows)
+    title = f"parity with the torch student in {runtime}, {most} pictures"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for name in ("graph", "output", "cosine", "off by", "centred", "a position", "difference", ""):
         table.add_column(name, justify="left" if name in ("graph", "output") else "right")
     groups: dict[tuple[str, str], list[ParityRecord]] = {}
     for row in rows:
         groups.setdefault((row.graph, row.output), []).append(row)
     for (graph, output), found in groups.items():
         verdict = "ok" if all(row.passed for row in found) else "FAILED"
-        least, largest = min(row.cosine for row in found), max(row.max_abs for row in found)
-        table.add_row(graph, output, f"{least:.7f}", f"{largest:.2e}", verdict)
+        centred = min((row.centred for row in found if row.centred is not None), default=None)
+        position = min((row.position_cosine for row in found if row.position_cosine is not None), default=None)
+        table.add_row(
+            graph, output, f"{min(row.cosine for row in found):.7f}", f"{max(row.relative for row in found):.1e}",
+            "-" if centred is None else f"{centred:.4f}", "-" if position is None else f"{position:.6f}",
+            f"{max(row.max_abs for row in found):.1e}", verdict,
+        )  # fmt: skip
     Console(width=120, highlight=False).print(table)
 
 

@@ -109,17 +109,22 @@ class Preprocessing(Record):
 
 
 class Resolution(Record):
-    """Sizes a graph takes. Fixed: `height` x `width`. Dynamic: any multiples of `stride` up to these."""
+    """Sizes a graph takes. Fixed: `height` x `width`. Dynamic: any multiples of `stride` from the smallest up to these.
+
+    (Engines refuse others; graphs also take smaller and larger ones, which nobody has compared.)
+    """
 
     dynamic: bool
     height: int
     width: int
+    min_height: int
+    min_width: int
     stride: int
     checked: tuple[tuple[int, int], ...]
 
 
 class ParityRecord(Record):
-    """Agreement of one output with the torch student, the worst over the pictures of a batch."""
+    """Agreement of one output with the torch student, each figure the worst over the pictures."""
 
     graph: str
     output: str
@@ -127,10 +132,33 @@ class ParityRecord(Record):
     batch: int
     height: int
     width: int
+    pictures: int
+    """How many different ones were compared."""
     cosine: float
     max_abs: float
+    relative: float
+    """Length of the difference over that of the student's output."""
+    centred: float | None
+    """Cosine without the mean over pictures, which are alike in it; None for one picture."""
+    deviation: float
+    """Largest distance of a picture's output from that mean, over its length: what `centred` is about."""
+    position_cosine: float | None
+    """Least cosine of one position, None for what is no map."""
     worst_image: str
     passed: bool
+    problem: str
+
+
+class CalibrationRecord(Record):
+    """Where the ranges of int8 come from: `method` of choosing them, on which pictures; `sha256` is over their pixels."""
+
+    method: str
+    source: str
+    pictures: int
+    sizes: tuple[tuple[int, int], ...]
+    held_out: bool
+    """Whether parity was measured on other pictures than these."""
+    sha256: str
 
 
 class Manifest(Record):
@@ -146,6 +174,7 @@ class Manifest(Record):
     graphs: tuple[GraphRecord, ...]
     engines: tuple[BundledEngine, ...] = ()
     parity: tuple[ParityRecord, ...]
+    calibration: CalibrationRecord | None = None
     files: dict[FileName, str]
     made: dict[str, str]
     seal: str = ""

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import save
 
-from export.bundle import Precision
+from export.bundle import ParityRecord, Precision
 from export.graph import Part, Student
 from export.parity import TOLERANCE, reference
 from export.signature import FUSED, IMAGE
@@ -25,11 +25,13 @@ PICTURES = 3
 
 def write_golden(
     folder: Path, student: Student, parts: Sequence[Part], photos: Sequence[tuple[str, Image.Image]],
-    size: tuple[int, int], max_batch: int, precision: Precision,
+    size: tuple[int, int], max_batch: int, precision: Precision, parity: Sequence[ParityRecord],
 ) -> None:  # fmt: skip
     """Write `image` uint8 [n, H, W, 3] and, for every output of `fused`, float32 [n, …] of the student itself.
 
-    n is small enough for one request. `cosine` in the metadata is the least that `precision` allows on every picture.
+    n is small enough for one request. Metadata: JSON under one key, for safetensors writes several in random order. `cosine`
+    is the least that `precision` allows on every picture, `allowed` has a lower one for outputs that fell below it in
+    `parity` and were let through.
     """
     height, width = size
     chosen = photos[: min(PICTURES, max_batch)]
@@ -38,14 +40,23 @@ def write_golden(
     outputs = [port.name for part in parts if part.signature.graph == FUSED for port in part.signature.outputs]
     tensors = {IMAGE: image} | {name: np.ascontiguousarray(wanted[name], np.float32) for name in outputs}
     # packaged photographs have plain names; of a user's only the file's name leaves the machine
-    names = "\n".join(Path(name).name for name, _ in chosen)
-    metadata = {"format": "1", "cosine": str(TOLERANCE[precision]), "precision": precision, "pictures": names}
-    (folder / GOLDEN).write_bytes(in_order(save(tensors, metadata)))
+    about = {
+        "format": 2, "precision": precision, "cosine": TOLERANCE[precision], "allowed": let_through(parity, precision),
+        "pictures": [Path(name).name for name, _ in chosen],
+    }  # fmt: skip
+    (folder / GOLDEN).write_bytes(save(tensors, {"golden": json.dumps(about, sort_keys=True)}))
 
 
-def in_order(data: bytes) -> bytes:
-    """The same safetensors file with its header sorted: the library writes metadata in another order every time."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + length]), sort_keys=True, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
-    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+def let_through(parity: Sequence[ParityRecord], precision: Precision) -> dict[str, float]:
+    """What a server's cosine must reach in outputs that fell below the tolerance: the least measured, and half as far again.
+
+    (The golden pictures need not be the worst, and a server's runtime may round otherwise.)
+    """
+    lowest: dict[str, float] = {}
+    for row in parity:
+        lowest[row.output] = min(row.cosine, lowest.get(row.output, 1.0))
+    return {
+        name: round(max(1 - 1.5 * (1 - cosine), -1.0), 6)
+        for name, cosine in lowest.items()
+        if cosine < TOLERANCE[precision]
+    }

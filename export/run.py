@@ -179,7 +179,7 @@ def parse_sizes(texts: Sequence[str] | None, stride: int, own: int) -> list[tupl
                     f"--resolutions {text}: {side} is not a multiple of the student's stride {stride}: use {nearest}"
                 )
         found.append((height, width))
-    return found
+    return list(dict.fromkeys(found))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ class Runtime:
     name: str
     """As parity records and tables have it."""
 
+    def has(self, graph: str) -> bool:
+        """Whether a graph is compared here."""
+        return True
+
     def bind(self, graph: str, feeds: Outputs) -> Bound:
         """Put a graph's inputs in place; raises UserError for inputs it does not take."""
         raise NotImplementedError
@@ -296,13 +300,15 @@ def no_cuda_provider() -> str:
 
 
 def cpu_runtime(files: dict[str, Path], precision: Precision) -> Runtime:
-    """The runtime that checks graphs of a precision on the CPU."""
-    if precision != "bf16":
-        return OnnxRuntime(files)
+    """The runtime that checks graphs of a precision on the CPU; its name says so where it computes in another."""
     try:
-        return OpenVINO(files)  # onnxruntime's CPU provider has no bf16 convolutions
+        # onnxruntime's CPU provider has no bf16 convolutions
+        runtime = OpenVINO(files) if precision == "bf16" else OnnxRuntime(files)
     except UserError as error:
         raise UserError(f"bf16 graphs are run in OpenVINO on the CPU. {error}") from error
+    if precision in ("fp16", "bf16"):
+        runtime.name += " (fp32 arithmetic)"
+    return runtime
 
 
 def runtimes_here(

@@ -1,5 +1,6 @@
 """From a traced module to an ONNX file: dynamic axes by name, current opset, nothing of this machine left inside."""
 
+import stat
 import warnings
 from pathlib import Path
 
@@ -166,6 +167,7 @@ def save(model: onnx.ModelProto, path: Path) -> list[Path]:
         return [path]
     data = path.with_name(path.name + ".data")
     onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
+    data.chmod(stat.S_IMODE(path.stat().st_mode))  # onnx makes it for its owner's eyes only
     return [path, data]
 
 

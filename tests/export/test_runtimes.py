@@ -198,7 +198,8 @@ def test_without_a_gpu_a_cpu_runtime_checks_graphs_and_engines_are_left_with_a_r
         found = runtimes_here("fp32", graphs=graphs, engines={"tensorrt-rtx": {"backbone": engine}})
     assert [runtime.name for runtime in found] == ["onnxruntime-cpu"]
     assert "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, and no GPU" in caplog.text
-    assert [runtime.name for runtime in runtimes_here("bf16", graphs=graphs)] == ["openvino-cpu"]
+    assert [runtime.name for runtime in runtimes_here("bf16", graphs=graphs)] == ["openvino-cpu (fp32 arithmetic)"]
+    assert [runtime.name for runtime in runtimes_here("fp16", graphs=graphs)] == ["onnxruntime-cpu (fp32 arithmetic)"]
     assert runtimes_here("fp32") == []
 
 

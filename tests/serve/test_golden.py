@@ -94,6 +94,22 @@ def test_an_output_of_zeros_must_be_zeros_again(golden):
     assert len(compare(zeros, {"depth": np.ones((3, 4), np.float32)})) == 1
 
 
+def test_an_output_that_the_export_let_through_is_held_to_what_it_said_then(golden):
+    depth = golden.outputs["depth"]
+    answers = golden.outputs | {"depth": depth + 0.2 * np.linalg.norm(depth, axis=1).max() * np.eye(3, depth.shape[1])}
+    (said,) = compare(golden, answers)
+    assert "'depth'" in said and "let it through" not in said
+    allowed = dataclasses.replace(golden, allowed={"depth": 0.9})
+    assert compare(allowed, answers) == []
+    (said,) = compare(allowed, answers | {"depth": -depth})
+    assert "at least 0.9 is wanted (the export let it through: --allow-parity-failure)" in said
+
+
+def test_the_file_is_the_same_to_the_byte_whenever_it_is_written(small_bundle):
+    with safe_open(small_bundle / GOLDEN, framework="np") as file:
+        assert list(file.metadata()) == ["golden"], "safetensors writes several keys in random order"
+
+
 def test_a_bundle_from_before_golden_sets_is_told_to_be_exported_again(copy):
     (copy / GOLDEN).unlink()
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -115,7 +131,7 @@ def test_a_changed_file_is_refused(copy):
 def test_a_file_of_something_else_is_refused(copy):
     with safe_open(copy / GOLDEN, framework="np") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for metadata in ({}, {"format": "2", "cosine": "1", "pictures": ""}):
+    for metadata in ({}, {"format": "1", "cosine": "1", "pictures": ""}, {"golden": "[]"}, {"golden": '{"format": 3}'}):
         save_file(tensors, copy / GOLDEN, metadata)
         add_files(copy, [GOLDEN])
         with pytest.raises(UserError, match="export again"):

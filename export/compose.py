@@ -1,0 +1,54 @@
+"""One graph out of several: what one gives is what the next one reads."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import onnx
+
+from export.graph import Part
+from export.signature import Signature
+
+
+def compose(signature: Signature, parts: Sequence[Part], models: dict[str, onnx.ModelProto]) -> onnx.ModelProto:
+    """The graph of a `signature` made of the graphs of `parts`, in their order; inputs and outputs keep their names.
+
+    Everything inside is called `<graph>/<name>`; weights that several graphs hold are kept once.
+    """
+    first = models[parts[0].signature.graph]
+    whole = onnx.ModelProto(ir_version=first.ir_version, opset_import=first.opset_import)
+    whole.graph.name = signature.graph
+    values, held, kept = {}, {}, set()
+    for part in parts:
+        label, graph = part.signature.graph, onnx.GraphProto()
+        graph.CopyFrom(models[label].graph)
+        ports = {value.name: value for value in (*graph.input, *graph.output)}
+        same = {}
+        for tensor in graph.initializer:
+            data = tensor.SerializeToString(deterministic=True) if len(tensor.raw_data) < 64 else tensor.raw_data
+            key = (tensor.data_type, tuple(tensor.dims), hashlib.sha256(data).digest())
+            same[tensor.name] = held.setdefault(key, f"{label}/{tensor.name}")
+        rename(
+            graph, lambda name, p=ports, s=same, g=label: name if name in p or not name else s.get(name, f"{g}/{name}")
+        )
+        for tensor in graph.initializer:
+            if tensor.name not in kept:
+                kept.add(tensor.name)
+                whole.graph.initializer.append(tensor)
+        whole.graph.node.extend(graph.node)
+        values |= ports
+    whole.graph.input.extend(values[port.name] for port in signature.inputs)
+    whole.graph.output.extend(values[port.name] for port in signature.outputs)
+    return whole
+
+
+def rename(graph: onnx.GraphProto, name: Callable[[str], str]) -> None:
+    """Give every tensor and node of a graph and of those inside it another name."""
+    for node in graph.node:
+        node.name = name(node.name)
+        node.input[:] = [name(value) for value in node.input]
+        node.output[:] = [name(value) for value in node.output]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                rename(attribute.g, name)
+    for tensor in graph.initializer:
+        tensor.name = name(tensor.name)
