@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WANTED := --constraint constraints.txt --editable '.[dev]'
 
-.PHONY: demo test lint install clean
+.PHONY: demo test test-others test-serve test-export lint install clean
 
 install: .venv/installed
 
@@ -55,14 +55,17 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Three processes: much of the suite waits for servers, and each part has one of its own to be brought down with.
+# (Not background jobs of a shell: those, and all the servers they start, would ignore SIGINT, which is tested.)
 test: lint
-	@# three processes: much of the suite waits for servers, and each part has one of its own to be brought down with
-	@logs=$$(mktemp -d); echo "tests/serve and tests/export run beside the others, into $$logs"; \
-	for part in serve export; do \
-		{ $(BIN)/python -m pytest -q tests/$$part > $$logs/$$part 2>&1 || touch $$logs/failed; } & \
-	done; \
-	$(BIN)/python -m pytest -q --ignore tests/serve --ignore tests/export || touch $$logs/failed; \
-	wait; cat $$logs/serve $$logs/export; test ! -e $$logs/failed && rm -r $$logs
+	@echo "tests/serve and tests/export run beside the others and print when they are done"
+	@$(MAKE) --no-print-directory --keep-going --jobs 3 test-others test-serve test-export
+
+test-others: install
+	@$(BIN)/python -m pytest -q --ignore tests/serve --ignore tests/export
+
+test-serve test-export: test-%: install
+	@log=$$(mktemp); $(BIN)/python -m pytest -q tests/$* > $$log 2>&1; status=$$?; cat $$log; rm $$log; exit $$status
 
 # The environment and caches; runs/ holds trained models and stays.
 clean:

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
@@ -33,7 +34,9 @@ def suggest(value: str, known: Iterable[str], show: int = 8) -> str:
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command; a mistake of the user's, a failure of training or Ctrl-C becomes one line on standard error."""
     try:
-        return command() or 0
+        status = command() or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt as error:
         print("stopped", file=sys.stderr)
         return 128 + (error.args[0] if isinstance(error, Stopped) else signal.SIGINT)  # as shells count
@@ -42,6 +45,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
         # A DataLoader worker's error comes with its traceback in front; the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix("distill.errors.UserError: ")
     except OSError as error:
+        if error.errno == errno.EPIPE and nobody_reads():
+            return 128 + signal.SIGPIPE
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         status = 2
@@ -53,3 +58,13 @@ def exit_status(command: Callable[[], int | None]) -> int:
     rank = os.environ.get("RANK", "0")
     print(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr)
     return status
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone (`| head`); if so Python will not try it again as it ends."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

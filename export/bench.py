@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distill.command_line import CommandLine
 from distill.errors import UserError, exit_status
 
 EPILOG = """\
@@ -30,11 +31,10 @@ and bench.png (or into --output).
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m export.bench",
         description="Time a bundle's graphs and engines in onnxruntime, OpenVINO and TensorRT beside torch.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="one or more precisions of one student")
     parser.add_argument("--run", type=Path, metavar="RUN", help="run folder, for torch and the cosines to it")

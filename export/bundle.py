@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from distill.errors import UserError
 from export.engine_record import EngineRecord, Record
 
-FORMAT = 2
+FORMAT = 3
 """Version of the schema; bundles of another are exported again. 2: types of each graph's weights, engines' records."""
 
 MANIFEST = "manifest.json"
@@ -68,10 +68,6 @@ class BundledEngine(EngineRecord):
     def record(self) -> EngineRecord:
         """What the sidecar says."""
         return EngineRecord(**{name: getattr(self, name) for name in EngineRecord.model_fields})
-
-    def __getitem__(self, name: str) -> Any:
-        """A field by its name in manifest.json."""
-        return getattr(self, name)
 
 
 class TeacherRecord(Record):

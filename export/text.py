@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill.command_line import CommandLine
 from distill.errors import UserError, exit_status, suggest
 from export.bundle import MANIFEST, add_files, read_manifest
 from export.text_tower import (
@@ -66,11 +67,10 @@ MIN_COSINE = 0.99999
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m export.text",
         description="Write the text embeddings of class labels, and the text tower itself, for zero-shot classification.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="a bundle, or any folder; made if missing")
     parser.add_argument(

@@ -192,8 +192,8 @@ def gpu_runtimes(bundle: Path, manifest: Manifest, graph: str) -> tuple[list[Run
     """A graph in onnxruntime's CUDA provider and its engines, and in words what of these cannot run here."""
     makers: list[Callable[[], Runtime]] = [partial(CudaRuntime, {graph: bundle / manifest.graph(graph).file})]
     for entry in manifest.engines:
-        if entry["graph"] == graph:
-            makers.append(partial(EngineRuntime, {graph: bundle / entry["file"]}))
+        if entry.graph == graph:
+            makers.append(partial(EngineRuntime, {graph: bundle / entry.file}))
     found, left_out = [], []
     for make in makers:
         try:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from serve.command_line import CommandLine
 from serve.errors import ServerError, UserError, exit_status
 
 EPILOG = """\
@@ -24,11 +25,10 @@ Batches of a request are counted as pictures. Exit status: 0 done, 1 requests fa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m serve.bench",
         description="Measure a running server.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC (127.0.0.1:8001)")
     parser.add_argument("--model", metavar="NAME", help="(features, or features_encoded with --encoded)")

@@ -15,7 +15,7 @@ from pydantic_core import to_json
 
 from serve.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the manifest's schema that this file reads."""
 
 MANIFEST = "manifest.json"
@@ -74,11 +74,13 @@ class Student(Record):
 
 
 class Resolution(Record):
-    """Sizes taken. Fixed: `height` x `width`. Dynamic: any multiples of `stride` up to these."""
+    """Sizes taken. Fixed: `height` x `width`. Dynamic: any multiples of `stride` from the smallest up to these."""
 
     dynamic: bool
     height: int
     width: int
+    min_height: int
+    min_width: int
     stride: int
 
 

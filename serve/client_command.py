@@ -10,6 +10,7 @@ import numpy as np
 
 from serve.calls import Options
 from serve.client import DEFAULT_URL, FeatureClient
+from serve.command_line import CommandLine
 from serve.errors import NotAllowed, Unavailable, UserError, exit_status
 from serve.retry import Retry
 from serve.tls import Tls
@@ -42,11 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     defaults = Options()
-    found = argparse.ArgumentParser(
+    found = CommandLine(
         prog="python -m serve.client",
         description="Ask a running server for features, segmentation, depth or zero-shot classes of pictures.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
     found.add_argument("--task", default="features", choices=TASKS, help="(features)")

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from serve.command_line import CommandLine
 from serve.errors import NotAllowed, NotServed, ServerError, Unavailable, UserError, exit_status
 from serve.images import Limits
 
@@ -40,11 +41,10 @@ ENVIRONMENT = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m serve.demo",
         description="Show on a web page what a running server makes of a photograph.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--url", metavar="HOST:PORT", help="the server's gRPC (port 8001 of this machine)")
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (7860)")

@@ -1,6 +1,8 @@
 """What goes wrong in serving, and how a command says so: a user's mistake is one line and exit status 2."""
 
 import errno
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -59,7 +61,9 @@ class WrongAnswer(ClientError, ServerError):
 def exit_status(command: Callable[[], int | None]) -> int:
     """Run a command; a mistake of the user's, a failing server or Ctrl-C becomes one line on standard error."""
     try:
-        return command() or 0
+        status = command() or 0
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT  # as shells count
@@ -68,9 +72,21 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except ServerError as error:
         status, message = 1, str(error)
     except OSError as error:
+        if error.errno == errno.EPIPE and nobody_reads():
+            return 128 + signal.SIGPIPE
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         status = 2
         message = f"{error.filename or 'a file'}: {error.strerror} (make room, mend its permissions, or name another)"
     print(f"error: {message}", file=sys.stderr)
     return status
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone (`| head`); if so Python will not try it again as it ends."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone

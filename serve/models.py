@@ -164,6 +164,7 @@ def about(bundle: Bundle, graph: Graph) -> bytes:
         "inputs": [tensor.name for tensor in graph.inputs], "outputs": [tensor.name for tensor in graph.outputs],
         "largest": [[axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape[1:]] for tensor in graph.inputs],
         "stride": resolution.stride, "height": resolution.height, "width": resolution.width,
+        "min_height": resolution.min_height, "min_width": resolution.min_width,
     }  # fmt: skip
     return json.dumps(facts, indent=1).encode()
 
@@ -202,6 +203,7 @@ def about_bundle(bundle: Bundle) -> dict:
         "student": manifest.student.network, "method": manifest.student.method, "precision": manifest.precision,
         "bundle": bundle.version, "stride": resolution.stride, "dynamic": resolution.dynamic,
         "height": resolution.height, "width": resolution.width,
+        "min_height": resolution.min_height, "min_width": resolution.min_width,
         "teachers": [{"label": t.label, "role": t.role, "licence": t.licence} for t in manifest.teachers],
         "tasks": {task: facts(bundle.graphs[task]) for task in TASKS if task in bundle.graphs},
     }  # fmt: skip

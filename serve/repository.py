@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from serve.command_line import CommandLine
 from serve.errors import UserError, exit_status
 from serve.settings import Settings
 
@@ -30,11 +31,10 @@ Exit status: 0 done, 2 a mistake in what was asked.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m serve.repository",
         description="Render a Triton model repository from a bundle of export.run.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="repository to make")

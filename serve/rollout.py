@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from serve.command_line import CommandLine
 from serve.errors import ServerError, UserError, exit_status
 
 EPILOG = """\
@@ -33,11 +34,10 @@ STAGED = "staged_"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m serve.rollout",
         description="Switch a running server to a new bundle, or back.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="folder of serve.run --repository")
     what = parser.add_mutually_exclusive_group(required=True)

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from serve.command_line import CommandLine
 from serve.errors import ServerError, UserError, exit_status
 from serve.repository import add_settings, make_repository, read_settings
 
@@ -53,12 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = argparse.ArgumentParser(
+    found = CommandLine(
         prog="python -m serve.run",
         description="Start a Triton Inference Server on a bundle and look after it.",
         usage="python -m serve.run [BUNDLE] [options] [-- flags of tritonserver]",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder with a manifest.json")
     found.add_argument("--repository", type=Path, metavar="DIR", help="keep the repository there (a temporary folder)")

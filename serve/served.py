@@ -83,11 +83,11 @@ class Served:
         about = self.facts("about") or {}
         if size is None:
             return False
-        if not {"stride", "height", "width"} <= set(about):
+        if not {"stride", "height", "width", "min_height", "min_width"} <= set(about):
             return True
         return all(
-            side <= most and side % about["stride"] == 0
-            for side, most in zip(size, (about["height"], about["width"]), strict=True)
+            about[f"min_{axis}"] <= side <= about[axis] and side % about["stride"] == 0
+            for side, axis in zip(size, ("height", "width"), strict=True)
         )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from serve.command_line import CommandLine
 from serve.errors import ServerError, UserError, exit_status
 from serve.rest import Refused, Rest
 
@@ -35,11 +36,10 @@ Metrics = dict[tuple[str, str, str, str], float]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = CommandLine(
         prog="python -m serve.status",
         description="Show what the models of a running server have done.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--url", metavar="HOST:PORT", help="HTTP, not gRPC (127.0.0.1:8000)")
     parser.add_argument("--metrics", metavar="HOST:PORT", help="(the same host, port 8002)")

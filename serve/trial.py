@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from serve.command_line import CommandLine
 from serve.errors import UserError, exit_status
 from serve.repository import add_settings, make_repository, read_settings
 
@@ -21,11 +22,10 @@ head for. To go on asking, start it with python -m serve.run. Exit status: 0 all
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    found = argparse.ArgumentParser(
+    found = CommandLine(
         prog="python -m serve.trial",
         description="Serve a bundle for the time of one picture.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
     found.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")

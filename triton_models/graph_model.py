@@ -93,7 +93,7 @@ class ImageGraph(GraphModel):
     """A graph that reads pictures: sizes it would answer wrongly are refused here."""
 
     def refuse(self, feeds: list[np.ndarray]) -> str:
-        """Sides must be multiples of the stride and no larger than the bundle's largest."""
+        """Sides must be multiples of the stride, within what the bundle was compared for."""
         return wrong_size(feeds[0].shape, self.about)
 
 
@@ -106,12 +106,14 @@ def no_batch(names: Sequence[str], feeds: Sequence[np.ndarray], dims: Sequence[S
 
 
 def wrong_size(shape: tuple[int, ...], about: dict) -> str:
-    """Why pictures [B, H, W, 3] are not taken, "" if they are; `about` has the stride and the largest height and width."""
+    """Why pictures [B, H, W, 3] are not taken, "" if they are; `about` has the stride, the largest and smallest sides."""
     (height, width), stride = shape[1:3], about["stride"]
     if height < stride or width < stride or height % stride or width % stride:
         return f"input 'image' is {height}x{width}: height and width must be multiples of {stride}"
     if height > about["height"] or width > about["width"]:
         return f"input 'image' is {height}x{width}: at most {about['height']}x{about['width']} is served"
+    if height < about["min_height"] or width < about["min_width"]:
+        return f"input 'image' is {height}x{width}: at least {about['min_height']}x{about['min_width']} is served"
     return ""
 
 

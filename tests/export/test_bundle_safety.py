@@ -291,6 +291,18 @@ def test_ctrl_c_is_one_line_and_130(module, capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
+@pytest.mark.parametrize("package", ["distill", "serve"])
+@pytest.mark.parametrize("lines", [3, 100_000])
+def test_a_reader_who_has_seen_enough_ends_a_command_without_a_word(package, lines):
+    code = (
+        f"import sys; from {package}.errors import exit_status; sys.exit(exit_status(lambda: print('x\\n' * {lines})))"
+    )
+    reader, writer = os.pipe()
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer), os.close(reader)
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 128 + signal.SIGPIPE
+
+
 def test_files_are_on_the_disk_before_the_bundle_has_its_name(tmp_path, monkeypatch):
     done, fsync = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))

@@ -475,7 +475,7 @@ def varying(photo_folder, scenes, tmp_path_factory):
     done = [run_here(folder / "recipe.yaml", "--output", run)]
     wanted = ("--data", scenes, "--features", "backbone", "--tasks", "depth")
     done.append(run_here(run, *wanted, *quick, command=evaluate))
-    sizes = ("--resolutions", 64, "64x96", "--max-batch", 4)
+    sizes = ("--resolutions", 32, "64x96", "--max-batch", 4)
     done.append(run_here(run, "--output", folder / "bundle", *sizes, command=export))
     assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
     make_repository(folder / "bundle", folder / "repository", Settings(fused=False))
@@ -488,7 +488,7 @@ def varying(photo_folder, scenes, tmp_path_factory):
 def test_only_sizes_that_the_graph_answers_rightly_are_taken(varying):
     triton, bundle = varying
     names = ["backbone_global", "backbone_patches", "mae_token", "depth"]
-    for height, width in ((64, 64), (64, 96), (32, 80), (16, 16)):
+    for height, width in ((64, 64), (64, 96), (32, 80), (48, 32)):
         pixels = fit(PHOTO, height, width)[None]
         expected = reference(bundle, pixels)
         found = arrays(triton.ModelInfer(request("features", [array("image", pixels)], names)))
@@ -502,6 +502,9 @@ def test_only_sizes_that_the_graph_answers_rightly_are_taken(varying):
         for height, width in ((80, 64), (64, 112), (1600, 1600)):
             said = refusal(triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))]))
             assert f"'image' is {height}x{width}: at most 64x96 is served" in said
+        for height, width in ((16, 64), (64, 16)):
+            said = refusal(triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))]))
+            assert f"'image' is {height}x{width}: at least 32x32 is served" in said
         refusal(triton, request(model, [array("image", np.zeros((1, 0, 64, 3), np.uint8))]))
 
 

@@ -174,11 +174,11 @@ def test_an_answer_that_is_not_what_was_promised_is_refused():
 
 
 def test_a_model_of_many_sizes_says_which_it_takes():
-    about = '{"stride": 16, "height": 96, "width": 64, "dynamic": true}'
+    about = '{"stride": 16, "height": 96, "width": 64, "min_height": 32, "min_width": 32, "dynamic": true}'
     many = Served("features", 4, {"image": Port("image", "UINT8", (-1, -1, 3))}, {}, {"about": about})
     assert many.size() == (96, 64)
-    assert many.takes((96, 64)) and many.takes((16, 32))
-    assert not many.takes((64, 96)) and not many.takes((60, 64)) and not many.takes(None)
+    assert many.takes((96, 64)) and many.takes((32, 48))
+    assert not many.takes((16, 32)) and not many.takes((64, 96)) and not many.takes((60, 64)) and not many.takes(None)
     silent = Served("features", 4, many.inputs, {}, {})  # then the server has the word
     assert silent.size() is None and silent.takes((60, 64))
 
