@@ -36,6 +36,8 @@ MAPS = {"segmentation": ("segmentation_logits", "class_map"), "depth": ("depth",
 """Tasks whose answer is a map of the picture's size: what the map is made from, what it is called."""
 UNBATCHED = "unbatched"
 """Parameter of models that take no batches, as the lint wants to be told."""
+LARGE = 0.25
+"""Graphs of at least this part of the backbone's bytes get as many instances and threads as that: UMT's interaction is one."""
 
 
 @dataclass
@@ -107,7 +109,8 @@ def graph_model(bundle: Bundle, graph: Graph, settings: Settings) -> Model:
         add_tensor(config.input, tensor)
     for tensor in graph.outputs:
         add_tensor(config.output, tensor)
-    large = graph.name in (BACKBONE, FUSED)
+    files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
+    large = weight(bundle, graph) >= LARGE * weight(bundle, bundle.graphs[BACKBONE])
     threads = str(settings.threads if large else 1)
     place(config, settings, settings.instances if large else 1)
     tune_batching(config, settings)
@@ -122,17 +125,17 @@ def graph_model(bundle: Bundle, graph: Graph, settings: Settings) -> Model:
             port.reshape.shape[:] = [1, *port.dims]
         config.parameters["runtime"].string_value = settings.runtime
         config.parameters["threads"].string_value = threads
-        files = {
+        code = {
             "model.py": TEMPLATES / folder / "1" / "model.py", "graph_model.py": TEMPLATES / "graph_model.py",
-            "model.onnx": bundle.file(graph.file), "model.json": about(bundle, graph),
+            "model.json": about(bundle, graph),
         }  # fmt: skip
-        return Model(config, files)
+        return Model(config, files | code)
     config.ClearField("parameters")
     config.backend = settings.backend
     if settings.backend == "onnxruntime":
         config.default_model_filename = "model.onnx"
         config.parameters["intra_op_thread_count"].string_value = threads
-        return Model(config, {"model.onnx": bundle.file(graph.file)})
+        return Model(config, files)
     config.default_model_filename = "model.plan"
     # launching many small kernels costs more than running them, at small batches
     config.optimization.cuda.graphs = True
@@ -156,11 +159,23 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
     return found
 
 
+def graph_files(bundle: Bundle, graph: Graph) -> dict[str, str]:
+    """Names in the bundle of a graph's files, by those in a repository: its weights may lie beside it, where it names them."""
+    weights = f"{graph.file}.data"
+    return {"model.onnx": graph.file} | ({weights: weights} if weights in bundle.manifest.files else {})
+
+
+def weight(bundle: Bundle, graph: Graph) -> int:
+    """Bytes of a graph."""
+    return sum((bundle.path / name).stat().st_size for name in graph_files(bundle, graph).values())
+
+
 def about(bundle: Bundle, graph: Graph) -> bytes:
     """model.json: what the python model must know of its graph."""
     resolution, sizes = bundle.manifest.resolution, usual_sizes(bundle)
     facts = {
-        "sha256": bundle.manifest.files[graph.file], "bundle": bundle.version, "student": bundle.manifest.student.sha256,
+        "sha256": {name: bundle.manifest.files[listed] for name, listed in graph_files(bundle, graph).items()},
+        "bundle": bundle.version, "student": bundle.manifest.student.sha256,
         "inputs": [tensor.name for tensor in graph.inputs], "outputs": [tensor.name for tensor in graph.outputs],
         "largest": [[axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape[1:]] for tensor in graph.inputs],
         "stride": resolution.stride, "height": resolution.height, "width": resolution.width,

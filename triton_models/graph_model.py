@@ -1,7 +1,7 @@
 """One ONNX graph behind Triton's python backend; `serve.repository` copies this file beside each graph's model.py.
 
 Runs where Triton's own onnxruntime and tensorrt backends are not at hand, and gives the choice of OpenVINO on CPUs.
-Beside it lie `model.onnx` and `model.json`: the graph's inputs and outputs, its sha256, and sizes it takes.
+Beside it lie `model.onnx` and `model.json`: the graph's inputs and outputs, its files' sha256, and sizes it takes.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ class GraphModel:
         """Open the graph if it is the one that was exported; an exception here keeps the model from being loaded."""
         folder = Path(args["model_repository"]) / args["model_version"]
         self.about = json.loads((folder / "model.json").read_text())
-        graph = folder / "model.onnx"
-        with open(graph, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.about["sha256"]:
-            raise ValueError(f"{graph} does not match its sha256: it is not the graph that was exported")
+        for name, listed in self.about["sha256"].items():
+            with open(folder / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != listed:
+                raise ValueError(f"{folder / name} does not match its sha256: it is not the graph that was exported")
         settings = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
         device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         self.inputs, self.outputs = self.about["inputs"], self.about["outputs"]
-        self.call = open_graph(graph, settings["runtime"], int(settings["threads"]), device)
+        self.call = open_graph(folder / "model.onnx", settings["runtime"], int(settings["threads"]), device)
 
     def execute(self, requests: list) -> list:
         """Answer every request; one that is refused or fails leaves the others of its batch alone."""

@@ -83,7 +83,9 @@ def test_the_front_door_offers_what_fused_gives(repository, bundle):
 def test_each_version_holds_the_graph_whose_hash_it_names(repository, bundle):
     for graph in bundle.manifest.graphs:
         folder = repository / served_name(graph.name) / "1"
-        assert json.loads((folder / "model.json").read_text())["sha256"] == bundle.manifest.files[graph.file]
+        assert json.loads((folder / "model.json").read_text())["sha256"] == {
+            "model.onnx": bundle.manifest.files[graph.file]
+        }
         assert (folder / "model.onnx").read_bytes() == (bundle.path / graph.file).read_bytes()
 
 
