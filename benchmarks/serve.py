@@ -37,7 +37,7 @@ from serve.images import fit  # noqa: E402
 from serve.load import Outcome, closed_loop  # noqa: E402
 from serve.repository import make_repository  # noqa: E402
 from serve.server import Options, Server  # noqa: E402
-from serve.settings import Settings, choose_runtime, cores  # noqa: E402
+from serve.settings import MOST_THREADS, Settings, choose_runtime, cores, instances_and_threads  # noqa: E402
 from serve.triton import find_tritonserver  # noqa: E402
 
 
@@ -116,7 +116,9 @@ def photograph(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
 
 def default_settings(runtime: str = "auto") -> Settings:
     """What serve.run would choose."""
-    return Settings(runtime=choose_runtime(runtime, "cpu"), instances=cores(), threads=1)
+    instances, threads = instances_and_threads(None, None, cores())
+    runtime = choose_runtime(runtime, "cpu")
+    return Settings(runtime=runtime, instances=instances, threads=threads, decoders=min(cores(), MOST_THREADS))
 
 
 def in_process(bundle: Bundle, graph: str, runtime: str, pixels: np.ndarray, seconds: float) -> list[float]:

@@ -285,7 +285,7 @@ def decoder(bundle: Bundle, settings: Settings) -> Model:
     tell_sizes(config, bundle)
     for name, value in {"max_bytes": settings.max_image_bytes, "max_pixels": settings.max_image_pixels}.items():
         config.parameters[name].string_value = str(value)
-    place_on_cpu(config, settings.instances)  # every picture passes here: it must keep up with the backbone
+    place_on_cpu(config, settings.decoders)
     files = {
         "model.py": TEMPLATES / "decode" / "1" / "model.py", "graph_model.py": TEMPLATES / "graph_model.py",
         "images.py": SERVE / "images.py",

@@ -54,8 +54,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--kind", default="cpu", choices=("cpu", "gpu"), help="where graphs run (cpu)")
     parser.add_argument("--devices", type=int, nargs="+", default=[0], metavar="N", help="GPUs (0)")
-    parser.add_argument("--instances", type=int, metavar="N", help="of the backbone (CPU: one a core; GPU: 1)")
+    parser.add_argument("--instances", type=int, metavar="N", help="of large graphs (CPU: one for 8 cores; GPU: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads an instance (cores / instances)")
+    parser.add_argument("--decoders", type=int, metavar="N", help="processes for encoded pictures (cores, at most 8)")
     parser.add_argument("--max-batch", type=int, metavar="N", help="(the bundle's)")
     parser.add_argument("--queue-delay", type=int, metavar="US", help="microseconds a request waits for others (500)")
     default = known["max_queue"].default
@@ -73,9 +74,9 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def read_settings(asked: argparse.Namespace) -> Settings:
     """Settings of a parsed command line; raises UserError for values that make no sense."""
-    from serve.settings import choose_runtime, cores
+    from serve.settings import MOST_THREADS, choose_runtime, cores, instances_and_threads
 
-    for name in ("instances", "threads", "max_batch", "max_queue", "max_image_bytes", "max_image_pixels"):
+    for name in ("instances", "threads", "decoders", "max_batch", "max_queue", "max_image_bytes", "max_image_pixels"):
         value = getattr(asked, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
@@ -83,10 +84,11 @@ def read_settings(asked: argparse.Namespace) -> Settings:
         raise UserError(f"--queue-delay {asked.queue_delay}: give 0 or more microseconds")
     if asked.backend == "tensorrt" and asked.kind != "gpu":
         raise UserError("--backend tensorrt runs on GPUs: add --kind gpu")
-    instances = asked.instances or (cores() if asked.kind == "cpu" else 1)
+    instances, threads = instances_and_threads(asked.instances, asked.threads, cores() if asked.kind == "cpu" else 1)
     return Settings(
         backend=asked.backend, runtime=choose_runtime(asked.runtime, asked.kind), kind=asked.kind,
-        devices=tuple(asked.devices), instances=instances, threads=asked.threads or max(1, cores() // instances),
+        devices=tuple(asked.devices), instances=instances, threads=threads,
+        decoders=asked.decoders or min(cores(), MOST_THREADS),
         max_batch=asked.max_batch, queue_delay_us=asked.queue_delay, max_queue=asked.max_queue,
         batching=not asked.no_batching, warmup=not asked.no_warmup, fused=not asked.no_fused,
         max_image_bytes=asked.max_image_bytes, max_image_pixels=asked.max_image_pixels,

@@ -24,9 +24,11 @@ class Settings(BaseModel):
     kind: Literal["cpu", "gpu"] = "cpu"
     devices: tuple[int, ...] = (0,)
     instances: int = Field(default=1, ge=1)
-    """Processes (python) or executions (native) of the backbone and of `fused`; the small graphs have one."""
+    """Processes (python) or executions (native) of the backbone and other large graphs; the small ones have one."""
     threads: int = Field(default=1, ge=1)
-    """CPU threads of each instance of the backbone and of `fused`."""
+    """CPU threads of each instance of the backbone and other large graphs."""
+    decoders: int = Field(default=1, ge=1)
+    """Processes that decode JPEG, PNG and WebP, on CPUs also where graphs run on GPUs."""
     max_batch: int | None = Field(default=None, ge=1)
     """At most the bundle's."""
     queue_delay_us: int | None = Field(default=None, ge=0)
@@ -46,6 +48,17 @@ class Settings(BaseModel):
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+MOST_THREADS = 8
+"""Threads of an instance on CPUs, at most. (One instance on both cores was best on two; more cores were not measured.)"""
+
+
+def instances_and_threads(instances: int | None, threads: int | None, free: int) -> tuple[int, int]:
+    """Both, where one or none is given, for so many free cores: all cores for one request, so that it is answered soonest."""
+    if instances is None:
+        instances = max(1, free // threads) if threads else -(-free // MOST_THREADS)
+    return instances, threads or max(1, free // instances)
 
 
 def runtimes_here() -> tuple[Runtime, ...]:

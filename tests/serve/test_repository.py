@@ -159,6 +159,7 @@ def test_an_output_that_holds_files_needs_force(small_bundle, tmp_path, capsys):
     ("options", "said"),
     [
         (["--instances", "0"], "--instances 0: give 1 or more"),
+        (["--decoders", "0"], "--decoders 0: give 1 or more"),
         (["--queue-delay", "-1"], "--queue-delay -1"),
         (["--backend", "tensorrt"], "--kind gpu"),
         (["--runtime", "openvino", "--kind", "gpu"], "--runtime openvino runs on CPUs"),
