@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(asked: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
     from serve.checks import check_backend, check_gpus
-    from serve.client_command import answer, parser
+    from serve.client.__main__ import answer, parser
     from serve.launch import Options
     from serve.server import Server
     from serve.triton import find_tritonserver

@@ -7,8 +7,8 @@ import pytest
 COMMANDS = {
     "distill.run": "run", "distill.evaluate.__main__": "evaluate", "export.run": "run", "export.check": "check",
     "export.bench": "bench", "export.text": "text", "serve.repository": "repository", "serve.run": "run",
-    "serve.client_command": "client", "serve.rollout": "rollout", "serve.status": "status", "serve.bench": "bench",
-    "serve.trial": "trial", "serve.demo": "demo",
+    "serve.client.__main__": "client", "serve.rollout": "rollout", "serve.status": "status", "serve.bench": "bench",
+    "serve.trial": "trial", "serve.demo.__main__": "demo",
 }  # fmt: skip
 
 

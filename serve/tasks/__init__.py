@@ -5,10 +5,10 @@ Every task is a function of a client and pictures. Given an AsyncFeatureClient i
 
 from typing import Any, Literal
 
-from serve.calls import Calls
+from serve.client.calls import Calls
+from serve.client.served import FRONT_DOOR
+from serve.client.steps import Steps
 from serve.errors import BadRequest, NotServed
-from serve.served import FRONT_DOOR
-from serve.steps import Steps
 
 Side = Literal["server", "client"]
 """Where a task's last step runs: in the server's own model for it, or here, from features."""

@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from serve.calls import Calls
+from serve.client.calls import Calls
+from serve.client.inputs import Images
+from serve.client.steps import Steps, Work
 from serve.dense import class_map
 from serve.errors import WrongAnswer
-from serve.inputs import Images
-from serve.steps import Steps, Work
 from serve.tasks import Side, check_side, task_facts
 
 
@@ -29,7 +29,7 @@ def segment(client: Any, images: Images, *, side: Side = "server", **options: An
 
 
 def steps(calls: Calls, images: Images, side: Side, options: dict[str, Any]) -> Steps[Segmentation]:
-    """The task in steps; see serve.steps."""
+    """The task in steps; see serve.client.steps."""
     check_side(side)
     facts = yield from task_facts(calls, "segmentation")
     if side == "server":

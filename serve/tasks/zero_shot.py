@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from serve.calls import Calls
 from serve.class_scores import ClassVectors, probabilities
+from serve.client.calls import Calls
+from serve.client.inputs import Images
+from serve.client.served import FRONT_DOOR, nearest
+from serve.client.steps import Steps, Work
 from serve.errors import BadRequest, NotServed, UserError, WrongAnswer
-from serve.inputs import Images
-from serve.served import FRONT_DOOR, nearest
-from serve.steps import Steps, Work
 from serve.tasks import Side, check_side
 from serve.zero_shot_models import ClassEmbeddings, read_class_embeddings
 
@@ -45,7 +45,7 @@ def steps(
     calls: Calls, images: Images, labels: Sequence[str] | None, side: Side, embeddings: Path | str | None,
     options: dict[str, Any],
 ) -> Steps[ZeroShot]:  # fmt: skip
-    """The task in steps; see serve.steps."""
+    """The task in steps; see serve.client.steps."""
     check_side(side)
     labels = check_labels(labels)
     if side == "server":

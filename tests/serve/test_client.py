@@ -10,14 +10,14 @@ import tritonclient.grpc as grpc
 from PIL import Image
 
 from distill.pictures import PackagedPhotos
-from serve.aio import AsyncFeatureClient
-from serve.answers import join
-from serve.calls import ADMIN
 from serve.client import FeatureClient
+from serve.client.aio import AsyncFeatureClient
+from serve.client.answers import join
+from serve.client.calls import ADMIN
+from serve.client.served import Port, Served, read_answer
+from serve.client.shared_memory import Pool, Region
 from serve.errors import BadRequest, DeadlineExceeded, NotAllowed, NotServed, ServerFailed, WrongAnswer
 from serve.images import Limits, decode, fit
-from serve.served import Port, Served, read_answer
-from serve.shared_memory import Pool, Region
 
 SIZE = 64
 """Sides of the small bundle's pictures."""

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from distill.pictures import PackagedPhotos
 from serve.client import FeatureClient
-from serve.client_command import TASKS, main
+from serve.client.__main__ import TASKS, main
 from serve.tasks.depth import estimate_depth
 from serve.tasks.segmentation import segment
 
@@ -133,7 +133,7 @@ def test_no_server_is_said_with_the_command_that_starts_one(pictures, capsys):
 
 def test_help_has_examples_of_every_task_and_loads_neither_torch_nor_training():
     code = (
-        "import sys; from serve.client_command import main\n"
+        "import sys; from serve.client.__main__ import main\n"
         "try: main(['--help'])\n"
         "finally: assert not {'torch', 'distill', 'export', 'matplotlib'} & set(sys.modules), 'slow'"
     )

@@ -19,15 +19,15 @@ import tritonclient.grpc as grpc
 from conftest import need_tritonserver
 
 from distill.pictures import PackagedPhotos
-from serve.aio import AsyncFeatureClient
-from serve.breaker import Breaker, head_of
-from serve.calls import ADMIN
 from serve.client import FeatureClient
+from serve.client.aio import AsyncFeatureClient
+from serve.client.breaker import Breaker, head_of
+from serve.client.calls import ADMIN
+from serve.client.retry import Budget, Retry
+from serve.client.tls import Tls
 from serve.errors import ClientError, DeadlineExceeded, NotAllowed, Unavailable
 from serve.images import fit
-from serve.retry import Budget, Retry
 from serve.stubs import find_stubs
-from serve.tls import Tls
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from distill.pictures import PackagedPhotos
 from export.text import main as text
-from serve.demo import main
+from serve.demo.__main__ import main
 from serve.images import fit
 
 LABELS = ("cat", "steam engine", "espresso")

@@ -14,12 +14,11 @@ from safetensors.numpy import save_file
 from distill.pca import pca_rgb as torch_pca
 from distill.pictures import PackagedPhotos
 from export.bundle import add_files
-from serve.aio import AsyncFeatureClient
 from serve.bundle import read_bundle
 from serve.class_scores import probabilities
 from serve.client import FeatureClient
-from serve.errors import BadRequest, NotServed, UserError
-from serve.pictures import (
+from serve.client.aio import AsyncFeatureClient
+from serve.client.pictures import (
     class_image,
     depth_figure,
     features_figure,
@@ -30,6 +29,7 @@ from serve.pictures import (
     segmentation_figure,
     zero_shot_figure,
 )
+from serve.errors import BadRequest, NotServed, UserError
 from serve.tasks.depth import estimate_depth
 from serve.tasks.segmentation import segment
 from serve.tasks.zero_shot import classify

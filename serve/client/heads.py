@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from serve.breaker import Breakers, head_of
+from serve.client.breaker import Breakers, head_of
+from serve.client.steps import Steps, Together
 from serve.errors import ClientError, DeadlineExceeded, ServerFailed, Unavailable, WrongAnswer
-from serve.steps import Steps, Together
 
 Ask = Callable[[Sequence[str], float], Steps[dict[str, np.ndarray]]]
 """Asks for outputs until a time.monotonic."""

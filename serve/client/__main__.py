@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from serve.calls import Options
-from serve.client import DEFAULT_URL, FeatureClient
+from serve.client import FeatureClient
+from serve.client.calls import Options
+from serve.client.retry import Retry
+from serve.client.sync import DEFAULT_URL
+from serve.client.tls import Tls
 from serve.command_line import CommandLine
 from serve.errors import NotAllowed, Unavailable, UserError, exit_status
-from serve.retry import Retry
-from serve.tls import Tls
 
 EPILOG = """\
 examples:
@@ -153,7 +154,7 @@ def call_options(asked: argparse.Namespace) -> dict:
 
 def features(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path, Path]) -> list[Path]:
     """Ask for outputs; write them, and their principal components where they are maps."""
-    from serve.pictures import features_figure, save
+    from serve.client.pictures import features_figure, save
 
     answer = client.features(asked.images, asked.outputs, partial=asked.partial, **call_options(asked))
     for name, reason in answer.missing.items():
@@ -172,7 +173,7 @@ def features(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Pa
 
 def segmentation(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path, Path]) -> list[Path]:
     """Segment; write the class maps, alone and over the photographs."""
-    from serve.pictures import class_image, save, segmentation_figure
+    from serve.client.pictures import class_image, save, segmentation_figure
     from serve.tasks.segmentation import segment
 
     found = segment(client, asked.images, side=asked.side, **side_options(asked))
@@ -188,7 +189,7 @@ def segmentation(client: FeatureClient, asked: argparse.Namespace, files: Mappin
 
 def depth(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path, Path]) -> list[Path]:
     """Estimate depth; write it, and a picture with its scale."""
-    from serve.pictures import depth_figure, save
+    from serve.client.pictures import depth_figure, save
     from serve.tasks.depth import estimate_depth
 
     found = estimate_depth(client, asked.images, side=asked.side, **side_options(asked))
@@ -201,7 +202,7 @@ def depth(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path,
 
 def zero_shot(client: FeatureClient, asked: argparse.Namespace, files: Mapping[Path, Path]) -> list[Path]:
     """Classify; write probabilities, and bars of the likeliest classes."""
-    from serve.pictures import save, zero_shot_figure
+    from serve.client.pictures import save, zero_shot_figure
     from serve.tasks.zero_shot import classify
 
     found = classify(
@@ -226,8 +227,8 @@ def side_options(asked: argparse.Namespace) -> dict:
 
 def photograph(path: Path):  # noqa: ANN201 - a PIL picture
     """The picture itself, for pictures of answers; it was decoded once before, or by the server."""
+    from serve.client.inputs import Picture
     from serve.images import Limits
-    from serve.inputs import Picture
 
     return Picture(path, str(path)).open(Limits())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
+from serve.client.steps import Rpc, Sleep, Steps
 from serve.errors import (
     BadRequest,
     ClientError,
@@ -19,7 +20,6 @@ from serve.errors import (
     ServerFailed,
     Unavailable,
 )
-from serve.steps import Rpc, Sleep, Steps
 
 NOT_TRUSTED = ("handshake failed", "certificate", "ssl_error", "peer name")
 REFUSED = {

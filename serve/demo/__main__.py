@@ -59,8 +59,9 @@ def run(asked: argparse.Namespace) -> int:
     for package in ("gradio", "tritonclient"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"serve.demo needs {package}, which is not installed: pip install 'vfm-distill[demo]'")
-    from serve.client import DEFAULT_URL, FeatureClient
-    from serve.retry import Retry
+    from serve.client import FeatureClient
+    from serve.client.retry import Retry
+    from serve.client.sync import DEFAULT_URL
 
     check_port(asked.host, asked.port)
     with (
@@ -110,8 +111,8 @@ def show(client: "FeatureClient", asked: argparse.Namespace) -> None:
     """Serve the page until SIGINT or SIGTERM."""
     import gradio
 
-    from serve.demo_cards import CSS
-    from serve.demo_page import build
+    from serve.demo.cards import CSS
+    from serve.demo.page import build
 
     told = threading.Event()
     before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGINT, signal.SIGTERM)}

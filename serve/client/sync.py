@@ -4,7 +4,7 @@
         answer = client.features(["cat.jpg", "dog.jpg"], outputs=["backbone_global", "clip_token"])
         answer["clip_token"]        # float32 [2, d]
 
-`serve.aio.AsyncFeatureClient` is the same for asyncio; what both do between sending and receiving is in `serve.calls`.
+`serve.client.aio.AsyncFeatureClient` is the same for asyncio; what both do in between is in `calls.py`.
 """
 
 import threading
@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from serve.answers import Answer
-from serve.calls import Calls, Options
-from serve.inputs import Images
-from serve.served import FRONT_DOOR, Served
-from serve.steps import Rpc, Sleep, Step, Steps, Together
+from serve.client.answers import Answer
+from serve.client.calls import Calls, Options
+from serve.client.inputs import Images
+from serve.client.served import FRONT_DOOR, Served
+from serve.client.steps import Rpc, Sleep, Step, Steps, Together
 
 Result = TypeVar("Result")
 
@@ -28,7 +28,7 @@ DEFAULT_URL = "127.0.0.1:8001"
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # serve.retry decides what is sent again: gRPC must neither do so by itself nor wait up to two minutes to reconnect
+    # serve.client.retry decides what is sent again: gRPC must neither do so by itself nor wait up to two minutes to reconnect
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -42,7 +42,7 @@ LAST_WAIT = 5.0
 
 
 class FeatureClient:
-    """A connection to a server; threads may share it. Options are those of serve.calls.Options.
+    """A connection to a server; threads may share it. Options are those of serve.client.calls.Options.
 
     Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are the caller's to mend,
     Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing is connected before the first call.
@@ -90,7 +90,7 @@ class FeatureClient:
         return self.run(self.calls.describe(model, self.calls.options.timeout))
 
     def run(self, steps: Steps[Result]) -> Result:
-        """Carry out a piece of work of serve.calls or serve.tasks; returns its answer."""
+        """Carry out a piece of work of serve.client.calls or serve.tasks; returns its answer."""
         try:
             step = next(steps)
             while True:
@@ -164,11 +164,3 @@ class FeatureClient:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-if __name__ == "__main__":
-    import sys
-
-    from serve.client_command import main
-
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What a client's work is made of, apart from how it waits: `serve.client` and `serve.aio` carry out the same steps.
+"""What a client's work is made of, apart from how it waits: `serve.client` and `serve.client.aio` carry out the same steps.
 
 A piece of work is a generator: it yields a step, is given the step's result (or has its exception thrown in), and returns
 the answer. So retries, splitting, breakers and checks are written once, read from top to bottom and touch no socket.

@@ -1,6 +1,6 @@
 """Answers as pieces of a web page: everything is in the HTML itself, pictures too, so that nothing is fetched from anywhere.
 
-Colours are those of the pictures that `python -m serve.client` writes (serve.pictures). All text from outside is escaped.
+Colours are those of the pictures that `python -m serve.client` writes (serve.client.pictures). All text from outside is escaped.
 """
 
 import base64
@@ -13,7 +13,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from serve.pictures import overlay, palette, pca_rgb
+from serve.client.pictures import overlay, palette, pca_rgb
 
 TILE = 256
 """Pixels that small maps are magnified to, so that a saved picture is not a stamp."""

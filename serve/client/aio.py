@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
-from serve.answers import Answer
-from serve.calls import Calls, Options
-from serve.client import CHANNEL, DEFAULT_URL, LAST_WAIT, TIME_IS_UP
-from serve.inputs import Images
-from serve.served import FRONT_DOOR, Served
-from serve.steps import Rpc, Sleep, Step, Steps, Together
+from serve.client.answers import Answer
+from serve.client.calls import Calls, Options
+from serve.client.inputs import Images
+from serve.client.served import FRONT_DOOR, Served
+from serve.client.steps import Rpc, Sleep, Step, Steps, Together
+from serve.client.sync import CHANNEL, DEFAULT_URL, LAST_WAIT, TIME_IS_UP
 
 Result = TypeVar("Result")
 
@@ -58,7 +58,7 @@ class AsyncFeatureClient:
         return await self.run(self.calls.describe(model, self.calls.options.timeout))
 
     async def run(self, steps: Steps[Result]) -> Result:
-        """Carry out a piece of work of serve.calls or serve.tasks; returns its answer."""
+        """Carry out a piece of work of serve.client.calls or serve.tasks; returns its answer."""
         try:
             step = next(steps)
             while True:

@@ -14,9 +14,9 @@ import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import triton_to_np_dtype
 
+from serve.client.served import Port
+from serve.client.steps import Rpc
 from serve.errors import BadRequest
-from serve.served import Port
-from serve.steps import Rpc
 
 Kind = Literal["system", "cuda"]
 SMALLEST, ALIGNED = 1 << 20, 64

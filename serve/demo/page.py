@@ -11,7 +11,9 @@ import gradio
 from PIL import Image
 
 from serve.client import FeatureClient
-from serve.demo_cards import (
+from serve.client.inputs import Picture
+from serve.client.served import FRONT_DOOR, Served
+from serve.demo.cards import (
     Request,
     depth_card,
     hint,
@@ -23,8 +25,6 @@ from serve.demo_cards import (
 )
 from serve.errors import BadRequest, ClientError, NotServed, Unavailable
 from serve.images import Limits, fit
-from serve.inputs import Picture
-from serve.served import FRONT_DOOR, Served
 from serve.tasks.depth import estimate_depth
 from serve.tasks.segmentation import segment
 from serve.tasks.zero_shot import classify

@@ -13,18 +13,18 @@ import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from serve.answers import Answer, join
-from serve.breaker import Breakers
+from serve.client.answers import Answer, join
+from serve.client.breaker import Breakers
+from serve.client.heads import Found, ask_heads
+from serve.client.inputs import Images, Picture, common_size, list_pictures
+from serve.client.retry import Budget, Retry, attempt
+from serve.client.served import DECODER, ENCODED, FRONT_DOOR, Served, read_answer
+from serve.client.shared_memory import Kind, Pool, Region, lay_out
+from serve.client.steps import Rpc, Steps, Together, Work
+from serve.client.tls import Tls
 from serve.errors import BadRequest, NotAllowed, NotServed, ServerFailed, WrongAnswer
-from serve.heads import Found, ask_heads
 from serve.images import Limits
-from serve.inputs import Images, Picture, common_size, list_pictures
 from serve.rest import ADMIN_HEADER
-from serve.retry import Budget, Retry, attempt
-from serve.served import DECODER, ENCODED, FRONT_DOOR, Served, read_answer
-from serve.shared_memory import Kind, Pool, Region, lay_out
-from serve.steps import Rpc, Steps, Together, Work
-from serve.tls import Tls
 
 ADMIN = f"triton-grpc-protocol-{ADMIN_HEADER}"
 """gRPC's header for the key of restricted endpoints; the part after `triton-grpc-protocol-` is the server's to choose."""
@@ -43,7 +43,7 @@ class Options:
     """Seconds for each request (of at most the model's batch), all its attempts together."""
     retry: Retry = Retry()
     budget: tuple[float, float] = (0.2, 100)
-    """Retries: so many a call in the long run, and so many at once (see serve.retry.Budget)."""
+    """Retries: so many a call in the long run, and so many at once (see serve.client.retry.Budget)."""
     breaker: tuple[int, float] = (3, 10.0)
     """A head is left alone after so many failures in a row, for so many seconds."""
     concurrency: int = 4
@@ -173,7 +173,7 @@ class Calls:
     def ask(
         self, method: str, arguments: Mapping[str, Any], deadline: float, request_id: str, hurry: bool = False
     ) -> Steps[Any]:
-        """Call the server within the deadline and the budget for retries; see serve.retry.attempt."""
+        """Call the server within the deadline and the budget for retries; see serve.client.retry.attempt."""
         return attempt(method, arguments, deadline, self.options.retry, self.budget, request_id, hurry)
 
     def ask_to_infer(self, arguments: Mapping[str, Any], deadline: float, request_id: str, hurry: bool) -> Steps[Any]:
