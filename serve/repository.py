@@ -54,8 +54,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--kind", default="cpu", choices=("cpu", "gpu"), help="where graphs run (cpu)")
     parser.add_argument("--devices", type=int, nargs="+", default=[0], metavar="N", help="GPUs (0)")
-    parser.add_argument("--instances", type=int, metavar="N", help="of large graphs (CPU: one for 8 cores; GPU: 1)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads an instance (cores / instances)")
+    parser.add_argument("--instances", type=int, metavar="N", help="of large graphs (CPU: two for 8 cores; GPU: 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads an instance (cores, at most 8)")
     parser.add_argument("--decoders", type=int, metavar="N", help="processes for encoded pictures (cores, at most 8)")
     parser.add_argument("--max-batch", type=int, metavar="N", help="(the bundle's)")
     parser.add_argument("--queue-delay", type=int, metavar="US", help="microseconds a request waits for others (500)")

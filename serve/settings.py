@@ -51,14 +51,17 @@ def cores() -> int:
 
 
 MOST_THREADS = 8
-"""Threads of an instance on CPUs, at most. (One instance on both cores was best on two; more cores were not measured.)"""
+"""Threads of an instance on CPUs, at most. (More than two cores were not measured.)"""
 
 
 def instances_and_threads(instances: int | None, threads: int | None, free: int) -> tuple[int, int]:
-    """Both, where one or none is given, for so many free cores: all cores for one request, so that it is answered soonest."""
+    """Both, where one or none is given, for so many free cores.
+
+    Two instances share the same cores: one computes while the other copies, and a request that is alone has all cores.
+    """
     if instances is None:
-        instances = max(1, free // threads) if threads else -(-free // MOST_THREADS)
-    return instances, threads or max(1, free // instances)
+        instances = 1 if free == 1 else 2 * -(-free // (threads or MOST_THREADS))
+    return instances, threads or max(1, min(free, 2 * free // instances, MOST_THREADS))
 
 
 def runtimes_here() -> tuple[Runtime, ...]:
