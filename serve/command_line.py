@@ -3,6 +3,7 @@
 import argparse
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -30,6 +31,14 @@ class CommandLine(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             raise argparse.ArgumentError(action, f"no such choice '{value}': {closest(str(value), action.choices)}")
+
+
+def add_tls(parser: argparse.ArgumentParser) -> None:
+    """Options of those who connect to a server; `serve.client.tls.asked_tls` reads them."""
+    parser.add_argument("--ssl", action="store_true", help="TLS, trusting the system's authorities")
+    parser.add_argument("--ssl-root", type=Path, metavar="PEM", help="TLS: who signed the server's certificate")
+    parser.add_argument("--ssl-certificate", type=Path, metavar="PEM", help="mTLS: this client's certificate")
+    parser.add_argument("--ssl-key", type=Path, metavar="PEM", help="mTLS: its key")
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -12,8 +12,8 @@ from serve.client import FeatureClient
 from serve.client.calls import Options
 from serve.client.retry import Retry
 from serve.client.sync import DEFAULT_URL
-from serve.client.tls import Tls
-from serve.command_line import CommandLine
+from serve.client.tls import asked_tls
+from serve.command_line import CommandLine, add_tls
 from serve.errors import NotAllowed, Unavailable, UserError, exit_status
 
 EPILOG = """\
@@ -74,10 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--retries", type=int, default=3, metavar="N", help="while the server is unavailable (3)")
     found.add_argument("--request-id", metavar="ID", help="as the server's log will have it (default: made up)")
-    found.add_argument("--ssl", action="store_true", help="TLS, trusting the system's authorities")
-    found.add_argument("--ssl-root", type=Path, metavar="PEM", help="TLS: who signed the server's certificate")
-    found.add_argument("--ssl-certificate", type=Path, metavar="PEM", help="mTLS: this client's certificate")
-    found.add_argument("--ssl-key", type=Path, metavar="PEM", help="mTLS: its key")
+    add_tls(found)
     return found
 
 
@@ -133,11 +130,9 @@ def check(asked: argparse.Namespace) -> dict:
         raise UserError(f"--retries {asked.retries}: give 0 or more")
     if asked.output.exists() and not asked.output.is_dir():
         raise UserError(f"--output {asked.output} is a file: give a folder")
-    secure = asked.ssl or asked.ssl_root or asked.ssl_certificate or asked.ssl_key
     return {
         "timeout": asked.timeout, "retry": Retry(most=asked.retries), "shared_memory": asked.shm,
-        "admin_key": asked.admin_key,
-        "tls": Tls(asked.ssl_root, asked.ssl_certificate, asked.ssl_key) if secure else None,
+        "admin_key": asked.admin_key, "tls": asked_tls(asked),
     }  # fmt: skip
 
 

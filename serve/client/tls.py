@@ -1,5 +1,6 @@
 """TLS between client and server: the files of a connection, read where a mistake can still be told to the user."""
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,3 +29,10 @@ class Tls:
             except OSError as error:
                 raise NotAllowed(f"TLS {name} {path}: {error.strerror} (give a PEM file)") from error
         return grpc.ssl_channel_credentials(contents["root"], contents["key"], contents["certificate"])
+
+
+def asked_tls(asked: argparse.Namespace) -> Tls | None:
+    """What the options of `serve.command_line.add_tls` say, None for a connection without TLS."""
+    if asked.ssl or asked.ssl_root or asked.ssl_certificate or asked.ssl_key:
+        return Tls(asked.ssl_root, asked.ssl_certificate, asked.ssl_key)
+    return None

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from serve.command_line import CommandLine
+from serve.command_line import CommandLine, add_tls
 from serve.errors import NotAllowed, NotServed, ServerError, Unavailable, UserError, exit_status
 from serve.images import Limits
 
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (7860)")
     parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)")
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="zero-shot classes to begin with (the bundle's)")
+    add_tls(parser)
     asked = parser.parse_args(arguments)
     return exit_status(lambda: run(asked))
 
@@ -62,10 +63,11 @@ def run(asked: argparse.Namespace) -> int:
     from serve.client import FeatureClient
     from serve.client.retry import Retry
     from serve.client.sync import DEFAULT_URL
+    from serve.client.tls import asked_tls
 
     check_port(asked.host, asked.port)
     with (
-        FeatureClient(asked.url or DEFAULT_URL, timeout=20.0, retry=Retry(most=2)) as client,
+        FeatureClient(asked.url or DEFAULT_URL, timeout=20.0, retry=Retry(most=2), tls=asked_tls(asked)) as client,
         tempfile.TemporaryDirectory(prefix="serve-demo-") as folder,
     ):
         check_server(client, asked.labels)

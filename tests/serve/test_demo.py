@@ -299,6 +299,7 @@ def test_without_zero_shot_nothing_is_said_of_it(browser, server, photo):
         (("--url", "127.0.0.1:1"), 1, "no server answers at 127.0.0.1:1: start one with python -m serve.run BUNDLE"),
         (("--port", "0"), 2, "--port 0: ports are 1 to 65535"),
         (("--host", "203.0.113.7"), 2, "Cannot assign requested address"),
+        (("--ssl-root", "nowhere.pem"), 2, "TLS root nowhere.pem: No such file or directory (give a PEM file)"),
     ],
 )
 def test_a_mistake_is_one_line(arguments, status, says, capsys):
@@ -324,6 +325,13 @@ def test_labels_for_a_server_without_zero_shot_are_refused(server, capsys):
         pytest.skip("the optional extra [demo] is not installed")
     assert main(["--url", server.grpc, "--port", str(free_port()), "--labels", "cat"]) == 2
     assert "--labels: the server has no zero_shot" in capsys.readouterr().err
+
+
+def test_a_server_without_tls_is_told_apart_from_none(server, capsys):
+    if importlib.util.find_spec("gradio") is None:
+        pytest.skip("the optional extra [demo] is not installed")
+    assert main(["--url", server.grpc, "--port", str(free_port()), "--ssl"]) == 2
+    assert "no TLS connection" in capsys.readouterr().err
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
