@@ -13,6 +13,7 @@ import asyncio
 import io
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -217,8 +218,11 @@ def peer(
     """(f): the same graph, runtime, workers and threads behind LitServe; the fastest of two batch sizes."""
     rows = []
     for most in (1, bundle.manifest.max_batch):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        url = f"http://127.0.0.1:{port}"
         command = [
-            sys.executable, Path(__file__).parent / "litserve_peer.py", asked.bundle, "--port", "8473", "--runtime",
+            sys.executable, Path(__file__).parent / "litserve_peer.py", asked.bundle, "--port", str(port), "--runtime",
             settings.runtime, "--workers", str(settings.instances), "--threads", str(settings.threads),
             "--max-batch", str(most),
         ]  # fmt: skip
@@ -228,11 +232,11 @@ def peer(
         )
         try:
             size = sum(4 * int(np.prod(tensor.dims)) for tensor in bundle.outputs)
-            upload("http://127.0.0.1:8473", pixels, size, process)
+            upload(url, pixels, size, process)
             ours, theirs = [], []
             for _ in range(asked.rounds):
                 ours.append(load(address, FUSED, every, pixels, asked.concurrency, asked.seconds).rate)
-                theirs.append(upload("http://127.0.0.1:8473", pixels, size, process, asked.concurrency, asked.seconds))
+                theirs.append(upload(url, pixels, size, process, asked.concurrency, asked.seconds))
             rows.append(
                 row(f"(f) Triton / LitServe (batches up to {most}), fused, {asked.concurrency} at once", ours, theirs)
             )
