@@ -100,13 +100,14 @@ def run(asked: argparse.Namespace) -> int:
             raise UserError(f"no --{option}: it is needed (python -m export.text --help has examples)")
     if asked.batch_size < 1:
         raise UserError(f"--batch-size {asked.batch_size}: give 1 or more")
-    labels, templates = read_labels(asked.labels), read_templates(asked.templates)
+    labels, templates, spaces = read_labels(asked.labels), read_templates(asked.templates), []
     check_folder(asked.output)
     if (asked.output / MANIFEST).exists():
         manifest = read_manifest(asked.output)  # a damaged bundle is said before the work, not after it
         teachers, teacher = [t.label for t in manifest.teachers], asked.classifier or asked.teacher
         if teacher and teacher not in teachers:
             raise UserError(f"teacher '{teacher}' is none of the bundle's: {suggest(teacher, teachers)}")
+        spaces = [t for t in manifest.teachers if (t.label == teacher if teacher else t.role == "clip")]
     if asked.classifier:
         return write_classifier(asked, labels)
     if asked.with_encoder and (
@@ -117,6 +118,11 @@ def run(asked: argparse.Namespace) -> int:
     tokens = tokenize(tower.tokenizer, tower.context, labels, templates, asked.labels)
     files = encoder_files(tower, tokens) if asked.with_encoder else {}
     embeddings = class_embeddings(tower.model.encode_text, tokens, labels, asked.batch_size)
+    if spaces and embeddings.shape[1] not in (widths := [t.token_dim for t in spaces]):
+        raise UserError(
+            f"--model {asked.model}: its embeddings are {embeddings.shape[1]}-d, the bundle's "
+            f"'{spaces[0].label}' tokens {widths[0]}-d: give the CLIP that was the teacher, or its teacher's label with --teacher"
+        )
     about = tower.about | {
         "format": FORMAT, "classes": [label.name for label in labels],
         "labels": [label.words for label in labels], "templates": templates,

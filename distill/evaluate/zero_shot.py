@@ -1,7 +1,11 @@
-"""Zero-shot classification: the class whose embedding is nearest in cosine (CLIP's protocol, KPU Table 1)."""
+"""Zero-shot classification: the class whose embedding is nearest in cosine (CLIP's protocol, KPU Table 1).
+
+A file of `export.text --classifier` holds rows of a teacher's classifier instead: then the score is that classifier's logit.
+"""
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,14 @@ from distill.evaluate.extract import CentreViews, extract
 from distill.evaluate.outcome import Outcome
 
 
+class Classes(NamedTuple):
+    """Embeddings [C, d]; of a classifier's rows also their lengths [C] and biases [C]."""
+
+    embeddings: Tensor
+    norms: Tensor | None = None
+    bias: Tensor | None = None
+
+
 def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path) -> Outcome:
     """Top-1 and top-5 of the validation split; the embeddings are in the space of the features (`--features clip`)."""
     if not config.zero_shot.embeddings:
@@ -25,36 +37,46 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path
             "metadata `classes`: a JSON list of the class folders' names)"
         )
     val = open_classes(data, "val")
-    embeddings = read_embeddings(Path(config.zero_shot.embeddings), val.classes)
-    if embeddings.shape[1] != encoder.dims.summary:
+    classes = read_classes(Path(config.zero_shot.embeddings), val.classes)
+    width, wanted = classes.embeddings.shape[1], encoder.dims.summary
+    if width != wanted:
         raise UserError(
-            f"{config.zero_shot.embeddings} holds {embeddings.shape[1]}-d embeddings, {encoder.name}'s '{encoder.read_out}' "
-            f"features are {encoder.dims.summary}-d: choose the head of the teacher they come from (--features clip, say)"
+            f"{config.zero_shot.embeddings} holds {width}-d embeddings, {encoder.name}'s '{encoder.read_out}' features are "
+            f"{wanted}-d: choose the head of the teacher they come from (--features clip, say)"
         )
     views = CentreViews(val, encoder.image_size, config.extract.crop)
     features = extract(encoder, views, cache, config.extract, what="val split").summaries()
-    scores, report = accuracy(cosine_scores(features, embeddings), torch.from_numpy(val.labels), val.classes)
+    scores, report = accuracy(class_scores(features, classes), torch.from_numpy(val.labels), val.classes)
     return Outcome(scores, {"per_class": report})
 
 
-def cosine_scores(features: Tensor, embeddings: Tensor) -> Tensor:
-    """Cosine [n, C] of features [n, d] and class embeddings [C, d]."""
-    return F.normalize(features.float(), dim=1) @ F.normalize(embeddings.float(), dim=1).T
+def class_scores(features: Tensor, classes: Classes) -> Tensor:
+    """Scores [n, C] of features [n, d]: cosines, or logits of a classifier's rows."""
+    directions = F.normalize(classes.embeddings.float(), dim=1)
+    if classes.norms is None or classes.bias is None:
+        return F.normalize(features.float(), dim=1) @ directions.T
+    return features.float() @ directions.T * classes.norms + classes.bias
 
 
-def read_embeddings(path: Path, classes: tuple[str, ...]) -> Tensor:
-    """Embeddings [C, d] in the order of `classes`; raises UserError for a damaged file or classes it lacks."""
+def read_classes(path: Path, classes: tuple[str, ...]) -> Classes:
+    """Embeddings in the order of `classes`; raises UserError for a damaged file or classes it lacks."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            embeddings = file.get_tensor("embeddings") if "embeddings" in file.keys() else None  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except FileNotFoundError as error:
         raise UserError(f"zero_shot.embeddings = {path}: no such file") from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is no whole safetensors file ({error})") from error
+    embeddings = tensors.get("embeddings")
     if embeddings is None or embeddings.ndim != 2:
         raise UserError(f"{path} has no tensor `embeddings` of shape [C, d]")
-    if not torch.isfinite(embeddings).all():
+    found = Classes(embeddings)
+    if metadata.get("score") == "linear":
+        found = Classes(embeddings, tensors.get("norms"), tensors.get("bias"))
+        if found.norms is None or found.bias is None:
+            raise UserError(f"{path} should hold a classifier's rows and lacks their `norms` or `bias`: make it again")
+    if not all(torch.isfinite(tensor).all() for tensor in found if tensor is not None):
         raise UserError(f"{path} holds NaN or infinity: make the embeddings again")
     if "classes" not in metadata:
         if len(embeddings) != len(classes):
@@ -62,7 +84,7 @@ def read_embeddings(path: Path, classes: tuple[str, ...]) -> Tensor:
                 f"{path} holds {len(embeddings)} embeddings without names, the data has {len(classes)} classes: put the "
                 "names into its metadata as `classes`"
             )
-        return embeddings
+        return found
     try:
         names = json.loads(metadata["classes"])
     except ValueError as error:
@@ -74,4 +96,5 @@ def read_embeddings(path: Path, classes: tuple[str, ...]) -> Tensor:
         raise UserError(
             f"{path} has no embedding of class '{lacking[0]}' ({len(lacking)} of {len(classes)} are missing)"
         )
-    return embeddings[[names.index(name) for name in classes]]
+    order = [names.index(name) for name in classes]
+    return Classes(*(None if tensor is None else tensor[order] for tensor in found))

@@ -14,7 +14,7 @@ from yaml import safe_dump
 from distill.checkpoint import load_run
 from distill.config import TeacherRuntime
 from distill.errors import UserError
-from distill.evaluate.zero_shot import read_embeddings
+from distill.evaluate.zero_shot import class_scores, read_classes
 from distill.teachers import build_teacher
 from distill.weights import tensors_sha256
 from export.classifier_rows import find_classes
@@ -88,8 +88,9 @@ def test_scores_are_the_teachers_own_logits(run, teacher, tmp_path):
     torch.testing.assert_close(tensors["embeddings"].norm(dim=1), torch.ones(len(LABELS)))
     assert (said["teacher"], said["source"], said["score"]) == (teacher, "classifier", "linear")
     assert json.loads(said["classes"]) == list(LABELS) and said["sha256"] == tensors_sha256(tensors)
-    read = read_embeddings(tmp_path / "out" / "class_embeddings.safetensors", (LABELS[2], LABELS[0]))
-    assert torch.equal(read, tensors["embeddings"][[2, 0]])
+    read = read_classes(tmp_path / "out" / "class_embeddings.safetensors", (LABELS[2], LABELS[0]))
+    assert torch.equal(read.embeddings, tensors["embeddings"][[2, 0]])
+    torch.testing.assert_close(class_scores(token, read), logits[:, [2, 0]], rtol=1e-4, atol=1e-4)
 
 
 def test_a_class_is_found_by_any_of_its_names_and_answers_by_the_users(run, tmp_path):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from distill.evaluate.zero_shot import read_embeddings
+from distill.evaluate.zero_shot import read_classes
 from distill.weights import tensors_sha256
+from export.bundle import read_manifest
 from export.text import main
 from export.text_tower import DEFAULT_TEMPLATES
 
@@ -133,7 +135,8 @@ def test_metadata_say_what_the_embeddings_are_of(bundle, clip, weights):
 def test_evaluation_reads_the_embeddings_in_its_own_order_of_classes(bundle):
     path = bundle[0] / "class_embeddings.safetensors"
     found, _ = opened(path)
-    assert torch.equal(read_embeddings(path, (LABELS[2], LABELS[0])), found[[2, 0]])
+    read = read_classes(path, (LABELS[2], LABELS[0]))
+    assert torch.equal(read.embeddings, found[[2, 0]]) and read.norms is None and read.bias is None
 
 
 def test_files_and_the_next_command_are_printed_and_nothing_else_is_written(bundle):
@@ -372,3 +375,12 @@ def test_help_answers_without_loading_torch():
     code = "import sys, export.text as t\ntry: t.main(['--help'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "--with-encoder" in done.stdout and done.stdout.endswith("False\n"), done.stderr
+
+
+def test_a_clip_that_was_not_the_teacher_is_refused_before_anything_changes(small_bundle, model, labels, tmp_path):
+    bundle = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+    before = {path: path.read_bytes() for path in bundle.iterdir()}
+    given = ("--output", bundle, "--model", model, "--pretrained", "random", "--labels", labels)
+    width = next(t.token_dim for t in read_manifest(bundle).teachers if t.label == "dino")
+    refused(call(*given, "--teacher", "dino"), f"its embeddings are 24-d, the bundle's 'dino' tokens {width}-d")
+    assert {path: path.read_bytes() for path in bundle.iterdir()} == before
