@@ -16,8 +16,6 @@ import zlib
 
 DOORS = ("features_encoded", "fused", "segmentation", "depth", "zero_shot", "text_encoder")
 """Together they reach every model a repository can have."""
-ROUNDS = 2
-"""Triton takes turns between instances: one dead of two fails every other request."""
 BUSY = (429, 503)
 
 
@@ -47,7 +45,10 @@ def probe(url: str, repository: str, timeout: float) -> str:
     settings = json.loads(request(f"{url}/v2/models/decode/config", timeout)[1])["parameters"]
     height, width = (int(settings[side]["string_value"]) for side in ("height", "width"))
     # from the files, because a model that is gone and one that never was look alike over the network
-    for door in [door for door in DOORS if os.path.isdir(os.path.join(repository, door))] * ROUNDS:
+    models = [model for model in sorted(os.listdir(repository)) if os.path.isdir(os.path.join(repository, model))]
+    # Triton takes turns between instances: one dead of eight fails every eighth request
+    rounds = max([instances(url, model, timeout) for model in models], default=1)
+    for door in [door for door in DOORS if door in models] * rounds:
         left = end - time.monotonic()
         if left < timeout / 2:
             return ""  # slow, but everything so far was answered
@@ -61,6 +62,12 @@ def probe(url: str, repository: str, timeout: float) -> str:
         if status != 200 and status not in BUSY:
             return f"'{door}' says {status} {said[:300].decode(errors='replace')}"
     return ""
+
+
+def instances(url: str, model: str, timeout: float) -> int:
+    """How many a model has, 1 where its configuration does not say."""
+    groups = json.loads(request(f"{url}/v2/models/{model}/config", timeout)[1]).get("instance_group", ())
+    return max(1, sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups))
 
 
 def answered(url: str, timeout: float) -> int:

@@ -294,6 +294,6 @@ def decoder(bundle: Bundle, settings: Settings) -> Model:
 
 
 def tell_sizes(config: ModelConfig, bundle: Bundle) -> None:
-    """Write down the bundle's largest height and width, and what they are multiples of, for a model that reads pictures."""
-    for name in ("height", "width", "stride"):
+    """Write down the bundle's largest and smallest sides, and what they are multiples of, for a model that reads pictures."""
+    for name in ("height", "width", "min_height", "min_width", "stride"):
         config.parameters[name].string_value = str(getattr(bundle.manifest.resolution, name))

@@ -55,7 +55,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", default="cpu", choices=("cpu", "gpu"), help="where graphs run (cpu)")
     parser.add_argument("--devices", type=int, nargs="+", default=[0], metavar="N", help="GPUs (0)")
     parser.add_argument("--instances", type=int, metavar="N", help="of large graphs (CPU: two for 8 cores; GPU: 1)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads an instance (cores, at most 8)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads an instance (cores, at most 8); on GPUs of the text encoder",
+    )
     parser.add_argument("--decoders", type=int, metavar="N", help="processes for encoded pictures (cores, at most 8)")
     parser.add_argument("--max-batch", type=int, metavar="N", help="(the bundle's)")
     parser.add_argument("--queue-delay", type=int, metavar="US", help="microseconds a request waits for others (500)")
@@ -84,7 +89,9 @@ def read_settings(asked: argparse.Namespace) -> Settings:
         raise UserError(f"--queue-delay {asked.queue_delay}: give 0 or more microseconds")
     if asked.backend == "tensorrt" and asked.kind != "gpu":
         raise UserError("--backend tensorrt runs on GPUs: add --kind gpu")
-    instances, threads = instances_and_threads(asked.instances, asked.threads, cores() if asked.kind == "cpu" else 1)
+    # on GPUs the threads are the text encoder's, which runs on the CPU
+    instances = asked.instances or (1 if asked.kind == "gpu" else None)
+    instances, threads = instances_and_threads(instances, asked.threads, cores())
     return Settings(
         backend=asked.backend, runtime=choose_runtime(asked.runtime, asked.kind), kind=asked.kind,
         devices=tuple(asked.devices), instances=instances, threads=threads,

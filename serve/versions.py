@@ -74,7 +74,7 @@ class Repository:
                         f"the new bundle's model '{name}' has another {what} ({told(now)}; served now: {told(then)}): clients "
                         "rely on it, so give it a server of its own"
                     )
-            if config.platform != "ensemble" and config.parameters != old[name].parameters:
+            if config.platform != "ensemble" and facts(config) != facts(old[name]):
                 raise UserError(
                     f"the new bundle's model '{name}' has other parameters: give it a server of its own, or restart this one"
                 )
@@ -136,3 +136,8 @@ def told(value: object) -> str:
     if isinstance(value, int):
         return str(value)
     return ", ".join(f"{port.name}{list(port.dims)}" for port in value)
+
+
+def facts(config: ModelConfig) -> dict[str, str]:
+    """A model's parameters but for its threads: a new version runs with those of the configuration that is there."""
+    return {name: value.string_value for name, value in config.parameters.items() if name != "threads"}

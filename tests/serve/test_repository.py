@@ -14,7 +14,7 @@ from serve.lint import lint
 from serve.model_config import TEMPLATES, read_template
 from serve.models import build_models, needed, served_name
 from serve.repository import main
-from serve.settings import Settings, choose_runtime, runtimes_here
+from serve.settings import Settings, instances_and_threads, choose_runtime, runtimes_here
 
 
 def configs_of(repository):
@@ -96,11 +96,25 @@ def test_a_task_needs_the_backbone_and_only_what_lies_between(bundle):
         assert names == (["backbone", task] if "spaces" not in reads else ["backbone", "interaction", task])
 
 
-def test_instances_and_threads_go_to_the_graphs_that_read_pictures(repository):
-    configs = configs_of(repository)
-    for name in ("backbone", "fused"):
-        assert configs[name].instance_group[0].count == 2
-    assert configs["interaction"].instance_group[0].count == 1
+def test_instances_go_to_the_graphs_whose_weights_are_a_quarter_of_the_backbones(repository, small_bundle):
+    configs, size = configs_of(repository), (small_bundle / "backbone.onnx").stat().st_size
+    counts = {
+        name: configs[name].instance_group[0].count for name in configs if (small_bundle / f"{name}.onnx").exists()
+    }
+    large = {name for name in counts if 4 * (small_bundle / f"{name}.onnx").stat().st_size >= size}
+    assert {"backbone", "fused", "interaction"} <= large and "head_mae" not in large
+    assert counts == {name: 2 if name in large else 1 for name in counts}
+
+
+@pytest.mark.parametrize(
+    ("asked", "cores", "found"),
+    [
+        ((None, None), 1, (1, 1)), ((None, None), 2, (2, 2)), ((None, None), 16, (4, 8)), ((1, None), 2, (1, 2)),
+        ((4, None), 2, (4, 1)), ((None, 1), 2, (4, 1)), ((None, 2), 2, (2, 2)), ((1, None), 64, (1, 8)), ((3, 5), 2, (3, 5)),
+    ],
+)  # fmt: skip
+def test_two_instances_share_the_cores(asked, cores, found):
+    assert instances_and_threads(*asked, cores) == found
 
 
 def test_native_backends_get_the_graph_and_no_python(bundle):

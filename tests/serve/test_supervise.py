@@ -73,11 +73,11 @@ class TestRunning:
 
     def test_a_backend_killed_without_load_is_back_and_counted(self, running):
         run, repository = running
-        (old,) = stubs_of(repository, "head_cls")
+        (old,) = stubs_of(repository, "head_mae")
         os.kill(old.pid, signal.SIGKILL)
-        run.wait_for(r"supervisor: head_cls is back after .* \(restart 1\)", 30)
-        assert read_state(repository).restarts == {"backbone": 1, "head_cls": 1}
-        (new,) = stubs_of(repository, "head_cls")
+        run.wait_for(r"supervisor: head_mae is back after .* \(restart 1\)", 30)
+        assert read_state(repository).restarts == {"backbone": 1, "head_mae": 1}
+        (new,) = stubs_of(repository, "head_mae")
         assert new.pid != old.pid
         assert until(lambda: not (SHARED_MEMORY / old.region).exists(), 30)
 
