@@ -14,7 +14,7 @@ from serve.lint import lint
 from serve.model_config import TEMPLATES, read_template
 from serve.models import build_models, needed, served_name
 from serve.repository import main
-from serve.settings import Settings, instances_and_threads, choose_runtime, runtimes_here
+from serve.settings import Settings, choose_runtime, instances_and_threads, runtimes_here
 
 
 def configs_of(repository):
