@@ -71,7 +71,7 @@ def export(asked: argparse.Namespace, name: str, run: Path, precision: str) -> s
     ]
     command += ["--max-batch", str(asked.max_batch), "--allow-parity-failure"]
     if precision == "int8":
-        command += ["--calibration", "packaged-photos", "--calibration-images", "19"]
+        command += ["--calibration", "packaged-photos"]
     if asked.rtx:
         command += ["--formats", "onnx,tensorrt-rtx", "--compute-capability", *asked.rtx]
     start = time.perf_counter()

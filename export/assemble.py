@@ -60,7 +60,7 @@ def export_bundle(asked: argparse.Namespace, formats: list[str], place: Path) ->
     cpu_runtime({}, asked.precision)  # before the minutes that graphs take, too: what they will be checked in
     student = open_student(asked.run)
     sizes = parse_sizes(asked.resolutions, student.stride, student.run.recipe.student.image_size)
-    chosen = choose(asked)
+    chosen = choose(asked, sizes)
     with appearing(asked.output, place, asked.force) as aside:
         manifest = fill(asked, formats, student, sizes, chosen, aside).sealed()
         (aside / MANIFEST).write_bytes(manifest.to_bytes())
@@ -153,7 +153,7 @@ def calibrate(
     )
     quantize_graphs(parts, paths, about, asked.calibration_method, images)
     return CalibrationRecord(
-        method=asked.calibration_method, source=chosen.source, pictures=len(images), sizes=tuple(sizes),
+        method=asked.calibration_method, source=chosen.source, pictures=len(images), sizes=tuple(sizes[: len(images)]),
         held_out=chosen.held_out, sha256=digest(images),
     )  # fmt: skip
 

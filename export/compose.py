@@ -42,13 +42,10 @@ def compose(signature: Signature, parts: Sequence[Part], models: dict[str, onnx.
 
 
 def rename(graph: onnx.GraphProto, name: Callable[[str], str]) -> None:
-    """Give every tensor and node of a graph and of those inside it another name."""
+    """Give every tensor and node of a graph another name. (No graph of ours holds others: they have neither If nor Loop.)"""
     for node in graph.node:
         node.name = name(node.name)
         node.input[:] = [name(value) for value in node.input]
         node.output[:] = [name(value) for value in node.output]
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                rename(attribute.g, name)
     for tensor in graph.initializer:
         tensor.name = name(tensor.name)

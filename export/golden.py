@@ -15,10 +15,12 @@ from safetensors.numpy import save
 
 from export.bundle import ParityRecord, Precision
 from export.graph import Part, Student
-from export.parity import TOLERANCE, reference
+from export.parity import RELATIVE, TOLERANCE, reference
 from export.signature import FUSED, IMAGE
 
 GOLDEN = "golden.safetensors"
+TF32 = 0.01
+"""Relative error that a server may have in any case: onnxruntime on a GPU multiplies float32 in TF32 unless told not to."""
 PICTURES = 3
 """Photographs that are kept, at most."""
 
@@ -29,9 +31,9 @@ def write_golden(
 ) -> None:  # fmt: skip
     """Write `image` uint8 [n, H, W, 3] and, for every output of `fused`, float32 [n, …] of the student itself.
 
-    n is small enough for one request. Metadata: JSON under one key, for safetensors writes several in random order. `cosine`
-    is the least that `precision` allows on every picture, `allowed` has a lower one for outputs that fell below it in
-    `parity` and were let through.
+    n is small enough for one request. Metadata: JSON under one key, for safetensors writes several in random order. `bounds`
+    are the least cosine and the largest error over an output's length that `precision` allows on every picture, `allowed`
+    has others for outputs that did not keep to them in `parity` and were let through.
     """
     height, width = size
     chosen = photos[: min(PICTURES, max_batch)]
@@ -41,22 +43,24 @@ def write_golden(
     tensors = {IMAGE: image} | {name: np.ascontiguousarray(wanted[name], np.float32) for name in outputs}
     # packaged photographs have plain names; of a user's only the file's name leaves the machine
     about = {
-        "format": 2, "precision": precision, "cosine": TOLERANCE[precision], "allowed": let_through(parity, precision),
-        "pictures": [Path(name).name for name, _ in chosen],
+        "format": 2, "precision": precision, "bounds": [TOLERANCE[precision], max(RELATIVE[precision], TF32)],
+        "allowed": let_through(parity, precision), "pictures": [Path(name).name for name, _ in chosen],
     }  # fmt: skip
     (folder / GOLDEN).write_bytes(save(tensors, {"golden": json.dumps(about, sort_keys=True)}))
 
 
-def let_through(parity: Sequence[ParityRecord], precision: Precision) -> dict[str, float]:
-    """What a server's cosine must reach in outputs that fell below the tolerance: the least measured, and half as far again.
+def let_through(parity: Sequence[ParityRecord], precision: Precision) -> dict[str, list[float]]:
+    """Least cosine and largest relative error for a server's outputs that broke their bounds: as measured, and half as far again.
 
     (The golden pictures need not be the worst, and a server's runtime may round otherwise.)
     """
-    lowest: dict[str, float] = {}
+    worst: dict[str, tuple[float, float]] = {}
     for row in parity:
-        lowest[row.output] = min(row.cosine, lowest.get(row.output, 1.0))
+        cosine, relative = worst.get(row.output, (1.0, 0.0))
+        worst[row.output] = min(row.cosine, cosine), max(row.relative, relative)
     return {
-        name: round(max(1 - 1.5 * (1 - cosine), -1.0), 6)
-        for name, cosine in lowest.items()
-        if cosine < TOLERANCE[precision]
-    }
+        name: [round(max(1 - 1.5 * (1 - min(cosine, TOLERANCE[precision])), -1.0), 6),
+               float(f"{1.5 * min(max(relative, RELATIVE[precision], TF32), 1e6):.3g}")]
+        for name, (cosine, relative) in worst.items()
+        if cosine < TOLERANCE[precision] or relative > RELATIVE[precision]
+    }  # fmt: skip

@@ -53,7 +53,7 @@ class Ranges(HistogramCollector):
     """Ranges of tensors over pictures, onnxruntime's way: `collect` what each picture makes of them, then `compute`."""
 
     def __init__(self, method: str) -> None:
-        bins = 2048 if method == "percentile" else 128
+        bins = 2048 if method == "percentile" else 512  # entropy looks at every range beyond 128 bins, in Python
         super().__init__(method, method == "percentile", bins, 128, 99.999, "same")
         self.seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -169,7 +169,7 @@ def calibrate(
 
 def activations(model: onnx.ModelProto) -> list[str]:
     """What the nodes to be quantised read, weights apart."""
-    weights, left_out = {tensor.name for tensor in model.graph.initializer}, set(small(model))
+    weights, left_out = {tensor.name for tensor in model.graph.initializer}, set(left_alone(model))
     return sorted({
         name
         for node in model.graph.node
@@ -180,16 +180,32 @@ def activations(model: onnx.ModelProto) -> list[str]:
 
 
 def insert(model: onnx.ModelProto, ranges: TensorsData) -> onnx.ModelProto:
-    """A graph with Q/DQ nodes around what is quantised."""
+    """A graph with Q/DQ nodes before what is quantised, and nowhere else."""
+    left_out = left_alone(model)
     with quiet():
         quantizer = QDQQuantizer(
-            model, True, False, QuantType.QInt8, QuantType.QInt8, ranges, [], small(model), QUANTIZED, dict(OPTIONS)
+            model, True, False, QuantType.QInt8, QuantType.QInt8, ranges, [], left_out, QUANTIZED, dict(OPTIONS)
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
     found = quantizer.model.model
+    spare(found, left_out)
     del found.graph.value_info[:]
     return found
+
+
+def spare(model: onnx.ModelProto, left_out: Sequence[str]) -> None:
+    """Give all but the quantised nodes the float tensor again: onnxruntime hands rounded ones to every reader, and so would
+    send a CNN's shortcuts through int8 block after block."""
+    exact = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    rounded = {
+        node.output[0]: exact[node.input[0]]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in exact
+    }
+    for node in model.graph.node:
+        if node.op_type not in QUANTIZED or node.name in left_out:
+            node.input[:] = [rounded.get(name, name) for name in node.input]
 
 
 @contextlib.contextmanager
@@ -205,10 +221,17 @@ def quiet():
         logging.disable(before)
 
 
-def small(model: onnx.ModelProto) -> list[str]:
-    """Nodes whose matrix or kernel is too small to be worth it."""
+def left_alone(model: onnx.ModelProto) -> list[str]:
+    """Nodes whose matrix or kernel is too small to be worth it, or that compute the same for every picture of a size."""
     sides = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    return [n.name for n in model.graph.node if n.op_type in QUANTIZED and smallest_side(n, sides) < SMALLEST]
+    seen, found = {value.name for value in model.graph.input}, []
+    for node in model.graph.node:
+        depends = not seen.isdisjoint(node.input)
+        if depends and node.op_type not in ("Shape", "Size"):
+            seen.update(node.output)
+        if node.op_type in QUANTIZED and (not depends or smallest_side(node, sides) < SMALLEST):
+            found.append(node.name)
+    return found
 
 
 def smallest_side(node: onnx.NodeProto, sides: dict[str, Sequence[int]]) -> int:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distill.errors import TrainingError
 from distill.methods.deployment import BACKBONE
 from export.bundle import ParityRecord, Precision
 from export.graph import DPT, Part, Student
@@ -163,11 +164,11 @@ def agreement(got: np.ndarray, wanted: np.ndarray, mean: np.ndarray | None) -> A
 def judge(found: Agreement, precision: Precision) -> tuple[int, str]:
     """The picture that agrees least, and what is wrong with it, "" if nothing is."""
     worst = int(found.cosine.argmin())
-    if found.cosine[worst] < TOLERANCE[precision]:
+    if not found.cosine[worst] >= TOLERANCE[precision]:
         odd = " (NaN or infinity)" if found.largest[worst] == np.finfo(np.float64).max else ""
         return worst, f"cosine {found.cosine[worst]:.6f}{odd}, at least {TOLERANCE[precision]} is wanted"
     largest = int(found.relative.argmax())
-    if found.relative[largest] > RELATIVE[precision]:
+    if not found.relative[largest] <= RELATIVE[precision]:
         return largest, f"off by {found.relative[largest]:.3g} of its length, at most {RELATIVE[precision]} is allowed"
     telling = np.where(found.deviation >= TELLING[precision], found.centred, 1.0)
     least = int(telling.argmin())
@@ -183,14 +184,17 @@ def measure(
     """Compare every output of every graph in all runtimes.
 
     At the first size: all pictures in batches of the largest, then the other batches; at every other size the smallest and
-    the largest batch, on pictures that take turns.
+    the largest batch, on pictures that take turns. Raises TrainingError if the student itself says NaN or infinity.
     """
     largest, turn, rows = max(batches), itertools.cycle(photos), []
     whole = -(-len(photos) // largest) * largest
     plan = [(sizes[0], largest, whole), *((sizes[0], batch, batch) for batch in batches if batch != largest)]
     plan += [(size, batch, batch) for size in sizes[1:] for batch in sorted({min(batches), largest})]
+    corner = tuple(max(sides) for sides in zip(*sizes, strict=True))
     for size, batch, count in plan:
-        chosen = list(itertools.islice(turn, count))
+        # at the largest size the first pictures, which the golden set is made of
+        first = size == corner and batch == largest
+        chosen = list(itertools.islice(itertools.cycle(photos) if first else turn, count))
         agreed: dict[tuple[str, str, str], list[Agreement]] = {}
         for key, found in compared(student, parts, runtimes, [photo for _, photo in chosen], batch, size):
             agreed.setdefault(key, []).append(found)
@@ -219,10 +223,15 @@ def compared(
     """Runtime, graph and output, and how it agrees, of one batch after the other."""
     pixels = [np.asarray(photo.resize(size[::-1], Image.Resampling.BICUBIC)) for photo in photos]
     images = [np.stack(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
-    for group in np.array_split(np.arange(len(images)), -(-len(photos) // max(GROUP, batch))):
+    for group in np.array_split(np.arange(len(images)), max(1, len(photos) // max(GROUP, batch))):
         wanted = [reference(student, parts, torch.from_numpy(images[n])) for n in group]
+        for name, value in ((name, value) for values in wanted for name, value in values.items()):
+            if not np.isfinite(value).all():
+                raise TrainingError(
+                    f"the student's own '{name}' holds NaN or infinity on a photograph: was it trained?"
+                )
         means: Outputs = {}
-        if len(group) * batch > 1:
+        if len({picture.tobytes() for n in group for picture in images[n]}) > 1:
             means = {name: np.mean([values[name].mean(0) for values in wanted], axis=0) for name in wanted[0]}
         for n, student_says in zip(group, wanted, strict=True):
             for runtime in runtimes:

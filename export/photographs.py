@@ -1,6 +1,8 @@
-"""The photographs of an export: those its graphs are compared on and those int8's ranges are taken from, never the same ones."""
+"""The photographs of an export: those its graphs are compared on and those int8's ranges are taken from."""
 
 import argparse
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,28 +32,25 @@ class Chosen(NamedTuple):
     held_out: bool = True
 
 
-def choose(asked: argparse.Namespace) -> Chosen:
-    """The pictures of a command line; raises UserError for unreadable ones.
+def choose(asked: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> Chosen:
+    """The pictures of a command line, for graphs of these sizes (height, width); raises UserError for unreadable ones.
 
     One folder for both is shared out, every other picture to each.
     """
     images = open_photos("--images", asked.images)
     if asked.precision != "int8":
-        return Chosen(load(images, range(len(images)), PHOTOS))
+        return Chosen(load(images, range(len(images)), PHOTOS, sizes))
     folder = None if asked.calibration == PACKAGED else Path(asked.calibration)
-    source = PACKAGED if folder is None else folder.resolve().name
     calibration = open_photos("--calibration", folder)
     both = [path.resolve() for path in (asked.images, folder) if path]
-    shared = not both or (len(both) == 2 and both[0] == both[1])
-    if shared and len(images) > 1:
-        halves = [load(images, range(start, len(images), 2), most)
-                  for start, most in ((1, PHOTOS), (0, asked.calibration_images))]  # fmt: skip
-        return Chosen(*halves, source, held_out=True)
-    nested = len(both) == 2 and (both[0].is_relative_to(both[1]) or both[1].is_relative_to(both[0]))
+    shared = len(images) > 1 and (not both or (len(both) == 2 and both[0] == both[1]))
+    start, step = (1, 2) if shared else (0, 1)
+    compared = load(images, range(start, len(images), step), PHOTOS, sizes)
+    taken = load(calibration, range(0, len(calibration), step), asked.calibration_images, sizes)
+    seen = {digest(photo) for _, photo in compared}
     return Chosen(
-        load(images, range(len(images)), PHOTOS),
-        load(calibration, range(len(calibration)), asked.calibration_images),
-        source, held_out=not (shared or nested),
+        compared, taken, source=PACKAGED if folder is None else folder.resolve().name,
+        held_out=seen.isdisjoint(digest(photo) for _, photo in taken),
     )  # fmt: skip
 
 
@@ -64,16 +63,25 @@ def open_photos(option: str, folder: Path | None) -> Pictures:
         raise UserError(str(error).replace("data.path =", option)) from error
 
 
-def load(pictures: Pictures, numbers: range, most: int) -> Photos:
+def load(pictures: Pictures, numbers: range, most: int, sizes: Sequence[tuple[int, int]]) -> Photos:
     """At most so many of some pictures, spread evenly over them: folders are sorted by class."""
     count = min(most, len(numbers))
+    height, width = (max(sides) for sides in zip(*sizes, strict=True))
     found = []
     for number in (numbers[place * len(numbers) // count] for place in range(count)):
         try:
-            found.append((name_of(pictures, number), pictures.load(number)))
+            picture = pictures.load(number)
         except UnreadableImage as error:
             raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
+        # a hundred pictures of a telephone are gigabytes
+        factor = max(1, min(picture.width // (2 * width), picture.height // (2 * height)))
+        found.append((name_of(pictures, number), picture.reduce(factor)))
     return found
+
+
+def digest(picture: Image.Image) -> bytes:
+    """Sha256 of a picture's size and pixels: the same picture may have two names."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
 
 
 def name_of(pictures: Pictures, number: int) -> str:

@@ -21,11 +21,18 @@ def cast_student(student: Student, precision: str) -> Student:
     if precision not in ("fp16", "bf16"):
         return student
     deployment = copy.deepcopy(student.deployment).to(DTYPES[precision])
-    for module in deployment.modules():
-        if isinstance(module, Preprocess | FeatureNormalizer):
-            module.float()
+    for before, after in zip(student.deployment.modules(), deployment.modules(), strict=True):
+        if isinstance(before, Preprocess | FeatureNormalizer):
+            after.float()
+            for exact, rounded in zip(constants(before), constants(after), strict=True):
+                rounded.copy_(exact)  # the cast has rounded it
     heads = tuple(
         replace(head, module=copy.deepcopy(head.module).to(DTYPES[precision])) if head.kind == DPT else head
         for head in student.heads
     )
     return replace(student, deployment=deployment, heads=heads)
+
+
+def constants(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers."""
+    return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]

@@ -37,6 +37,9 @@ FAILURES = (
     RuntimeError,
     ort_errors.Fail,
     ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
     ort_errors.NotImplemented,
     ort_errors.RuntimeException,
 )
@@ -88,7 +91,8 @@ class OnnxRuntime(Runtime):
 
     def open(self, path: Path, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
         """A session on a graph's file."""
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with self.in_one_line(path.stem):
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def bind(self, graph: str, feeds: Outputs) -> Bound:
         """Put a graph's inputs on the device; outputs stay there until they are read."""
@@ -170,8 +174,13 @@ class OpenVINO(Runtime):
         core = openvino.Core()
         # full precision of what the graph says: the check is of the graph, not of the plugin's shortcuts
         settings = {"INFERENCE_PRECISION_HINT": "f32"} if settings is None else settings
-        with gpu.signal_stack_kept():
-            self.models = {graph: core.compile_model(str(path), "CPU", settings) for graph, path in files.items()}
+        self.models = {}
+        for graph, path in files.items():
+            with gpu.signal_stack_kept():
+                try:
+                    self.models[graph] = core.compile_model(str(path), "CPU", settings)
+                except RuntimeError as error:
+                    raise UserError(f"{self.name}: graph '{graph}': {gpu.one_line([str(error)])}") from error
 
     def bind(self, graph: str, feeds: Outputs) -> Bound:
         """An infer request of its own, on the arrays as they are."""
@@ -276,10 +285,6 @@ class EngineRuntime(Runtime):
         failed += [name for name, tensor in tensors.items() if not context.set_tensor_address(name, tensor.data_ptr())]
         if failed:
             raise gpu.failure(f"{self.name}: graph '{graph}' refuses {', '.join(failed)}", self.logger.errors)
-
-    def takes(self, graph: str, feeds: Outputs) -> bool:
-        """Whether one of a graph's profiles admits inputs of these shapes."""
-        return profile_for(self.records[graph], {name: value.shape for name, value in feeds.items()}) is not None
 
 
 def as_array(tensor: torch.Tensor) -> np.ndarray:

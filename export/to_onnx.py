@@ -26,7 +26,7 @@ INLINE_LIMIT = 1_800_000_000
 """Bytes of weights up to which they lie inside the file; protobuf ends at 2 GiB."""
 
 
-def example(port: Port, stride: int, sizes: dict[str, int]) -> torch.Tensor:
+def example(port: Port, sizes: dict[str, int]) -> torch.Tensor:
     """Some input for tracing, with `sizes` for axes that vary."""
     shape = [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes]
     if port.dtype == "uint8":
@@ -65,7 +65,7 @@ def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProt
     prefix = getattr(part.module, "prefix", 0)
     sizes["tokens"] = 24 + prefix
     sizes |= layer_sides(signature, sizes, stride)
-    arguments = tuple(example(port, stride, sizes) for port in signature.inputs)
+    arguments = tuple(example(port, sizes) for port in signature.inputs)
     axes = dynamic_axes(signature, stride, max_batch)
     # modules that take *inputs have one argument, a tuple, in torch.export's eyes
     shapes = (axes,) if has_star(part.module) else axes

@@ -16,16 +16,17 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Golden:
-    """`image` uint8 [n, H, W, 3], `outputs` float32 [n, …] by name, the least cosine allowed, the pictures' names.
+    """`image` uint8 [n, H, W, 3], `outputs` float32 [n, …] by name, the pictures' names.
 
-    `allowed` has another least cosine for outputs that the export let through although they do not agree with the student.
+    `bounds`: the least cosine and the largest error over an output's length (a cosine does not see another scale);
+    `allowed` has others for outputs that the export let through although they do not agree with the student.
     """
 
     image: np.ndarray
     outputs: dict[str, np.ndarray]
-    tolerance: float
+    bounds: tuple[float, float]
     pictures: tuple[str, ...]
-    allowed: dict[str, float] = field(default_factory=dict)
+    allowed: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def read_golden(bundle: Bundle) -> Golden:
@@ -38,16 +39,17 @@ def read_golden(bundle: Bundle) -> Golden:
         about = json.loads(metadata["golden"]) if "golden" in metadata else metadata
         if about["format"] != FORMAT:
             raise UserError(f"{path} is of format {about['format']}, this version reads {FORMAT}: export again")
-        pictures, allowed = tuple(about["pictures"]), dict(about["allowed"])
-        return Golden(tensors.pop(IMAGE), tensors, float(about["cosine"]), pictures, allowed)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        least, most = about["bounds"]
+        allowed = {name: (float(cosine), float(relative)) for name, (cosine, relative) in about["allowed"].items()}
+        return Golden(tensors.pop(IMAGE), tensors, (float(least), float(most)), tuple(about["pictures"]), allowed)
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no golden set ({error}): export again") from error
 
 
 def compare(golden: Golden, answers: Mapping[str, np.ndarray | None]) -> list[str]:
     """What is wrong with a server's answers to `golden.image`, a sentence an output; an empty list if nothing is.
 
-    An output is wrong if it is missing, of another shape, not finite, or below the tolerance's cosine on any picture.
+    An output is wrong if it is missing, of another shape, not finite, or breaks a bound on any picture.
     """
     return [
         said for name, wanted in golden.outputs.items() if (said := problem(golden, name, wanted, answers.get(name)))
@@ -66,14 +68,17 @@ def problem(golden: Golden, name: str, wanted: np.ndarray, got: np.ndarray | Non
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     # a picture of zeros has no direction: it must be zeros again
     cosine = np.where(norms > 0, (a * b).sum(1) / np.where(norms > 0, norms, 1), (a == b).all(1))
-    worst = int(cosine.argmin())
-    least = golden.allowed.get(name, golden.tolerance)
-    if cosine[worst] >= least:
+    length = np.linalg.norm(b, axis=1)
+    relative = np.linalg.norm(a - b, axis=1) / np.where(length > 0, length, 1)
+    least, most = golden.allowed.get(name, golden.bounds)
+    low, far = int(cosine.argmin()), int(relative.argmax())
+    if cosine[low] < least:
+        said = f"cosine {cosine[low]:.6f} on {golden.pictures[low]}, at least {least} is wanted"
+    elif relative[far] > most:
+        said = f"off by {relative[far]:.3g} of its length on {golden.pictures[far]}, at most {most} is allowed"
+    else:
         return ""
-    return (
-        f"output '{name}' is not what was recorded: cosine {cosine[worst]:.6f} on {golden.pictures[worst]}, at least "
-        f"{least} is wanted{let_through(golden, name)}"
-    )
+    return f"output '{name}' is not what was recorded: {said}{let_through(golden, name)}"
 
 
 def let_through(golden: Golden, name: str) -> str:

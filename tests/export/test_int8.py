@@ -10,17 +10,20 @@ import onnx
 import pytest
 from conftest import run_here
 from onnxruntime.quantization.calibrate import HistogramCollector
+from PIL import Image
 
 from distill.errors import TrainingError
 from export import to_onnx
 from export.bundle import read_manifest
 from export.check import main as check
 from export.graph import build_parts, open_student
-from export.int8 import METHODS, Ranges, activations, digest, prepare
+from export.int8 import METHODS, SMALLEST, Ranges, activations, digest, insert, left_alone, prepare, smallest_side
 from export.parity import run_chain
 from export.photographs import choose
 from export.run import PACKAGED, main
 from export.runtimes import OnnxRuntime
+
+SIZES = [(64, 64)]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,7 @@ def asked(**options: object) -> argparse.Namespace:
 
 
 def test_one_folder_for_both_is_shared_out_and_taken_from_evenly(photo_folder):
-    found = choose(asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4))
+    found = choose(asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4), SIZES)
     names = [name for name, _ in found.calibration]
     assert names == ["even/00.jpg", "even/04.jpg", "odd/01.jpg", "odd/05.jpg"], "not the first class alone"
     assert found.held_out and not set(names) & {name for name, _ in found.compared}
@@ -55,13 +58,25 @@ def test_one_folder_for_both_is_shared_out_and_taken_from_evenly(photo_folder):
 
 
 def test_packaged_photographs_are_shared_out_too_and_another_folder_is_not(photo_folder):
-    both = choose(asked())
+    both = choose(asked(), SIZES)
     assert len(both.calibration) == 10 and len(both.compared) == 9 and both.source == PACKAGED
-    apart = choose(asked(calibration=str(photo_folder)))
+    apart = choose(asked(calibration=str(photo_folder)), SIZES)
     assert apart.held_out and len(apart.calibration) == 12 and len(apart.compared) == 19
-    inside = choose(asked(calibration=str(photo_folder / "odd"), images=photo_folder))
-    assert not inside.held_out, "some of them may be the same"
-    assert choose(asked(precision="fp32")).calibration == []
+    inside = choose(asked(calibration=str(photo_folder / "odd"), images=photo_folder), SIZES)
+    assert not inside.held_out
+    assert choose(asked(precision="fp32"), SIZES).calibration == []
+
+
+def test_the_same_pictures_under_other_names_are_not_held_out(photo_folder, tmp_path):
+    for number, path in enumerate(sorted(photo_folder.rglob("*.jpg"))[:3]):
+        (tmp_path / f"{number}.jpg").symlink_to(path)
+    assert not choose(asked(images=photo_folder, calibration=str(tmp_path)), SIZES).held_out
+
+
+def test_large_photographs_are_not_kept_whole(tmp_path):
+    Image.effect_noise((4000, 3000), 50).convert("RGB").save(tmp_path / "large.jpg")
+    ((_, picture),) = choose(asked(precision="fp32", images=tmp_path), [(64, 64), (96, 64)]).compared
+    assert picture.size == (267, 200), "twice what is asked for and more"
 
 
 def test_the_manifest_says_what_it_was_calibrated_on(bundle, photo_folder):
@@ -73,13 +88,13 @@ def test_the_manifest_says_what_it_was_calibrated_on(bundle, photo_folder):
         True,
     )
     assert record.sizes == ((64, 64), (96, 64))
-    chosen = choose(asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4))
+    chosen = choose(asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4), record.sizes)
     assert record.sha256 == digest(prepare([photo for _, photo in chosen.calibration], record.sizes))
     assert all(row.pictures <= 6 for row in read_manifest(bundle).parity)
 
 
 def test_all_sizes_asked_for_take_turns(photo_folder):
-    photos = [photo for _, photo in choose(asked(precision="fp32")).compared[:3]]
+    photos = [photo for _, photo in choose(asked(precision="fp32"), SIZES).compared[:3]]
     assert [image.shape for image in prepare(photos, [(64, 64), (96, 32)])] == [
         (1, 64, 64, 3), (1, 96, 32, 3), (1, 64, 64, 3),
     ]  # fmt: skip
@@ -107,6 +122,33 @@ def test_only_what_matrices_read_is_quantised_and_every_weight_is_kept_once(bund
     assert len(large) == len(set(large)), "segmentation repeats dino's head: its weights must not lie there twice"
     assert {p.key: p.value for p in model.metadata_props}["graph"] == "fused"
     assert model.doc_string == "" and not any(node.doc_string for node in model.graph.node)
+
+
+def test_what_is_the_same_for_every_picture_stays_in_float(bundle):
+    """A ViT's position embedding is resampled by matrix products, from the picture's size alone."""
+    model = onnx.load(bundle / "backbone.onnx")
+    products = {node.name: node for node in model.graph.node if node.op_type == "MatMul"}
+    alone = [name for name in left_alone(model) if name in products and smallest_side(products[name], {}) > SMALLEST]
+    assert len(alone) == 2
+    rounded = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    assert not any(rounded.intersection(products[name].input) for name in alone)
+
+
+def test_shortcuts_are_not_rounded():
+    """x -> Conv -> + x, as in a CNN's blocks: onnxruntime hands the rounded x to the sum, too."""
+    weights = np.random.default_rng(0).normal(size=(16, 16, 1, 1)).astype(np.float32)
+    nodes = [
+        onnx.helper.make_node("Relu", ["image"], ["x"], "relu"),
+        onnx.helper.make_node("Conv", ["x", "w"], ["y"], "conv"),
+        onnx.helper.make_node("Add", ["x", "y"], ["z"], "add"),
+    ]
+    ports = [onnx.helper.make_tensor_value_info(name, 1, [1, 16, 4, 4]) for name in ("image", "z")]
+    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:], [onnx.numpy_helper.from_array(weights, "w")])
+    ranges = Ranges("minmax")
+    ranges.collect({"x": np.ones((1, 16, 4, 4), np.float32)})
+    found = insert(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)]), ranges.compute())
+    by_kind = {node.op_type: node for node in found.graph.node if node.op_type in ("Add", "Conv")}
+    assert by_kind["Add"].input[0] == "x" and by_kind["Conv"].input[0] != "x"
 
 
 def test_percentiles_are_onnxruntimes_without_its_sorting():

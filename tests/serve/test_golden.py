@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from distill.checkpoint import load_run
 from export.bundle import add_files, read_manifest
 from export.golden import GOLDEN as WRITTEN
+from export.golden import TF32
 from export.parity import TOLERANCE
 from serve.bundle import read_bundle
 from serve.errors import UserError
@@ -51,7 +52,7 @@ def test_it_holds_every_output_a_client_may_ask_for(golden, small_bundle):
     assert set(golden.outputs) == {tensor.name for tensor in bundle.outputs}
     assert golden.image.dtype == np.uint8 and golden.image.shape == (3, size.height, size.width, 3)
     assert all(value.dtype == np.float32 and len(value) == 3 for value in golden.outputs.values())
-    assert golden.tolerance == TOLERANCE[bundle.manifest.precision] and golden.pictures[0] == "astronaut.png"
+    assert golden.bounds == (TOLERANCE[bundle.manifest.precision], TF32) and golden.pictures[0] == "astronaut.png"
     assert not np.array_equal(golden.image[0], golden.image[1])
 
 
@@ -79,13 +80,18 @@ def test_each_kind_of_wrong_answer_is_said(golden):
     assert golden.pictures[2] in said["depth"] and "cosine" in said["depth"]
 
 
-def test_only_the_tolerance_decides(golden):
+def test_only_the_bounds_decide(golden):
     answers = dict(golden.outputs)
     answers["cls_token"] = answers["cls_token"] + 0.02 * np.abs(answers["cls_token"]).max() * np.sign(
         np.random.default_rng(0).standard_normal(answers["cls_token"].shape).astype(np.float32)
     )
     assert len(compare(golden, answers)) == 1
-    assert compare(dataclasses.replace(golden, tolerance=0.9), answers) == []
+    assert compare(dataclasses.replace(golden, bounds=(0.9, 0.5)), answers) == []
+
+
+def test_an_output_of_another_scale_is_found_though_its_cosine_is_one(golden):
+    (said,) = compare(golden, golden.outputs | {"depth": 3 * golden.outputs["depth"]})
+    assert "'depth'" in said and "off by 2 of its length" in said and golden.pictures[0] in said
 
 
 def test_an_output_of_zeros_must_be_zeros_again(golden):
@@ -99,7 +105,7 @@ def test_an_output_that_the_export_let_through_is_held_to_what_it_said_then(gold
     answers = golden.outputs | {"depth": depth + 0.2 * np.linalg.norm(depth, axis=1).max() * np.eye(3, depth.shape[1])}
     (said,) = compare(golden, answers)
     assert "'depth'" in said and "let it through" not in said
-    allowed = dataclasses.replace(golden, allowed={"depth": 0.9})
+    allowed = dataclasses.replace(golden, allowed={"depth": (0.9, 3.0)})
     assert compare(allowed, answers) == []
     (said,) = compare(allowed, answers | {"depth": -depth})
     assert "at least 0.9 is wanted (the export let it through: --allow-parity-failure)" in said
