@@ -193,7 +193,7 @@ def measure(
     corner = tuple(max(sides) for sides in zip(*sizes, strict=True))
     for size, batch, count in plan:
         # at the largest size the first pictures, which the golden set is made of
-        first = size == corner and batch == largest
+        first = size == corner != sizes[0] and batch == largest
         chosen = list(itertools.islice(itertools.cycle(photos) if first else turn, count))
         agreed: dict[tuple[str, str, str], list[Agreement]] = {}
         for key, found in compared(student, parts, runtimes, [photo for _, photo in chosen], batch, size):
