@@ -38,11 +38,11 @@ from export.check import weight_dtypes
 from export.golden import write_golden
 from export.graph import Part, Student, build_parts, open_student
 from export.int8 import digest, prepare, quantize_graphs
+from export.options import parse_sizes
 from export.output import appearing
 from export.parity import check_sizes, engine_sizes, measure
 from export.photographs import Chosen, Photos, choose
 from export.precision import cast_student
-from export.run import parse_sizes
 from export.runtimes import Runtime, cpu_runtime, runtimes_here
 from export.signature import FUSED
 from export.to_onnx import OPSET, export_part

@@ -11,7 +11,7 @@ from PIL import Image
 from distill.errors import UserError
 from distill.images import UnreadableImage
 from distill.pictures import FolderPictures, PackagedPhotos, Pictures
-from export.run import PACKAGED
+from export.options import PACKAGED
 
 Photos = list[tuple[str, Image.Image]]
 """Names and pictures."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from distill.command_line import CommandLine
 from distill.errors import UserError, exit_status
+from export.options import PACKAGED
 from export.output import check_output
 
 EPILOG = """\
@@ -24,7 +25,6 @@ compared with the torch student on photographs; the table is printed and kept in
 Exit status: 0 done, 2 a mistake in what was asked, 1 outputs that do not agree (or another failure).
 """
 
-PACKAGED = "packaged-photos"
 FORMATS = ("onnx", "tensorrt", "tensorrt-rtx")
 BUILDER = ("workspace", "optimization_level", "timing_cache", "version_compatible", "strip_weights", "refit")
 """Options that only TensorRT's builder heeds."""
@@ -161,25 +161,6 @@ def check_folder(option: str, folder: Path | None) -> None:
     if folder and not folder.is_dir():
         what = "is a file: give the folder it is in" if folder.exists() else "no such folder (check the path)"
         raise UserError(f"{option} {folder}: {what}")
-
-
-def parse_sizes(texts: Sequence[str] | None, stride: int, own: int) -> list[tuple[int, int]]:
-    """(height, width) of every `224` or `448x336`; raises UserError for sides that the stride does not divide."""
-    found = []
-    for text in texts or [str(own)]:
-        parts = text.lower().split("x")
-        if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise UserError(f"--resolutions {text}: write pixels, 224 or 448x336 (height x width)")
-        height, width = int(parts[0]), int(parts[-1])
-        for side in (height, width):
-            if side % stride:
-                below = side // stride * stride
-                nearest = f"{below} or {below + stride}" if below else str(stride)
-                raise UserError(
-                    f"--resolutions {text}: {side} is not a multiple of the student's stride {stride}: use {nearest}"
-                )
-        found.append((height, width))
-    return list(dict.fromkeys(found))
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ from distill.weights import tensors_sha256
 from export.bundle import ParityRecord, read_manifest
 from export.golden import let_through
 from export.graph import build_parts, open_student
+from export.options import parse_sizes
 from export.parity import TOLERANCE, agreement, check_sizes, compare, judge, measure
 from export.precision import DTYPES, cast_student
-from export.run import main, parse_sizes
+from export.run import main
 from export.runtimes import OnnxRuntime, OpenVINO
 
 
