@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -80,9 +81,13 @@ def served(bundle: Path, settings: Settings) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         make_repository(bundle, Path(folder) / "repository", settings)
         options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
-        found = find_tritonserver(None, Path(folder))
-        with Server(found, Path(folder) / "repository", options, lambda line: None) as server:
-            yield server.grpc
+        found, said = find_tritonserver(None, Path(folder)), deque(maxlen=30)
+        with Server(found, Path(folder) / "repository", options, said.append) as server:
+            try:
+                yield server.grpc
+            except RuntimeError:
+                print("tritonserver's last lines:", *said, sep="\n", file=sys.stderr)
+                raise
 
 
 def load(address: str, model: str, outputs: list[str], values: np.ndarray, concurrency: int, seconds: float) -> Outcome:
