@@ -33,6 +33,11 @@ NOISE = re.compile(
 DRAINED = "All models are stopped"
 """Triton's log when every request that it accepted has been answered; what follows is unloading."""
 
+STARTS = 3
+CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
+"""On a machine that is very busy, Triton 2.51's python backend now and then aborts while it starts its processes (boost's
+lock_exception; server#8882): another start is made then, as the supervisor does later."""
+
 UNLOAD_SECONDS = 5.0
 """For unloading, which never ends where a backend was killed."""
 
@@ -114,6 +119,25 @@ class Server:
         """
         self.check_ports()
         began = time.monotonic()
+        for left in reversed(range(STARTS)):
+            try:
+                self.start_once()
+                break
+            except BaseException as error:
+                if isinstance(error, OSError):  # a connection that broke off: its process is about to end
+                    with suppress(subprocess.TimeoutExpired):
+                        self.process.wait(2)
+                status = self.process.poll()
+                self.kill()
+                if status not in CRASHES or self.stopping or not left:
+                    raise
+                self.log(f"tritonserver crashed while it started (signal {-status}): starting it again")
+        self._ready = True
+        self.save()
+        return time.monotonic() - began
+
+    def start_once(self) -> None:
+        """Launch tritonserver and wait until every model answers."""
         self._errors, self._complaints = [], []
         launch = [sys.executable, "-I", "-S", "-c", LAUNCH, str(os.getpid()), *self.command]
         self.process = subprocess.Popen(
@@ -124,15 +148,8 @@ class Server:
         )  # fmt: skip
         self._reader = threading.Thread(target=self.pass_on, args=(self.process.stdout,), daemon=True)
         self._reader.start()
-        try:
-            self.wait_ready(began + self.options.start_seconds)
-            self.narrowed = load_rest(self.rest, self.repository, self.log)
-        except BaseException:
-            self.kill()
-            raise
-        self._ready = True
-        self.save()
-        return time.monotonic() - began
+        self.wait_ready(time.monotonic() + self.options.start_seconds)
+        self.narrowed = load_rest(self.rest, self.repository, self.log)
 
     def check_ports(self) -> None:
         """Raise UserError for a port that something listens on: tritonserver finds out only after loading all models."""

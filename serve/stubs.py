@@ -5,6 +5,7 @@ Linux's /proc is read; where a Triton starts them in another way, none are found
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -66,15 +67,22 @@ def remove_regions(names: Iterable[str]) -> None:
 
 def remove_stale_regions() -> None:
     """Remove this user's regions that no process has open: left by servers that were killed."""
-    ours = [path for path in SHARED_MEMORY.glob(f"{REGION}*") if owned(path)]
-    if not ours:
-        return
-    used: set[str] = set()
+    ours = {path.name for path in SHARED_MEMORY.glob(f"{REGION}*") if owned(path)}
+    for _ in range(2):
+        if not (ours := ours - used_regions()):
+            return
+        time.sleep(0.1)  # a server that starts now may have made one and not opened it yet
+    remove_regions(ours)
+
+
+def used_regions() -> set[str]:
+    """Regions that a process has open."""
+    found: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             lines = (process / "maps").read_text(errors="replace").splitlines()
-            used |= {Path(line.split()[-1]).name for line in lines if REGION in line}
-    remove_regions(path.name for path in ours if path.name not in used)
+            found |= {Path(line.split()[-1]).name for line in lines if REGION in line}
+    return found
 
 
 def owned(path: Path) -> bool:

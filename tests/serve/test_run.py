@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,11 +20,14 @@ from running import ANY_PORTS, Load, Run, ask, processes, until
 
 from serve import checks
 from serve.bundle import read_bundle
+from serve.errors import ServerError
 from serve.repository import make_repository
 from serve.rest import Refused, Rest
 from serve.run import main
+from serve.server import Options, Server
 from serve.settings import Settings
 from serve.state import STATE, State, read_state
+from serve.triton import find_tritonserver
 
 SIZE = 64
 NOT_TAKEN = "Server is stopping"
@@ -375,3 +379,28 @@ def test_a_state_file_whose_process_is_gone_says_nothing(tmp_path):
     assert read_state(tmp_path) is None  # a process of that id runs, but is no tritonserver
     (tmp_path / STATE).write_text("{")
     assert read_state(tmp_path) is None
+
+
+@pytest.mark.parametrize(("crashes", "starts"), [(2, 3), (9, 3)])
+def test_a_crash_while_it_starts_is_followed_by_another_start(small_bundle, tmp_path, crashes, starts):
+    """As Triton's python backend aborts now and then on a busy machine; after the third it is told."""
+    need_tritonserver()
+    make_repository(small_bundle, tmp_path / "repository", Settings(fused=False, encoded=False))
+    found, count, lines = find_tritonserver(None, tmp_path), tmp_path / "count", []
+    script = tmp_path / "tritonserver"
+    script.write_text(
+        f"#!/bin/sh\nulimit -c 0\necho >> {count}\n"
+        f'[ $(wc -l < {count}) -gt {crashes} ] || kill -ABRT $$\nexec {found.executable} "$@"\n'
+    )
+    script.chmod(0o755)
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
+    server = Server(replace(found, executable=script), tmp_path / "repository", options, lines.append)
+    if crashes < starts:
+        with server:
+            assert server.rest.ready()
+    else:
+        with pytest.raises(ServerError, match="signal 6"):
+            server.start()
+    assert count.read_text().count("\n") == starts
+    assert sum("crashed while it started (signal 6): starting it again" in line for line in lines) == 2
+    assert not processes(tmp_path)
