@@ -43,12 +43,15 @@ demo: install
 	set -e; \
 	show() { echo "$$@"; "$$@"; }; \
 	show $(BIN)/python -m distill.run --output $$run; \
+	test -e $$run/student.safetensors || { echo "stopped: finish $$run with the command above, or begin anew: make demo" >&2; exit 1; }; \
 	show $(BIN)/python -m distill.scenes --output $$run/scenes $(SCENES); \
 	show $(BIN)/python -m distill.evaluate $$run --data $$run/scenes $(SCORING); \
 	show $(BIN)/python -m export.run $$run --output $$run/bundle $(EXPORT); \
 	printf '%s\n' $(LABELS) > $$run/labels.txt; \
 	show $(BIN)/python -m export.text --output $$run/bundle --classifier cls --run $$run --labels $$run/labels.txt; \
 	show $(BIN)/python -m serve.trial $$run/bundle "$$($(PHOTO))/chelsea.png" --output $$run/answers; \
+	echo "(segmentation and depth were learnt from 160 drawings: expect little of them on photographs; the classes are"; \
+	echo "MobileNetV2's, eight of its thousand, not a CLIP's)"; \
 	echo "(python is $(BIN)/python; \". $(BIN)/activate\" makes it so)"
 
 lint: install

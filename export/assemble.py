@@ -70,6 +70,7 @@ def export_bundle(asked: argparse.Namespace, formats: list[str], place: Path) ->
     print(f"manifest  {asked.output / MANIFEST}")
     print("next      verify it, or look at its speed:")
     print(f"  python -m export.check {asked.output}")
+    print(f"  python -m export.bench {asked.output} --run {asked.run}")
 
 
 def fill(

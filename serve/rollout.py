@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="folder of serve.run --repository")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bundle", type=Path, metavar="BUNDLE", help="the new version")
-    what.add_argument("--back", action="store_true", help="switch to the version before")
+    what.add_argument("--back", action="store_true", help="switch to the version before, and drop the one that served")
     what.add_argument("--finish", action="store_true", help="unload and delete the versions that do not serve")
     asked = parser.parse_args(arguments)
     return exit_status(lambda: run(asked))
@@ -65,7 +65,7 @@ def run(asked: argparse.Namespace) -> int:
             switch(repository, admin, older[-1])
             for model in repository.forget(newer):  # requests to its models by name must not get it either
                 admin.load(model)
-            print(f"serving   version {repository.serving} again")
+            print(f"serving   version {repository.serving} again (the other is gone: --bundle brings one back)")
             return 0
         return roll_out(repository, admin, asked.bundle)
 

@@ -52,7 +52,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files")
     found.add_argument("--task", default="features", choices=TASKS, help="(features)")
     found.add_argument("--outputs", nargs="+", metavar="NAME", help="features: which (default: all)")
-    found.add_argument("--labels", nargs="+", metavar="LABEL", help="zero-shot: classes (default: the bundle's)")
+    found.add_argument(
+        "--labels", nargs="+", metavar="LABEL", help="zero-shot: classes (the bundle's; others: with a CLIP)"
+    )
     found.add_argument("--embeddings", type=Path, metavar="FILE", help="zero-shot --side client: export.text's file")
     found.add_argument(
         "--side", default="server", choices=("server", "client"), help="where a task's head runs (server)"
@@ -271,7 +273,11 @@ def suggestion(asked: argparse.Namespace, outputs: Collection[str]) -> str:
     tasks = [task for task in there if there[task] or task == asked.task]
     place = tasks.index(asked.task) if asked.task in tasks else -1
     url = f" --url {asked.url}" if asked.url != DEFAULT_URL else ""
-    return f"python -m serve.client {asked.images[0]} --task {tasks[(place + 1) % len(tasks)]}{url}"
+    images, output = (
+        " ".join(map(str, asked.images)),
+        "" if asked.output == Path("answers") else f" --output {asked.output}",
+    )
+    return f"python -m serve.client {images} --task {tasks[(place + 1) % len(tasks)]}{output}{url}"
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def test_features_are_written_with_their_meaning_and_pictures(server, pictures, 
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > 3 * picture.height
         assert f"wrote     {tmp_path / 'out' / name}" in said
-    assert re.search(r"next      python -m serve.client .* --task segmentation --url", said)
+    assert re.search(r"next      python -m serve.client .* --task segmentation --output .* --url", said)
 
 
 def test_a_choice_of_outputs_as_safetensors(server, pictures, tmp_path, capsys):

@@ -267,7 +267,10 @@ def test_classifier_rows_give_the_classifiers_own_probabilities_and_a_choice_of_
     np.testing.assert_allclose(found["probabilities"], logits.softmax(dim=1), atol=1e-5)
     chosen = ask(client, pixels, [b"missile", b"tabby cat"])
     np.testing.assert_allclose(chosen["probabilities"], logits[:, [2, 0]].softmax(dim=1), atol=1e-5)
-    for labels, says in (([b"missile", b"dog"], "label 1 is none of the bundle's 3 classes"), ([], "an empty list")):
+    for labels, says in (
+        ([b"missile", b"dog"], "label 'dog' is none of the bundle's 3 classes ("),
+        ([], "an empty list"),
+    ):
         with pytest.raises(InferenceServerException, match=says) as refused:
             ask(client, pixels, labels)
         assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"

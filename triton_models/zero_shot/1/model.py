@@ -88,10 +88,12 @@ class TritonPythonModel:
         """The vectors of some of the bundle's classes, where there is no text encoder for others."""
         rows = [self.numbers.get(bytes(label)) for label in labels]
         if None in rows or not rows:
-            what = f"label {rows.index(None)}" if rows else "an empty list of labels"
+            unknown = bytes(labels[rows.index(None)]).decode(errors="replace") if rows else ""
+            what = f"label '{unknown[:80]}'" if rows else "an empty list of labels"
+            known = ", ".join(self.about["classes"][:20]) + (", …" if len(self.classes) > 20 else "")
             raise Refused(
-                f"{what} is none of the bundle's {len(self.classes)} classes, and {self.about['encoder_missing']}: leave "
-                "labels out to be answered for all classes",
+                f"{what} is none of the bundle's {len(self.classes)} classes ({known}), and {self.about['encoder_missing']}: "
+                "give some of these, or leave labels out to be answered for all of them",
                 pb_utils.TritonError.INVALID_ARG,
             )
         chosen = {name: value[rows] for name, value in self.vectors._asdict().items() if isinstance(value, np.ndarray)}
