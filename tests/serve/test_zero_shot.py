@@ -268,7 +268,7 @@ def test_classifier_rows_give_the_classifiers_own_probabilities_and_a_choice_of_
     chosen = ask(client, pixels, [b"missile", b"tabby cat"])
     np.testing.assert_allclose(chosen["probabilities"], logits[:, [2, 0]].softmax(dim=1), atol=1e-5)
     for labels, says in (
-        ([b"missile", b"dog"], "label 'dog' is none of the bundle's 3 classes ("),
+        ([b"missile", b"dog"], r"label 'dog' is none of the bundle's 3 classes \(tabby cat, espresso, missile\)"),
         ([], "an empty list"),
     ):
         with pytest.raises(InferenceServerException, match=says) as refused:
