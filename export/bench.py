@@ -225,6 +225,7 @@ def draw(path: Path, rows: list[dict]) -> Path:
                 axis.plot(*zip(*points, strict=True), marker="o", label=runtime)
         axis.set(title=graph, xlabel="batch", ylabel="images/s", xscale="log")
         axis.set_xticks(sorted({r["batch"] for r in rows}), [str(b) for b in sorted({r["batch"] for r in rows})])
+        axis.minorticks_off()  # of a logarithmic axis they have labels too
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False, fontsize=8)
