@@ -9,18 +9,26 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc as grpc
+from conftest import need_tritonserver, run_here
 from pydantic_core import to_json
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from distill.checkpoint import load_run
+from export import to_onnx
 from export.bundle import add_files, read_manifest
 from export.golden import GOLDEN as WRITTEN
 from export.golden import TF32
 from export.parity import TOLERANCE
+from export.run import main as export
 from serve.bundle import read_bundle
-from serve.errors import UserError
+from serve.client import FeatureClient
+from serve.errors import ServerError, UserError
 from serve.golden import GOLDEN, compare, read_golden
+from serve.repository import make_repository
+from serve.server import Options, Server
+from serve.settings import Settings
+from serve.triton import find_tritonserver
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +151,29 @@ def test_a_file_of_something_else_is_refused(copy):
         with pytest.raises(UserError, match="export again"):
             read_golden(read_bundle(copy))
     assert GOLDEN in read_manifest(copy).files
+
+
+def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path, monkeypatch):
+    """As those past 2 GB do: the golden set, asked of a real server."""
+    need_tritonserver()
+    monkeypatch.setattr(to_onnx, "INLINE_LIMIT", 20_000)
+    done = run_here(small_bundle.parent / "run", "--output", tmp_path / "b", "--max-batch", 3, command=export)
+    assert done.returncode == 0, done.stderr
+    bundle = read_bundle(tmp_path / "b")
+    make_repository(tmp_path / "b", tmp_path / "repository", Settings(encoded=False))
+    version = tmp_path / "repository" / "backbone" / "1"
+    listed = json.loads((version / "model.json").read_text())["sha256"]
+    assert listed == {
+        "model.onnx": bundle.manifest.files["backbone.onnx"],
+        "backbone.onnx.data": bundle.manifest.files["backbone.onnx.data"],
+    }
+    found, lines = find_tritonserver(None, tmp_path), []
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
+    with Server(found, tmp_path / "repository", options, lines.append) as server, FeatureClient(server.grpc) as client:
+        golden = read_golden(bundle)
+        for model in ("features", "fused"):
+            assert compare(golden, client.features(golden.image, model=model)) == []
+    with open(version / "backbone.onnx.data", "r+b") as file:
+        file.write(b"\x01\x02")
+    with pytest.raises(ServerError, match="backbone.*does not match its sha256"):
+        Server(found, tmp_path / "repository", options, lines.append).start()
