@@ -83,6 +83,11 @@ class Resolution(Record):
     min_width: int
     stride: int
 
+    @property
+    def limits(self) -> dict[str, int]:
+        """What a model that reads pictures checks their sides against."""
+        return {name: getattr(self, name) for name in ("stride", "height", "width", "min_height", "min_width")}
+
 
 class Manifest(Record):
     """What serving reads of a manifest."""

@@ -172,14 +172,13 @@ def weight(bundle: Bundle, graph: Graph) -> int:
 
 def about(bundle: Bundle, graph: Graph) -> bytes:
     """model.json: what the python model must know of its graph."""
-    resolution, sizes = bundle.manifest.resolution, usual_sizes(bundle)
+    sizes = usual_sizes(bundle)
     facts = {
         "sha256": {name: bundle.manifest.files[listed] for name, listed in graph_files(bundle, graph).items()},
         "bundle": bundle.version, "student": bundle.manifest.student.sha256,
         "inputs": [tensor.name for tensor in graph.inputs], "outputs": [tensor.name for tensor in graph.outputs],
         "largest": [[axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape[1:]] for tensor in graph.inputs],
-        "stride": resolution.stride, "height": resolution.height, "width": resolution.width,
-        "min_height": resolution.min_height, "min_width": resolution.min_width,
+        **bundle.manifest.resolution.limits,
     }  # fmt: skip
     return json.dumps(facts, indent=1).encode()
 
@@ -216,9 +215,7 @@ def about_bundle(bundle: Bundle) -> dict:
     manifest, resolution = bundle.manifest, bundle.manifest.resolution
     return {
         "student": manifest.student.network, "method": manifest.student.method, "precision": manifest.precision,
-        "bundle": bundle.version, "stride": resolution.stride, "dynamic": resolution.dynamic,
-        "height": resolution.height, "width": resolution.width,
-        "min_height": resolution.min_height, "min_width": resolution.min_width,
+        "bundle": bundle.version, "dynamic": resolution.dynamic, **resolution.limits,
         "teachers": [{"label": t.label, "role": t.role, "licence": t.licence} for t in manifest.teachers],
         "tasks": {task: facts(bundle.graphs[task]) for task in TASKS if task in bundle.graphs},
     }  # fmt: skip
@@ -295,5 +292,5 @@ def decoder(bundle: Bundle, settings: Settings) -> Model:
 
 def tell_sizes(config: ModelConfig, bundle: Bundle) -> None:
     """Write down the bundle's largest and smallest sides, and what they are multiples of, for a model that reads pictures."""
-    for name in ("height", "width", "min_height", "min_width", "stride"):
-        config.parameters[name].string_value = str(getattr(bundle.manifest.resolution, name))
+    for name, value in bundle.manifest.resolution.limits.items():
+        config.parameters[name].string_value = str(value)

@@ -147,8 +147,7 @@ def zero_shot(bundle: Bundle, found: ClassEmbeddings, missing: str, settings: Se
     about = {
         "sha256": hashlib.sha256(data).hexdigest(), "output": f"{teacher}_token", "scale": found.vectors.scale,
         "max_batch": settings.max_batch or bundle.manifest.max_batch, "classes": found.classes,
-        "stride": resolution.stride, "height": resolution.height, "width": resolution.width,
-        "min_height": resolution.min_height, "min_width": resolution.min_width,
+        **resolution.limits,
         "encoder": not missing, "encoder_missing": missing,
     }  # fmt: skip
     # the classes are in every answer: a parameter that differs would keep a new bundle from taking over from this one
