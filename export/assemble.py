@@ -37,11 +37,11 @@ from export.bundle import (
 from export.check import weight_dtypes
 from export.golden import write_golden
 from export.graph import Part, Student, build_parts, open_student
-from export.int8 import digest, prepare, quantize_graphs
+from export.int8 import prepare, quantize_graphs
 from export.options import parse_sizes
 from export.output import appearing
 from export.parity import check_sizes, engine_sizes, measure
-from export.photographs import Chosen, Photos, choose
+from export.photographs import Chosen, Photos, choose, digest
 from export.precision import cast_student
 from export.runtimes import Runtime, cpu_runtime, runtimes_here
 from export.signature import FUSED
@@ -85,18 +85,21 @@ def fill(
     recipe = student.run.recipe
     about = {"method": recipe.method, "student": recipe.student.name, "precision": asked.precision}
     paths = {part.signature.graph: folder / f"{part.signature.graph}.onnx" for part in parts}
+    about["licences"] = "; ".join(f"{t.label}: {licence_of(t)}" for t in recipe.teachers)
+    facts = {
+        part.signature.graph: about | {"graph": part.signature.graph} | {k: str(v) for k, v in part.about.items()}
+        for part in parts
+    }
     for part in parts:
         begun = time.perf_counter()
         graph = part.signature.graph
-        licences = "; ".join(f"{t.label}: {licence_of(t)}" for t in recipe.teachers)
-        facts = about | {"graph": graph, "licences": licences} | {k: str(v) for k, v in part.about.items()}
         if asked.precision == "int8" and graph == FUSED:
             continue  # made of the others below
-        export_part(part, student.stride, asked.max_batch, paths[graph], facts, OPSET[asked.precision])
+        export_part(part, student.stride, asked.max_batch, paths[graph], facts[graph], OPSET[asked.precision])
         log.info(
             "graph     %-16s %6.1f MB  %4.1f s", graph, paths[graph].stat().st_size / 1e6, time.perf_counter() - begun
         )
-    record = calibrate(asked, parts, paths, facts, sizes, chosen) if asked.precision == "int8" else None
+    record = calibrate(asked, parts, paths, facts[FUSED], sizes, chosen) if asked.precision == "int8" else None
     checked = check_sizes(student.stride, sizes, dynamic)
     runtimes = [*runtimes_here(asked.precision, graphs=paths), *cast_runtimes(parts, asked.precision)]
     parity = prove(asked, student, parts, runtimes, photos, checked)

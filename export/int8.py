@@ -5,7 +5,6 @@ onnxruntime's 32-bit ones.
 """
 
 import contextlib
-import hashlib
 import io
 import logging
 import math
@@ -249,11 +248,3 @@ def prepare(photos: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> 
         np.asarray(photo.resize(sizes[n % len(sizes)][::-1], Image.Resampling.BICUBIC))[None]
         for n, photo in enumerate(photos)
     ]
-
-
-def digest(images: Sequence[np.ndarray]) -> str:
-    """Hex sha256 over pictures: shapes and pixels, in order."""
-    found = hashlib.sha256()
-    for image in images:
-        found.update(str(image.shape).encode() + image.tobytes())
-    return found.hexdigest()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from PIL import Image
 
 from distill.errors import UserError
@@ -47,10 +48,10 @@ def choose(asked: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> Chose
     start, step = (1, 2) if shared else (0, 1)
     compared = load(images, range(start, len(images), step), PHOTOS, sizes)
     taken = load(calibration, range(0, len(calibration), step), asked.calibration_images, sizes)
-    seen = {digest(photo) for _, photo in compared}
+    seen = {digest([np.asarray(photo)]) for _, photo in compared}
     return Chosen(
         compared, taken, source=PACKAGED if folder is None else folder.resolve().name,
-        held_out=seen.isdisjoint(digest(photo) for _, photo in taken),
+        held_out=seen.isdisjoint(digest([np.asarray(photo)]) for _, photo in taken),
     )  # fmt: skip
 
 
@@ -79,9 +80,12 @@ def load(pictures: Pictures, numbers: range, most: int, sizes: Sequence[tuple[in
     return found
 
 
-def digest(picture: Image.Image) -> bytes:
-    """Sha256 of a picture's size and pixels: the same picture may have two names."""
-    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
+def digest(images: Sequence[np.ndarray]) -> str:
+    """Hex sha256 over pictures: shapes and pixels, in order. (One picture may have two names.)"""
+    found = hashlib.sha256()
+    for image in images:
+        found.update(str(image.shape).encode() + image.tobytes())
+    return found.hexdigest()
 
 
 def name_of(pictures: Pictures, number: int) -> str:

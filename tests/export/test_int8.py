@@ -17,10 +17,10 @@ from export import to_onnx
 from export.bundle import read_manifest
 from export.check import main as check
 from export.graph import build_parts, open_student
-from export.int8 import METHODS, SMALLEST, Ranges, activations, digest, insert, left_alone, prepare, smallest_side
+from export.int8 import METHODS, SMALLEST, Ranges, activations, insert, left_alone, prepare, smallest_side
 from export.options import PACKAGED
 from export.parity import run_chain
-from export.photographs import choose
+from export.photographs import choose, digest
 from export.run import main
 from export.runtimes import OnnxRuntime
 
