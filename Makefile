@@ -73,4 +73,4 @@ test-serve test-export: test-%: install
 # The environment and caches; runs/ holds trained models and stays.
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
-	find distill export serve tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find contract distill export serve tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,12 +1,14 @@
-"""Does UMT help? Table 3's ablation, and plain heads, at a scale two CPU cores finish in half an hour.
+"""Does UMT help? Table 3's ablation, and plain heads, at a scale two CPU cores finish in half an
+hour.
 
     python benchmarks/ablation.py --output runs/ablation
 
-Five ways to learn from the quickstart's three real teachers, over several seeds: plain heads per teacher, UMT, and UMT
-without its model token, cross-space or intra-space module; beside them the untrained student (a floor) and the teachers (a
-ceiling). The student is a small CNN (ResNet-10-T at 64 px, stride 16), the pictures drawn scenes (distill.scenes), of which
-no label is used in distilling. Reported: losses on pictures held out, and k-NN, linear probe and linear segmentation of the
-backbone and of two teachers' heads, mean and standard deviation over seeds.
+Five ways to learn from the quickstart's three real teachers, over several seeds: plain heads per
+teacher, UMT, and UMT without its model token, cross-space or intra-space module; beside them the
+untrained student (a floor) and the teachers (a ceiling). The student is a small CNN (ResNet-10-T at
+64 px, stride 16), the pictures drawn scenes (distill.scenes), of which no label is used in
+distilling. Reported: losses on pictures held out, and k-NN, linear probe and linear segmentation of
+the backbone and of two teachers' heads, mean and standard deviation over seeds.
 
 Writes ablation.json, ablation.md and ablation.png. What is there already is not computed again.
 """
@@ -29,8 +31,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
 
-from distill.checkpoint import git_commit, load_run
-from distill.data import centre_crop
+from distill.data.crops import centre_crop
 from distill.distributed import join_ranks
 from distill.evaluate.cast import Row, open_rows
 from distill.evaluate.datasets import open_classes, read_picture
@@ -39,9 +40,10 @@ from distill.evaluate.settings import load_settings
 from distill.evaluate.tasks import TASKS, Context
 from distill.features import Features
 from distill.recipe_io import load_recipe
+from distill.runs import git_commit, load_run
 from distill.scenes import write
 from distill.teachers import build_teacher
-from distill.train import StopSignal, train
+from distill.training.loop import StopSignal, train
 
 VARIANTS = {
     "untrained": ["train.steps=1", "train.lr=1e-12", "train.min_lr=0", "train.warmup_steps=0"],
@@ -60,37 +62,52 @@ SETTINGS = ["extract.workers=0", "dense.size=128", "dense.steps=300", "dense.lr=
 
 
 def main() -> None:
-    """Prepare data and teachers' features, run every variant and seed, `--jobs` at a time, and sum up."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/ablation"), metavar="DIR", help="(runs/ablation)")
+    """Prepare data and teachers' features, run every variant and seed, `--jobs` at a time, and sum
+    up.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/ablation"), metavar="DIR", help="(runs/ablation)"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
-    parser.add_argument("--steps", type=int, default=240, metavar="N", help="optimizer steps of 32 pictures (240)")
-    parser.add_argument("--train", type=int, default=400, metavar="N", help="scenes to learn from (400)")
+    parser.add_argument(
+        "--steps", type=int, default=240, metavar="N", help="optimizer steps of 32 pictures (240)"
+    )
+    parser.add_argument(
+        "--train", type=int, default=400, metavar="N", help="scenes to learn from (400)"
+    )
     parser.add_argument("--val", type=int, default=200, metavar="N", help="scenes held out (200)")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="runs at a time, one CPU thread each (2)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, metavar="N", help="runs at a time, one CPU thread each (2)"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(cpu)")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.one:
-        run_one(asked, asked.one[0], int(asked.one[1]))
+    args = parser.parse_args()
+    if args.one:
+        run_one(args, args.one[0], int(args.one[1]))
         return
     start = time.perf_counter()
-    scenes = asked.output / "scenes"
+    scenes = args.output / "scenes"
     if not (scenes / "scenes.json").exists():  # written last
-        write(scenes, asked.train, asked.val, 128, seed=0)
-    # each seed's first run fills that seed's cache of the teachers' features (crops differ by seed); its others read it
-    seeds = range(asked.seeds)
-    run_all(asked, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
-    run_all(asked, [(variant, seed) for seed in seeds for variant in VARIANTS if variant != "untrained"])
-    sum_up(asked, (time.perf_counter() - start) / 60)
+        write(scenes, args.train, args.val, 128, seed=0)
+    # each seed's first run fills that seed's cache of the teachers' features (crops differ by
+    # seed); its others read it
+    seeds = range(args.seeds)
+    run_all(args, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
+    run_all(
+        args, [(variant, seed) for seed in seeds for variant in VARIANTS if variant != "untrained"]
+    )
+    sum_up(args, (time.perf_counter() - start) / 60)
 
 
-def run_all(asked: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
+def run_all(args: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
     """Run variants and seeds, `--jobs` at a time; a failure ends them all."""
     running: list[subprocess.Popen] = []
     while waiting or running:
-        while waiting and len(running) < asked.jobs:
-            running.append(launch(asked, *waiting.pop(0)))
+        while waiting and len(running) < args.jobs:
+            running.append(launch(args, *waiting.pop(0)))
         time.sleep(0.2)
         for job in running:
             if job.poll():
@@ -100,43 +117,64 @@ def run_all(asked: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
         running = [job for job in running if job.poll() is None]
 
 
-def launch(asked: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen:
-    """Start one run in a process of its own, on one thread: sums then come out in one order whatever runs beside."""
+def launch(args: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen:
+    """Start one run in a process of its own, on one thread: sums then come out in one order
+    whatever runs beside.
+    """
     command = [sys.executable, __file__, *sys.argv[1:], "--one", variant, str(seed)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def run_one(asked: argparse.Namespace, variant: str, seed: int) -> None:
+def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     """Train, measure and write result.json, unless that is there."""
-    folder = asked.output / f"{variant.replace(' ', '-').replace('/', '')}-{seed}"
-    made_with = {"steps": asked.steps, "train": asked.train, "val": asked.val, "device": asked.device}
+    folder = args.output / f"{variant.replace(' ', '-').replace('/', '')}-{seed}"
+    made_with = {
+        "steps": args.steps,
+        "train": args.train,
+        "val": args.val,
+        "device": args.device,
+    }
     if (folder / "result.json").exists():
         before = json.loads((folder / "result.json").read_text())["made_with"]
         if before != made_with:
-            sys.exit(f"error: {folder} was made with {before}, now {made_with} is asked: choose another --output")
+            sys.exit(
+                f"error: {folder} was made with {before}, now {made_with} is asked: choose another "
+                "--output"
+            )
         return
     start = time.perf_counter()
     torch.manual_seed(seed)
     logging.getLogger().setLevel(logging.WARNING)
-    scenes = asked.output / "scenes"
-    recipe = load_recipe("quickstart", overrides(asked, VARIANTS.get(variant, []), seed))
-    result: dict = {"variant": variant, "seed": seed, "made_with": made_with, "commit": git_commit()}
+    scenes = args.output / "scenes"
+    recipe = load_recipe("quickstart", overrides(args, VARIANTS.get(variant, []), seed))
+    result: dict = {
+        "variant": variant,
+        "seed": seed,
+        "made_with": made_with,
+        "commit": git_commit(),
+    }
     result |= {"losses": {}, "scores": {}}
     if variant == "teachers":
         rows = []
         for index, config in enumerate(recipe.teachers):
-            encoder = teacher_encoder(config, config.image_size, index, f"teacher-{config.label}").to(asked.device)
+            encoder = teacher_encoder(
+                config, config.image_size, index, f"teacher-{config.label}"
+            ).to(args.device)
             rows.append(Row(config.label, encoder, folder / config.label))
     else:
-        with join_ranks(asked.device) as ranks, StopSignal() as stop:
+        with join_ranks(args.device) as ranks, StopSignal() as stop:
             train(recipe, folder, ranks, False, stop)
-        result["losses"] = held_out_losses(recipe, folder, scenes, asked.device)
-        rows = open_rows(str(folder), READ_OUTS, False, None, asked.device, folder / "evaluation")
+        result["losses"] = held_out_losses(recipe, folder, scenes, args.device)
+        rows = open_rows(str(folder), READ_OUTS, False, None, args.device, folder / "evaluation")
     trained = time.perf_counter()
     for row in rows:
-        context = Context(row.encoder, scenes, load_settings(SETTINGS), folder / "cache", row.folder)
+        context = Context(
+            row.encoder, scenes, load_settings(SETTINGS), folder / "cache", row.folder
+        )
         label = row.encoder.read_out if variant != "teachers" else row.name
-        result["scores"][label] = {t: TASKS[t].run(context).scores[name] for t, name in SCORES.items()}
+        result["scores"][label] = {
+            t: TASKS[t].run(context).scores[name] for t, name in SCORES.items()
+        }
     result["seconds"] = {"train": trained - start, "evaluate": time.perf_counter() - trained}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(result, indent=1))
@@ -144,21 +182,38 @@ def run_one(asked: argparse.Namespace, variant: str, seed: int) -> None:
     print(f"{variant}, seed {seed}: held-out loss {total:.3f}, {result['seconds']}", flush=True)
 
 
-def overrides(asked: argparse.Namespace, variant: list[str], seed: int) -> list[str]:
-    """The recipe's changes; the runs of a seed share crops and the cache of the teachers' features."""
+def overrides(args: argparse.Namespace, variant: list[str], seed: int) -> list[str]:
+    """The recipe's changes; the runs of a seed share crops and the cache of the teachers'
+    features.
+    """
     return [
-        "data.kind=folder", f"data.path={asked.output / 'scenes' / 'dense' / 'train' / 'images'}", "data.workers=0",
-        "data.repeats=4", "teacher_cache.views=4", f"teacher_cache.path={asked.output / f'teacher_cache-{seed}'}",
-        f"train.steps={asked.steps}", "train.log_every=20", "checkpoint.every_steps=100000", *STUDENT, *INTERACTION,
-        f"train.device={asked.device}", f"train.seed={seed}", *variant,
-    ]  # fmt: skip
+        "data.kind=folder",
+        f"data.path={args.output / 'scenes' / 'dense' / 'train' / 'images'}",
+        "data.workers=0",
+        "data.repeats=4",
+        "teacher_cache.views=4",
+        f"teacher_cache.path={args.output / f'teacher_cache-{seed}'}",
+        f"train.steps={args.steps}",
+        "train.log_every=20",
+        "checkpoint.every_steps=100000",
+        *STUDENT,
+        *INTERACTION,
+        f"train.device={args.device}",
+        f"train.seed={seed}",
+        *variant,
+    ]
 
 
 @torch.no_grad()
-def held_out_losses(recipe, folder: Path, scenes: Path, device: str) -> dict[str, float]:  # noqa: ANN001 - a Recipe
-    """Losses of the trained method on the centre crops of the scenes held out: sums over teachers, and each."""
+def held_out_losses(recipe, folder: Path, scenes: Path, device: str) -> dict[str, float]:
+    """Losses of the trained method on the centre crops of the scenes held out: sums over teachers,
+    and each.
+    """
     method = load_run(folder).method.to(device)
-    teachers = [build_teacher(t, recipe.teacher_runtime, i).to(device) for i, t in enumerate(recipe.teachers)]
+    teachers = [
+        build_teacher(t, recipe.teacher_runtime, i).to(device)
+        for i, t in enumerate(recipe.teachers)
+    ]
     files = open_classes(scenes, "val").files
     sums: dict[str, float] = {}
     for chosen in (files[i : i + 50] for i in range(0, len(files), 50)):
@@ -169,26 +224,36 @@ def held_out_losses(recipe, folder: Path, scenes: Path, device: str) -> dict[str
     return {name.removeprefix("loss."): value for name, value in sums.items()}
 
 
-def sum_up(asked: argparse.Namespace, minutes: float) -> None:
+def sum_up(args: argparse.Namespace, minutes: float) -> None:
     """Collect every result and write JSON, a Markdown table and a picture."""
-    results = [json.loads(path.read_text()) for path in sorted(asked.output.glob("*/result.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(args.output.glob("*/result.json"))]
     about = {
         "command": " ".join(["python", "benchmarks/ablation.py", *sys.argv[1:]]),
-        "commit": git_commit(), "date": datetime.date.today().isoformat(), "minutes": round(minutes, 1),
-        "train_scenes": asked.train, "val_scenes": asked.val, "device": asked.device,
-    }  # fmt: skip
-    (asked.output / "ablation.json").write_text(json.dumps({"about": about, "results": results}, indent=1))
-    by_variant = {v: [r for r in results if r["variant"] == v and r["seed"] < asked.seeds] for v in VARIANTS}
+        "commit": git_commit(),
+        "date": datetime.date.today().isoformat(),
+        "minutes": round(minutes, 1),
+        "train_scenes": args.train,
+        "val_scenes": args.val,
+        "device": args.device,
+    }
+    (args.output / "ablation.json").write_text(
+        json.dumps({"about": about, "results": results}, indent=1)
+    )
+    by_variant = {
+        v: [r for r in results if r["variant"] == v and r["seed"] < args.seeds] for v in VARIANTS
+    }
     (teachers,) = (r for r in results if r["variant"] == "teachers")
     text = markdown(by_variant, teachers)
-    (asked.output / "ablation.md").write_text(text)
-    draw(asked.output / "ablation.png", by_variant, teachers)
+    (args.output / "ablation.md").write_text(text)
+    draw(args.output / "ablation.png", by_variant, teachers)
     print(text)
     commits = {r["commit"] for r in results}
     if commits != {about["commit"]}:
         print(f"note: results are of commits {', '.join(sorted(c[:8] for c in commits))}")
-    print(f"{about['command']}: {minutes:.1f} minutes, commit {about['commit'][:8]}, {about['date']}")
-    print(f"wrote {asked.output}/ablation.json, ablation.md, ablation.png")
+    print(
+        f"{about['command']}: {minutes:.1f} minutes, commit {about['commit'][:8]}, {about['date']}"
+    )
+    print(f"wrote {args.output}/ablation.json, ablation.md, ablation.png")
 
 
 def spread(values: list[float]) -> tuple[float, float]:
@@ -214,22 +279,37 @@ def markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
     for variant, results in by_variant.items():
         token = [r["losses"]["token"] for r in results if "token" in r["losses"]]
         lines.append(
-            f"| {variant} | {len(results)} | {cell(token)} | {cell([r['losses']['patches'] for r in results])} |"
+            f"| {variant} | {len(results)} | {cell(token)} | "
+            f"{cell([r['losses']['patches'] for r in results])} |"
         )
     for read_out in READ_OUTS:
-        lines += ["", f"Features read: **{read_out}**", "", "| variant | k-NN top-1 | linear top-1 | linear mIoU |"]
+        lines += [
+            "",
+            f"Features read: **{read_out}**",
+            "",
+            "| variant | k-NN top-1 | linear top-1 | linear mIoU |",
+        ]
         lines.append("|---|---|---|---|")
         for variant, results in by_variant.items():
-            lines.append(f"| {variant} | " + " | ".join(cell(collect(results, read_out, t)) for t in SCORES) + " |")
+            lines.append(
+                f"| {variant} | "
+                + " | ".join(cell(collect(results, read_out, t)) for t in SCORES)
+                + " |"
+            )
         if read_out in teachers["scores"]:
-            found = teachers["scores"][read_out]
-            lines.append(f"| *teacher {read_out}* | " + " | ".join(f"{found[t]:.3f}" for t in SCORES) + " |")
+            result = teachers["scores"][read_out]
+            lines.append(
+                f"| *teacher {read_out}* | " + " | ".join(f"{result[t]:.3f}" for t in SCORES) + " |"
+            )
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None:
     """Losses and scores as points with their spread, a line per variant, every seed a small dot."""
-    panels = [("held-out L^m", lambda r: r["losses"].get("token")), ("held-out L^f", lambda r: r["losses"]["patches"])]
+    panels = [
+        ("held-out L^m", lambda r: r["losses"].get("token")),
+        ("held-out L^f", lambda r: r["losses"]["patches"]),
+    ]
     panels += [
         (f"{task} {name}: {read}", lambda r, t=task, o=read: r["scores"][o][t])
         for read in READ_OUTS
@@ -248,7 +328,9 @@ def draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None:
                 axis.plot(values, [line + 0.2] * len(values), ".", color="#999999", markersize=4)
         read, task = title.split(": ")[-1], title.split()[0]
         if read in teachers["scores"]:
-            axis.axvline(teachers["scores"][read][task], color="#d62728", linewidth=1, label="teacher")
+            axis.axvline(
+                teachers["scores"][read][task], color="#d62728", linewidth=1, label="teacher"
+            )
             axis.legend(frameon=False, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_yticks(range(len(names)), names)

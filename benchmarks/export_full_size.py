@@ -1,10 +1,13 @@
-"""Does export hold at full size? Random students of paper recipes, exported and compared in every precision.
+"""Does export hold at full size? Random students of paper recipes, exported and compared in every
+precision.
 
     python benchmarks/export_full_size.py --output runs/full_size
-    python benchmarks/export_full_size.py --recipes umt_vit_base --precisions fp32 --rtx 8.6 8.9 12.0
+    python benchmarks/export_full_size.py --recipes umt_vit_base --precisions fp32 --rtx 8.6 8.9
+    12.0
 
-For each recipe and precision: seconds and peak memory of `python -m export.run` (a process of its own), the size of the bundle
-and the least cosine of its parity table. Weights are random, so int8's agreement is only indicative.
+For each recipe and precision: seconds and peak memory of `python -m export.run` (a process of its
+own), the size of the bundle and the least cosine of its parity table. Weights are random, so int8's
+agreement is only indicative.
 """
 
 import argparse
@@ -17,32 +20,50 @@ from pathlib import Path
 
 import torch
 
-from distill.checkpoint import claim_folder, save_student
+from contract.manifest import read_manifest
 from distill.methods import build_method
-from distill.plan import meta_teacher
 from distill.recipe_io import load_recipe
-from export.bundle import read_manifest
+from distill.runs import save_student
+from distill.training.checkpoint import claim_folder
+from distill.training.plan import meta_teacher
 
 RECIPES = ("umt_vit_base", "umt_convnext_base_cnn", "umt_resnet50")
 
 
 def main() -> None:
     """Export every recipe in every precision and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/full_size"), metavar="DIR", help="(runs/full_size)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/full_size"),
+        metavar="DIR",
+        help="(runs/full_size)",
+    )
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="(a ViT and two CNNs)")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16", "bf16", "int8"])
-    parser.add_argument("--rtx", nargs="+", default=[], metavar="M.N", help="also build TensorRT-RTX engines for these")
+    parser.add_argument(
+        "--rtx",
+        nargs="+",
+        default=[],
+        metavar="M.N",
+        help="also build TensorRT-RTX engines for these",
+    )
     parser.add_argument("--max-batch", type=int, default=3, metavar="N", help="(3)")
-    asked = parser.parse_args()
-    print("| student | precision | seconds | peak memory, GB | bundle, MB | comparisons | least cosine | passed |")
+    args = parser.parse_args()
+    print(
+        "| student | precision | seconds | peak memory, GB | bundle, MB | comparisons | least "
+        "cosine | passed |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
-    for name in asked.recipes:
-        run = asked.output / name
+    for name in args.recipes:
+        run = args.output / name
         if not (run / "student.safetensors").exists():
             make_random(name, run)
-        for precision in asked.precisions:
-            print(export(asked, name, run, precision), flush=True)
+        for precision in args.precisions:
+            print(export(args, name, run, precision), flush=True)
 
 
 def make_random(name: str, folder: Path) -> None:
@@ -55,9 +76,9 @@ def make_random(name: str, folder: Path) -> None:
     save_student(folder, method.state_dict(), recipe, dims, 0)
 
 
-def export(asked: argparse.Namespace, name: str, run: Path, precision: str) -> str:
+def export(args: argparse.Namespace, name: str, run: Path, precision: str) -> str:
     """One row of the table."""
-    bundle = asked.output / f"{name}-{precision}"
+    bundle = args.output / f"{name}-{precision}"
     command = [
         sys.executable,
         "-m",
@@ -69,11 +90,11 @@ def export(asked: argparse.Namespace, name: str, run: Path, precision: str) -> s
         "--precision",
         precision,
     ]
-    command += ["--max-batch", str(asked.max_batch), "--allow-parity-failure"]
+    command += ["--max-batch", str(args.max_batch), "--allow-parity-failure"]
     if precision == "int8":
         command += ["--calibration", "packaged-photos"]
-    if asked.rtx:
-        command += ["--formats", "onnx,tensorrt-rtx", "--compute-capability", *asked.rtx]
+    if args.rtx:
+        command += ["--formats", "onnx,tensorrt-rtx", "--compute-capability", *args.rtx]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start

@@ -8,7 +8,9 @@ import numpy as np
 
 
 def open_graph(graph: Path, runtime: str, threads: int) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """A function from pictures uint8 [B, H, W, 3] to the graph's outputs, with the settings the server's models have."""
+    """A function from pictures uint8 [B, H, W, 3] to the graph's outputs, with the settings the
+    server's models have.
+    """
     if runtime == "openvino":
         import openvino
 
@@ -27,11 +29,13 @@ def open_graph(graph: Path, runtime: str, threads: int) -> Callable[[np.ndarray]
     return lambda image: session.run(None, {"image": image})
 
 
-def latencies(call: Callable[[np.ndarray], object], image: np.ndarray, seconds: float) -> list[float]:
+def latencies(
+    call: Callable[[np.ndarray], object], image: np.ndarray, seconds: float
+) -> list[float]:
     """Seconds of each call, one after the other for so long."""
     call(image)
-    found, end = [], time.perf_counter() + seconds
+    result, end = [], time.perf_counter() + seconds
     while (begun := time.perf_counter()) < end:
         call(image)
-        found.append(time.perf_counter() - begun)
-    return found
+        result.append(time.perf_counter() - begun)
+    return result

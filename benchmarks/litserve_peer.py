@@ -1,6 +1,8 @@
-"""A bundle's `fused` graph behind LitServe, as a peer to compare with: `python benchmarks/litserve_peer.py BUNDLE --port N`.
+"""A bundle's `fused` graph behind LitServe, as a peer to compare with: `python
+benchmarks/litserve_peer.py BUNDLE --port N`.
 
-LitServe is not a dependency: pip install litserve. Pictures come as the bytes of an upload, outputs go back as raw float32.
+LitServe is not a dependency: pip install litserve. Pictures come as the bytes of an upload, outputs
+go back as raw float32.
 """
 
 import argparse
@@ -20,7 +22,9 @@ from serve.bundle import FUSED, read_bundle  # noqa: E402
 class Fused(litserve.LitAPI):
     """One graph; LitServe batches requests and calls predict with a list of them."""
 
-    def __init__(self, graph: Path, size: tuple[int, ...], runtime: str, threads: int, **options: object) -> None:
+    def __init__(
+        self, graph: Path, size: tuple[int, ...], runtime: str, threads: int, **options: object
+    ) -> None:
         super().__init__(**options)
         self.graph, self.size, self.runtime, self.threads = graph, size, runtime, threads
 
@@ -60,14 +64,18 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--max-batch", type=int, default=1)
-    asked = parser.parse_args()
-    graph = read_bundle(asked.bundle).graphs[FUSED]
+    args = parser.parse_args()
+    graph = read_bundle(args.bundle).graphs[FUSED]
     api = Fused(
-        asked.bundle / graph.file, graph.inputs[0].dims, asked.runtime, asked.threads,
-        max_batch_size=asked.max_batch, batch_timeout=0.0005,
-    )  # fmt: skip
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=asked.workers, timeout=60)
-    server.run(host="127.0.0.1", port=asked.port, generate_client_file=False, log_level="error")
+        args.bundle / graph.file,
+        graph.inputs[0].dims,
+        args.runtime,
+        args.threads,
+        max_batch_size=args.max_batch,
+        batch_timeout=0.0005,
+    )
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=args.workers, timeout=60)
+    server.run(host="127.0.0.1", port=args.port, generate_client_file=False, log_level="error")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""What serving costs, beside calling the same graph in a process: every figure is a ratio of two measured in turns.
+"""What serving costs, beside calling the same graph in a process: every figure is a ratio of two
+measured in turns.
 
     python benchmarks/serve.py BUNDLE --output docs/results/serving.json
-    python benchmarks/serve.py BUNDLE --settings openvino:2x1 openvino:1x2 onnxruntime:2x1     only the search for settings
+    python benchmarks/serve.py BUNDLE --settings openvino:2x1 openvino:1x2 onnxruntime:2x1     only
+    the search for settings
 
-(a) `fused` through gRPC at concurrency 8 over in-process calls of the same batch; (b) what one output costs beside others;
-(c) milliseconds that a request adds; (d) JPEG bytes beside pixels; (e) dynamic batching on and off; (f) LitServe.
-A setting is RUNTIME:INSTANCESxTHREADS. Clients, server and the in-process calls share the same cores.
+(a) `fused` through gRPC at concurrency 8 over in-process calls of the same batch; (b) what one
+output costs beside others; (c) milliseconds that a request adds; (d) JPEG bytes beside pixels; (e)
+dynamic batching on and off; (f) LitServe. A setting is RUNTIME:INSTANCESxTHREADS. Clients, server
+and the in-process calls share the same cores.
 """
 
 import argparse
@@ -35,45 +38,63 @@ from PIL import Image  # noqa: E402
 from skimage import data  # noqa: E402
 
 from benchmarks.in_process import latencies, open_graph  # noqa: E402
+from contract.images import fit  # noqa: E402
 from serve.bundle import FUSED, Bundle, read_bundle  # noqa: E402
-from serve.images import fit  # noqa: E402
 from serve.load import Outcome, closed_loop  # noqa: E402
-from serve.repository import make_repository  # noqa: E402
-from serve.server import Options, Server  # noqa: E402
-from serve.settings import MOST_THREADS, Settings, choose_runtime, cores, instances_and_threads  # noqa: E402
-from serve.triton import find_tritonserver  # noqa: E402
+from serve.repository.build import make_repository  # noqa: E402
+from serve.repository.settings import (  # noqa: E402
+    MOST_THREADS,
+    Settings,
+    choose_runtime,
+    cores,
+    instances_and_threads,
+)
+from serve.server.process import Options, Server  # noqa: E402
+from serve.server.triton import find_tritonserver  # noqa: E402
 
 
 def main() -> None:
     """Measure and print Markdown tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--seconds", type=float, default=4, help="of each measurement (4)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns that two sides of a ratio take (3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns that two sides of a ratio take (3)"
+    )
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--settings", nargs="+", default=[], metavar="R:IxT", help="compare settings and stop")
+    parser.add_argument(
+        "--settings", nargs="+", default=[], metavar="R:IxT", help="compare settings and stop"
+    )
     parser.add_argument("--no-peer", action="store_true", help="leave LitServe out")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
-    asked = parser.parse_args()
-    bundle = read_bundle(asked.bundle)
-    rows = search(asked, bundle) if asked.settings else compare(asked, bundle)
+    args = parser.parse_args()
+    bundle = read_bundle(args.bundle)
+    rows = search(args, bundle) if args.settings else compare(args, bundle)
     print(f"\n{bundle.manifest.student.network}, {bundle.manifest.precision}, {cores()} cores\n")
     print("| what | this | that | ratio | least, most |\n|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['what']} | {row['this']:.4g} | {row['that']:.4g} | {row['ratio']:.2f} | {row['span']} |")
-    if asked.output:
-        asked.output.write_text(json.dumps(rows, indent=1))
+        print(
+            f"| {row['what']} | {row['this']:.4g} | {row['that']:.4g} | {row['ratio']:.2f} | "
+            f"{row['span']} |"
+        )
+    if args.output:
+        args.output.write_text(json.dumps(rows, indent=1))
 
 
 def row(what: str, this: list[float], that: list[float]) -> dict:
     """A ratio: the median over turns of the two sides' ratios."""
     ratios = sorted(a / b for a, b in zip(this, that, strict=True))
-    found = {
-        "what": what, "this": statistics.median(this), "that": statistics.median(that),
-        "ratio": statistics.median(ratios), "span": f"{ratios[0]:.2f}, {ratios[-1]:.2f}",
-    }  # fmt: skip
-    print(f"  {what}: {found['ratio']:.2f} ({found['span']})", file=sys.stderr, flush=True)
-    return found
+    result = {
+        "what": what,
+        "this": statistics.median(this),
+        "that": statistics.median(that),
+        "ratio": statistics.median(ratios),
+        "span": f"{ratios[0]:.2f}, {ratios[-1]:.2f}",
+    }
+    print(f"  {what}: {result['ratio']:.2f} ({result['span']})", file=sys.stderr, flush=True)
+    return result
 
 
 @contextmanager
@@ -82,16 +103,23 @@ def served(bundle: Path, settings: Settings) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         make_repository(bundle, Path(folder) / "repository", settings)
         options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
-        found, said = find_tritonserver(None, Path(folder)), deque(maxlen=30)
-        with Server(found, Path(folder) / "repository", options, said.append) as server:
+        result, message = find_tritonserver(None, Path(folder)), deque(maxlen=30)
+        with Server(result, Path(folder) / "repository", options, message.append) as server:
             try:
                 yield server.grpc
             except RuntimeError:
-                print("tritonserver's last lines:", *said, sep="\n", file=sys.stderr)
+                print("tritonserver's last lines:", *message, sep="\n", file=sys.stderr)
                 raise
 
 
-def load(address: str, model: str, outputs: list[str], values: np.ndarray, concurrency: int, seconds: float) -> Outcome:
+def load(
+    address: str,
+    model: str,
+    outputs: list[str],
+    values: np.ndarray,
+    concurrency: int,
+    seconds: float,
+) -> Outcome:
     """Closed-loop load of one kind of request."""
 
     async def run() -> Outcome:
@@ -114,53 +142,68 @@ def load(address: str, model: str, outputs: list[str], values: np.ndarray, concu
 
 
 def photograph(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
-    """A photograph as the model's pixels [1, H, W, 3] and, at 640 pixels wide, as JPEG bytes [1, 1]."""
+    """A photograph as the model's pixels [1, H, W, 3] and, at 640 pixels wide, as JPEG bytes [1,
+    1].
+    """
     picture, size = Image.fromarray(data.astronaut()).resize((640, 640)), bundle.manifest.resolution
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
-    return fit(picture, size.height, size.width)[None], np.array([[buffer.getvalue()]], dtype=np.object_)
+    return fit(picture, size.height, size.width)[None], np.array(
+        [[buffer.getvalue()]], dtype=np.object_
+    )
 
 
 def default_settings(runtime: str = "auto") -> Settings:
     """What serve.run would choose."""
     instances, threads = instances_and_threads(None, None, cores())
     runtime = choose_runtime(runtime, "cpu")
-    return Settings(runtime=runtime, instances=instances, threads=threads, decoders=min(cores(), MOST_THREADS))
+    return Settings(
+        runtime=runtime, instances=instances, threads=threads, decoders=min(cores(), MOST_THREADS)
+    )
 
 
-def in_process(bundle: Bundle, graph: str, runtime: str, pixels: np.ndarray, seconds: float) -> list[float]:
+def in_process(
+    bundle: Bundle, graph: str, runtime: str, pixels: np.ndarray, seconds: float
+) -> list[float]:
     """Latencies of direct calls on all cores."""
-    return latencies(open_graph(bundle.path / bundle.graphs[graph].file, runtime, cores()), pixels, seconds)
+    return latencies(
+        open_graph(bundle.path / bundle.graphs[graph].file, runtime, cores()), pixels, seconds
+    )
 
 
-def search(asked: argparse.Namespace, bundle: Bundle) -> list[dict]:
-    """Throughput of settings, each beside in-process onnxruntime on all cores, at concurrency 1 and at the one asked for."""
+def search(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
+    """Throughput of settings, each beside in-process onnxruntime on all cores, at concurrency 1 and
+    at the one asked for.
+    """
     pixels, _ = photograph(bundle)
     every, rows = [tensor.name for tensor in bundle.outputs], []
     direct = open_graph(bundle.path / bundle.graphs[FUSED].file, "onnxruntime", cores())
-    for text in asked.settings:
+    for text in args.settings:
         runtime, _, shape = text.partition(":")
         instances, threads = (int(part) for part in shape.split("x"))
         settings = Settings(runtime=runtime, instances=instances, threads=threads)
-        with served(asked.bundle, settings) as address:
+        with served(args.bundle, settings) as address:
             for model in (FUSED, "features"):
-                for concurrency in (1, asked.concurrency):
+                for concurrency in (1, args.concurrency):
                     pairs = []
-                    for _ in range(asked.rounds):
-                        calls = latencies(direct, pixels, asked.seconds)
-                        found = load(address, model, every, pixels, concurrency, asked.seconds)
-                        pairs.append((found.rate, len(calls) / sum(calls)))
-                    what = f"{text}, {model}, {concurrency} at once / in-process onnxruntime 1x{cores()}, pictures/s"
+                    for _ in range(args.rounds):
+                        calls = latencies(direct, pixels, args.seconds)
+                        result = load(address, model, every, pixels, concurrency, args.seconds)
+                        pairs.append((result.rate, len(calls) / sum(calls)))
+                    what = (
+                        f"{text}, {model}, {concurrency} at once / in-process onnxruntime "
+                        f"1x{cores()}, pictures/s"
+                    )
                     rows.append(row(what, *map(list, zip(*pairs, strict=True))))
     return rows
 
 
-def compare(asked: argparse.Namespace, bundle: Bundle) -> list[dict]:
+def compare(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
     """The figures (a) to (f)."""
     pixels, jpeg = photograph(bundle)
     every = [tensor.name for tensor in bundle.outputs]
     teacher = next(name for name in every if name.endswith("_token"))
-    n, seconds, turns, rows = asked.concurrency, asked.seconds, range(asked.rounds), []
+    n, seconds, turns, rows = args.concurrency, args.seconds, range(args.rounds), []
     pairs: list[tuple[float, float]]
 
     def rates(address: str, this: tuple, that: tuple) -> dict:
@@ -172,66 +215,104 @@ def compare(asked: argparse.Namespace, bundle: Bundle) -> list[dict]:
 
     for runtime in dict.fromkeys(("onnxruntime", choose_runtime("auto", "cpu"))):
         settings = default_settings(runtime)
-        with served(asked.bundle, settings) as address:
+        with served(args.bundle, settings) as address:
             for batch in (1, min(8, bundle.manifest.max_batch)):
                 several = np.repeat(pixels, batch, 0)
                 pairs = []
                 for _ in turns:
                     calls = in_process(bundle, FUSED, "onnxruntime", several, seconds)
-                    found = load(address, FUSED, every, several, n, seconds)
-                    pairs.append((batch * found.rate, batch * len(calls) / sum(calls)))
-                what = f"(a) fused in {runtime}, batch {batch}, {n} at once / onnxruntime in-process, pictures/s"
+                    result = load(address, FUSED, every, several, n, seconds)
+                    pairs.append((batch * result.rate, batch * len(calls) / sum(calls)))
+                what = (
+                    f"(a) fused in {runtime}, batch {batch}, {n} at once / onnxruntime "
+                    "in-process, pictures/s"
+                )
                 rows.append(row(what, *map(list, zip(*pairs, strict=True))))
             if runtime != default_settings().runtime:
                 continue
             alone = ("backbone", ["backbone_global"], pixels)
-            found = rates(address, ("features", ["backbone_global"], pixels), alone)
-            rows.append(row("(b) features, backbone_global only / model backbone alone, requests/s", **found))
-            found = rates(address, ("features", [teacher], pixels), ("features", every, pixels))
-            rows.append(row(f"(b) features, {teacher} only / all outputs, requests/s", **found))
-            found = rates(address, (FUSED, every, pixels), ("features", every, pixels))
-            rows.append(row("(b) fused / features, all outputs, requests/s", **found))
+            result = rates(address, ("features", ["backbone_global"], pixels), alone)
+            rows.append(
+                row(
+                    "(b) features, backbone_global only / model backbone alone, requests/s",
+                    **result,
+                )
+            )
+            result = rates(address, ("features", [teacher], pixels), ("features", every, pixels))
+            rows.append(row(f"(b) features, {teacher} only / all outputs, requests/s", **result))
+            result = rates(address, (FUSED, every, pixels), ("features", every, pixels))
+            rows.append(row("(b) fused / features, all outputs, requests/s", **result))
             pairs = []
             for _ in turns:
                 calls = in_process(bundle, "backbone", runtime, pixels, seconds)
                 one = load(address, *alone, 1, seconds)
                 pairs.append((one.percentile(50), 1e3 * statistics.median(calls)))
-            what = f"(c) backbone, one at a time: p50 ms through gRPC / in-process {runtime} 1x{cores()}"
-            rows.append(row(what, *map(list, zip(*pairs, strict=True))))
-            found = rates(
-                address, ("features_encoded", ["backbone_global"], jpeg), ("features", ["backbone_global"], pixels)
+            what = (
+                f"(c) backbone, one at a time: p50 ms through gRPC / in-process {runtime} "
+                f"1x{cores()}"
             )
-            rows.append(row("(d) JPEG of 640x640 / pixels, backbone_global, requests/s", **found))
-            if not asked.no_peer:
-                rows += peer(asked, bundle, address, every, pixels, settings)
-    rows.append(batching(asked, bundle, every, pixels))
+            rows.append(row(what, *map(list, zip(*pairs, strict=True))))
+            result = rates(
+                address,
+                ("features_encoded", ["backbone_global"], jpeg),
+                ("features", ["backbone_global"], pixels),
+            )
+            rows.append(row("(d) JPEG of 640x640 / pixels, backbone_global, requests/s", **result))
+            if not args.no_peer:
+                rows += peer(args, bundle, address, every, pixels, settings)
+    rows.append(batching(args, bundle, every, pixels))
     return rows
 
 
-def batching(asked: argparse.Namespace, bundle: Bundle, every: list[str], pixels: np.ndarray) -> dict:
+def batching(
+    args: argparse.Namespace, bundle: Bundle, every: list[str], pixels: np.ndarray
+) -> dict:
     """(e): two servers, one after the other in each turn."""
     one, other = [], []
-    for _ in range(asked.rounds):
-        for found, on in ((one, True), (other, False)):
-            with served(asked.bundle, default_settings().model_copy(update={"batching": on})) as address:
-                found.append(load(address, FUSED, every, pixels, asked.concurrency, asked.seconds).rate)
-    return row(f"(e) dynamic batching on / off, fused, {asked.concurrency} at once, requests/s", one, other)
+    for _ in range(args.rounds):
+        for result, on in ((one, True), (other, False)):
+            with served(
+                args.bundle, default_settings().model_copy(update={"batching": on})
+            ) as address:
+                result.append(
+                    load(address, FUSED, every, pixels, args.concurrency, args.seconds).rate
+                )
+    return row(
+        f"(e) dynamic batching on / off, fused, {args.concurrency} at once, requests/s", one, other
+    )
 
 
 def peer(
-    asked: argparse.Namespace, bundle: Bundle, address: str, every: list[str], pixels: np.ndarray, settings: Settings
+    args: argparse.Namespace,
+    bundle: Bundle,
+    address: str,
+    every: list[str],
+    pixels: np.ndarray,
+    settings: Settings,
 ) -> list[dict]:
-    """(f): the same graph, runtime, workers and threads behind LitServe; the fastest of two batch sizes."""
+    """(f): the same graph, runtime, workers and threads behind LitServe; the fastest of two batch
+    sizes.
+    """
     rows = []
     for most in (1, bundle.manifest.max_batch):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         url = f"http://127.0.0.1:{port}"
         command = [
-            sys.executable, Path(__file__).parent / "litserve_peer.py", asked.bundle, "--port", str(port), "--runtime",
-            settings.runtime, "--workers", str(settings.instances), "--threads", str(settings.threads),
-            "--max-batch", str(most),
-        ]  # fmt: skip
+            sys.executable,
+            Path(__file__).parent / "litserve_peer.py",
+            args.bundle,
+            "--port",
+            str(port),
+            "--runtime",
+            settings.runtime,
+            "--workers",
+            str(settings.instances),
+            "--threads",
+            str(settings.threads),
+            "--max-batch",
+            str(most),
+        ]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
         process = subprocess.Popen(
             command,
@@ -245,29 +326,50 @@ def peer(
             size = sum(4 * int(np.prod(tensor.dims)) for tensor in bundle.outputs)
             upload(url, pixels, size, process)
             ours, theirs = [], []
-            for _ in range(asked.rounds):
-                ours.append(load(address, FUSED, every, pixels, asked.concurrency, asked.seconds).rate)
-                theirs.append(upload(url, pixels, size, process, asked.concurrency, asked.seconds))
+            for _ in range(args.rounds):
+                ours.append(
+                    load(address, FUSED, every, pixels, args.concurrency, args.seconds).rate
+                )
+                theirs.append(upload(url, pixels, size, process, args.concurrency, args.seconds))
             rows.append(
-                row(f"(f) Triton / LitServe (batches up to {most}), fused, {asked.concurrency} at once", ours, theirs)
+                row(
+                    f"(f) Triton / LitServe (batches up to {most}), fused, {args.concurrency} at "
+                    "once",
+                    ours,
+                    theirs,
+                )
             )
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers outlive a SIGTERM, and take a fifth of a core each
+            os.killpg(
+                process.pid, signal.SIGKILL
+            )  # its workers outlive a SIGTERM, and take a fifth of a core each
             process.wait()
     return rows
 
 
 def upload(
-    url: str, pixels: np.ndarray, size: int, process: subprocess.Popen, concurrency: int = 0, seconds: float = 0
+    url: str,
+    pixels: np.ndarray,
+    size: int,
+    process: subprocess.Popen,
+    concurrency: int = 0,
+    seconds: float = 0,
 ) -> float:
-    """Requests a second that the peer answers rightly; without seconds, wait until it answers one."""
+    """Requests a second that the peer answers rightly; without seconds, wait until it answers
+    one.
+    """
 
     async def run() -> float:
         async with aiohttp.ClientSession() as session:
 
             async def ask() -> None:
                 form = aiohttp.FormData()
-                form.add_field("image", pixels.tobytes(), filename="image", content_type="application/octet-stream")
+                form.add_field(
+                    "image",
+                    pixels.tobytes(),
+                    filename="image",
+                    content_type="application/octet-stream",
+                )
                 async with session.post(f"{url}/predict", data=form) as answer:
                     content = await answer.read()
                     if answer.status != 200 or len(content) != size:
@@ -279,7 +381,9 @@ def upload(
                         await ask()
                     except aiohttp.ClientError:
                         if process.poll() is not None:
-                            raise RuntimeError(f"LitServe ended: {process.stderr.read()[-500:]}") from None
+                            raise RuntimeError(
+                                f"LitServe ended: {process.stderr.read()[-500:]}"
+                            ) from None
                         await asyncio.sleep(0.2)
                     else:
                         return 0.0

@@ -1,13 +1,15 @@
 """Where the time of a training step goes, as ratios measured in one run.
 
-    python benchmarks/train_step.py                      ViT-S/16 and ViT-B/16 students, three teachers each
+    python benchmarks/train_step.py                      ViT-S/16 and ViT-B/16 students, three
+    teachers each
     python benchmarks/train_step.py --students vit_small --rounds 3 --batch 4
     python benchmarks/train_step.py --device cuda --batch 128 --precision bf16
 
-Prints, for each student: the step's time over the sum of its parts timed alone (1.00: nothing is done twice or waits),
-the share of the interaction for every `umt.cross_space`, the cost of one more teacher (M = 1..6), peak memory and,
-on CUDA, MFU against --peak-tflops. Weights are random: times do not depend on them. Medians over --rounds, in which
-the parts and the whole take turns, so that a machine that slows down slows both.
+Prints, for each student: the step's time over the sum of its parts timed alone (1.00: nothing is
+done twice or waits), the share of the interaction for every `umt.cross_space`, the cost of one more
+teacher (M = 1..6), peak memory and, on CUDA, MFU against --peak-tflops. Weights are random: times
+do not depend on them. Medians over --rounds, in which the parts and the whole take turns, so that a
+machine that slows down slows both.
 """
 
 import argparse
@@ -23,14 +25,14 @@ from rich.console import Console
 from rich.table import Table
 
 from distill.config import Recipe
-from distill.data import Batch
+from distill.data.batches import Batch
 from distill.distributed import Ranks
 from distill.features import Features
-from distill.losses import alignment_losses
 from distill.methods import build_method
-from distill.plan import method_cost, teacher_gflop
+from distill.methods.losses import alignment_losses
 from distill.teachers import build_teacher
-from distill.train import AUTOCAST, build_optimizer, take_step, teacher_features
+from distill.training.loop import AUTOCAST, build_optimizer, take_step, teacher_features
+from distill.training.plan import method_cost, teacher_gflop
 
 TEACHERS = {
     "vit_small": [
@@ -43,7 +45,9 @@ TEACHERS = {
 }  # fmt: skip
 
 
-def make_recipe(student: str, teachers: list[tuple[str, str]], asked: argparse.Namespace, **umt: object) -> Recipe:
+def make_recipe(
+    student: str, teachers: list[tuple[str, str]], args: argparse.Namespace, **umt: object
+) -> Recipe:
     """A UMT recipe of random weights."""
     listed = [
         {"name": name, "role": role, "alias": f"{role}{i}", "pretrained": False, "image_size": 224}
@@ -54,25 +58,30 @@ def make_recipe(student: str, teachers: list[tuple[str, str]], asked: argparse.N
         teachers=listed,
         umt=umt,
         data={"kind": "packaged-photos"},
-        train={"steps": 1, "batch_size": asked.batch, "precision": asked.precision},
+        train={"steps": 1, "batch_size": args.batch, "precision": args.precision},
     )
 
 
 class Step:
-    """One training step as `distill.train` takes it, and its parts alone."""
+    """One training step as `distill.training.loop` takes it, and its parts alone."""
 
-    def __init__(self, recipe: Recipe, asked: argparse.Namespace) -> None:
-        self.ranks = Ranks(0, 1, torch.device(asked.device))
+    def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
+        self.ranks = Ranks(0, 1, torch.device(args.device))
         device = self.ranks.device
-        self.teachers = [build_teacher(t, recipe.teacher_runtime, i).to(device) for i, t in enumerate(recipe.teachers)]
+        self.teachers = [
+            build_teacher(t, recipe.teacher_runtime, i).to(device)
+            for i, t in enumerate(recipe.teachers)
+        ]
         self.recipe = recipe
-        self.method = build_method(recipe, {t.label: t.dims for t in self.teachers}).to(device).train()
+        self.method = (
+            build_method(recipe, {t.label: t.dims for t in self.teachers}).to(device).train()
+        )
         self.optimizer = build_optimizer(self.method, recipe.train, device)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
         self.look = teacher_features(self.teachers, device)
-        images = torch.randint(0, 256, (asked.batch, 3, 224, 224), dtype=torch.uint8, device=device)
-        index = torch.arange(asked.batch)
+        images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device)
+        index = torch.arange(args.batch)
         self.batch = Batch(images, index, index, [])
         self.targets = self.look(self.batch)
         with torch.no_grad(), self.autocast():
@@ -82,7 +91,9 @@ class Step:
 
     def autocast(self) -> torch.autocast:
         precision = self.recipe.train.precision
-        return torch.autocast(self.ranks.device.type, AUTOCAST[precision], enabled=precision != "fp32")
+        return torch.autocast(
+            self.ranks.device.type, AUTOCAST[precision], enabled=precision != "fp32"
+        )
 
     def whole(self) -> None:
         targets = self.look(self.batch)
@@ -104,7 +115,9 @@ class Step:
         with self.autocast():
             spaces = method.interaction(self.features)
             grid = tuple(self.features.patches.shape[1:3])
-            predictions = {label: method.read_out(label, spaces, grid) for label in method.teacher_views}
+            predictions = {
+                label: method.read_out(label, spaces, grid) for label in method.teacher_views
+            }
             losses = alignment_losses(predictions, self.targets, method.teachers, method.grid)
         losses["loss"].backward()
 
@@ -132,7 +145,7 @@ def peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def time_parts(step: Step, asked: argparse.Namespace) -> dict[str, float]:
+def time_parts(step: Step, args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of the whole step and of each part, taking turns."""
     parts = {
         "step": step.whole,
@@ -141,27 +154,27 @@ def time_parts(step: Step, asked: argparse.Namespace) -> dict[str, float]:
         "interaction": step.run_interaction,
     }
     for work in parts.values():
-        seconds(work, asked.device)
+        seconds(work, args.device)
     taken: dict[str, list[float]] = {name: [] for name in [*parts, "optimizer", "ratio"]}
-    for _ in range(asked.rounds):
+    for _ in range(args.rounds):
         for name, work in parts.items():
-            taken[name].append(seconds(work, asked.device))
+            taken[name].append(seconds(work, args.device))
         # the parts before it left gradients, which is what the optimizer needs
-        taken["optimizer"].append(seconds(step.optimize, asked.device))
+        taken["optimizer"].append(seconds(step.optimize, args.device))
         rest = sum(taken[name][-1] for name in ("teachers", "student", "interaction", "optimizer"))
         taken["ratio"].append(taken["step"][-1] / rest)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def measure(student: str, asked: argparse.Namespace, console: Console) -> dict:
+def measure(student: str, args: argparse.Namespace, console: Console) -> dict:
     """All figures of one student."""
-    result: dict = {"student": student, "batch": asked.batch}
-    recipe = make_recipe(student, TEACHERS[student], asked)
-    step = Step(recipe, asked)
-    times = time_parts(step, asked)
+    result: dict = {"student": student, "batch": args.batch}
+    recipe = make_recipe(student, TEACHERS[student], args)
+    step = Step(recipe, args)
+    times = time_parts(step, args)
     result["seconds"] = times
-    result["peak_gb"] = peak_memory(asked.device)
-    table = Table(title=f"{student}, 3 teachers, batch {asked.batch}: a step {times['step']:.3f} s")
+    result["peak_gb"] = peak_memory(args.device)
+    table = Table(title=f"{student}, 3 teachers, batch {args.batch}: a step {times['step']:.3f} s")
     for column in ("part", "of the step"):
         table.add_column(column)
     for name in ("teachers", "student", "interaction", "optimizer"):
@@ -169,12 +182,14 @@ def measure(student: str, asked: argparse.Namespace, console: Console) -> dict:
     table.add_row("step / sum of parts", f"{times['ratio']:.3f}")
     table.add_row("peak memory", f"{result['peak_gb']:.2f} GB")
     cost = method_cost(recipe, step.teachers)
-    gflop = 3 * sum(part.gflop for part in cost.parts) + sum(teacher_gflop(t) for t in step.teachers)
+    gflop = 3 * sum(part.gflop for part in cost.parts) + sum(
+        teacher_gflop(t) for t in step.teachers
+    )
     result["gflop_per_image"] = gflop
-    result["tflops"] = gflop * asked.batch / times["step"] / 1000
+    result["tflops"] = gflop * args.batch / times["step"] / 1000
     table.add_row("achieved", f"{result['tflops']:.2f} TFLOP/s")
-    if asked.device == "cuda":
-        table.add_row("MFU", f"{100 * result['tflops'] / asked.peak_tflops:.1f} %")
+    if args.device == "cuda":
+        table.add_row("MFU", f"{100 * result['tflops'] / args.peak_tflops:.1f} %")
     console.print(table)
 
     table = Table(title=f"{student}: interaction forward + backward by umt.cross_space")
@@ -182,8 +197,8 @@ def measure(student: str, asked: argparse.Namespace, console: Console) -> dict:
         table.add_column(column)
     result["cross_space"] = {}
     for mode in ("channel", "token", "axial", "grouped", False):
-        step = Step(make_recipe(student, TEACHERS[student], asked, cross_space=mode), asked)
-        times = time_parts(step, asked)
+        step = Step(make_recipe(student, TEACHERS[student], args, cross_space=mode), args)
+        times = time_parts(step, args)
         share = times["interaction"] / times["student"]
         result["cross_space"][str(mode)] = share
         size = sum(p.numel() for p in step.method.interaction.parameters())
@@ -194,9 +209,9 @@ def measure(student: str, asked: argparse.Namespace, console: Console) -> dict:
     for column in ("M", "interaction over student (fwd + bwd)", "step over M = 1"):
         table.add_column(column)
     result["teachers"], first = {}, 0.0
-    for count in range(1, asked.max_teachers + 1):
+    for count in range(1, args.max_teachers + 1):
         repeated = (TEACHERS[student] * 2)[:count]
-        times = time_parts(Step(make_recipe(student, repeated, asked), asked), asked)
+        times = time_parts(Step(make_recipe(student, repeated, args), args), args)
         first = times["step"] if count == 1 else first
         shares = times["interaction"] / times["student"], times["step"] / first
         result["teachers"][count] = shares
@@ -207,21 +222,35 @@ def measure(student: str, asked: argparse.Namespace, console: Console) -> dict:
 
 def main() -> None:
     """Parse the command line and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--students", nargs="+", default=["vit_small", "vit_base"], choices=list(TEACHERS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--students", nargs="+", default=["vit_small", "vit_base"], choices=list(TEACHERS)
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-teachers", type=int, default=6)
     parser.add_argument("--precision", default="fp32", choices=list(AUTOCAST))
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="dense peak of the GPU, for MFU (H100: 989)")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        default=989.0,
+        help="dense peak of the GPU, for MFU (H100: 989)",
+    )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     console = Console()
-    console.print(f"torch {torch.__version__} on {asked.device}, {torch.get_num_threads()} threads, {asked.precision}")
-    results = [measure(student, asked, console) for student in asked.students]
-    if asked.json:
-        asked.json.write_text(json.dumps(results, indent=2))
+    console.print(
+        f"torch {torch.__version__} on {args.device}, {torch.get_num_threads()} threads, "
+        f"{args.precision}"
+    )
+    results = [measure(student, args, console) for student in args.students]
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Liveness: one small question at every front door. Exit status 0 alive, 1 not; standard library only.
+"""Liveness: one small question at every front door. Exit status 0 alive, 1 not; standard library
+only.
 
-Triton goes on saying READY when a python backend's process has died, and it never starts that process again. So a probe has
-to ask for an answer. A server that is merely busy is alive: restarting it would only move its load to the others.
+Triton goes on saying READY when a python backend's process has died, and it never starts that
+process again. So a probe has to ask for an answer. A server that is merely busy is alive:
+restarting it would only move its load to the others.
 """
 
 import argparse
@@ -21,16 +23,24 @@ BUSY = (429, 503)
 
 def main() -> int:
     """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Liveness of a Triton: one small question at every front door.")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="Triton's HTTP address (http://127.0.0.1:8000)")
+    parser = argparse.ArgumentParser(
+        description="Liveness of a Triton: one small question at every front door."
+    )
+    parser.add_argument(
+        "--url",
+        default="http://127.0.0.1:8000",
+        help="Triton's HTTP address (http://127.0.0.1:8000)",
+    )
     repository = os.environ.get("MODEL_REPOSITORY", "/models")
-    parser.add_argument("--repository", default=repository, help=f"the models it should serve ({repository})")
+    parser.add_argument(
+        "--repository", default=repository, help=f"the models it should serve ({repository})"
+    )
     parser.add_argument("--timeout", type=float, default=20, help="seconds for all of it (20)")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     try:
-        problem = probe(asked.url, asked.repository, asked.timeout)
+        problem = probe(args.url, args.repository, args.timeout)
     except (OSError, ValueError, LookupError) as error:
-        problem = f"{asked.url}: {error}"
+        problem = f"{args.url}: {error}"
     if problem:
         print(f"error: {problem}", file=sys.stderr)
     return 1 if problem else 0
@@ -39,13 +49,18 @@ def main() -> int:
 def probe(url: str, repository: str, timeout: float) -> str:
     """What is wrong, "" if nothing is. Raises OSError if nothing answers."""
     end = time.monotonic() + timeout
-    status, said = request(f"{url}/v2/health/live", timeout)
+    status, message = request(f"{url}/v2/health/live", timeout)
     if status != 200:
-        return f"{url}/v2/health/live says {status} {said[:300].decode(errors='replace')}"
+        return f"{url}/v2/health/live says {status} {message[:300].decode(errors='replace')}"
     settings = json.loads(request(f"{url}/v2/models/decode/config", timeout)[1])["parameters"]
     height, width = (int(settings[side]["string_value"]) for side in ("height", "width"))
-    # from the files, because a model that is gone and one that never was look alike over the network
-    models = [model for model in sorted(os.listdir(repository)) if os.path.isdir(os.path.join(repository, model))]
+    # from the files, because a model that is gone and one that never was look alike over the
+    # network
+    models = [
+        model
+        for model in sorted(os.listdir(repository))
+        if os.path.isdir(os.path.join(repository, model))
+    ]
     # Triton takes turns between instances: one dead of eight fails every eighth request
     rounds = max([instances(url, model, timeout) for model in models], default=1)
     for door in [door for door in DOORS if door in models] * rounds:
@@ -54,19 +69,25 @@ def probe(url: str, repository: str, timeout: float) -> str:
             return ""  # slow, but everything so far was answered
         before = answered(url, left)
         try:
-            status, said = request(f"{url}/v2/models/{door}/infer", left, *question(door, height, width))
+            status, message = request(
+                f"{url}/v2/models/{door}/infer", left, *question(door, height, width)
+            )
         except TimeoutError:
             if answered(url, timeout) > before:
                 return ""
-            return f"'{door}' did not answer in {left:.0f} s, nor was anything else answered meanwhile"
+            return (
+                f"'{door}' did not answer in {left:.0f} s, nor was anything else answered meanwhile"
+            )
         if status != 200 and status not in BUSY:
-            return f"'{door}' says {status} {said[:300].decode(errors='replace')}"
+            return f"'{door}' says {status} {message[:300].decode(errors='replace')}"
     return ""
 
 
 def instances(url: str, model: str, timeout: float) -> int:
     """How many a model has, 1 where its configuration does not say."""
-    groups = json.loads(request(f"{url}/v2/models/{model}/config", timeout)[1]).get("instance_group", ())
+    groups = json.loads(request(f"{url}/v2/models/{model}/config", timeout)[1]).get(
+        "instance_group", ()
+    )
     return max(1, sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups))
 
 
@@ -77,14 +98,21 @@ def answered(url: str, timeout: float) -> int:
 
 
 def question(door: str, height: int, width: int) -> tuple[bytes, int]:
-    """A request's body, and how much of it is JSON: a black picture as a file or as pixels, or a label."""
+    """A request's body, and how much of it is JSON: a black picture as a file or as pixels, or a
+    label.
+    """
     name, kind, shape, data = "image", "UINT8", [1, height, width, 3], bytes(height * width * 3)
     if door == "features_encoded":
         file = png(32)
         name, kind, shape, data = "encoded", "BYTES", [1, 1], struct.pack("<I", len(file)) + file
     elif door == "text_encoder":
         name, kind, shape, data = "labels", "BYTES", [1], struct.pack("<I", 5) + b"probe"
-    described = {"name": name, "datatype": kind, "shape": shape, "parameters": {"binary_data_size": len(data)}}
+    described = {
+        "name": name,
+        "datatype": kind,
+        "shape": shape,
+        "parameters": {"binary_data_size": len(data)},
+    }
     head = json.dumps({"inputs": [described], "parameters": {"binary_data_output": True}}).encode()
     return head + data, len(head)
 
@@ -93,18 +121,33 @@ def png(side: int) -> bytes:
     """A black picture as a PNG file."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     rows = bytes((1 + 3 * side) * side)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
-def request(url: str, timeout: float, body: bytes | None = None, head: int = 0) -> tuple[int, bytes]:
+def request(
+    url: str, timeout: float, body: bytes | None = None, head: int = 0
+) -> tuple[int, bytes]:
     """Status and body of a GET, or of a POST whose first `head` bytes are JSON."""
-    headers = {"Inference-Header-Content-Length": str(head), "Content-Type": "application/octet-stream"} if head else {}
+    headers = (
+        {"Inference-Header-Content-Length": str(head), "Content-Type": "application/octet-stream"}
+        if head
+        else {}
+    )
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=timeout) as answer:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, body, headers), timeout=timeout
+        ) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()

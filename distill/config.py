@@ -1,7 +1,8 @@
 """The recipe: every setting of a distillation run, validated once, frozen afterwards.
 
-Defaults live here and nowhere else. A recipe is a YAML file (`distill/recipes/*.yaml`) that sets what differs;
-`distill/recipe_io.py` reads it and applies `key=value` overrides from the command line.
+Defaults live here and nowhere else. A recipe is a YAML file (`distill/recipes/*.yaml`) that sets
+what differs; `distill/recipe_io.py` reads it and applies `key=value` overrides from the command
+line.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Role = Literal["classification", "clip", "mae", "dino"]
-"""What a teacher was trained for; it decides the feature loss (UMT A.3, `distill/losses.py`)."""
+"""What a teacher was trained for; it decides the feature loss (UMT A.3,
+`distill/methods/losses.py`).
+"""
 
 CrossSpace = Literal["channel", "token", "axial", "grouped"]
 Auto = Literal["auto"]
@@ -22,7 +25,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are errors, values never change after validation."""
+    """Base of every part of a recipe: unknown keys are errors, values never change after
+    validation.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -30,36 +35,73 @@ class Section(BaseModel):
 class StudentConfig(Section):
     """The network being trained."""
 
-    name: str = Field("vit_base_patch16_224", description="timm architecture with spatial features (ViT or CNN)")
+    name: str = Field(
+        "vit_base_patch16_224", description="timm architecture with spatial features (ViT or CNN)"
+    )
     image_size: Positive = Field(224, description="side of the square training image, pixels")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="further timm arguments, e.g. {depth: 6}")
-    pretrained: bool = Field(False, description="start from timm's weights; the papers start from random ones")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further timm arguments, e.g. {depth: 6}"
+    )
+    pretrained: bool = Field(
+        False, description="start from timm's weights; the papers start from random ones"
+    )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
-    mean: tuple[float, float, float] = Field(IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]")
-    std: tuple[float, float, float] = Field(IMAGENET_STD, description="RGB standard deviation divided by")
+    mean: tuple[float, float, float] = Field(
+        IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]"
+    )
+    std: tuple[float, float, float] = Field(
+        IMAGENET_STD, description="RGB standard deviation divided by"
+    )
 
 
 class TeacherConfig(Section):
     """One frozen teacher."""
 
-    name: str = Field(description="timm model name, with its pretrained tag; or 'run' for a student of this project")
+    name: str = Field(
+        description="timm model name, with its pretrained tag; or 'run' for a student of this "
+        "project"
+    )
     role: Role = Field(description="classification | clip | mae | dino: decides the feature loss")
     alias: str | None = Field(
-        None, pattern=r"^[a-z][a-z0-9_]*$", description="name in outputs and logs; the role if none is given"
+        None,
+        pattern=r"^[a-z][a-z0-9_]*$",
+        description="name in outputs and logs; the role if none is given",
     )
     checkpoint: str | None = Field(
-        None, description="weights: a .safetensors or weights-only .pth file, 'package:NAME', or a run folder"
+        None,
+        description="weights: a .safetensors or weights-only .pth file, 'package:NAME', or a run "
+        "folder",
     )
-    pretrained: bool = Field(True, description="without a checkpoint: fetch timm's weights (false: random weights)")
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="further timm arguments, e.g. {embed_dim: 128}")
-    image_size: Positive | None = Field(None, description="input side, pixels; default: the model's own data config")
-    mean: tuple[float, float, float] | None = Field(None, description="default: the model's own data config")
-    std: tuple[float, float, float] | None = Field(None, description="default: the model's own data config")
-    block: int | None = Field(None, description="read features after this block (0-based); default: last, normalised")
-    dim: Positive | None = Field(None, description="expected width of the patch features; checked when given")
-    weight: Annotated[float, Field(ge=0)] = Field(1.0, description="scales both losses of this teacher")
-    token_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="scales its token loss L^m")
-    feature_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="scales its feature loss L^f")
+    pretrained: bool = Field(
+        True, description="without a checkpoint: fetch timm's weights (false: random weights)"
+    )
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="further timm arguments, e.g. {embed_dim: 128}"
+    )
+    image_size: Positive | None = Field(
+        None, description="input side, pixels; default: the model's own data config"
+    )
+    mean: tuple[float, float, float] | None = Field(
+        None, description="default: the model's own data config"
+    )
+    std: tuple[float, float, float] | None = Field(
+        None, description="default: the model's own data config"
+    )
+    block: int | None = Field(
+        None, description="read features after this block (0-based); default: last, normalised"
+    )
+    dim: Positive | None = Field(
+        None, description="expected width of the patch features; checked when given"
+    )
+    weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="scales both losses of this teacher"
+    )
+    token_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="scales its token loss L^m"
+    )
+    feature_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="scales its feature loss L^f"
+    )
 
     @property
     def label(self) -> str:
@@ -70,14 +112,18 @@ class TeacherConfig(Section):
 class TeacherRuntime(Section):
     """How teachers are executed."""
 
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on CUDA, fp32 on CPU"
+    )
     compile: bool = Field(False, description="torch.compile every teacher")
 
 
 class TeacherCacheConfig(Section):
     """Teacher features computed once over a finite set of augmented views (0 views: no cache)."""
 
-    views: NonNegative = Field(0, description="K fixed augmented views a picture; 0 switches the cache off")
+    views: NonNegative = Field(
+        0, description="K fixed augmented views a picture; 0 switches the cache off"
+    )
     path: str | None = Field(None, description="folder of the cache; default: RUN/teacher_cache")
     shard_size: Positive = Field(256, description="views in one memory-mapped shard")
 
@@ -85,15 +131,20 @@ class TeacherCacheConfig(Section):
 class TargetConfig(Section):
     """How teacher features become regression targets."""
 
-    normalize: Literal["none", "layernorm", "standardize", "phi-s"] = Field("none", description="UMT uses raw targets")
-    batches: Positive = Field(16, description="batches from which the statistics are estimated, once")
+    normalize: Literal["none", "layernorm", "standardize", "phi-s"] = Field(
+        "none", description="UMT uses raw targets"
+    )
+    batches: Positive = Field(
+        16, description="batches from which the statistics are estimated, once"
+    )
 
 
 class AlignConfig(Section):
     """What happens where student and teacher grids differ (UMT is silent)."""
 
     grid: Literal["teacher", "student"] = Field(
-        "teacher", description="teacher: resize the student's map to the teacher's grid; student: the reverse"
+        "teacher",
+        description="teacher: resize the student's map to the teacher's grid; student: the reverse",
     )
 
 
@@ -101,26 +152,48 @@ class UMTConfig(Section):
     """UMT's interaction (paper 3.2-3.4, A.2). `auto` values depend on the student's family."""
 
     space_dim: Positive | Literal["auto", "student"] = Field(
-        "auto", description="common width of the M spaces; auto: the widest teacher; student: the student's width"
+        "auto",
+        description="common width of the M spaces; auto: the widest teacher; student: the "
+        "student's width",
     )
-    token_dim: Positive | Auto = Field("auto", description="d_m; auto: space_dim for a CNN student, 64 for a ViT")
-    depth: Positive | Auto = Field("auto", description="N, alternations cross -> intra; auto: 2 for a CNN, 1 for a ViT")
+    token_dim: Positive | Auto = Field(
+        "auto", description="d_m; auto: space_dim for a CNN student, 64 for a ViT"
+    )
+    depth: Positive | Auto = Field(
+        "auto", description="N, alternations cross -> intra; auto: 2 for a CNN, 1 for a ViT"
+    )
     model_token: bool = Field(True, description="ablation switch (Table 3)")
     cross_space: CrossSpace | bool = Field(
-        "channel", description="channel | token | axial | grouped; false is the ablation of Table 3, true is 'channel'"
+        "channel",
+        description="channel | token | axial | grouped; false is the ablation of Table 3, true is "
+        "'channel'",
     )
     intra_space: bool = Field(True, description="ablation switch (Table 3)")
     groups: Positive | Auto = Field(
-        64, description="CNN: groups of the 1x1 convolution (A.2: ResNet-50 128, ConvNeXt-B 64); auto: gcd with 64"
+        64,
+        description="CNN: groups of the 1x1 convolution (A.2: ResNet-50 128, ConvNeXt-B 64); "
+        "auto: gcd with 64",
     )
     interleave: bool = Field(
-        True, description="CNN: shuffle channels so that every group sees every space; false: the paper's order"
+        True,
+        description="CNN: shuffle channels so that every group sees every space; false: the "
+        "paper's order",
     )
-    heads: Positive | Auto = Field("auto", description="ViT: heads of an intra-space block; cross uses M times as many")
-    cross_mlp_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="ViT: hidden/width of the cross-space FFN")
-    intra_mlp_ratio: Annotated[float, Field(gt=0)] = Field(1.0, description="ViT: hidden/width of the intra-space FFN")
-    share_token_head: bool | Auto = Field("auto", description="one Linear for all teachers; auto: where widths agree")
-    token_pool: Literal["before", "after"] = Field("before", description="pool the token before or after its head")
+    heads: Positive | Auto = Field(
+        "auto", description="ViT: heads of an intra-space block; cross uses M times as many"
+    )
+    cross_mlp_ratio: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="ViT: hidden/width of the cross-space FFN"
+    )
+    intra_mlp_ratio: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="ViT: hidden/width of the intra-space FFN"
+    )
+    share_token_head: bool | Auto = Field(
+        "auto", description="one Linear for all teachers; auto: where widths agree"
+    )
+    token_pool: Literal["before", "after"] = Field(
+        "before", description="pool the token before or after its head"
+    )
 
     @property
     def cross_mode(self) -> CrossSpace | None:
@@ -133,7 +206,9 @@ class UMTConfig(Section):
 class PlainConfig(Section):
     """The RADIO-like baseline: one MLP per teacher and output, no interaction."""
 
-    hidden_dim: Positive | Auto = Field("auto", description="hidden width of a head; auto: the student's width")
+    hidden_dim: Positive | Auto = Field(
+        "auto", description="hidden width of a head; auto: the student's width"
+    )
 
 
 class DataConfig(Section):
@@ -141,16 +216,32 @@ class DataConfig(Section):
 
     kind: Literal["folder", "webdataset", "packaged-photos"] = Field("folder")
     path: str | list[str] | None = Field(
-        None, description="folder: its path; webdataset: tar files, globs or brace patterns ({0000..0146})"
+        None,
+        description="folder: its path; webdataset: tar files, globs or brace patterns "
+        "({0000..0146})",
     )
-    images: Positive | None = Field(None, description="expected number; used by --dry-run where the data is elsewhere")
-    image_size: Positive | Auto = Field("auto", description="side of the shared crop; auto: the largest input needed")
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area range of the random resized crop")
-    crop_ratio: tuple[float, float] = Field((0.75, 4 / 3), description="aspect-ratio range of the crop")
+    images: Positive | None = Field(
+        None, description="expected number; used by --dry-run where the data is elsewhere"
+    )
+    image_size: Positive | Auto = Field(
+        "auto", description="side of the shared crop; auto: the largest input needed"
+    )
+    crop_scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="area range of the random resized crop"
+    )
+    crop_ratio: tuple[float, float] = Field(
+        (0.75, 4 / 3), description="aspect-ratio range of the crop"
+    )
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    repeats: Positive = Field(1, description="views of each picture in one epoch (repeated augmentation)")
-    workers: NonNegative = Field(4, description="decoding processes per rank; 0 decodes in the training process")
-    max_corrupt_fraction: Fraction = Field(0.01, description="stop once more than this share of pictures is unreadable")
+    repeats: Positive = Field(
+        1, description="views of each picture in one epoch (repeated augmentation)"
+    )
+    workers: NonNegative = Field(
+        4, description="decoding processes per rank; 0 decodes in the training process"
+    )
+    max_corrupt_fraction: Fraction = Field(
+        0.01, description="stop once more than this share of pictures is unreadable"
+    )
 
     @field_validator("crop_scale", "crop_ratio")
     @classmethod
@@ -162,46 +253,75 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def _has_a_path(self) -> "DataConfig":
         if self.kind != "packaged-photos" and not self.path:
-            raise ValueError(f"data.path is empty and data.kind is '{self.kind}': set data.path to your images")
+            raise ValueError(
+                f"data.path is empty and data.kind is '{self.kind}': set data.path to your images"
+            )
         return self
 
 
 class TrainConfig(Section):
-    """The optimisation (UMT 4.1, A.1; what the paper leaves out has the defaults of ViT pre-training)."""
+    """The optimisation (UMT 4.1, A.1; what the paper leaves out has the defaults of ViT
+    pre-training).
+    """
 
     steps: Positive | None = Field(None, description="optimizer steps; give steps or epochs")
     epochs: Positive | None = Field(None, description="passes over the data; give steps or epochs")
-    batch_size: Positive = Field(1024, description="images per optimizer step over all ranks and accumulations")
+    batch_size: Positive = Field(
+        1024, description="images per optimizer step over all ranks and accumulations"
+    )
     accumulate: Positive = Field(1, description="micro-batches per optimizer step")
-    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="peak learning rate (absolute, not scaled by batch)")
-    min_lr: Annotated[float, Field(ge=0)] = Field(1e-6, description="learning rate at the last step")
-    warmup_epochs: Annotated[float, Field(ge=0)] = Field(5.0, description="linear warm-up; ignored if warmup_steps")
+    lr: Annotated[float, Field(gt=0)] = Field(
+        1e-4, description="peak learning rate (absolute, not scaled by batch)"
+    )
+    min_lr: Annotated[float, Field(ge=0)] = Field(
+        1e-6, description="learning rate at the last step"
+    )
+    warmup_epochs: Annotated[float, Field(ge=0)] = Field(
+        5.0, description="linear warm-up; ignored if warmup_steps"
+    )
     warmup_steps: NonNegative | None = Field(None, description="linear warm-up in steps")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="none on norms, biases and tokens")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.05, description="none on norms, biases and tokens"
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
-    clip_grad: Annotated[float, Field(ge=0)] = Field(1.0, description="global gradient norm; 0: no clipping")
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="weight averaging; 0: off")
-    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast type of the student")
+    clip_grad: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="global gradient norm; 0: no clipping"
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="weight averaging; 0: off"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="autocast type of the student"
+    )
     channels_last: bool | Auto = Field("auto", description="memory format; auto: for CNN students")
     compile: bool = Field(False, description="torch.compile the method")
-    parallel: Literal["ddp", "fsdp"] = Field("ddp", description="what torchrun's ranks do: DDP or FSDP2")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="what torchrun's ranks do: DDP or FSDP2"
+    )
     seed: int = Field(0, description="seeds weights, sample order and crops")
     device: Literal["auto", "cpu", "cuda"] = Field("auto")
-    max_bad_steps: Positive = Field(20, description="abort after so many steps in a row with non-finite gradients")
+    max_bad_steps: Positive = Field(
+        20, description="abort after so many steps in a row with non-finite gradients"
+    )
     log_every: Positive = Field(10, description="steps between two lines of metrics.jsonl")
-    tensorboard: bool = Field(False, description="also write TensorBoard events under RUN/tensorboard")
+    tensorboard: bool = Field(
+        False, description="also write TensorBoard events under RUN/tensorboard"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of train.steps and train.epochs (set the other to null)")
+            raise ValueError(
+                "give exactly one of train.steps and train.epochs (set the other to null)"
+            )
         return self
 
     @model_validator(mode="after")
     def _average_is_whole(self) -> "TrainConfig":
         if self.ema_decay and self.parallel == "fsdp":
             raise ValueError(
-                "train.ema_decay keeps whole weights and train.parallel = fsdp shards them: set one otherwise"
+                "train.ema_decay keeps whole weights and train.parallel = fsdp shards them: set "
+                "one otherwise"
             )
         return self
 
@@ -216,7 +336,9 @@ class CheckpointConfig(Section):
 class Recipe(Section):
     """A complete distillation run."""
 
-    method: Literal["umt", "plain"] = Field("umt", description="umt, or plain (per-teacher MLP heads, RADIO-like)")
+    method: Literal["umt", "plain"] = Field(
+        "umt", description="umt, or plain (per-teacher MLP heads, RADIO-like)"
+    )
     student: StudentConfig = Field(default_factory=StudentConfig)
     teachers: tuple[TeacherConfig, ...]
     teacher_runtime: TeacherRuntime = Field(default_factory=TeacherRuntime)
@@ -237,7 +359,11 @@ class Recipe(Section):
         labels = [t.label for t in teachers]
         for label in labels:
             if labels.count(label) > 1:
-                raise ValueError(f"two teachers are called '{label}': give each an alias of its own")
+                raise ValueError(
+                    f"two teachers are called '{label}': give each an alias of its own"
+                )
             if label == "backbone":
-                raise ValueError("'backbone' names the student's own outputs: give the teacher another alias")
+                raise ValueError(
+                    "'backbone' names the student's own outputs: give the teacher another alias"
+                )
         return teachers

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from contract.errors import UserError
 from distill.config import TrainConfig
-from distill.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device = cuda: no CUDA device is visible (set train.device=cpu, or check the driver)")
+        raise UserError(
+            "train.device = cuda: no CUDA device is visible (set train.device=cpu, or check the "
+            "driver)"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Ranks(0, 1, torch.device(device))
@@ -84,7 +87,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), place)
     try:
         yield ranks
-        # Rank 0 draws pictures at the end; a rank that left earlier would tear down threads they still share.
+        # Rank 0 draws pictures at the end; a rank that left earlier would tear down threads they
+        # still share.
         ranks.barrier()
     finally:
         gc.collect()  # wrapped models hold the group in reference cycles, and it must not outlive its destruction
@@ -92,18 +96,24 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 
 
 def wrap(method: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
-    """Wrap a method for `ranks`: DDP, or FSDP2 sharding every transformer block / stage and the rest."""
+    """Wrap a method for `ranks`: DDP, or FSDP2 sharding every transformer block / stage and the
+    rest.
+    """
     if ranks.world == 1:
         return method
     if config.parallel == "fsdp":
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
-        # Autocast picks each operation's type; casting the inputs too would round the teachers' targets.
-        policy = MixedPrecisionPolicy(mixed, reduce_dtype=torch.float32 if mixed else None, cast_forward_inputs=False)
+        # Autocast picks each operation's type; casting the inputs too would round the teachers'
+        # targets.
+        policy = MixedPrecisionPolicy(
+            mixed, reduce_dtype=torch.float32 if mixed else None, cast_forward_inputs=False
+        )
         mesh = dist.init_device_mesh(ranks.device.type, (ranks.world,))
         for block in shardable_blocks(method):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(method, mesh=mesh, mp_policy=policy)
-    # Every parameter takes part in every step (Student freezes what it never uses), so nothing needs finding.
+    # Every parameter takes part in every step (Student freezes what it never uses), so nothing
+    # needs finding.
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
     return DistributedDataParallel(method, device_ids=ids, gradient_as_bucket_view=True)
 
@@ -117,7 +127,7 @@ def shardable_blocks(method: nn.Module) -> list[nn.Module]:
     return [getattr(net, f"layer{i}") for i in range(1, 5) if hasattr(net, f"layer{i}")]
 
 
-def without_sync(wrapped: nn.Module, last: bool):  # noqa: ANN201 - a context manager of either wrapper
+def without_sync(wrapped: nn.Module, last: bool):
     """Context in which gradients of all but the last micro-batch stay on this rank."""
     if last or not isinstance(wrapped, DistributedDataParallel):
         return nullcontext()
@@ -128,11 +138,17 @@ FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def full_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict, dict]:
-    """Complete (unsharded, unwrapped, on the CPU) model and optimizer state; a collective call under FSDP."""
-    return get_model_state_dict(wrapped, options=FULL), get_optimizer_state_dict(wrapped, optimizer, options=FULL)
+    """Complete (unsharded, unwrapped, on the CPU) model and optimizer state; a collective call
+    under FSDP.
+    """
+    return get_model_state_dict(wrapped, options=FULL), get_optimizer_state_dict(
+        wrapped, optimizer, options=FULL
+    )
 
 
-def load_full_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer, model: dict, optim: dict) -> None:
+def load_full_state(
+    wrapped: nn.Module, optimizer: torch.optim.Optimizer, model: dict, optim: dict
+) -> None:
     """Inverse of `full_state`: every rank passes the complete state and takes its share."""
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(wrapped, model, options=options)

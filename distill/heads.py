@@ -1,7 +1,9 @@
-"""Task heads on frozen features: what `distill.evaluate` trains and export ships beside the teachers' heads.
+"""Task heads on frozen features: what `distill.evaluate` trains and export ships beside the
+teachers' heads.
 
-A head is `heads/TASK.safetensors`: its weights, and in its metadata all that is needed to rebuild it, the names of its
-classes, the output of the student it reads, and the sha256 of that student's weights. A head fits no other student.
+A head is `heads/TASK.safetensors`: its weights, and in its metadata all that is needed to rebuild
+it, the names of its classes, the output of the student it reads, and the sha256 of that student's
+weights. A head fits no other student.
 """
 
 import json
@@ -17,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from distill.checkpoint import git_commit, write_atomically
-from distill.errors import UserError
-from distill.weights import tensors_sha256
+from contract.errors import UserError
+from contract.files import write_atomically
+from distill.models.weights import tensors_sha256
+from distill.runs import git_commit
 
 FORMAT = 1
 """Version of the file; raise it with a named `_upgrade_` function when it changes."""
@@ -39,7 +42,9 @@ class Classifier(nn.Module):
 
 
 class LinearSegmenter(nn.Module):
-    """Batch norm and a 1x1 convolution (UMT A.1, after RADIO): patches [B, h, w, d] to logits [B, C, h, w]."""
+    """Batch norm and a 1x1 convolution (UMT A.1, after RADIO): patches [B, h, w, d] to logits [B,
+    C, h, w].
+    """
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
@@ -55,19 +60,28 @@ class LinearSegmenter(nn.Module):
 
 
 class LinearDepth(nn.Module):
-    """Binned depth (AdaBins with fixed, evenly spaced bins): patches [B, h, w, d] to metres [B, h, w].
+    """Binned depth (AdaBins with fixed, evenly spaced bins): patches [B, h, w, d] to metres [B, h,
+    w].
 
-    A softmax over `bins` candidates between `min_depth` and `max_depth`; the depth is their expectation.
+    A softmax over `bins` candidates between `min_depth` and `max_depth`; the depth is their
+    expectation.
     """
 
     def __init__(self, width: int, bins: int, min_depth: float, max_depth: float) -> None:
         super().__init__()
-        self.settings = {"width": width, "bins": bins, "min_depth": min_depth, "max_depth": max_depth}
+        self.settings = {
+            "width": width,
+            "bins": bins,
+            "min_depth": min_depth,
+            "max_depth": max_depth,
+        }
         self.norm = nn.BatchNorm2d(width)
         self.linear = nn.Conv2d(width, bins, 1)
         nn.init.normal_(self.linear.weight, std=0.01)
         nn.init.zeros_(self.linear.bias)
-        self.register_buffer("centres", torch.linspace(min_depth, max_depth, bins), persistent=False)
+        self.register_buffer(
+            "centres", torch.linspace(min_depth, max_depth, bins), persistent=False
+        )
 
     def forward(self, patches: Tensor) -> Tensor:
         """Depth in metres at the patches' resolution."""
@@ -76,33 +90,45 @@ class LinearDepth(nn.Module):
 
 
 class DPTDepth(nn.Module):
-    """Dense Prediction Transformer head (Ranftl et al. 2021; UMT A.1): four layers to metres [B, 4h, 4w].
+    """Dense Prediction Transformer head (Ranftl et al. 2021; UMT A.1): four layers to metres [B,
+    4h, 4w].
 
-    Every layer's map [B, h_i, w_i, d_i] reads its summary [B, d_i] ("project" read-out), goes to `width` channels and to
-    1/4, 1/8, 1/16 and 1/32 of the picture (of 16 pixels a patch), and is fused from coarse to fine. For a CNN the maps
-    already have these resolutions and the summary is their spatial mean.
+    Every layer's map [B, h_i, w_i, d_i] reads its summary [B, d_i] ("project" read-out), goes to
+    `width` channels and to 1/4, 1/8, 1/16 and 1/32 of the picture (of 16 pixels a patch), and is
+    fused from coarse to fine. For a CNN the maps already have these resolutions and the summary is
+    their spatial mean.
     """
 
     def __init__(
-        self, widths: Sequence[int], scales: Sequence[float], width: int, min_depth: float, max_depth: float
+        self,
+        widths: Sequence[int],
+        scales: Sequence[float],
+        width: int,
+        min_depth: float,
+        max_depth: float,
     ) -> None:
         super().__init__()
         self.settings = {
-            "widths": list(widths), "scales": list(scales), "width": width, "min_depth": min_depth,
+            "widths": list(widths),
+            "scales": list(scales),
+            "width": width,
+            "min_depth": min_depth,
             "max_depth": max_depth,
-        }  # fmt: skip
+        }
         self.scales, self.low, self.high = tuple(scales), min_depth, max_depth
         self.read = nn.ModuleList(nn.Sequential(nn.Linear(2 * d, d), nn.GELU()) for d in widths)
         self.reduce = nn.ModuleList(nn.Conv2d(d, width, 3, padding=1) for d in widths)
         self.fuse = nn.ModuleList(Fusion(width) for _ in widths)
         self.head = nn.Sequential(
             nn.Conv2d(width, width // 2, 3, padding=1), nn.ReLU(), nn.Conv2d(width // 2, 1, 1)
-        )  # fmt: skip
+        )
 
     def forward(self, layers: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Depth in metres from four (summary, map) pairs, shallow to deep."""
         maps = []
-        for (summary, patches), read, reduce, scale in zip(layers, self.read, self.reduce, self.scales, strict=True):
+        for (summary, patches), read, reduce, scale in zip(
+            layers, self.read, self.reduce, self.scales, strict=True
+        ):
             glob = summary[:, None, None].expand_as(patches)
             x = read(torch.cat((patches, glob), dim=-1)).permute(0, 3, 1, 2)
             if scale != 1:
@@ -118,9 +144,13 @@ class DPTDepth(nn.Module):
 
 
 def scaled(side: int, scale: float) -> int:
-    """`side * scale` rounded, halves up, at least 1; in whole numbers, so that a side may also be symbolic."""
+    """`side * scale` rounded, halves up, at least 1; in whole numbers, so that a side may also be
+    symbolic.
+    """
     ratio = Fraction(scale).limit_denominator(1000)
-    return torch.sym_max(1, (2 * ratio.numerator * side + ratio.denominator) // (2 * ratio.denominator))
+    return torch.sym_max(
+        1, (2 * ratio.numerator * side + ratio.denominator) // (2 * ratio.denominator)
+    )
 
 
 class Fusion(nn.Module):
@@ -144,7 +174,10 @@ class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -154,12 +187,15 @@ class Residual(nn.Module):
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "classifier": Classifier, "linear-segmentation": LinearSegmenter, "linear-depth": LinearDepth, "dpt-depth": DPTDepth,
 }  # fmt: skip
-"""Heads by the name their files give them. To add one: a module with `settings`, and a line here."""
+"""Heads by the name their files give them. To add one: a module with `settings`, and a line here.
+"""
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head from its file: the module in eval mode and what its metadata say (`reads`, `student_sha256`, classes, …)."""
+    """A head from its file: the module in eval mode and what its metadata say (`reads`,
+    `student_sha256`, classes, …).
+    """
 
     task: str
     kind: str
@@ -170,41 +206,60 @@ class Head:
 def save_head(folder: Path, task: str, module: nn.Module, about: dict[str, Any]) -> Path:
     """Write `folder/task.safetensors` by rename; `about` must be JSON."""
     kind = next(name for name, made in KINDS.items() if isinstance(module, made))
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    weights = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
+    }
     metadata = {
-        "format": str(FORMAT), "task": task, "kind": kind, "sha256": tensors_sha256(weights),
-        "settings": json.dumps(module.settings), "about": json.dumps(about), "commit": git_commit(),
-    }  # fmt: skip
+        "format": str(FORMAT),
+        "task": task,
+        "kind": kind,
+        "sha256": tensors_sha256(weights),
+        "settings": json.dumps(module.settings),
+        "about": json.dumps(about),
+        "commit": git_commit(),
+    }
     path = folder / f"{task}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror} (choose another --output)") from error
+        raise UserError(
+            f"cannot make {folder}: {error.strerror} (choose another --output)"
+        ) from error
     write_atomically(path, lambda temporary: save_file(weights, temporary, metadata=metadata))
     return path
 
 
 def load_head(path: Path, student_sha256: str | None = None) -> Head:
-    """Rebuild a head; raises UserError for a file that is damaged, no head, or made for another student."""
+    """Rebuild a head; raises UserError for a file that is damaged, no head, or made for another
+    student.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            weights = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such head (train it with distill.evaluate)") from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or half-written ({error}): train the head again") from error
+        raise UserError(
+            f"{path} is damaged or half-written ({error}): train the head again"
+        ) from error
     if metadata.get("kind") not in KINDS:
         raise UserError(f"{path} is no head of distill.evaluate: its metadata name no known kind")
     if metadata.get("format") != str(FORMAT):
         raise UserError(
-            f"{path} is of format {metadata.get('format')}, this version reads {FORMAT}: train the head again"
+            f"{path} is of format {metadata.get('format')}, this version reads {FORMAT}: train the "
+            "head again"
         )
     if tensors_sha256(weights) != metadata.get("sha256"):
-        raise UserError(f"{path} does not match its recorded sha256: it is damaged; train the head again")
+        raise UserError(
+            f"{path} does not match its recorded sha256: it is damaged; train the head again"
+        )
     about = json.loads(metadata["about"])
     if student_sha256 and about.get("student_sha256") != student_sha256:
-        raise UserError(f"{path} was trained on another student's features: train it again with distill.evaluate")
+        raise UserError(
+            f"{path} was trained on another student's features: train it again with "
+            "distill.evaluate"
+        )
     module = KINDS[metadata["kind"]](**json.loads(metadata["settings"]))
     module.load_state_dict(weights, strict=True)
     return Head(metadata["task"], metadata["kind"], module.eval().requires_grad_(False), about)

@@ -1,7 +1,9 @@
-"""`python -m distill.pretrain_mae`: make the small masked-autoencoder teacher of the quickstart from real photographs.
+"""`python -m distill.pretrain_mae`: make the small masked-autoencoder teacher of the quickstart
+from real photographs.
 
-MAE (He et al., 2022): three quarters of the patches are hidden, the encoder sees the rest, a light decoder paints the
-hidden ones, and the loss is the squared error of their normalised pixels. The decoder is thrown away.
+MAE (He et al., 2022): three quarters of the patches are hidden, the encoder sees the rest, a light
+decoder paints the hidden ones, and the loss is the squared error of their normalised pixels. The
+decoder is thrown away.
 """
 
 import argparse
@@ -22,13 +24,14 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from distill.command_line import CommandLine
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
 from distill.config import DataConfig
-from distill.data import CropDataset, StepBatches, centre_crop, collate, make_loader
-from distill.errors import UserError, exit_status
-from distill.pictures import Pictures, open_pictures
-from distill.preprocess import Preprocess
-from distill.students import create_timm
+from distill.data.batches import StepBatches, collate, make_loader
+from distill.data.crops import CropDataset, centre_crop
+from distill.data.pictures import Pictures, open_pictures
+from distill.models.preprocess import Preprocess
+from distill.models.student import create_timm
 
 ENCODER = "vit_tiny_patch16_224"
 KWARGS = {"embed_dim": 128, "depth": 6, "num_heads": 4}
@@ -37,12 +40,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 EPILOG = """\
 example (how the shipped file was made; about fifteen minutes on one core):
-  OMP_NUM_THREADS=1 python -m distill.pretrain_mae --output distill/weights_data/photo_mae.safetensors --steps 3000
+  OMP_NUM_THREADS=1 python -m distill.pretrain_mae --output distill/teachers/weights/photo_mae.safetensors --steps 3000
 """
 
 
 class TrainingHalf:
-    """The left 70 % of every photograph, or (`held_out`) the right 30 %: few pictures, yet no pixel in both."""
+    """The left 70 % of every photograph, or (`held_out`) the right 30 %: few pictures, yet no pixel
+    in both.
+    """
 
     def __init__(self, pictures: Pictures, held_out: bool) -> None:
         self.pictures, self.held_out = pictures, held_out
@@ -58,7 +63,9 @@ class TrainingHalf:
         """The half's pixels."""
         image = self.pictures.load(number)
         edge = round(0.7 * image.width)
-        return image.crop((edge, 0, image.width, image.height) if self.held_out else (0, 0, edge, image.height))
+        return image.crop(
+            (edge, 0, image.width, image.height) if self.held_out else (0, 0, edge, image.height)
+        )
 
     def fingerprint(self) -> str:
         """Digest of the photographs and the half."""
@@ -80,7 +87,9 @@ class MaskedAutoencoder(nn.Module):
         self.head = nn.Linear(width, PATCH * PATCH * 3)
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Class token and visible tokens [B, 1 + V, d] of normalised images, for patch indices `visible` [B, V]."""
+        """Class token and visible tokens [B, 1 + V, d] of normalised images, for patch indices
+        `visible` [B, V].
+        """
         encoder = self.encoder
         tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
         tokens = tokens.gather(1, visible.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -88,7 +97,8 @@ class MaskedAutoencoder(nn.Module):
         return encoder.norm(encoder.blocks(torch.cat((first, tokens), dim=1)))
 
     def forward(self, images: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Predict normalised pixels [B, L, 768] of every patch; `order` [B, L] lists the visible patches first.
+        """Predict normalised pixels [B, L, 768] of every patch; `order` [B, L] lists the visible
+        patches first.
 
         Returns the prediction and the mask [B, L], 1 where a patch was hidden.
         """
@@ -109,7 +119,9 @@ def patchify(images: Tensor) -> Tensor:
 
 
 def masked_loss(painted: Tensor, images: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over hidden patches whose pixels are normalised patch by patch (MAE's better target)."""
+    """Mean squared error over hidden patches whose pixels are normalised patch by patch (MAE's
+    better target).
+    """
     target = patchify(images)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     return (((painted - target) ** 2).mean(-1) * mask).sum() / mask.sum()
@@ -124,33 +136,43 @@ def random_order(batch: int, generator: torch.Generator) -> Tensor:
 def validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, seed: int) -> float:
     """Loss on fixed crops of the held-out right edges of the photographs."""
     dataset = CropDataset(TrainingHalf(pictures, held_out=True), data, SIZE, seed + 1)
-    batch = collate([dataset[picture, view] for picture in range(len(pictures)) for view in range(8)])
+    batch = collate(
+        [dataset[picture, view] for picture in range(len(pictures)) for view in range(8)]
+    )
     images = Preprocess(SIZE, MEAN, STD)(batch.images)
-    painted, mask = model.eval()(images, random_order(len(images), torch.Generator().manual_seed(seed)))
+    painted, mask = model.eval()(
+        images, random_order(len(images), torch.Generator().manual_seed(seed))
+    )
     model.train()
     return masked_loss(painted, images, mask).item()
 
 
-def pretrain(asked: argparse.Namespace) -> None:
+def pretrain(args: argparse.Namespace) -> None:
     """Train, report, and write the encoder."""
-    if asked.steps < 1:
-        raise UserError(f"--steps {asked.steps}: at least one")
-    if not asked.output.parent.is_dir():
-        raise UserError(f"--output {asked.output}: there is no folder {asked.output.parent} (make it first)")
-    torch.manual_seed(asked.seed)
-    data = DataConfig(kind="packaged-photos", crop_scale=(0.15, 1.0), repeats=asked.batch)
+    if args.steps < 1:
+        raise UserError(f"--steps {args.steps}: at least one")
+    if not args.output.parent.is_dir():
+        raise UserError(
+            f"--output {args.output}: there is no folder {args.output.parent} (make it first)"
+        )
+    torch.manual_seed(args.seed)
+    data = DataConfig(kind="packaged-photos", crop_scale=(0.15, 1.0), repeats=args.batch)
     pictures = open_pictures(data)
     model, prepare = MaskedAutoencoder(), Preprocess(SIZE, MEAN, STD)
-    dataset = CropDataset(TrainingHalf(pictures, held_out=False), data, SIZE, asked.seed)
-    order = StepBatches(len(pictures), data.repeats, asked.batch, asked.steps, 0, 0, 1, 1, asked.seed, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=asked.lr, betas=(0.9, 0.95), weight_decay=0.05)
-    generator = torch.Generator().manual_seed(asked.seed)
-    record: dict = {"val_loss_first": validate(model, pictures, data, asked.seed)}
-    warmup, losses, began = max(1, asked.steps // 20), [], time.perf_counter()
-    for step, batch in enumerate(make_loader(dataset, order, asked.workers, False)):
-        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / asked.steps)))
+    dataset = CropDataset(TrainingHalf(pictures, held_out=False), data, SIZE, args.seed)
+    order = StepBatches(
+        len(pictures), data.repeats, args.batch, args.steps, 0, 0, 1, 1, args.seed, 0
+    )
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    record: dict = {"val_loss_first": validate(model, pictures, data, args.seed)}
+    warmup, losses, began = max(1, args.steps // 20), [], time.perf_counter()
+    for step, batch in enumerate(make_loader(dataset, order, args.workers, False)):
+        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
-            group["lr"] = asked.lr * rate
+            group["lr"] = args.lr * rate
         images = prepare(batch.images)
         painted, mask = model(images, random_order(len(images), generator))
         loss = masked_loss(painted, images, mask)
@@ -158,25 +180,38 @@ def pretrain(asked: argparse.Namespace) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % max(1, asked.steps // 40) == 0:
-            recent = losses[-max(1, asked.steps // 40) :]
-            left = (time.perf_counter() - began) / (step + 1) * (asked.steps - step - 1)
-            print(f"step {step + 1}/{asked.steps}  loss {sum(recent) / len(recent):.4f}  {left:.0f} s left", flush=True)
-    tail = losses[-max(1, asked.steps // 40) :]
+        if (step + 1) % max(1, args.steps // 40) == 0:
+            recent = losses[-max(1, args.steps // 40) :]
+            left = (time.perf_counter() - began) / (step + 1) * (args.steps - step - 1)
+            print(
+                f"step {step + 1}/{args.steps}  loss {sum(recent) / len(recent):.4f}  {left:.0f} "
+                "s left",
+                flush=True,
+            )
+    tail = losses[-max(1, args.steps // 40) :]
     record |= {
         "train_loss_first": losses[0],
         "train_loss_last": sum(tail) / len(tail),
-        "val_loss_last": validate(model, pictures, data, asked.seed),
-        "steps": asked.steps, "batch": asked.batch, "lr": asked.lr, "seed": asked.seed,
-        "photographs": len(pictures), "seconds": round(time.perf_counter() - began),
+        "val_loss_last": validate(model, pictures, data, args.seed),
+        "steps": args.steps,
+        "batch": args.batch,
+        "lr": args.lr,
+        "seed": args.seed,
+        "photographs": len(pictures),
+        "seconds": round(time.perf_counter() - began),
         "encoder": {"name": ENCODER, "kwargs": KWARGS, "image_size": SIZE},
-    }  # fmt: skip
-    weights = {name: tensor.detach().half().contiguous() for name, tensor in model.encoder.state_dict().items()}
-    save_file(weights, asked.output, metadata={"record": json.dumps(record), "licence": "Apache-2.0"})
-    if asked.picture:
-        draw_reconstructions(model, pictures, asked.picture)
+    }
+    weights = {
+        name: tensor.detach().half().contiguous()
+        for name, tensor in model.encoder.state_dict().items()
+    }
+    save_file(
+        weights, args.output, metadata={"record": json.dumps(record), "licence": "Apache-2.0"}
+    )
+    if args.picture:
+        draw_reconstructions(model, pictures, args.picture)
     print(json.dumps(record, indent=2))
-    print(f"weights   {asked.output} ({asked.output.stat().st_size / 1e6:.2f} MB)")
+    print(f"weights   {args.output} ({args.output.stat().st_size / 1e6:.2f} MB)")
     print("next      python -m distill.run quickstart --output runs/with-new-mae")
 
 
@@ -191,13 +226,20 @@ def draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Pat
     pixels = patchify(crops.float() / 255)
     mean, deviation = pixels.mean(-1, keepdim=True), pixels.std(-1, keepdim=True)
     shown = torch.where(mask[..., None] > 0, 0.5 * torch.ones_like(pixels), pixels)
-    # The target is normalised per patch: its own mean and deviation are lent to the prediction for display.
+    # The target is normalised per patch: its own mean and deviation are lent to the prediction for
+    # display.
     filled = torch.where(mask[..., None] > 0, painted * deviation + mean, pixels)
     figure, axes = plt.subplots(3, len(crops), figsize=(2 * len(crops), 6.4), layout="constrained")
     side = SIZE // PATCH
-    for row, (title, batch) in enumerate((("photograph", pixels), ("seen", shown), ("painted", filled))):
+    for row, (title, batch) in enumerate(
+        (("photograph", pixels), ("seen", shown), ("painted", filled))
+    ):
         for column, patches in enumerate(batch):
-            image = patches.view(side, side, PATCH, PATCH, 3).permute(0, 2, 1, 3, 4).reshape(SIZE, SIZE, 3)
+            image = (
+                patches.view(side, side, PATCH, PATCH, 3)
+                .permute(0, 2, 1, 3, 4)
+                .reshape(SIZE, SIZE, 3)
+            )
             axes[row, column].imshow(image.clamp(0, 1).numpy())
             axes[row, column].set_axis_off()
         axes[row, 0].set_title(title)
@@ -212,15 +254,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Pretrain the quickstart's small masked autoencoder on packaged photographs.",
         epilog=EPILOG,
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="safetensors file to write")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="also draw reconstructions of held-out crops")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="safetensors file to write"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="PNG", help="also draw reconstructions of held-out crops"
+    )
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: pretrain(asked))
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: pretrain(args))
 
 
 if __name__ == "__main__":

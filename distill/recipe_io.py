@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
+from contract.errors import UserError, suggest
 from distill.config import Recipe
-from distill.errors import UserError, suggest
 
 EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 """Setting one of a pair on the command line clears the other, which a recipe may have set."""
@@ -28,7 +28,9 @@ PLAIN_WORDS = {
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given twice."""
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given
+    twice.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Build a mapping; YAML itself would let the last of two equal keys win in silence."""
@@ -61,14 +63,18 @@ def shipped_recipes() -> dict[str, str]:
 def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     """Load a shipped recipe by name or a YAML file by path, with `key=value` overrides.
 
-    Raises UserError, in one line, for an unknown name or key (with the nearest one), broken YAML or a bad value.
+    Raises UserError, in one line, for an unknown name or key (with the nearest one), broken YAML or
+    a bad value.
     """
     shipped = shipped_recipes()
     if name_or_path in shipped:
         return parse_recipe(shipped[name_or_path], name_or_path, overrides)
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        raise UserError(f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or give a .yaml file)")
+        raise UserError(
+            f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or give a .yaml "
+            "file)"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -78,14 +84,18 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"recipe {path} is no text file: give a .yaml file or a shipped name") from error
+        raise UserError(
+            f"recipe {path} is no text file: give a .yaml file or a shipped name"
+        ) from error
     return parse_recipe(text, str(path), overrides)
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Parse YAML `text` (from `source`, for messages) and apply overrides; raises UserError as `load_recipe` does."""
+    """Parse YAML `text` (from `source`, for messages) and apply overrides; raises UserError as
+    `load_recipe` does.
+    """
     try:
-        values = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - a SafeLoader
+        values = yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}" if mark else source
@@ -114,9 +124,11 @@ def apply_override(values: dict, override: str) -> str:
     parts = key.split(".")
     check_key(key, len(values["teachers"]) if isinstance(values.get("teachers"), list) else 0)
     try:
-        value = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"{key}: '{text}' is not valid YAML (quote it, or close its brackets)") from error
+        raise UserError(
+            f"{key}: '{text}' is not valid YAML (quote it, or close its brackets)"
+        ) from error
     place: Any = values
     for depth, part in enumerate(parts[:-1], start=1):
         if isinstance(place, list):
@@ -126,13 +138,17 @@ def apply_override(values: dict, override: str) -> str:
                 place[part] = {}
             place = place[part]
         if not isinstance(place, dict | list):
-            raise UserError(f"{key}: '{'.'.join(parts[:depth])}' is {show(place)}, a single value without parts")
+            raise UserError(
+                f"{key}: '{'.'.join(parts[:depth])}' is {show(place)}, a single value without parts"
+            )
     place[int(parts[-1]) if isinstance(place, list) else parts[-1]] = value
     return key
 
 
 def check_key(key: str, teachers: int) -> None:
-    """Raise UserError, naming the nearest key, unless `key` is a field, a section, or lies in a free mapping."""
+    """Raise UserError, naming the nearest key, unless `key` is a field, a section, or lies in a
+    free mapping.
+    """
     parts = key.split(".")
     if parts[0] == "teachers" and len(parts) > 1:
         if not parts[1].isdecimal() or int(parts[1]) >= teachers:
@@ -140,7 +156,9 @@ def check_key(key: str, teachers: int) -> None:
             if "'teacher_" in hint:  # the cache and the runtime are sections of their own
                 raise UserError(f"unknown key '{key}': {hint}")
             count = "1 teacher" if teachers == 1 else f"{teachers} teachers"
-            raise UserError(f"{key}: the recipe has {count}, numbered from 0; '{parts[1]}' is none of them")
+            raise UserError(
+                f"{key}: the recipe has {count}, numbered from 0; '{parts[1]}' is none of them"
+            )
         parts[1] = "N"
     pattern = ".".join(parts)
     for field, kind, _, _ in recipe_fields():
@@ -151,7 +169,9 @@ def check_key(key: str, teachers: int) -> None:
 
 
 def suggest_key(key: str) -> str:
-    """Name the nearest dotted key: a like one, one with the same last part, or what its section holds."""
+    """Name the nearest dotted key: a like one, one with the same last part, or what its section
+    holds.
+    """
     parts = key.split(".")
     number = parts[1] if parts[0] == "teachers" and len(parts) > 1 else "N"
     known = [field.replace(".N", f".{number}") for field, _, _, _ in recipe_fields()]
@@ -173,8 +193,11 @@ def explain(error: ValidationError) -> str:
         key = dotted(unknown[0]["loc"])
         return f"unknown key '{key}': {suggest_key(key)}"
     first = dotted(problems[0]["loc"])
-    # A field of several types (int | 'auto') has one problem for each; the deepest says most ([a, 3]: item 1).
-    problems = [p for p in problems if dotted(p["loc"]) == first or dotted(p["loc"]).startswith(f"{first}.")]
+    # A field of several types (int | 'auto') has one problem for each; the deepest says most ([a,
+    # 3]: item 1).
+    problems = [
+        p for p in problems if dotted(p["loc"]) == first or dotted(p["loc"]).startswith(f"{first}.")
+    ]
     key = max((dotted(problem["loc"]) for problem in problems), key=lambda k: k.count("."))
     problems = [problem for problem in problems if dotted(problem["loc"]) == key]
     problem = problems[0]
@@ -182,11 +205,16 @@ def explain(error: ValidationError) -> str:
     if problem["type"] == "missing" and key[-1].isdigit():
         return f"{key.rpartition('.')[0]} = {show(problem['input'])}: too few values"
     if problem["type"] == "missing":
-        return f"{key} is missing: every {'teacher' if key.startswith('teachers.') else 'recipe'} needs it"
+        return (
+            f"{key} is missing: every {'teacher' if key.startswith('teachers.') else 'recipe'} "
+            "needs it"
+        )
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key and not message.startswith(key) else message
-    said = [PLAIN_WORDS.get(p["type"], p["msg"]).split(", unable to")[0] for p in problems]
-    wanted = " or ".join(dict.fromkeys([said[0], *(words.removeprefix("Input should be ") for words in said[1:])]))
+    text = [PLAIN_WORDS.get(p["type"], p["msg"]).split(", unable to")[0] for p in problems]
+    wanted = " or ".join(
+        dict.fromkeys([text[0], *(words.removeprefix("Input should be ") for words in text[1:])])
+    )
     return f"{key} = {show(problem['input'])}: {wanted}"
 
 
@@ -199,7 +227,11 @@ def dotted(location: Sequence[str | int]) -> str:
             parts.append(str(part))
         elif section:
             parts.append(part)
-            section = section_of(section.model_fields[part].annotation) if part in section.model_fields else None
+            section = (
+                section_of(section.model_fields[part].annotation)
+                if part in section.model_fields
+                else None
+            )
     return ".".join(parts)
 
 
@@ -218,12 +250,18 @@ def show(value: Any, limit: int = 80) -> str:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The complete recipe, every default written out, as YAML that reads back to an equal recipe."""
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True)
+    """The complete recipe, every default written out, as YAML that reads back to an equal
+    recipe.
+    """
+    return yaml.dump(
+        recipe.model_dump(mode="json"), Dumper=RecipeDumper, sort_keys=False, allow_unicode=True
+    )
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and leaf values of nested mappings and lists of mappings; an empty mapping has no leaves."""
+    """Dotted keys and leaf values of nested mappings and lists of mappings; an empty mapping has no
+    leaves.
+    """
     if isinstance(value, dict):
         for key, part in value.items():
             yield from flatten(part, f"{prefix}.{key}" if prefix else key)
@@ -240,8 +278,12 @@ def differing_fields(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]
     return [(key, old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)]
 
 
-def recipe_fields(model: type[BaseModel] = Recipe, prefix: str = "") -> list[tuple[str, str, str, str]]:
-    """Key, type, default and meaning of everything a recipe can set; `teachers.N.` stands for any teacher."""
+def recipe_fields(
+    model: type[BaseModel] = Recipe, prefix: str = ""
+) -> list[tuple[str, str, str, str]]:
+    """Key, type, default and meaning of everything a recipe can set; `teachers.N.` stands for any
+    teacher.
+    """
     rows = []
     for name, field in model.model_fields.items():
         key = f"{prefix}{name}"
@@ -277,10 +319,18 @@ def type_text(annotation: Any) -> str:
 
 
 def describe_recipes() -> str:
-    """Shipped recipes with the first line of their headers, and every key with default and meaning."""
+    """Shipped recipes with the first line of their headers, and every key with default and
+    meaning.
+    """
     lines = ["shipped recipes:"]
     for name, text in sorted(shipped_recipes().items()):
         lines.append(f"  {name:26} {text.splitlines()[0].lstrip('# ')}")
-    lines += ["", "keys (set any with key=value; N is a teacher's number from 0), default and meaning:"]
-    lines += [f"  {key:30} {default:22} {meaning or kind}" for key, kind, default, meaning in recipe_fields()]
+    lines += [
+        "",
+        "keys (set any with key=value; N is a teacher's number from 0), default and meaning:",
+    ]
+    lines += [
+        f"  {key:30} {default:22} {meaning or kind}"
+        for key, kind, default, meaning in recipe_fields()
+    ]
     return "\n".join(lines)

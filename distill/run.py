@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.command_line import CommandLine
-from distill.errors import UserError, exit_status
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
 
 EPILOG = """\
 examples:
@@ -31,44 +31,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Distil several frozen vision teachers into one student.",
         epilog=EPILOG,
     )
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="shipped recipe or YAML file (default: quickstart)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set any key of the recipe")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --output")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan (parts, FLOPs, memory) and stop")
-    parser.add_argument("--list", action="store_true", help="list shipped recipes and all keys, and stop")
-    asked = parser.parse_intermixed_args(arguments)
-    if asked.recipe and "=" in asked.recipe:  # only overrides were given
-        asked.overrides.insert(0, asked.recipe)
-        asked.recipe = None
-    return exit_status(lambda: run(asked))
+    parser.add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="shipped recipe or YAML file (default: quickstart)",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="set any key of the recipe"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in --output"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the plan (parts, FLOPs, memory) and stop"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list shipped recipes and all keys, and stop"
+    )
+    args = parser.parse_intermixed_args(arguments)
+    if args.recipe and "=" in args.recipe:  # only overrides were given
+        args.overrides.insert(0, args.recipe)
+        args.recipe = None
+    return exit_status(lambda: run(args))
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
     # Imported here so that --help answers at once: torch and timm take seconds to load.
     from distill.recipe_io import describe_recipes, load_recipe
 
-    if asked.list:
+    if args.list:
         print(describe_recipes())
         return 0
-    name = asked.recipe or "quickstart"
-    folder = asked.output or Path("runs") / Path(name).stem
-    if asked.resume:
-        recipe = recipe_to_resume(folder, asked.recipe, asked.overrides)
+    name = args.recipe or "quickstart"
+    folder = args.output or Path("runs") / Path(name).stem
+    if args.resume:
+        recipe = recipe_to_resume(folder, args.recipe, args.overrides)
     else:
-        recipe = load_recipe(name, asked.overrides)
-    if asked.dry_run:
-        from distill.plan import print_plan
+        recipe = load_recipe(name, args.overrides)
+    if args.dry_run:
+        from distill.training.plan import print_plan
 
         print_plan(recipe)
         return 0
-    if not asked.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds files: add --resume to continue that run, or choose another --output")
+    if not args.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(
+            f"{folder} already holds files: add --resume to continue that run, or choose another "
+            "--output"
+        )
 
     from distill.distributed import join_ranks
-    from distill.report import finish, show_start
-    from distill.train import StopSignal, train
+    from distill.training.loop import StopSignal, train
+    from distill.training.report import finish, show_start
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("timm").setLevel(logging.WARNING)
@@ -76,35 +94,50 @@ def run(asked: argparse.Namespace) -> int:
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)
         show_start(recipe, folder, ranks)
-        complete = train(recipe, folder, ranks, asked.resume, stop)
+        complete = train(recipe, folder, ranks, args.resume, stop)
         if ranks.first:
             finish(recipe, folder, complete)
     return 0
 
 
-def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):  # noqa: ANN201 - Recipe, imported late
-    """The recipe stored in `folder`; raises UserError naming the first field a given recipe or override changes."""
+def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
+    """The recipe stored in `folder`; raises UserError naming the first field a given recipe or
+    override changes.
+    """
     from distill.recipe_io import differing_fields, load_recipe
 
     stored = folder / "recipe.yaml"
     if not stored.is_file():
-        raise UserError(f"{folder} holds no run to resume (no recipe.yaml): leave out --resume, or check --output")
+        raise UserError(
+            f"{folder} holds no run to resume (no recipe.yaml): leave out --resume, or check "
+            "--output"
+        )
     before = load_recipe(str(stored), [])
     if name or overrides:
         now = load_recipe(name or str(stored), overrides)
-        changed = [(key, old, new) for key, old, new in differing_fields(before, now) if key not in FREE_TO_CHANGE]
+        changed = [
+            (key, old, new)
+            for key, old, new in differing_fields(before, now)
+            if key not in FREE_TO_CHANGE
+        ]
         if changed:
             key, old, new = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
-                f"{key} is {old} in {stored}, {new} was asked{more}: a resumed run keeps its recipe "
-                "(drop the change, or start anew in another --output)"
+                f"{key} is {old} in {stored}, {new} was asked{more}: a resumed run keeps its "
+                "recipe (drop the change, or start anew in another --output)"
             )
         return now
     return before
 
 
-FREE_TO_CHANGE = {"data.workers", "train.log_every", "train.tensorboard", "checkpoint.every_steps", "checkpoint.keep"}
+FREE_TO_CHANGE = {
+    "data.workers",
+    "train.log_every",
+    "train.tensorboard",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+}
 """Keys that do not touch the result, so a resumed run may set them anew."""
 
 

@@ -1,10 +1,13 @@
-"""Procedural scenes with exact labels: textured solids on a floor, with class, mask and metric depth.
+"""Procedural scenes with exact labels: textured solids on a floor, with class, mask and metric
+depth.
 
-`python -m distill.scenes --output DIR` writes them. They let dense heads be trained and dense tasks be tested where no
-labelled photographs are at hand. They are drawings, never a stand-in for real data in a result.
+`python -m distill.scenes --output DIR` writes them. They let dense heads be trained and dense tasks
+be tested where no labelled photographs are at hand. They are drawings, never a stand-in for real
+data in a result.
 
-Every scene is a pure function of (seed, number, size). One ray a sample, cast from a camera 1.2-1.8 m above the floor; the
-ray's parameter is the depth along the optical axis, in metres, as depth cameras report it.
+Every scene is a pure function of (seed, number, size). One ray a sample, cast from a camera 1.2-1.8
+m above the floor; the ray's parameter is the depth along the optical axis, in metres, as depth
+cameras report it.
 """
 
 import json
@@ -19,8 +22,8 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from distill.command_line import CommandLine
-from distill.errors import UserError, exit_status
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
 
 CLASSES = ("ball", "box", "cone", "cylinder", "ring")
 """Kinds of solids: the class of a picture is that of its largest solid."""
@@ -35,12 +38,16 @@ DEPTH_SCALE = 1000
 """Depth files hold millimetres, 16 bit."""
 
 Hit = tuple[np.ndarray, np.ndarray]
-"""Distance along each ray [n] (infinite where it misses) and the surface normal [n, 3], in the solid's own frame."""
+"""Distance along each ray [n] (infinite where it misses) and the surface normal [n, 3], in the
+solid's own frame.
+"""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """image uint8 [S, S, 3]; mask uint8 [S, S], an index into MASK_NAMES; depth float32 [S, S], metres; label."""
+    """image uint8 [S, S, 3]; mask uint8 [S, S], an index into MASK_NAMES; depth float32 [S, S],
+    metres; label.
+    """
 
     image: np.ndarray
     mask: np.ndarray
@@ -48,7 +55,7 @@ class Scene:
     label: int
 
 
-# ---- solids: unit size, standing on y = 0 about the y axis ---------------------------------------------------------
+# ---- solids: unit size, standing on y = 0 about the y axis ------------------------------------
 
 
 def nearest(distances: Sequence[np.ndarray], normals: Sequence[np.ndarray]) -> Hit:
@@ -65,8 +72,8 @@ def roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.n
     with np.errstate(divide="ignore", invalid="ignore"):
         under = b * b - a * c
         root = np.sqrt(np.where(under >= 0, under, np.nan))
-        found = (-b - root) / a, (-b + root) / a
-    return tuple(np.where(np.isfinite(t), t, np.inf) for t in found)
+        result = (-b - root) / a, (-b + root) / a
+    return tuple(np.where(np.isfinite(t), t, np.inf) for t in result)
 
 
 def at(origin: np.ndarray, rays: np.ndarray, t: np.ndarray) -> np.ndarray:
@@ -105,7 +112,9 @@ def hit_cylinder(o: np.ndarray, d: np.ndarray) -> Hit:
     """A cylinder of radius 0.35 and height 1."""
     flat_o, flat_d = o * (1, 0, 1), d * (1, 0, 1)
     sides = roots((flat_d**2).sum(1), (flat_o * flat_d).sum(1), (flat_o**2).sum(1) - 0.35**2)
-    sides = [np.where((at(o, d, t)[:, 1] >= 0) & (at(o, d, t)[:, 1] <= 1), t, np.inf) for t in sides]
+    sides = [
+        np.where((at(o, d, t)[:, 1] >= 0) & (at(o, d, t)[:, 1] <= 1), t, np.inf) for t in sides
+    ]
     cap, up = disc(o, d, 1.0, 0.35)
     return nearest([*sides, cap], [*(at(o, d, t) * (1, 0, 1) / 0.35 for t in sides), up])
 
@@ -116,11 +125,15 @@ def hit_cone(o: np.ndarray, d: np.ndarray) -> Hit:
     top = o - (0, 1.1, 0)
     sign = np.array((1, -(slope**2), 1))
     sides = roots((sign * d * d).sum(1), (sign * top * d).sum(1), (sign * top * top).sum(1))
-    sides = [np.where((at(o, d, t)[:, 1] >= 0) & (at(o, d, t)[:, 1] <= 1.1), t, np.inf) for t in sides]
+    sides = [
+        np.where((at(o, d, t)[:, 1] >= 0) & (at(o, d, t)[:, 1] <= 1.1), t, np.inf) for t in sides
+    ]
     normals = []
     for t in sides:
         point = at(o, d, t)
-        outward = np.stack([point[:, 0], slope * np.hypot(point[:, 0], point[:, 2]), point[:, 2]], axis=1)
+        outward = np.stack(
+            [point[:, 0], slope * np.hypot(point[:, 0], point[:, 2]), point[:, 2]], axis=1
+        )
         normals.append(outward / np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-9))
     return nearest(sides, normals)
 
@@ -143,7 +156,9 @@ SOLIDS: dict[str, Callable[[np.ndarray, np.ndarray], Hit]] = {
 
 @dataclass(frozen=True)
 class Solid:
-    """One solid in the world: what, where on the floor (metres), how large, turned how far, painted how."""
+    """One solid in the world: what, where on the floor (metres), how large, turned how far, painted
+    how.
+    """
 
     kind: str
     place: tuple[float, float]
@@ -151,7 +166,9 @@ class Solid:
     turn: float
     paint: Callable[[np.ndarray], np.ndarray]
 
-    def hit(self, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def hit(
+        self, origin: np.ndarray, rays: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distance [n], normal [n, 3] and colour [n, 3] where rays meet the solid."""
         cos, sin = np.cos(self.turn), np.sin(self.turn)
         rotation = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
@@ -163,7 +180,9 @@ class Solid:
 
 
 def random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
-    """A solid texture of two colours: stripes, checks, blobs or a gradient; a function of points [n, 3]."""
+    """A solid texture of two colours: stripes, checks, blobs or a gradient; a function of points
+    [n, 3].
+    """
     first, second = rng.uniform(0.1, 0.95, 3), rng.uniform(0.1, 0.95, 3)
     kind = rng.choice(["stripes", "checks", "blobs", "gradient"])
     direction = rng.normal(size=3)
@@ -186,17 +205,28 @@ def random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]
 
 
 def render(seed: int, number: int, size: int) -> Scene:
-    """Draw scene `number` of `seed` at `size` x `size` pixels; four rays a pixel for the image, one for the labels."""
+    """Draw scene `number` of `seed` at `size` x `size` pixels; four rays a pixel for the image, one
+    for the labels.
+    """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number))))
     label = int(rng.integers(len(CLASSES)))
     wall = rng.uniform(4.5, 8.5)
     camera = np.array([0.0, rng.uniform(1.2, 1.8), 0.0])
-    solids = [Solid(CLASSES[label], (rng.uniform(-0.5, 0.5), rng.uniform(2.3, 3.2)), rng.uniform(1.1, 1.6),
-                    rng.uniform(-0.7, 0.7), random_paint(rng))]  # fmt: skip
+    solids = [
+        Solid(
+            CLASSES[label],
+            (rng.uniform(-0.5, 0.5), rng.uniform(2.3, 3.2)),
+            rng.uniform(1.1, 1.6),
+            rng.uniform(-0.7, 0.7),
+            random_paint(rng),
+        )
+    ]
     for side in rng.permutation([-1, 1])[: rng.integers(3)]:
         kind = CLASSES[rng.integers(len(CLASSES))]
         place = (side * rng.uniform(1.2, 2.0), rng.uniform(3.2, wall - 0.6))
-        solids.append(Solid(kind, place, rng.uniform(0.5, 0.9), rng.uniform(-0.7, 0.7), random_paint(rng)))
+        solids.append(
+            Solid(kind, place, rng.uniform(0.5, 0.9), rng.uniform(-0.7, 0.7), random_paint(rng))
+        )
     surfaces = [random_paint(rng), random_paint(rng)]
     light = np.array([rng.uniform(-1, 1), rng.uniform(1.0, 2.0), rng.uniform(-1.2, -0.3)])
     light /= np.linalg.norm(light)
@@ -205,11 +235,16 @@ def render(seed: int, number: int, size: int) -> Scene:
     pitch = rng.uniform(0.1, 0.25)
     step = (np.arange(side) + 0.5) / side * 2 - 1
     x, y = np.meshgrid(0.62 * step, -0.62 * step)
-    rays = np.stack([x, y * np.cos(pitch) - np.sin(pitch), np.cos(pitch) + y * np.sin(pitch)], axis=-1).reshape(-1, 3)
+    rays = np.stack(
+        [x, y * np.cos(pitch) - np.sin(pitch), np.cos(pitch) + y * np.sin(pitch)], axis=-1
+    ).reshape(-1, 3)
     origin = np.broadcast_to(camera, rays.shape)
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        to_wall, to_floor = wall / rays[:, 2], np.where(rays[:, 1] < 0, -camera[1] / rays[:, 1], np.inf)
+        to_wall, to_floor = (
+            wall / rays[:, 2],
+            np.where(rays[:, 1] < 0, -camera[1] / rays[:, 1], np.inf),
+        )
     depth, kind = np.minimum(to_wall, to_floor), (to_floor < to_wall).astype(np.uint8)
     points = at(origin, rays, depth)
     colour = np.where(kind[:, None] == 1, surfaces[1](points * 0.5), surfaces[0](points * 0.5))
@@ -226,14 +261,18 @@ def render(seed: int, number: int, size: int) -> Scene:
     for solid in solids:
         shadow |= np.isfinite(solid.hit(points, toward)[0])
     lit = np.clip(normal @ light, 0, None) * np.where(shadow, 0.15, 1.0)
-    shade = np.clip(colour * (0.35 + 0.65 * lit[:, None]), 0, 1).reshape(size, 2, size, 2, 3).mean((1, 3))
+    shade = (
+        np.clip(colour * (0.35 + 0.65 * lit[:, None]), 0, 1)
+        .reshape(size, 2, size, 2, 3)
+        .mean((1, 3))
+    )
     noise = rng.normal(scale=0.015, size=shade.shape)
     image = (np.clip(shade + noise, 0, 1) * 255).round().astype(np.uint8)
     mask, metres = kind.reshape(side, side)[::2, ::2], depth.reshape(side, side)[::2, ::2]
     return Scene(image, np.ascontiguousarray(mask), np.ascontiguousarray(metres, np.float32), label)
 
 
-# ---- on disk -------------------------------------------------------------------------------------------------------
+# ---- on disk ----------------------------------------------------------------------------------
 
 EPILOG = """\
 examples:
@@ -251,21 +290,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.scenes",
-        description="Draw procedural scenes with class, mask and depth, for offline demonstrations and tests.",
+        description="Draw procedural scenes with class, mask and depth, for offline "
+        "demonstrations and tests.",
         epilog=EPILOG,
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="where to write; must not exist")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where to write; must not exist"
+    )
     parser.add_argument("--train", type=int, default=400, metavar="N", help="training scenes (400)")
     parser.add_argument("--val", type=int, default=100, metavar="N", help="validation scenes (100)")
-    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="side of a picture (224)")
+    parser.add_argument(
+        "--size", type=int, default=224, metavar="PIXELS", help="side of a picture (224)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (0)")
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: write(asked.output, asked.train, asked.val, asked.size, asked.seed))
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: write(args.output, args.train, args.val, args.size, args.seed))
 
 
 def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
-    """Draw `train` + `val` scenes into `folder`; raises UserError for counts or sizes below their minimum."""
-    for name, value, least in (("--train", train, 1), ("--val", val, 1), ("--size", size, 16), ("--seed", seed, 0)):
+    """Draw `train` + `val` scenes into `folder`; raises UserError for counts or sizes below their
+    minimum.
+    """
+    for name, value, least in (
+        ("--train", train, 1),
+        ("--val", val, 1),
+        ("--size", size, 16),
+        ("--seed", seed, 0),
+    ):
         if value < least:
             raise UserError(f"{name} {value} is too small: give {least} or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -274,7 +325,9 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
-            for number in track(numbers, description=f"scenes {split}", disable=not sys.stdout.isatty()):
+            for number in track(
+                numbers, description=f"scenes {split}", disable=not sys.stdout.isatty()
+            ):
                 scene = render(seed, number, size)
                 name = f"{number:06d}.png"
                 picture = Image.fromarray(scene.image)
@@ -284,8 +337,17 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
                 millimetres = (scene.depth * DEPTH_SCALE).round().astype(np.uint16)
                 save(Image.fromarray(millimetres), aside / "dense" / split / "depth" / name)
         (aside / "dense" / "classes.txt").write_text("".join(f"{name}\n" for name in MASK_NAMES))
-        about = {"classes": CLASSES, "masks": MASK_NAMES, "size": size, "seed": seed, "train": train, "val": val}
-        (aside / "scenes.json").write_text(json.dumps({"made_by": "distill.scenes", **about}, indent=2))
+        about = {
+            "classes": CLASSES,
+            "masks": MASK_NAMES,
+            "size": size,
+            "seed": seed,
+            "train": train,
+            "val": val,
+        }
+        (aside / "scenes.json").write_text(
+            json.dumps({"made_by": "distill.scenes", **about}, indent=2)
+        )
         if folder.exists():
             folder.rmdir()
         aside.rename(folder)

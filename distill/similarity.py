@@ -1,7 +1,9 @@
-"""`python -m distill.similarity`: how alike teachers are, by linear CKA, before a GPU day is spent on distilling them.
+"""`python -m distill.similarity`: how alike teachers are, by linear CKA, before a GPU day is spent
+on distilling them.
 
-SeFA finds that students surpass their teachers where these agree moderately (linear CKA of about 0.5, best 0.50-0.54),
-and fall behind where they agree too much (0.8: nothing to add) or too little (0.2: conflicting signals); its Tables 8, 9.
+SeFA finds that students surpass their teachers where these agree moderately (linear CKA of about
+0.5, best 0.50-0.54), and fall behind where they agree too much (0.8: nothing to add) or too little
+(0.2: conflicting signals); its Tables 8, 9.
 """
 
 import argparse
@@ -10,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.command_line import CommandLine
-from distill.errors import UserError, exit_status
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
 
 EPILOG = """\
 examples:
@@ -28,7 +30,9 @@ the plain one (--biased, the paper's) overstates every likeness.
 """
 
 LOW, BEST_FROM, BEST_TO, HIGH = 0.45, 0.50, 0.54, 0.555
-"""SeFA labels 0.40 low, 0.507-0.540 moderate (0.50-0.54 best) and 0.57 high (Tables 8, 9); LOW and HIGH lie between."""
+"""SeFA labels 0.40 low, 0.507-0.540 moderate (0.50-0.54 best) and 0.57 high (Tables 8, 9); LOW and
+HIGH lie between.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,61 +44,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     who = parser.add_mutually_exclusive_group(required=True)
     who.add_argument("--teachers", nargs="+", metavar="NAME", help="two or more networks")
-    who.add_argument("--recipe", metavar="RECIPE", help="the teachers of a shipped recipe or YAML file")
-    who.add_argument("--run", type=Path, metavar="RUN", help="the teachers of a finished run")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="folder of pictures (default: packaged photographs)")
-    parser.add_argument("--images", type=int, default=2000, metavar="N", help="pictures to look at (2000)")
-    parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="input side, to the nearest patch (default: each its own)"
+    who.add_argument(
+        "--recipe", metavar="RECIPE", help="the teachers of a shipped recipe or YAML file"
     )
-    parser.add_argument("--on", choices=("summary", "patches"), default="summary", help="features to compare (summary)")
-    parser.add_argument("--biased", action="store_true", help="the plain estimator, as in the paper")
+    who.add_argument("--run", type=Path, metavar="RUN", help="the teachers of a finished run")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="folder of pictures (default: packaged photographs)",
+    )
+    parser.add_argument(
+        "--images", type=int, default=2000, metavar="N", help="pictures to look at (2000)"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="input side, to the nearest patch (default: each its own)",
+    )
+    parser.add_argument(
+        "--on",
+        choices=("summary", "patches"),
+        default="summary",
+        help="features to compare (summary)",
+    )
+    parser.add_argument(
+        "--biased", action="store_true", help="the plain estimator, as in the paper"
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
-    parser.add_argument("--output", type=Path, default=Path("runs/similarity"), metavar="DIR", help="(runs/similarity)")
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: run(asked))
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/similarity"),
+        metavar="DIR",
+        help="(runs/similarity)",
+    )
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: run(args))
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
     import torch
 
-    from distill.checkpoint import load_run, write_atomically
+    from contract.files import write_atomically
     from distill.config import DataConfig
+    from distill.data.pictures import open_pictures
     from distill.evaluate.encoder import RunEncoder, named_encoder, teacher_encoder
     from distill.evaluate.representation import teacher_variance
     from distill.methods.deployment import BACKBONE
-    from distill.pictures import open_pictures
     from distill.recipe_io import load_recipe
+    from distill.runs import load_run
 
     for name, value, least in (
-        ("--images", asked.images, 4),
-        ("--batch-size", asked.batch_size, 1),
-        ("--size", asked.size or 32, 32),
+        ("--images", args.images, 4),
+        ("--batch-size", args.batch_size, 1),
+        ("--size", args.size or 32, 32),
     ):
         if value < least:
             raise UserError(f"{name} {value} is too small: give {least} or more")
-    if asked.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device here (use --device cpu)")
     deployment = finished = None
-    if asked.teachers:
-        names = asked.teachers
+    if args.teachers:
+        names = args.teachers
     else:
-        finished = load_run(asked.run) if asked.run else None
-        recipe = finished.recipe if finished else load_recipe(asked.recipe, [])
+        finished = load_run(args.run) if args.run else None
+        recipe = finished.recipe if finished else load_recipe(args.recipe, [])
         deployment = finished.method.deploy() if finished else None
         names = [teacher.label for teacher in recipe.teachers]
     if len(set(names)) < 2 or len(set(names)) < len(names):
         raise UserError(f"--teachers {' '.join(names)}: give two or more different networks")
-    kind = {"kind": "folder", "path": str(asked.data)} if asked.data else {"kind": "packaged-photos"}
+    kind = {"kind": "folder", "path": str(args.data)} if args.data else {"kind": "packaged-photos"}
     pictures = open_pictures(DataConfig(**kind))
-    count = min(asked.images, len(pictures))
-    place = torch.device("cuda" if asked.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if asked.teachers:
+    count = min(args.images, len(pictures))
+    place = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if args.teachers:
         encoders = {text: named_encoder(text, index=i) for i, text in enumerate(names)}
     else:
-        encoders = {c.label: teacher_encoder(c, c.image_size, i) for i, c in enumerate(recipe.teachers)}
+        encoders = {
+            c.label: teacher_encoder(c, c.image_size, i) for i, c in enumerate(recipe.teachers)
+        }
     teachers = list(names)
     if finished:
         deployment.to(place)
@@ -102,52 +134,68 @@ def run(asked: argparse.Namespace) -> int:
         names = [*names, "student"]
     for encoder in encoders.values():
         encoder.to(place)
-        encoder.image_size = encoder.fit(asked.size or encoder.image_size)
+        encoder.image_size = encoder.fit(args.size or encoder.image_size)
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
-    cka, spreads = look(encoders, deployment, pictures, numbers, asked.on, asked.batch_size)
-    matrix = cka.matrix(debiased=not asked.biased)
+    cka, spreads = look(encoders, deployment, pictures, numbers, args.on, args.batch_size)
+    matrix = cka.matrix(debiased=not args.biased)
     rows = teacher_variance(
-        {space: {n: v for n, v in found.items() if n in teachers} for space, found in spreads.items()}
+        {
+            space: {n: v for n, v in results.items() if n in teachers}
+            for space, results in spreads.items()
+        }
     )
-    estimator = "plain" if asked.biased else "debiased"
-    print_matrix(names, matrix, f"linear CKA, {estimator}, {asked.on} of {len(numbers)} pictures")
+    estimator = "plain" if args.biased else "debiased"
+    print_matrix(names, matrix, f"linear CKA, {estimator}, {args.on} of {len(numbers)} pictures")
     advice = [
-        judge(names[i], names[j], matrix[i, j]) for i in range(len(teachers)) for j in range(i + 1, len(teachers))
+        judge(names[i], names[j], matrix[i, j])
+        for i in range(len(teachers))
+        for j in range(i + 1, len(teachers))
     ]
     print("\n".join(advice))
     if len(numbers) < 1000:
-        print(f"note      {len(numbers)} pictures tell little; 1000 or more of your own data make these numbers firm")
+        print(
+            f"note      {len(numbers)} pictures tell little; 1000 or more of your own data make "
+            "these numbers firm"
+        )
     print_spreads(teachers, rows)
     result = {
-        "names": names, "cka": matrix.tolist(), "estimator": estimator, "on": asked.on, "pictures": len(numbers),
-        "advice": advice, "spread": rows,
-    }  # fmt: skip
+        "names": names,
+        "cka": matrix.tolist(),
+        "estimator": estimator,
+        "on": args.on,
+        "pictures": len(numbers),
+        "advice": advice,
+        "spread": rows,
+    }
     try:
-        asked.output.mkdir(parents=True, exist_ok=True)
+        args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {asked.output}: {error.strerror} (choose another --output)") from error
-    path = asked.output / "similarity.json"
+        raise UserError(
+            f"cannot make {args.output}: {error.strerror} (choose another --output)"
+        ) from error
+    path = args.output / "similarity.json"
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
     print(f"matrix    {path}")
-    print(f"picture   {draw(asked.output / 'similarity.png', names, matrix)}")
+    print(f"picture   {draw(args.output / 'similarity.png', names, matrix)}")
     return 0
 
 
-def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):  # noqa: ANN001, ANN201
+def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):
     """CKA sums and feature spreads of all encoders over the same pictures, in one pass.
 
-    Maps are brought to the coarsest of their grids, so that row i of every network is the same place.
+    Maps are brought to the coarsest of their grids, so that row i of every network is the same
+    place.
     """
     from collections import defaultdict
 
     import torch
     from rich.progress import track
 
-    from distill.data import centre_crop
+    from distill.data.crops import centre_crop
+    from distill.data.images import UnreadableImage
     from distill.evaluate.cka import CKAMatrix
     from distill.evaluate.representation import Spread, shared_spaces
     from distill.features import resize_map
-    from distill.images import UnreadableImage
 
     cka, spreads = CKAMatrix(), defaultdict(lambda: defaultdict(Spread))
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
@@ -155,39 +203,57 @@ def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batc
         try:
             photos = [pictures.load(number) for number in batch]
         except UnreadableImage as error:
-            raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
-        found = {}
+            raise UserError(
+                f"{error.name} cannot be read ({error.reason}): mend or remove it"
+            ) from error
+        result = {}
         with torch.inference_mode():
             for name, encoder in encoders.items():
                 views = torch.stack([centre_crop(photo, encoder.image_size) for photo in photos])
-                found[name] = encoder(views.to(encoder.device))
-                spreads["teachers, raw"][name].add(found[name].patches)
+                result[name] = encoder(views.to(encoder.device))
+                spreads["teachers, raw"][name].add(result[name].patches)
             if deployment is not None:
-                views = torch.stack([centre_crop(photo, deployment.preprocess.size) for photo in photos])
-                for name, space in (shared_spaces(deployment, views.to(encoder.device)) or {}).items():
+                views = torch.stack(
+                    [centre_crop(photo, deployment.preprocess.size) for photo in photos]
+                )
+                for name, space in (
+                    shared_spaces(deployment, views.to(encoder.device)) or {}
+                ).items():
                     spreads["student's shared space"][name].add(space)
-        coarsest = min((f.patches.shape[1:3] for f in found.values()), key=lambda grid: grid[0] * grid[1])
+        coarsest = min(
+            (f.patches.shape[1:3] for f in result.values()), key=lambda grid: grid[0] * grid[1]
+        )
         if on == "summary":
-            cka.add({name: f.summary for name, f in found.items()})
+            cka.add({name: f.summary for name, f in result.items()})
         else:
-            cka.add({name: resize_map(f.patches, coarsest).flatten(0, 2) for name, f in found.items()})
-    return cka, {space: {name: s.value() for name, s in of.items()} for space, of in spreads.items()}
+            cka.add(
+                {name: resize_map(f.patches, coarsest).flatten(0, 2) for name, f in result.items()}
+            )
+    return cka, {
+        space: {name: s.value() for name, s in of.items()} for space, of in spreads.items()
+    }
 
 
 def judge(first: str, second: str, value: float) -> str:
     """One line of advice on a pair by SeFA's regimes."""
     if value < LOW:
-        said = "low: they pull the student apart; the paper's students then fall behind the better teacher"
+        message = (
+            "low: they pull the student apart; the paper's students then fall behind the better "
+            "teacher"
+        )
     elif value > HIGH:
-        said = "high: one adds little to the other; keep the better, or add a third of moderate likeness"
+        message = (
+            "high: one adds little to the other; keep the better, or add a third of moderate "
+            "likeness"
+        )
     elif BEST_FROM <= value <= BEST_TO:
-        said = "moderate, in the paper's best range (0.50-0.54): combine them"
+        message = "moderate, in the paper's best range (0.50-0.54): combine them"
     else:
-        said = "moderate, near the paper's best range (0.50-0.54): a good pair"
-    return f"advice    {first} + {second}: {value:.3f}, {said}"
+        message = "moderate, near the paper's best range (0.50-0.54): a good pair"
+    return f"advice    {first} + {second}: {value:.3f}, {message}"
 
 
-def print_matrix(names: list[str], matrix, title: str) -> None:  # noqa: ANN001 - an array
+def print_matrix(names: list[str], matrix, title: str) -> None:
     """The matrix as a table."""
     from rich.console import Console
     from rich.table import Table
@@ -208,14 +274,14 @@ def print_spreads(names: list[str], rows: list[dict]) -> None:
         print(f"spread    {row['space']}: {listed}; largest over smallest {row['max/min']:.2f}")
 
 
-def draw(path: Path, names: list[str], matrix) -> Path:  # noqa: ANN001 - an array
+def draw(path: Path, names: list[str], matrix) -> Path:
     """The matrix as a picture."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    from distill.plots import save_figure
+    from distill.figures import save_figure
 
     side = 2.5 + 1.1 * len(names)
     figure, axis = plt.subplots(figsize=(side, side - 0.8), layout="constrained")
@@ -225,7 +291,14 @@ def draw(path: Path, names: list[str], matrix) -> Path:  # noqa: ANN001 - an arr
     axis.set_yticks(range(len(names)), short)
     for i, row in enumerate(matrix):
         for j, value in enumerate(row):
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", color="white" if value < 0.6 else "black")
+            axis.text(
+                j,
+                i,
+                f"{value:.2f}",
+                ha="center",
+                va="center",
+                color="white" if value < 0.6 else "black",
+            )
     axis.set_title("linear CKA")
     figure.colorbar(shown, ax=axis, shrink=0.8)
     return save_figure(figure, path)

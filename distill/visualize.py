@@ -13,14 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distill.checkpoint import load_run
-from distill.command_line import CommandLine
-from distill.errors import UserError, exit_status
-from distill.images import UnreadableImage, decode_rgb
-from distill.losses import Prediction
-from distill.pca import cosine_map, pca_rgb
-from distill.plots import save_figure
-from distill.students import nearest_multiples
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from distill.data.images import UnreadableImage, decode_rgb
+from distill.figures import cosine_map, pca_rgb, save_figure
+from distill.methods.losses import Prediction
+from distill.models.student import nearest_multiples
+from distill.runs import load_run
 
 EPILOG = """\
 examples:
@@ -43,38 +42,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of distill.run")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="photographs")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224, 448], metavar="PIXELS", help="sides (224 448)")
-    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="backbone and teacher labels (default: all)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUN/plots)")
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: visualize(asked))
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[224, 448], metavar="PIXELS", help="sides (224 448)"
+    )
+    parser.add_argument(
+        "--outputs", nargs="+", metavar="NAME", help="backbone and teacher labels (default: all)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where to write (default: RUN/plots)"
+    )
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: visualize(args))
 
 
-def visualize(asked: argparse.Namespace) -> None:
+def visualize(args: argparse.Namespace) -> None:
     """Draw every image of a parsed command line."""
-    run = load_run(asked.run)
+    run = load_run(args.run)
     model = run.method.deploy()
     stride = model.student.stride
-    for size in asked.sizes:
+    for size in args.sizes:
         if size <= 0 or size % stride:
             raise UserError(
-                f"--sizes {size} is not a multiple of the student's stride {stride}: use {nearest_multiples(size, stride)}"
+                f"--sizes {size} is not a multiple of the student's stride {stride}: use "
+                f"{nearest_multiples(size, stride)}"
             )
     known = ["backbone", *run.dims]
-    for name in asked.outputs or []:
+    for name in args.outputs or []:
         if name not in known:
             raise UserError(f"--outputs {name}: this student has {', '.join(known)}")
-    outputs = asked.outputs or known
-    photos = [read_image(path) for path in asked.images]
-    folder = asked.output or asked.run / "plots"
-    for path, photo in zip(asked.images, photos, strict=True):
+    outputs = args.outputs or known
+    photos = [read_image(path) for path in args.images]
+    folder = args.output or args.run / "plots"
+    for path, photo in zip(args.images, photos, strict=True):
         pixels, predictions = [], []
-        for size in asked.sizes:
+        for size in args.sizes:
             square = square_pixels(photo, size)
             pixels.append(square)
             with torch.inference_mode():
-                found = model(torch.from_numpy(square).permute(2, 0, 1).unsqueeze(0).float() / 255)
-            predictions.append({name: found[name] for name in outputs})
+                result = model(torch.from_numpy(square).permute(2, 0, 1).unsqueeze(0).float() / 255)
+            predictions.append({name: result[name] for name in outputs})
         target = folder / f"{path.stem}_features.png"
         draw(target, pixels, predictions)
         print(f"features  {target}")
@@ -99,7 +105,9 @@ def square_pixels(photo: Image.Image, size: int) -> np.ndarray:
 
 
 def draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Prediction]]) -> Path:
-    """Write one figure: for every size a row of PCA pictures and a row of cosine maps, a column an output."""
+    """Write one figure: for every size a row of PCA pictures and a row of cosine maps, a column an
+    output.
+    """
     names = list(predictions[0])
     figure, axes = plt.subplots(
         2 * len(pixels),
@@ -110,13 +118,15 @@ def draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Predi
     )
     for axis in axes.flat:
         axis.set_axis_off()
-    for row, (photo, found) in enumerate(zip(pixels, predictions, strict=True)):
+    for row, (photo, result) in enumerate(zip(pixels, predictions, strict=True)):
         top, bottom = axes[2 * row], axes[2 * row + 1]
         top[0].imshow(photo)
         top[0].set_title(f"{photo.shape[0]} px")
-        bottom[0].text(0.5, 0.5, "cosine of the\nimage-level vector\nto each patch", ha="center", va="center")
+        bottom[0].text(
+            0.5, 0.5, "cosine of the\nimage-level vector\nto each patch", ha="center", va="center"
+        )
         for column, name in enumerate(names, start=1):
-            prediction = found[name]
+            prediction = result[name]
             (colours,) = pca_rgb([prediction.patches[0]])
             top[column].imshow(colours, interpolation="nearest")
             grid = "x".join(str(side) for side in prediction.patches.shape[1:3])

@@ -1,4 +1,6 @@
-"""The making of a bundle, from top to bottom: parts, graphs, parity, engines, manifest, and then the rename."""
+"""The making of a bundle, from top to bottom: parts, graphs, parity, engines, manifest, and then
+the rename.
+"""
 
 import argparse
 import datetime
@@ -15,12 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 
-from distill.checkpoint import git_commit
-from distill.config import TeacherConfig
-from distill.errors import TrainingError
-from distill.packaged import WHEELS
-from distill.teachers import PACKAGE, weights_source
-from export.bundle import (
+from contract.errors import Failure
+from contract.files import file_sha256
+from contract.manifest import (
     MANIFEST,
     BundledEngine,
     CalibrationRecord,
@@ -32,8 +31,12 @@ from export.bundle import (
     StudentRecord,
     TeacherRecord,
     TensorRecord,
-    sha256_of,
 )
+from contract.signature import FUSED
+from distill.config import TeacherConfig
+from distill.runs import git_commit
+from distill.teachers import PACKAGE, weights_source
+from distill.teachers.packaged import WHEELS
 from export.check import weight_dtypes
 from export.golden import write_golden
 from export.graph import Part, Student, build_parts, open_student
@@ -43,151 +46,222 @@ from export.output import appearing
 from export.parity import check_sizes, engine_sizes, measure
 from export.photographs import Chosen, Photos, choose, digest
 from export.precision import cast_student
-from export.runtimes import Runtime, cpu_runtime, runtimes_here
-from export.signature import FUSED
+from export.runtimes.cast import cast_runtimes
+from export.runtimes.runtime import Runtime, cpu_runtime, runtimes_here
 from export.to_onnx import OPSET, export_part
-from export.torch_runtime import cast_runtimes
 
 log = logging.getLogger(__name__)
 
 
-def export_bundle(asked: argparse.Namespace, formats: list[str], place: Path) -> None:
-    """Make the bundle of a parsed command line aside of its `place`; nothing is left of a failed or stopped one.
+def export_bundle(args: argparse.Namespace, formats: list[str], place: Path) -> None:
+    """Make the bundle of a parsed command line aside of its `place`; nothing is left of a failed or
+    stopped one.
 
-    Raises UserError for what a user can mend and TrainingError where graphs do not agree with the student.
+    Raises UserError for what a user can mend and Failure where graphs do not agree with the
+    student.
     """
     start = time.perf_counter()
-    cpu_runtime({}, asked.precision)  # before the minutes that graphs take, too: what they will be checked in
-    student = open_student(asked.run)
-    sizes = parse_sizes(asked.resolutions, student.stride, student.run.recipe.student.image_size)
-    chosen = choose(asked, sizes)
-    with appearing(asked.output, place, asked.force) as aside:
-        manifest = fill(asked, formats, student, sizes, chosen, aside).sealed()
+    cpu_runtime(
+        {}, args.precision
+    )  # before the minutes that graphs take, too: what they will be checked in
+    student = open_student(args.run)
+    sizes = parse_sizes(args.resolutions, student.stride, student.run.recipe.student.image_size)
+    chosen = choose(args, sizes)
+    with appearing(args.output, place, args.force) as aside:
+        manifest = fill(args, formats, student, sizes, chosen, aside).sealed()
         (aside / MANIFEST).write_bytes(manifest.to_bytes())
     size = sum((place / name).stat().st_size for name in manifest.files)
-    log.info("bundle    %s, %d graphs, %.1f MB, %.0f s", asked.output, len(manifest.graphs), size / 1e6,
-             time.perf_counter() - start)  # fmt: skip
-    print(f"manifest  {asked.output / MANIFEST}")
+    log.info(
+        "bundle    %s, %d graphs, %.1f MB, %.0f s",
+        args.output,
+        len(manifest.graphs),
+        size / 1e6,
+        time.perf_counter() - start,
+    )
+    print(f"manifest  {args.output / MANIFEST}")
     print("next      verify it, or look at its speed:")
-    print(f"  python -m export.check {asked.output}")
-    print(f"  python -m export.bench {asked.output} --run {asked.run}")
+    print(f"  python -m export.check {args.output}")
+    print(f"  python -m export.bench {args.output} --run {args.run}")
 
 
 def fill(
-    asked: argparse.Namespace, formats: list[str], student: Student, sizes: list[tuple[int, int]],
-    chosen: Chosen, folder: Path,
-) -> Manifest:  # fmt: skip
+    args: argparse.Namespace,
+    formats: list[str],
+    student: Student,
+    sizes: list[tuple[int, int]],
+    chosen: Chosen,
+    folder: Path,
+) -> Manifest:
     """Write every file of the bundle but the manifest, and return that."""
     dynamic, photos = len(sizes) > 1, chosen.compared
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    cast = cast_student(student, asked.precision)
+    cast = cast_student(student, args.precision)
     parts = build_parts(cast, None if dynamic else height, None if dynamic else width)
     recipe = student.run.recipe
-    about = {"method": recipe.method, "student": recipe.student.name, "precision": asked.precision}
+    about = {"method": recipe.method, "student": recipe.student.name, "precision": args.precision}
     paths = {part.signature.graph: folder / f"{part.signature.graph}.onnx" for part in parts}
     about["licences"] = "; ".join(f"{t.label}: {licence_of(t)}" for t in recipe.teachers)
     facts = {
-        part.signature.graph: about | {"graph": part.signature.graph} | {k: str(v) for k, v in part.about.items()}
+        part.signature.graph: about
+        | {"graph": part.signature.graph}
+        | {k: str(v) for k, v in part.about.items()}
         for part in parts
     }
     for part in parts:
         begun = time.perf_counter()
         graph = part.signature.graph
-        if asked.precision == "int8" and graph == FUSED:
+        if args.precision == "int8" and graph == FUSED:
             continue  # made of the others below
-        export_part(part, student.stride, asked.max_batch, paths[graph], facts[graph], OPSET[asked.precision])
-        log.info(
-            "graph     %-16s %6.1f MB  %4.1f s", graph, paths[graph].stat().st_size / 1e6, time.perf_counter() - begun
+        export_part(
+            part,
+            student.stride,
+            args.max_batch,
+            paths[graph],
+            facts[graph],
+            OPSET[args.precision],
         )
-    record = calibrate(asked, parts, paths, facts[FUSED], sizes, chosen) if asked.precision == "int8" else None
+        log.info(
+            "graph     %-16s %6.1f MB  %4.1f s",
+            graph,
+            paths[graph].stat().st_size / 1e6,
+            time.perf_counter() - begun,
+        )
+    record = (
+        calibrate(args, parts, paths, facts[FUSED], sizes, chosen)
+        if args.precision == "int8"
+        else None
+    )
     checked = check_sizes(student.stride, sizes, dynamic)
-    runtimes = [*runtimes_here(asked.precision, graphs=paths), *cast_runtimes(parts, asked.precision)]
-    parity = prove(asked, student, parts, runtimes, photos, checked)
-    engines = build_engines(asked, formats, parts, paths, sizes, student.stride, folder)
+    runtimes = [
+        *runtimes_here(args.precision, graphs=paths),
+        *cast_runtimes(parts, args.precision),
+    ]
+    parity = prove(args, student, parts, runtimes, photos, checked)
+    engines = build_engines(args, formats, parts, paths, sizes, student.stride, folder)
     by_flavour: dict[str, dict[str, Path]] = {}
     for entry in engines:
         by_flavour.setdefault(entry.flavour, {})[entry.graph] = folder / entry.file
-    built = runtimes_here(asked.precision, engines=by_flavour)
-    parity += prove(asked, student, parts, built, photos, engine_sizes(sizes))
-    write_golden(folder, student, parts, photos, (height, width), asked.max_batch, asked.precision, parity)
-    files = {str(p.relative_to(folder)): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+    built = runtimes_here(args.precision, engines=by_flavour)
+    parity += prove(args, student, parts, built, photos, engine_sizes(sizes))
+    write_golden(
+        folder, student, parts, photos, (height, width), args.max_batch, args.precision, parity
+    )
+    files = {
+        str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
+    }
     return Manifest(
         student=StudentRecord(
-            network=recipe.student.name, method=recipe.method, width=student.deployment.student.width,
-            stride=student.stride, image_size=recipe.student.image_size, sha256=student.sha256,
-            trained_steps=trained_steps(asked.run),
+            network=recipe.student.name,
+            method=recipe.method,
+            width=student.deployment.student.width,
+            stride=student.stride,
+            image_size=recipe.student.image_size,
+            sha256=student.sha256,
+            trained_steps=trained_steps(args.run),
         ),
         teachers=tuple(describe_teacher(t, student) for t in recipe.teachers),
-        precision=asked.precision,
+        precision=args.precision,
         preprocessing=Preprocessing(mean=recipe.student.mean, std=recipe.student.std),
         resolution=Resolution(
-            dynamic=dynamic, height=height, width=width, min_height=min(h for h, _ in sizes),
-            min_width=min(w for _, w in sizes), stride=student.stride, checked=tuple(checked),
+            dynamic=dynamic,
+            height=height,
+            width=width,
+            min_height=min(h for h, _ in sizes),
+            min_width=min(w for _, w in sizes),
+            stride=student.stride,
+            checked=tuple(checked),
         ),
-        max_batch=asked.max_batch,
-        graphs=tuple(describe_graph(part, paths, asked.precision) for part in parts),
+        max_batch=args.max_batch,
+        graphs=tuple(describe_graph(part, paths, args.precision) for part in parts),
         engines=tuple(engines),
         parity=tuple(parity),
         calibration=record,
         files=files,
         made={
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": git_commit(),
-            "python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__,
-            "onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__,
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "commit": git_commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
         },
-    )  # fmt: skip
+    )
 
 
 def trained_steps(run: Path) -> int | None:
     """Optimizer steps behind a run's weights, None where their file does not say."""
     with safe_open(run / "student.safetensors", framework="np") as file:
-        said = file.metadata().get("step", "")
-    return int(said) if said.isdecimal() else None
+        message = file.metadata().get("step", "")
+    return int(message) if message.isdecimal() else None
 
 
 def calibrate(
-    asked: argparse.Namespace, parts: list[Part], paths: dict[str, Path], about: dict[str, str],
-    sizes: list[tuple[int, int]], chosen: Chosen,
-) -> CalibrationRecord:  # fmt: skip
+    args: argparse.Namespace,
+    parts: list[Part],
+    paths: dict[str, Path],
+    about: dict[str, str],
+    sizes: list[tuple[int, int]],
+    chosen: Chosen,
+) -> CalibrationRecord:
     """Turn every graph into its int8 form; returns what its ranges are from."""
     images = prepare([photo for _, photo in chosen.calibration], sizes)
     others = "others" if chosen.held_out else "what may be the same"
     log.info(
-        "pictures  calibrated on %d of %s, compared on %d, %s", len(images), chosen.source, len(chosen.compared), others
+        "pictures  calibrated on %d of %s, compared on %d, %s",
+        len(images),
+        chosen.source,
+        len(chosen.compared),
+        others,
     )
-    quantize_graphs(parts, paths, about, asked.calibration_method, images)
+    quantize_graphs(parts, paths, about, args.calibration_method, images)
     return CalibrationRecord(
-        method=asked.calibration_method, source=chosen.source, pictures=len(images), sizes=tuple(sizes[: len(images)]),
-        held_out=chosen.held_out, sha256=digest(images),
-    )  # fmt: skip
+        method=args.calibration_method,
+        source=chosen.source,
+        pictures=len(images),
+        sizes=tuple(sizes[: len(images)]),
+        held_out=chosen.held_out,
+        sha256=digest(images),
+    )
 
 
 def prove(
-    asked: argparse.Namespace, student: Student, parts: list[Part], runtimes: list[Runtime],
-    photos: Photos, sizes: list[tuple[int, int]],
-) -> list[ParityRecord]:  # fmt: skip
+    args: argparse.Namespace,
+    student: Student,
+    parts: list[Part],
+    runtimes: list[Runtime],
+    photos: Photos,
+    sizes: list[tuple[int, int]],
+) -> list[ParityRecord]:
     """Compare the graphs in every runtime with the student and print the worst of each output.
 
-    Raises TrainingError where they differ.
+    Raises Failure where they differ.
     """
-    batches = sorted({1, min(3, asked.max_batch), asked.max_batch})
-    rows = measure(student, parts, runtimes, photos, batches, sizes, asked.precision) if runtimes else []
+    batches = sorted({1, min(3, args.max_batch), args.max_batch})
+    rows = (
+        measure(student, parts, runtimes, photos, batches, sizes, args.precision)
+        if runtimes
+        else []
+    )
     for runtime in runtimes:
         print_parity([row for row in rows if row.runtime == runtime.name], runtime.name)
     failed = sorted((row for row in rows if not row.passed), key=lambda row: row.cosine)
-    if failed and not asked.allow_parity_failure:
+    if failed and not args.allow_parity_failure:
         worst = failed[0]
-        raise TrainingError(
-            f"graph '{worst.graph}', output '{worst.output}', picture {worst.worst_image}: {worst.problem} for "
-            f"{asked.precision}, in {worst.runtime} at batch {worst.batch}, {worst.height}x{worst.width} ({len(failed)} of "
-            f"{len(rows)} comparisons); nothing was written (--allow-parity-failure records it instead)"
+        raise Failure(
+            f"graph '{worst.graph}', output '{worst.output}', picture {worst.worst_image}: "
+            f"{worst.problem} for {args.precision}, in {worst.runtime} at batch {worst.batch}, "
+            f"{worst.height}x{worst.width} ({len(failed)} of {len(rows)} comparisons); nothing "
+            "was written (--allow-parity-failure records it instead)"
         )
     return rows
 
 
 def print_parity(rows: list[ParityRecord], runtime: str) -> None:
-    """The worst agreement of every output over all batches and sizes: least cosines (of the whole, without the mean over
-    pictures, of a position) and the largest error, over the output's length and as a number."""
+    """The worst agreement of every output over all batches and sizes: least cosines (of the whole,
+    without the mean over pictures, of a position) and the largest error, over the output's length
+    and as a number.
+    """
     most = max(row.pictures for row in rows)
     title = f"parity with the torch student in {runtime}, {most} pictures"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -196,61 +270,93 @@ def print_parity(rows: list[ParityRecord], runtime: str) -> None:
     groups: dict[tuple[str, str], list[ParityRecord]] = {}
     for row in rows:
         groups.setdefault((row.graph, row.output), []).append(row)
-    for (graph, output), found in groups.items():
-        verdict = "ok" if all(row.passed for row in found) else "FAILED"
-        centred = min((row.centred for row in found if row.centred is not None), default=None)
-        position = min((row.position_cosine for row in found if row.position_cosine is not None), default=None)
+    for (graph, output), result in groups.items():
+        verdict = "ok" if all(row.passed for row in result) else "FAILED"
+        centred = min((row.centred for row in result if row.centred is not None), default=None)
+        position = min(
+            (row.position_cosine for row in result if row.position_cosine is not None), default=None
+        )
         table.add_row(
-            graph, output, f"{min(row.cosine for row in found):.7f}", f"{max(row.relative for row in found):.1e}",
-            "-" if centred is None else f"{centred:.4f}", "-" if position is None else f"{position:.6f}",
-            f"{max(row.max_abs for row in found):.1e}", verdict,
-        )  # fmt: skip
+            graph,
+            output,
+            f"{min(row.cosine for row in result):.7f}",
+            f"{max(row.relative for row in result):.1e}",
+            "-" if centred is None else f"{centred:.4f}",
+            "-" if position is None else f"{position:.6f}",
+            f"{max(row.max_abs for row in result):.1e}",
+            verdict,
+        )
     Console(width=120, highlight=False).print(table)
 
 
 def build_engines(
-    asked: argparse.Namespace, formats: list[str], parts: list[Part], paths: dict[str, Path],
-    sizes: list[tuple[int, int]], stride: int, folder: Path,
-) -> list[BundledEngine]:  # fmt: skip
+    args: argparse.Namespace,
+    formats: list[str],
+    parts: list[Part],
+    paths: dict[str, Path],
+    sizes: list[tuple[int, int]],
+    stride: int,
+    folder: Path,
+) -> list[BundledEngine]:
     """Engines of every graph for the TensorRT flavours asked for; returns their records."""
     flavours = [name for name in formats if name != "onnx"]
     if not flavours:
         return []
-    from export.engines import build_all
+    from export.tensorrt.engines import build_all
 
-    return build_all(asked, flavours, parts, paths, sizes, stride, folder)
+    return build_all(args, flavours, parts, paths, sizes, stride, folder)
 
 
 def describe_graph(part: Part, paths: dict[str, Path], precision: str) -> GraphRecord:
     """A graph's entry in the manifest."""
     signature = part.signature
     inputs, outputs = (
-        tuple(TensorRecord(name=p.name, dtype=p.dtype, shape=p.axes, meaning=p.meaning) for p in ports)
+        tuple(
+            TensorRecord(name=p.name, dtype=p.dtype, shape=p.axes, meaning=p.meaning) for p in ports
+        )
         for ports in (signature.inputs, signature.outputs)
     )
-    about = {key: list(value) if isinstance(value, tuple) else value for key, value in part.about.items()}
+    about = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in part.about.items()
+    }
     return GraphRecord(
-        name=signature.graph, file=paths[signature.graph].name, inputs=inputs, outputs=outputs, precision=precision,
-        dtypes=weight_dtypes(onnx.load(paths[signature.graph], load_external_data=False)), opset=OPSET[precision],
+        name=signature.graph,
+        file=paths[signature.graph].name,
+        inputs=inputs,
+        outputs=outputs,
+        precision=precision,
+        dtypes=weight_dtypes(onnx.load(paths[signature.graph], load_external_data=False)),
+        opset=OPSET[precision],
         about=about,
-    )  # fmt: skip
+    )
 
 
 def describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
     """A teacher's entry in the manifest."""
     dims = student.run.dims[config.label]
     return TeacherRecord(
-        label=config.label, network=config.name, role=config.role, token_dim=dims.summary, patch_dim=dims.patches,
-        weights=weights_source(config), licence=licence_of(config),
-    )  # fmt: skip
+        label=config.label,
+        network=config.name,
+        role=config.role,
+        token_dim=dims.summary,
+        patch_dim=dims.patches,
+        weights=weights_source(config),
+        licence=licence_of(config),
+    )
 
 
 def licence_of(config: TeacherConfig) -> str:
-    """The licence of a teacher's weights as their publisher states it, "unknown" where nobody does."""
+    """The licence of a teacher's weights as their publisher states it, "unknown" where nobody
+    does.
+    """
     source = config.checkpoint or ""
     if source.startswith(PACKAGE):
         wheel = WHEELS.get(source.removeprefix(PACKAGE))
         return wheel.licence if wheel else "Apache-2.0 (made by this project)"
     if source or not config.pretrained or config.name == "run":
         return "unknown"
-    return (timm.get_pretrained_cfg_value(config.name, "license") if timm.is_model(config.name) else None) or "unknown"
+    return (
+        timm.get_pretrained_cfg_value(config.name, "license")
+        if timm.is_model(config.name)
+        else None
+    ) or "unknown"

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.command_line import CommandLine
-from distill.errors import UserError, exit_status
-from export.bundle import BundledEngine, GraphRecord, Manifest, read_manifest, sha256_of, verify_files
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from contract.files import file_sha256
+from contract.manifest import BundledEngine, GraphRecord, Manifest, read_manifest, verify_files
 
 if TYPE_CHECKING:
     import onnx
@@ -26,10 +27,12 @@ Exit status: 0 all well, 1 something is wrong, 2 no bundle.
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser = CommandLine(prog="python -m export.check", description="Verify a bundle of export.run.", epilog=EPILOG)
+    parser = CommandLine(
+        prog="python -m export.check", description="Verify a bundle of export.run.", epilog=EPILOG
+    )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: check(asked.bundle))
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: check(args.bundle))
 
 
 def check(bundle: Path) -> int:
@@ -40,17 +43,24 @@ def check(bundle: Path) -> int:
 
     manifest = read_manifest(bundle)
     rows = [("file", name, problem) for name, problem in verify_files(bundle, manifest).items()]
-    rows += [("graph", graph.name, graph_problem(bundle, manifest, graph)) for graph in manifest.graphs]
+    rows += [
+        ("graph", graph.name, graph_problem(bundle, manifest, graph)) for graph in manifest.graphs
+    ]
     for name in manifest.files:
         if name == "text_encoder.json":
             rows.append(("graph", "text_encoder", encoder_problem(bundle, manifest, name)))
         elif name.endswith(".safetensors"):
             rows.append(("tensors", name, tensors_problem(bundle / name, manifest)))
-    rows += [("engine", entry.file, engine_problem(bundle, manifest, entry)) for entry in manifest.engines]
+    rows += [
+        ("engine", entry.file, engine_problem(bundle, manifest, entry))
+        for entry in manifest.engines
+    ]
     failed = [row for row in manifest.parity if not row.passed]
     worst = min((row.cosine for row in manifest.parity), default=1.0)
-    said = f"{len(failed)} comparisons failed, least cosine {worst:.6f}" if failed else ""
-    rows.append(("parity", f"{len(manifest.parity)} comparisons, least cosine {worst:.6f}", said))
+    message = f"{len(failed)} comparisons failed, least cosine {worst:.6f}" if failed else ""
+    rows.append(
+        ("parity", f"{len(manifest.parity)} comparisons, least cosine {worst:.6f}", message)
+    )
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("what", "name", "verdict"):
         table.add_column(name, overflow="fold")
@@ -69,17 +79,25 @@ def graph_problem(bundle: Path, manifest: Manifest, record: GraphRecord) -> str:
     model, problem = open_graph(bundle, manifest, record.file, record.opset)
     if model is None:
         return problem
-    for values, tensors in ((model.graph.input, record.inputs), (model.graph.output, record.outputs)):
-        found = [describe(value) for value in values]
+    for values, tensors in (
+        (model.graph.input, record.inputs),
+        (model.graph.output, record.outputs),
+    ):
+        result = [describe(value) for value in values]
         wanted = [(t.name, t.dtype, tuple(t.shape)) for t in tensors]
-        if found != wanted:
-            return f"{found} where the manifest says {wanted}"
+        if result != wanted:
+            return f"{result} where the manifest says {wanted}"
     if weight_dtypes(model) != record.dtypes:
-        return f"weights of {', '.join(weight_dtypes(model))}, the manifest says {', '.join(record.dtypes)}"
+        return (
+            f"weights of {', '.join(weight_dtypes(model))}, the manifest says "
+            f"{', '.join(record.dtypes)}"
+        )
     return ""
 
 
-def open_graph(bundle: Path, manifest: Manifest, file: str, opset: int) -> "tuple[onnx.ModelProto | None, str]":
+def open_graph(
+    bundle: Path, manifest: Manifest, file: str, opset: int
+) -> "tuple[onnx.ModelProto | None, str]":
     """A graph's model without its external weights, or None and what is wrong with its file."""
     import onnx
 
@@ -93,9 +111,15 @@ def open_graph(bundle: Path, manifest: Manifest, file: str, opset: int) -> "tupl
         model = onnx.load(path, load_external_data=False)
     # protobuf, checker and shape inference each raise their own
     except Exception as error:
-        return None, f"not valid ONNX ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-    found = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None)
-    return (model, "") if found == opset else (None, f"opset {found}, the manifest says {opset}")
+        return (
+            None,
+            "not valid ONNX "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
+        )
+    result = next(
+        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None
+    )
+    return (model, "") if result == opset else (None, f"opset {result}, the manifest says {opset}")
 
 
 def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
@@ -104,18 +128,22 @@ def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
 
     names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.DOUBLE: "float64"}
     kinds = {tensor.data_type for tensor in model.graph.initializer}
-    return tuple(sorted(names.get(kind) or onnx.TensorProto.DataType.Name(kind).lower() for kind in kinds))
+    return tuple(
+        sorted(names.get(kind) or onnx.TensorProto.DataType.Name(kind).lower() for kind in kinds)
+    )
 
 
 def encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
-    """What is wrong with the text encoder that a file of `export.text` describes, "" where nothing is."""
+    """What is wrong with the text encoder that a file of `export.text` describes, "" where nothing
+    is.
+    """
     try:
         about = json.loads((bundle / name).read_bytes())
         graph, ports = about["graph"], [about["input"], about["output"]]
         for part in (graph, about["tokenizer"]["vocabulary"]):
             if part["file"] not in manifest.files:
                 return f"{part['file']} is not in the manifest"
-            if sha256_of(bundle / part["file"]) != part["sha256"]:
+            if file_sha256(bundle / part["file"]) != part["sha256"]:
                 return f"{part['file']} is not the one that {name} describes"
         model, problem = open_graph(bundle, manifest, graph["file"], graph["opset"])
         if model is None:
@@ -123,19 +151,21 @@ def encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
         wanted = [(port["name"], port["dtype"], tuple(port["shape"])) for port in ports]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{name} does not describe an encoder ({type(error).__name__}: {error})"
-    found = [describe(value) for value in (*model.graph.input, *model.graph.output)]
-    return "" if found == wanted else f"{found} where {name} says {wanted}"
+    result = [describe(value) for value in (*model.graph.input, *model.graph.output)]
+    return "" if result == wanted else f"{result} where {name} says {wanted}"
 
 
 def tensors_problem(path: Path, manifest: Manifest) -> str:
-    """What is wrong with a file of tensors, "" where nothing is: golden set, class embeddings, or any other."""
+    """What is wrong with a file of tensors, "" where nothing is: golden set, class embeddings, or
+    any other.
+    """
     import numpy as np
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as file:
             about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         if path.name == "class_embeddings.safetensors":
             classes, rows = len(json.loads(about["classes"])), len(tensors["embeddings"])
             if classes != rows:
@@ -144,7 +174,11 @@ def tensors_problem(path: Path, manifest: Manifest) -> str:
             return f"lacks {', '.join(lacking)}"
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
-    odd = [name for name, value in tensors.items() if value.dtype.kind == "f" and not np.isfinite(value).all()]
+    odd = [
+        name
+        for name, value in tensors.items()
+        if value.dtype.kind == "f" and not np.isfinite(value).all()
+    ]
     return f"'{odd[0]}' holds numbers that are not finite" if odd else ""
 
 
@@ -156,7 +190,7 @@ def missing_outputs(tensors: Iterable[str], manifest: Manifest) -> list[str]:
 
 def engine_problem(bundle: Path, manifest: Manifest, entry: BundledEngine) -> str:
     """What is wrong with an engine and its sidecar, "" where nothing is."""
-    from export.to_tensorrt import verify_engine
+    from export.tensorrt.build import verify_engine
 
     if entry.file not in manifest.files:
         return "its file is not in the manifest"

@@ -5,12 +5,15 @@ from collections.abc import Callable, Sequence
 
 import onnx
 
+from contract.signature import Signature
 from export.graph import Part
-from export.signature import Signature
 
 
-def compose(signature: Signature, parts: Sequence[Part], models: dict[str, onnx.ModelProto]) -> onnx.ModelProto:
-    """The graph of a `signature` made of the graphs of `parts`, in their order; inputs and outputs keep their names.
+def compose(
+    signature: Signature, parts: Sequence[Part], models: dict[str, onnx.ModelProto]
+) -> onnx.ModelProto:
+    """The graph of a `signature` made of the graphs of `parts`, in their order; inputs and outputs
+    keep their names.
 
     Everything inside is called `<graph>/<name>`; weights that several graphs hold are kept once.
     """
@@ -24,11 +27,18 @@ def compose(signature: Signature, parts: Sequence[Part], models: dict[str, onnx.
         ports = {value.name: value for value in (*graph.input, *graph.output)}
         same = {}
         for tensor in graph.initializer:
-            data = tensor.SerializeToString(deterministic=True) if len(tensor.raw_data) < 64 else tensor.raw_data
+            data = (
+                tensor.SerializeToString(deterministic=True)
+                if len(tensor.raw_data) < 64
+                else tensor.raw_data
+            )
             key = (tensor.data_type, tuple(tensor.dims), hashlib.sha256(data).digest())
             same[tensor.name] = held.setdefault(key, f"{label}/{tensor.name}")
         rename(
-            graph, lambda name, p=ports, s=same, g=label: name if name in p or not name else s.get(name, f"{g}/{name}")
+            graph,
+            lambda name, p=ports, s=same, g=label: (
+                name if name in p or not name else s.get(name, f"{g}/{name}")
+            ),
         )
         for tensor in graph.initializer:
             if tensor.name not in kept:
@@ -42,7 +52,9 @@ def compose(signature: Signature, parts: Sequence[Part], models: dict[str, onnx.
 
 
 def rename(graph: onnx.GraphProto, name: Callable[[str], str]) -> None:
-    """Give every tensor and node of a graph another name. (No graph of ours holds others: they have neither If nor Loop.)"""
+    """Give every tensor and node of a graph another name. (No graph of ours holds others: they have
+    neither If nor Loop.)
+    """
     for node in graph.node:
         node.name = name(node.name)
         node.input[:] = [name(value) for value in node.input]

@@ -1,7 +1,8 @@
-"""A few photographs and what the torch student says of them, kept in the bundle: a server compares itself with this.
+"""A few photographs and what the torch student says of them, kept in the bundle: a server compares
+itself with this.
 
-A rollout asks the new version for these pictures before the switch, and canaries ask again while it serves; both only need
-numpy and safetensors (`serve/golden.py`).
+A rollout asks the new version for these pictures before the switch, and canaries ask again while it
+serves; both only need numpy and safetensors (`serve/golden.py`).
 """
 
 import json
@@ -13,44 +14,67 @@ import torch
 from PIL import Image
 from safetensors.numpy import save
 
-from export.bundle import ParityRecord, Precision
+from contract.manifest import ParityRecord, Precision
+from contract.signature import FUSED, IMAGE
 from export.graph import Part, Student
 from export.parity import RELATIVE, TOLERANCE, reference
-from export.signature import FUSED, IMAGE
 
 GOLDEN = "golden.safetensors"
 TF32 = 0.01
-"""Relative error that a server may have in any case: onnxruntime on a GPU multiplies float32 in TF32 unless told not to."""
+"""Relative error that a server may have in any case: onnxruntime on a GPU multiplies float32 in
+TF32 unless told not to.
+"""
 PICTURES = 3
 """Photographs that are kept, at most."""
 
 
 def write_golden(
-    folder: Path, student: Student, parts: Sequence[Part], photos: Sequence[tuple[str, Image.Image]],
-    size: tuple[int, int], max_batch: int, precision: Precision, parity: Sequence[ParityRecord],
-) -> None:  # fmt: skip
-    """Write `image` uint8 [n, H, W, 3] and, for every output of `fused`, float32 [n, …] of the student itself.
+    folder: Path,
+    student: Student,
+    parts: Sequence[Part],
+    photos: Sequence[tuple[str, Image.Image]],
+    size: tuple[int, int],
+    max_batch: int,
+    precision: Precision,
+    parity: Sequence[ParityRecord],
+) -> None:
+    """Write `image` uint8 [n, H, W, 3] and, for every output of `fused`, float32 [n, …] of the
+    student itself.
 
-    n is small enough for one request. Metadata: JSON under one key, for safetensors writes several in random order. `bounds`
-    are the least cosine and the largest error over an output's length that `precision` allows on every picture, `allowed`
-    has others for outputs that did not keep to them in `parity` and were let through.
+    n is small enough for one request. Metadata: JSON under one key, for safetensors writes several
+    in random order. `bounds` are the least cosine and the largest error over an output's length
+    that `precision` allows on every picture, `allowed` has others for outputs that did not keep to
+    them in `parity` and were let through.
     """
     height, width = size
     chosen = photos[: min(PICTURES, max_batch)]
-    image = np.stack([np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC)) for _, photo in chosen])
+    image = np.stack(
+        [np.asarray(photo.resize((width, height), Image.Resampling.BICUBIC)) for _, photo in chosen]
+    )
     wanted = reference(student, parts, torch.from_numpy(image))
-    outputs = [port.name for part in parts if part.signature.graph == FUSED for port in part.signature.outputs]
-    tensors = {IMAGE: image} | {name: np.ascontiguousarray(wanted[name], np.float32) for name in outputs}
+    outputs = [
+        port.name
+        for part in parts
+        if part.signature.graph == FUSED
+        for port in part.signature.outputs
+    ]
+    tensors = {IMAGE: image} | {
+        name: np.ascontiguousarray(wanted[name], np.float32) for name in outputs
+    }
     # packaged photographs have plain names; of a user's only the file's name leaves the machine
     about = {
-        "format": 2, "precision": precision, "bounds": [TOLERANCE[precision], max(RELATIVE[precision], TF32)],
-        "allowed": let_through(parity, precision), "pictures": [Path(name).name for name, _ in chosen],
-    }  # fmt: skip
+        "format": 2,
+        "precision": precision,
+        "bounds": [TOLERANCE[precision], max(RELATIVE[precision], TF32)],
+        "allowed": let_through(parity, precision),
+        "pictures": [Path(name).name for name, _ in chosen],
+    }
     (folder / GOLDEN).write_bytes(save(tensors, {"golden": json.dumps(about, sort_keys=True)}))
 
 
 def let_through(parity: Sequence[ParityRecord], precision: Precision) -> dict[str, list[float]]:
-    """Least cosine and largest relative error for a server's outputs that broke their bounds: as measured, and half as far again.
+    """Least cosine and largest relative error for a server's outputs that broke their bounds: as
+    measured, and half as far again.
 
     (The golden pictures need not be the worst, and a server's runtime may round otherwise.)
     """
@@ -59,8 +83,10 @@ def let_through(parity: Sequence[ParityRecord], precision: Precision) -> dict[st
         cosine, relative = worst.get(row.output, (1.0, 0.0))
         worst[row.output] = min(row.cosine, cosine), max(row.relative, relative)
     return {
-        name: [round(max(1 - 1.5 * (1 - min(cosine, TOLERANCE[precision])), -1.0), 6),
-               float(f"{1.5 * min(max(relative, RELATIVE[precision], TF32), 1e6):.3g}")]
+        name: [
+            round(max(1 - 1.5 * (1 - min(cosine, TOLERANCE[precision])), -1.0), 6),
+            float(f"{1.5 * min(max(relative, RELATIVE[precision], TF32), 1e6):.3g}"),
+        ]
         for name, (cosine, relative) in worst.items()
         if cosine < TOLERANCE[precision] or relative > RELATIVE[precision]
-    }  # fmt: skip
+    }

@@ -1,4 +1,6 @@
-"""The modules that are traced: tensors in, tensors out, in the order of `signature.py`. Rebuilt from a run folder."""
+"""The modules that are traced: tensors in, tensors out, in the order of `signature.py`. Rebuilt
+from a run folder.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,16 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distill.checkpoint import Run, load_run
-from distill.errors import UserError
-from distill.evaluate.encoder import RunEncoder, dpt_blocks
-from distill.features import Features
-from distill.heads import Head, load_head, scaled
-from distill.losses import FEATURE_LOSS, patch_cosine, pooled_cosine
-from distill.methods.deployment import BACKBONE, Deployment
-from distill.students import patch_size
-from distill.weights import tensors_sha256
-from export.signature import (
+from contract.errors import UserError
+from contract.signature import (
     FEATURES,
     FEATURES_GLOBAL,
     FUSED,
@@ -34,6 +28,14 @@ from export.signature import (
     layer_ports,
     task_port,
 )
+from distill.evaluate.encoder import RunEncoder, dpt_blocks
+from distill.features import Features
+from distill.heads import Head, load_head, scaled
+from distill.methods.deployment import BACKBONE, Deployment
+from distill.methods.losses import FEATURE_LOSS, patch_cosine, pooled_cosine
+from distill.models.student import patch_size
+from distill.models.weights import tensors_sha256
+from distill.runs import Run, load_run
 
 TASKS = ("classification", "segmentation", "depth")
 """Task heads looked for in RUN/heads, in the order of the outputs."""
@@ -45,15 +47,22 @@ DPT = "dpt-depth"
 class BackboneGraph(nn.Module):
     """uint8 [B, H, W, 3] to the student's features, for clients and for the other graphs.
 
-    Where sizes vary, the graph itself must refuse a side that is no multiple of the stride: convolutions would crop it.
+    Where sizes vary, the graph itself must refuse a side that is no multiple of the stride:
+    convolutions would crop it.
     """
 
     def __init__(self, deployment: Deployment, varying: bool) -> None:
         super().__init__()
-        self.preprocess, self.student, self.varying = deployment.preprocess, deployment.student, varying
+        self.preprocess, self.student, self.varying = (
+            deployment.preprocess,
+            deployment.student,
+            varying,
+        )
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """backbone_global [B, d], backbone_patches [B, h*w, d], features [B, h, w, d], features_global [B, 1, d]."""
+        """backbone_global [B, d], backbone_patches [B, h*w, d], features [B, h, w, d],
+        features_global [B, 1, d].
+        """
         return self.tell(self.student(self.normalize(image)))
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -61,9 +70,12 @@ class BackboneGraph(nn.Module):
         # bytes become floats before anything else happens to them: TensorRT only casts bytes
         pixels = image.float() / 255
         if self.varying:
-            # whole cells, or an error; the transposition in between keeps runtimes from joining the two reshapes into none
+            # whole cells, or an error; the transposition in between keeps runtimes from joining the
+            # two reshapes into none
             side = self.student.stride
-            cells = pixels.unflatten(2, (image.shape[2] // side, side)).unflatten(1, (image.shape[1] // side, side))
+            cells = pixels.unflatten(2, (image.shape[2] // side, side)).unflatten(
+                1, (image.shape[1] // side, side)
+            )
             pixels = cells.permute(0, 5, 1, 2, 3, 4).flatten(4, 5).flatten(2, 3)
         else:
             pixels = pixels.permute(0, 3, 1, 2)
@@ -71,9 +83,9 @@ class BackboneGraph(nn.Module):
         # normalisation stays in float32 whatever the network's precision
         return pixels.to(next(self.student.parameters()).dtype)
 
-    def tell(self, found: Features) -> tuple[Tensor, ...]:
+    def tell(self, result: Features) -> tuple[Tensor, ...]:
         """The four outputs of the student's features."""
-        summary, patches = found.summary.float(), found.patches.float()
+        summary, patches = result.summary.float(), result.patches.float()
         return summary, patches.flatten(1, 2), patches, summary.unsqueeze(1)
 
 
@@ -81,23 +93,36 @@ class LayersGraph(BackboneGraph):
     """The backbone and, from the same pass, the four layers that a DPT head reads."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The backbone's outputs, then layers_k [B, h_k, w_k, d_k] and layers_k_global [B, 1, d_k], shallow to deep."""
+        """The backbone's outputs, then layers_k [B, h_k, w_k, d_k] and layers_k_global [B, 1, d_k],
+        shallow to deep.
+        """
         pixels, net = self.normalize(image), self.student.net
         if patch_size(net) is None:
-            final, found = net.forward_intermediates(pixels, indices=4, output_fmt="NCHW")
-            maps = [layer.permute(0, 2, 3, 1) for layer in found]
+            final, result = net.forward_intermediates(pixels, indices=4, output_fmt="NCHW")
+            maps = [layer.permute(0, 2, 3, 1) for layer in result]
             vectors = [layer.mean(dim=(1, 2)) for layer in maps]
         else:
-            final, found = net.forward_intermediates(
-                pixels, indices=dpt_blocks(len(net.blocks)), norm=True, output_fmt="NLC", return_prefix_tokens=True
+            final, result = net.forward_intermediates(
+                pixels,
+                indices=dpt_blocks(len(net.blocks)),
+                norm=True,
+                output_fmt="NLC",
+                return_prefix_tokens=True,
             )
             # without prefix tokens timm gives the patches alone
-            tokens = [layer if isinstance(layer, tuple) else (layer, None) for layer in found]
-            vectors = [patches.mean(1) if prefix is None else prefix[:, 0] for patches, prefix in tokens]
-            grid = (pixels.shape[-2] // self.student.stride, pixels.shape[-1] // self.student.stride)
+            tokens = [layer if isinstance(layer, tuple) else (layer, None) for layer in result]
+            vectors = [
+                patches.mean(1) if prefix is None else prefix[:, 0] for patches, prefix in tokens
+            ]
+            grid = (
+                pixels.shape[-2] // self.student.stride,
+                pixels.shape[-1] // self.student.stride,
+            )
             maps = [patches.unflatten(1, grid) for patches, _ in tokens]
         pairs = zip(maps, vectors, strict=True)
-        layers = tuple(value.float() for layer, vector in pairs for value in (layer, vector.unsqueeze(1)))
+        layers = tuple(
+            value.float() for layer, vector in pairs for value in (layer, vector.unsqueeze(1))
+        )
         return self.tell(self.student.read(final, pixels)) + layers
 
 
@@ -126,13 +151,16 @@ class HeadGraph(nn.Module):
         dtype = next((p.dtype for p in self.head.parameters()), torch.float32)
         inputs = tuple(value.to(dtype) for value in inputs)
         if self.coupled:
-            # a head asks for the grid to tell the class position from patches: one row of all of them says as much
-            found = self.head(inputs[0], (1, inputs[0].shape[1] - self.prefix))
+            # a head asks for the grid to tell the class position from patches: one row of all of
+            # them says as much
+            result = self.head(inputs[0], (1, inputs[0].shape[1] - self.prefix))
         else:
             features, features_global = inputs
-            found = self.head(Features(features_global[:, 0], features), tuple(features.shape[1:3]))
-        patches = found.patches.flatten(1, 2).float()
-        return (found.token.float(), patches) if self.has_token else (patches,)
+            result = self.head(
+                Features(features_global[:, 0], features), tuple(features.shape[1:3])
+            )
+        patches = result.patches.flatten(1, 2).float()
+        return (result.token.float(), patches) if self.has_token else (patches,)
 
 
 class TaskGraph(nn.Module):
@@ -145,15 +173,15 @@ class TaskGraph(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Logits [B, C], logits [B, h*w, C] or metres [B, h*w]."""
         if self.reader is not None:
-            found = self.reader(*inputs)
-            value = found[0] if self.task == "classification" else found[-1].unsqueeze(1)
+            result = self.reader(*inputs)
+            value = result[0] if self.task == "classification" else result[-1].unsqueeze(1)
         else:
             value = inputs[0][:, 0] if self.task == "classification" else inputs[0]
         value = value.to(next(self.head.parameters()).dtype)
-        said = self.head(value).float()
+        message = self.head(value).float()
         if self.task == "segmentation":
-            return said.flatten(2).transpose(1, 2)
-        return said.flatten(1) if self.task == "depth" else said
+            return message.flatten(2).transpose(1, 2)
+        return message.flatten(1) if self.task == "depth" else message
 
 
 class DPTGraph(nn.Module):
@@ -174,7 +202,9 @@ class DPTGraph(nn.Module):
 class FusedGraph(nn.Module):
     """Everything a client may ask for in one graph."""
 
-    def __init__(self, backbone: nn.Module, interaction: nn.Module | None, parts: Sequence["Part"]) -> None:
+    def __init__(
+        self, backbone: nn.Module, interaction: nn.Module | None, parts: Sequence["Part"]
+    ) -> None:
         super().__init__()
         self.backbone, self.interaction = backbone, interaction
         self.parts = nn.ModuleList(part.module for part in parts)
@@ -187,11 +217,11 @@ class FusedGraph(nn.Module):
         known |= dict(zip(layer_names(len(layers) // 2), layers, strict=True))
         if self.interaction is not None:
             known[SPACES] = self.interaction(features, features_global)
-        found = [summary, flat]
+        result = [summary, flat]
         for module, reads in zip(self.parts, self.reads, strict=True):
-            said = module(*(known[name] for name in reads))
-            found += said if isinstance(said, tuple) else (said,)
-        return tuple(found)
+            message = module(*(known[name] for name in reads))
+            result += message if isinstance(message, tuple) else (message,)
+        return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -222,11 +252,16 @@ class Student:
 
 
 def open_student(folder: Path) -> Student:
-    """Load a run and its task heads; raises UserError for anything missing, damaged or not of this student."""
+    """Load a run and its task heads; raises UserError for anything missing, damaged or not of this
+    student.
+    """
     run = load_run(folder)
     sha256 = tensors_sha256(run.method.state_dict())
-    heads = [load_head(folder / "heads" / f"{task}.safetensors", sha256) for task in TASKS
-             if (folder / "heads" / f"{task}.safetensors").exists()]  # fmt: skip
+    heads = [
+        load_head(folder / "heads" / f"{task}.safetensors", sha256)
+        for task in TASKS
+        if (folder / "heads" / f"{task}.safetensors").exists()
+    ]
     deployment = run.method.deploy()
     student = Student(run, deployment, tuple(heads), deployment.student.stride, sha256)
     if any(head.kind == DPT for head in heads):
@@ -236,15 +271,18 @@ def open_student(folder: Path) -> Student:
 
 @torch.inference_mode()
 def measure_strides(student: Student) -> tuple[int, ...]:
-    """Pixels per position of the four layers; raises UserError where they are no whole part of the student's stride."""
+    """Pixels per position of the four layers; raises UserError where they are no whole part of the
+    student's stride.
+    """
     stride = student.stride
     size = max(1, student.run.recipe.student.image_size // stride) * stride
     layers = student.encoder.layers(torch.zeros(1, 3, size, size, dtype=torch.uint8))
     rows = [patches.shape[1] for _, patches in layers]
     if any(size % n or stride % (size // n) for n in rows):
         raise UserError(
-            f"the layers of '{student.run.recipe.student.name}' have {', '.join(map(str, rows))} rows for {size} pixels, which "
-            f"its stride {stride} is no multiple of: train the depth head with depth.head=linear, or move it away"
+            f"the layers of '{student.run.recipe.student.name}' have {', '.join(map(str, rows))} "
+            f"rows for {size} pixels, which its stride {stride} is no multiple of: train the "
+            "depth head with depth.head=linear, or move it away"
         )
     return tuple(size // n for n in rows)
 
@@ -262,10 +300,16 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
     layers: tuple[Port, ...] = ()
     for head in student.heads:
         if head.kind == DPT:
-            layers = layer_ports(head.module.settings["widths"], student.layer_strides, stride, height, width)
+            layers = layer_ports(
+                head.module.settings["widths"], student.layer_strides, stride, height, width
+            )
     backbone = Part(
         (LayersGraph if layers else BackboneGraph)(deployment, varying=not (height and width)),
-        Signature(BACKBONE, (image,), backbone_ports(d, positions) + feature_ports(d, rows, columns) + layers),
+        Signature(
+            BACKBONE,
+            (image,),
+            backbone_ports(d, positions) + feature_ports(d, rows, columns) + layers,
+        ),
     )
     parts, interaction, inputs = [backbone], None, feature_ports(d, rows, columns)
     prefix = int(deployment.student.has_class_token)
@@ -274,9 +318,11 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
         coupling = deployment.coupling
         n = positions + prefix if isinstance(positions, int) else "tokens"
         spaces = Port(
-            SPACES, "float32", ("batch", n, coupling.spaces, coupling.space_dim + coupling.token_dim),
+            SPACES,
+            "float32",
+            ("batch", n, coupling.spaces, coupling.space_dim + coupling.token_dim),
             "the M spaces after their interaction, for the heads",
-        )  # fmt: skip
+        )
         interaction = Part(InteractionGraph(coupling), Signature(INTERACTION, inputs, (spaces,)))
         parts.append(interaction)
         inputs = (spaces,)
@@ -287,16 +333,24 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
         has_token = student.run.recipe.method != "umt" or student.run.recipe.umt.model_token
         readers[label] = HeadGraph(deployment.heads[label], coupled, prefix, has_token)
         by_direction = FEATURE_LOSS[teacher.role] in (pooled_cosine, patch_cosine)
-        ports = head_ports(label, dims.summary if has_token else None, dims.patches, positions, not by_direction)
-        heads.append(Part(readers[label], Signature(head_graph(label), inputs, ports), {"teacher": label}))
+        ports = head_ports(
+            label, dims.summary if has_token else None, dims.patches, positions, not by_direction
+        )
+        heads.append(
+            Part(readers[label], Signature(head_graph(label), inputs, ports), {"teacher": label})
+        )
     tasks = [
         build_dpt(head, layers, student.layer_strides[0], height, width)
         if head.kind == DPT
         else build_task(head, readers, inputs, feature_ports(d, rows, columns), positions, stride)
         for head in student.heads
     ]
-    fused = FusedGraph(backbone.module, interaction.module if interaction else None, [*heads, *tasks])
-    outputs = backbone_ports(d, positions) + tuple(p for part in [*heads, *tasks] for p in part.signature.outputs)
+    fused = FusedGraph(
+        backbone.module, interaction.module if interaction else None, [*heads, *tasks]
+    )
+    outputs = backbone_ports(d, positions) + tuple(
+        p for part in [*heads, *tasks] for p in part.signature.outputs
+    )
     return [*parts, *heads, *tasks, Part(fused, Signature(FUSED, (image,), outputs))]
 
 
@@ -308,7 +362,8 @@ def build_task(
     positions: int | str,
     stride: int,
 ) -> Part:
-    """The graph of one task head; one that reads a teacher's output carries that teacher's head inside.
+    """The graph of one task head; one that reads a teacher's output carries that teacher's head
+    inside.
 
     (Fed from the head's own output, it would make that both an ensemble output and a step's input.)
     """
@@ -320,13 +375,19 @@ def build_task(
     reader = None if reads == BACKBONE else readers[reads]
     inputs = coupled if reader else (features[1] if head.task == "classification" else features[0],)
     port = task_port(head.task, classes, positions)
-    return Part(TaskGraph(head.task, head.module, reader), Signature(head.task, inputs, (port,)), about)
+    return Part(
+        TaskGraph(head.task, head.module, reader), Signature(head.task, inputs, (port,)), about
+    )
 
 
-def build_dpt(head: Head, layers: tuple[Port, ...], finest: int, height: int | None, width: int | None) -> Part:
-    """The graph of a DPT head; `finest` is the stride of the first layer, whose grid it multiplies by its first scale.
+def build_dpt(
+    head: Head, layers: tuple[Port, ...], finest: int, height: int | None, width: int | None
+) -> Part:
+    """The graph of a DPT head; `finest` is the stride of the first layer, whose grid it multiplies
+    by its first scale.
 
-    What it says is finer than patches, so `about` has its own stride: floor(pixels / stride + 1/2) rows or columns.
+    What it says is finer than patches, so `about` has its own stride: floor(pixels / stride + 1/2)
+    rows or columns.
     """
     scale = head.module.settings["scales"][0]
     about = describe(head) | {"stride": finest / scale}
@@ -340,4 +401,6 @@ def build_dpt(head: Head, layers: tuple[Port, ...], finest: int, height: int | N
 
 def describe(head: Head) -> dict:
     """What a client should know of a head."""
-    return {key: head.about[key] for key in ("reads", "classes", "size", "unit") if key in head.about}
+    return {
+        key: head.about[key] for key in ("reads", "classes", "size", "unit") if key in head.about
+    }

@@ -1,7 +1,8 @@
-"""int8: ranges of activations from photographs, then Q/DQ nodes in every graph; `fused` is put together from the others.
+"""int8: ranges of activations from photographs, then Q/DQ nodes in every graph; `fused` is put
+together from the others.
 
-All is symmetric s8s8 with a scale per channel of weights, one file for all runtimes. Biases stay in float: TensorRT refuses
-onnxruntime's 32-bit ones.
+All is symmetric s8s8 with a scale per channel of weights, one file for all runtimes. Biases stay in
+float: TensorRT refuses onnxruntime's 32-bit ones.
 """
 
 import contextlib
@@ -21,11 +22,11 @@ from onnxruntime.quantization.calibrate import HistogramCollector, TensorData, T
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from PIL import Image
 
-from distill.errors import TrainingError
+from contract.errors import Failure
+from contract.signature import FUSED, IMAGE
 from export.compose import compose
 from export.graph import Part
-from export.runtimes import OnnxRuntime, Outputs
-from export.signature import FUSED, IMAGE
+from export.runtimes.runtime import OnnxRuntime, Outputs
 from export.to_onnx import OPSET, check, clean, save
 
 log = logging.getLogger(__name__)
@@ -43,25 +44,30 @@ METHODS = {
 }
 OPTIONS = {
     "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False,
-    # a product is added to, normalised or activated before it is read again: quantising it in between only costs accuracy
+    # a product is added to, normalised or activated before it is read again: quantising it in
+    # between only costs accuracy
     "OpTypesToExcludeOutputQuantization": QUANTIZED,
 }  # fmt: skip
 
 
 class Ranges(HistogramCollector):
-    """Ranges of tensors over pictures, onnxruntime's way: `collect` what each picture makes of them, then `compute`."""
+    """Ranges of tensors over pictures, onnxruntime's way: `collect` what each picture makes of
+    them, then `compute`.
+    """
 
     def __init__(self, method: str) -> None:
-        bins = 2048 if method == "percentile" else 512  # entropy looks at every range beyond 128 bins, in Python
+        bins = (
+            2048 if method == "percentile" else 512
+        )  # entropy looks at every range beyond 128 bins, in Python
         super().__init__(method, method == "percentile", bins, 128, 99.999, "same")
         self.seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def collect(self, name_to_arr: Outputs) -> None:
-        """Take in the values of one picture; raises TrainingError for what is not finite."""
+        """Take in the values of one picture; raises Failure for what is not finite."""
         for name, values in name_to_arr.items():
             low, high = values.min(), values.max()
             if not np.isfinite(high - low):
-                raise TrainingError(f"int8: tensor '{name}' is not finite on a calibration picture")
+                raise Failure(f"int8: tensor '{name}' is not finite on a calibration picture")
             before = self.seen.get(name, (low, high))
             self.seen[name] = (min(low, before[0]), max(high, before[1]))
         if self.method != "minmax":
@@ -69,7 +75,9 @@ class Ranges(HistogramCollector):
                 super().collect(name_to_arr)
 
     def collect_absolute_value(self, name_to_arr: Outputs) -> None:
-        """Count magnitudes in bins of one width; onnxruntime's own sorts them, which takes longer than the network."""
+        """Count magnitudes in bins of one width; onnxruntime's own sorts them, which takes longer
+        than the network.
+        """
         for name, values in name_to_arr.items():
             magnitudes = np.abs(values).ravel()
             low, high = self.seen[name]
@@ -80,37 +88,57 @@ class Ranges(HistogramCollector):
             else:
                 width = float(edges[-1]) / len(counts)
                 bins = max(len(counts), math.ceil(top / width))
-            before = np.bincount((edges[:-1] / width + 0.5).astype(np.int64), counts, bins).astype(np.int64)
-            found = np.bincount(np.minimum((magnitudes / np.float32(width)).astype(np.int64), bins - 1), minlength=bins)
-            found += before
+            before = np.bincount((edges[:-1] / width + 0.5).astype(np.int64), counts, bins).astype(
+                np.int64
+            )
+            result = np.bincount(
+                np.minimum((magnitudes / np.float32(width)).astype(np.int64), bins - 1),
+                minlength=bins,
+            )
+            result += before
             edges = (np.arange(bins + 1) * width).astype(values.dtype)
-            self.histogram_dict[name] = (found, edges, np.asarray(low), np.asarray(high))
+            self.histogram_dict[name] = (result, edges, np.asarray(low), np.asarray(high))
 
-    def merge_histogram(self, old_histogram: tuple, data_arr: np.ndarray, new_min, new_max, new_threshold) -> tuple:
-        """Add a picture to a histogram of values; onnxruntime's own keeps the bins' width, and would make millions of them."""
+    def merge_histogram(
+        self, old_histogram: tuple, data_arr: np.ndarray, new_min, new_max, new_threshold
+    ) -> tuple:
+        """Add a picture to a histogram of values; onnxruntime's own keeps the bins' width, and
+        would make millions of them.
+        """
         counts, edges, low, high, threshold = old_histogram
         if new_threshold <= 8 * threshold:
             return super().merge_histogram(old_histogram, data_arr, new_min, new_max, new_threshold)
-        found, wider = np.histogram(data_arr, self.num_bins, range=(-new_threshold, new_threshold))
-        found += np.histogram((edges[:-1] + edges[1:]) / 2, wider, weights=counts)[0].astype(found.dtype)
-        return found, wider, min(low, new_min), max(high, new_max), new_threshold
+        result, wider = np.histogram(data_arr, self.num_bins, range=(-new_threshold, new_threshold))
+        result += np.histogram((edges[:-1] + edges[1:]) / 2, wider, weights=counts)[0].astype(
+            result.dtype
+        )
+        return result, wider, min(low, new_min), max(high, new_max), new_threshold
 
     def compute(self) -> TensorsData:
         """The range of every tensor."""
-        found = self.seen
-        if self.method != "minmax" and found:
+        result = self.seen
+        if self.method != "minmax" and result:
             with quiet():
-                found = self.compute_collection_result()
-        ranges = {n: TensorData(lowest=np.asarray(r[0]), highest=np.asarray(r[1])) for n, r in found.items()}
+                result = self.compute_collection_result()
+        ranges = {
+            n: TensorData(lowest=np.asarray(r[0]), highest=np.asarray(r[1]))
+            for n, r in result.items()
+        }
         return TensorsData(METHODS[self.method], ranges)
 
 
 def quantize_graphs(
-    parts: Sequence[Part], paths: dict[str, Path], about: dict[str, str], method: str, images: Sequence[np.ndarray]
+    parts: Sequence[Part],
+    paths: dict[str, Path],
+    about: dict[str, str],
+    method: str,
+    images: Sequence[np.ndarray],
 ) -> None:
-    """Give every graph at `paths` its int8 form, ranges taken from `images`, uint8 [1, H, W, 3] each, run through all.
+    """Give every graph at `paths` its int8 form, ranges taken from `images`, uint8 [1, H, W, 3]
+    each, run through all.
 
-    `fused`, with metadata `about`, is written too: it is the other graphs in one, and so says exactly what they say.
+    `fused`, with metadata `about`, is written too: it is the other graphs in one, and so says
+    exactly what they say.
     """
     own = [part for part in parts if part.signature.graph != FUSED]
     models = {part.signature.graph: onnx.load(paths[part.signature.graph]) for part in own}
@@ -132,13 +160,23 @@ def quantize_graphs(
         kept.CopyFrom(models[graph])
         save(kept, path)
         check(kept, path, part.signature, OPSET["int8"])
-        log.info("int8      %-16s %6.1f MB  %4.1f s", graph, path.stat().st_size / 1e6, time.perf_counter() - begun)
+        log.info(
+            "int8      %-16s %6.1f MB  %4.1f s",
+            graph,
+            path.stat().st_size / 1e6,
+            time.perf_counter() - begun,
+        )
 
 
 def calibrate(
-    parts: Sequence[Part], models: dict[str, onnx.ModelProto], method: str, images: Sequence[np.ndarray]
+    parts: Sequence[Part],
+    models: dict[str, onnx.ModelProto],
+    method: str,
+    images: Sequence[np.ndarray],
 ) -> dict[str, Ranges]:
-    """Ranges of what every graph's matrices and kernels read, by graph, each graph fed by those before it."""
+    """Ranges of what every graph's matrices and kernels read, by graph, each graph fed by those
+    before it.
+    """
     begun = time.perf_counter()
     ranges, watched = {}, {}
     with tempfile.TemporaryDirectory() as folder:
@@ -147,21 +185,26 @@ def calibrate(
             graph = part.signature.graph
             ranges[graph], watched[graph] = Ranges(method), activations(models[graph])
             files[graph] = Path(folder) / f"{graph}.onnx"
-            told = onnx.ModelProto()
-            told.CopyFrom(models[graph])
-            given = {value.name for value in (*told.graph.input, *told.graph.output)}
-            told.graph.output.extend(onnx.ValueInfoProto(name=name) for name in watched[graph] if name not in given)
-            save(told, files[graph])
+            answer = onnx.ModelProto()
+            answer.CopyFrom(models[graph])
+            given = {value.name for value in (*answer.graph.input, *answer.graph.output)}
+            answer.graph.output.extend(
+                onnx.ValueInfoProto(name=name) for name in watched[graph] if name not in given
+            )
+            save(answer, files[graph])
         runtime = OnnxRuntime(files)
-        names = {graph: [o.name for o in session.get_outputs()] for graph, session in runtime.sessions.items()}
+        names = {
+            graph: [o.name for o in session.get_outputs()]
+            for graph, session in runtime.sessions.items()
+        }
         for image in images:
             known: Outputs = {IMAGE: image}
             for part in parts:
                 graph = part.signature.graph
                 feeds = {port.name: known[port.name] for port in part.signature.inputs}
-                found = feeds | dict(zip(names[graph], runtime.run(graph, feeds), strict=True))
-                ranges[graph].collect({name: found[name] for name in watched[graph]})
-                known |= {port.name: found[port.name] for port in part.signature.outputs}
+                result = feeds | dict(zip(names[graph], runtime.run(graph, feeds), strict=True))
+                ranges[graph].collect({name: result[name] for name in watched[graph]})
+                known |= {port.name: result[port.name] for port in part.signature.outputs}
     log.info("int8      %d pictures  %4.1f s", len(images), time.perf_counter() - begun)
     return ranges
 
@@ -169,13 +212,15 @@ def calibrate(
 def activations(model: onnx.ModelProto) -> list[str]:
     """What the nodes to be quantised read, weights apart."""
     weights, left_out = {tensor.name for tensor in model.graph.initializer}, set(left_alone(model))
-    return sorted({
-        name
-        for node in model.graph.node
-        if node.op_type in QUANTIZED and node.name not in left_out
-        for name in node.input[:2]
-        if name not in weights
-    })  # fmt: skip
+    return sorted(
+        {
+            name
+            for node in model.graph.node
+            if node.op_type in QUANTIZED and node.name not in left_out
+            for name in node.input[:2]
+            if name not in weights
+        }
+    )
 
 
 def insert(model: onnx.ModelProto, ranges: TensorsData) -> onnx.ModelProto:
@@ -183,20 +228,34 @@ def insert(model: onnx.ModelProto, ranges: TensorsData) -> onnx.ModelProto:
     left_out = left_alone(model)
     with quiet():
         quantizer = QDQQuantizer(
-            model, True, False, QuantType.QInt8, QuantType.QInt8, ranges, [], left_out, QUANTIZED, dict(OPTIONS)
+            model,
+            True,
+            False,
+            QuantType.QInt8,
+            QuantType.QInt8,
+            ranges,
+            [],
+            left_out,
+            QUANTIZED,
+            dict(OPTIONS),
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
-    found = quantizer.model.model
-    spare(found, left_out)
-    del found.graph.value_info[:]
-    return found
+    result = quantizer.model.model
+    spare(result, left_out)
+    del result.graph.value_info[:]
+    return result
 
 
 def spare(model: onnx.ModelProto, left_out: Sequence[str]) -> None:
-    """Give all but the quantised nodes the float tensor again: onnxruntime hands rounded ones to every reader, and so would
-    send a CNN's shortcuts through int8 block after block."""
-    exact = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    """Give all but the quantised nodes the float tensor again: onnxruntime hands rounded ones to
+    every reader, and so would send a CNN's shortcuts through int8 block after block.
+    """
+    exact = {
+        node.output[0]: node.input[0]
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
     rounded = {
         node.output[0]: exact[node.input[0]]
         for node in model.graph.node
@@ -209,7 +268,9 @@ def spare(model: onnx.ModelProto, left_out: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def quiet():
-    """Keep onnxruntime from advising steps that do not apply to graphs of torch's exporter, and from printing."""
+    """Keep onnxruntime from advising steps that do not apply to graphs of torch's exporter, and
+    from printing.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -221,29 +282,36 @@ def quiet():
 
 
 def left_alone(model: onnx.ModelProto) -> list[str]:
-    """Nodes whose matrix or kernel is too small to be worth it, or that compute the same for every picture of a size."""
+    """Nodes whose matrix or kernel is too small to be worth it, or that compute the same for every
+    picture of a size.
+    """
     sides = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    seen, found = {value.name for value in model.graph.input}, []
+    seen, result = {value.name for value in model.graph.input}, []
     for node in model.graph.node:
         depends = not seen.isdisjoint(node.input)
         if depends and node.op_type not in ("Shape", "Size"):
             seen.update(node.output)
         if node.op_type in QUANTIZED and (not depends or smallest_side(node, sides) < SMALLEST):
-            found.append(node.name)
-    return found
+            result.append(node.name)
+    return result
 
 
 def smallest_side(node: onnx.NodeProto, sides: dict[str, Sequence[int]]) -> int:
-    """The smallest side of a node's constant matrix or kernel (output and input channels), a large number without one."""
+    """The smallest side of a node's constant matrix or kernel (output and input channels), a large
+    number without one.
+    """
     dims = next((sides[name] for name in node.input[1:2] if name in sides), None)
     if dims is None:
         return 1 << 30
-    # runtimes take no scale per channel for a stack of matrices (grouped maps): those stay in float too
+    # runtimes take no scale per channel for a stack of matrices (grouped maps): those stay in float
+    # too
     return 0 if node.op_type == "MatMul" and len(dims) > 2 else min(dims[:2])
 
 
 def prepare(photos: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Pictures as graphs read them, uint8 [1, H, W, 3] each, the sizes (height, width) taking turns."""
+    """Pictures as graphs read them, uint8 [1, H, W, 3] each, the sizes (height, width) taking
+    turns.
+    """
     return [
         np.asarray(photo.resize(sizes[n % len(sizes)][::-1], Image.Resampling.BICUBIC))[None]
         for n, photo in enumerate(photos)

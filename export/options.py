@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 
-from distill.errors import UserError
+from contract.errors import UserError
 
 PACKAGED = "packaged-photos"
 """In place of a folder: the photographs of packages on PyPI."""
 
 
 def parse_sizes(texts: Sequence[str] | None, stride: int, own: int) -> list[tuple[int, int]]:
-    """(height, width) of every `224` or `448x336`; raises UserError for sides that the stride does not divide."""
-    found = []
+    """(height, width) of every `224` or `448x336`; raises UserError for sides that the stride does
+    not divide.
+    """
+    result = []
     for text in texts or [str(own)]:
         parts = text.lower().split("x")
         if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
@@ -21,7 +23,8 @@ def parse_sizes(texts: Sequence[str] | None, stride: int, own: int) -> list[tupl
                 below = side // stride * stride
                 nearest = f"{below} or {below + stride}" if below else str(stride)
                 raise UserError(
-                    f"--resolutions {text}: {side} is not a multiple of the student's stride {stride}: use {nearest}"
+                    f"--resolutions {text}: {side} is not a multiple of the student's stride "
+                    f"{stride}: use {nearest}"
                 )
-        found.append((height, width))
-    return list(dict.fromkeys(found))
+        result.append((height, width))
+    return list(dict.fromkeys(result))

@@ -1,7 +1,9 @@
-"""The folder a bundle goes to: what may be replaced, and how the new bundle appears in one step, whole or not at all.
+"""The folder a bundle goes to: what may be replaced, and how the new bundle appears in one step,
+whole or not at all.
 
-It is written into `.NAME.PID.tmp` beside its place and then exchanged with what is there. Where a file system cannot
-exchange, the old bundle is `.NAME.old` between two renames. What a killed export left is put in order by the next one.
+It is written into `.NAME.PID.tmp` beside its place and then exchanged with what is there. Where a
+file system cannot exchange, the old bundle is `.NAME.old` between two renames. What a killed export
+left is put in order by the next one.
 """
 
 import contextlib
@@ -20,8 +22,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from distill.errors import Stopped, UserError
-from export.bundle import MANIFEST, entries, strangers
+from contract.errors import Stopped, UserError
+from contract.manifest import MANIFEST, entries, strangers
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of fcntl.h and linux/fs.h, for renameat2(2)."""
@@ -30,24 +32,33 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 def check_output(output: Path, force: bool, read: Mapping[str, Path]) -> Path:
     """Where `--output` leads, links followed, and tidied up after a killed export.
 
-    `read` are folders and files that the export reads, by what to call them. Raises UserError for an output that is or
-    holds one of them, and for one that holds files: any without `force`, and even so any that are no bundle's.
+    `read` are folders and files that the export reads, by what to call them. Raises UserError for
+    an output that is or holds one of them, and for one that holds files: any without `force`, and
+    even so any that are no bundle's.
     """
     try:
         place = output.resolve()
     except (OSError, RuntimeError) as error:
-        raise UserError(f"--output {output}: its links lead nowhere ({error}): choose another") from error
+        raise UserError(
+            f"--output {output}: its links lead nowhere ({error}): choose another"
+        ) from error
     for name, path in read.items():
         if path.resolve().is_relative_to(place):
             verb = "is" if path.resolve() == place else "holds"
-            raise UserError(f"--output {output} {verb} {name} {path}, which is read: choose another")
+            raise UserError(
+                f"--output {output} {verb} {name} {path}, which is read: choose another"
+            )
     if place.is_mount():
-        raise UserError(f"--output {output} is where a file system is mounted: name a folder inside it")
+        raise UserError(
+            f"--output {output} is where a file system is mounted: name a folder inside it"
+        )
     try:
         tidy(place)
         check_replaceable(output, place, force)
     except OSError as error:
-        raise UserError(f"--output {output}: {error.filename or place}: {error.strerror}: choose another") from error
+        raise UserError(
+            f"--output {output}: {error.filename or place}: {error.strerror}: choose another"
+        ) from error
     return place
 
 
@@ -57,16 +68,21 @@ def check_replaceable(output: Path, place: Path, force: bool) -> None:
         return
     if not place.is_dir():
         raise UserError(f"--output {output} is a file: give a folder")
-    if found := stranger(place):
+    if result := stranger(place):
         raise UserError(
-            f"--output {output} holds {found}, which is no part of a bundle: move it away, or choose another"
+            f"--output {output} holds {result}, which is no part of a bundle: move it away, or "
+            "choose another"
         )
     if any(place.iterdir()) and not force:
-        raise UserError(f"--output {output} already holds files: add --force to replace it, or choose another")
+        raise UserError(
+            f"--output {output} already holds files: add --force to replace it, or choose another"
+        )
 
 
 def stranger(folder: Path) -> str:
-    """The first thing in a folder that no manifest there lists, "" for an empty folder and for a bundle of any format."""
+    """The first thing in a folder that no manifest there lists, "" for an empty folder and for a
+    bundle of any format.
+    """
     present, listed = entries(folder), []
     if stat.S_ISREG(present.get(MANIFEST, 0)):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -80,10 +96,11 @@ def stranger(folder: Path) -> str:
 
 @contextmanager
 def appearing(output: Path, place: Path, force: bool) -> Iterator[Path]:
-    """A folder to fill, which becomes `place` at the end; where the body fails or is stopped, nothing is left of it.
+    """A folder to fill, which becomes `place` at the end; where the body fails or is stopped,
+    nothing is left of it.
 
-    SIGTERM and SIGHUP stop the body as Ctrl-C does. Raises UserError where nothing can be written, and where `place` has
-    been filled by somebody else meanwhile.
+    SIGTERM and SIGHUP stop the body as Ctrl-C does. Raises UserError where nothing can be written,
+    and where `place` has been filled by somebody else meanwhile.
     """
     aside, held = place.with_name(f".{place.name}.{os.getpid()}.tmp"), None
     made = [parent for parent in place.parents if not parent.exists()]
@@ -93,7 +110,9 @@ def appearing(output: Path, place: Path, force: bool) -> Iterator[Path]:
                 aside.mkdir(parents=True)
                 held = hold(aside)
             except OSError as error:
-                raise UserError(f"--output {output}: cannot make it ({error.strerror}): choose another") from error
+                raise UserError(
+                    f"--output {output}: cannot make it ({error.strerror}): choose another"
+                ) from error
             yield aside
             flush(aside)
             put(output, aside, place, force)
@@ -108,7 +127,9 @@ def appearing(output: Path, place: Path, force: bool) -> Iterator[Path]:
 
 
 def put(output: Path, aside: Path, place: Path, force: bool) -> None:
-    """Give `aside` the name `place`; what was there is then `aside`, or gone. Raises UserError where it cannot."""
+    """Give `aside` the name `place`; what was there is then `aside`, or gone. Raises UserError
+    where it cannot.
+    """
     try:
         if force and os.path.lexists(place):
             check_replaceable(output, place, force)
@@ -119,8 +140,12 @@ def put(output: Path, aside: Path, place: Path, force: bool) -> None:
         flush_folder(place.parent)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise UserError(f"--output {output} was filled by somebody else meanwhile: choose another") from error
-        raise UserError(f"--output {output}: cannot be put in place ({error.strerror}): choose another") from error
+            raise UserError(
+                f"--output {output} was filled by somebody else meanwhile: choose another"
+            ) from error
+        raise UserError(
+            f"--output {output}: cannot be put in place ({error.strerror}): choose another"
+        ) from error
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -132,7 +157,9 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def rename_twice(aside: Path, place: Path) -> None:
-    """Replace `place` by way of `.NAME.old`, which `tidy` takes back if this is killed in between."""
+    """Replace `place` by way of `.NAME.old`, which `tidy` takes back if this is killed in
+    between.
+    """
     old = old_of(place)
     try:
         os.rename(place, old)
@@ -150,7 +177,9 @@ def old_of(place: Path) -> Path:
 
 
 def tidy(place: Path) -> None:
-    """Take back a bundle whose replacement was killed half-way, and remove what other killed exports to `place` left."""
+    """Take back a bundle whose replacement was killed half-way, and remove what other killed
+    exports to `place` left.
+    """
     old = old_of(place)
     if not os.path.lexists(place) and old.is_dir():
         os.rename(old, place)
@@ -159,13 +188,15 @@ def tidy(place: Path) -> None:
     if not place.parent.is_dir():
         return
     for path in list(place.parent.iterdir()):
-        found = re.fullmatch(rf"\.{re.escape(place.name)}\.(\d+)\.tmp", path.name)
-        if found and not path.is_symlink() and abandoned(path, int(found[1])):
+        match = re.fullmatch(rf"\.{re.escape(place.name)}\.(\d+)\.tmp", path.name)
+        if match and not path.is_symlink() and abandoned(path, int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def hold(folder: Path) -> int:
-    """Lock a folder, so that exports in other containers, where process ids are others, see that it is being filled."""
+    """Lock a folder, so that exports in other containers, where process ids are others, see that it
+    is being filled.
+    """
     held = os.open(folder, os.O_RDONLY)
     with contextlib.suppress(OSError):  # not every file system can lock
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -220,8 +251,14 @@ def stoppable() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         raise Stopped(number)
 
-    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
-    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]  # nohup's stays
+    numbers = (
+        (signal.SIGTERM, signal.SIGHUP)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
+    changed = [
+        number for number in numbers if signal.getsignal(number) is signal.SIG_DFL
+    ]  # nohup's stays
     for number in changed:
         signal.signal(number, stop)
     try:

@@ -1,4 +1,6 @@
-"""Does every graph say what the torch student says? On real photographs, several batches and sizes, in real runtimes."""
+"""Does every graph say what the torch student says? On real photographs, several batches and sizes,
+in real runtimes.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -9,86 +11,111 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.errors import TrainingError
+from contract.errors import Failure
+from contract.manifest import ParityRecord, Precision
+from contract.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE, SPACES, layer_names
 from distill.methods.deployment import BACKBONE
-from export.bundle import ParityRecord, Precision
 from export.graph import DPT, Part, Student
-from export.runtimes import Outputs, Runtime
-from export.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE, SPACES, layer_names
+from export.runtimes.runtime import Outputs, Runtime
 
 TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
 """Least cosine between a graph's output and the student's, on every picture."""
 
 RELATIVE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.05, "int8": 0.15}
-"""Largest error over the length of the student's output, on every picture: cosine does not see an output of another scale."""
+"""Largest error over the length of the student's output, on every picture: cosine does not see an
+output of another scale.
+"""
 
 CENTRED = 0.5
 TELLING: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}
-"""Outputs may be much alike on all pictures (a student that has learnt little): then another picture's, or a constant, has a
-high cosine too. So what is left without the mean over pictures is compared as well, and its cosine must be `CENTRED` on
-every picture that differs from the mean by this part of its length; where pictures differ less, the precision's own rounding
-(about 1e-5, 2e-3, 2e-2 and 6e-2 of the length) says as much as they do, and the figure is only recorded."""
+"""Outputs may be much alike on all pictures (a student that has learnt little): then another
+picture's, or a constant, has a high cosine too. So what is left without the mean over pictures is
+compared as well, and its cosine must be `CENTRED` on every picture that differs from the mean by
+this part of its length; where pictures differ less, the precision's own rounding (about 1e-5, 2e-3,
+2e-2 and 6e-2 of the length) says as much as they do, and the figure is only recorded.
+"""
 
 GROUP = 8
-"""Pictures whose outputs are centred on their common mean, at least: as many as are held at once."""
+"""Pictures whose outputs are centred on their common mean, at least: as many as are held at once.
+"""
 
 
 def run_chain(runtime: Runtime, parts: Sequence[Part], image: np.ndarray) -> dict[str, Outputs]:
     """Outputs of every graph, each fed from those before it as in a server."""
     known: Outputs = {IMAGE: image}
-    found: dict[str, Outputs] = {}
+    result: dict[str, Outputs] = {}
     for part in parts:
         signature = part.signature
         if not runtime.has(signature.graph):
             continue
         feeds = {port.name: known[port.name] for port in signature.inputs}
-        found[signature.graph] = dict(
-            zip((port.name for port in signature.outputs), runtime.run(signature.graph, feeds), strict=True)
+        result[signature.graph] = dict(
+            zip(
+                (port.name for port in signature.outputs),
+                runtime.run(signature.graph, feeds),
+                strict=True,
+            )
         )
         if signature.graph != FUSED:
-            known |= found[signature.graph]
-    return found
+            known |= result[signature.graph]
+    return result
 
 
 @torch.inference_mode()
 def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs:
-    """What the student itself says of uint8 [B, H, W, 3], by output name: from `Deployment`, not from the graphs' modules."""
+    """What the student itself says of uint8 [B, H, W, 3], by output name: from `Deployment`, not
+    from the graphs' modules.
+    """
     deployment, coupled = student.deployment, []
-    listening = deployment.coupling.register_forward_hook(lambda module, inputs, output: coupled.append(output))
+    listening = deployment.coupling.register_forward_hook(
+        lambda module, inputs, output: coupled.append(output)
+    )
     try:
         predictions = deployment(image.permute(0, 3, 1, 2).float() / 255)
     finally:
         listening.remove()
-    found: Outputs = {SPACES: coupled[0].numpy()} if isinstance(coupled[0], Tensor) else {}
+    result: Outputs = {SPACES: coupled[0].numpy()} if isinstance(coupled[0], Tensor) else {}
     for label, prediction in predictions.items():
         flat = prediction.patches.flatten(1, 2)
         if label == BACKBONE:
-            found["backbone_global"], found["backbone_patches"] = prediction.token.numpy(), flat.numpy()
-            found[FEATURES] = prediction.patches.numpy()
-            found[FEATURES_GLOBAL] = prediction.token.unsqueeze(1).numpy()
+            result["backbone_global"], result["backbone_patches"] = (
+                prediction.token.numpy(),
+                flat.numpy(),
+            )
+            result[FEATURES] = prediction.patches.numpy()
+            result[FEATURES_GLOBAL] = prediction.token.unsqueeze(1).numpy()
             continue
         if prediction.token is not None:
-            found[f"{label}_token"] = prediction.token.numpy()
-        found[f"{label}_patches"] = flat.numpy()
+            result[f"{label}_token"] = prediction.token.numpy()
+        result[f"{label}_patches"] = flat.numpy()
     if student.layer_strides:
         layers = student.encoder.layers(image.permute(0, 3, 1, 2))
         values = (value for summary, patches in layers for value in (patches, summary.unsqueeze(1)))
-        found |= {name: value.numpy() for name, value in zip(layer_names(len(layers)), values, strict=True)}
+        result |= {
+            name: value.numpy()
+            for name, value in zip(layer_names(len(layers)), values, strict=True)
+        }
     for head in student.heads:
         seen = predictions[head.about["reads"]]
         match head.task:
             case "classification":
                 vector = seen.summary if seen.token is None else seen.token
-                found["classification_logits"] = head.module(vector).numpy()
+                result["classification_logits"] = head.module(vector).numpy()
             case "segmentation":
-                found["segmentation_logits"] = head.module(seen.patches).flatten(2).transpose(1, 2).numpy()
+                result["segmentation_logits"] = (
+                    head.module(seen.patches).flatten(2).transpose(1, 2).numpy()
+                )
             case "depth":
-                found["depth"] = head.module(layers if head.kind == DPT else seen.patches).flatten(1).numpy()
-    return found
+                result["depth"] = (
+                    head.module(layers if head.kind == DPT else seen.patches).flatten(1).numpy()
+                )
+    return result
 
 
 def compare(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine [B] and largest absolute difference [B] of each picture's output; NaN counts as cosine -1."""
+    """Cosine [B] and largest absolute difference [B] of each picture's output; NaN counts as cosine
+    -1.
+    """
     a, b = (values.reshape(len(values), -1).astype(np.float64) for values in (got, wanted))
     whole = np.isfinite(a).all(1)
     a = np.where(whole[:, None], a, 0)
@@ -99,29 +126,39 @@ def compare(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def engine_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sizes (height, width) to compare engines at: those asked for and all corners of the profile they make."""
+    """Sizes (height, width) to compare engines at: those asked for and all corners of the profile
+    they make.
+    """
     ends = [(min(sides), max(sides)) for sides in zip(*sizes, strict=True)]
     return list(dict.fromkeys([*sizes, *itertools.product(*ends)]))
 
 
-def check_sizes(stride: int, sizes: Sequence[tuple[int, int]], dynamic: bool) -> list[tuple[int, int]]:
-    """Sizes (height, width) to compare graphs at: those asked for and, if sizes vary, what they could hide.
+def check_sizes(
+    stride: int, sizes: Sequence[tuple[int, int]], dynamic: bool
+) -> list[tuple[int, int]]:
+    """Sizes (height, width) to compare graphs at: those asked for and, if sizes vary, what they
+    could hide.
 
-    That is the corners of what is declared (the largest is one) and, as far as they lie between these, a size that is not
-    square and one with as many positions as the first in another aspect ratio: a fixed embedding would get both wrong.
+    That is the corners of what is declared (the largest is one) and, as far as they lie between
+    these, a size that is not square and one with as many positions as the first in another aspect
+    ratio: a fixed embedding would get both wrong.
     """
     if not dynamic:
         return list(dict.fromkeys(sizes))
-    found = engine_sizes(sizes)
-    heights, widths = (range(min(sides), max(sides) + 1, stride) for sides in zip(*sizes, strict=True))
+    result = engine_sizes(sizes)
+    heights, widths = (
+        range(min(sides), max(sides) + 1, stride) for sides in zip(*sizes, strict=True)
+    )
     between = [size for size in itertools.product(heights, widths) if size != sizes[0]]
     oblong = [size for size in between if size[0] != size[1]]
     equal = [(h, w) for h, w in between if h * w == sizes[0][0] * sizes[0][1]]
-    return list(dict.fromkeys([*found, *oblong[:1], *equal[:1]]))
+    return list(dict.fromkeys([*result, *oblong[:1], *equal[:1]]))
 
 
 class Agreement(NamedTuple):
-    """How an output agrees with the student's: numbers of every picture [B]. What is not finite agrees in nothing."""
+    """How an output agrees with the student's: numbers of every picture [B]. What is not finite
+    agrees in nothing.
+    """
 
     cosine: np.ndarray
     largest: np.ndarray
@@ -129,7 +166,8 @@ class Agreement(NamedTuple):
     relative: np.ndarray
     """Length of the difference over that of the student's output."""
     centred: np.ndarray
-    """Cosine without the mean over pictures; NaN where there is no mean, or no difference from it."""
+    """Cosine without the mean over pictures; NaN where there is no mean, or no difference from it.
+    """
     deviation: np.ndarray
     """How far the student's output lies from that mean, over its own length."""
     position: np.ndarray
@@ -140,10 +178,14 @@ def agreement(got: np.ndarray, wanted: np.ndarray, mean: np.ndarray | None) -> A
     """Compare [B, …] with the student's; `mean` is the student's over some pictures, without B."""
     cosine, largest = compare(got, wanted)
     whole = np.isfinite(got.reshape(len(got), -1)).all(1)
-    a, b = (np.where(whole[:, None], v.reshape(len(v), -1), 0).astype(np.float64) for v in (got, wanted))
+    a, b = (
+        np.where(whole[:, None], v.reshape(len(v), -1), 0).astype(np.float64) for v in (got, wanted)
+    )
     length, most = np.linalg.norm(b, axis=1), np.finfo(np.float64).max
     error = np.linalg.norm(a - b, axis=1)
-    relative = np.where(length > 0, error / np.where(length > 0, length, 1), np.where(error > 0, most, 0))
+    relative = np.where(
+        length > 0, error / np.where(length > 0, length, 1), np.where(error > 0, most, 0)
+    )
     unknown = np.full(len(got), np.nan)
     centred, deviation, position = unknown, np.zeros(len(got)), unknown
     if mean is not None:
@@ -156,58 +198,99 @@ def agreement(got: np.ndarray, wanted: np.ndarray, mean: np.ndarray | None) -> A
         rows = (values.reshape(-1, got.shape[-1]) for values in (a, b))
         position = compare(*rows)[0].reshape(len(got), -1).min(1)
     return Agreement(
-        cosine, largest, np.where(whole, relative, most), np.where(whole, centred, -1.0), deviation,
+        cosine,
+        largest,
+        np.where(whole, relative, most),
+        np.where(whole, centred, -1.0),
+        deviation,
         np.where(whole, position, -1.0) if got.ndim > 2 else position,
-    )  # fmt: skip
+    )
 
 
-def judge(found: Agreement, precision: Precision) -> tuple[int, str]:
+def judge(result: Agreement, precision: Precision) -> tuple[int, str]:
     """The picture that agrees least, and what is wrong with it, "" if nothing is."""
-    worst = int(found.cosine.argmin())
-    if not found.cosine[worst] >= TOLERANCE[precision]:
-        odd = " (NaN or infinity)" if found.largest[worst] == np.finfo(np.float64).max else ""
-        return worst, f"cosine {found.cosine[worst]:.6f}{odd}, at least {TOLERANCE[precision]} is wanted"
-    largest = int(found.relative.argmax())
-    if not found.relative[largest] <= RELATIVE[precision]:
-        return largest, f"off by {found.relative[largest]:.3g} of its length, at most {RELATIVE[precision]} is allowed"
-    telling = np.where(found.deviation >= TELLING[precision], found.centred, 1.0)
+    worst = int(result.cosine.argmin())
+    if not result.cosine[worst] >= TOLERANCE[precision]:
+        odd = " (NaN or infinity)" if result.largest[worst] == np.finfo(np.float64).max else ""
+        return (
+            worst,
+            f"cosine {result.cosine[worst]:.6f}{odd}, at least {TOLERANCE[precision]} is wanted",
+        )
+    largest = int(result.relative.argmax())
+    if not result.relative[largest] <= RELATIVE[precision]:
+        return (
+            largest,
+            f"off by {result.relative[largest]:.3g} of its length, at most {RELATIVE[precision]} is "
+            "allowed",
+        )
+    telling = np.where(result.deviation >= TELLING[precision], result.centred, 1.0)
     least = int(telling.argmin())
     if telling[least] < CENTRED:
-        return least, f"cosine {telling[least]:.3f} of what tells it from other pictures, at least {CENTRED} is wanted"
+        return (
+            least,
+            f"cosine {telling[least]:.3f} of what tells it from other pictures, at least {CENTRED} "
+            "is wanted",
+        )
     return worst, ""
 
 
 def measure(
-    student: Student, parts: Sequence[Part], runtimes: Sequence[Runtime], photos: Sequence[tuple[str, Image.Image]],
-    batches: Sequence[int], sizes: Sequence[tuple[int, int]], precision: Precision,
-) -> list[ParityRecord]:  # fmt: skip
+    student: Student,
+    parts: Sequence[Part],
+    runtimes: Sequence[Runtime],
+    photos: Sequence[tuple[str, Image.Image]],
+    batches: Sequence[int],
+    sizes: Sequence[tuple[int, int]],
+    precision: Precision,
+) -> list[ParityRecord]:
     """Compare every output of every graph in all runtimes.
 
-    At the first size: all pictures in batches of the largest, then the other batches; at every other size the smallest and
-    the largest batch, on pictures that take turns. Raises TrainingError if the student itself says NaN or infinity.
+    At the first size: all pictures in batches of the largest, then the other batches; at every
+    other size the smallest and the largest batch, on pictures that take turns. Raises Failure if
+    the student itself says NaN or infinity.
     """
     largest, turn, rows = max(batches), itertools.cycle(photos), []
     whole = -(-len(photos) // largest) * largest
-    plan = [(sizes[0], largest, whole), *((sizes[0], batch, batch) for batch in batches if batch != largest)]
-    plan += [(size, batch, batch) for size in sizes[1:] for batch in sorted({min(batches), largest})]
+    plan = [
+        (sizes[0], largest, whole),
+        *((sizes[0], batch, batch) for batch in batches if batch != largest),
+    ]
+    plan += [
+        (size, batch, batch) for size in sizes[1:] for batch in sorted({min(batches), largest})
+    ]
     corner = tuple(max(sides) for sides in zip(*sizes, strict=True))
     for size, batch, count in plan:
         # at the largest size the first pictures, which the golden set is made of
         first = size == corner != sizes[0] and batch == largest
         chosen = list(itertools.islice(itertools.cycle(photos) if first else turn, count))
         agreed: dict[tuple[str, str, str], list[Agreement]] = {}
-        for key, found in compared(student, parts, runtimes, [photo for _, photo in chosen], batch, size):
-            agreed.setdefault(key, []).append(found)
+        for key, result in compared(
+            student, parts, runtimes, [photo for _, photo in chosen], batch, size
+        ):
+            agreed.setdefault(key, []).append(result)
         for (runtime, graph, output), parted in agreed.items():
-            found = Agreement(*(np.concatenate(values) for values in zip(*parted, strict=True)))
-            worst, problem = judge(found, precision)
-            rows.append(ParityRecord(
-                graph=graph, output=output, runtime=runtime, batch=batch, height=size[0], width=size[1],
-                pictures=len({name for name, _ in chosen}), cosine=float(found.cosine.min()),
-                max_abs=float(found.largest.max()), relative=float(found.relative.max()), centred=least(found.centred),
-                deviation=float(found.deviation.max()), position_cosine=least(found.position),
-                worst_image=chosen[worst][0], passed=not problem, problem=problem,
-            ))  # fmt: skip
+            result = Agreement(*(np.concatenate(values) for values in zip(*parted, strict=True)))
+            worst, problem = judge(result, precision)
+            rows.append(
+                ParityRecord(
+                    graph=graph,
+                    output=output,
+                    runtime=runtime,
+                    batch=batch,
+                    height=size[0],
+                    width=size[1],
+                    pictures=len({name for name, _ in chosen}),
+                    cosine=float(result.cosine.min()),
+                    max_abs=float(result.largest.max()),
+                    relative=float(result.relative.max()),
+                    centred=least(result.centred),
+                    deviation=float(result.deviation.max()),
+                    position_cosine=least(result.position),
+                    worst_image=chosen[worst][0],
+                    passed=not problem,
+                    problem=problem,
+                )
+            )
     return rows
 
 
@@ -217,9 +300,13 @@ def least(values: np.ndarray) -> float | None:
 
 
 def compared(
-    student: Student, parts: Sequence[Part], runtimes: Sequence[Runtime], photos: Sequence[Image.Image], batch: int,
+    student: Student,
+    parts: Sequence[Part],
+    runtimes: Sequence[Runtime],
+    photos: Sequence[Image.Image],
+    batch: int,
     size: tuple[int, int],
-) -> Iterator[tuple[tuple[str, str, str], Agreement]]:  # fmt: skip
+) -> Iterator[tuple[tuple[str, str, str], Agreement]]:
     """Runtime, graph and output, and how it agrees, of one batch after the other."""
     pixels = [np.asarray(photo.resize(size[::-1], Image.Resampling.BICUBIC)) for photo in photos]
     images = [np.stack(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
@@ -227,14 +314,21 @@ def compared(
         wanted = [reference(student, parts, torch.from_numpy(images[n])) for n in group]
         for name, value in ((name, value) for values in wanted for name, value in values.items()):
             if not np.isfinite(value).all():
-                raise TrainingError(
-                    f"the student's own '{name}' holds NaN or infinity on a photograph: was it trained?"
+                raise Failure(
+                    f"the student's own '{name}' holds NaN or infinity on a photograph: was it "
+                    "trained?"
                 )
         means: Outputs = {}
         if len({picture.tobytes() for n in group for picture in images[n]}) > 1:
-            means = {name: np.mean([values[name].mean(0) for values in wanted], axis=0) for name in wanted[0]}
+            means = {
+                name: np.mean([values[name].mean(0) for values in wanted], axis=0)
+                for name in wanted[0]
+            }
         for n, student_says in zip(group, wanted, strict=True):
             for runtime in runtimes:
                 for graph, outputs in run_chain(runtime, parts, images[n]).items():
                     for name, got in outputs.items():
-                        yield (runtime.name, graph, name), agreement(got, student_says[name], means.get(name))
+                        yield (
+                            (runtime.name, graph, name),
+                            agreement(got, student_says[name], means.get(name)),
+                        )

@@ -1,4 +1,6 @@
-"""The photographs of an export: those its graphs are compared on and those int8's ranges are taken from."""
+"""The photographs of an export: those its graphs are compared on and those int8's ranges are taken
+from.
+"""
 
 import argparse
 import hashlib
@@ -9,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from distill.errors import UserError
-from distill.images import UnreadableImage
-from distill.pictures import FolderPictures, PackagedPhotos, Pictures
+from contract.errors import UserError
+from distill.data.images import UnreadableImage
+from distill.data.pictures import FolderPictures, PackagedPhotos, Pictures
 from export.options import PACKAGED
 
 Photos = list[tuple[str, Image.Image]]
@@ -33,26 +35,29 @@ class Chosen(NamedTuple):
     held_out: bool = True
 
 
-def choose(asked: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> Chosen:
-    """The pictures of a command line, for graphs of these sizes (height, width); raises UserError for unreadable ones.
+def choose(args: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> Chosen:
+    """The pictures of a command line, for graphs of these sizes (height, width); raises UserError
+    for unreadable ones.
 
     One folder for both is shared out, every other picture to each.
     """
-    images = open_photos("--images", asked.images)
-    if asked.precision != "int8":
+    images = open_photos("--images", args.images)
+    if args.precision != "int8":
         return Chosen(load(images, range(len(images)), PHOTOS, sizes))
-    folder = None if asked.calibration == PACKAGED else Path(asked.calibration)
+    folder = None if args.calibration == PACKAGED else Path(args.calibration)
     calibration = open_photos("--calibration", folder)
-    both = [path.resolve() for path in (asked.images, folder) if path]
+    both = [path.resolve() for path in (args.images, folder) if path]
     shared = len(images) > 1 and (not both or (len(both) == 2 and both[0] == both[1]))
     start, step = (1, 2) if shared else (0, 1)
     compared = load(images, range(start, len(images), step), PHOTOS, sizes)
-    taken = load(calibration, range(0, len(calibration), step), asked.calibration_images, sizes)
+    taken = load(calibration, range(0, len(calibration), step), args.calibration_images, sizes)
     seen = {digest([np.asarray(photo)]) for _, photo in compared}
     return Chosen(
-        compared, taken, source=PACKAGED if folder is None else folder.resolve().name,
+        compared,
+        taken,
+        source=PACKAGED if folder is None else folder.resolve().name,
         held_out=seen.isdisjoint(digest([np.asarray(photo)]) for _, photo in taken),
-    )  # fmt: skip
+    )
 
 
 def open_photos(option: str, folder: Path | None) -> Pictures:
@@ -68,27 +73,35 @@ def load(pictures: Pictures, numbers: range, most: int, sizes: Sequence[tuple[in
     """At most so many of some pictures, spread evenly over them: folders are sorted by class."""
     count = min(most, len(numbers))
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
-    found = []
+    result = []
     for number in (numbers[place * len(numbers) // count] for place in range(count)):
         try:
             picture = pictures.load(number)
         except UnreadableImage as error:
-            raise UserError(f"{error.name} cannot be read ({error.reason}): mend or remove it") from error
+            raise UserError(
+                f"{error.name} cannot be read ({error.reason}): mend or remove it"
+            ) from error
         # a hundred pictures of a telephone are gigabytes
         factor = max(1, min(picture.width // (2 * width), picture.height // (2 * height)))
-        found.append((name_of(pictures, number), picture.reduce(factor)))
-    return found
+        result.append((name_of(pictures, number), picture.reduce(factor)))
+    return result
 
 
 def digest(images: Sequence[np.ndarray]) -> str:
     """Hex sha256 over pictures: shapes and pixels, in order. (One picture may have two names.)"""
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for image in images:
-        found.update(str(image.shape).encode() + image.tobytes())
-    return found.hexdigest()
+        result.update(str(image.shape).encode() + image.tobytes())
+    return result.hexdigest()
 
 
 def name_of(pictures: Pictures, number: int) -> str:
-    """A picture's name, in its folder: where that is on this machine is nobody's business in a bundle."""
+    """A picture's name, in its folder: where that is on this machine is nobody's business in a
+    bundle.
+    """
     name = pictures.name(number)
-    return str(Path(name).relative_to(pictures.folder)) if isinstance(pictures, FolderPictures) else name
+    return (
+        str(Path(name).relative_to(pictures.folder))
+        if isinstance(pictures, FolderPictures)
+        else name
+    )

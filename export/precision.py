@@ -1,12 +1,14 @@
-"""Precision lives in the graph: a cast before tracing (fp16, bf16), or Q/DQ nodes after calibration (`int8.py`)."""
+"""Precision lives in the graph: a cast before tracing (fp16, bf16), or Q/DQ nodes after calibration
+(`int8.py`).
+"""
 
 import copy
 from dataclasses import replace
 
 import torch
 
-from distill.preprocess import Preprocess
-from distill.targets import FeatureNormalizer
+from distill.methods.targets import FeatureNormalizer
+from distill.models.preprocess import Preprocess
 from export.graph import DPT, Student
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -15,8 +17,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def cast_student(student: Student, precision: str) -> Student:
     """A copy whose network, interaction and heads compute in `precision`.
 
-    What goes in and comes out stays float32, as do the picture's normalisation, the way back to the teachers' units and
-    the task heads, all of them tiny but DPT's, which is cast too.
+    What goes in and comes out stays float32, as do the picture's normalisation, the way back to the
+    teachers' units and the task heads, all of them tiny but DPT's, which is cast too.
     """
     if precision not in ("fp16", "bf16"):
         return student
@@ -27,7 +29,9 @@ def cast_student(student: Student, precision: str) -> Student:
             for exact, rounded in zip(constants(before), constants(after), strict=True):
                 rounded.copy_(exact)  # the cast has rounded it
     heads = tuple(
-        replace(head, module=copy.deepcopy(head.module).to(DTYPES[precision])) if head.kind == DPT else head
+        replace(head, module=copy.deepcopy(head.module).to(DTYPES[precision]))
+        if head.kind == DPT
+        else head
         for head in student.heads
     )
     return replace(student, deployment=deployment, heads=heads)

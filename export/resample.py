@@ -1,7 +1,9 @@
-"""Position embeddings at any grid without ONNX's antialiased Resize, which TensorRT's parser refuses.
+"""Position embeddings at any grid without ONNX's antialiased Resize, which TensorRT's parser
+refuses.
 
-timm resamples a ViT's position embedding by antialiased bicubic interpolation. That is linear and separable: two small
-matrices, one a side, do the same (7e-6 from torch's, exact where the grid is the trained one).
+timm resamples a ViT's position embedding by antialiased bicubic interpolation. That is linear and
+separable: two small matrices, one a side, do the same (7e-6 from torch's, exact where the grid is
+the trained one).
 """
 
 from collections.abc import Iterator
@@ -16,7 +18,9 @@ CUBIC = -0.5
 
 
 def cubic_weights(old: int, new: int, like: Tensor) -> Tensor:
-    """Weights [new, old] that resample a line of `old` samples to `new`, each row summing to one. `new` may be symbolic."""
+    """Weights [new, old] that resample a line of `old` samples to `new`, each row summing to one.
+    `new` may be symbolic.
+    """
     ratio = old / new
     scale = torch.sym_max(ratio, 1.0)  # shrinking widens the kernel: that is the antialiasing
     centres = (torch.arange(new, device=like.device, dtype=torch.float32) + 0.5) * ratio - 0.5
@@ -37,11 +41,16 @@ def resample_grid(
     antialias: bool = True,
     verbose: bool = False,
 ) -> Tensor:
-    """Resample position embeddings [1, prefix + n, d] to a grid of `new_size`; stands in for timm's function."""
+    """Resample position embeddings [1, prefix + n, d] to a grid of `new_size`; stands in for timm's
+    function.
+    """
     tokens = posemb.shape[1] - num_prefix_tokens
     old = tuple(old_size) if old_size else (int(tokens**0.5),) * 2
     prefix, grid = posemb[:, :num_prefix_tokens], posemb[0, num_prefix_tokens:].float()
-    rows, columns = cubic_weights(old[0], new_size[0], grid), cubic_weights(old[1], new_size[1], grid)
+    rows, columns = (
+        cubic_weights(old[0], new_size[0], grid),
+        cubic_weights(old[1], new_size[1], grid),
+    )
     grid = grid.reshape(old[0], old[1] * posemb.shape[2])
     grid = (rows @ grid).reshape(new_size[0], old[1], posemb.shape[2])
     grid = (columns @ grid).flatten(0, 1).unsqueeze(0).to(posemb.dtype)

@@ -1,4 +1,6 @@
-"""From a traced module to an ONNX file: dynamic axes by name, current opset, nothing of this machine left inside."""
+"""From a traced module to an ONNX file: dynamic axes by name, current opset, nothing of this
+machine left inside.
+"""
 
 import stat
 import warnings
@@ -10,17 +12,20 @@ from onnxscript.optimizer import fold_constants
 from torch import nn
 from torch.export import Dim
 
-from distill.errors import UserError
+from contract.errors import UserError
+from contract.signature import Port, Signature, layer_side
 from export.graph import Part
 from export.resample import dense_resampling
-from export.signature import Port, Signature, layer_side
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
-"""By precision. 20 is read by every runtime; from 23 on attention is one node, which TensorRT-RTX refuses in float32; before
-22 ONNX has no convolution in bf16."""
+"""By precision. 20 is read by every runtime; from 23 on attention is one node, which TensorRT-RTX
+refuses in float32; before 22 ONNX has no convolution in bf16.
+"""
 
 FOLDED = 64
-"""Bytes of constants that are computed at export in bf16: axes, which TensorRT wants as numbers, but no weights."""
+"""Bytes of constants that are computed at export in bf16: axes, which TensorRT wants as numbers,
+but no weights.
+"""
 
 INLINE_LIMIT = 1_800_000_000
 """Bytes of weights up to which they lie inside the file; protobuf ends at 2 GiB."""
@@ -34,14 +39,17 @@ def example(port: Port, sizes: dict[str, int]) -> torch.Tensor:
     return torch.randn(shape)
 
 
-def dynamic_axes(signature: Signature, stride: int, max_batch: int) -> tuple[dict[int, object], ...]:
+def dynamic_axes(
+    signature: Signature, stride: int, max_batch: int
+) -> tuple[dict[int, object], ...]:
     """What torch.export is told of every input's axes; one `Dim` an axis name."""
     dims: dict[str, object] = {
         # no upper bound below the number of examples; a batch of one is an ordinary one
         "batch": Dim("batch", min=1, max=max(2, max_batch)),
-        "rows": Dim("rows", min=2, max=1024), "columns": Dim("columns", min=2, max=1024),
+        "rows": Dim("rows", min=2, max=1024),
+        "columns": Dim("columns", min=2, max=1024),
         "tokens": Dim("tokens", min=2, max=1 << 20),
-    }  # fmt: skip
+    }
     # a multiple of the stride: anything else would be cut off in silence
     dims["height"], dims["width"] = stride * dims["rows"], stride * dims["columns"]
     dims |= layer_sides(signature, dims, stride)
@@ -54,7 +62,10 @@ def dynamic_axes(signature: Signature, stride: int, max_batch: int) -> tuple[dic
 def layer_sides(signature: Signature, known: dict, stride: int) -> dict:
     """What `known` lacks of the inputs' axes: those of layers finer than the student's grid."""
     names = {axis for port in signature.inputs for axis in port.axes if isinstance(axis, str)}
-    return {axis: layer_side(axis, known["rows"], known["columns"], stride) for axis in sorted(names - set(known))}
+    return {
+        axis: layer_side(axis, known["rows"], known["columns"], stride)
+        for axis in sorted(names - set(known))
+    }
 
 
 def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProto:
@@ -73,17 +84,25 @@ def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProt
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         try:
             program = torch.onnx.export(
-                part.module.eval(), arguments, dynamo=True, opset_version=opset, dynamic_shapes=shapes, verbose=False,
+                part.module.eval(),
+                arguments,
+                dynamo=True,
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                verbose=False,
                 # its folding of batch norms into convolutions makes float32 weights of bf16 ones
                 optimize=opset != OPSET["bf16"],
                 input_names=[port.name for port in signature.inputs],
                 output_names=[port.name for port in signature.outputs],
-            )  # fmt: skip
+            )
         # the exporter has a dozen error types of its own, none of them public
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
             raise UserError(
-                f"graph '{signature.graph}' cannot be exported ({reason}): this architecture is not supported"
+                f"graph '{signature.graph}' cannot be exported ({reason}): this architecture is "
+                "not supported"
             ) from error
     if opset == OPSET["bf16"]:
         fold_constants(program.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
@@ -114,16 +133,21 @@ def clean(model: onnx.ModelProto, about: dict[str, str]) -> onnx.ModelProto:
 
 def graphs(model: onnx.ModelProto) -> list[onnx.GraphProto]:
     """The main graph and every subgraph or function body that holds nodes."""
-    found = [model.graph]
-    for graph in found:
+    result = [model.graph]
+    for graph in result:
         for node in graph.node:
-            found += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    return found + list(model.functions)  # type: ignore[operator] - functions have nodes too
+            result += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    return result + list(model.functions)  # type: ignore[operator] - functions have nodes too
 
 
 def name_axes(model: onnx.ModelProto, signature: Signature) -> None:
-    """Give the varying axes of inputs and outputs the names of the signature; torch calls them s39*s94 and the like."""
-    for values, ports in ((model.graph.input, signature.inputs), (model.graph.output, signature.outputs)):
+    """Give the varying axes of inputs and outputs the names of the signature; torch calls them
+    s39*s94 and the like.
+    """
+    for values, ports in (
+        (model.graph.input, signature.inputs),
+        (model.graph.output, signature.outputs),
+    ):
         for value, port in zip(values, ports, strict=True):
             for dim, axis in zip(value.type.tensor_type.shape.dim, port.axes, strict=True):
                 if isinstance(axis, str):
@@ -135,28 +159,40 @@ def name_axes(model: onnx.ModelProto, signature: Signature) -> None:
 
 
 def check(model: onnx.ModelProto, path: Path, signature: Signature, wanted: int) -> None:
-    """Raise UserError unless the file at `path` is a valid graph of this signature, at the opset that was asked."""
+    """Raise UserError unless the file at `path` is a valid graph of this signature, at the opset
+    that was asked.
+    """
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
     if opset != wanted:  # torch keeps the nearest it can do, with no more than a warning
-        raise UserError(f"graph '{signature.graph}' came out at opset {opset}, asked was {wanted}: use another torch")
+        raise UserError(
+            f"graph '{signature.graph}' came out at opset {opset}, asked was {wanted}: use another "
+            "torch"
+        )
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise UserError(f"graph '{signature.graph}' is not valid ONNX ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"graph '{signature.graph}' is not valid ONNX ({str(error).splitlines()[0]})"
+        ) from error
     resized = [
         n.name
         for n in model.graph.node
         if n.op_type == "Resize" and any(a.name == "antialias" and a.i for a in n.attribute)
     ]
     if resized:
-        raise UserError(f"graph '{signature.graph}' holds an antialiased Resize ({resized[0]}), which TensorRT refuses")
+        raise UserError(
+            f"graph '{signature.graph}' holds an antialiased Resize ({resized[0]}), which TensorRT "
+            "refuses"
+        )
     for got, ports, kind in (
         (model.graph.input, signature.inputs, "input"),
         (model.graph.output, signature.outputs, "output"),
     ):
         names = [value.name for value in got]
         if names != [port.name for port in ports]:
-            raise UserError(f"graph '{signature.graph}' has {kind}s {names}, its signature says otherwise")
+            raise UserError(
+                f"graph '{signature.graph}' has {kind}s {names}, its signature says otherwise"
+            )
 
 
 def save(model: onnx.ModelProto, path: Path) -> list[Path]:
@@ -166,13 +202,20 @@ def save(model: onnx.ModelProto, path: Path) -> list[Path]:
         onnx.save(model, path)
         return [path]
     data = path.with_name(path.name + ".data")
-    onnx.save(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name)
+    onnx.save(
+        model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name
+    )
     data.chmod(stat.S_IMODE(path.stat().st_mode))  # onnx makes it for its owner's eyes only
     return [path, data]
 
 
 def export_part(
-    part: Part, stride: int, max_batch: int, path: Path, about: dict[str, str], opset: int = OPSET["fp32"]
+    part: Part,
+    stride: int,
+    max_batch: int,
+    path: Path,
+    about: dict[str, str],
+    opset: int = OPSET["fp32"],
 ) -> list[Path]:
     """Trace, clean, name, write and check one graph; returns its files."""
     model = clean(trace(part, stride, max_batch, opset), about)

@@ -1,1 +1,3 @@
-"""A bundle becomes a running Triton Inference Server, and clients ask it. Imports neither torch nor the other stages."""
+"""A bundle becomes a running Triton Inference Server, and clients ask it. Imports neither torch nor
+the other stages.
+"""

@@ -1,4 +1,6 @@
-"""`python -m serve.bench`: throughput and latency percentiles of a running server, under closed- and open-loop load."""
+"""`python -m serve.bench`: throughput and latency percentiles of a running server, under closed-
+and open-loop load.
+"""
 
 import argparse
 import asyncio
@@ -7,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.command_line import CommandLine
-from serve.errors import ServerError, UserError, exit_status
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from serve.errors import ServerError
 
 EPILOG = """\
 examples:
@@ -30,64 +33,90 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Measure a running server.",
         epilog=EPILOG,
     )
-    parser.add_argument("--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC (127.0.0.1:8001)")
-    parser.add_argument("--model", metavar="NAME", help="(features, or features_encoded with --encoded)")
+    parser.add_argument(
+        "--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC (127.0.0.1:8001)"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="(features, or features_encoded with --encoded)"
+    )
     parser.add_argument("--outputs", nargs="+", metavar="NAME", help="(all of the model's)")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[], metavar="N", help="closed loop (1 and 8)")
-    parser.add_argument("--rate", type=float, nargs="+", default=[], metavar="R", help="open loop, requests a second")
+    parser.add_argument(
+        "--concurrency", type=int, nargs="+", default=[], metavar="N", help="closed loop (1 and 8)"
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="R",
+        help="open loop, requests a second",
+    )
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures a request (1)")
-    parser.add_argument("--seconds", type=float, default=10, metavar="S", help="of each measurement (10)")
-    parser.add_argument("--encoded", type=Path, metavar="FILE", help="send this JPEG, PNG or WebP file as it is")
+    parser.add_argument(
+        "--seconds", type=float, default=10, metavar="S", help="of each measurement (10)"
+    )
+    parser.add_argument(
+        "--encoded", type=Path, metavar="FILE", help="send this JPEG, PNG or WebP file as it is"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: run(asked))
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: run(args))
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
-    for name, values in (("--concurrency", asked.concurrency), ("--batch", [asked.batch])):
+    for name, values in (("--concurrency", args.concurrency), ("--batch", [args.batch])):
         if any(value < 1 for value in values):
             raise UserError(f"{name} {min(values)}: give 1 or more")
-    for name, values in (("--rate", asked.rate), ("--seconds", [asked.seconds])):
+    for name, values in (("--rate", args.rate), ("--seconds", [args.seconds])):
         if any(value <= 0 for value in values):
             raise UserError(f"{name} {min(values):g}: give more than 0")
-    if asked.encoded and not asked.encoded.is_file():
-        raise UserError(f"--encoded {asked.encoded}: no such file")
-    rows = asyncio.run(measure(asked))
-    show(rows, asked.batch)
-    if asked.json:
-        asked.json.write_text(json.dumps(rows, indent=1))
-        print(f"figures   {asked.json}")
+    if args.encoded and not args.encoded.is_file():
+        raise UserError(f"--encoded {args.encoded}: no such file")
+    rows = asyncio.run(measure(args))
+    show(rows, args.batch)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+        print(f"figures   {args.json}")
     failed = {reason: count for row in rows for reason, count in row["failures"].items()}
     if failed:
-        raise ServerError(f"requests failed: {', '.join(f'{count} x {reason}' for reason, count in failed.items())}")
+        raise ServerError(
+            "requests failed: "
+            f"{', '.join(f'{count} x {reason}' for reason, count in failed.items())}"
+        )
     return 0
 
 
-async def measure(asked: argparse.Namespace) -> list[dict]:
+async def measure(args: argparse.Namespace) -> list[dict]:
     """All measurements of a command line, one after the other."""
     import tritonclient.grpc.aio as grpc
 
     from serve.load import closed_loop, open_loop
 
-    model = asked.model or ("features_encoded" if asked.encoded else "features")
+    model = args.model or ("features_encoded" if args.encoded else "features")
     rows = []
-    async with grpc.InferenceServerClient(asked.url) as client:
-        ask = await prepare(client, asked.url, model, asked.outputs, asked.batch, asked.encoded)
+    async with grpc.InferenceServerClient(args.url) as client:
+        ask = await prepare(client, args.url, model, args.outputs, args.batch, args.encoded)
         await ask()
-        loads = [(f"{n} at once", n, None) for n in asked.concurrency or ([] if asked.rate else [1, 8])]
-        loads += [(f"{rate:g}/s", None, rate) for rate in asked.rate]
+        loads = [
+            (f"{n} at once", n, None) for n in args.concurrency or ([] if args.rate else [1, 8])
+        ]
+        loads += [(f"{rate:g}/s", None, rate) for rate in args.rate]
         for name, concurrency, rate in loads:
             if concurrency:
-                outcome = await closed_loop(ask, concurrency, asked.seconds)
+                outcome = await closed_loop(ask, concurrency, args.seconds)
             else:
-                outcome = await open_loop(ask, rate, asked.seconds)
-            rows.append({"model": model, "load": name, **outcome.row(), "failures": outcome.failures})
+                outcome = await open_loop(ask, rate, args.seconds)
+            rows.append(
+                {"model": model, "load": name, **outcome.row(), "failures": outcome.failures}
+            )
     return rows
 
 
-async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Path | None):  # noqa: ANN001, ANN201
-    """A function that asks once; raises UserError for a server, model, output or batch that is not there."""
+async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Path | None):
+    """A function that asks once; raises UserError for a server, model, output or batch that is not
+    there.
+    """
     import numpy as np
     import tritonclient.grpc.aio as grpc
     from tritonclient.utils import InferenceServerException
@@ -96,7 +125,9 @@ async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Pa
         config = (await client.get_model_config(model)).config
     except InferenceServerException as error:
         if "UNAVAILABLE" in str(error.status()):
-            raise UserError(f"--url {url}: no server answers (start one: python -m serve.run BUNDLE)") from error
+            raise UserError(
+                f"--url {url}: no server answers (start one: python -m serve.run BUNDLE)"
+            ) from error
         raise UserError(f"--model {model}: {error.message()}") from error
     known = [port.name for port in config.output]
     lacking = [name for name in outputs or () if name not in known]
@@ -110,7 +141,10 @@ async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Pa
         kind = "BYTES"
     elif source.name == "image":
         if min(source.dims) < 1:
-            raise UserError(f"--model {model} takes pictures of any size: measure features_encoded (--encoded FILE)")
+            raise UserError(
+                f"--model {model} takes pictures of any size: measure features_encoded (--encoded "
+                "FILE)"
+            )
         values = np.random.default_rng(0).integers(0, 256, (batch, *source.dims), dtype=np.uint8)
         kind = "UINT8"
     else:
@@ -136,7 +170,11 @@ def show(rows: list[dict], batch: int) -> None:
     for row in rows:
         figures = (row["requests_per_second"] * batch, row["p50_ms"], row["p90_ms"], row["p99_ms"])
         table.add_row(
-            row["model"], row["load"], *(f"{value:.1f}" for value in figures), str(row["answered"]), str(row["failed"])
+            row["model"],
+            row["load"],
+            *(f"{value:.1f}" for value in figures),
+            str(row["answered"]),
+            str(row["failed"]),
         )
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
 

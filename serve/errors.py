@@ -1,23 +1,20 @@
-"""What goes wrong in serving, and how a command says so: a user's mistake is one line and exit status 2."""
+"""What a request or a server can end in; `contract.errors.exit_status` turns each into one line and
+a status.
+"""
 
-import errno
-import os
-import select
-import signal
-import sys
-from collections.abc import Callable
+from contract.errors import Failure, UserError
 
 
-class UserError(ValueError):
-    """A mistake in what the user asked for: the message names the thing, the value and the remedy."""
-
-
-class ServerError(RuntimeError):
-    """The server could not be started or failed; commands turn it into one line and exit status 1."""
+class ServerError(Failure):
+    """The server could not be started or failed; commands turn it into one line and exit status
+    1.
+    """
 
 
 class ClientError(Exception):
-    """Base of what a request can end in; keeps the request's id, which Triton's log has too, in case of a failure."""
+    """Base of what a request can end in; keeps the request's id, which Triton's log has too, in
+    case of a failure.
+    """
 
     def __init__(self, message: str, request_id: str = "") -> None:
         super().__init__(message)
@@ -43,7 +40,9 @@ class NotAllowed(ClientError, UserError):
 
 
 class Unavailable(ClientError, ServerError):
-    """No server, a server that is starting, stopping or overloaded, or a head whose breaker is open: try again later."""
+    """No server, a server that is starting, stopping or overloaded, or a head whose breaker is
+    open: try again later.
+    """
 
 
 class DeadlineExceeded(ClientError, ServerError):
@@ -55,38 +54,6 @@ class ServerFailed(ClientError, ServerError):
 
 
 class WrongAnswer(ClientError, ServerError):
-    """An answer that is not what was asked for: names, types, shapes, numbers that are not finite."""
-
-
-def exit_status(command: Callable[[], int | None]) -> int:
-    """Run a command; a mistake of the user's, a failing server or Ctrl-C becomes one line on standard error."""
-    try:
-        status = command() or 0
-        sys.stdout.flush()
-        return status
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT  # as shells count
-    except UserError as error:
-        status, message = 2, str(error)
-    except ServerError as error:
-        status, message = 1, str(error)
-    except OSError as error:
-        if error.errno == errno.EPIPE and nobody_reads():
-            return 128 + signal.SIGPIPE
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        status = 2
-        message = f"{error.filename or 'a file'}: {error.strerror} (make room, mend its permissions, or name another)"
-    print(f"error: {message}", file=sys.stderr)
-    return status
-
-
-def nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has gone (`| head`); if so Python will not try it again as it ends."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    gone = any(event & select.POLLERR for _, event in poll.poll(0))
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone
+    """An answer that is not what was asked for: names, types, shapes, numbers that are not
+    finite.
+    """

@@ -1,4 +1,6 @@
-"""The bundle's golden photographs: does a server say of them what the student said when it was exported?"""
+"""The bundle's golden photographs: does a server say of them what the student said when it was
+exported?
+"""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from contract.errors import UserError
 from serve.bundle import IMAGE, Bundle
-from serve.errors import UserError
 
 GOLDEN = "golden.safetensors"
 FORMAT = 2
@@ -18,8 +20,9 @@ FORMAT = 2
 class Golden:
     """`image` uint8 [n, H, W, 3], `outputs` float32 [n, …] by name, the pictures' names.
 
-    `bounds`: the least cosine and the largest error over an output's length (a cosine does not see another scale);
-    `allowed` has others for outputs that the export let through although they do not agree with the student.
+    `bounds`: the least cosine and the largest error over an output's length (a cosine does not see
+    another scale); `allowed` has others for outputs that the export let through although they do
+    not agree with the student.
     """
 
     image: np.ndarray
@@ -30,29 +33,46 @@ class Golden:
 
 
 def read_golden(bundle: Bundle) -> Golden:
-    """The golden set of a bundle; raises UserError for a bundle without one, or whose file is not the one exported."""
+    """The golden set of a bundle; raises UserError for a bundle without one, or whose file is not
+    the one exported.
+    """
     path = bundle.file(GOLDEN)
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         about = json.loads(metadata["golden"]) if "golden" in metadata else metadata
         if about["format"] != FORMAT:
-            raise UserError(f"{path} is of format {about['format']}, this version reads {FORMAT}: export again")
+            raise UserError(
+                f"{path} is of format {about['format']}, this version reads {FORMAT}: export again"
+            )
         least, most = about["bounds"]
-        allowed = {name: (float(cosine), float(relative)) for name, (cosine, relative) in about["allowed"].items()}
-        return Golden(tensors.pop(IMAGE), tensors, (float(least), float(most)), tuple(about["pictures"]), allowed)
+        allowed = {
+            name: (float(cosine), float(relative))
+            for name, (cosine, relative) in about["allowed"].items()
+        }
+        return Golden(
+            tensors.pop(IMAGE),
+            tensors,
+            (float(least), float(most)),
+            tuple(about["pictures"]),
+            allowed,
+        )
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no golden set ({error}): export again") from error
 
 
 def compare(golden: Golden, answers: Mapping[str, np.ndarray | None]) -> list[str]:
-    """What is wrong with a server's answers to `golden.image`, a sentence an output; an empty list if nothing is.
+    """What is wrong with a server's answers to `golden.image`, a sentence an output; an empty list
+    if nothing is.
 
-    An output is wrong if it is missing, of another shape, not finite, or breaks a bound on any picture.
+    An output is wrong if it is missing, of another shape, not finite, or breaks a bound on any
+    picture.
     """
     return [
-        said for name, wanted in golden.outputs.items() if (said := problem(golden, name, wanted, answers.get(name)))
+        message
+        for name, wanted in golden.outputs.items()
+        if (message := problem(golden, name, wanted, answers.get(name)))
     ]
 
 
@@ -73,12 +93,15 @@ def problem(golden: Golden, name: str, wanted: np.ndarray, got: np.ndarray | Non
     least, most = golden.allowed.get(name, golden.bounds)
     low, far = int(cosine.argmin()), int(relative.argmax())
     if cosine[low] < least:
-        said = f"cosine {cosine[low]:.6f} on {golden.pictures[low]}, at least {least} is wanted"
+        message = f"cosine {cosine[low]:.6f} on {golden.pictures[low]}, at least {least} is wanted"
     elif relative[far] > most:
-        said = f"off by {relative[far]:.3g} of its length on {golden.pictures[far]}, at most {most} is allowed"
+        message = (
+            f"off by {relative[far]:.3g} of its length on {golden.pictures[far]}, at most {most} "
+            "is allowed"
+        )
     else:
         return ""
-    return f"output '{name}' is not what was recorded: {said}{let_through(golden, name)}"
+    return f"output '{name}' is not what was recorded: {message}{let_through(golden, name)}"
 
 
 def let_through(golden: Golden, name: str) -> str:

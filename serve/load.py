@@ -1,4 +1,6 @@
-"""Load for a server, and what came of it: so many requests at once (closed loop), or so many a second (open loop)."""
+"""Load for a server, and what came of it: so many requests at once (closed loop), or so many a
+second (open loop).
+"""
 
 import asyncio
 import random
@@ -14,7 +16,9 @@ Ask = Callable[[], Awaitable[None]]
 
 @dataclass
 class Outcome:
-    """Latencies in seconds of the answered requests, in order of their answers, and how many failed, by reason."""
+    """Latencies in seconds of the answered requests, in order of their answers, and how many
+    failed, by reason.
+    """
 
     seconds: float
     latencies: list[float] = field(default_factory=list)
@@ -26,15 +30,23 @@ class Outcome:
         return len(self.latencies) / self.seconds
 
     def percentile(self, percent: float) -> float:
-        """Latency in milliseconds that so many per cent of the answers do not exceed; NaN without answers."""
-        return 1e3 * float(np.percentile(self.latencies, percent)) if self.latencies else float("nan")
+        """Latency in milliseconds that so many per cent of the answers do not exceed; NaN without
+        answers.
+        """
+        return (
+            1e3 * float(np.percentile(self.latencies, percent)) if self.latencies else float("nan")
+        )
 
     def row(self) -> dict[str, float]:
         """Figures for a table."""
         return {
-            "requests_per_second": self.rate, "p50_ms": self.percentile(50), "p90_ms": self.percentile(90),
-            "p99_ms": self.percentile(99), "answered": len(self.latencies), "failed": sum(self.failures.values()),
-        }  # fmt: skip
+            "requests_per_second": self.rate,
+            "p50_ms": self.percentile(50),
+            "p90_ms": self.percentile(90),
+            "p99_ms": self.percentile(99),
+            "answered": len(self.latencies),
+            "failed": sum(self.failures.values()),
+        }
 
     def failed(self, error: Exception) -> None:
         """Count a failure by its kind."""
@@ -53,9 +65,13 @@ async def closed_loop(ask: Ask, concurrency: int, seconds: float) -> Outcome:
         while (begun := time.perf_counter()) < end:
             try:
                 await ask()
-            except Exception as error:  # whatever a server or client raises is a request not answered
+            except (
+                Exception
+            ) as error:  # whatever a server or client raises is a request not answered
                 outcome.failed(error)
-                await asyncio.sleep(0.01)  # a server that refuses at once must not be asked in a spin
+                await asyncio.sleep(
+                    0.01
+                )  # a server that refuses at once must not be asked in a spin
             else:
                 outcome.latencies.append(time.perf_counter() - begun)
 
@@ -65,12 +81,14 @@ async def closed_loop(ask: Ask, concurrency: int, seconds: float) -> Outcome:
 
 
 async def open_loop(ask: Ask, rate: float, seconds: float, seed: int = 0) -> Outcome:
-    """Requests that arrive at random (Poisson), `rate` a second, whether or not earlier ones have been answered.
+    """Requests that arrive at random (Poisson), `rate` a second, whether or not earlier ones have
+    been answered.
 
-    A latency counts from the moment the request was due, so that a server that falls behind cannot hide it.
+    A latency counts from the moment the request was due, so that a server that falls behind cannot
+    hide it.
     """
     outcome, draw = Outcome(seconds), random.Random(seed)
-    start, due, asked = time.perf_counter(), 0.0, []
+    start, due, requested = time.perf_counter(), 0.0, []
 
     async def client(begun: float) -> None:
         try:
@@ -82,7 +100,7 @@ async def open_loop(ask: Ask, rate: float, seconds: float, seed: int = 0) -> Out
 
     while (due := due + draw.expovariate(rate)) < seconds:
         await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
-        asked.append(asyncio.create_task(client(start + due)))
-    await asyncio.gather(*asked)
+        requested.append(asyncio.create_task(client(start + due)))
+    await asyncio.gather(*requested)
     outcome.seconds = time.perf_counter() - start
     return outcome

@@ -1,8 +1,10 @@
-"""`python -m serve.rollout`: a new bundle takes over from the old one in a running server, or is refused before it does.
+"""`python -m serve.rollout`: a new bundle takes over from the old one in a running server, or is
+refused before it does.
 
-The new version is first loaded under names that no client knows, and must say of the bundle's golden photographs what was
-recorded at its export. Only then is it loaded beside the old one and the ensembles are switched, each in one step. The old
-version stays loaded, so that `--back` is as quick, until `--finish`.
+The new version is first loaded under names that no client knows, and must say of the bundle's
+golden photographs what was recorded at its export. Only then is it loaded beside the old one and
+the ensembles are switched, each in one step. The old version stays loaded, so that `--back` is as
+quick, until `--finish`.
 """
 
 import argparse
@@ -13,8 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from serve.command_line import CommandLine
-from serve.errors import ServerError, UserError, exit_status
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from serve.errors import ServerError
 
 EPILOG = """\
 examples:
@@ -39,38 +42,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Switch a running server to a new bundle, or back.",
         epilog=EPILOG,
     )
-    parser.add_argument("repository", type=Path, metavar="REPOSITORY", help="folder of serve.run --repository")
+    parser.add_argument(
+        "repository", type=Path, metavar="REPOSITORY", help="folder of serve.run --repository"
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bundle", type=Path, metavar="BUNDLE", help="the new version")
-    what.add_argument("--back", action="store_true", help="switch to the version before, and drop the one that served")
-    what.add_argument("--finish", action="store_true", help="unload and delete the versions that do not serve")
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: run(asked))
+    what.add_argument(
+        "--back",
+        action="store_true",
+        help="switch to the version before, and drop the one that served",
+    )
+    what.add_argument(
+        "--finish", action="store_true", help="unload and delete the versions that do not serve"
+    )
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: run(args))
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
-    from serve.admin import Admin
-    from serve.versions import Repository
+    from serve.repository.versions import Repository
+    from serve.server.admin import Admin
 
-    with locked(asked.repository), Admin(asked.repository) as admin:
-        repository = Repository(asked.repository)
-        if asked.finish:
+    with locked(args.repository), Admin(args.repository) as admin:
+        repository = Repository(args.repository)
+        if args.finish:
             return finish(repository, admin)
-        if asked.back:
+        if args.back:
             older = [version for version in repository.versions if version < repository.serving]
             if not older:
-                raise UserError(f"{asked.repository} has no version before {repository.serving}: nothing to go back to")
+                raise UserError(
+                    f"{args.repository} has no version before {repository.serving}: nothing to go "
+                    "back to"
+                )
             newer = repository.serving
             switch(repository, admin, older[-1])
-            for model in repository.forget(newer):  # requests to its models by name must not get it either
+            for model in repository.forget(
+                newer
+            ):  # requests to its models by name must not get it either
                 admin.load(model)
-            print(f"serving   version {repository.serving} again (the other is gone: --bundle brings one back)")
+            print(
+                f"serving   version {repository.serving} again (the other is gone: --bundle brings "
+                "one back)"
+            )
             return 0
-        return roll_out(repository, admin, asked.bundle)
+        return roll_out(repository, admin, args.bundle)
 
 
-def roll_out(repository, admin, path: Path) -> int:  # noqa: ANN001 - serve.versions.Repository, serve.admin.Admin
+def roll_out(repository, admin, path: Path) -> int:
     """Try a bundle under other names, then switch to it."""
     from serve.bundle import read_bundle
     from serve.golden import read_golden
@@ -88,7 +107,9 @@ def roll_out(repository, admin, path: Path) -> int:  # noqa: ANN001 - serve.vers
             admin.load(name)
         wrong = admin.compare(f"{STAGED}features", golden)
         if wrong:
-            raise ServerError(f"{path} does not say here what it said when exported: {'; '.join(wrong)}")
+            raise ServerError(
+                f"{path} does not say here what it said when exported: {'; '.join(wrong)}"
+            )
     except ServerError as error:
         raise ServerError(f"{error} (version {repository.serving} goes on serving)") from error
     finally:
@@ -113,13 +134,13 @@ def roll_out(repository, admin, path: Path) -> int:  # noqa: ANN001 - serve.vers
     return 0
 
 
-def switch(repository, admin, version: int) -> None:  # noqa: ANN001 - as above
+def switch(repository, admin, version: int) -> None:
     """Point the ensembles at a version, those that clients use most last."""
     for name in repository.point(version):
         admin.load(name)
 
 
-def finish(repository, admin) -> int:  # noqa: ANN001 - as above
+def finish(repository, admin) -> int:
     """Drop every version but the one that serves."""
     idle = [version for version in repository.versions if version != repository.serving]
     for version in idle:
@@ -131,10 +152,13 @@ def finish(repository, admin) -> int:  # noqa: ANN001 - as above
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One rollout at a time; raises UserError for a folder that is no repository or is being changed."""
+    """One rollout at a time; raises UserError for a folder that is no repository or is being
+    changed.
+    """
     if not (folder / "features" / "config.pbtxt").is_file():
         raise UserError(
-            f"{folder} is no repository of serve.run (start one: python -m serve.run BUNDLE --repository {folder})"
+            f"{folder} is no repository of serve.run (start one: python -m serve.run BUNDLE "
+            f"--repository {folder})"
         )
     with open(folder / ".rollout.lock", "w") as file:
         try:

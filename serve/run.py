@@ -1,4 +1,6 @@
-"""`python -m serve.run`: a bundle becomes a running Triton Inference Server, watched until it is told to stop."""
+"""`python -m serve.run`: a bundle becomes a running Triton Inference Server, watched until it is
+told to stop.
+"""
 
 import argparse
 import contextlib
@@ -12,9 +14,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from serve.command_line import CommandLine
-from serve.errors import ServerError, UserError, exit_status
-from serve.repository import add_settings, make_repository, read_settings
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from serve.errors import ServerError
+from serve.repository.build import add_settings, make_repository, read_settings
 
 EPILOG = """\
 examples:
@@ -48,64 +51,93 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = given.index("--") if "--" in given else len(given)
-    asked = parser().parse_args(given[:split])
-    return exit_status(lambda: run(asked, given[split + 1 :]))
+    args = parser().parse_args(given[:split])
+    return exit_status(lambda: run(args, given[split + 1 :]))
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    found = CommandLine(
+    result = CommandLine(
         prog="python -m serve.run",
         description="Start a Triton Inference Server on a bundle and look after it.",
         usage="python -m serve.run [BUNDLE] [options] [-- flags of tritonserver]",
         epilog=EPILOG,
     )
-    found.add_argument("bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder with a manifest.json")
-    found.add_argument("--repository", type=Path, metavar="DIR", help="keep the repository there (a temporary folder)")
-    found.add_argument(
-        "--tritonserver", type=Path, metavar="FILE", help="(NVIDIA's image's, PATH's, else nvidia-pytriton's)"
+    result.add_argument(
+        "bundle", type=Path, nargs="?", metavar="BUNDLE", help="folder with a manifest.json"
     )
-    listening = found.add_argument_group("listening")
-    listening.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)")
+    result.add_argument(
+        "--repository",
+        type=Path,
+        metavar="DIR",
+        help="keep the repository there (a temporary folder)",
+    )
+    result.add_argument(
+        "--tritonserver",
+        type=Path,
+        metavar="FILE",
+        help="(NVIDIA's image's, PATH's, else nvidia-pytriton's)",
+    )
+    listening = result.add_argument_group("listening")
+    listening.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)"
+    )
     for name, port in (("grpc", 8001), ("http", 8000), ("metrics", 8002)):
-        listening.add_argument(f"--{name}-port", type=int, default=port, metavar="N", help=f"0: any free one ({port})")
-    listening.add_argument("--ssl-certificate", type=Path, metavar="PEM", help="TLS on gRPC: the server's certificate")
-    listening.add_argument("--ssl-key", type=Path, metavar="PEM", help="and its key")
-    listening.add_argument("--ssl-root", type=Path, metavar="PEM", help="mTLS: who signs the clients that are let in")
+        listening.add_argument(
+            f"--{name}-port", type=int, default=port, metavar="N", help=f"0: any free one ({port})"
+        )
     listening.add_argument(
-        "--open", nargs="+", default=[], metavar="ENDPOINT",
-        help="need no key: model-repository, shared-memory, trace, logging",
-    )  # fmt: skip
-    listening.add_argument("--start-timeout", type=float, default=120, metavar="S", help="seconds until ready (120)")
-    listening.add_argument(
-        "--exit-timeout", type=int, default=30, metavar="S", help="seconds for accepted requests (30)"
+        "--ssl-certificate", type=Path, metavar="PEM", help="TLS on gRPC: the server's certificate"
     )
-    add_settings(found.add_argument_group("models"))
-    return found
+    listening.add_argument("--ssl-key", type=Path, metavar="PEM", help="and its key")
+    listening.add_argument(
+        "--ssl-root", type=Path, metavar="PEM", help="mTLS: who signs the clients that are let in"
+    )
+    listening.add_argument(
+        "--open",
+        nargs="+",
+        default=[],
+        metavar="ENDPOINT",
+        help="need no key: model-repository, shared-memory, trace, logging",
+    )
+    listening.add_argument(
+        "--start-timeout", type=float, default=120, metavar="S", help="seconds until ready (120)"
+    )
+    listening.add_argument(
+        "--exit-timeout",
+        type=int,
+        default=30,
+        metavar="S",
+        help="seconds for accepted requests (30)",
+    )
+    add_settings(result.add_argument_group("models"))
+    return result
 
 
-def run(asked: argparse.Namespace, extra: Sequence[str]) -> int:
+def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Carry out a parsed command line."""
-    from serve.checks import check_backend, check_gpus, check_repository
-    from serve.server import Server
-    from serve.stubs import remove_stale_regions
-    from serve.supervise import Supervisor
-    from serve.triton import find_tritonserver
+    from serve.server.checks import check_backend, check_gpus, check_repository
+    from serve.server.process import Server
+    from serve.server.stubs import remove_stale_regions
+    from serve.server.supervise import Supervisor
+    from serve.server.triton import find_tritonserver
 
-    options = read_options(asked, extra)
-    settings = read_settings(asked)
+    options = read_options(args, extra)
+    settings = read_settings(args)
     with Signals() as signals, make_workspace() as workspace:
-        found = find_tritonserver(asked.tritonserver, workspace)
-        kept = asked.repository is not None
-        repository = asked.repository if kept else workspace / "repository"
+        result = find_tritonserver(args.tritonserver, workspace)
+        kept = args.repository is not None
+        repository = args.repository if kept else workspace / "repository"
         # what can be refused is, before graphs are copied
-        settings = check_repository(repository, asked.bundle, settings)
-        check_backend(found, settings.backend)
-        check_gpus(settings, asked.bundle)
-        server = Server(found, repository, options.model_copy(update={"gpu": settings.kind == "gpu"}), say)
+        settings = check_repository(repository, args.bundle, settings)
+        check_backend(result, settings.backend)
+        check_gpus(settings, args.bundle)
+        server = Server(
+            result, repository, options.model_copy(update={"gpu": settings.kind == "gpu"}), say
+        )
         server.check_ports()
         if not repository.exists() or not any(repository.iterdir()):
-            make_repository(asked.bundle, repository, settings)
+            make_repository(args.bundle, repository, settings)
         remove_stale_regions()
         signals.server = server
         try:
@@ -118,19 +150,27 @@ def run(asked: argparse.Namespace, extra: Sequence[str]) -> int:
         finally:
             answered = server.stop()
         if not answered:
-            raise ServerError(f"requests were cut off after {asked.exit_timeout} s (--exit-timeout gives them more)")
+            raise ServerError(
+                f"requests were cut off after {args.exit_timeout} s (--exit-timeout gives them "
+                "more)"
+            )
         say("stopped: every request that was accepted has been answered")
     return 0
 
 
 @contextlib.contextmanager
 def make_workspace() -> Iterator[Path]:
-    """A temporary folder that is gone afterwards, as are those of runs that were killed: nobody holds their lock."""
+    """A temporary folder that is gone afterwards, as are those of runs that were killed: nobody
+    holds their lock.
+    """
     for old in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}*/lock"):
         with contextlib.suppress(OSError), open(old, "rb") as file:  # another user's, or in use
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=WORKSPACE) as folder, open(Path(folder) / "lock", "wb") as file:
+    with (
+        tempfile.TemporaryDirectory(prefix=WORKSPACE) as folder,
+        open(Path(folder) / "lock", "wb") as file,
+    ):
         fcntl.flock(file, fcntl.LOCK_EX)
         yield Path(folder)
 
@@ -142,7 +182,9 @@ def say(line: str) -> None:
 
 
 class Signals:
-    """SIGINT and SIGTERM drain the server; before there is one they end the program, its folders removed; twice: at once."""
+    """SIGINT and SIGTERM drain the server; before there is one they end the program, its folders
+    removed; twice: at once.
+    """
 
     def __init__(self) -> None:
         self.server = None
@@ -156,7 +198,9 @@ class Signals:
         self.server.drain()
 
     def __enter__(self) -> "Signals":
-        self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {
+            number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -164,20 +208,28 @@ class Signals:
             signal.signal(number, handler)
 
 
-def read_options(asked: argparse.Namespace, extra: Sequence[str]):  # noqa: ANN201 - Options, imported late
+def read_options(args: argparse.Namespace, extra: Sequence[str]):
     """How to listen; raises UserError for what makes no sense."""
-    from serve.launch import RESTRICTED, Options, Tls
+    from serve.server.launch import RESTRICTED, Options, Tls
 
     for name in ("grpc_port", "http_port", "metrics_port"):
-        if not 0 <= getattr(asked, name) <= 65535:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: ports are 0 to 65535")
+        if not 0 <= getattr(args, name) <= 65535:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: ports are 0 to 65535"
+            )
     for name in ("start_timeout", "exit_timeout"):
-        if getattr(asked, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: give more than 0 seconds")
-    unknown = sorted(set(asked.open) - set(RESTRICTED))
+        if getattr(args, name) <= 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(args, name)}: give more than 0 seconds"
+            )
+    unknown = sorted(set(args.open) - set(RESTRICTED))
     if unknown:
         raise UserError(f"--open {unknown[0]}: known are {', '.join(RESTRICTED)}")
-    files = {"--ssl-certificate": asked.ssl_certificate, "--ssl-key": asked.ssl_key, "--ssl-root": asked.ssl_root}
+    files = {
+        "--ssl-certificate": args.ssl_certificate,
+        "--ssl-key": args.ssl_key,
+        "--ssl-root": args.ssl_root,
+    }
     for name, path in files.items():
         if path is not None and not path.is_file():
             raise UserError(f"{name} {path}: no such file (a PEM file is wanted)")
@@ -188,24 +240,36 @@ def read_options(asked: argparse.Namespace, extra: Sequence[str]):  # noqa: ANN2
         if flag.startswith("--") and name in OURS:
             raise UserError(f"-- {flag}: serve.run sets --{name} itself (see its own options)")
     tls = (
-        Tls(certificate=asked.ssl_certificate, key=asked.ssl_key, root=asked.ssl_root)
-        if asked.ssl_certificate
+        Tls(certificate=args.ssl_certificate, key=args.ssl_key, root=args.ssl_root)
+        if args.ssl_certificate
         else None
     )
     return Options(
-        host=asked.host, grpc_port=asked.grpc_port, http_port=asked.http_port, metrics_port=asked.metrics_port, tls=tls,
-        open_endpoints=tuple(asked.open), start_seconds=asked.start_timeout, exit_seconds=asked.exit_timeout,
+        host=args.host,
+        grpc_port=args.grpc_port,
+        http_port=args.http_port,
+        metrics_port=args.metrics_port,
+        tls=tls,
+        open_endpoints=tuple(args.open),
+        start_seconds=args.start_timeout,
+        exit_seconds=args.exit_timeout,
         extra=tuple(extra),
-    )  # fmt: skip
+    )
 
 
-def show(server, seconds: float, kept: bool) -> None:  # noqa: ANN001 - a Server
+def show(server, seconds: float, kept: bool) -> None:
     """Print where it answers and what to type next."""
     tls = server.options.tls
     options = "" if server.grpc == "127.0.0.1:8001" else f" --url {server.grpc}"
     if tls:
-        options += " --ssl-root CA.pem" + (" --ssl-certificate CLIENT.pem --ssl-key CLIENT.key" if tls.root else "")
-    where = f"--repository {server.repository}" if kept else f"--url {server.http} --metrics {server.metrics}"
+        options += " --ssl-root CA.pem" + (
+            " --ssl-certificate CLIENT.pem --ssl-key CLIENT.key" if tls.root else ""
+        )
+    where = (
+        f"--repository {server.repository}"
+        if kept
+        else f"--url {server.http} --metrics {server.metrics}"
+    )
     say("")
     say(f"ready     after {seconds:.1f} s: {server.found.executable}")
     say(f"grpc      {server.grpc}{' (TLS)' if tls else ''}")

@@ -1,4 +1,6 @@
-"""`python -m serve.status`: what every model of a running server has done, from Triton's statistics and metrics."""
+"""`python -m serve.status`: what every model of a running server has done, from Triton's statistics
+and metrics.
+"""
 
 import argparse
 import json
@@ -8,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from serve.command_line import CommandLine
-from serve.errors import ServerError, UserError, exit_status
-from serve.rest import Refused, Rest
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from serve.errors import ServerError
+from serve.server.rest import Refused, Rest
 
 EPILOG = """\
 examples:
@@ -27,8 +30,20 @@ and one of a wrong type or shape nowhere. Exit status: 0 the server is ready, 1 
 
 SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
-COLUMNS = ("model", "version", "state", "instances", "requests", "executions", "batch", "queue", "compute", "failed",
-           "cached", "restarts")  # fmt: skip
+COLUMNS = (
+    "model",
+    "version",
+    "state",
+    "instances",
+    "requests",
+    "executions",
+    "batch",
+    "queue",
+    "compute",
+    "failed",
+    "cached",
+    "restarts",
+)
 
 Metrics = dict[tuple[str, str, str, str], float]
 """Value by metric, model, version and quantile ("" if it has none)."""
@@ -43,33 +58,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--url", metavar="HOST:PORT", help="HTTP, not gRPC (127.0.0.1:8000)")
     parser.add_argument("--metrics", metavar="HOST:PORT", help="(the same host, port 8002)")
-    parser.add_argument("--repository", type=Path, metavar="DIR", help="of serve.run: where the server is and its key")
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        metavar="DIR",
+        help="of serve.run: where the server is and its key",
+    )
     parser.add_argument("--json", action="store_true", help="for programs")
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: run(asked))
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: run(args))
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
-    from serve.state import read_state
+    from serve.server.state import read_state
 
     state = None
-    if asked.repository:
-        if asked.url or asked.metrics:
+    if args.repository:
+        if args.url or args.metrics:
             raise UserError("--repository says where its server is: leave out --url and --metrics")
-        state = read_state(asked.repository)
+        state = read_state(args.repository)
         if state is None:
-            raise UserError(f"--repository {asked.repository}: no server runs on it (start one: python -m serve.run)")
-    url = state.http if state else address(asked.url or "127.0.0.1:8000", "--url")
+            raise UserError(
+                f"--repository {args.repository}: no server runs on it (start one: python -m "
+                "serve.run)"
+            )
+    url = state.http if state else address(args.url or "127.0.0.1:8000", "--url")
     default = f"{url.rpartition(':')[0]}:8002"
-    metrics = Rest(state.metrics if state else address(asked.metrics or default, "--metrics"))
+    metrics = Rest(state.metrics if state else address(args.metrics or default, "--metrics"))
     rest = Rest(url, state.admin_key if state else "")
     try:
         rows = collect(rest, read_metrics(metrics), dict(state.restarts) if state else None)
     except (OSError, Refused) as error:
-        raise ServerError(f"no Triton answers over HTTP at {url} ({error}): start one with python -m serve.run, or name "
-                          "another with --url") from error  # fmt: skip
-    if asked.json:
+        raise ServerError(
+            f"no Triton answers over HTTP at {url} ({error}): start one with python "
+            "-m serve.run, or name another with --url"
+        ) from error
+    if args.json:
         print(json.dumps({"ready": rest.ready(), "models": rows}, indent=1))
     else:
         print_table(rows)
@@ -80,15 +105,17 @@ def run(asked: argparse.Namespace) -> int:
 
 def address(text: str, option: str) -> str:
     """HOST:PORT of an address; raises UserError for anything else."""
-    found = text.removeprefix("http://").rstrip("/").removesuffix("/metrics")
-    host, _, port = found.rpartition(":")
+    result = text.removeprefix("http://").rstrip("/").removesuffix("/metrics")
+    host, _, port = result.rpartition(":")
     if not host or not port.isdecimal():
         raise UserError(f"{option} {text}: write HOST:PORT (127.0.0.1:8000)")
-    return found
+    return result
 
 
 def collect(rest: Rest, metrics: Metrics, restarts: dict[str, int] | None) -> list[dict[str, Any]]:
-    """A row for every version; `restarts` None: not known. With the key, versions that are not loaded have rows too."""
+    """A row for every version; `restarts` None: not known. With the key, versions that are not
+    loaded have rows too.
+    """
     rows = []
     for entry in rest.statistics():
         model, version, counts = entry["name"], entry["version"], entry["inference_stats"]
@@ -96,73 +123,106 @@ def collect(rest: Rest, metrics: Metrics, restarts: dict[str, int] | None) -> li
         groups = config.get("instance_group", ())
         number = {name: int(counts[name]["count"]) for name in ("success", "fail", "cache_hit")}
         executions = int(entry.get("execution_count", 0))
-        rows.append({
-            "model": model, "version": version,
-            "state": "READY" if rest.model_ready(model, version) else "NOT READY",
-            "instances": sum(group["count"] * max(1, len(group["gpus"])) for group in groups),
-            "requests": number["success"], "executions": executions,
-            "batch": int(entry.get("inference_count", 0)) / executions if executions else None,
-            "queue": latency(counts["queue"], metrics.get(("nv_inference_queue_summary_us", model, version, "0.5"))),
-            "compute": latency(
-                counts["compute_infer"], metrics.get(("nv_inference_compute_infer_summary_us", model, version, "0.5"))
-            ),
-            "failed": number["fail"], "cached": number["cache_hit"],
-            "restarts": None if restarts is None else restarts.get(model, 0),
-        })  # fmt: skip
+        rows.append(
+            {
+                "model": model,
+                "version": version,
+                "state": "READY" if rest.model_ready(model, version) else "NOT READY",
+                "instances": sum(group["count"] * max(1, len(group["gpus"])) for group in groups),
+                "requests": number["success"],
+                "executions": executions,
+                "batch": int(entry.get("inference_count", 0)) / executions if executions else None,
+                "queue": latency(
+                    counts["queue"],
+                    metrics.get(("nv_inference_queue_summary_us", model, version, "0.5")),
+                ),
+                "compute": latency(
+                    counts["compute_infer"],
+                    metrics.get(("nv_inference_compute_infer_summary_us", model, version, "0.5")),
+                ),
+                "failed": number["fail"],
+                "cached": number["cache_hit"],
+                "restarts": None if restarts is None else restarts.get(model, 0),
+            }
+        )
     return rows + (not_loaded(rest, rows) if rest.key else [])
 
 
 def not_loaded(rest: Rest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for versions that were asked for and failed; versions that were unloaded in order are left out."""
-    known, found = {(row["model"], row["version"]) for row in rows}, []
+    """Rows for versions that were asked for and failed; versions that were unloaded in order are
+    left out.
+    """
+    known, result = {(row["model"], row["version"]) for row in rows}, []
     for entry in rest.index():
         key, reason = (entry["name"], entry.get("version", "")), entry.get("reason", "")
-        if key not in known and entry.get("state") == "UNAVAILABLE" and reason not in ("", "unloaded"):
+        if (
+            key not in known
+            and entry.get("state") == "UNAVAILABLE"
+            and reason not in ("", "unloaded")
+        ):
             row = dict.fromkeys(COLUMNS) | {
                 "model": key[0],
                 "version": key[1],
                 "state": "UNAVAILABLE",
                 "reason": reason,
             }
-            found.append(row)
-    return found
+            result.append(row)
+    return result
 
 
 def latency(duration: dict[str, Any], median_us: float | None) -> dict[str, Any] | None:
-    """Milliseconds: Triton's median where it has one (it forgets after a minute), else the mean of all requests."""
+    """Milliseconds: Triton's median where it has one (it forgets after a minute), else the mean of
+    all requests.
+    """
     if median_us is not None and median_us == median_us:  # NaN: nothing in the last minute
         return {"milliseconds": median_us / 1e3, "is": "median"}
     count = int(duration.get("count", 0))
-    return {"milliseconds": int(duration.get("ns", 0)) / count / 1e6, "is": "mean"} if count else None
+    return (
+        {"milliseconds": int(duration.get("ns", 0)) / count / 1e6, "is": "mean"} if count else None
+    )
 
 
 def read_metrics(metrics: Rest) -> Metrics:
-    """Prometheus' text as numbers; none where that port is not reachable, the statistics say enough."""
+    """Prometheus' text as numbers; none where that port is not reachable, the statistics say
+    enough.
+    """
     try:
         text = metrics.call("GET", "/metrics").decode()
     except (OSError, Refused):
         return {}
-    found: Metrics = {}
+    result: Metrics = {}
     for line in text.splitlines():
         sample = SAMPLE.match(line)
         if sample:
             labels = dict(LABEL.findall(sample["labels"]))
-            key = sample["name"], labels.get("model", ""), labels.get("version", ""), labels.get("quantile", "")
-            found[key] = float(sample["value"])
-    return found
+            key = (
+                sample["name"],
+                labels.get("model", ""),
+                labels.get("version", ""),
+                labels.get("quantile", ""),
+            )
+            result[key] = float(sample["value"])
+    return result
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows in columns, names to the left and numbers to the right; then why some are not loaded."""
+    """Print rows in columns, names to the left and numbers to the right; then why some are not
+    loaded.
+    """
     table = [COLUMNS, *(tuple(shown(row[name]) for name in COLUMNS) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
     for line in table:
-        cells = [cell.ljust(width) if n in (0, 2) else cell.rjust(width)
-                 for n, (cell, width) in enumerate(zip(line, widths, strict=True))]  # fmt: skip
+        cells = [
+            cell.ljust(width) if n in (0, 2) else cell.rjust(width)
+            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip())
     for row in rows:
         if row.get("reason"):
-            print(f"{row['model']} version {row['version']} did not load: {row['reason'].strip().splitlines()[0]}")
+            print(
+                f"{row['model']} version {row['version']} did not load: "
+                f"{row['reason'].strip().splitlines()[0]}"
+            )
 
 
 def shown(value: Any) -> str:

@@ -1,4 +1,6 @@
-"""`python -m serve.trial`: start a bundle, ask it once for everything it offers, keep the answers as pictures, stop it."""
+"""`python -m serve.trial`: start a bundle, ask it once for everything it offers, keep the answers
+as pictures, stop it.
+"""
 
 import argparse
 import sys
@@ -6,9 +8,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.command_line import CommandLine
-from serve.errors import UserError, exit_status
-from serve.repository import add_settings, make_repository, read_settings
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from serve.repository.build import add_settings, make_repository, read_settings
 
 EPILOG = """\
 examples:
@@ -22,48 +24,64 @@ head for. To go on asking, start it with python -m serve.run. Exit status: 0 all
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    found = CommandLine(
+    result = CommandLine(
         prog="python -m serve.trial",
         description="Serve a bundle for the time of one picture.",
         epilog=EPILOG,
     )
-    found.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
-    found.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")
-    found.add_argument("--output", type=Path, default=Path("answers"), metavar="DIR", help="where to write (answers)")
-    found.add_argument("--tritonserver", type=Path, metavar="FILE", help="(as serve.run finds it)")
-    add_settings(found.add_argument_group("models"))
-    asked = found.parse_args(arguments)
-    return exit_status(lambda: run(asked))
+    result.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
+    result.add_argument("image", type=Path, metavar="IMAGE", help="JPEG, PNG or WebP file")
+    result.add_argument(
+        "--output",
+        type=Path,
+        default=Path("answers"),
+        metavar="DIR",
+        help="where to write (answers)",
+    )
+    result.add_argument("--tritonserver", type=Path, metavar="FILE", help="(as serve.run finds it)")
+    add_settings(result.add_argument_group("models"))
+    args = result.parse_args(arguments)
+    return exit_status(lambda: run(args))
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
-    from serve.checks import check_backend, check_gpus
     from serve.client.__main__ import answer, parser
-    from serve.launch import Options
-    from serve.server import Server
-    from serve.triton import find_tritonserver
+    from serve.server.checks import check_backend, check_gpus
+    from serve.server.launch import Options
+    from serve.server.process import Server
+    from serve.server.triton import find_tritonserver
 
-    if not asked.image.is_file():
-        raise UserError(f"{asked.image}: no such file (name a JPEG, PNG or WebP picture)")
-    settings = read_settings(asked)
+    if not args.image.is_file():
+        raise UserError(f"{args.image}: no such file (name a JPEG, PNG or WebP picture)")
+    settings = read_settings(args)
     with tempfile.TemporaryDirectory(prefix="serve-") as folder:
         repository = Path(folder) / "repository"
-        tritonserver = find_tritonserver(asked.tritonserver, Path(folder))
+        tritonserver = find_tritonserver(args.tritonserver, Path(folder))
         check_backend(tritonserver, settings.backend)
-        check_gpus(settings, asked.bundle)
-        models = make_repository(asked.bundle, repository, settings)
-        options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5, gpu=settings.kind == "gpu")
+        check_gpus(settings, args.bundle)
+        models = make_repository(args.bundle, repository, settings)
+        options = Options(
+            grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5, gpu=settings.kind == "gpu"
+        )
         with Server(tritonserver, repository, options, lambda line: None) as server:
-            print(f"serving   {len(models)} models of {asked.bundle} on {server.grpc}", flush=True)
+            print(f"serving   {len(models)} models of {args.bundle} on {server.grpc}", flush=True)
             offered = {"segmentation": "segmentation", "depth": "depth", "zero_shot": "zero-shot"}
             for task in ("features", *(task for model, task in offered.items() if model in models)):
-                given = [str(asked.image), "--task", task, "--url", server.grpc, "--output", str(asked.output)]
+                given = [
+                    str(args.image),
+                    "--task",
+                    task,
+                    "--url",
+                    server.grpc,
+                    "--output",
+                    str(args.output),
+                ]
                 for path in answer(parser().parse_args(given))[0]:
                     print(f"wrote     {path}", flush=True)
     print("next      serve it for as long as you like, and ask it from another terminal:")
-    print(f"  python -m serve.run {asked.bundle}")
-    print(f"  python -m serve.client {asked.image} --task features")
+    print(f"  python -m serve.run {args.bundle}")
+    print(f"  python -m serve.client {args.image} --task features")
     return 0
 
 

@@ -1,4 +1,6 @@
-"""Small real things shared by tests: a folder of photographs, a recipe of seconds, the command line."""
+"""Small real things shared by tests: a folder of photographs, a recipe of seconds, the command
+line.
+"""
 
 import contextlib
 import importlib.util
@@ -18,9 +20,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from distill.data.pictures import PackagedPhotos
 from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.encoder import Encoder, parse_model, teacher_encoder
-from distill.pictures import PackagedPhotos
 from distill.run import main
 from distill.scenes import write
 from export.run import main as export
@@ -40,7 +42,11 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     photos = PackagedPhotos()
     for number in range(12):
-        image = photos.load(number % len(photos)).convert("RGB").resize((96, 80), Image.Resampling.BICUBIC)
+        image = (
+            photos.load(number % len(photos))
+            .convert("RGB")
+            .resize((96, 80), Image.Resampling.BICUBIC)
+        )
         path = folder / ("even" if number % 2 == 0 else "odd") / f"{number:02d}.jpg"
         path.parent.mkdir(exist_ok=True)
         image.save(path, quality=95)
@@ -71,7 +77,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Crops of two real photographs, a class each: 12 to learn from, 6 to score on, easily told apart."""
+    """Crops of two real photographs, a class each: 12 to learn from, 6 to score on, easily told
+    apart.
+    """
     root = tmp_path_factory.mktemp("classes")
     photos = PackagedPhotos()
     names = {"chelsea": "chelsea.png", "coins": "coins.png"}
@@ -93,20 +101,40 @@ def small_recipe(photos: Path, **changes: object) -> dict:
     recipe = {
         "method": "umt",
         "student": {
-            "name": "vit_tiny_patch16_224", "image_size": 64, "drop_path": 0.2,
+            "name": "vit_tiny_patch16_224",
+            "image_size": 64,
+            "drop_path": 0.2,
             "kwargs": {"embed_dim": 48, "depth": 2, "num_heads": 2},
         },
         "teachers": [
-            {"name": "resnet10t", "role": "classification", "alias": "cls", "pretrained": False, "image_size": 64},
-            {"name": "vit_tiny_patch16_224", "role": "mae", "pretrained": False, "image_size": 64, "kwargs": vit},
-            {"name": "vit_small_patch14_dinov2", "role": "dino", "pretrained": False, "image_size": 56, "kwargs": vit},
+            {
+                "name": "resnet10t",
+                "role": "classification",
+                "alias": "cls",
+                "pretrained": False,
+                "image_size": 64,
+            },
+            {
+                "name": "vit_tiny_patch16_224",
+                "role": "mae",
+                "pretrained": False,
+                "image_size": 64,
+                "kwargs": vit,
+            },
+            {
+                "name": "vit_small_patch14_dinov2",
+                "role": "dino",
+                "pretrained": False,
+                "image_size": 56,
+                "kwargs": vit,
+            },
         ],
         "umt": {"space_dim": "student", "token_dim": 16},
         "targets": {"normalize": "standardize", "batches": 2},
         "data": {"kind": "folder", "path": str(photos), "workers": 0, "crop_scale": [0.3, 1.0]},
         "train": {"steps": 8, "batch_size": 4, "lr": 1e-3, "warmup_steps": 2, "log_every": 1},
         "checkpoint": {"every_steps": 3},
-    }  # fmt: skip
+    }
     for key, value in changes.items():
         recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
     return recipe
@@ -125,13 +153,23 @@ def recipe_file(tmp_path: Path, photo_folder: Path):
 
 
 @pytest.fixture(scope="session")
-def small_bundle(photo_folder: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An exported UMT student of three teachers with trained heads for three tasks, segmentation's reading dino's."""
+def small_bundle(
+    photo_folder: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """An exported UMT student of three teachers with trained heads for three tasks, segmentation's
+    reading dino's.
+    """
     folder = tmp_path_factory.mktemp("small")
     recipe, run = folder / "recipe.yaml", folder / "run"
     recipe.write_text(yaml.safe_dump(small_recipe(photo_folder, train={"steps": 2})))
     done = [run_here(recipe, "--output", run)]
-    quick = ("extract.workers=0", "probe.epochs=2", "probe.rates=2", "dense.size=64", "dense.steps=5")
+    quick = (
+        "extract.workers=0",
+        "probe.epochs=2",
+        "probe.rates=2",
+        "dense.size=64",
+        "dense.steps=5",
+    )
     for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
         wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
         done.append(run_here(run, *wanted, *quick, command=evaluate))
@@ -142,7 +180,9 @@ def small_bundle(photo_folder: Path, scenes: Path, tmp_path_factory: pytest.Temp
 
 @dataclass(frozen=True)
 class Served:
-    """A running tritonserver: HOST:PORT of its three endpoints, what it serves, the key of its restricted endpoints."""
+    """A running tritonserver: HOST:PORT of its three endpoints, what it serves, the key of its
+    restricted endpoints.
+    """
 
     grpc: str
     http: str
@@ -155,33 +195,45 @@ class Served:
 def need_tritonserver() -> None:
     """Skip a test where the embedded tritonserver cannot run."""
     if importlib.util.find_spec("pytriton") is None:
-        pytest.skip("nvidia-pytriton is not installed (it has no wheel for this Python): no embedded tritonserver")
+        pytest.skip(
+            "nvidia-pytriton is not installed (it has no wheel for this Python): no embedded "
+            "tritonserver"
+        )
     if int(np.__version__.split(".")[0]) >= 2:
-        pytest.skip(f"numpy {np.__version__}: the embedded tritonserver's python backend needs numpy below 2")
+        pytest.skip(
+            f"numpy {np.__version__}: the embedded tritonserver's python backend needs numpy below "
+            "2"
+        )
 
 
 @pytest.fixture(scope="session")
 def server(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The embedded tritonserver on `small_bundle`, one instance a model, without a supervisor: it counts requests too."""
+    """The embedded tritonserver on `small_bundle`, one instance a model, without a supervisor: it
+    counts requests too.
+    """
     need_tritonserver()
-    from serve.repository import make_repository
-    from serve.server import Options, Server
-    from serve.settings import Settings
-    from serve.triton import find_tritonserver
+    from serve.repository.build import make_repository
+    from serve.repository.settings import Settings
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
 
     folder, lines = tmp_path_factory.mktemp("server"), []
     repository = folder / "repository"
     make_repository(small_bundle, repository, Settings())
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
     with Server(find_tritonserver(None, folder), repository, options, lines.append) as found:
-        yield Served(found.grpc, found.http, found.metrics, repository, small_bundle, found.admin_key)
+        yield Served(
+            found.grpc, found.http, found.metrics, repository, small_bundle, found.admin_key
+        )
     (folder / "log").write_text("\n".join(lines))
 
 
 def command(*arguments: object, ranks: int = 1) -> list[str]:
     """The command line of `python -m distill.run`, under torchrun if there are several ranks."""
     launcher = (
-        ["-m"] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        ["-m"]
+        if ranks == 1
+        else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
     )
     return [sys.executable, *launcher, "distill.run", *map(str, arguments)]
 
@@ -191,10 +243,17 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def run_command(*arguments: object, ranks: int = 1, **options: object) -> subprocess.CompletedProcess:
+def run_command(
+    *arguments: object, ranks: int = 1, **options: object
+) -> subprocess.CompletedProcess:
     """Run `python -m distill.run` to its end."""
     return subprocess.run(
-        command(*arguments, ranks=ranks), capture_output=True, text=True, timeout=300, env=environment(), **options
+        command(*arguments, ranks=ranks),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment(),
+        **options,
     )
 
 

@@ -1,4 +1,6 @@
-"""The house's one-way streets: `distill` -> `export` -> `serve` in data, never backwards in imports."""
+"""Which package may import which: data flows from `distill` to `export` to `serve`, and `contract`
+is what they share.
+"""
 
 import ast
 from collections.abc import Iterator
@@ -7,13 +9,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("distill", "export", "serve")
+PACKAGES = ("contract", "distill", "export", "serve")
 FORBIDDEN = {
+    "contract": {"torch", "torchvision", "timm", "distill", "export", "serve"},
     "distill": {"export", "serve"},
     "export": {"serve"},
     "serve": {"torch", "torchvision", "timm", "distill", "export"},
 }
-"""What each package must not import: `export` may rebuild a student with `distill`; `serve` reads bundles only."""
+"""What each package must not import: `export` may rebuild a student with `distill`; `serve` reads
+bundles only.
+"""
 
 
 def imported(source: str) -> Iterator[tuple[int, str]]:
@@ -23,7 +28,10 @@ def imported(source: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, alias.name.split(".")[0]) for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             yield node.lineno, node.module.split(".")[0]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("__import__", "importlib.import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "__import__",
+            "importlib.import_module",
+        ):
             if node.args and isinstance(node.args[0], ast.Constant):
                 yield node.lineno, str(node.args[0].value).split(".")[0]
 
@@ -33,9 +41,18 @@ def sources(package: str) -> list[Path]:
 
 
 def test_every_form_of_import_is_seen():
-    source = "import torch.nn as nn, json\ndef f():\n    from distill.config import Recipe\nfrom . import x\n"
+    source = (
+        "import torch.nn as nn, json\ndef f():\n    from distill.config import Recipe\nfrom . "
+        "import x\n"
+    )
     source += "import importlib\nimportlib.import_module('serve.client')\n"
-    assert {name for _, name in imported(source)} == {"torch", "json", "distill", "importlib", "serve"}
+    assert {name for _, name in imported(source)} == {
+        "torch",
+        "json",
+        "distill",
+        "importlib",
+        "serve",
+    }
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -52,8 +69,9 @@ def test_imports_point_one_way(package):
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_file_grows_past_350_lines(package):
+def test_no_file_grows_past_450_lines(package):
     lengths = {
-        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in sources(package)
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in sources(package)
     }
-    assert {name: length for name, length in lengths.items() if length > 350} == {}
+    assert {name: length for name, length in lengths.items() if length > 450} == {}

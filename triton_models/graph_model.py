@@ -1,7 +1,9 @@
-"""One ONNX graph behind Triton's python backend; `serve.repository` copies this file beside each graph's model.py.
+"""One ONNX graph behind Triton's python backend; `serve.repository` copies this file beside each
+graph's model.py.
 
-Runs where Triton's own onnxruntime and tensorrt backends are not at hand, and gives the choice of OpenVINO on CPUs.
-Beside it lie `model.onnx` and `model.json`: the graph's inputs and outputs, its files' sha256, and sizes it takes.
+Runs where Triton's own onnxruntime and tensorrt backends are not at hand, and gives the choice of
+OpenVINO on CPUs. Beside it lie `model.onnx` and `model.json`: the graph's inputs and outputs, its
+files' sha256, and sizes it takes.
 """
 
 import hashlib
@@ -14,77 +16,123 @@ import triton_python_backend_utils as pb_utils
 
 
 class GraphModel:
-    """Batches requests itself, as the python backend asks of a model: one call of the graph for all of them."""
+    """Batches requests itself, as the python backend asks of a model: one call of the graph for all
+    of them.
+    """
 
     def initialize(self, args: dict) -> None:
-        """Open the graph if it is the one that was exported; an exception here keeps the model from being loaded."""
+        """Open the graph if it is the one that was exported; an exception here keeps the model from
+        being loaded.
+        """
         folder = Path(args["model_repository"]) / args["model_version"]
         self.about = json.loads((folder / "model.json").read_text())
         for name, listed in self.about["sha256"].items():
             with open(folder / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != listed:
-                raise ValueError(f"{folder / name} does not match its sha256: it is not the graph that was exported")
-        settings = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
-        device = int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+                result = hashlib.file_digest(file, "sha256").hexdigest()
+            if result != listed:
+                raise ValueError(
+                    f"{folder / name} does not match its sha256: it is not the graph that was "
+                    "exported"
+                )
+        settings = {
+            key: value["string_value"]
+            for key, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        device = (
+            int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
+        )
         self.inputs, self.outputs = self.about["inputs"], self.about["outputs"]
-        self.call = open_graph(folder / "model.onnx", settings["runtime"], int(settings["threads"]), device)
+        self.call = open_graph(
+            folder / "model.onnx", settings["runtime"], int(settings["threads"]), device
+        )
 
     def execute(self, requests: list) -> list:
-        """Answer every request; one that is refused or fails leaves the others of its batch alone."""
+        """Answer every request; one that is refused or fails leaves the others of its batch
+        alone.
+        """
         answers: list = [None] * len(requests)
         taken: dict[tuple, list] = {}
         for number, request in enumerate(requests):
-            feeds = [pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs]
+            feeds = [
+                pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs
+            ]
             refused = no_batch(self.inputs, feeds, self.about["largest"])
             if not refused:
-                feeds = [feed[:, 0] for feed in feeds]  # the axis that the configuration puts after the batch
+                feeds = [
+                    feed[:, 0] for feed in feeds
+                ]  # the axis that the configuration puts after the batch
                 refused = self.refuse(feeds)
             if refused:
                 answers[number] = failed(refused, pb_utils.TritonError.INVALID_ARG)
             else:
-                taken.setdefault(tuple(feed.shape[1:] for feed in feeds), []).append((number, feeds))
+                taken.setdefault(tuple(feed.shape[1:] for feed in feeds), []).append(
+                    (number, feeds)
+                )
         for group in taken.values():
             numbers = [number for number, _ in group]
             for number, answer in zip(
-                numbers, self.answer([requests[n] for n in numbers], [f for _, f in group]), strict=True
+                numbers,
+                self.answer([requests[n] for n in numbers], [f for _, f in group]),
+                strict=True,
             ):
                 answers[number] = answer
         return answers
 
     def refuse(self, feeds: list[np.ndarray]) -> str:
-        """Why inputs must not reach the graph, "" if they may: floats that are not finite would come out as features.
+        """Why inputs must not reach the graph, "" if they may: floats that are not finite would
+        come out as features.
 
         More positions than the largest picture has would take memory by their square.
         """
         for name, feed, largest in zip(self.inputs, feeds, self.about["largest"], strict=True):
-            if any(not 1 <= size <= most for size, most in zip(feed.shape[1:], largest, strict=True)):
+            if any(
+                not 1 <= size <= most for size, most in zip(feed.shape[1:], largest, strict=True)
+            ):
                 given, most = ("x".join(map(str, shape)) for shape in (feed.shape[1:], largest))
-                return f"input '{name}' is {given} for a picture: it must not be empty, and at most {most} is served"
+                return (
+                    f"input '{name}' is {given} for a picture: it must not be empty, and at most "
+                    f"{most} is served"
+                )
             if not is_finite(feed):
                 return f"input '{name}' holds NaN or infinity: give finite numbers"
         return ""
 
     def answer(self, requests: list, feeds: list[list[np.ndarray]]) -> list:
         """Responses to requests of equal shapes, from one call of the graph."""
-        together = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in zip(*feeds, strict=True)]
+        together = [
+            np.concatenate(parts) if len(parts) > 1 else parts[0]
+            for parts in zip(*feeds, strict=True)
+        ]
         try:
-            found = self.call(together)
+            result = self.call(together)
         except Exception as error:
             if len(requests) > 1:  # which of them it was is found by asking one at a time
-                return [self.answer([request], [feed])[0] for request, feed in zip(requests, feeds, strict=True)]
+                return [
+                    self.answer([request], [feed])[0]
+                    for request, feed in zip(requests, feeds, strict=True)
+                ]
             return [failed(f"the graph failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)]
         answers, start = [], 0
         for request, feed in zip(requests, feeds, strict=True):
             end = start + len(feed[0])
             wanted = set(request.requested_output_names())
-            rows = {name: value[start:end] for name, value in zip(self.outputs, found, strict=True) if name in wanted}
+            rows = {
+                name: value[start:end]
+                for name, value in zip(self.outputs, result, strict=True)
+                if name in wanted
+            }
             start = end
             broken = [name for name, value in rows.items() if not is_finite(value)]
             if broken:
-                answers.append(failed(f"output '{broken[0]}' holds NaN or infinity", pb_utils.TritonError.INTERNAL))
+                answers.append(
+                    failed(
+                        f"output '{broken[0]}' holds NaN or infinity", pb_utils.TritonError.INTERNAL
+                    )
+                )
                 continue
-            tensors = [pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in rows.items()]
+            tensors = [
+                pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in rows.items()
+            ]
             answers.append(pb_utils.InferenceResponse(tensors))
         return answers
 
@@ -97,8 +145,12 @@ class ImageGraph(GraphModel):
         return wrong_size(feeds[0].shape, self.about)
 
 
-def no_batch(names: Sequence[str], feeds: Sequence[np.ndarray], dims: Sequence[Sequence[int]]) -> str:
-    """Why inputs [B, 1, *dims] are not taken, "" if they are: Triton passes a batch of 0 on without its axis."""
+def no_batch(
+    names: Sequence[str], feeds: Sequence[np.ndarray], dims: Sequence[Sequence[int]]
+) -> str:
+    """Why inputs [B, 1, *dims] are not taken, "" if they are: Triton passes a batch of 0 on without
+    its axis.
+    """
     for name, feed, one in zip(names, feeds, dims, strict=True):
         if feed.ndim != len(one) + 2 or not len(feed):
             return f"input '{name}' is a batch of 0: give 1 or more"
@@ -106,14 +158,22 @@ def no_batch(names: Sequence[str], feeds: Sequence[np.ndarray], dims: Sequence[S
 
 
 def wrong_size(shape: tuple[int, ...], about: dict) -> str:
-    """Why pictures [B, H, W, 3] are not taken, "" if they are; `about` has the stride, the largest and smallest sides."""
+    """Why pictures [B, H, W, 3] are not taken, "" if they are; `about` has the stride, the largest
+    and smallest sides.
+    """
     (height, width), stride = shape[1:3], about["stride"]
     if height < stride or width < stride or height % stride or width % stride:
         return f"input 'image' is {height}x{width}: height and width must be multiples of {stride}"
     if height > about["height"] or width > about["width"]:
-        return f"input 'image' is {height}x{width}: at most {about['height']}x{about['width']} is served"
+        return (
+            f"input 'image' is {height}x{width}: at most {about['height']}x{about['width']} is "
+            "served"
+        )
     if height < about["min_height"] or width < about["min_width"]:
-        return f"input 'image' is {height}x{width}: at least {about['min_height']}x{about['min_width']} is served"
+        return (
+            f"input 'image' is {height}x{width}: at least "
+            f"{about['min_height']}x{about['min_width']} is served"
+        )
     return ""
 
 
@@ -122,7 +182,8 @@ def is_finite(values: np.ndarray) -> bool:
     if values.dtype.kind != "f":
         return True
     with np.errstate(invalid="ignore"):
-        # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost; doubles hold any sum of floats
+        # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost; doubles hold
+        # any sum of floats
         return bool(np.isfinite(values.sum(dtype=np.float64)))
 
 
@@ -130,7 +191,7 @@ class Refused(Exception):
     """What a request asks cannot be answered; the message is a sentence for whoever sent it."""
 
 
-def answer_each(requests: list, answer) -> list:  # noqa: ANN001 - a function of a request
+def answer_each(requests: list, answer) -> list:
     """Responses to requests one by one; one that is refused, or fails, leaves the others alone.
 
     An exception that left `execute` would fail all of them, with a traceback sent to each client.
@@ -142,11 +203,13 @@ def answer_each(requests: list, answer) -> list:  # noqa: ANN001 - a function of
         except Refused as refused:
             answers.append(failed(str(refused), pb_utils.TritonError.INVALID_ARG))
         except Exception as error:
-            answers.append(failed(f"the model failed: {first_line(error)}", pb_utils.TritonError.INTERNAL))
+            answers.append(
+                failed(f"the model failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)
+            )
     return answers
 
 
-def failed(message: str, code: int):  # noqa: ANN201 - the stub adds Triton's types only after this file is read
+def failed(message: str, code: int):
     """An answer that says what is wrong."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
@@ -156,13 +219,14 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
-def open_graph(graph: Path, runtime: str, threads: int, device: int | None):  # noqa: ANN201 - a callable
+def open_graph(graph: Path, runtime: str, threads: int, device: int | None):
     """The graph as a function from its inputs to its outputs, both lists of arrays in order."""
     if runtime == "openvino":
         import openvino
 
         settings = {
-            # what the graph says, not what the plugin thinks is near enough: that is what parity was measured with
+            # what the graph says, not what the plugin thinks is near enough: that is what parity
+            # was measured with
             "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False,
         }  # fmt: skip
@@ -170,8 +234,8 @@ def open_graph(graph: Path, runtime: str, threads: int, device: int | None):  # 
         names, outputs = [port.any_name for port in model.inputs], model.outputs
 
         def run(feeds: list[np.ndarray]) -> list[np.ndarray]:
-            found = model(dict(zip(names, feeds, strict=True)))
-            return [found[port] for port in outputs]
+            result = model(dict(zip(names, feeds, strict=True)))
+            return [result[port] for port in outputs]
 
         return run
     import onnxruntime
@@ -185,11 +249,23 @@ def open_graph(graph: Path, runtime: str, threads: int, device: int | None):  # 
     if device is not None:
         providers = [("CUDAExecutionProvider", {"device_id": device}), *providers]
         if runtime == "tensorrt":
-            providers.insert(0, ("TensorrtExecutionProvider", {"device_id": device, "trt_engine_cache_enable": True,
-                                                                "trt_engine_cache_path": str(graph.parent)}))  # fmt: skip
+            providers.insert(
+                0,
+                (
+                    "TensorrtExecutionProvider",
+                    {
+                        "device_id": device,
+                        "trt_engine_cache_enable": True,
+                        "trt_engine_cache_path": str(graph.parent),
+                    },
+                ),
+            )
     session = onnxruntime.InferenceSession(str(graph), options, providers=providers)
     wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
     if session.get_providers()[0] != wanted:  # it falls back to the CPU without a word
-        raise RuntimeError(f"onnxruntime has no working {wanted} here: install onnxruntime-gpu and CUDA's libraries")
+        raise RuntimeError(
+            f"onnxruntime has no working {wanted} here: install onnxruntime-gpu and CUDA's "
+            "libraries"
+        )
     names = [port.name for port in session.get_inputs()]
     return lambda feeds: session.run(None, dict(zip(names, feeds, strict=True)))

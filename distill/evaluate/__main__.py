@@ -1,4 +1,6 @@
-"""`python -m distill.evaluate`: the papers' protocols, on a student or any teacher, in the same way."""
+"""`python -m distill.evaluate`: the papers' protocols, on a student or any teacher, in the same
+way.
+"""
 
 import argparse
 import logging
@@ -6,8 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from distill.command_line import CommandLine
-from distill.errors import UserError, exit_status, suggest
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status, suggest
 
 EPILOG = """\
 examples:
@@ -53,40 +55,64 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, or timm name")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="set any key of --list")
     parser.add_argument(
-        "--tasks", metavar="A,B", default="knn,linear", help=f"of {', '.join(NAMES)} (default: knn,linear)"
+        "--tasks",
+        metavar="A,B",
+        default="knn,linear",
+        help=f"of {', '.join(NAMES)} (default: knn,linear)",
     )
-    parser.add_argument("--data", action="append", metavar="[TASK=]ROOT", help="data; may be given per task")
     parser.add_argument(
-        "--features", default="backbone", metavar="A,B", help="backbone, or teachers' labels (backbone)"
+        "--data", action="append", metavar="[TASK=]ROOT", help="data; may be given per task"
     )
-    parser.add_argument("--with-teachers", action="store_true", help="score the run's teachers too, in the same way")
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="input side for classification (default: its own)")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="default: RUN/evaluation, or runs/evaluation/NAME")
+    parser.add_argument(
+        "--features",
+        default="backbone",
+        metavar="A,B",
+        help="backbone, or teachers' labels (backbone)",
+    )
+    parser.add_argument(
+        "--with-teachers", action="store_true", help="score the run's teachers too, in the same way"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="input side for classification (default: its own)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="default: RUN/evaluation, or runs/evaluation/NAME",
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
-    parser.add_argument("--list", action="store_true", help="list tasks, layouts and settings, and stop")
-    asked = parser.parse_intermixed_args(arguments)
-    return exit_status(lambda: run(asked))
+    parser.add_argument(
+        "--list", action="store_true", help="list tasks, layouts and settings, and stop"
+    )
+    args = parser.parse_intermixed_args(arguments)
+    return exit_status(lambda: run(args))
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
     # Imported here so that --help answers at once: torch and timm take seconds to load.
     from distill.evaluate.settings import describe_settings, load_settings
     from distill.evaluate.tasks import TASKS
 
-    if asked.list:
+    if args.list:
         print("tasks:")
         print("\n".join(f"  {name:15} {task.does}" for name, task in TASKS.items()))
         print(f"\n{LAYOUTS}\nsettings (key, type, default, meaning):\n{describe_settings()}")
         return 0
-    if not asked.model or "=" in asked.model.partition("@")[0]:
-        raise UserError("no MODEL: give a run folder or a timm name (python -m distill.evaluate --help)")
-    tasks = [name.strip() for name in asked.tasks.split(",")]
+    if not args.model or "=" in args.model.partition("@")[0]:
+        raise UserError(
+            "no MODEL: give a run folder or a timm name (python -m distill.evaluate --help)"
+        )
+    tasks = [name.strip() for name in args.tasks.split(",")]
     for name in tasks:
         if name not in TASKS:
             raise UserError(f"--tasks {name}: {suggest(name, TASKS, show=len(TASKS))}")
-    config = load_settings(asked.settings)
-    roots = data_roots(asked.data or [], tasks)
+    config = load_settings(args.settings)
+    roots = data_roots(args.data or [], tasks)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("timm").setLevel(logging.WARNING)
 
@@ -94,13 +120,21 @@ def run(asked: argparse.Namespace) -> int:
     from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
     from distill.evaluate.tasks import Context
 
-    output = asked.output or default_output(asked.model)
+    output = args.output or default_output(args.model)
     read_scores(output / "evaluation.json")  # a damaged file is said before the work, not after
-    rows = open_rows(asked.model, asked.features.split(","), asked.with_teachers, asked.size, asked.device, output)
+    rows = open_rows(
+        args.model,
+        args.features.split(","),
+        args.with_teachers,
+        args.size,
+        args.device,
+        output,
+    )
     about = {
-        "model": asked.model, "settings": config.model_dump(mode="json"),
+        "model": args.model,
+        "settings": config.model_dump(mode="json"),
         "data": {task: str(root) for task, root in roots.items()},
-    }  # fmt: skip
+    }
     results: dict[str, dict] = {row.name: {} for row in rows}
     for row in rows:
         contexts: dict[Path, Context] = {}
@@ -121,15 +155,22 @@ def run(asked: argparse.Namespace) -> int:
                 print(f"wrote     {file}")
     print(f"scores    {written}")
     print(f"picture   {picture}")
-    if Path(asked.model).is_dir():
-        print("next      see how alike its teachers are, or score it on your own labelled pictures:")
-        print(f"  python -m distill.similarity --run {asked.model}")
-        print(f"  python -m distill.evaluate {asked.model} --data ROOT --tasks knn,linear    (layouts: --list)")
+    if Path(args.model).is_dir():
+        print(
+            "next      see how alike its teachers are, or score it on your own labelled pictures:"
+        )
+        print(f"  python -m distill.similarity --run {args.model}")
+        print(
+            f"  python -m distill.evaluate {args.model} --data ROOT --tasks knn,linear    "
+            "(layouts: --list)"
+        )
     return 0
 
 
 def data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
-    """The data root of every task from `ROOT` and `TASK=ROOT`; raises UserError where one is missing."""
+    """The data root of every task from `ROOT` and `TASK=ROOT`; raises UserError where one is
+    missing.
+    """
     roots: dict[str, Path] = {}
     for entry in given:
         task, equals, root = entry.partition("=")
@@ -139,7 +180,10 @@ def data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
             roots |= {task: Path(entry) for task in tasks if task not in roots}
     for task in tasks:
         if task not in roots:
-            raise UserError(f"--tasks {task} needs data: add --data ROOT or --data {task}=ROOT (layouts: --list)")
+            raise UserError(
+                f"--tasks {task} needs data: add --data ROOT or --data {task}=ROOT (layouts: "
+                "--list)"
+            )
         if not roots[task].is_dir():
             raise UserError(f"--data {roots[task]}: no such folder")
     return roots

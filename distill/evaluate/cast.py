@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from distill.checkpoint import load_run
-from distill.errors import UserError
+from contract.errors import UserError
 from distill.evaluate.encoder import Encoder, RunEncoder, named_encoder, teacher_encoder
 from distill.methods.deployment import BACKBONE
+from distill.runs import load_run
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,15 @@ class Row:
 
 
 def open_rows(
-    model: str, features: list[str], with_teachers: bool, size: int | None, device: str, output: Path
+    model: str,
+    features: list[str],
+    with_teachers: bool,
+    size: int | None,
+    device: str,
+    output: Path,
 ) -> list[Row]:
-    """Open what was asked for. The first of a run's `features` writes into the run folder itself: export looks there.
+    """Open what was asked for. The first of a run's `features` writes into the run folder itself:
+    export looks there.
 
     Raises UserError for a model, output or device that is not there.
     """
@@ -39,20 +45,28 @@ def open_rows(
             rows.append(Row(f"student {name}", encoder, folder))
         for index, config in enumerate(run.recipe.teachers if with_teachers else ()):
             encoder = teacher_encoder(config, config.image_size, index, f"teacher-{config.label}")
-            rows.append(Row(f"teacher {config.label} ({config.name})", encoder, output / f"teacher-{config.label}"))
+            rows.append(
+                Row(
+                    f"teacher {config.label} ({config.name})",
+                    encoder,
+                    output / f"teacher-{config.label}",
+                )
+            )
     else:
         if with_teachers:
             raise UserError(f"--with-teachers: '{model}' is no run folder, it has no teachers")
         if features != [BACKBONE]:
-            raise UserError(f"--features {','.join(features)}: a timm network has its backbone only")
+            raise UserError(
+                f"--features {','.join(features)}: a timm network has its backbone only"
+            )
         encoder = named_encoder(model, size)
         rows.append(Row(model, encoder, output))
     for row in rows:
         if size:
             if size % row.encoder.stride:
                 raise UserError(
-                    f"--size {size} is not a multiple of {row.name}'s stride {row.encoder.stride}: use "
-                    f"{row.encoder.fit(size)}"
+                    f"--size {size} is not a multiple of {row.name}'s stride {row.encoder.stride}: "
+                    f"use {row.encoder.fit(size)}"
                 )
             row.encoder.image_size = size
         row.encoder.to(place)

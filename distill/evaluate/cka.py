@@ -1,11 +1,13 @@
-"""Linear centred kernel alignment (CKA) of two or more networks' features, streamed in feature space.
+"""Linear centred kernel alignment (CKA) of two or more networks' features, streamed in feature
+space.
 
-Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited": with X [n, d1] and Y [n, d2] two
-networks' features of the same n pictures, K = X X^T and L = Y Y^T, CKA = HSIC(K, L) / sqrt(HSIC(K, K) HSIC(L, L)).
-Plain HSIC overstates the likeness where n is not much larger than the widths; the debiased value takes Song et al.'s
-(2012) unbiased estimator HSIC_1, as Nguyen et al. 2021 do ("Do Wide and Deep Networks Learn the Same Things?"). That
-paper averages HSIC over minibatches; here every sum over pairs of pictures is written as sums over pictures, so one
-pass gives the value of the whole data set, whatever the batches.
+Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited": with X [n, d1] and
+Y [n, d2] two networks' features of the same n pictures, K = X X^T and L = Y Y^T, CKA = HSIC(K, L) /
+sqrt(HSIC(K, K) HSIC(L, L)). Plain HSIC overstates the likeness where n is not much larger than the
+widths; the debiased value takes Song et al.'s (2012) unbiased estimator HSIC_1, as Nguyen et al.
+2021 do ("Do Wide and Deep Networks Learn the Same Things?"). That paper averages HSIC over
+minibatches; here every sum over pairs of pictures is written as sums over pictures, so one pass
+gives the value of the whole data set, whatever the batches.
 """
 
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill.errors import UserError
+from contract.errors import UserError
 
 MIN_BIASED, MIN_DEBIASED = 2, 4
 """Fewest pictures each estimator is defined for."""
@@ -32,7 +34,9 @@ class CKAMatrix:
     def __init__(self) -> None:
         self.count = 0
         self._shift: dict[str, Tensor] = {}
-        self._raw_square: dict[str, Tensor] = {}  # sum |x|^2 before the shift: the scale of rounding
+        self._raw_square: dict[
+            str, Tensor
+        ] = {}  # sum |x|^2 before the shift: the scale of rounding
         self._sum: dict[str, Tensor] = {}
         self._square: dict[str, Tensor] = {}  # sum |x|^2
         self._cross: dict[tuple[str, str], Tensor] = {}  # sum x y^T
@@ -45,14 +49,17 @@ class CKAMatrix:
         return tuple(self._shift)
 
     def add(self, features: Mapping[str, Tensor]) -> None:
-        """Take in a batch: each network's features [n, d] of the same n pictures, in the same order.
+        """Take in a batch: each network's features [n, d] of the same n pictures, in the same
+        order.
 
-        Raises UserError for other names or widths than before, unequal n, or values that are not finite.
+        Raises UserError for other names or widths than before, unequal n, or values that are not
+        finite.
         """
         rows = {name: torch.as_tensor(value).detach().double() for name, value in features.items()}
         self._check(rows)
         if not self._shift:
-            # Both estimators ignore a shift of all features; a large common mean would cost them digits.
+            # Both estimators ignore a shift of all features; a large common mean would cost them
+            # digits.
             self._shift = {name: x.mean(dim=0) for name, x in rows.items()}
         self.count += len(next(iter(rows.values())))
         centred = {name: x - self._shift[name] for name, x in rows.items()}
@@ -71,7 +78,8 @@ class CKAMatrix:
     def matrix(self, debiased: bool = False) -> np.ndarray:
         """CKA [M, M] of everything added; debiased values may fall a little below 0.
 
-        Raises UserError for too few pictures (2; 4 debiased) and for features without variance, whose CKA is 0 / 0.
+        Raises UserError for too few pictures (2; 4 debiased) and for features without variance,
+        whose CKA is 0 / 0.
         """
         least = MIN_DEBIASED if debiased else MIN_BIASED
         if self.count < least:
@@ -82,10 +90,12 @@ class CKAMatrix:
         for name in self.names:
             variance = self._square[name] - self._sum[name].square().sum() / self.count
             alone[name] = hsic(name, name)
-            if variance <= CONSTANT * self._raw_square[name] or alone[name] <= 1e-12 * self._biased_hsic(name, name):
+            if variance <= CONSTANT * self._raw_square[name] or alone[
+                name
+            ] <= 1e-12 * self._biased_hsic(name, name):
                 raise UserError(
-                    f"CKA of '{name}' is undefined: its features of all {self.count} pictures are alike "
-                    "(check its weights, or give other pictures)"
+                    f"CKA of '{name}' is undefined: its features of all {self.count} pictures are "
+                    "alike (check its weights, or give other pictures)"
                 )
         result = np.eye(len(self.names))
         for i, a in enumerate(self.names):
@@ -96,18 +106,26 @@ class CKAMatrix:
     def _check(self, rows: Mapping[str, Tensor]) -> None:
         if not rows or (self._shift and tuple(rows) != self.names):
             raise UserError(
-                f"CKA got features of {', '.join(rows) or 'nothing'}: give {', '.join(self.names) or 'some'}"
+                f"CKA got features of {', '.join(rows) or 'nothing'}: give "
+                f"{', '.join(self.names) or 'some'}"
             )
         lengths = {name: len(x) for name, x in rows.items()}
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-            raise UserError(f"CKA got unequal numbers of pictures ({listed}): give every network the same ones")
+            raise UserError(
+                f"CKA got unequal numbers of pictures ({listed}): give every network the same ones"
+            )
         for name, x in rows.items():
             if x.ndim != 2 or (self._shift and x.shape[1] != len(self._shift[name])):
                 width = len(self._shift[name]) if self._shift else "d"
-                raise UserError(f"CKA got features {list(x.shape)} of '{name}': give [pictures, {width}]")
+                raise UserError(
+                    f"CKA got features {list(x.shape)} of '{name}': give [pictures, {width}]"
+                )
             if not x.isfinite().all():
-                raise UserError(f"CKA got features of '{name}' that are not finite: check its weights and precision")
+                raise UserError(
+                    f"CKA got features of '{name}' that are not finite: check its weights and "
+                    "precision"
+                )
 
     def _biased_hsic(self, a: str, b: str) -> float:
         """||Xc^T Yc||_F^2, HSIC_0 up to a factor that CKA cancels."""
@@ -122,7 +140,10 @@ class CKAMatrix:
         total_a = sum_a.square().sum() - self._square[a]  # 1' K~ 1
         total_b = sum_b.square().sum() - self._square[b]
         rows = (
-            sum_a @ cross @ sum_b - sum_a @ self._weighted[a, b] - sum_b @ self._weighted[b, a] + squares
+            sum_a @ cross @ sum_b
+            - sum_a @ self._weighted[a, b]
+            - sum_b @ self._weighted[b, a]
+            + squares
         )  # 1' K~ L~ 1
         value = trace + total_a * total_b / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
         return (value / (n * (n - 3))).item()
@@ -135,7 +156,9 @@ class LinearCKA:
         self._matrix = CKAMatrix()
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in features [n, d1] and [n, d2] of the same n pictures; raises UserError as `CKAMatrix.add` does."""
+        """Take in features [n, d1] and [n, d2] of the same n pictures; raises UserError as
+        `CKAMatrix.add` does.
+        """
         self._matrix.add({"x": x, "y": y})
 
     def value(self, debiased: bool = False) -> float:

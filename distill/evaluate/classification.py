@@ -1,4 +1,6 @@
-"""What every classification protocol shares: frozen features of two splits, top-1/top-5, the report per class."""
+"""What every classification protocol shares: frozen features of two splits, top-1/top-5, the report
+per class.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +10,7 @@ from sklearn.metrics import classification_report
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from distill.errors import UserError
+from contract.errors import UserError
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import open_classes
 from distill.evaluate.encoder import Encoder
@@ -17,7 +19,9 @@ from distill.evaluate.extract import CentreViews, extract
 
 @dataclass(frozen=True)
 class FrozenSplits:
-    """Features [n, d] and labels [n] of a training and a validation split, and the names of the classes."""
+    """Features [n, d] and labels [n] of a training and a validation split, and the names of the
+    classes.
+    """
 
     train: Tensor
     train_labels: Tensor
@@ -26,33 +30,57 @@ class FrozenSplits:
     classes: tuple[str, ...]
 
 
-def frozen_splits(encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path) -> FrozenSplits:
+def frozen_splits(
+    encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path
+) -> FrozenSplits:
     """Extract both splits at the encoder's own size; on its device, where it is a GPU."""
     train = open_classes(data, "train")
     val = open_classes(data, "val", train.classes)
     features = [
-        extract(encoder, CentreViews(split, encoder.image_size, config.extract.crop), cache, config.extract, what=name)
+        extract(
+            encoder,
+            CentreViews(split, encoder.image_size, config.extract.crop),
+            cache,
+            config.extract,
+            what=name,
+        )
         for split, name in ((train, "train split"), (val, "val split"))
     ]
     return FrozenSplits(
-        features[0].summaries().to(encoder.device), torch.from_numpy(train.labels).to(encoder.device),
-        features[1].summaries().to(encoder.device), torch.from_numpy(val.labels).to(encoder.device), train.classes,
-    )  # fmt: skip
+        features[0].summaries().to(encoder.device),
+        torch.from_numpy(train.labels).to(encoder.device),
+        features[1].summaries().to(encoder.device),
+        torch.from_numpy(val.labels).to(encoder.device),
+        train.classes,
+    )
 
 
-def accuracy(scores: Tensor, labels: Tensor, classes: tuple[str, ...]) -> tuple[dict[str, float], dict]:
-    """Top-1, top-5 (where there are more than five classes), and precision, recall, F1 and support of every class.
+def accuracy(
+    scores: Tensor, labels: Tensor, classes: tuple[str, ...]
+) -> tuple[dict[str, float], dict]:
+    """Top-1, top-5 (where there are more than five classes), and precision, recall, F1 and support
+    of every class.
 
-    `scores` [n, C] are logits or votes, `labels` [n]. Raises UserError for scores that are no numbers.
+    `scores` [n, C] are logits or votes, `labels` [n]. Raises UserError for scores that are no
+    numbers.
     """
     if not torch.isfinite(scores).all():
-        raise UserError("the classifier's scores hold NaN or infinity: lower the learning rate or check the features")
+        raise UserError(
+            "the classifier's scores hold NaN or infinity: lower the learning rate or check the "
+            "features"
+        )
     scores, labels = scores.float().cpu(), labels.cpu()
     result = {"top1": float((scores.argmax(1) == labels).double().mean())}
     if scores.shape[1] > 5:
-        result["top5"] = float(multiclass_accuracy(scores, labels, scores.shape[1], average="micro", top_k=5))
+        result["top5"] = float(
+            multiclass_accuracy(scores, labels, scores.shape[1], average="micro", top_k=5)
+        )
     report = classification_report(
-        labels.numpy(), scores.argmax(1).numpy(), labels=range(len(classes)), target_names=classes, output_dict=True,
+        labels.numpy(),
+        scores.argmax(1).numpy(),
+        labels=range(len(classes)),
+        target_names=classes,
+        output_dict=True,
         zero_division=0.0,
-    )  # fmt: skip
+    )
     return result, {name: report[name] for name in classes}

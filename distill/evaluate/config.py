@@ -1,4 +1,5 @@
-"""Settings of every evaluation protocol; the defaults are the papers', or those of the protocol's authors.
+"""Settings of every evaluation protocol; the defaults are the papers', or those of the protocol's
+authors.
 
 `python -m distill.evaluate … probe.epochs=20 dense.size=448` sets any of them.
 """
@@ -19,10 +20,16 @@ class ExtractConfig(Section):
     batch_size: Positive = Field(64, description="pictures a forward pass")
     workers: NonNegative = Field(2, description="decoding processes; 0 decodes in this one")
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.875, description="classification: share of the shorter side that the centre crop keeps (224 of 256)"
+        0.875,
+        description="classification: share of the shorter side that the centre crop keeps (224 of "
+        "256)",
     )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 on CUDA, fp32 on CPU")
-    shard_size: Positive = Field(512, description="pictures between two points an interrupted pass resumes from")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="auto: bf16 on CUDA, fp32 on CPU"
+    )
+    shard_size: Positive = Field(
+        512, description="pictures between two points an interrupted pass resumes from"
+    )
 
 
 class KNNConfig(Section):
@@ -30,11 +37,15 @@ class KNNConfig(Section):
 
     k: Positive = Field(20, description="neighbours that vote")
     temperature: Above0 = Field(0.07, description="votes weigh exp(cosine / temperature)")
-    block_gib: Above0 = Field(4.0, description="memory that one block of similarities may take, GiB")
+    block_gib: Above0 = Field(
+        4.0, description="memory that one block of similarities may take, GiB"
+    )
 
 
 class ProbeConfig(Section):
-    """Linear probe, every learning rate at once (SeFA, appendix: 45 values in [1e-4, 10], five runs)."""
+    """Linear probe, every learning rate at once (SeFA, appendix: 45 values in [1e-4, 10], five
+    runs).
+    """
 
     rates: Positive = Field(45, description="learning rates, evenly spaced on a log scale")
     lowest: Above0 = Field(1e-4, description="smallest learning rate")
@@ -42,9 +53,15 @@ class ProbeConfig(Section):
     epochs: Positive = Field(100, description="passes over the features (SeFA Table 12)")
     batch_size: Positive = Field(1024, description="features a step")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
-    held_out: Share = Field(0.1, description="share of the training split that chooses the learning rate")
-    runs: Positive = Field(1, description="repetitions with other seeds; the papers' tables average five")
-    standardize: bool = Field(False, description="give every channel zero mean and unit deviation first")
+    held_out: Share = Field(
+        0.1, description="share of the training split that chooses the learning rate"
+    )
+    runs: Positive = Field(
+        1, description="repetitions with other seeds; the papers' tables average five"
+    )
+    standardize: bool = Field(
+        False, description="give every channel zero mean and unit deviation first"
+    )
 
 
 class FinetuneConfig(Section):
@@ -54,74 +71,100 @@ class FinetuneConfig(Section):
     warmup_epochs: NonNegative = 1
     batch_size: Positive = 512
     lr: Above0 = 1e-4
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="rate of a layer over that of the next")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="rate of a layer over that of the next"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    crop_scale: tuple[float, float] = Field((0.08, 1.0), description="area of the random training crop")
+    crop_scale: tuple[float, float] = Field(
+        (0.08, 1.0), description="area of the random training crop"
+    )
 
 
 class ZeroShotConfig(Section):
     """Classification by the nearest class embedding."""
 
     embeddings: str | None = Field(
-        None, description="safetensors file: `embeddings` [C, d], and class names in its metadata as JSON `classes`"
+        None,
+        description="safetensors file: `embeddings` [C, d], and class names in its metadata as "
+        "JSON `classes`",
     )
 
 
 class DenseConfig(Section):
     """What segmentation and depth share: windows of a frozen network, a head trained on them."""
 
-    size: Positive = Field(512, description="shorter side in pixels; rounded to the network's stride")
+    size: Positive = Field(
+        512, description="shorter side in pixels; rounded to the network's stride"
+    )
     steps: Positive = Field(2000, description="optimizer steps of the head")
     batch_size: Positive = Field(16, description="windows a step")
     lr: Above0 = Field(1e-3, description="peak rate of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     loss_stride: Positive = Field(
-        4, description="pixels between two points the training loss looks at; scores are taken at every pixel"
+        4,
+        description="pixels between two points the training loss looks at; scores are taken at "
+        "every pixel",
     )
-    warmup: Share = Field(0.05, description="share of the steps that warm up; a polynomial falls afterwards")
+    warmup: Share = Field(
+        0.05, description="share of the steps that warm up; a polynomial falls afterwards"
+    )
 
 
 class SegmentationConfig(Section):
     """Linear head on frozen patches (UMT: ADE20K at 512 px, mIoU)."""
 
-    classes: Positive | None = Field(None, description="number of classes; default: the largest label + 1")
+    classes: Positive | None = Field(
+        None, description="number of classes; default: the largest label + 1"
+    )
     ignore: NonNegative = Field(255, description="label that is neither learnt nor counted")
     zero: Literal["auto", "class", "ignore"] = Field(
         "auto",
-        description="meaning of label 0; auto: ignored in ADE20K's layout (its classes start at 1), else a class",
+        description="meaning of label 0; auto: ignored in ADE20K's layout (its classes start at "
+        "1), else a class",
     )
 
 
 class DepthConfig(Section):
     """Binned depth on frozen features (UMT: NYUv2, RMSE)."""
 
-    head: Literal["linear", "dpt"] = Field("linear", description="linear on the last patches, or DPT on four layers")
+    head: Literal["linear", "dpt"] = Field(
+        "linear", description="linear on the last patches, or DPT on four layers"
+    )
     bins: Positive = Field(256, description="depth candidates, evenly spaced")
     min_depth: Above0 = Field(1e-3, description="metres; nearer pixels do not count")
     max_depth: Above0 = Field(10.0, description="metres; farther pixels do not count")
     scale: Above0 = Field(1000.0, description="integer depth files hold metres times this")
-    crop: Literal["none", "eigen"] = Field("none", description="eigen: NYUv2's customary inner rectangle")
+    crop: Literal["none", "eigen"] = Field(
+        "none", description="eigen: NYUv2's customary inner rectangle"
+    )
     width: Positive = Field(256, description="channels of the DPT head")
     backbone_lr: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="DPT: the backbone's rate over the head's (the papers' source uses 0.1); 0 keeps it frozen, "
-        "without which the head cannot be served beside others"
-    )  # fmt: skip
+        0.0,
+        description="DPT: the backbone's rate over the head's (the papers' source uses 0.1); "
+        "0 keeps it frozen, without which the head cannot be served beside others",
+    )
 
 
 class RetrievalConfig(Section):
     """Instance retrieval with the revisited protocol."""
 
-    size: Positive = Field(224, description="square input in pixels; rounded to the network's stride")
+    size: Positive = Field(
+        224, description="square input in pixels; rounded to the network's stride"
+    )
 
 
 class VideoConfig(Section):
     """Label propagation by patch similarity (DINO's settings)."""
 
-    size: Positive = Field(480, description="shorter side in pixels; rounded to the network's stride")
+    size: Positive = Field(
+        480, description="shorter side in pixels; rounded to the network's stride"
+    )
     frames: Positive = Field(7, description="previous frames looked at, beside the first")
     neighbours: Positive = Field(5, description="source patches that give a patch its label")
-    radius: NonNegative = Field(12, description="patches searched in every direction; 0: everywhere")
+    radius: NonNegative = Field(
+        12, description="patches searched in every direction; 0: everywhere"
+    )
     temperature: Above0 = Field(0.1, description="neighbours weigh exp(cosine / temperature)")
 
 
@@ -129,14 +172,18 @@ class RobustnessConfig(Section):
     """ImageNet's variants, read with a classifier of ImageNet's 1000 classes."""
 
     classifier: Literal["probe", "own"] = Field(
-        "probe", description="probe: heads/classification.safetensors of the linear task; own: the timm network's"
+        "probe",
+        description="probe: heads/classification.safetensors of the linear task; own: the timm "
+        "network's",
     )
 
 
 class RepresentationConfig(Section):
     """Clusters and pictures of the features."""
 
-    images: Positive = Field(10_000, description="pictures of the validation split that are looked at")
+    images: Positive = Field(
+        10_000, description="pictures of the validation split that are looked at"
+    )
     tsne_images: Positive = Field(2_000, description="of these, points in the t-SNE picture")
     perplexity: Above0 = 30.0
 

@@ -1,7 +1,7 @@
 """Labelled data on disk: class folders, and pictures paired with masks or depth maps.
 
-`--data PATH` is one root for all tasks; a task family's own subfolder (`classification`, `dense`, `retrieval`, `video`,
-`robustness`) goes before the root itself where it exists.
+`--data PATH` is one root for all tasks; a task family's own subfolder (`classification`, `dense`,
+`retrieval`, `video`, `robustness`) goes before the root itself where it exists.
 """
 
 import os
@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from distill.errors import UserError
-from distill.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
-from distill.pictures import digest
+from contract.errors import UserError
+from distill.data.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
+from distill.data.pictures import digest
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 """Folder names that stand for the two splits."""
@@ -40,18 +40,26 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 def files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Every file below a folder with one of the suffixes, sorted; hidden ones left out."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in suffixes and not path.name.startswith("."))
-    return sorted(path for path in found if path.is_file())
+    result = (
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes and not path.name.startswith(".")
+    )
+    return sorted(path for path in result if path.is_file())
 
 
 def stamp(root: Path, files: Sequence[Path | str]) -> str:
     """Hex digest that changes when files are added, removed, resized or rewritten."""
     stats = ((path, os.stat(path)) for path in files)
-    return digest((os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns) for path, stat in stats)
+    return digest(
+        (os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns) for path, stat in stats
+    )
 
 
 def read_picture(path: Path | str) -> Image.Image:
-    """Decode a picture; a score over less than the whole data set would be wrong, so raises UserError if it fails."""
+    """Decode a picture; a score over less than the whole data set would be wrong, so raises
+    UserError if it fails.
+    """
     try:
         return decode_rgb(Path(path), str(path))
     except UnreadableImage as error:
@@ -60,12 +68,13 @@ def read_picture(path: Path | str) -> Image.Image:
         ) from error
 
 
-# ---- class folders -------------------------------------------------------------------------------------------------
+# ---- class folders ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """One split of a data set with a folder per class: files, their labels [n], and the classes' names.
+    """One split of a data set with a folder per class: files, their labels [n], and the classes'
+    names.
 
     Files are strings: ImageNet's million as Path objects would be a gigabyte in every worker.
     """
@@ -83,7 +92,9 @@ class ClassFolders:
         return stamp(self.root, self.files)
 
 
-def open_classes(data: Path, split: Literal["train", "val"], classes: Sequence[str] | None = None) -> ClassFolders:
+def open_classes(
+    data: Path, split: Literal["train", "val"], classes: Sequence[str] | None = None
+) -> ClassFolders:
     """Open `DATA/split/CLASS/*`; `classes` fixes the numbering (that of the training split, say).
 
     Raises UserError for a missing or empty split, one class only, or a class that `classes` lacks.
@@ -92,35 +103,48 @@ def open_classes(data: Path, split: Literal["train", "val"], classes: Sequence[s
     folder = split_folder(root, split)
     if folder is None:
         raise UserError(f"--data {root} has no {split} split: make {root / split}/CLASS/*.jpg")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".")
+    )
     if classes is not None:
         unknown = [name for name in names if name not in classes]
         if unknown:
             raise UserError(
-                f"{folder / unknown[0]}: the training split has no class '{unknown[0]}' (remove one of them)"
+                f"{folder / unknown[0]}: the training split has no class '{unknown[0]}' (remove "
+                "one of them)"
             )
     numbering = tuple(classes or names)
     if len(numbering) < 2:
-        raise UserError(f"{folder} has {len(numbering)} class folders: classification needs two or more")
+        raise UserError(
+            f"{folder} has {len(numbering)} class folders: classification needs two or more"
+        )
     files, labels = [], []
     for name in names:
-        found = files_below(folder / name)
-        files += map(str, found)
-        labels += [numbering.index(name)] * len(found)
+        result = files_below(folder / name)
+        files += map(str, result)
+        labels += [numbering.index(name)] * len(result)
     if not files:
-        raise UserError(f"{folder} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … below its class folders")
+        raise UserError(
+            f"{folder} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … below its class folders"
+        )
     present = len(set(labels))
     if split == "train" and present < 2:
-        raise UserError(f"{folder} has pictures of {present} class only: classification needs two or more")
+        raise UserError(
+            f"{folder} has pictures of {present} class only: classification needs two or more"
+        )
     return ClassFolders(root, tuple(files), np.array(labels, np.int64), numbering)
 
 
-# ---- pictures with maps --------------------------------------------------------------------------------------------
+# ---- pictures with maps -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """One split of pictures with a mask or depth map each. `ade` says that labels follow ADE20K (0: unlabelled)."""
+    """One split of pictures with a mask or depth map each. `ade` says that labels follow ADE20K (0:
+    unlabelled).
+    """
 
     root: Path
     pictures: tuple[Path, ...]
@@ -131,14 +155,17 @@ class Pairs:
         return len(self.pictures)
 
 
-def open_pairs(data: Path, split: Literal["train", "val"], kind: Literal["masks", "depth"]) -> Pairs:
+def open_pairs(
+    data: Path, split: Literal["train", "val"], kind: Literal["masks", "depth"]
+) -> Pairs:
     """Open one split of a dense data set, in any of these layouts:
 
     - `SPLIT/images/*` with `SPLIT/masks/*` or `SPLIT/depth/*`
     - `images/SPLIT/*` with `annotations/SPLIT/*` (ADE20K) or `depth/SPLIT/*`
     - `SPLIT/SCENE/rgb_*.jpg` beside `SPLIT/SCENE/sync_depth_*.png` (NYUv2's official splits)
 
-    A map has its picture's name, with .png or .npy. Raises UserError for a missing split or unmatched files.
+    A map has its picture's name, with .png or .npy. Raises UserError for a missing split or
+    unmatched files.
     """
     root = family_root(data, "dense")
     wanted = MASKS if kind == "masks" else DEPTHS
@@ -150,20 +177,25 @@ def open_pairs(data: Path, split: Literal["train", "val"], kind: Literal["masks"
         maps = subfolder(above, wanted, below)
         if pictures and maps:
             return match(root, pictures, maps, ade=below is not None and is_ade(maps))
-    if folder and kind == "depth" and (found := files_below_pattern(folder, "rgb_*")):
-        maps = [path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png") for path in found]
+    if folder and kind == "depth" and (result := files_below_pattern(folder, "rgb_*")):
+        maps = [
+            path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png")
+            for path in result
+        ]
         missing = [path for path in maps if not path.is_file()]
         if missing:
             raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
-        return Pairs(root, tuple(found), tuple(maps), ade=False)
+        return Pairs(root, tuple(result), tuple(maps), ade=False)
     raise UserError(
-        f"--data {root} has no {split} split of pictures with {kind}: make {root / split}/images/* and "
-        f"{root / split}/{wanted[0]}/*.png"
+        f"--data {root} has no {split} split of pictures with {kind}: make {root / split}/images/* "
+        f"and {root / split}/{wanted[0]}/*.png"
     )
 
 
 def is_ade(maps: Path) -> bool:
-    """Whether a folder of maps lies as in ADE20K: annotations/training and annotations/validation."""
+    """Whether a folder of maps lies as in ADE20K: annotations/training and
+    annotations/validation.
+    """
     return maps.parent.name == "annotations" and maps.name in ("training", "validation")
 
 
@@ -186,18 +218,23 @@ def match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
     files = files_below(pictures)
     if not files:
         raise UserError(f"{pictures} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … in it")
-    by_name = {path.relative_to(maps).with_suffix(""): path for path in files_below(maps, (".png", ".npy", ".tif"))}
-    found = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
-    lacking = [path for path, other in zip(files, found, strict=True) if other is None]
+    by_name = {
+        path.relative_to(maps).with_suffix(""): path
+        for path in files_below(maps, (".png", ".npy", ".tif"))
+    }
+    result = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
+    lacking = [path for path, other in zip(files, result, strict=True) if other is None]
     if lacking:
         raise UserError(
-            f"{lacking[0]} has no map of its name in {maps} (.png or .npy): {len(lacking)} of {len(files)} lack one"
+            f"{lacking[0]} has no map of its name in {maps} (.png or .npy): {len(lacking)} of "
+            f"{len(files)} lack one"
         )
-    return Pairs(root, tuple(files), tuple(found), ade)
+    return Pairs(root, tuple(files), tuple(result), ade)
 
 
 def label_names(pairs: Pairs, classes: int) -> list[str]:
-    """Names of the labels from `classes.txt` (a line each) or ADE20K's objectInfo150.txt beside the data, else numbers.
+    """Names of the labels from `classes.txt` (a line each) or ADE20K's objectInfo150.txt beside the
+    data, else numbers.
 
     Raises UserError where the names are not as many as the classes.
     """
@@ -207,11 +244,14 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
             continue
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         names = [line.strip() for line in lines]
-        if name == "objectInfo150.txt":  # a header, then columns of which the last is "wall" or "building, edifice"
+        if (
+            name == "objectInfo150.txt"
+        ):  # a header, then columns of which the last is "wall" or "building, edifice"
             names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
         if len(names) != classes:
             raise UserError(
-                f"{path} names {len(names)} classes, the masks have {classes}: mend it, or set segmentation.classes"
+                f"{path} names {len(names)} classes, the masks have {classes}: mend it, or set "
+                "segmentation.classes"
             )
         return names
     return [str(number) for number in range(classes)]
@@ -235,7 +275,9 @@ def map_size(path: Path) -> tuple[int, int]:
     except (OSError, ValueError, EOFError, UnidentifiedImageError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} cannot be read ({first_line(error)}): mend or remove it") from error
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}): mend or remove it"
+        ) from error
 
 
 def read_matched(pairs: Pairs, number: int) -> Image.Image:
@@ -244,13 +286,16 @@ def read_matched(pairs: Pairs, number: int) -> Image.Image:
     width, height = map_size(path)
     if (width, height) != picture.size:
         raise UserError(
-            f"{path} is {width}x{height}, its picture {picture.width}x{picture.height}: they must be of one size"
+            f"{path} is {width}x{height}, its picture {picture.width}x{picture.height}: they must "
+            "be of one size"
         )
     return picture
 
 
 def read_map(path: Path) -> np.ndarray:
-    """A mask or depth file as stored, [H, W]; raises UserError for a damaged one or one with channels."""
+    """A mask or depth file as stored, [H, W]; raises UserError for a damaged one or one with
+    channels.
+    """
     map_size(path)
     try:
         if path.suffix == ".npy":
@@ -258,9 +303,13 @@ def read_map(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             values = np.asarray(image)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read ({first_line(error)}): mend or remove it") from error
+        raise UserError(
+            f"{path} cannot be read ({first_line(error)}): mend or remove it"
+        ) from error
     if values.ndim != 2:
-        raise UserError(f"{path} has {values.shape[-1]} channels: a map has one (grey, palette or 16-bit PNG)")
+        raise UserError(
+            f"{path} has {values.shape[-1]} channels: a map has one (grey, palette or 16-bit PNG)"
+        )
     return values
 
 
@@ -268,9 +317,11 @@ IGNORED = -1
 """What pixels that do not count hold after reading, whatever the files put there."""
 
 
-def read_mask(pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: int) -> np.ndarray:
-    """Labels [H, W] int64, `IGNORED` where the file holds `ignore`; with `shift` also where it holds 0, and one less
-    elsewhere (ADE20K).
+def read_mask(
+    pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: int
+) -> np.ndarray:
+    """Labels [H, W] int64, `IGNORED` where the file holds `ignore`; with `shift` also where it
+    holds 0, and one less elsewhere (ADE20K).
 
     Raises UserError for labels that are no integers, or not below `classes`.
     """
@@ -284,8 +335,9 @@ def read_mask(pairs: Pairs, number: int, shift: bool, classes: int | None, ignor
     wrong = labels[~dropped & ((labels < 0) | (labels >= (classes or np.inf)))]
     if len(wrong):
         raise UserError(
-            f"{path} has label {wrong[0] + shift}, segmentation.classes is {classes}: mend the mask, or set "
-            f"segmentation.classes={wrong.max() + 1} or segmentation.ignore={wrong[0] + shift}"
+            f"{path} has label {wrong[0] + shift}, segmentation.classes is {classes}: mend the "
+            f"mask, or set segmentation.classes={wrong.max() + 1} or "
+            f"segmentation.ignore={wrong[0] + shift}"
         )
     return labels
 
@@ -293,17 +345,20 @@ def read_mask(pairs: Pairs, number: int, shift: bool, classes: int | None, ignor
 def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.ndarray:
     """Depth [H, W] float32 in metres, 0 where unknown.
 
-    Integer files hold metres times `scale`, float files metres. Raises UserError for a map without one depth in
-    (0, largest].
+    Integer files hold metres times `scale`, float files metres. Raises UserError for a map without
+    one depth in (0, largest].
     """
     values = read_map(pairs.maps[number])
     metres = values.astype(np.float32) / (scale if np.issubdtype(values.dtype, np.integer) else 1)
     metres = np.nan_to_num(metres, nan=0.0, posinf=0.0, neginf=0.0)
     if not ((metres > 0) & (metres <= largest)).any():
         what = (
-            "is all zeros" if not metres.any() else f"has no depth in (0, {largest:g}] m (largest {metres.max():g} m)"
+            "is all zeros"
+            if not metres.any()
+            else f"has no depth in (0, {largest:g}] m (largest {metres.max():g} m)"
         )
         raise UserError(
-            f"{pairs.maps[number]} {what}: mend or remove it, or set depth.scale (units a metre) or depth.max_depth"
+            f"{pairs.maps[number]} {what}: mend or remove it, or set depth.scale (units a metre) "
+            "or depth.max_depth"
         )
     return metres

@@ -8,8 +8,8 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from distill.data import prepare_worker
-from distill.errors import TrainingError
+from contract.errors import Failure
+from distill.data.batches import prepare_worker
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.windows import WindowLabels
 
@@ -25,10 +25,11 @@ def train_head(
     device: torch.device,
     backbone: tuple[list[nn.Parameter], float] = ([], 0.0),
 ) -> nn.Module:
-    """Fit `head` to map `inputs(window numbers)` to `labels`, by AdamW with warm-up and a polynomial decay.
+    """Fit `head` to map `inputs(window numbers)` to `labels`, by AdamW with warm-up and a
+    polynomial decay.
 
-    `loss(output of the head, labels [B, p, p])` is a scalar. `backbone` holds parameters to train along and their rate
-    over the head's. Raises TrainingError for a loss that is no number.
+    `loss(output of the head, labels [B, p, p])` is a scalar. `backbone` holds parameters to train
+    along and their rate over the head's. Raises Failure for a loss that is no number.
     """
     dense = config.dense
     head.to(device).train()
@@ -40,9 +41,13 @@ def train_head(
     batches = list(draw_batches(len(labels), dense.batch_size, dense.steps, generator))
     workers = 0 if labels.keep else config.extract.workers
     loader = DataLoader(
-        Numbered(labels), batch_sampler=batches, num_workers=workers, generator=torch.Generator(),
-        worker_init_fn=prepare_worker, multiprocessing_context="fork" if workers else None,
-    )  # fmt: skip
+        Numbered(labels),
+        batch_sampler=batches,
+        num_workers=workers,
+        generator=torch.Generator(),
+        worker_init_fn=prepare_worker,
+        multiprocessing_context="fork" if workers else None,
+    )
     what = type(head).__name__
     for step, (numbers, truth) in enumerate(
         track(loader, total=len(batches), description=what, disable=not sys.stdout.isatty())
@@ -55,14 +60,16 @@ def train_head(
         optimizer.step()
         # reading the loss waits for a GPU, so only now and then
         if (step % 50 == 0 or step == dense.steps - 1) and not torch.isfinite(value):
-            raise TrainingError(f"{what}: the loss is {value.item()} at step {step}; lower dense.lr = {dense.lr:g}")
+            raise Failure(
+                f"{what}: the loss is {value.item()} at step {step}; lower dense.lr = {dense.lr:g}"
+            )
     return head.eval()
 
 
 class Numbered:
     """A data set that says which item it gives."""
 
-    def __init__(self, items) -> None:  # noqa: ANN001 - anything with len and [number]
+    def __init__(self, items) -> None:
         self.items = items
 
     def __len__(self) -> int:
@@ -72,7 +79,9 @@ class Numbered:
         return number, self.items[number]
 
 
-def draw_batches(count: int, size: int, steps: int, generator: torch.Generator) -> Iterator[list[int]]:
+def draw_batches(
+    count: int, size: int, steps: int, generator: torch.Generator
+) -> Iterator[list[int]]:
     """`steps` batches of distinct numbers below `count`, epoch after epoch of permutations."""
     size = min(size, count)
     order: list[int] = []

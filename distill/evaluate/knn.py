@@ -1,4 +1,6 @@
-"""k-nearest-neighbour classification of frozen features: cosine, votes weighted by temperature (DINO's protocol)."""
+"""k-nearest-neighbour classification of frozen features: cosine, votes weighted by temperature
+(DINO's protocol).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -13,19 +15,26 @@ GIB = 2**30
 
 def evaluate(splits: FrozenSplits, config: EvaluationConfig) -> Outcome:
     """Top-1 and top-5 of the validation split by its neighbours in the training split."""
-    votes = knn_votes(splits.train, splits.train_labels, splits.val, len(splits.classes), config.knn)
+    votes = knn_votes(
+        splits.train, splits.train_labels, splits.val, len(splits.classes), config.knn
+    )
     scores, report = accuracy(votes, splits.val_labels, splits.classes)
-    if config.knn.k < 5:  # fewer neighbours than places: the rest of a top 5 would be classes without a vote
+    if (
+        config.knn.k < 5
+    ):  # fewer neighbours than places: the rest of a top 5 would be classes without a vote
         scores.pop("top5", None)
     return Outcome(scores, {"per_class": report, "k": min(config.knn.k, len(splits.train))})
 
 
-def knn_votes(train: Tensor, labels: Tensor, queries: Tensor, classes: int, config: KNNConfig) -> Tensor:
+def knn_votes(
+    train: Tensor, labels: Tensor, queries: Tensor, classes: int, config: KNNConfig
+) -> Tensor:
     """Votes [q, classes] for every query [q, d] from its `k` most similar training features [n, d].
 
-    Neighbour j votes exp((cosine_j - cosine_1) / T) for its class; taking the nearest's cosine off scales a query's votes
-    alike and keeps small temperatures from overflowing. Similarities are computed in blocks of at most `block_gib`, and
-    only each query's best k so far are kept: ImageNet's 50 000 x 1 281 167 never exist at once.
+    Neighbour j votes exp((cosine_j - cosine_1) / T) for its class; taking the nearest's cosine off
+    scales a query's votes alike and keeps small temperatures from overflowing. Similarities are
+    computed in blocks of at most `block_gib`, and only each query's best k so far are kept:
+    ImageNet's 50 000 x 1 281 167 never exist at once.
     """
     k = min(config.k, len(train))
     budget = int(config.block_gib * GIB / 4)

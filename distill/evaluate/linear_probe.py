@@ -1,8 +1,9 @@
 """Linear probe with every learning rate of the sweep at once (SeFA: 45 values in [1e-4, 10]).
 
-The classifiers of all rates are one weight [R, C, d]: a step reads the features once, for all of them. With SGD and no
-weight decay, scaling a classifier's loss by its rate is the same as stepping it at that rate, momentum included; so one
-ordinary optimizer trains 45 at 45 rates, exactly (`tests/evaluate/test_linear_probe.py` compares with 45 optimizers).
+The classifiers of all rates are one weight [R, C, d]: a step reads the features once, for all of
+them. With SGD and no weight decay, scaling a classifier's loss by its rate is the same as stepping
+it at that rate, momentum included; so one ordinary optimizer trains 45 at 45 rates, exactly
+(`tests/distill/evaluate/test_linear_probe.py` compares with 45 optimizers).
 """
 
 import math
@@ -15,7 +16,7 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from timm.data import ImageNetInfo
 from torch import Tensor
 
-from distill.errors import UserError
+from contract.errors import UserError
 from distill.evaluate.classification import FrozenSplits, accuracy
 from distill.evaluate.config import EvaluationConfig, ProbeConfig
 from distill.evaluate.encoder import Encoder
@@ -36,10 +37,14 @@ class Sweep:
         return features @ self.weight[rate].T + self.bias[rate]
 
 
-def evaluate(splits: FrozenSplits, config: EvaluationConfig, folder: Path, binding: dict) -> Outcome:
-    """Top-1 and top-5 of the classifier whose rate did best on a held-out part of the *training* split.
+def evaluate(
+    splits: FrozenSplits, config: EvaluationConfig, folder: Path, binding: dict
+) -> Outcome:
+    """Top-1 and top-5 of the classifier whose rate did best on a held-out part of the *training*
+    split.
 
-    Writes `heads/classification.safetensors` (of the first run). `binding` says which network and output it reads.
+    Writes `heads/classification.safetensors` (of the first run). `binding` says which network and
+    output it reads.
     """
     probe = config.probe
     shift, scale = channel_statistics(splits.train, probe.standardize)
@@ -56,49 +61,75 @@ def evaluate(splits: FrozenSplits, config: EvaluationConfig, folder: Path, bindi
         results.append((scores, report, sweep, chosen))
     scores, report, sweep, chosen = results[0]
     head = Classifier(splits.train.shape[1], len(splits.classes))
-    with torch.no_grad():  # the statistics fold into the classifier, so that what ships reads raw features
+    with (
+        torch.no_grad()
+    ):  # the statistics fold into the classifier, so that what ships reads raw features
         head.linear.weight.copy_(sweep.weight[chosen] / scale)
         head.linear.bias.copy_(sweep.bias[chosen] - sweep.weight[chosen] @ (shift / scale))
-    path = save_head(folder / "heads", "classification", head, {**binding, "classes": splits.classes, "scores": scores})
+    path = save_head(
+        folder / "heads",
+        "classification",
+        head,
+        {**binding, "classes": splits.classes, "scores": scores},
+    )
     mean = {name: sum(r[0][name] for r in results) / len(results) for name in scores}
-    details = {"per_class": report, "rate": float(sweep.rates[chosen]), "standardize": probe.standardize}
+    details = {
+        "per_class": report,
+        "rate": float(sweep.rates[chosen]),
+        "standardize": probe.standardize,
+    }
     if probe.runs > 1:
         details["runs"] = [r[0] for r in results]
         details["top1_std"] = float(torch.tensor([r[0]["top1"] for r in results]).std())
     if sweep.rates[chosen] in (sweep.rates[0], sweep.rates[-1]) and probe.rates > 1:
-        details["note"] = "the best rate is at the end of the sweep: widen probe.lowest or probe.highest"
+        details["note"] = (
+            "the best rate is at the end of the sweep: widen probe.lowest or probe.highest"
+        )
     return Outcome(mean, details, (path,))
 
 
 def imagenet_probe(encoder: Encoder, path: Path) -> Classifier:
     """The trained probe of an encoder: summaries [B, d] to ImageNet logits [B, 1000].
 
-    Raises UserError where there is no probe, it was trained on other features, or not on ImageNet's 1000 classes.
+    Raises UserError where there is no probe, it was trained on other features, or not on ImageNet's
+    1000 classes.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such head; robustness reads ImageNet's linear probe: run --tasks linear first")
+        raise UserError(
+            f"{path}: no such head; robustness reads ImageNet's linear probe: run --tasks linear "
+            "first"
+        )
     head = load_head(path, encoder.weights_sha256)
     for key, here in (("reads", encoder.read_out), ("image_size", encoder.image_size)):
         if head.about.get(key) != here:
             raise UserError(
-                f"{path} was trained with {key} = {head.about.get(key)}, now it is {here}: run --tasks linear again"
+                f"{path} was trained with {key} = {head.about.get(key)}, now it is {here}: run "
+                "--tasks linear again"
             )
     names = head.about["classes"]
     if list(names) != ImageNetInfo().label_names():
-        raise UserError(f"{path} has {len(names)} classes that are not ImageNet's 1000 WordNet ids in order")
+        raise UserError(
+            f"{path} has {len(names)} classes that are not ImageNet's 1000 WordNet ids in order"
+        )
     return head.module.to(encoder.device)
 
 
 def channel_statistics(features: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [d] of every channel, or zeros and ones; channels without spread stay as they are."""
+    """Mean and deviation [d] of every channel, or zeros and ones; channels without spread stay as
+    they are.
+    """
     if not wanted:
         return torch.zeros_like(features[0]), torch.ones_like(features[0])
     deviation = features.std(0)
-    return features.mean(0), torch.where(deviation > 1e-6 * deviation.max(), deviation, torch.ones_like(deviation))
+    return features.mean(0), torch.where(
+        deviation > 1e-6 * deviation.max(), deviation, torch.ones_like(deviation)
+    )
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to learn from and to choose by, stratified by class where every class has two pictures or more."""
+    """Indices to learn from and to choose by, stratified by class where every class has two
+    pictures or more.
+    """
     n, classes = len(labels), len(labels.unique())
     held = min(n - 1, max(1, math.ceil(share * n)))
     counts = torch.bincount(labels.cpu())
@@ -120,7 +151,12 @@ def sweep_rates(config: ProbeConfig) -> Tensor:
 
 
 def train_sweep(
-    features: Tensor, labels: Tensor, classes: int, config: ProbeConfig, seed: int, rows: Tensor | None = None
+    features: Tensor,
+    labels: Tensor,
+    classes: int,
+    config: ProbeConfig,
+    seed: int,
+    rows: Tensor | None = None,
 ) -> Sweep:
     """Train one linear classifier a rate on `rows` (default: all) of features [n, d].
 
@@ -137,11 +173,15 @@ def train_sweep(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.epochs):
-        order = rows[torch.randperm(n, generator=generator)[: n // batch * batch].to(features.device)]
+        order = rows[
+            torch.randperm(n, generator=generator)[: n // batch * batch].to(features.device)
+        ]
         for chosen in order.split(batch):
             logits = F.linear(features[chosen], weight, bias).view(batch, r, classes)
             target = labels[chosen].unsqueeze(1).expand(batch, r)
-            losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(0)  # [R]
+            losses = F.cross_entropy(logits.transpose(1, 2), target, reduction="none").mean(
+                0
+            )  # [R]
             optimizer.zero_grad(set_to_none=True)
             (losses * rates).sum().backward()
             optimizer.step()
@@ -150,7 +190,8 @@ def train_sweep(
 
 
 def best_rate(sweep: Sweep, features: Tensor, labels: Tensor) -> int:
-    """Index of the rate with the highest accuracy on held-out features; of equals, the lowest cross-entropy.
+    """Index of the rate with the highest accuracy on held-out features; of equals, the lowest
+    cross-entropy.
 
     A classifier that diverged counts as the worst.
     """
@@ -158,7 +199,9 @@ def best_rate(sweep: Sweep, features: Tensor, labels: Tensor) -> int:
     for rate in range(len(sweep.rates)):
         logits = sweep.logits(features, rate)
         if torch.isfinite(logits).all():
-            keys.append(((logits.argmax(1) == labels).sum().item(), -F.cross_entropy(logits, labels).item()))
+            keys.append(
+                ((logits.argmax(1) == labels).sum().item(), -F.cross_entropy(logits, labels).item())
+            )
         else:
             keys.append((-1, 0.0))
     return max(range(len(keys)), key=keys.__getitem__)

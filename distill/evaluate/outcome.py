@@ -1,4 +1,6 @@
-"""What every task returns: named numbers for the table, details for evaluation.json, files to open."""
+"""What every task returns: named numbers for the table, details for evaluation.json, files to
+open.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +11,9 @@ from typing import Any
 class Outcome:
     """Result of one task on one encoder.
 
-    `scores`: the numbers of the table, each named with its metric ("top1", "mIoU"); shares are in [0, 1].
-    `details`: anything else that JSON can hold (per class, per sequence, settings chosen). `files`: pictures and heads
-    written.
+    `scores`: the numbers of the table, each named with its metric ("top1", "mIoU"); shares are in
+    [0, 1]. `details`: anything else that JSON can hold (per class, per sequence, settings chosen).
+    `files`: pictures and heads written.
     """
 
     scores: dict[str, float]

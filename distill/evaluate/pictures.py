@@ -8,7 +8,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from distill.plots import save_figure
+from distill.figures import save_figure
 
 
 def palette(classes: int) -> np.ndarray:
@@ -18,7 +18,9 @@ def palette(classes: int) -> np.ndarray:
     return matplotlib.colors.hsv_to_rgb(np.stack([hues, np.full(classes, 0.65), values], axis=1))
 
 
-def map_figure(path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int, ignore: int) -> Path:
+def map_figure(
+    path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int, ignore: int
+) -> Path:
     """Photograph, true labels, predicted labels; ignored pixels are black."""
     colours = np.concatenate([palette(classes), np.zeros((1, 3))])
 
@@ -32,7 +34,9 @@ def map_figure(path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
     return save_figure(figure, path)
 
 
-def depth_figure(path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], largest: float) -> Path:
+def depth_figure(
+    path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], largest: float
+) -> Path:
     """Photograph, true and predicted depth on one scale of metres; unknown depth is white."""
     figure, axes = grid(rows, ("picture", "truth, m", "prediction, m"))
     for line, (picture, truth, metres) in zip(axes, rows, strict=True):
@@ -48,7 +52,9 @@ def depth_figure(path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray
 def grid(rows: list, titles: tuple[str, ...]) -> tuple[plt.Figure, np.ndarray]:
     """A figure with a line of axes for every row."""
     size = (2.8 * len(titles), 2.7 * len(rows))
-    figure, axes = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"
+    )
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, title in zip(axes[0], titles, strict=True):

@@ -16,11 +16,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from distill.checkpoint import git_commit, write_atomically
-from distill.errors import UserError
+from contract.errors import UserError
+from contract.files import write_atomically
 from distill.evaluate.outcome import Outcome
 from distill.evaluate.tasks import TASKS
-from distill.plots import save_figure
+from distill.figures import save_figure
+from distill.runs import git_commit
 
 Results = dict[str, dict[str, Outcome]]
 """Outcomes by row (a network and the output read) and task."""
@@ -36,12 +37,12 @@ def shown_scores(task: str, outcome: Outcome) -> dict[str, float]:
 
 def columns(results: Results) -> list[tuple[str, str]]:
     """(task, score) of every column, in the order of the tasks."""
-    found: dict[tuple[str, str], None] = {}
+    result: dict[tuple[str, str], None] = {}
     for task in TASKS:
         for outcomes in results.values():
             if task in outcomes:
-                found |= dict.fromkeys((task, name) for name in shown_scores(task, outcomes[task]))
-    return list(found)
+                result |= dict.fromkeys((task, name) for name in shown_scores(task, outcomes[task]))
+    return list(result)
 
 
 def print_table(results: Results) -> None:
@@ -58,7 +59,11 @@ def print_table(results: Results) -> None:
         for task, name in heads:
             value = outcomes[task].scores.get(name) if task in outcomes else None
             text = "" if value is None else f"{value:.3f}"
-            cells.append(f"[bold]{text}[/bold]" if value is not None and value == best(results, task, name) else text)
+            cells.append(
+                f"[bold]{text}[/bold]"
+                if value is not None and value == best(results, task, name)
+                else text
+            )
         table.add_row(*cells)
     console.print(table)
 
@@ -70,34 +75,54 @@ def lower(name: str) -> bool:
 
 def best(results: Results, task: str, name: str) -> float:
     """The best value of a column."""
-    values = [o[task].scores[name] for o in results.values() if task in o and name in o[task].scores]
+    values = [
+        o[task].scores[name] for o in results.values() if task in o and name in o[task].scores
+    ]
     return min(values) if lower(name) else max(values)
 
 
 def read_scores(path: Path) -> dict[str, dict]:
-    """The rows of an earlier `evaluation.json`, none where there is no file; raises UserError for a damaged one."""
+    """The rows of an earlier `evaluation.json`, none where there is no file; raises UserError for a
+    damaged one.
+    """
     if not path.exists():
         return {}
     try:
         return json.loads(path.read_text())["rows"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): move it away, or choose another --output") from error
+        raise UserError(
+            f"{path} is damaged ({error}): move it away, or choose another --output"
+        ) from error
 
 
 def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[str, Any]) -> Path:
     """Put one outcome into `evaluation.json`, keeping those of other rows and tasks.
 
-    Every entry carries the network, settings, data, date and commit it was made with. Raises UserError for a damaged file.
+    Every entry carries the network, settings, data, date and commit it was made with. Raises
+    UserError for a damaged file.
     """
     rows = read_scores(path)
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-    made = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "commit": git_commit()}
-    entry = {"scores": outcome.scores, "details": outcome.details, "files": [str(file) for file in outcome.files]}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+    }
+    made = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": git_commit(),
+    }
+    entry = {
+        "scores": outcome.scores,
+        "details": outcome.details,
+        "files": [str(file) for file in outcome.files],
+    }
     rows.setdefault(row, {})[task] = entry | made | about | {"versions": versions}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make {path.parent}: {error.strerror} (choose another --output)") from error
+        raise UserError(
+            f"cannot make {path.parent}: {error.strerror} (choose another --output)"
+        ) from error
     text = json.dumps({"format": 1, "rows": rows}, indent=1, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
@@ -109,14 +134,21 @@ def draw_scores(path: Path, results: Results) -> Path:
     wide = min(4, len(heads))
     high = -(-len(heads) // wide)
     size = (3.4 * wide + 1.2, (0.8 + 0.34 * len(results)) * high + 0.3)
-    figure, axes = plt.subplots(high, wide, figsize=size, squeeze=False, layout="constrained", sharey=True)
+    figure, axes = plt.subplots(
+        high, wide, figsize=size, squeeze=False, layout="constrained", sharey=True
+    )
     for axis in axes.flat[len(heads) :]:
         axis.set_axis_off()
     names = list(results)
     for axis, (task, name) in zip(axes.flat, heads, strict=False):
-        values = [results[row][task].scores.get(name, 0.0) if task in results[row] else 0.0 for row in names]
+        values = [
+            results[row][task].scores.get(name, 0.0) if task in results[row] else 0.0
+            for row in names
+        ]
         marked = best(results, task, name)
-        axis.barh(names, values, color=["#1f77b4" if value == marked else "#b8cbe0" for value in values])
+        axis.barh(
+            names, values, color=["#1f77b4" if value == marked else "#b8cbe0" for value in values]
+        )
         axis.bar_label(axis.containers[0], fmt="%.3f", padding=3, fontsize=8)
         axis.margins(x=0.25)
         axis.set_title(f"{task}: {name}" + (", lower is better" if lower(name) else ""), fontsize=9)

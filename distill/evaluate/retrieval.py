@@ -1,4 +1,5 @@
-"""Instance retrieval with the revisited Oxford and Paris protocol (Radenović et al. 2018, "Revisiting Oxford and Paris").
+"""Instance retrieval with the revisited Oxford and Paris protocol (Radenović et al. 2018,
+"Revisiting Oxford and Paris").
 
 Queries are cut out of their pictures; the database is ranked by the cosine of the summaries.
 """
@@ -19,15 +20,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from distill.errors import UserError
+from contract.errors import UserError
+from distill.data.images import UnreadableImage, decode_rgb
+from distill.data.pictures import digest
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import stamp
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
 from distill.evaluate.outcome import Outcome
-from distill.images import UnreadableImage, decode_rgb
-from distill.pictures import digest
-from distill.plots import save_figure
+from distill.figures import save_figure
 
 Box = tuple[float, float, float, float]
 
@@ -36,12 +37,16 @@ LEVELS = {
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
 }
-"""Which labels are positives and which are left out of the ranking, in each of the protocol's setups."""
+"""Which labels are positives and which are left out of the ranking, in each of the protocol's
+setups.
+"""
 
 
 @dataclass(frozen=True)
 class Query:
-    """One query: its picture, the box (x1, y1, x2, y2) in pixels, and database indices under easy, hard and junk."""
+    """One query: its picture, the box (x1, y1, x2, y2) in pixels, and database indices under easy,
+    hard and junk.
+    """
 
     name: str
     box: Box
@@ -49,20 +54,24 @@ class Query:
 
     def at(self, level: str) -> tuple[list[int], list[int]]:
         """Positives and ignored indices in a setup of LEVELS."""
-        positives, ignored = ([index for key in keys for index in self.labels[key]] for keys in LEVELS[level])
+        positives, ignored = (
+            [index for key in keys for index in self.labels[key]] for keys in LEVELS[level]
+        )
         return positives, ignored
 
 
 def evaluate(
     encoder: Encoder, data: Path, config: EvaluationConfig, folder: Path, cache: Path | None = None
 ) -> Outcome:
-    """Mean average precision of a retrieval data set in the Medium and Hard setups (Radenović et al. 2018).
+    """Mean average precision of a retrieval data set in the Medium and Hard setups (Radenović et
+    al. 2018).
 
-    `data` holds one ground truth gnd_*.pkl (the official file) or gnd_*.json, and jpg/NAME.jpg. Every picture becomes
-    a square of `config.retrieval.size` pixels, rounded to the stride. Queries without a positive in a setup are left
-    out of its mean; a setup in which no query has one has no score. Writes retrieval.png; features stay in `cache`
-    (default: `folder`/cache). Raises UserError for missing or damaged files, indices or boxes outside what they point
-    into, and features that are not finite.
+    `data` holds one ground truth gnd_*.pkl (the official file) or gnd_*.json, and jpg/NAME.jpg.
+    Every picture becomes a square of `config.retrieval.size` pixels, rounded to the stride. Queries
+    without a positive in a setup are left out of its mean; a setup in which no query has one has no
+    score. Writes retrieval.png; features stay in `cache` (default: `folder`/cache). Raises
+    UserError for missing or damaged files, indices or boxes outside what they point into, and
+    features that are not finite.
     """
     names, queries = read_ground_truth(data)
     paths = [data / "jpg" / f"{name}.jpg" for name in names]
@@ -70,21 +79,29 @@ def evaluate(
     missing = [path for path in dict.fromkeys(paths + query_paths) if not path.is_file()]
     if missing:
         raise UserError(
-            f"{missing[0]} is missing, one of {len(missing)}: put the data set's pictures in {data / 'jpg'}"
+            f"{missing[0]} is missing, one of {len(missing)}: put the data set's pictures in "
+            f"{data / 'jpg'}"
         )
     if not any(query.at("medium")[0] for query in queries):
-        raise UserError(f"no query of {data} has a positive: its ground truth lists no easy and no hard picture")
+        raise UserError(
+            f"no query of {data} has a positive: its ground truth lists no easy and no hard picture"
+        )
     side = encoder.fit(config.retrieval.size)
     # Queries first: a box that does not fit its picture is said before the long pass.
     cut_out = [(path, query.box) for path, query in zip(query_paths, queries, strict=True)]
-    asked, database = (
-        F.normalize(extract(encoder, views, cache or folder / "cache", config.extract, what=what).summaries(), dim=1)
+    requested, database = (
+        F.normalize(
+            extract(
+                encoder, views, cache or folder / "cache", config.extract, what=what
+            ).summaries(),
+            dim=1,
+        )
         for what, views in (
             ("retrieval queries", SquareViews(data, cut_out, side)),
             ("retrieval database", SquareViews(data, [(path, None) for path in paths], side)),
         )
     )
-    rankings = (asked @ database.T).argsort(dim=1, descending=True, stable=True).numpy()
+    rankings = (requested @ database.T).argsort(dim=1, descending=True, stable=True).numpy()
     per_query: list[dict[str, Any]] = []
     for query, ranking in zip(queries, rankings, strict=True):
         row: dict[str, Any] = {"query": query.name}
@@ -94,27 +111,30 @@ def evaluate(
         per_query.append(row)
     means = {}
     for level in LEVELS:
-        found = [row[level] for row in per_query if row[level] is not None]
-        if found:
-            means[f"mAP {level}"] = float(np.mean(found))
+        result = [row[level] for row in per_query if row[level] is not None]
+        if result:
+            means[f"mAP {level}"] = float(np.mean(result))
     scores = {key: means[key] for key in ("mAP medium", "mAP hard") if key in means}
     details = {"mAP easy": means.get("mAP easy"), "images": len(names), "queries": per_query}
-    return Outcome(scores, details, (draw(folder / "retrieval.png", paths, query_paths, queries, rankings),))
+    return Outcome(
+        scores, details, (draw(folder / "retrieval.png", paths, query_paths, queries, rankings),)
+    )
 
 
 def average_precision(ranking: np.ndarray, positives: list[int], ignored: list[int]) -> float:
     """Average precision of one ranking of database indices, by the protocol's trapezoid rule.
 
-    `ignored` indices leave the ranking first. The j-th positive (from 0) at rank r (from 0) contributes the mean of
-    the precision before it, j / r (1 at r = 0), and after it, (j + 1) / (r + 1). Raises ValueError without positives.
+    `ignored` indices leave the ranking first. The j-th positive (from 0) at rank r (from 0)
+    contributes the mean of the precision before it, j / r (1 at r = 0), and after it, (j + 1) / (r
+    + 1). Raises ValueError without positives.
     """
     kept = ranking[~np.isin(ranking, ignored)]
     ranks = np.flatnonzero(np.isin(kept, positives))
     if not len(ranks):
         raise ValueError("average precision needs a positive")
-    found = np.arange(len(ranks))
-    before = np.where(ranks > 0, found / np.maximum(ranks, 1), 1.0)
-    return float(np.mean((before + (found + 1) / (ranks + 1)) / 2))
+    result = np.arange(len(ranks))
+    before = np.where(ranks > 0, result / np.maximum(ranks, 1), 1.0)
+    return float(np.mean((before + (result + 1) / (ranks + 1)) / 2))
 
 
 class SquareViews:
@@ -137,7 +157,9 @@ class SquareViews:
 
 
 def cut(picture: tuple[Path, Box | None]) -> Image.Image:
-    """Decode a picture and cut its box out; raises UserError for a damaged file or a box outside it."""
+    """Decode a picture and cut its box out; raises UserError for a damaged file or a box outside
+    it.
+    """
     path, box = picture
     try:
         image = decode_rgb(path, str(path))
@@ -149,45 +171,70 @@ def cut(picture: tuple[Path, Box | None]) -> Image.Image:
     inside = max(0, x1), max(0, y1), min(image.width, x2), min(image.height, y2)
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
         raise UserError(
-            f"the box {list(box)} of query {path.stem} holds no pixel of its {image.width}x{image.height} picture"
+            f"the box {list(box)} of query {path.stem} holds no pixel of its "
+            f"{image.width}x{image.height} picture"
         )
     return image.crop(inside)
 
 
 def read_ground_truth(data: Path) -> tuple[list[str], list[Query]]:
-    """Database names and queries of the one gnd_*.pkl or gnd_*.json in a folder; raises UserError for anything odd."""
+    """Database names and queries of the one gnd_*.pkl or gnd_*.json in a folder; raises UserError
+    for anything odd.
+    """
     files = sorted([*data.glob("gnd_*.pkl"), *data.glob("gnd_*.json")])
     if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{data} needs exactly one gnd_*.pkl or gnd_*.json, found: {found}")
+        result = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"{data} needs exactly one gnd_*.pkl or gnd_*.json, found: {result}")
     path = files[0]
     content = read_pickle(path) if path.suffix == ".pkl" else read_json(path)
-    if not isinstance(content, dict) or not all(isinstance(content.get(k), list) for k in ("imlist", "qimlist", "gnd")):
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(k), list) for k in ("imlist", "qimlist", "gnd")
+    ):
         raise UserError(f"{path} must hold a dict with the lists imlist, qimlist and gnd")
-    names, asked, truth = content["imlist"], content["qimlist"], content["gnd"]
-    for key, values in (("imlist", names), ("qimlist", asked)):
-        if not values or not all(isinstance(name, str) and not Path(name).is_absolute() for name in values):
+    names, requested, truth = content["imlist"], content["qimlist"], content["gnd"]
+    for key, values in (("imlist", names), ("qimlist", requested)):
+        if not values or not all(
+            isinstance(name, str) and not Path(name).is_absolute() for name in values
+        ):
             raise UserError(f"{path}: {key} must list at least one picture, by name without .jpg")
-    if len(asked) != len(truth):
-        raise UserError(f"{path}: qimlist has {len(asked)} queries, gnd {len(truth)} entries: they must pair up")
-    return names, [read_query(path, name, entry, len(names)) for name, entry in zip(asked, truth, strict=True)]
+    if len(requested) != len(truth):
+        raise UserError(
+            f"{path}: qimlist has {len(requested)} queries, gnd {len(truth)} entries: they must pair up"
+        )
+    return names, [
+        read_query(path, name, entry, len(names))
+        for name, entry in zip(requested, truth, strict=True)
+    ]
 
 
 def read_query(path: Path, name: str, entry: Any, size: int) -> Query:
     """Check one entry of gnd against a database of `size` pictures."""
     if not isinstance(entry, dict):
-        raise UserError(f"{path}: the entry of query {name} must be a dict with bbx, easy, hard and junk")
+        raise UserError(
+            f"{path}: the entry of query {name} must be a dict with bbx, easy, hard and junk"
+        )
     box = entry.get("bbx")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(v, int | float) and abs(v) < 1e9 for v in box):
-        raise UserError(f"{path}: bbx of query {name} is {box!r:.80}: give [x1, y1, x2, y2] in pixels")
+    if (
+        not isinstance(box, list)
+        or len(box) != 4
+        or not all(isinstance(v, int | float) and abs(v) < 1e9 for v in box)
+    ):
+        raise UserError(
+            f"{path}: bbx of query {name} is {box!r:.80}: give [x1, y1, x2, y2] in pixels"
+        )
     labels = {}
     for key in ("easy", "hard", "junk"):
         labels[key] = entry.get(key)
         if not isinstance(labels[key], list):
-            raise UserError(f"{path}: query {name} has no list {key}: give indices into imlist, or []")
+            raise UserError(
+                f"{path}: query {name} has no list {key}: give indices into imlist, or []"
+            )
         for index in labels[key]:
             if not isinstance(index, int) or not 0 <= index < size:
-                raise UserError(f"{path}: index {index!r:.40} under {key} of query {name} is not in 0..{size - 1}")
+                raise UserError(
+                    f"{path}: index {index!r:.40} under {key} of query {name} is not in "
+                    f"0..{size - 1}"
+                )
     return Query(name, tuple(box), labels)
 
 
@@ -196,11 +243,14 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({str(error).splitlines()[0]}): download it again") from error
+        raise UserError(
+            f"{path} is not JSON ({str(error).splitlines()[0]}): download it again"
+        ) from error
 
 
 def read_pickle(path: Path) -> Any:
-    """Load a pickle of plain containers and numpy arrays, arrays as nested lists; nothing in the file is run.
+    """Load a pickle of plain containers and numpy arrays, arrays as nested lists; nothing in the
+    file is run.
 
     Raises UserError for a damaged file, and for one that asks for any other global.
     """
@@ -211,11 +261,15 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"{path} {error}") from error
     # A damaged pickle fails in any way its opcodes can
     except Exception as error:
-        raise UserError(f"{path} is not a readable pickle ({type(error).__name__}): download it again") from error
+        raise UserError(
+            f"{path} is not a readable pickle ({type(error).__name__}): download it again"
+        ) from error
 
 
 class DType:
-    """Stands in for numpy.dtype: a simple type's code, with the byte order that its pickled state adds."""
+    """Stands in for numpy.dtype: a simple type's code, with the byte order that its pickled state
+    adds.
+    """
 
     def __init__(self, code: str, *_: Any) -> None:
         if not re.fullmatch(r"[<>|=]?([biufSU]\d{1,6}|O\d?)", code):
@@ -226,7 +280,9 @@ class DType:
         self.order = {"<": "<", ">": ">"}.get(state[1], "=")
 
     def values(self, raw: bytes | str | list, shape: tuple[int, ...], order: str = "C") -> Any:
-        """Nested lists of the numbers or strings in an array's pickled bytes (a list, if of objects)."""
+        """Nested lists of the numbers or strings in an array's pickled bytes (a list, if of
+        objects).
+        """
         if self.kind.startswith("O"):
             if len(shape) != 1 or not isinstance(raw, list):
                 raise ValueError("array of objects")
@@ -234,7 +290,11 @@ class DType:
         data = raw.encode("latin1") if isinstance(raw, str) else raw
         if prod(shape) == 0:
             return []
-        return np.frombuffer(data, np.dtype(self.order + self.kind)).reshape(shape, order=order).tolist()
+        return (
+            np.frombuffer(data, np.dtype(self.order + self.kind))
+            .reshape(shape, order=order)
+            .tolist()
+        )
 
 
 class Array(list):
@@ -253,7 +313,9 @@ def encode(text: str, encoding: str) -> bytes:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Unpickler whose globals are all stand-ins of this file: numpy's own would trust shapes and flags in the file."""
+    """Unpickler whose globals are all stand-ins of this file: numpy's own would trust shapes and
+    flags in the file.
+    """
 
     known = {
         "builtins.set": set,
@@ -264,25 +326,37 @@ class PlainUnpickler(pickle.Unpickler):
         "numpy.ndarray": Array,
         "numpy._core.multiarray._reconstruct": lambda *_: Array(),
         "numpy._core.multiarray.scalar": lambda dtype, raw: dtype.values(raw, (1,))[0],
-        "numpy._core.numeric._frombuffer": lambda raw, dtype, shape, order, *_: dtype.values(raw, shape, order),
+        "numpy._core.numeric._frombuffer": lambda raw, dtype, shape, order, *_: dtype.values(
+            raw, shape, order
+        ),
     }
 
     def find_class(self, module: str, name: str) -> Any:
         """The stand-in of a permitted global; raises UserError naming any other."""
         # Python 2 and numpy 1 have other names for the same modules
-        modern = {"__builtin__": "builtins"}.get(module, re.sub(r"^numpy\.core\.", "numpy._core.", module))
-        found = self.known.get(f"{modern}.{name}")
-        if found is None:
+        modern = {"__builtin__": "builtins"}.get(
+            module, re.sub(r"^numpy\.core\.", "numpy._core.", module)
+        )
+        result = self.known.get(f"{modern}.{name}")
+        if result is None:
             raise UserError(
-                f"asks for {module}.{name}, which ground truth does not need: use the official file or JSON"
+                f"asks for {module}.{name}, which ground truth does not need: use the official "
+                "file or JSON"
             )
-        return found
+        return result
 
 
 def draw(
-    path: Path, paths: list[Path], query_paths: list[Path], queries: list[Query], rankings: np.ndarray, top: int = 5
+    path: Path,
+    paths: list[Path],
+    query_paths: list[Path],
+    queries: list[Query],
+    rankings: np.ndarray,
+    top: int = 5,
 ) -> Path:
-    """Picture of the first queries with their nearest pictures, framed green (positive), grey (junk) or red."""
+    """Picture of the first queries with their nearest pictures, framed green (positive), grey
+    (junk) or red.
+    """
     count = min(4, len(queries))
     figure, axes = plt.subplots(
         count, 1 + top, figsize=(2.1 * (1 + top), 2.1 * count), squeeze=False, layout="constrained"
@@ -290,7 +364,10 @@ def draw(
     for row, query, query_path, ranking in zip(axes, queries, query_paths, rankings, strict=False):
         positives, ignored = query.at("medium")
         nearest = ranking[:top].tolist()
-        colours = ["tab:green" if i in positives else "grey" if i in ignored else "tab:red" for i in nearest]
+        colours = [
+            "tab:green" if i in positives else "grey" if i in ignored else "tab:red"
+            for i in nearest
+        ]
         pictures = [(query_path, query.box), *((paths[index], None) for index in nearest)]
         for axis in row[len(pictures) :]:
             axis.set_axis_off()

@@ -1,8 +1,9 @@
 """ImageNet's variants read with a classifier of ImageNet's 1000 classes.
 
-ImageNet-A (Hendrycks et al. 2021, "Natural Adversarial Examples"), -R (Hendrycks et al. 2021, "The Many Faces of
-Robustness"), -V2 (Recht et al. 2019), -C (Hendrycks & Dietterich 2019) and -9 (Xiao et al. 2021, "Noise or Signal:
-The Role of Image Backgrounds in Object Recognition"), each in the folders its authors publish.
+ImageNet-A (Hendrycks et al. 2021, "Natural Adversarial Examples"), -R (Hendrycks et al. 2021, "The
+Many Faces of Robustness"), -V2 (Recht et al. 2019), -C (Hendrycks & Dietterich 2019) and -9 (Xiao
+et al. 2021, "Noise or Signal: The Role of Image Backgrounds in Object Recognition"), each in the
+folders its authors publish.
 """
 
 import json
@@ -20,14 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from distill.data import prepare_worker
-from distill.errors import UserError, suggest
+from contract.errors import UserError, suggest
+from distill.data.batches import prepare_worker
+from distill.data.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import stamp
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import centre_view, extract
 from distill.evaluate.outcome import Outcome
-from distill.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
 
 Classifier = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, H, W] on the CPU in, logits [B, 1000] out."""
@@ -57,8 +58,11 @@ BACKGROUNDS = (
 COARSE_MAP = "in_to_in9.json"
 
 
-def accuracy(logits: Tensor, labels: Tensor, topk: int = 1, among: Sequence[int] | None = None) -> float:
-    """Share of rows of logits [n, C] whose label [n] is among the `topk` largest; `among` restricts the classes to these.
+def accuracy(
+    logits: Tensor, labels: Tensor, topk: int = 1, among: Sequence[int] | None = None
+) -> float:
+    """Share of rows of logits [n, C] whose label [n] is among the `topk` largest; `among` restricts
+    the classes to these.
 
     Raises UserError for logits that are not finite, or a label outside `among`.
     """
@@ -68,11 +72,14 @@ def accuracy(logits: Tensor, labels: Tensor, topk: int = 1, among: Sequence[int]
         outside = set(labels.tolist()) - place.keys()
         if outside:
             raise UserError(
-                f"label {min(outside)} is not among the {len(place)} classes looked at: remove its pictures"
+                f"label {min(outside)} is not among the {len(place)} classes looked at: remove its "
+                "pictures"
             )
         logits = logits[:, list(among)]
         labels = torch.tensor([place[label] for label in labels.tolist()])
-    return multiclass_accuracy(logits, labels, num_classes=logits.shape[1], average="micro", top_k=topk).item()
+    return multiclass_accuracy(
+        logits, labels, num_classes=logits.shape[1], average="micro", top_k=topk
+    ).item()
 
 
 def coarse_accuracy(logits: Tensor, labels: Tensor, coarse: Tensor) -> float:
@@ -84,11 +91,14 @@ def coarse_accuracy(logits: Tensor, labels: Tensor, coarse: Tensor) -> float:
     return (coarse[logits.argmax(dim=1)] == labels).double().mean().item()
 
 
-def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> tuple[str, float, dict[str, float]]:
-    """ImageNet-C's mCE: the name and value of the mean, and each corruption's own error over AlexNet's.
+def mean_corruption_error(
+    errors: Mapping[str, Sequence[float]],
+) -> tuple[str, float, dict[str, float]]:
+    """ImageNet-C's mCE: the name and value of the mean, and each corruption's own error over
+    AlexNet's.
 
-    `errors[corruption]` are the top-1 errors at the five severities. With fewer than the 15 corruptions the mean is named
-    "mCE of n corruptions": it compares with no published one.
+    `errors[corruption]` are the top-1 errors at the five severities. With fewer than the 15
+    corruptions the mean is named "mCE of n corruptions": it compares with no published one.
     """
     relative = {name: sum(values) / len(values) / ALEXNET[name] for name, values in errors.items()}
     name = "mCE" if len(relative) == len(ALEXNET) else f"mCE of {len(relative)} corruptions"
@@ -98,36 +108,45 @@ def mean_corruption_error(errors: Mapping[str, Sequence[float]]) -> tuple[str, f
 def check_finite(logits: Tensor) -> None:
     """Raise UserError where a logit is NaN or infinite."""
     if not logits.isfinite().all():
-        raise UserError("the classifier gives logits that are not finite: check its weights and precision")
+        raise UserError(
+            "the classifier gives logits that are not finite: check its weights and precision"
+        )
 
 
 def own_classifier(encoder: Encoder) -> Classifier:
     """A timm network's own ImageNet head as a classifier.
 
-    Raises UserError unless it has 1000 classes, and for one that no weights came for: random, or not in the checkpoint.
+    Raises UserError unless it has 1000 classes, and for one that no weights came for: random, or
+    not in the checkpoint.
     """
     net = encoder.net
     classes = getattr(net, "num_classes", 0)
     if classes != CLASSES:
         raise UserError(
-            f"{encoder.name} has a head of {classes} classes, not ImageNet's {CLASSES}: set robustness.classifier=probe"
+            f"{encoder.name} has a head of {classes} classes, not ImageNet's {CLASSES}: set "
+            "robustness.classifier=probe"
         )
     config = encoder.teacher.config if hasattr(encoder, "teacher") else None
     random = config is not None and not config.pretrained and config.checkpoint is None
     if random or not getattr(net, "classifier_loaded", True):
         raise UserError(
-            f"{encoder.name} has no trained classifier (its weights come without one): set robustness.classifier=probe"
+            f"{encoder.name} has no trained classifier (its weights come without one): set "
+            "robustness.classifier=probe"
         )
 
     @torch.inference_mode()
     def classify(images: Tensor) -> Tensor:
-        return net.forward_head(net.forward_features(encoder.normalize(images.to(encoder.device)))).float()
+        return net.forward_head(
+            net.forward_features(encoder.normalize(images.to(encoder.device)))
+        ).float()
 
     return classify
 
 
 class Pictures(Dataset):
-    """Files below `root` as uint8 [3, size, size]; raises UserError for one that cannot be read. `name` is for people."""
+    """Files below `root` as uint8 [3, size, size]; raises UserError for one that cannot be read.
+    `name` is for people.
+    """
 
     def __init__(self, root: Path, files: list[Path], size: int, crop: float, name: str) -> None:
         self.root, self.files, self.size, self.crop, self.name = root, files, size, crop, name
@@ -140,7 +159,9 @@ class Pictures(Dataset):
         try:
             image = decode_rgb(path, str(path))
         except UnreadableImage as error:
-            raise UserError(f"picture {path} cannot be read: {error.reason} (fetch it again)") from error
+            raise UserError(
+                f"picture {path} cannot be read: {error.reason} (fetch it again)"
+            ) from error
         return centre_view(image, self.size, self.crop)
 
     def fingerprint(self) -> str:
@@ -149,14 +170,20 @@ class Pictures(Dataset):
 
 
 def live(classify: Classifier, config: EvaluationConfig) -> LogitsOf:
-    """Logits by running a classifier over every picture, with nothing kept; a progress bar on a terminal."""
+    """Logits by running a classifier over every picture, with nothing kept; a progress bar on a
+    terminal.
+    """
 
     def logits(pictures: Pictures) -> Tensor:
         workers = config.extract.workers
         loader = DataLoader(
-            pictures, config.extract.batch_size, num_workers=workers, generator=torch.Generator(),
-            worker_init_fn=prepare_worker, multiprocessing_context="fork" if workers else None,
-        )  # fmt: skip
+            pictures,
+            config.extract.batch_size,
+            num_workers=workers,
+            generator=torch.Generator(),
+            worker_init_fn=prepare_worker,
+            multiprocessing_context="fork" if workers else None,
+        )
         shown = track(loader, pictures.name, total=len(loader), disable=not sys.stdout.isatty())
         return torch.cat([classify(batch).float().cpu() for batch in shown])
 
@@ -164,13 +191,17 @@ def live(classify: Classifier, config: EvaluationConfig) -> LogitsOf:
 
 
 def cached(head: nn.Module, encoder: Encoder, cache: Path, config: EvaluationConfig) -> LogitsOf:
-    """Logits by a head [B, d] to [B, 1000] on the encoder's summaries, which `extract` keeps in `cache` and resumes."""
+    """Logits by a head [B, d] to [B, 1000] on the encoder's summaries, which `extract` keeps in
+    `cache` and resumes.
+    """
     head = head.to(encoder.device).eval()
 
     def logits(pictures: Pictures) -> Tensor:
-        found = extract(encoder, pictures, cache, config.extract, what=pictures.name).summaries()
+        result = extract(encoder, pictures, cache, config.extract, what=pictures.name).summaries()
         with torch.inference_mode():
-            return torch.cat([head(part.to(encoder.device)).float().cpu() for part in found.split(CHUNK)])
+            return torch.cat(
+                [head(part.to(encoder.device)).float().cpu() for part in result.split(CHUNK)]
+            )
 
     return logits
 
@@ -185,27 +216,40 @@ class Reader:
     config: EvaluationConfig
 
     def logits(self, folder: Path, files: list[Path], crop: float) -> Tensor:
-        """Logits [n, 1000] of `folder`'s pictures, of which the centred square of `crop` times the shorter side is seen."""
+        """Logits [n, 1000] of `folder`'s pictures, of which the centred square of `crop` times the
+        shorter side is seen.
+        """
         name = folder.relative_to(self.data).as_posix()
-        found = self.logits_of(Pictures(self.data, files, self.image_size, crop, name))
-        if found.shape != (len(files), CLASSES):
-            raise UserError(f"the classifier gives {list(found.shape[1:])} logits a picture: it must give [{CLASSES}]")
-        return found
+        result = self.logits_of(Pictures(self.data, files, self.image_size, crop, name))
+        if result.shape != (len(files), CLASSES):
+            raise UserError(
+                f"the classifier gives {list(result.shape[1:])} logits a picture: it must give "
+                f"[{CLASSES}]"
+            )
+        return result
 
 
-def evaluate_variants(logits_of: LogitsOf, image_size: int, data: Path, config: EvaluationConfig) -> Outcome:
-    """Read every variant that lies in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c, imagenet-9.
+def evaluate_variants(
+    logits_of: LogitsOf, image_size: int, data: Path, config: EvaluationConfig
+) -> Outcome:
+    """Read every variant that lies in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c,
+    imagenet-9.
 
-    `logits_of` is `live(…)` or `cached(…)`. Pictures are centre crops of `config.extract.crop`, resized to `image_size`;
-    those of ImageNet-C and ImageNet-9, which are published cropped to 224 pixels, are seen whole, as their authors do.
-    Scores are top-1 accuracies in [0, 1], mCE (1 is AlexNet) and BG-gap = accuracy(mixed_same) - accuracy(mixed_rand).
+    `logits_of` is `live(…)` or `cached(…)`. Pictures are centre crops of `config.extract.crop`,
+    resized to `image_size`; those of ImageNet-C and ImageNet-9, which are published cropped to 224
+    pixels, are seen whole, as their authors do. Scores are top-1 accuracies in [0, 1], mCE (1 is
+    AlexNet) and BG-gap = accuracy(mixed_same) - accuracy(mixed_rand).
 
-    Raises UserError for a folder with no variant, a class folder that is none, missing severities, ImageNet-9 without
-    its authors' class map, an unreadable picture, and logits that are not finite or not 1000.
+    Raises UserError for a folder with no variant, a class folder that is none, missing severities,
+    ImageNet-9 without its authors' class map, an unreadable picture, and logits that are not finite
+    or not 1000.
     """
     present = [name for name in VARIANTS if (data / name).is_dir()]
     if not present:
-        raise UserError(f"--data {data} holds no variant of ImageNet: give a folder with any of {', '.join(VARIANTS)}")
+        raise UserError(
+            f"--data {data} holds no variant of ImageNet: give a folder with any of "
+            f"{', '.join(VARIANTS)}"
+        )
     # What is missing must show before hours go into what is there.
     if "imagenet-c" in present:
         corruption_folders(data / "imagenet-c")
@@ -213,8 +257,8 @@ def evaluate_variants(logits_of: LogitsOf, image_size: int, data: Path, config: 
         coarse_classes(data / "imagenet-9")
     reader, scores, details = Reader(logits_of, image_size, data, config), {}, {}
     for name in present:
-        found, details[name] = VARIANTS[name](reader, data / name)
-        scores |= {f"{name} {metric}": value for metric, value in found.items()}
+        result, details[name] = VARIANTS[name](reader, data / name)
+        scores |= {f"{name} {metric}": value for metric, value in result.items()}
     return Outcome(scores, details)
 
 
@@ -222,7 +266,9 @@ def read_subset(reader: Reader, folder: Path) -> tuple[dict, dict]:
     """ImageNet-A or -R: top-1 among its 200 classes."""
     among = subset_indices(folder.name.replace("-", "_"))
     allowed = {wnid: index for wnid, index in class_index().items() if index in among}
-    files, labels = labelled_files(folder, allowed, f"one of its {len(allowed)} classes' WordNet ids")
+    files, labels = labelled_files(
+        folder, allowed, f"one of its {len(allowed)} classes' WordNet ids"
+    )
     score = accuracy(reader.logits(folder, files, reader.config.extract.crop), labels, among=among)
     return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
 
@@ -242,29 +288,40 @@ def read_corruptions(reader: Reader, folder: Path) -> tuple[dict, dict]:
         errors[corruption] = []
         for severity in SEVERITIES:
             files, labels = labelled_files(place / severity, class_index(), "a WordNet id")
-            errors[corruption].append(1 - accuracy(reader.logits(place / severity, files, 1.0), labels))
+            errors[corruption].append(
+                1 - accuracy(reader.logits(place / severity, files, 1.0), labels)
+            )
     name, value, relative = mean_corruption_error(errors)
     missing = [corruption for corruption in ALEXNET if corruption not in errors]
     return {name: value}, {"corruption_errors": relative, "errors": errors, "missing": missing}
 
 
 def read_backgrounds(reader: Reader, folder: Path) -> tuple[dict, dict]:
-    """ImageNet-9: accuracy on every set of backgrounds, and BG-gap where both of its sets are there."""
+    """ImageNet-9: accuracy on every set of backgrounds, and BG-gap where both of its sets are
+    there.
+    """
     coarse, scores, images = coarse_classes(folder), {}, {}
     for name in BACKGROUNDS:
         if not (folder / name).is_dir():
             continue
         known = {
-            child.name: int(child.name[:2]) for child in subfolders(folder / name / "val") if is_coarse(child.name)
+            child.name: int(child.name[:2])
+            for child in subfolders(folder / name / "val")
+            if is_coarse(child.name)
         }
         files, labels = labelled_files(folder / name / "val", known, "a coarse class like 00_dog")
         scores[name] = coarse_accuracy(reader.logits(folder / name, files, 1.0), labels, coarse)
         images[name] = len(files)
     if not scores:
-        raise UserError(f"{folder} holds no set of backgrounds: give any of {', '.join(BACKGROUNDS)}")
+        raise UserError(
+            f"{folder} holds no set of backgrounds: give any of {', '.join(BACKGROUNDS)}"
+        )
     if "mixed_same" in scores and "mixed_rand" in scores:
         scores["BG-gap"] = scores["mixed_same"] - scores["mixed_rand"]
-    return scores, {"images": images, "missing": [name for name in BACKGROUNDS if name not in images]}
+    return scores, {
+        "images": images,
+        "missing": [name for name in BACKGROUNDS if name not in images],
+    }
 
 
 VARIANTS = {
@@ -285,38 +342,54 @@ def class_index() -> dict[str, int]:
 @cache
 def subset_indices(name: str) -> tuple[int, ...]:
     """Class numbers of "imagenet_a" or "imagenet_r", as timm lists them."""
-    return tuple(int(line) for line in pkgutil.get_data("timm.data", f"_info/{name}_indices.txt").split())
+    return tuple(
+        int(line) for line in pkgutil.get_data("timm.data", f"_info/{name}_indices.txt").split()
+    )
 
 
 def corruption_folders(folder: Path) -> dict[str, Path]:
-    """The folder of each of mCE's corruptions in `folder`, directly or in its group's; raises UserError."""
+    """The folder of each of mCE's corruptions in `folder`, directly or in its group's; raises
+    UserError.
+    """
     children = [child for child in subfolders(folder) if child.name not in GROUPS]
     for group in GROUPS:
         children += subfolders(folder / group) if (folder / group).is_dir() else []
-    found = {child.name: child for child in children}
-    for name in found:
+    result = {child.name: child for child in children}
+    for name in result:
         if name not in ALEXNET and name not in EXTRA:
-            raise UserError(f"{found[name]}: '{name}' is no corruption of ImageNet-C: {suggest(name, ALEXNET)}")
-    found = {name: found[name] for name in ALEXNET if name in found}
-    if not found:
+            raise UserError(
+                f"{result[name]}: '{name}' is no corruption of ImageNet-C: {suggest(name, ALEXNET)}"
+            )
+    result = {name: result[name] for name in ALEXNET if name in result}
+    if not result:
         raise UserError(f"{folder} holds no corruption: give any of {', '.join(ALEXNET)}")
-    for place in found.values():
+    for place in result.values():
         missing = [severity for severity in SEVERITIES if not (place / severity).is_dir()]
         if missing:
-            raise UserError(f"{place} lacks severity {', '.join(missing)}: mCE needs the folders 1 to 5, fetch them")
-    return found
+            raise UserError(
+                f"{place} lacks severity {', '.join(missing)}: mCE needs the folders 1 to 5, fetch "
+                "them"
+            )
+    return result
 
 
 def coarse_classes(folder: Path) -> Tensor:
-    """Coarse class [1000] of every ImageNet class, -1 for none, from the authors' file; raises UserError."""
+    """Coarse class [1000] of every ImageNet class, -1 for none, from the authors' file; raises
+    UserError.
+    """
     path = folder / COARSE_MAP
     if not path.is_file():
-        raise UserError(f"{path} is missing: copy {COARSE_MAP} from the repository MadryLab/backgrounds_challenge")
+        raise UserError(
+            f"{path} is missing: copy {COARSE_MAP} from the repository "
+            "MadryLab/backgrounds_challenge"
+        )
     try:
         table = {int(index): int(coarse) for index, coarse in json.loads(path.read_text()).items()}
         return torch.tensor([table[index] for index in range(CLASSES)])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not give each of {CLASSES} classes a number: copy the authors' again") from error
+        raise UserError(
+            f"{path} does not give each of {CLASSES} classes a number: copy the authors' again"
+        ) from error
 
 
 def is_coarse(name: str) -> bool:
@@ -328,11 +401,17 @@ def subfolders(folder: Path) -> list[Path]:
     """Folders in `folder`, by name, without hidden ones; raises UserError where it is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (fetch it, or remove the one above)")
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return sorted(
+        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+    )
 
 
-def labelled_files(folder: Path, known: Mapping[str, int], wanted: str) -> tuple[list[Path], Tensor]:
-    """Pictures in `folder`'s class folders, and their labels [n]; `known` is the label of every legal folder name."""
+def labelled_files(
+    folder: Path, known: Mapping[str, int], wanted: str
+) -> tuple[list[Path], Tensor]:
+    """Pictures in `folder`'s class folders, and their labels [n]; `known` is the label of every
+    legal folder name.
+    """
     files, labels = [], []
     for place in subfolders(folder):
         if place.name not in known:

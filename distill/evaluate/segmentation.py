@@ -9,9 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from distill.errors import UserError
+from contract.errors import UserError
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import IGNORED, Pairs, label_names, open_pairs, read_mask, read_matched
+from distill.evaluate.datasets import (
+    IGNORED,
+    Pairs,
+    label_names,
+    open_pairs,
+    read_mask,
+    read_matched,
+)
 from distill.evaluate.dense import train_head
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
@@ -44,7 +51,9 @@ def evaluate(
     }
     torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
     head = LinearSegmenter(encoder.dims.patches, labels.classes)
-    targets = WindowLabels(views["train"], lambda n: labels.read(train, n), max(1, size // config.dense.loss_stride))
+    targets = WindowLabels(
+        views["train"], lambda n: labels.read(train, n), max(1, size // config.dense.loss_stride)
+    )
     device = encoder.device
 
     def loss(logits: Tensor, truth: Tensor) -> Tensor:
@@ -53,7 +62,14 @@ def evaluate(
         total = F.cross_entropy(logits, truth.long(), ignore_index=IGNORED, reduction="sum")
         return total / (truth != IGNORED).sum().clamp_min(1)
 
-    train_head(head, lambda numbers: features["train"].patches(numbers).to(device), targets, loss, config, device)
+    train_head(
+        head,
+        lambda numbers: features["train"].patches(numbers).to(device),
+        targets,
+        loss,
+        config,
+        device,
+    )
 
     metric = MulticlassJaccardIndex(
         labels.classes, average="none", ignore_index=IGNORED, zero_division=float("nan")
@@ -62,7 +78,9 @@ def evaluate(
     shown = []
     for number, windows in enumerate(views["val"].of_picture()):
         picture, truth = read_matched(val, number), labels.read(val, number)
-        predicted = segment(head, features["val"].patches(windows).to(device), views["val"], windows, picture.size)
+        predicted = segment(
+            head, features["val"].patches(windows).to(device), views["val"], windows, picture.size
+        )
         truth = torch.from_numpy(truth).to(device)
         metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
         valid = truth != IGNORED
@@ -72,18 +90,31 @@ def evaluate(
     per_class = metric.compute().tolist()
     present = [value for value in per_class if not np.isnan(value)]
     scores = {"mIoU": sum(present) / len(present), "pixel_accuracy": right / max(1, counted)}
-    about = {**binding, "output": "patches", "classes": labels.names, "size": size, "scores": scores}
+    about = {
+        **binding,
+        "output": "patches",
+        "classes": labels.names,
+        "size": size,
+        "scores": scores,
+    }
     about["zero_is_ignored"] = labels.shift
     path = save_head(folder / "heads", "segmentation", head, about)
     figure = map_figure(folder / "segmentation.png", shown, labels.classes, IGNORED)
-    iou = {name: None if np.isnan(value) else value for name, value in zip(labels.names, per_class, strict=True)}
+    iou = {
+        name: None if np.isnan(value) else value
+        for name, value in zip(labels.names, per_class, strict=True)
+    }
     details = {"size": size, "iou": iou}
     return Outcome(scores, details, (figure, path))
 
 
 @torch.inference_mode()
-def segment(head: torch.nn.Module, patches: Tensor, views: WindowViews, numbers: list[int], size: tuple) -> Tensor:
-    """Labels [H, W] of a whole picture of `size` = (width, height) from the patches of its windows [n, h, w, d]."""
+def segment(
+    head: torch.nn.Module, patches: Tensor, views: WindowViews, numbers: list[int], size: tuple
+) -> Tensor:
+    """Labels [H, W] of a whole picture of `size` = (width, height) from the patches of its windows
+    [n, h, w, d].
+    """
     logits = head(patches)
     return merge_windows(logits, [views.windows[n] for n in numbers], *size).argmax(0)
 
@@ -97,27 +128,31 @@ class Labelling:
         self.shift = settings.zero == "ignore" or (settings.zero == "auto" and train.ade)
         self.classes = settings.classes or (ADE_CLASSES if train.ade else None)
         known = self.classes is not None
-        found: set[int] = set()
+        result: set[int] = set()
         for number in range(len(train)):
-            found |= set(np.unique(self.read(train, number)).tolist()) - {IGNORED}
-            if known and len(found) > 1:
+            result |= set(np.unique(self.read(train, number)).tolist()) - {IGNORED}
+            if known and len(result) > 1:
                 break
-        if len(found) < 2:
+        if len(result) < 2:
             raise UserError(
-                f"{train.maps[0].parent}: the training masks hold {len(found)} class only ({sorted(found)}): segmentation "
-                "needs two or more (check segmentation.zero and segmentation.ignore)"
+                f"{train.maps[0].parent}: the training masks hold {len(result)} class only "
+                f"({sorted(result)}): segmentation needs two or more (check segmentation.zero and "
+                "segmentation.ignore)"
             )
         if not known:
-            self.classes = max(found) + 1
+            self.classes = max(result) + 1
         if not any((self.read(val, number) != IGNORED).any() for number in range(len(val))):
             raise UserError(
-                f"{val.maps[0].parent}: every pixel of the validation masks is ignored: nothing can be scored"
+                f"{val.maps[0].parent}: every pixel of the validation masks is ignored: nothing "
+                "can be scored"
             )
         self.names = label_names(train, self.classes)
         log.info(
-            "masks     %d classes (%s), label 0 is %s", self.classes, train.maps[0].parent,
+            "masks     %d classes (%s), label 0 is %s",
+            self.classes,
+            train.maps[0].parent,
             "not counted, as in ADE20K" if self.shift else "the first",
-        )  # fmt: skip
+        )
 
     def read(self, pairs: Pairs, number: int) -> np.ndarray:
         """Labels [H, W]; see `datasets.read_mask`."""

@@ -6,13 +6,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from distill.errors import UserError, suggest
+from contract.errors import UserError, suggest
 from distill.evaluate.config import EvaluationConfig
 from distill.recipe_io import PLAIN_WORDS, RecipeLoader, recipe_fields, show
 
 
 def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
-    """The default settings with `section.key=value` applied; raises UserError naming the key, the value and the remedy."""
+    """The default settings with `section.key=value` applied; raises UserError naming the key, the
+    value and the remedy.
+    """
     known = [field for field, _, _, _ in recipe_fields(EvaluationConfig)]
     values: dict[str, Any] = {}
     for override in overrides:
@@ -26,19 +28,26 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
         section, _, name = key.rpartition(".")
         place = values.setdefault(section, {}) if section else values
         try:
-            place[name] = yaml.load(text, Loader=RecipeLoader)  # noqa: S506 - a SafeLoader
+            place[name] = yaml.load(text, Loader=RecipeLoader)
         except yaml.YAMLError as error:
-            raise UserError(f"{key}: '{text}' is not valid YAML (quote it, or close its brackets)") from error
+            raise UserError(
+                f"{key}: '{text}' is not valid YAML (quote it, or close its brackets)"
+            ) from error
     try:
         return EvaluationConfig.model_validate(values)
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("function-"))
-        said = PLAIN_WORDS.get(problem["type"], problem["msg"])
-        raise UserError(f"{key} = {show(problem['input'])}: {said}") from error
+        key = ".".join(
+            str(part) for part in problem["loc"] if not str(part).startswith("function-")
+        )
+        message = PLAIN_WORDS.get(problem["type"], problem["msg"])
+        raise UserError(f"{key} = {show(problem['input'])}: {message}") from error
 
 
 def describe_settings() -> str:
     """Every key with its type, default and meaning."""
     rows = recipe_fields(EvaluationConfig)
-    return "\n".join(f"  {key:28} {kind:22} {default:10} {meaning}".rstrip() for key, kind, default, meaning in rows)
+    return "\n".join(
+        f"  {key:28} {kind:22} {default:10} {meaning}".rstrip()
+        for key, kind, default, meaning in rows
+    )

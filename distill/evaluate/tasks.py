@@ -1,4 +1,6 @@
-"""The tasks of `distill.evaluate`. To add one: a function from `Context` to `Outcome`, and a line in TASKS."""
+"""The tasks of `distill.evaluate`. To add one: a function from `Context` to `Outcome`, and a line
+in TASKS.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +9,17 @@ from pathlib import Path
 
 import torch
 
-from distill.evaluate import depth, finetune, knn, linear_probe, retrieval, robustness, segmentation, video, zero_shot
+from distill.evaluate import (
+    depth,
+    finetune,
+    knn,
+    linear_probe,
+    retrieval,
+    robustness,
+    segmentation,
+    video,
+    zero_shot,
+)
 from distill.evaluate.attention import attention_figure, attention_maps, has_attention
 from distill.evaluate.classification import FrozenSplits, frozen_splits
 from distill.evaluate.config import EvaluationConfig
@@ -22,7 +34,8 @@ from distill.evaluate.representation import cluster_scores, tsne_picture
 class Context:
     """One encoder on one data root: what every task is given.
 
-    `cache` holds extracted features, `folder` takes pictures and `heads/`; `binding` goes into every head's metadata.
+    `cache` holds extracted features, `folder` takes pictures and `heads/`; `binding` goes into
+    every head's metadata.
     """
 
     encoder: Encoder
@@ -36,9 +49,11 @@ class Context:
         """What a head must know of the network under it."""
         encoder = self.encoder
         return {
-            "network": encoder.name, "reads": encoder.read_out, "student_sha256": encoder.weights_sha256,
+            "network": encoder.name,
+            "reads": encoder.read_out,
+            "student_sha256": encoder.weights_sha256,
             "image_size": encoder.image_size,
-        }  # fmt: skip
+        }
 
     @cached_property
     def splits(self) -> FrozenSplits:
@@ -78,7 +93,9 @@ def run_depth(c: Context) -> Outcome:
 
 def run_retrieval(c: Context) -> Outcome:
     """Revisited Oxford and Paris."""
-    return retrieval.evaluate(c.encoder, family_root(c.data, "retrieval"), c.config, c.folder, c.cache)
+    return retrieval.evaluate(
+        c.encoder, family_root(c.data, "retrieval"), c.config, c.folder, c.cache
+    )
 
 
 def run_video(c: Context) -> Outcome:
@@ -91,15 +108,23 @@ def run_robustness(c: Context) -> Outcome:
     if c.config.robustness.classifier == "own":
         logits_of = robustness.live(robustness.own_classifier(c.encoder), c.config)
     else:
-        probe = linear_probe.imagenet_probe(c.encoder, c.folder / "heads" / "classification.safetensors")
+        probe = linear_probe.imagenet_probe(
+            c.encoder, c.folder / "heads" / "classification.safetensors"
+        )
         logits_of = robustness.cached(probe, c.encoder, c.cache, c.config)
-    return robustness.evaluate_variants(logits_of, c.encoder.image_size, family_root(c.data, "robustness"), c.config)
+    return robustness.evaluate_variants(
+        logits_of, c.encoder.image_size, family_root(c.data, "robustness"), c.config
+    )
 
 
 def run_clusters(c: Context) -> Outcome:
-    """NMI and silhouette of the validation split, a t-SNE picture, and attention maps where the network is a ViT."""
+    """NMI and silhouette of the validation split, a t-SNE picture, and attention maps where the
+    network is a ViT.
+    """
     settings = c.config.representation
-    order = torch.randperm(len(c.splits.val), generator=torch.Generator().manual_seed(c.config.seed))
+    order = torch.randperm(
+        len(c.splits.val), generator=torch.Generator().manual_seed(c.config.seed)
+    )
     chosen = order[: settings.images].to(c.splits.val.device)
     features = c.splits.val[chosen].cpu().numpy()
     labels = c.splits.val_labels[chosen].cpu().numpy()
@@ -107,7 +132,12 @@ def run_clusters(c: Context) -> Outcome:
     few = slice(settings.tsne_images)
     files = [
         tsne_picture(
-            features[few], labels[few], c.splits.classes, c.folder / "tsne.png", settings.perplexity, c.config.seed
+            features[few],
+            labels[few],
+            c.splits.classes,
+            c.folder / "tsne.png",
+            settings.perplexity,
+            c.config.seed,
         )
     ]
     if has_attention(c.encoder):

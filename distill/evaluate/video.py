@@ -1,7 +1,9 @@
-"""Video object segmentation by label propagation: DAVIS-2017, semi-supervised, with nothing trained.
+"""Video object segmentation by label propagation: DAVIS-2017, semi-supervised, with nothing
+trained.
 
-The protocol is DINO's (Caron et al. 2021, section 4.2.1): the first frame's mask travels through the video along the
-nearest patches. The measures are DAVIS's (Perazzi et al. 2016; Pont-Tuset et al. 2017).
+The protocol is DINO's (Caron et al. 2021, section 4.2.1): the first frame's mask travels through
+the video along the nearest patches. The measures are DAVIS's (Perazzi et al. 2016; Pont-Tuset et
+al. 2017).
 """
 
 import math
@@ -20,12 +22,12 @@ from rich.progress import track
 from skimage.morphology import dilation, disk
 from torch import Tensor
 
-from distill.errors import UserError
+from contract.errors import UserError
+from distill.data.images import UnreadableImage, decode_rgb
 from distill.evaluate.config import EvaluationConfig, VideoConfig
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.outcome import Outcome
-from distill.images import UnreadableImage, decode_rgb
-from distill.plots import save_figure
+from distill.figures import save_figure
 
 FRAMES = Path("JPEGImages", "480p")
 MASKS = Path("Annotations", "480p")
@@ -43,7 +45,9 @@ SIMILARITIES = 2**26
 
 @dataclass(frozen=True)
 class Sequence:
-    """One video: its frames in order, the mask of each (which may be missing), the first mask and its objects."""
+    """One video: its frames in order, the mask of each (which may be missing), the first mask and
+    its objects.
+    """
 
     name: str
     frames: list[Path]
@@ -55,10 +59,11 @@ class Sequence:
 def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Path) -> Outcome:
     """Segment every video of a DAVIS-2017 folder from its first mask (DINO's protocol).
 
-    `data` holds JPEGImages/480p/SEQ/*.jpg, Annotations/480p/SEQ/*.png (0 background, 1..K the objects) and the list
-    ImageSets/2017/val.txt; without that file every sequence counts. As in DAVIS's semi-supervised track, the first and
-    last frames are not scored, J and F are means over frames, then over all objects. Writes video_SEQ.png of the first
-    sequence. Raises UserError for a folder that is not laid out so, or holds unreadable or ill-fitting files.
+    `data` holds JPEGImages/480p/SEQ/*.jpg, Annotations/480p/SEQ/*.png (0 background, 1..K the
+    objects) and the list ImageSets/2017/val.txt; without that file every sequence counts. As in
+    DAVIS's semi-supervised track, the first and last frames are not scored, J and F are means over
+    frames, then over all objects. Writes video_SEQ.png of the first sequence. Raises UserError for
+    a folder that is not laid out so, or holds unreadable or ill-fitting files.
     """
     sequences = [read_sequence(data, name) for name in sequence_names(data)]
     per_sequence, rows, picture = {}, [], None
@@ -70,14 +75,19 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
                 kept[index] = mask
             if 0 < index < len(sequence.frames) - 1:
                 truth = read_mask(sequence.masks[index], mask.shape)
-                scores.append([measure(mask == label, truth == label) for label in sequence.objects])
+                scores.append(
+                    [measure(mask == label, truth == label) for label in sequence.objects]
+                )
         if picture is None:
             picture = draw(folder / f"video_{sequence.name}.png", sequence, kept)
         table = np.array(scores)  # [frames, objects, (J, F)]
         objects = [
             {"object": label, "J": j, "F": f, "J recall": recall}
             for label, (j, f), recall in zip(
-                sequence.objects, table.mean(0).tolist(), (table[..., 0] > 0.5).mean(0).tolist(), strict=True
+                sequence.objects,
+                table.mean(0).tolist(),
+                (table[..., 0] > 0.5).mean(0).tolist(),
+                strict=True,
             )
         ]
         rows += objects
@@ -108,8 +118,8 @@ def region_similarity(prediction: np.ndarray, truth: np.ndarray) -> float:
 def boundary_f(prediction: np.ndarray, truth: np.ndarray, tolerance: int) -> float:
     """DAVIS's F: F-measure of the boundaries of two boolean masks [H, W].
 
-    A boundary pixel is matched when one of the other mask's lies within a disk of `tolerance` pixels. 1 when neither
-    mask has a boundary, 0 when only one has.
+    A boundary pixel is matched when one of the other mask's lies within a disk of `tolerance`
+    pixels. 1 when neither mask has a boundary, 0 when only one has.
     """
     ours, theirs = boundary(prediction), boundary(truth)
     if not ours.any() or not theirs.any():
@@ -125,7 +135,9 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray, tolerance: int) -> flo
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a boolean mask [H, W] that differ from their right, lower or lower-right neighbour (DAVIS)."""
+    """Pixels of a boolean mask [H, W] that differ from their right, lower or lower-right neighbour
+    (DAVIS).
+    """
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     return (mask != padded[:-1, 1:]) | (mask != padded[1:, :-1]) | (mask != padded[1:, 1:])
 
@@ -141,19 +153,23 @@ def propagate(
 ) -> Tensor:
     """Give every patch of a frame the labels of its nearest source patches (DINO's protocol).
 
-    `target` [h, w, d] and `sources` [n, h, w, d] are L2-normalised patches, `labels` [n, h, w, k] the sources' soft
-    masks. A patch looks `radius` patches in every direction (a square window; 0: everywhere) in all sources together,
-    keeps the `neighbours` largest cosines, and averages their labels with weights exp(cosine / temperature).
-    Rows of the target are taken together until `limit` cosines are held. Returns [h, w, k].
+    `target` [h, w, d] and `sources` [n, h, w, d] are L2-normalised patches, `labels` [n, h, w, k]
+    the sources' soft masks. A patch looks `radius` patches in every direction (a square window; 0:
+    everywhere) in all sources together, keeps the `neighbours` largest cosines, and averages their
+    labels with weights exp(cosine / temperature). Rows of the target are taken together until
+    `limit` cosines are held. Returns [h, w, k].
     """
     n, h, w, d = sources.shape
     height = min(h, max(1, limit // (n * h * w * w)))
     across = torch.arange(w, device=target.device)
-    found = []
+    result = []
     for start in range(0, h, height):
         stop = min(h, start + height)
         low, high = (max(0, start - radius), min(h, stop + radius)) if radius else (0, h)
-        near, near_labels = sources[:, low:high].reshape(-1, d), labels[:, low:high].reshape(-1, labels.shape[-1])
+        near, near_labels = (
+            sources[:, low:high].reshape(-1, d),
+            labels[:, low:high].reshape(-1, labels.shape[-1]),
+        )
         cosines = target[start:stop].reshape(-1, d) @ near.T  # [rows * w, n * source rows * w]
         if radius:
             ys = torch.arange(start, stop, device=target.device)
@@ -166,16 +182,17 @@ def propagate(
         best, index = cosines.topk(min(neighbours, len(near)), dim=1)
         # A window with fewer patches than `neighbours` leaves -inf here, which weighs nothing.
         weights = best.div(temperature).softmax(dim=1)
-        found.append(torch.einsum("pk,pkc->pc", weights, near_labels[index]))
-    return torch.cat(found).view(h, w, -1)
+        result.append(torch.einsum("pk,pkc->pc", weights, near_labels[index]))
+    return torch.cat(result).view(h, w, -1)
 
 
 @torch.inference_mode()
 def segment(encoder: Encoder, sequence: Sequence, config: VideoConfig) -> Iterator[np.ndarray]:
-    """Yield the mask [H, W] of each frame of a video in the labels of its first mask, which comes out unchanged.
+    """Yield the mask [H, W] of each frame of a video in the labels of its first mask, which comes
+    out unchanged.
 
-    Sources are the first frame and the `config.frames` before the present one, whose soft masks stay on the patch
-    grid. The first mask is read at the centres of the patches, as DINO does.
+    Sources are the first frame and the `config.frames` before the present one, whose soft masks
+    stay on the patch grid. The first mask is read at the centres of the patches, as DINO does.
     """
     shape = sequence.first.shape
     names = np.array([0, *sequence.objects], dtype=np.uint8)
@@ -190,31 +207,43 @@ def segment(encoder: Encoder, sequence: Sequence, config: VideoConfig) -> Iterat
             yield sequence.first
             continue
         sources, labels = (torch.stack(tensors) for tensors in zip(first, *recent, strict=True))
-        soft = propagate(patches, sources, labels, config.neighbours, config.radius, config.temperature)
+        soft = propagate(
+            patches, sources, labels, config.neighbours, config.radius, config.temperature
+        )
         recent.append((patches, soft))
         yield names[hard_mask(soft, shape).cpu().numpy()]
 
 
 def hard_mask(soft: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Channel [H, W] that wins at each pixel of soft masks [h, w, k], each stretched to [0, 1] first (DINO)."""
-    maps = F.interpolate(soft.permute(2, 0, 1)[None], size=shape, mode="bilinear", align_corners=False)[0]
+    """Channel [H, W] that wins at each pixel of soft masks [h, w, k], each stretched to [0, 1]
+    first (DINO).
+    """
+    maps = F.interpolate(
+        soft.permute(2, 0, 1)[None], size=shape, mode="bilinear", align_corners=False
+    )[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    # A constant map has nothing to stretch: background that is nowhere, an object that fills the frame.
+    # A constant map has nothing to stretch: background that is nowhere, an object that fills the
+    # frame.
     return torch.where(high > low, (maps - low) / (high - low).clamp_min(1e-12), maps).argmax(0)
 
 
 def frame_features(encoder: Encoder, path: Path, shape: tuple[int, int], size: int) -> Tensor:
-    """L2-normalised patches [h, w, d] of a frame whose shorter side becomes `size`, both rounded to the stride."""
+    """L2-normalised patches [h, w, d] of a frame whose shorter side becomes `size`, both rounded to
+    the stride.
+    """
     image = read_frame(path)
     if (image.height, image.width) != shape:
         raise UserError(
-            f"{path} is {image.width}x{image.height}, its first mask {shape[1]}x{shape[0]}: sizes must agree"
+            f"{path} is {image.width}x{image.height}, its first mask {shape[1]}x{shape[0]}: sizes "
+            "must agree"
         )
     height, width = (encoder.fit(side * size / min(shape)) for side in shape)
     pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     patches = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(encoder.device)).patches[0]
     if not patches.isfinite().all():
-        raise UserError(f"{encoder.name} gives features that are not finite for {path}: check its weights")
+        raise UserError(
+            f"{encoder.name} gives features that are not finite for {path}: check its weights"
+        )
     return F.normalize(patches, dim=-1)
 
 
@@ -233,7 +262,9 @@ def sequence_names(data: Path) -> list[str]:
             raise UserError(f"{data} has no folder {part}: name the folder of DAVIS-2017 at 480p")
     split = data / SPLIT
     if split.is_file():
-        names = list(dict.fromkeys(line.strip() for line in split.read_text().splitlines() if line.strip()))
+        names = list(
+            dict.fromkeys(line.strip() for line in split.read_text().splitlines() if line.strip())
+        )
         source = split
     else:
         names = sorted(entry.name for entry in (data / FRAMES).iterdir() if entry.is_dir())
@@ -247,16 +278,26 @@ def read_sequence(data: Path, name: str) -> Sequence:
     """Look a video's files up and read its first mask; raises UserError for anything missing."""
     folder = data / FRAMES / name
     if not folder.is_dir():
-        raise UserError(f"sequence {name} has no folder {folder}: add its frames or take it off {SPLIT}")
-    frames = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        raise UserError(
+            f"sequence {name} has no folder {folder}: add its frames or take it off {SPLIT}"
+        )
+    frames = sorted(
+        path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")
+    )
     if len(frames) < 3:
-        raise UserError(f"{folder} has {len(frames)} frames: 3 are needed, as the first and last are not scored")
+        raise UserError(
+            f"{folder} has {len(frames)} frames: 3 are needed, as the first and last are not scored"
+        )
     masks = [data / MASKS / name / f"{path.stem}.png" for path in frames]
     if not masks[0].is_file():
-        raise UserError(f"sequence {name} has no annotation of its first frame: {masks[0]} is missing")
+        raise UserError(
+            f"sequence {name} has no annotation of its first frame: {masks[0]} is missing"
+        )
     for mask in masks[1:-1]:
         if not mask.is_file():
-            raise UserError(f"sequence {name} lacks the annotation {mask}: every frame but the last needs one")
+            raise UserError(
+                f"sequence {name} lacks the annotation {mask}: every frame but the last needs one"
+            )
     image = read_frame(frames[0])
     first = read_mask(masks[0], (image.height, image.width))
     objects = [int(label) for label in np.unique(first) if label]
@@ -266,28 +307,37 @@ def read_sequence(data: Path, name: str) -> Sequence:
 
 
 def read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Read the labels [H, W] of a palette or grey PNG; raises UserError unless it is one of that shape."""
+    """Read the labels [H, W] of a palette or grey PNG; raises UserError unless it is one of that
+    shape.
+    """
     try:
         with Image.open(path) as image:
             mode, mask = image.mode, np.array(image)
     except Exception as error:  # Pillow's decoders fail in many ways on damaged files
         raise UserError(f"cannot read the mask {path}: restore the file") from error
     if mode not in ("P", "L"):
-        raise UserError(f"the mask {path} has mode {mode}: store labels as a palette or 8-bit grey PNG")
+        raise UserError(
+            f"the mask {path} has mode {mode}: store labels as a palette or 8-bit grey PNG"
+        )
     if mask.shape != shape:
         raise UserError(
-            f"the mask {path} is {mask.shape[1]}x{mask.shape[0]}, its frame {shape[1]}x{shape[0]}: sizes must agree"
+            f"the mask {path} is {mask.shape[1]}x{mask.shape[0]}, its frame {shape[1]}x{shape[0]}: "
+            "sizes must agree"
         )
     return np.where(mask == VOID, 0, mask).astype(np.uint8)
 
 
 def draw(path: Path, sequence: Sequence, masks: dict[int, np.ndarray]) -> Path:
     """Picture of some frames with their predicted masks laid over them."""
-    figure, axes = plt.subplots(1, len(masks), figsize=(3.2 * len(masks), 2.6), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(masks), figsize=(3.2 * len(masks), 2.6), squeeze=False, layout="constrained"
+    )
     for axis, (index, mask) in zip(axes.flat, sorted(masks.items()), strict=True):
         axis.imshow(read_frame(sequence.frames[index]))
         order = np.searchsorted(sequence.objects, mask)
-        axis.imshow(plt.get_cmap("tab10")(order % 10), alpha=0.6 * (mask > 0), interpolation="nearest")
+        axis.imshow(
+            plt.get_cmap("tab10")(order % 10), alpha=0.6 * (mask > 0), interpolation="nearest"
+        )
         axis.set_title(f"frame {index}" + (" (given)" if index == 0 else ""), fontsize=9)
         axis.set_axis_off()
     return save_figure(figure, path)

@@ -1,7 +1,8 @@
 """Square windows that cover a picture of any shape, and the labels under them.
 
-The shorter side becomes the window's side; along the longer one as many windows as it takes follow each other, overlapping
-evenly. Heads learn from windows and are scored on whole pictures, overlaps averaged.
+The shorter side becomes the window's side; along the longer one as many windows as it takes follow
+each other, overlapping evenly. Heads learn from windows and are scored on whole pictures, overlaps
+averaged.
 """
 
 import math
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from distill.data import take_crop
+from distill.data.crops import take_crop
+from distill.data.pictures import digest
 from distill.evaluate.datasets import Pairs, map_size, read_matched, stamp
-from distill.pictures import digest
 
 MEMORY = 2 * 2**30
 """Bytes of label windows that are kept instead of read anew every step."""
@@ -23,7 +24,9 @@ MEMORY = 2 * 2**30
 
 @dataclass(frozen=True)
 class Window:
-    """Window of picture `picture`: its box in the picture's own pixels (left, top, right, bottom)."""
+    """Window of picture `picture`: its box in the picture's own pixels (left, top, right,
+    bottom).
+    """
 
     picture: int
     box: tuple[float, float, float, float]
@@ -44,7 +47,9 @@ class WindowViews:
 
     def __init__(self, pairs: Pairs, size: int) -> None:
         self.pairs, self.size = pairs, size
-        self.windows = [w for n, path in enumerate(pairs.maps) for w in cut_windows(n, *map_size(path))]
+        self.windows = [
+            w for n, path in enumerate(pairs.maps) for w in cut_windows(n, *map_size(path))
+        ]
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -55,7 +60,9 @@ class WindowViews:
         return take_crop(picture, window.box, self.size, flip=False)
 
     def fingerprint(self) -> str:
-        """Changes when the pictures, their windows or the size do; not with what kind of map is paired."""
+        """Changes when the pictures, their windows or the size do; not with what kind of map is
+        paired.
+        """
         boxes = digest((window.picture, window.box) for window in self.windows)
         return f"{stamp(self.pairs.root, self.pairs.pictures)} {boxes} windows {self.size}"
 
@@ -73,7 +80,7 @@ class WindowLabels:
     `read(picture number) -> array [H, W]` gives a picture's whole map.
     """
 
-    def __init__(self, views: WindowViews, read, points: int) -> None:  # noqa: ANN001 - a function
+    def __init__(self, views: WindowViews, read, points: int) -> None:
         self.views, self.read, self.points = views, read, points
         self.keep = len(views) * points * points * 4 <= MEMORY
         self._kept: dict[int, Tensor] = {}
@@ -95,7 +102,9 @@ class WindowLabels:
 
 
 def merge_windows(maps: Tensor, windows: list[Window], width: int, height: int) -> Tensor:
-    """Lay maps [n, C, h, w] of a picture's windows over it and average overlaps: [C, height, width]."""
+    """Lay maps [n, C, h, w] of a picture's windows over it and average overlaps: [C, height,
+    width].
+    """
     if len(windows) == 1:
         return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)[0]
     total = torch.zeros(maps.shape[1], height, width, device=maps.device)

@@ -1,6 +1,8 @@
-"""Zero-shot classification: the class whose embedding is nearest in cosine (CLIP's protocol, KPU Table 1).
+"""Zero-shot classification: the class whose embedding is nearest in cosine (CLIP's protocol, KPU
+Table 1).
 
-A file of `export.text --classifier` holds rows of a teacher's classifier instead: then the score is that classifier's logit.
+A file of `export.text --classifier` holds rows of a teacher's classifier instead: then the score is
+that classifier's logit.
 """
 
 import json
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distill.errors import UserError
+from contract.errors import UserError
 from distill.evaluate.classification import accuracy
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import open_classes
@@ -30,23 +32,28 @@ class Classes(NamedTuple):
 
 
 def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path) -> Outcome:
-    """Top-1 and top-5 of the validation split; the embeddings are in the space of the features (`--features clip`)."""
+    """Top-1 and top-5 of the validation split; the embeddings are in the space of the features
+    (`--features clip`).
+    """
     if not config.zero_shot.embeddings:
         raise UserError(
-            "zero-shot needs class embeddings: set zero_shot.embeddings=FILE.safetensors (tensor `embeddings` [C, d], "
-            "metadata `classes`: a JSON list of the class folders' names)"
+            "zero-shot needs class embeddings: set zero_shot.embeddings=FILE.safetensors (tensor "
+            "`embeddings` [C, d], metadata `classes`: a JSON list of the class folders' names)"
         )
     val = open_classes(data, "val")
     classes = read_classes(Path(config.zero_shot.embeddings), val.classes)
     width, wanted = classes.embeddings.shape[1], encoder.dims.summary
     if width != wanted:
         raise UserError(
-            f"{config.zero_shot.embeddings} holds {width}-d embeddings, {encoder.name}'s '{encoder.read_out}' features are "
-            f"{wanted}-d: choose the head of the teacher they come from (--features clip, say)"
+            f"{config.zero_shot.embeddings} holds {width}-d embeddings, {encoder.name}'s "
+            f"'{encoder.read_out}' features are {wanted}-d: choose the head of the teacher they "
+            "come from (--features clip, say)"
         )
     views = CentreViews(val, encoder.image_size, config.extract.crop)
     features = extract(encoder, views, cache, config.extract, what="val split").summaries()
-    scores, report = accuracy(class_scores(features, classes), torch.from_numpy(val.labels), val.classes)
+    scores, report = accuracy(
+        class_scores(features, classes), torch.from_numpy(val.labels), val.classes
+    )
     return Outcome(scores, {"per_class": report})
 
 
@@ -59,11 +66,13 @@ def class_scores(features: Tensor, classes: Classes) -> Tensor:
 
 
 def read_classes(path: Path, classes: tuple[str, ...]) -> Classes:
-    """Embeddings in the order of `classes`; raises UserError for a damaged file or classes it lacks."""
+    """Embeddings in the order of `classes`; raises UserError for a damaged file or classes it
+    lacks.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError as error:
         raise UserError(f"zero_shot.embeddings = {path}: no such file") from error
     except (OSError, SafetensorError) as error:
@@ -71,30 +80,38 @@ def read_classes(path: Path, classes: tuple[str, ...]) -> Classes:
     embeddings = tensors.get("embeddings")
     if embeddings is None or embeddings.ndim != 2:
         raise UserError(f"{path} has no tensor `embeddings` of shape [C, d]")
-    found = Classes(embeddings)
+    result = Classes(embeddings)
     if metadata.get("score") == "linear":
-        found = Classes(embeddings, tensors.get("norms"), tensors.get("bias"))
-        if found.norms is None or found.bias is None:
-            raise UserError(f"{path} should hold a classifier's rows and lacks their `norms` or `bias`: make it again")
-    if not all(torch.isfinite(tensor).all() for tensor in found if tensor is not None):
+        result = Classes(embeddings, tensors.get("norms"), tensors.get("bias"))
+        if result.norms is None or result.bias is None:
+            raise UserError(
+                f"{path} should hold a classifier's rows and lacks their `norms` or `bias`: make "
+                "it again"
+            )
+    if not all(torch.isfinite(tensor).all() for tensor in result if tensor is not None):
         raise UserError(f"{path} holds NaN or infinity: make the embeddings again")
     if "classes" not in metadata:
         if len(embeddings) != len(classes):
             raise UserError(
-                f"{path} holds {len(embeddings)} embeddings without names, the data has {len(classes)} classes: put the "
-                "names into its metadata as `classes`"
+                f"{path} holds {len(embeddings)} embeddings without names, the data has "
+                f"{len(classes)} classes: put the names into its metadata as `classes`"
             )
-        return found
+        return result
     try:
         names = json.loads(metadata["classes"])
     except ValueError as error:
-        raise UserError(f"{path}: `classes` in its metadata is not JSON: write a list of names") from error
+        raise UserError(
+            f"{path}: `classes` in its metadata is not JSON: write a list of names"
+        ) from error
     if not isinstance(names, list) or len(names) != len(embeddings):
-        raise UserError(f"{path}: `classes` must be a list of {len(embeddings)} names, one an embedding")
+        raise UserError(
+            f"{path}: `classes` must be a list of {len(embeddings)} names, one an embedding"
+        )
     lacking = [name for name in classes if name not in names]
     if lacking:
         raise UserError(
-            f"{path} has no embedding of class '{lacking[0]}' ({len(lacking)} of {len(classes)} are missing)"
+            f"{path} has no embedding of class '{lacking[0]}' ({len(lacking)} of {len(classes)} "
+            "are missing)"
         )
     order = [names.index(name) for name in classes]
-    return Classes(*(None if tensor is None else tensor[order] for tensor in found))
+    return Classes(*(None if tensor is None else tensor[order] for tensor in result))

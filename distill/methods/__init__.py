@@ -1,4 +1,6 @@
-"""Distillation methods. To add one: a file with one `nn.Module` that has these four members, and a line in METHODS."""
+"""Distillation methods. To add one: a file with one `nn.Module` that has these four members, and a
+line in METHODS.
+"""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -18,8 +20,12 @@ class Method(Protocol):
     teacher_views: dict[str, str]
     """Which view (a key of `views`) each teacher sees, by teacher label."""
 
-    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Features]) -> dict[str, Tensor]:
-        """Return scalar losses; "loss" carries the gradient. Every pass of a step happens inside this one call."""
+    def forward(
+        self, views: Mapping[str, Tensor], targets: Mapping[str, Features]
+    ) -> dict[str, Tensor]:
+        """Return scalar losses; "loss" carries the gradient. Every pass of a step happens inside
+        this one call.
+        """
         ...
 
     def after_step(self, step: int) -> None:
@@ -35,5 +41,7 @@ METHODS: dict[str, type[nn.Module]] = {"umt": UMT, "plain": Plain}
 
 
 def build_method(recipe: Recipe, dims: Mapping[str, FeatureDims]) -> nn.Module:
-    """Build the recipe's method for teachers of the given widths (keys: labels, in the recipe's order)."""
+    """Build the recipe's method for teachers of the given widths (keys: labels, in the recipe's
+    order).
+    """
     return METHODS[recipe.method](recipe, dims)

@@ -1,8 +1,9 @@
 """UMT's cross-space and intra-space modules (paper 3.3, A.2).
 
-All of them map `[B, N, M, c]` to the same shape: B images, N positions (a CNN's h*w; a ViT's class token and
-h*w patches), M spaces, c = space_dim + d_m channels, the feature part first and the model token's part after it.
-A cross-space module mixes the M spaces; an intra-space module is one set of weights applied to each space alone.
+All of them map `[B, N, M, c]` to the same shape: B images, N positions (a CNN's h*w; a ViT's class
+token and h*w patches), M spaces, c = space_dim + d_m channels, the feature part first and the model
+token's part after it. A cross-space module mixes the M spaces; an intra-space module is one set of
+weights applied to each space alone.
 """
 
 import math
@@ -19,11 +20,13 @@ Grid = tuple[int, int]
 
 
 def interleave_groups(x: Tensor, groups: int) -> Tensor:
-    """View [..., C] as [..., groups, C/groups] where group g holds channels g, g+groups, g+2*groups, ….
+    """View [..., C] as [..., groups, C/groups] where group g holds channels g, g+groups,
+    g+2*groups, ….
 
-    A channel shuffle. Channels come space by space, each as (features | token); taken with a stride, every group
-    gets a share of every section. Taken contiguously instead, as the paper's text has it, nearly every group lies
-    inside one section, and a grouped 1x1 convolution then mixes neither spaces nor token and features.
+    A channel shuffle. Channels come space by space, each as (features | token); taken with a
+    stride, every group gets a share of every section. Taken contiguously instead, as the paper's
+    text has it, nearly every group lies inside one section, and a grouped 1x1 convolution then
+    mixes neither spaces nor token and features.
     """
     return x.unflatten(-1, (-1, groups)).transpose(-1, -2)
 
@@ -34,25 +37,31 @@ def undo_interleave(x: Tensor) -> Tensor:
 
 
 class GroupedLinear(nn.Module):
-    """A linear map that is block-diagonal over groups: the 1x1 group convolution of A.2, channels last."""
+    """A linear map that is block-diagonal over groups: the 1x1 group convolution of A.2, channels
+    last.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(groups, out_channels // groups, in_channels // groups))
+        self.weight = nn.Parameter(
+            torch.empty(groups, out_channels // groups, in_channels // groups)
+        )
         self.bias = nn.Parameter(torch.zeros(groups, out_channels // groups))
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., groups, in/groups] to [..., groups, out/groups]."""
-        # One batched matrix product over groups; cuDNN's grouped convolutions are slower at such group sizes. Not as an
-        # einsum: ONNX has none in bf16.
+        # One batched matrix product over groups; cuDNN's grouped convolutions are slower at such
+        # group sizes. Not as an einsum: ONNX has none in bf16.
         rows = x.movedim(-2, 0)  # [groups, ..., in/groups]
         y = torch.bmm(rows.flatten(1, -2), self.weight.transpose(1, 2))
         return y.unflatten(1, rows.shape[1:-1]).movedim(0, -2) + self.bias
 
 
 class ConvInteraction(nn.Module):
-    """The module of CNN students (A.2): x + Conv1x1_G(GELU(DWConv3x3(LayerNorm(x)))) on [B, N, C]."""
+    """The module of CNN students (A.2): x + Conv1x1_G(GELU(DWConv3x3(LayerNorm(x)))) on [B, N,
+    C].
+    """
 
     def __init__(self, channels: int, groups: int, interleave: bool) -> None:
         super().__init__()
@@ -80,7 +89,9 @@ class AttentionInteraction(nn.Module):
 
     def __init__(self, channels: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.block = Block(channels, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+        self.block = Block(
+            channels, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=LayerNorm
+        )
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Attend among the N positions; `grid` is not needed."""
@@ -88,7 +99,9 @@ class AttentionInteraction(nn.Module):
 
 
 class GroupedAttentionInteraction(nn.Module):
-    """The same block with every linear map block-diagonal over interleaved groups: cost linear in M, not quadratic."""
+    """The same block with every linear map block-diagonal over interleaved groups: cost linear in
+    M, not quadratic.
+    """
 
     def __init__(self, channels: int, groups: int, heads: int, mlp_ratio: float) -> None:
         super().__init__()
@@ -101,21 +114,32 @@ class GroupedAttentionInteraction(nn.Module):
         self.fc2 = GroupedLinear(hidden, channels, groups)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        """Attend among the N positions of [B, N, C]; heads lie inside groups; `grid` is not needed."""
+        """Attend among the N positions of [B, N, C]; heads lie inside groups; `grid` is not
+        needed.
+        """
         y = interleave_groups(self.norm1(x), self.groups)
         # [B, N, groups, C/groups] -> [B, heads, N, head width]
-        q, k, v = (linear(y).flatten(-2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for linear in self.qkv)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2).unflatten(-1, (self.groups, -1))
+        q, k, v = (
+            linear(y).flatten(-2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in self.qkv
+        )
+        y = (
+            F.scaled_dot_product_attention(q, k, v)
+            .transpose(1, 2)
+            .flatten(-2)
+            .unflatten(-1, (self.groups, -1))
+        )
         x = x + undo_interleave(self.proj(y))
         y = interleave_groups(self.norm2(x), self.groups)
         return x + undo_interleave(self.fc2(F.gelu(self.fc1(y))))
 
 
 class CrossSpace(nn.Module):
-    """psi_C (Eq 2-3): lets the M spaces see one another. `fold` says what a sequence of the block is.
+    """psi_C (Eq 2-3): lets the M spaces see one another. `fold` says what a sequence of the block
+    is.
 
-    channel: N positions of M*c channels, the paper's. token: N*M positions of c channels, one shared block.
-    axial: at each position a sequence of its M spaces.
+    channel: N positions of M*c channels, the paper's. token: N*M positions of c channels, one
+    shared block. axial: at each position a sequence of its M spaces.
     """
 
     def __init__(self, block: nn.Module, fold: Literal["channel", "token", "axial"]) -> None:
@@ -132,7 +156,9 @@ class CrossSpace(nn.Module):
 
 
 class IntraSpace(nn.Module):
-    """phi_I (3.3): one block shared by all spaces, which are folded into the batch: one call, not M."""
+    """phi_I (3.3): one block shared by all spaces, which are folded into the batch: one call, not
+    M.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -146,11 +172,17 @@ class IntraSpace(nn.Module):
 
 
 def default_heads(channels: int) -> int:
-    """Heads of 64 channels where 64 divides, else the divisor of `channels` nearest to that many."""
+    """Heads of 64 channels where 64 divides, else the divisor of `channels` nearest to that
+    many.
+    """
     wanted = max(1, round(channels / 64))
-    return min((h for h in range(1, channels + 1) if channels % h == 0), key=lambda h: (abs(h - wanted), h))
+    return min(
+        (h for h in range(1, channels + 1) if channels % h == 0), key=lambda h: (abs(h - wanted), h)
+    )
 
 
 def gcd_groups(channels: int) -> int:
-    """The largest number of groups, at most 64, that the paper's grouped convolution can use for any M."""
+    """The largest number of groups, at most 64, that the paper's grouped convolution can use for
+    any M.
+    """
     return math.gcd(64, channels)

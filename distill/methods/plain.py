@@ -1,7 +1,7 @@
 """The baseline UMT is measured against: per-teacher MLP heads on one student, as in the RADIO line.
 
-Same student, losses and targets as UMT; no model token, no interaction. The token of a teacher is predicted from
-the student's summary, its map from the student's map.
+Same student, losses and targets as UMT; no model token, no interaction. The token of a teacher is
+predicted from the student's summary, its map from the student's map.
 """
 
 from collections.abc import Mapping
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from distill.config import Recipe
 from distill.features import FeatureDims, Features
-from distill.losses import Prediction, alignment_losses
 from distill.methods.deployment import Deployment
-from distill.preprocess import Preprocess
-from distill.students import Student
-from distill.targets import FeatureNormalizer
+from distill.methods.losses import Prediction, alignment_losses
+from distill.methods.targets import FeatureNormalizer
+from distill.models.preprocess import Preprocess
+from distill.models.student import Student
 
 
 class Plain(nn.Module):
@@ -24,15 +24,26 @@ class Plain(nn.Module):
         super().__init__()
         self.teachers, self.grid = recipe.teachers, recipe.align.grid
         self.teacher_views = {teacher.label: "image" for teacher in recipe.teachers}
-        self.preprocess = Preprocess(recipe.student.image_size, recipe.student.mean, recipe.student.std)
+        self.preprocess = Preprocess(
+            recipe.student.image_size, recipe.student.mean, recipe.student.std
+        )
         self.student = Student(recipe.student)
-        hidden = self.student.width if recipe.plain.hidden_dim == "auto" else recipe.plain.hidden_dim
-        self.heads = nn.ModuleDict({label: TeacherHead(self.student.width, hidden, dim) for label, dim in dims.items()})
+        hidden = (
+            self.student.width if recipe.plain.hidden_dim == "auto" else recipe.plain.hidden_dim
+        )
+        self.heads = nn.ModuleDict(
+            {label: TeacherHead(self.student.width, hidden, dim) for label, dim in dims.items()}
+        )
         self.normalizers = nn.ModuleDict(
-            {label: FeatureNormalizer(label, dim, recipe.targets.normalize) for label, dim in dims.items()}
+            {
+                label: FeatureNormalizer(label, dim, recipe.targets.normalize)
+                for label, dim in dims.items()
+            }
         )
 
-    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Features]) -> dict[str, Tensor]:
+    def forward(
+        self, views: Mapping[str, Tensor], targets: Mapping[str, Features]
+    ) -> dict[str, Tensor]:
         """Compute every loss from one student forward; arguments and result as in `UMT.forward`."""
         features = self.student(self.preprocess(views["image"]))
         predictions = {label: head(features) for label, head in self.heads.items()}
@@ -44,12 +55,16 @@ class Plain(nn.Module):
 
     def deploy(self) -> Deployment:
         """What ships: the backbone and one head per teacher, which read it directly."""
-        heads = {label: DeployedHead(head, self.normalizers[label]) for label, head in self.heads.items()}
+        heads = {
+            label: DeployedHead(head, self.normalizers[label]) for label, head in self.heads.items()
+        }
         return Deployment(self.preprocess, self.student, nn.Identity(), heads)
 
 
 class TeacherHead(nn.Module):
-    """Predicts one teacher's summary from the student's summary and its map from the student's map."""
+    """Predicts one teacher's summary from the student's summary and its map from the student's
+    map.
+    """
 
     def __init__(self, width: int, hidden: int, dim: FeatureDims) -> None:
         super().__init__()
@@ -58,7 +73,11 @@ class TeacherHead(nn.Module):
 
     def forward(self, features: Features) -> Prediction:
         """Map student features to the teacher's widths."""
-        return Prediction(self.token(features.summary), self.patches(features.patches), self.patches(features.summary))
+        return Prediction(
+            self.token(features.summary),
+            self.patches(features.patches),
+            self.patches(features.summary),
+        )
 
 
 class DeployedHead(nn.Module):
@@ -75,4 +94,6 @@ class DeployedHead(nn.Module):
 
 def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
     """Linear - LayerNorm - GELU - Linear."""
-    return nn.Sequential(nn.Linear(width, hidden), nn.LayerNorm(hidden, eps=1e-6), nn.GELU(), nn.Linear(hidden, out))
+    return nn.Sequential(
+        nn.Linear(width, hidden), nn.LayerNorm(hidden, eps=1e-6), nn.GELU(), nn.Linear(hidden, out)
+    )

@@ -1,13 +1,18 @@
-"""UMT: unified multi-teacher distillation through a learnable model token (papers' sections 3.2-3.4, A.2-A.3).
+"""UMT: unified multi-teacher distillation through a learnable model token (papers' sections
+3.2-3.4, A.2-A.3).
 
 Usage: `method = UMT(recipe, dims)`; `method({"image": images}, targets)["loss"].backward()`.
 
-Differs from the paper, where it is silent or contradicts itself (every choice is a field of `UMTConfig`):
-- One common width `space_dim` for all spaces. The paper lets it be d_Ti and yet shares modules over spaces, which
+Differs from the paper, where it is silent or contradicts itself (every choice is a field of
+`UMTConfig`):
+- One common width `space_dim` for all spaces. The paper lets it be d_Ti and yet shares modules over
+  spaces, which
   needs equal widths; where a teacher's width differs, a Linear at the end maps to it.
-- The channel order in front of the grouped convolution (`interleave`, see `interaction.interleave_groups`).
+- The channel order in front of the grouped convolution (`interleave`, see
+  `interaction.interleave_groups`).
 - 3.3 prints F_I^{j+1} = phi_I^j(F_C^j); we read F_I^j, the only index that fits Eq 3.
-- For ViT students d_m = 64 and FFN ratio 1: with d_m = d_T the interaction would be 3.3 times the student.
+- For ViT students d_m = 64 and FFN ratio 1: with d_m = d_T the interaction would be 3.3 times the
+  student.
 """
 
 from collections.abc import Mapping
@@ -15,10 +20,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from contract.errors import UserError
 from distill.config import Recipe, UMTConfig
-from distill.errors import UserError
 from distill.features import FeatureDims, Features
-from distill.losses import Prediction, alignment_losses
 from distill.methods.deployment import Deployment
 from distill.methods.interaction import (
     AttentionInteraction,
@@ -30,9 +34,10 @@ from distill.methods.interaction import (
     default_heads,
     gcd_groups,
 )
-from distill.preprocess import Preprocess
-from distill.students import Student
-from distill.targets import FeatureNormalizer
+from distill.methods.losses import Prediction, alignment_losses
+from distill.methods.targets import FeatureNormalizer
+from distill.models.preprocess import Preprocess
+from distill.models.student import Student
 
 
 class UMT(nn.Module):
@@ -42,19 +47,30 @@ class UMT(nn.Module):
         super().__init__()
         self.teachers, self.grid = recipe.teachers, recipe.align.grid
         self.teacher_views = {teacher.label: "image" for teacher in recipe.teachers}
-        self.preprocess = Preprocess(recipe.student.image_size, recipe.student.mean, recipe.student.std)
+        self.preprocess = Preprocess(
+            recipe.student.image_size, recipe.student.mean, recipe.student.std
+        )
         self.student = Student(recipe.student)  # F_S
-        self.interaction = SpaceInteraction(recipe.umt, self.student, list(dims.values()))  # Gamma_i, P_m, psi, phi
-        self.read_out = ReadOut(recipe.umt, dims, self.interaction.space_dim, self.interaction.token_dim)
+        self.interaction = SpaceInteraction(
+            recipe.umt, self.student, list(dims.values())
+        )  # Gamma_i, P_m, psi, phi
+        self.read_out = ReadOut(
+            recipe.umt, dims, self.interaction.space_dim, self.interaction.token_dim
+        )
         self.normalizers = nn.ModuleDict(
-            {label: FeatureNormalizer(label, dim, recipe.targets.normalize) for label, dim in dims.items()}
+            {
+                label: FeatureNormalizer(label, dim, recipe.targets.normalize)
+                for label, dim in dims.items()
+            }
         )
 
-    def forward(self, views: Mapping[str, Tensor], targets: Mapping[str, Features]) -> dict[str, Tensor]:
+    def forward(
+        self, views: Mapping[str, Tensor], targets: Mapping[str, Features]
+    ) -> dict[str, Tensor]:
         """Compute every loss from one student forward.
 
-        `views["image"]`: uint8 [B, 3, S, S]; `targets`: each teacher's features of the same pictures.
-        Returns the scalars of `losses.alignment_losses`.
+        `views["image"]`: uint8 [B, 3, S, S]; `targets`: each teacher's features of the same
+        pictures. Returns the scalars of `losses.alignment_losses`.
         """
         features = self.student(self.preprocess(views["image"]))
         spaces = self.interaction(features)
@@ -67,13 +83,20 @@ class UMT(nn.Module):
         """UMT keeps no state beside its weights."""
 
     def deploy(self) -> Deployment:
-        """What ships: backbone, interaction (it needs all M spaces, cross-space mixes them) and M heads."""
-        heads = {label: SpaceHead(self.read_out, label, self.normalizers[label]) for label in self.teacher_views}
+        """What ships: backbone, interaction (it needs all M spaces, cross-space mixes them) and M
+        heads.
+        """
+        heads = {
+            label: SpaceHead(self.read_out, label, self.normalizers[label])
+            for label in self.teacher_views
+        }
         return Deployment(self.preprocess, self.student, self.interaction, heads)
 
 
 class SpaceInteraction(nn.Module):
-    """From F_S to M representational spaces that have interacted: [B, N, M, space_dim + token_dim]."""
+    """From F_S to M representational spaces that have interacted: [B, N, M, space_dim +
+    token_dim].
+    """
 
     def __init__(self, config: UMTConfig, student: Student, dims: list[FeatureDims]) -> None:
         super().__init__()
@@ -99,7 +122,9 @@ class SpaceInteraction(nn.Module):
         positions = features.patches.flatten(1, 2)
         if self.with_class_token:
             positions = torch.cat((features.summary.unsqueeze(1), positions), dim=1)
-        spaces = self.reproject(positions).unflatten(-1, (self.spaces, self.space_dim))  # [B, N, M, space_dim]
+        spaces = self.reproject(positions).unflatten(
+            -1, (self.spaces, self.space_dim)
+        )  # [B, N, M, space_dim]
         if self.token_dim:
             # [B, N, M, space_dim + d_m]; under autocast the parameter is wider than the features
             token = self.model_token.to(spaces.dtype).expand(*spaces.shape[:3], -1)
@@ -110,16 +135,22 @@ class SpaceInteraction(nn.Module):
 
 
 class ReadOut(nn.Module):
-    """From an interacted space back to its teacher: the token head and the feature head (3.4, A.3)."""
+    """From an interacted space back to its teacher: the token head and the feature head (3.4,
+    A.3).
+    """
 
-    def __init__(self, config: UMTConfig, dims: Mapping[str, FeatureDims], space_dim: int, token_dim: int) -> None:
+    def __init__(
+        self, config: UMTConfig, dims: Mapping[str, FeatureDims], space_dim: int, token_dim: int
+    ) -> None:
         super().__init__()
         self.space_dim, self.pool = space_dim, config.token_pool
         self.order = {label: index for index, label in enumerate(dims)}
         # The chunk itself is the prediction where its width is the teacher's (the paper's case).
         self.feature_heads = nn.ModuleDict(
             {
-                label: nn.Identity() if dim.patches == space_dim else nn.Linear(space_dim, dim.patches)
+                label: nn.Identity()
+                if dim.patches == space_dim
+                else nn.Linear(space_dim, dim.patches)
                 for label, dim in dims.items()
             }
         )
@@ -128,7 +159,10 @@ class ReadOut(nn.Module):
             shared = share_token_head(config, dims)
             names = ["shared"] if shared else list(dims)
             self.token_heads = nn.ModuleDict(
-                {name: nn.Linear(token_dim, dim.summary) for name, dim in zip(names, dims.values(), strict=False)}
+                {
+                    name: nn.Linear(token_dim, dim.summary)
+                    for name, dim in zip(names, dims.values(), strict=False)
+                }
             )
         self.has_token = token_dim > 0
         for module in self.modules():
@@ -137,7 +171,9 @@ class ReadOut(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, label: str, spaces: Tensor, grid: tuple[int, int]) -> Prediction:
-        """Read teacher `label`'s space out of [B, N, M, c]; N may carry a class position before the h*w patches."""
+        """Read teacher `label`'s space out of [B, N, M, c]; N may carry a class position before the
+        h*w patches.
+        """
         space = spaces[:, :, self.order[label]]
         features = self.feature_heads[label](space[..., : self.space_dim])
         prefix = space.shape[1] - grid[0] * grid[1]
@@ -148,13 +184,17 @@ class ReadOut(nn.Module):
     def _token(self, label: str, space: Tensor) -> Tensor:
         head = self.token_heads["shared" if "shared" in self.token_heads else label]
         token = space[..., self.space_dim :]
-        if self.pool == "before":  # 3.4's order; A.3 says "project, then pool", which LayerNorm makes another thing
+        if (
+            self.pool == "before"
+        ):  # 3.4's order; A.3 says "project, then pool", which LayerNorm makes another thing
             return head(self.token_norm(token.mean(dim=1)))
         return head(self.token_norm(token)).mean(dim=1)
 
 
 class SpaceHead(nn.Module):
-    """One teacher's read-out as export ships it: interacted spaces in, predictions in the teacher's own units out."""
+    """One teacher's read-out as export ships it: interacted spaces in, predictions in the teacher's
+    own units out.
+    """
 
     def __init__(self, read_out: ReadOut, label: str, normalizer: FeatureNormalizer) -> None:
         super().__init__()
@@ -187,7 +227,9 @@ def share_token_head(config: UMTConfig, dims: Mapping[str, FeatureDims]) -> bool
     equal = len(set(widths.values())) == 1
     if config.share_token_head is True and not equal:
         listed = ", ".join(f"{label} {width}" for label, width in widths.items())
-        raise UserError(f"umt.share_token_head = true needs equal summary widths, got {listed}: set it to auto")
+        raise UserError(
+            f"umt.share_token_head = true needs equal summary widths, got {listed}: set it to auto"
+        )
     return equal if config.share_token_head == "auto" else config.share_token_head
 
 
@@ -200,9 +242,13 @@ def build_cross(config: UMTConfig, cnn: bool, spaces: int, width: int) -> nn.Mod
         return CrossSpace(conv_block(config, spaces * width, width), "channel")
     heads = resolve_heads(config, width)
     if mode == "channel":  # A.2: heads grow linearly with the number of teachers
-        return CrossSpace(AttentionInteraction(spaces * width, spaces * heads, config.cross_mlp_ratio), "channel")
+        return CrossSpace(
+            AttentionInteraction(spaces * width, spaces * heads, config.cross_mlp_ratio), "channel"
+        )
     if mode == "grouped":
-        block = GroupedAttentionInteraction(spaces * width, spaces, spaces * heads, config.cross_mlp_ratio)
+        block = GroupedAttentionInteraction(
+            spaces * width, spaces, spaces * heads, config.cross_mlp_ratio
+        )
         return CrossSpace(block, "channel")
     return CrossSpace(AttentionInteraction(width, heads, config.cross_mlp_ratio), mode)
 
@@ -213,7 +259,9 @@ def build_intra(config: UMTConfig, cnn: bool, width: int) -> nn.Module:
         return SkipInteraction()
     if cnn:
         return IntraSpace(conv_block(config, width, width))
-    return IntraSpace(AttentionInteraction(width, resolve_heads(config, width), config.intra_mlp_ratio))
+    return IntraSpace(
+        AttentionInteraction(width, resolve_heads(config, width), config.intra_mlp_ratio)
+    )
 
 
 class SkipInteraction(nn.Module):
@@ -225,7 +273,9 @@ class SkipInteraction(nn.Module):
 
 
 def conv_block(config: UMTConfig, channels: int, width: int) -> ConvInteraction:
-    """A CNN module; raises UserError naming the nearest legal d_m where the groups do not divide the channels."""
+    """A CNN module; raises UserError naming the nearest legal d_m where the groups do not divide
+    the channels.
+    """
     groups = gcd_groups(width) if config.groups == "auto" else config.groups
     if width % groups:
         raise UserError(
@@ -236,7 +286,9 @@ def conv_block(config: UMTConfig, channels: int, width: int) -> ConvInteraction:
 
 
 def resolve_heads(config: UMTConfig, width: int) -> int:
-    """Heads of an intra-space block; raises UserError naming the nearest legal d_m where they do not divide."""
+    """Heads of an intra-space block; raises UserError naming the nearest legal d_m where they do
+    not divide.
+    """
     if config.heads == "auto":
         return default_heads(width)
     if width % config.heads:

@@ -1,6 +1,8 @@
-"""What a program needs to ask a running server: `FeatureClient`, and `serve.client.aio.AsyncFeatureClient` for asyncio.
+"""What a program needs to ask a running server: `FeatureClient`, and
+`serve.client.aio.AsyncFeatureClient` for asyncio.
 
-`sync.py` and `aio.py` only wait differently; `calls.py` has what lies between sending and receiving.
+`sync.py` and `aio.py` only wait differently; `calls.py` has what lies between sending and
+receiving.
 """
 
 from serve.client.sync import FeatureClient

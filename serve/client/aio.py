@@ -1,4 +1,6 @@
-"""`AsyncFeatureClient`: `serve.client.FeatureClient` for asyncio, with the same options, calls and errors."""
+"""`AsyncFeatureClient`: `serve.client.FeatureClient` for asyncio, with the same options, calls and
+errors.
+"""
 
 import asyncio
 import contextlib
@@ -21,7 +23,7 @@ Result = TypeVar("Result")
 class AsyncFeatureClient:
     """A connection to a server, of one event loop. Use with `async with`, or call `close`.
 
-    Tasks of serve.tasks take it too: what they return is then awaited.
+    Tasks of serve.client.tasks take it too: what they return is then awaited.
     """
 
     def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
@@ -48,17 +50,25 @@ class AsyncFeatureClient:
         """Outputs for pictures: see FeatureClient.features."""
         return await self.run(
             self.calls.features(
-                images, outputs, model=model, encoded=encoded, partial=partial, size=size, timeout=timeout,
+                images,
+                outputs,
+                model=model,
+                encoded=encoded,
+                partial=partial,
+                size=size,
+                timeout=timeout,
                 request_id=request_id,
             )
-        )  # fmt: skip
+        )
 
     async def describe(self, model: str = FRONT_DOOR) -> Served:
         """Inputs, outputs, batch and parameters of a model."""
         return await self.run(self.calls.describe(model, self.calls.options.timeout))
 
     async def run(self, steps: Steps[Result]) -> Result:
-        """Carry out a piece of work of serve.client.calls or serve.tasks; returns its answer."""
+        """Carry out a piece of work of serve.client.calls or serve.client.tasks; returns its
+        answer.
+        """
         try:
             step = next(steps)
             while True:
@@ -77,7 +87,9 @@ class AsyncFeatureClient:
         """The result of one step."""
         if isinstance(step, Rpc):
             if self.triton is None:  # gRPC's channel belongs to the event loop it is made in
-                self.triton = InferenceServerClient(self.url, creds=self.credentials, channel_args=CHANNEL)
+                self.triton = InferenceServerClient(
+                    self.url, creds=self.credentials, channel_args=CHANNEL
+                )
             call = getattr(self.triton, step.method)(**step.arguments)
             return await (call if step.patience is None else self.wait_for(call, step.patience))
         if isinstance(step, Sleep):
@@ -103,7 +115,9 @@ class AsyncFeatureClient:
             task.exception()
 
     async def together(self, parts: Sequence[Steps[Result]], at_once: bool) -> list[Result]:
-        """Answers of several pieces of work, as many at a time as the client allows, or all at once."""
+        """Answers of several pieces of work, as many at a time as the client allows, or all at
+        once.
+        """
 
         async def one(part: Steps[Result]) -> Result:
             async with contextlib.nullcontext() if at_once else self.places:

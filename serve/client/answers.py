@@ -5,19 +5,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from serve.dense import grid_of
+from contract.dense import grid_of
 from serve.errors import ClientError, WrongAnswer
 
 
 @dataclass(frozen=True)
 class Answer(Mapping[str, np.ndarray]):
-    """Arrays by output, a row a picture in the order they were given; `size` is the (height, width) the model saw."""
+    """Arrays by output, a row a picture in the order they were given; `size` is the (height, width)
+    the model saw.
+    """
 
     arrays: dict[str, np.ndarray]
     size: tuple[int, int]
     request_id: str
     missing: dict[str, ClientError] = field(default_factory=dict)
-    """Outputs that were asked for and are not there, with the reason; only where partial answers were asked for."""
+    """Outputs that were asked for and are not there, with the reason; only where partial answers
+    were asked for.
+    """
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self.missing:
@@ -31,34 +35,43 @@ class Answer(Mapping[str, np.ndarray]):
         return len(self.arrays)
 
     def grid(self, name: str) -> tuple[int, int]:
-        """(h, w) of an output that has a row a patch, [B, h*w, d] or [B, h*w]; raises ValueError for others."""
+        """(h, w) of an output that has a row a patch, [B, h*w, d] or [B, h*w]; raises ValueError
+        for others.
+        """
         if self[name].ndim < 2:
             raise ValueError(f"'{name}' is {list(self[name].shape)}: it has no patches")
         return grid_of(self[name].shape[1], *self.size)
 
 
 def join(
-    parts: Sequence[tuple[dict[str, np.ndarray], dict[str, ClientError]]], size: tuple[int, int], request_id: str
+    parts: Sequence[tuple[dict[str, np.ndarray], dict[str, ClientError]]],
+    size: tuple[int, int],
+    request_id: str,
 ) -> Answer:
     """One answer of several requests' arrays; an output missing from one is missing from the whole.
 
-    Lists of names (classes) are not joined: every part must have the same, or WrongAnswer is raised (a new version may
-    have been loaded in between).
+    Lists of names (classes) are not joined: every part must have the same, or WrongAnswer is raised
+    (a new version may have been loaded in between).
     """
     missing: dict[str, ClientError] = {}
     for _, reasons in parts:
         missing = reasons | missing
     arrays = {}
     for name in (name for name in parts[0][0] if name not in missing):
-        values = [found[name] for found, _ in parts]
+        values = [result[name] for result, _ in parts]
         if values[0].dtype == np.object_:
             if any(not np.array_equal(value, values[0]) for value in values):
-                raise WrongAnswer(f"output '{name}' changed between the parts of one batch: ask again", request_id)
+                raise WrongAnswer(
+                    f"output '{name}' changed between the parts of one batch: ask again", request_id
+                )
             arrays[name] = values[0]
             continue
         if len({value.shape[1:] for value in values}) > 1:
             raise WrongAnswer(
-                f"output '{name}' changed its shape between the parts of one batch: ask again", request_id
+                f"output '{name}' changed its shape between the parts of one batch: ask again",
+                request_id,
             )
-        arrays[name] = np.concatenate(values)  # a copy in any case: tritonclient's arrays cannot be written to
+        arrays[name] = np.concatenate(
+            values
+        )  # a copy in any case: tritonclient's arrays cannot be written to
     return Answer(arrays, size, request_id, missing)

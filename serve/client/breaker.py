@@ -1,4 +1,6 @@
-"""A breaker a head: one that keeps failing is left alone for a while instead of holding up every request."""
+"""A breaker a head: one that keeps failing is left alone for a while instead of holding up every
+request.
+"""
 
 import threading
 import time
@@ -10,7 +12,9 @@ SUFFIXES = ("_token", "_patches", "_global", "_logits")
 
 
 def head_of(output: str) -> str:
-    """The head that gives an output: `clip_token` and `clip_patches` are of `clip`, `depth` is of `depth`."""
+    """The head that gives an output: `clip_token` and `clip_patches` are of `clip`, `depth` is of
+    `depth`.
+    """
     for suffix in SUFFIXES:
         if output.endswith(suffix) and output != suffix:
             return output.removesuffix(suffix)
@@ -21,8 +25,8 @@ def head_of(output: str) -> str:
 class Breaker:
     """Closed: requests pass. Open: none do, for `rest` seconds. Half-open: one passes, and decides.
 
-    It opens at `failures` in a row. Every `allows()` that said yes must be followed by one of `succeeded`, `failed` and
-    `undecided`. The clock is a parameter so that tests need not wait.
+    It opens at `failures` in a row. Every `allows()` that said yes must be followed by one of
+    `succeeded`, `failed` and `undecided`. The clock is a parameter so that tests need not wait.
     """
 
     failures: int = 3

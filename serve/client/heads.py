@@ -1,4 +1,6 @@
-"""Asking for several heads at once when one of them may be failing: breakers first, then partial answers."""
+"""Asking for several heads at once when one of them may be failing: breakers first, then partial
+answers.
+"""
 
 import re
 import time
@@ -21,13 +23,19 @@ FAILURES = (Unavailable, ServerFailed, DeadlineExceeded, WrongAnswer)
 
 
 def ask_heads(
-    ask: Ask, names: Sequence[str], breakers: Breakers, deadline: float, partial: bool, request_id: str
+    ask: Ask,
+    names: Sequence[str],
+    breakers: Breakers,
+    deadline: float,
+    partial: bool,
+    request_id: str,
 ) -> Steps[Found]:
     """Outputs of healthy heads, in one request if all goes well.
 
-    Without `partial` the first failure is raised, and a head whose breaker is open fails the whole at once. With it, a head
-    that fails goes missing: Triton fails an ensemble's whole request for one failing head, so the others are asked again
-    without it (each alone, if the failure does not say whose it was). Raises if nothing at all could be answered.
+    Without `partial` the first failure is raised, and a head whose breaker is open fails the whole
+    at once. With it, a head that fails goes missing: Triton fails an ensemble's whole request for
+    one failing head, so the others are asked again without it (each alone, if the failure does not
+    say whose it was). Raises if nothing at all could be answered.
     """
     heads: dict[str, list[str]] = {}
     for name in names:
@@ -37,21 +45,24 @@ def ask_heads(
         if breakers[head].allows():
             allowed.append(head)
         else:
-            said = f"head '{head}' failed repeatedly and is left alone for {breakers[head].left:.0f} s more"
-            missing |= {name: Unavailable(said, request_id) for name in outputs}
+            message = (
+                f"head '{head}' failed repeatedly and is left alone for {breakers[head].left:.0f} "
+                "s more"
+            )
+            missing |= {name: Unavailable(message, request_id) for name in outputs}
     if missing and not (partial and allowed):
         for head in allowed:
             breakers[head].undecided()
         raise next(iter(missing.values()))
     undecided, left = set(allowed), allowed
-    found: dict[str, np.ndarray] = {}
+    result: dict[str, np.ndarray] = {}
     try:
         while left:
             now = time.monotonic()
             # a head that hangs must leave the others time to be asked without it
             until = now + (deadline - now) / 2 if partial and len(left) > 1 else deadline
             try:
-                found = yield from ask([name for name in names if head_of(name) in left], until)
+                result = yield from ask([name for name in names if head_of(name) in left], until)
                 failed: dict[str, ClientError] = {}
             except FAILURES as error:
                 failed = dict.fromkeys(blame(error, {head: heads[head] for head in left}), error)
@@ -61,12 +72,14 @@ def ask_heads(
                 if not partial or len(left) == 1 or (everywhere(error) and not failed):
                     raise
                 if not failed:  # it may be any of them
-                    found, failed = yield from ask_each(ask, {head: heads[head] for head in left}, deadline)
+                    result, failed = yield from ask_each(
+                        ask, {head: heads[head] for head in left}, deadline
+                    )
                     for head in failed:
                         breakers[head].failed()
                     undecided -= set(failed)
             missing |= {name: error for head, error in failed.items() for name in heads[head]}
-            if found:
+            if result:
                 for head in left:
                     if head not in failed:
                         breakers[head].succeeded()
@@ -75,15 +88,17 @@ def ask_heads(
     finally:
         for head in undecided:
             breakers[head].undecided()
-    if not found:
+    if not result:
         raise next(iter(missing.values()))
-    return {name: found[name] for name in names if name in found}, missing
+    return {name: result[name] for name in names if name in result}, missing
 
 
 def ask_each(
     ask: Ask, heads: dict[str, list[str]], deadline: float
 ) -> Steps[tuple[dict[str, np.ndarray], dict[str, ClientError]]]:
-    """Every head by itself, all at once; arrays, and the failures by head. Raises if none answers: then it is not a head."""
+    """Every head by itself, all at once; arrays, and the failures by head. Raises if none answers:
+    then it is not a head.
+    """
 
     def alone(outputs: Sequence[str]) -> Steps[dict[str, np.ndarray] | ClientError]:
         try:
@@ -92,16 +107,31 @@ def ask_each(
             return error
 
     answers = yield Together([alone(outputs) for outputs in heads.values()], at_once=True)
-    failed = {head: answer for head, answer in zip(heads, answers, strict=True) if isinstance(answer, ClientError)}
+    failed = {
+        head: answer
+        for head, answer in zip(heads, answers, strict=True)
+        if isinstance(answer, ClientError)
+    }
     if len(failed) == len(heads):
         raise next(iter(failed.values()))
-    return {name: value for answer in answers if isinstance(answer, dict) for name, value in answer.items()}, failed
+    return {
+        name: value
+        for answer in answers
+        if isinstance(answer, dict)
+        for name, value in answer.items()
+    }, failed
 
 
 def blame(error: ClientError, heads: dict[str, list[str]]) -> list[str]:
-    """Heads whose failure this is, as far as its text says: it quotes a model, one of its processes, or an output."""
+    """Heads whose failure this is, as far as its text says: it quotes a model, one of its
+    processes, or an output.
+    """
     quoted = {re.sub(r"(_\d+){1,2}$", "", name) for name in re.findall(r"'(\w+)'", error.message)}
-    return [head for head, outputs in heads.items() if quoted & {head, f"head_{head}", f"{head}_head", *outputs}]
+    return [
+        head
+        for head, outputs in heads.items()
+        if quoted & {head, f"head_{head}", f"{head}_head", *outputs}
+    ]
 
 
 def everywhere(error: ClientError) -> bool:

@@ -1,4 +1,6 @@
-"""Pictures in whatever form a caller has them become what the server takes: pixels of its size, or a file's bytes."""
+"""Pictures in whatever form a caller has them become what the server takes: pixels of its size, or
+a file's bytes.
+"""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -10,11 +12,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from contract.images import BadImage, Limits, decode, fit, to_rgb
 from serve.errors import BadRequest
-from serve.images import BadImage, Limits, decode, fit, to_rgb
 
 Images = Any
-"""A path, an encoded file's bytes, a PIL picture, uint8 [H, W, 3] or [B, H, W, 3], or any iterable of those."""
+"""A path, an encoded file's bytes, a PIL picture, uint8 [H, W, 3] or [B, H, W, 3], or any iterable
+of those.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Picture:
         return self.source.shape[:2] if isinstance(self.source, np.ndarray) else None
 
     def open(self, limits: Limits, size: tuple[int, int] | None = None) -> Image.Image:
-        """As an RGB picture, which may be a smaller one if it will be fitted to a `size`; raises BadRequest."""
+        """As an RGB picture, which may be a smaller one if it will be fitted to a `size`; raises
+        BadRequest.
+        """
         try:
             if isinstance(self.source, np.ndarray):
                 return Image.fromarray(self.source)
@@ -41,13 +47,17 @@ class Picture:
             raise BadRequest(f"{self.name}: {error}") from error
 
     def read(self, limits: Limits) -> bytes:
-        """As a file's bytes, untouched if it is one (PNG otherwise: nothing is lost); raises BadRequest."""
+        """As a file's bytes, untouched if it is one (PNG otherwise: nothing is lost); raises
+        BadRequest.
+        """
         if isinstance(self.source, bytes):
             return self.source
         if isinstance(self.source, Path):
             try:
                 if self.source.stat().st_size > limits.max_bytes:  # do not even read it
-                    raise BadRequest(f"{self.name}: more than the {limits.max_bytes:,} bytes that are taken")
+                    raise BadRequest(
+                        f"{self.name}: more than the {limits.max_bytes:,} bytes that are taken"
+                    )
                 return self.source.read_bytes()
             except OSError as error:
                 raise BadRequest(f"{self.name}: {error.strerror or error}") from error
@@ -63,11 +73,13 @@ class Picture:
 
 
 def list_pictures(images: Images) -> list[Picture]:
-    """Every picture of whatever was given, in order; raises BadRequest for none, or for what is no picture."""
-    found = list(each(images, ""))
-    if not found:
+    """Every picture of whatever was given, in order; raises BadRequest for none, or for what is no
+    picture.
+    """
+    result = list(each(images, ""))
+    if not result:
         raise BadRequest("no pictures were given")
-    return found
+    return result
 
 
 def each(images: Images, place: str) -> Iterable[Picture]:
@@ -86,7 +98,8 @@ def each(images: Images, place: str) -> Iterable[Picture]:
             yield from each(image, f"{place}.{number}" if place else str(number))
     else:
         raise BadRequest(
-            f"{name} is of type {type(images).__name__}: give a path, a file's bytes, a PIL picture, or a uint8 array"
+            f"{name} is of type {type(images).__name__}: give a path, a file's bytes, a PIL "
+            "picture, or a uint8 array"
         )
 
 
@@ -94,10 +107,14 @@ def rows_of(array: np.ndarray, name: str) -> Iterable[Picture]:
     """Pictures of an array [H, W, 3] or [B, H, W, 3] of uint8."""
     if array.dtype != np.uint8:
         raise BadRequest(
-            f"{name} is an array of {array.dtype}: give uint8, 0 to 255 (normalisation happens inside the model)"
+            f"{name} is an array of {array.dtype}: give uint8, 0 to 255 (normalisation happens "
+            "inside the model)"
         )
     if array.ndim not in (3, 4) or array.shape[-1] != 3 or 0 in array.shape:
-        raise BadRequest(f"{name} is an array {list(array.shape)}: give [H, W, 3] or [B, H, W, 3], RGB, not empty")
+        raise BadRequest(
+            f"{name} is an array {list(array.shape)}: give [H, W, 3] or [B, H, W, 3], RGB, not "
+            "empty"
+        )
     if array.ndim == 3:
         yield Picture(array, name)
     else:

@@ -1,4 +1,6 @@
-"""Answers as pictures: principal components of features, class maps with a legend, depth with a scale, bars of classes."""
+"""Answers as pictures: principal components of features, class maps with a legend, depth with a
+scale, bars of classes.
+"""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -9,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
 
-from serve.errors import UserError
+from contract.errors import UserError
 
 LONGEST = 1024
 """Pixels of a picture's longer side, at most."""
@@ -21,7 +23,9 @@ NAMED_COLOURS = (
 
 
 def palette(classes: int) -> np.ndarray:
-    """A colour for each class, uint8 [classes, 3]: the same for the same number, easily told apart for the first dozen."""
+    """A colour for each class, uint8 [classes, 3]: the same for the same number, easily told apart
+    for the first dozen.
+    """
     colours = list(NAMED_COLOURS[:classes])
     for number in range(len(colours), classes):
         # hues a golden angle apart never come round to the same place
@@ -40,9 +44,11 @@ def shown(photo: Image.Image) -> Image.Image:
 
 
 def pca_rgb(patches: np.ndarray) -> np.ndarray:
-    """Colour features [h, w, d] by their first three principal components: float [h, w, 3] in [0, 1].
+    """Colour features [h, w, d] by their first three principal components: float [h, w, 3] in [0,
+    1].
 
-    Each component is stretched between its 1st and 99th percentile and has a fixed sign, as in distill's pictures.
+    Each component is stretched between its 1st and 99th percentile and has a fixed sign, as in
+    distill's pictures.
     """
     rows = patches.reshape(-1, patches.shape[-1]).astype(np.float64)
     centred = rows - rows.mean(0)
@@ -50,7 +56,9 @@ def pca_rgb(patches: np.ndarray) -> np.ndarray:
     # a singular vector's sign is arbitrary: make its largest entry positive
     largest = np.take_along_axis(components, np.abs(components).argmax(1, keepdims=True), 1)
     scores = centred @ (components * np.sign(largest)).T
-    scores = np.pad(scores, ((0, 0), (0, 3 - scores.shape[1])))  # fewer than three positions or channels
+    scores = np.pad(
+        scores, ((0, 0), (0, 3 - scores.shape[1]))
+    )  # fewer than three positions or channels
     low, high = np.quantile(scores, (0.01, 0.99), axis=0)
     colours = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
     return colours.reshape(*patches.shape[:2], 3)
@@ -63,13 +71,17 @@ def features_figure(photo: Image.Image, maps: Mapping[str, np.ndarray]) -> Figur
     axes[0].imshow(photo)
     axes[0].set_title(f"{photo.width}x{photo.height}", fontsize=10)
     for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
-        axis.imshow(pca_rgb(values), interpolation="nearest", extent=(0, photo.width, photo.height, 0))
+        axis.imshow(
+            pca_rgb(values), interpolation="nearest", extent=(0, photo.width, photo.height, 0)
+        )
         axis.set_title(f"{name}, {values.shape[0]}x{values.shape[1]}", fontsize=10)
     return figure
 
 
 def class_image(class_map: np.ndarray, classes: int) -> Image.Image:
-    """A class map [H, W] as a picture whose pixels are its numbers: with colours up to 256 classes, 16 bits beyond."""
+    """A class map [H, W] as a picture whose pixels are its numbers: with colours up to 256 classes,
+    16 bits beyond.
+    """
     if classes > 256:
         return Image.fromarray(class_map.astype(np.uint16))
     image = Image.fromarray(class_map.astype(np.uint8)).convert("P")
@@ -77,10 +89,14 @@ def class_image(class_map: np.ndarray, classes: int) -> Image.Image:
     return image
 
 
-def overlay(photo: Image.Image, class_map: np.ndarray, classes: int, strength: float = 0.55) -> Image.Image:
+def overlay(
+    photo: Image.Image, class_map: np.ndarray, classes: int, strength: float = 0.55
+) -> Image.Image:
     """Classes laid over a photograph, with white lines between them."""
     photo = shown(photo)
-    numbers = np.asarray(Image.fromarray(class_map.astype(np.int32)).resize(photo.size, Image.Resampling.NEAREST))
+    numbers = np.asarray(
+        Image.fromarray(class_map.astype(np.int32)).resize(photo.size, Image.Resampling.NEAREST)
+    )
     mixed = (1 - strength) * np.asarray(photo, np.float32) + strength * palette(classes)[numbers]
     edge = np.zeros(numbers.shape, bool)
     edge[:, 1:] |= numbers[:, 1:] != numbers[:, :-1]
@@ -89,8 +105,12 @@ def overlay(photo: Image.Image, class_map: np.ndarray, classes: int, strength: f
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def segmentation_figure(photo: Image.Image, class_map: np.ndarray, classes: Sequence[str]) -> Figure:
-    """A photograph, its classes laid over it, and a legend of those that are there with the share of pixels of each."""
+def segmentation_figure(
+    photo: Image.Image, class_map: np.ndarray, classes: Sequence[str]
+) -> Figure:
+    """A photograph, its classes laid over it, and a legend of those that are there with the share
+    of pixels of each.
+    """
     figure, axes = row_of(2, shown(photo), legend=2.2)
     axes[0].imshow(shown(photo))
     axes[1].imshow(overlay(photo, class_map, len(classes)))
@@ -98,7 +118,10 @@ def segmentation_figure(photo: Image.Image, class_map: np.ndarray, classes: Sequ
     order = counts.argsort()[::-1]
     colours = palette(len(classes)) / 255
     entries = [
-        Patch(color=colours[numbers[n]], label=f"{shorten(classes[numbers[n]], 24)}  {counts[n] / class_map.size:.0%}")
+        Patch(
+            color=colours[numbers[n]],
+            label=f"{shorten(classes[numbers[n]], 24)}  {counts[n] / class_map.size:.0%}",
+        )
         for n in order[:12]
     ]
     if len(order) > 12:
@@ -114,13 +137,18 @@ def depth_figure(photo: Image.Image, depth: np.ndarray, unit: str) -> Figure:
     axes[0].imshow(photo)
     extent = (0, photo.width, photo.height, 0)
     image = axes[1].imshow(depth, cmap="magma_r", extent=extent, interpolation="bilinear")
-    axes[1].set_title(f"{depth.min():.2f} to {depth.max():.2f}, median {np.median(depth):.2f} {unit}s", fontsize=10)
+    axes[1].set_title(
+        f"{depth.min():.2f} to {depth.max():.2f}, median {np.median(depth):.2f} {unit}s",
+        fontsize=10,
+    )
     bar = figure.colorbar(image, ax=axes[1], fraction=0.05, pad=0.02, label=f"{unit}s")
     bar.ax.invert_yaxis()  # near ones above, as they are bright
     return figure
 
 
-def zero_shot_figure(photo: Image.Image, probabilities: np.ndarray, classes: Sequence[str], most: int = 10) -> Figure:
+def zero_shot_figure(
+    photo: Image.Image, probabilities: np.ndarray, classes: Sequence[str], most: int = 10
+) -> Figure:
     """A photograph beside bars of its likeliest classes, probabilities [C]."""
     photo = shown(photo)
     figure, axes = row_of(2, photo, ratio=1.2)
@@ -130,10 +158,19 @@ def zero_shot_figure(photo: Image.Image, probabilities: np.ndarray, classes: Seq
     bars.set_axis_on()
     bars.barh(range(len(order)), probabilities[order], color="#4477aa", height=0.7)
     for place, number in enumerate(order):
-        bars.text(probabilities[number] + 0.01, place, f"{probabilities[number]:.1%}", va="center", fontsize=9)
+        bars.text(
+            probabilities[number] + 0.01,
+            place,
+            f"{probabilities[number]:.1%}",
+            va="center",
+            fontsize=9,
+        )
     bars.set_yticks(range(len(order)), [shorten(classes[number]) for number in order], fontsize=10)
     bars.set(
-        xlim=(0, 1.12), ylim=(max(len(order), 4) - 0.4, -0.6), xlabel="probability", xticks=(0, 0.25, 0.5, 0.75, 1)
+        xlim=(0, 1.12),
+        ylim=(max(len(order), 4) - 0.4, -0.6),
+        xlabel="probability",
+        xticks=(0, 0.25, 0.5, 0.75, 1),
     )
     bars.spines[["top", "right"]].set_visible(False)
     if len(classes) > most:
@@ -146,8 +183,12 @@ def shorten(text: str, most: int = 28) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def row_of(panels: int, photo: Image.Image, legend: float = 0, ratio: float = 0) -> tuple[Figure, list]:
-    """A figure of panels in a photograph's shape, and a last one `legend` inches wide, or the last `ratio` times as wide."""
+def row_of(
+    panels: int, photo: Image.Image, legend: float = 0, ratio: float = 0
+) -> tuple[Figure, list]:
+    """A figure of panels in a photograph's shape, and a last one `legend` inches wide, or the last
+    `ratio` times as wide.
+    """
     tall = 3.4
     wide = min(max(tall * photo.width / photo.height, 1.6), 8, max(15 / panels, 2.2))
     tall = min(tall, wide * photo.height / photo.width)
@@ -170,5 +211,7 @@ def save(picture: Figure | Image.Image, path: Path) -> Path:
         else:
             picture.save(path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror} (choose another --output)") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror} (choose another --output)"
+        ) from error
     return path

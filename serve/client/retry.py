@@ -1,4 +1,6 @@
-"""When a failed request is sent again: which failures, after how long, how often, and within what budget."""
+"""When a failed request is sent again: which failures, after how long, how often, and within what
+budget.
+"""
 
 import random
 import re
@@ -35,9 +37,11 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Retry:
-    """How often and after how long: waits double from `first` to `longest` seconds, each shortened by up to half at random.
+    """How often and after how long: waits double from `first` to `longest` seconds, each shortened
+    by up to half at random.
 
-    The eight of the default take 4 to 9 seconds: longer than a supervised server needs to bring a dead backend back.
+    The eight of the default take 4 to 9 seconds: longer than a supervised server needs to bring a
+    dead backend back.
     """
 
     most: int = 8
@@ -45,15 +49,18 @@ class Retry:
     longest: float = 2.0
 
     def wait(self, number: int) -> float:
-        """Seconds before retry `number` (0 is the first): clients that failed together do not come back together."""
+        """Seconds before retry `number` (0 is the first): clients that failed together do not come
+        back together.
+        """
         return min(self.longest, self.first * 2**number) * random.uniform(0.5, 1)
 
 
 class Budget:
-    """A token bucket that every retry takes from and every call adds a fraction to, shared by all calls of a client.
+    """A token bucket that every retry takes from and every call adds a fraction to, shared by all
+    calls of a client.
 
-    A server in trouble is not given many times its load: in the long run retries are at most `ratio` of the calls, and an
-    outage of a busy client costs `burst` retries and no more.
+    A server in trouble is not given many times its load: in the long run retries are at most
+    `ratio` of the calls, and an outage of a busy client costs `burst` retries and no more.
     """
 
     def __init__(self, ratio: float = 0.2, burst: float = 100) -> None:
@@ -78,47 +85,60 @@ class Budget:
 def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[ClientError, bool]:
     """A failure of tritonclient's as one of ours, and whether the same request may be sent again.
 
-    Sending again is for failures that say "not now": every status UNAVAILABLE (starting, stopping, queue full, connection
-    refused) and the other shapes that Triton gives the same state:
+    Sending again is for failures that say "not now": every status UNAVAILABLE (starting, stopping,
+    queue full, connection refused) and the other shapes that Triton gives the same state:
 
-    * NOT_FOUND "has no available versions": a model that is being stopped or reloaded. An unknown model reads otherwise.
-    * INTERNAL "Stub process … is not healthy": the python backend's process died. Nobody knows whether it had already
-      computed the answer, which makes it unsafe to send again in general, and safe here: inference of these models has no
+    * NOT_FOUND "has no available versions": a model that is being stopped or reloaded. An unknown
+      model reads otherwise.
+    * INTERNAL "Stub process … is not healthy": the python backend's process died. Nobody knows
+      whether it had already
+      computed the answer, which makes it unsafe to send again in general, and safe here: inference
+      of these models has no
       effect but its answer, so that computing it twice is the same as once.
     """
     status = str(error.status() or "").removeprefix("StatusCode.")
     # Triton puts the id in some messages; ours come with it anyway
-    said = re.sub(r"^\[request id: [^\]]*\] ", "", (error.message() or "no reason given").strip())
-    lower = said.lower()
+    message = re.sub(
+        r"^\[request id: [^\]]*\] ", "", (error.message() or "no reason given").strip()
+    )
+    lower = message.lower()
     if status == "UNAVAILABLE":
         if "protocol is restricted" in lower:
-            return NotAllowed(f"{said} (give the server's admin key)", request_id), False
+            return NotAllowed(f"{message} (give the server's admin key)", request_id), False
         if any(word in lower for word in NOT_TRUSTED):
-            return NotAllowed(f"no TLS connection: {said}", request_id), False
-        return Unavailable(said, request_id), True
+            return NotAllowed(f"no TLS connection: {message}", request_id), False
+        return Unavailable(message, request_id), True
     # so Triton ends some newcomers while it drains; a caller's own cancelling never comes here
     if status == "CANCELLED":
-        return Unavailable(said, request_id), True
-    if status == "NOT_FOUND" and "no available versions" in said:
-        return Unavailable(said, request_id), True
-    if status == "INTERNAL" and "Stub process" in said and "not healthy" in said:
-        return Unavailable(said, request_id), True
+        return Unavailable(message, request_id), True
+    if status == "NOT_FOUND" and "no available versions" in message:
+        return Unavailable(message, request_id), True
+    if status == "INTERNAL" and "Stub process" in message and "not healthy" in message:
+        return Unavailable(message, request_id), True
     if status == "UNIMPLEMENTED":
-        return NotServed(f"whatever listens there is no Triton: {said}", request_id), False
+        return NotServed(f"whatever listens there is no Triton: {message}", request_id), False
     if status in REFUSED:
-        return REFUSED[status](said, request_id), False
-    return ServerFailed(f"{status}: {said}" if status else said, request_id), False
+        return REFUSED[status](message, request_id), False
+    return ServerFailed(f"{status}: {message}" if status else message, request_id), False
 
 
 def attempt(
-    method: str, arguments: Mapping[str, Any], deadline: float, retry: Retry, budget: Budget, request_id: str = "",
-    hurry: bool = False, cancels: bool = True,
-) -> Steps[Any]:  # fmt: skip
-    """Call a method of the server until it answers, may not be called again, or `deadline` (time.monotonic) is near.
+    method: str,
+    arguments: Mapping[str, Any],
+    deadline: float,
+    retry: Retry,
+    budget: Budget,
+    request_id: str = "",
+    hurry: bool = False,
+    cancels: bool = True,
+) -> Steps[Any]:
+    """Call a method of the server until it answers, may not be called again, or `deadline`
+    (time.monotonic) is near.
 
-    What is left of the time goes to the server with each attempt, so that it drops work nobody waits for any more.
-    `hurry`: a failing part of an ensemble is not waited for, because the caller will do without it. `cancels`: whether the
-    server may be told when time is up. Raises a ClientError.
+    What is left of the time goes to the server with each attempt, so that it drops work nobody
+    waits for any more. `hurry`: a failing part of an ensemble is not waited for, because the caller
+    will do without it. `cancels`: whether the server may be told when time is up. Raises a
+    ClientError.
     """
     budget.add()
     began, tries = time.monotonic(), 0
@@ -137,13 +157,13 @@ def attempt(
                 error.message = f"no answer in {time.monotonic() - began:.1f} s"
             if not again or (hurry and "in ensemble" in error.message):
                 raise error from raised
-            asked = "asked once" if tries == 0 else f"asked {tries + 1} times"
+            requested = "asked once" if tries == 0 else f"asked {tries + 1} times"
             if tries >= retry.most:
-                reason = asked
+                reason = requested
             elif time.monotonic() + wait >= deadline:
-                reason = f"{asked}, its time is up"
+                reason = f"{requested}, its time is up"
             elif not budget.take():
-                reason = f"{asked}, the budget for retries is spent"
+                reason = f"{requested}, the budget for retries is spent"
             else:
                 reason = ""
             if reason:

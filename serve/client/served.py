@@ -13,12 +13,16 @@ from tritonclient.utils import triton_to_np_dtype
 from serve.errors import BadRequest, WrongAnswer
 
 FRONT_DOOR, ENCODED, DECODER = "features", "features_encoded", "decode"
-"""Triton's names of the models a client talks to; the decoder's configuration says the model's size."""
+"""Triton's names of the models a client talks to; the decoder's configuration says the model's
+size.
+"""
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: Triton's name of its type, its shape without the batch (-1 where it varies)."""
+    """An input or output: Triton's name of its type, its shape without the batch (-1 where it
+    varies).
+    """
 
     name: str
     kind: str
@@ -27,7 +31,9 @@ class Port:
 
 @dataclass(frozen=True)
 class Served:
-    """What a client needs to know of a model. `max_batch` is 0 for models whose first axis is theirs."""
+    """What a client needs to know of a model. `max_batch` is 0 for models whose first axis is
+    theirs.
+    """
 
     name: str
     max_batch: int
@@ -40,25 +46,39 @@ class Served:
         """From the server's configuration of a model."""
 
         def ports(listed: Iterable[Any]) -> dict[str, Port]:
-            kinds = {port.name: DataType.Name(port.data_type).removeprefix("TYPE_") for port in listed}
+            kinds = {
+                port.name: DataType.Name(port.data_type).removeprefix("TYPE_") for port in listed
+            }
             kinds = {name: "BYTES" if kind == "STRING" else kind for name, kind in kinds.items()}
-            return {port.name: Port(port.name, kinds[port.name], tuple(port.dims)) for port in listed}
+            return {
+                port.name: Port(port.name, kinds[port.name], tuple(port.dims)) for port in listed
+            }
 
         parameters = {key: value.string_value for key, value in config.parameters.items()}
-        return cls(config.name, config.max_batch_size, ports(config.input), ports(config.output), parameters)
+        return cls(
+            config.name,
+            config.max_batch_size,
+            ports(config.input),
+            ports(config.output),
+            parameters,
+        )
 
     def choose(self, outputs: Sequence[str] | str | None) -> tuple[str, ...]:
-        """Outputs by name, all for None; raises BadRequest for one that is not there, naming the nearest."""
+        """Outputs by name, all for None; raises BadRequest for one that is not there, naming the
+        nearest.
+        """
         if outputs is None:
             return tuple(self.outputs)
         wanted = tuple(dict.fromkeys([outputs] if isinstance(outputs, str) else outputs))
         if not wanted:
-            raise BadRequest(f"no outputs were asked of '{self.name}' (it has {', '.join(self.outputs)})")
+            raise BadRequest(
+                f"no outputs were asked of '{self.name}' (it has {', '.join(self.outputs)})"
+            )
         for name in wanted:
             if name not in self.outputs:
                 raise BadRequest(
-                    f"output '{name}': '{self.name}' has no such output{nearest(name, self.outputs)}; it has "
-                    f"{', '.join(self.outputs)}"
+                    f"output '{name}': '{self.name}' has no such "
+                    f"output{nearest(name, self.outputs)}; it has {', '.join(self.outputs)}"
                 )
         return wanted
 
@@ -70,16 +90,20 @@ class Served:
             return None
 
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the pictures it takes; where they vary, those it is usually given; None if it does not say."""
+        """Height and width of the pictures it takes; where they vary, those it is usually given;
+        None if it does not say.
+        """
         image = self.inputs.get("image")
         if image is not None and min(image.dims[-3:-1]) > 0:
             return image.dims[-3], image.dims[-2]
-        said = self.facts("about") or {name: self.facts(name) for name in ("height", "width")}
-        height, width = said.get("height"), said.get("width")
+        message = self.facts("about") or {name: self.facts(name) for name in ("height", "width")}
+        height, width = message.get("height"), message.get("width")
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
     def takes(self, size: tuple[int, int] | None) -> bool:
-        """Whether pictures of a height and width are answered as they are, as far as the server says which are."""
+        """Whether pictures of a height and width are answered as they are, as far as the server
+        says which are.
+        """
         about = self.facts("about") or {}
         if size is None:
             return False
@@ -93,8 +117,8 @@ class Served:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """`: did you mean 'x'?` if one of the known names is near, "" otherwise."""
-    found = difflib.get_close_matches(name.replace(".", "_"), list(known), n=1)
-    return f": did you mean '{found[0]}'?" if found else ""
+    result = difflib.get_close_matches(name.replace(".", "_"), list(known), n=1)
+    return f": did you mean '{result[0]}'?" if result else ""
 
 
 Reader = Callable[[str], np.ndarray | None]
@@ -102,31 +126,45 @@ Reader = Callable[[str], np.ndarray | None]
 
 
 def read_answer(
-    served: Served, names: Sequence[str], rows: int, read: Reader, given: Sequence[str], request_id: str
+    served: Served,
+    names: Sequence[str],
+    rows: int,
+    read: Reader,
+    given: Sequence[str],
+    request_id: str,
 ) -> dict[str, np.ndarray]:
-    """The arrays of an answer for `rows` pictures, after looking at them; `given` are the names it came with.
+    """The arrays of an answer for `rows` pictures, after looking at them; `given` are the names it
+    came with.
 
-    Raises WrongAnswer for a name too few or too many, a type or shape other than the model's configuration says, another
-    number of rows, and for NaN or infinity.
+    Raises WrongAnswer for a name too few or too many, a type or shape other than the model's
+    configuration says, another number of rows, and for NaN or infinity.
     """
     if sorted(given) != sorted(names):
-        raise WrongAnswer(f"'{served.name}' was asked for {', '.join(names)} and gave {', '.join(given)}", request_id)
-    found = {}
+        raise WrongAnswer(
+            f"'{served.name}' was asked for {', '.join(names)} and gave {', '.join(given)}",
+            request_id,
+        )
+    result = {}
     for name in names:
         port, value = served.outputs[name], read(name)
         if value is None or value.dtype != np.dtype(triton_to_np_dtype(port.kind)):
             kind = "nothing" if value is None else value.dtype
-            raise WrongAnswer(f"output '{name}' is {kind} where '{served.name}' promises {port.kind}", request_id)
+            raise WrongAnswer(
+                f"output '{name}' is {kind} where '{served.name}' promises {port.kind}", request_id
+            )
         expected = (-1, *port.dims) if served.max_batch else port.dims
-        matches = len(expected) == value.ndim and all(e in (-1, a) for e, a in zip(expected, value.shape, strict=False))
+        matches = len(expected) == value.ndim and all(
+            e in (-1, a) for e, a in zip(expected, value.shape, strict=False)
+        )
         # class names are a list of their own; everything else has a row a picture
         if not matches or (port.kind != "BYTES" and len(value) != rows):
             raise WrongAnswer(
-                f"output '{name}' is {list(value.shape)} for {rows} pictures where '{served.name}' promises {list(expected)}",
+                f"output '{name}' is {list(value.shape)} for {rows} pictures where '{served.name}' "
+                f"promises {list(expected)}",
                 request_id,
             )
         # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost
         if value.dtype.kind == "f" and not np.isfinite(value.sum(dtype=np.float64)):
             raise WrongAnswer(f"output '{name}' holds NaN or infinity", request_id)
-        found[name] = value
-    return found
+        result[name] = value
+    return result

@@ -1,7 +1,8 @@
-"""Regions of memory that client and server both see, so that pixels and features need not travel through gRPC.
+"""Regions of memory that client and server both see, so that pixels and features need not travel
+through gRPC.
 
-The server must run on the same machine; from release 26.04 it wants `--allow-client-shm=true`. Registering a region is an
-administrator's endpoint: a server that restricts those wants its key.
+The server must run on the same machine; from release 26.04 it wants `--allow-client-shm=true`.
+Registering a region is an administrator's endpoint: a server that restricts those wants its key.
 """
 
 import threading
@@ -25,7 +26,9 @@ COOLING = 60.0
 
 
 class Region:
-    """A block of shared memory under a name of its own: a request's inputs first, then room for its outputs."""
+    """A block of shared memory under a name of its own: a request's inputs first, then room for its
+    outputs.
+    """
 
     def __init__(self, kind: Kind, size: int, device: int) -> None:
         self.kind, self.size, self.device = kind, size, device
@@ -37,23 +40,35 @@ class Region:
             from tritonclient.utils import shared_memory as module
 
             try:
-                self.handle = module.create_shared_memory_region(self.name, f"/{self.name}", size, create_only=True)
+                self.handle = module.create_shared_memory_region(
+                    self.name, f"/{self.name}", size, create_only=True
+                )
             except module.SharedMemoryException as error:
-                raise BadRequest(f"shared_memory='system': no {size:,} bytes of it here ({error.__cause__})") from error
+                raise BadRequest(
+                    f"shared_memory='system': no {size:,} bytes of it here ({error.__cause__})"
+                ) from error
         else:
             module = cuda_module()
             try:
                 self.handle = module.create_shared_memory_region(self.name, size, device)
-            except Exception as error:  # the bindings raise types of their own, and plain ones without a driver
-                raise BadRequest(f"shared_memory='cuda': no {size:,} bytes on GPU {device} ({error})") from error
+            except (
+                Exception
+            ) as error:  # the bindings raise types of their own, and plain ones without a driver
+                raise BadRequest(
+                    f"shared_memory='cuda': no {size:,} bytes on GPU {device} ({error})"
+                ) from error
         self.module = module
 
     def fill(
         self, tensors: Mapping[str, np.ndarray], places: Mapping[str, tuple[int, int]]
     ) -> tuple[list[InferInput], list[InferRequestedOutput]]:
-        """Copy inputs in; returns tritonclient's inputs and outputs that point here. `places`: name -> (start, bytes)."""
+        """Copy inputs in; returns tritonclient's inputs and outputs that point here. `places`: name
+        -> (start, bytes).
+        """
         self.places = {name: place for name, place in places.items() if name not in tensors}
-        whole = np.zeros(max((places[name][0] + places[name][1] for name in tensors), default=0), np.uint8)
+        whole = np.zeros(
+            max((places[name][0] + places[name][1] for name in tensors), default=0), np.uint8
+        )
         inputs, outputs = [], []
         for name, tensor in tensors.items():
             start, length = places[name]
@@ -77,10 +92,19 @@ class Region:
     def registration(self) -> Rpc:
         """The call that makes it known to the server."""
         if self.kind == "system":
-            arguments: dict[str, Any] = {"name": self.name, "key": f"/{self.name}", "byte_size": self.size}
+            arguments: dict[str, Any] = {
+                "name": self.name,
+                "key": f"/{self.name}",
+                "byte_size": self.size,
+            }
             return Rpc("register_system_shared_memory", arguments)
         raw = self.module.get_raw_handle(self.handle)
-        arguments = {"name": self.name, "raw_handle": raw, "device_id": self.device, "byte_size": self.size}
+        arguments = {
+            "name": self.name,
+            "raw_handle": raw,
+            "device_id": self.device,
+            "byte_size": self.size,
+        }
         return Rpc("register_cuda_shared_memory", arguments)
 
     def removal(self) -> Rpc:
@@ -92,28 +116,38 @@ class Region:
         self.module.destroy_shared_memory_region(self.handle)
 
 
-def cuda_module():  # noqa: ANN201 - a module that may not be there
-    """tritonclient's CUDA shared memory; raises BadRequest where it cannot work, saying what is missing."""
+def cuda_module():
+    """tritonclient's CUDA shared memory; raises BadRequest where it cannot work, saying what is
+    missing.
+    """
     try:
         from tritonclient.utils import cuda_shared_memory
-    except Exception as error:  # RuntimeError without cuda-python, ImportError or OSError without a driver
+    except (
+        Exception
+    ) as error:  # RuntimeError without cuda-python, ImportError or OSError without a driver
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadRequest(
-            f"shared_memory='cuda' needs an NVIDIA GPU and cuda-python: {reason} (pip install 'tritonclient[cuda]', or choose "
-            "'system')"
+            f"shared_memory='cuda' needs an NVIDIA GPU and cuda-python: {reason} (pip install "
+            "'tritonclient[cuda]', or choose 'system')"
         ) from error
     return cuda_shared_memory
 
 
-def lay_out(tensors: Mapping[str, np.ndarray], outputs: Sequence[Port], rows: int) -> dict[str, tuple[int, int]]:
-    """(start, bytes) of every input, then of every output; empty if one of them has no size known beforehand."""
+def lay_out(
+    tensors: Mapping[str, np.ndarray], outputs: Sequence[Port], rows: int
+) -> dict[str, tuple[int, int]]:
+    """(start, bytes) of every input, then of every output; empty if one of them has no size known
+    beforehand.
+    """
     if any(tensor.dtype != np.uint8 for tensor in tensors.values()):
         return {}
     if any(port.kind == "BYTES" or min(port.dims, default=1) < 0 for port in outputs):
         return {}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     for port in outputs:
-        sizes[port.name] = rows * int(np.prod(port.dims)) * np.dtype(triton_to_np_dtype(port.kind)).itemsize
+        sizes[port.name] = (
+            rows * int(np.prod(port.dims)) * np.dtype(triton_to_np_dtype(port.kind)).itemsize
+        )
     places, start = {}, 0
     for name, size in sizes.items():
         places[name] = (start, size)
@@ -122,7 +156,9 @@ def lay_out(tensors: Mapping[str, np.ndarray], outputs: Sequence[Port], rows: in
 
 
 class Pool:
-    """Regions of a client. One is lent to a request at a time, and comes back only when the server has let go of it."""
+    """Regions of a client. One is lent to a request at a time, and comes back only when the server
+    has let go of it.
+    """
 
     def __init__(self, kind: Kind, device: int = 0) -> None:
         if kind not in ("system", "cuda"):
@@ -150,7 +186,9 @@ class Pool:
             self.free.append(region)
 
     def retire(self, region: Region) -> None:
-        """Take back a region whose request was given up: the server may still read and write it, so nobody else may."""
+        """Take back a region whose request was given up: the server may still read and write it, so
+        nobody else may.
+        """
         region.retired = time.monotonic()
         with self.lock:
             self.retired.append(region)

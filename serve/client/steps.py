@@ -1,7 +1,9 @@
-"""What a client's work is made of, apart from how it waits: `serve.client` and `serve.client.aio` carry out the same steps.
+"""What a client's work is made of, apart from how it waits: `serve.client` and `serve.client.aio`
+carry out the same steps.
 
-A piece of work is a generator: it yields a step, is given the step's result (or has its exception thrown in), and returns
-the answer. So retries, splitting, breakers and checks are written once, read from top to bottom and touch no socket.
+A piece of work is a generator: it yields a step, is given the step's result (or has its exception
+thrown in), and returns the answer. So retries, splitting, breakers and checks are written once,
+read from top to bottom and touch no socket.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -14,12 +16,16 @@ Steps = Generator["Step", Any, Answer]
 
 @dataclass(frozen=True)
 class Rpc:
-    """Call a method of tritonclient's InferenceServerClient: its synchronous and asyncio classes have the same."""
+    """Call a method of tritonclient's InferenceServerClient: its synchronous and asyncio classes
+    have the same.
+    """
 
     method: str
     arguments: dict[str, Any] = field(default_factory=dict)
     patience: float | None = None
-    """Wait so many seconds, then go on with DEADLINE_EXCEEDED and leave the call to end by itself (`infer` only)."""
+    """Wait so many seconds, then go on with DEADLINE_EXCEEDED and leave the call to end by itself
+    (`infer` only).
+    """
 
 
 @dataclass(frozen=True)
@@ -38,10 +44,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Together:
-    """Carry out pieces of work side by side, as many at a time as the client allows; the result is their answers in order.
+    """Carry out pieces of work side by side, as many at a time as the client allows; the result is
+    their answers in order.
 
-    If one raises, those not yet begun are dropped. A piece may hold a Together of its own only with `at_once`, which waits
-    for no place among the others.
+    If one raises, those not yet begun are dropped. A piece may hold a Together of its own only with
+    `at_once`, which waits for no place among the others.
     """
 
     parts: Sequence[Steps[Any]]

@@ -1,10 +1,12 @@
-"""`FeatureClient`: features of pictures from a running server; `python -m serve.client` is its command line.
+"""`FeatureClient`: features of pictures from a running server; `python -m serve.client` is its
+command line.
 
     with FeatureClient("127.0.0.1:8001") as client:
         answer = client.features(["cat.jpg", "dog.jpg"], outputs=["backbone_global", "clip_token"])
         answer["clip_token"]        # float32 [2, d]
 
-`serve.client.aio.AsyncFeatureClient` is the same for asyncio; what both do in between is in `calls.py`.
+`serve.client.aio.AsyncFeatureClient` is the same for asyncio; what both do in between is in
+`calls.py`.
 """
 
 import threading
@@ -28,7 +30,8 @@ DEFAULT_URL = "127.0.0.1:8001"
 CHANNEL = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # serve.client.retry decides what is sent again: gRPC must neither do so by itself nor wait up to two minutes to reconnect
+    # serve.client.retry decides what is sent again: gRPC must neither do so by itself nor wait up
+    # to two minutes to reconnect
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
@@ -42,17 +45,21 @@ LAST_WAIT = 5.0
 
 
 class FeatureClient:
-    """A connection to a server; threads may share it. Options are those of serve.client.calls.Options.
+    """A connection to a server; threads may share it. Options are those of
+    serve.client.calls.Options.
 
-    Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are the caller's to mend,
-    Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing is connected before the first call.
+    Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are the
+    caller's to mend, Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing
+    is connected before the first call.
     """
 
     def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
         self.url = url
         self.calls = Calls(Options(**options))
         tls = self.calls.options.tls
-        self.triton = InferenceServerClient(url, creds=tls.credentials() if tls else None, channel_args=CHANNEL)
+        self.triton = InferenceServerClient(
+            url, creds=tls.credentials() if tls else None, channel_args=CHANNEL
+        )
         self.threads: ThreadPoolExecutor | None = None
         self.lock = threading.Lock()
         self.left: set[Future[Any]] = set()
@@ -69,28 +76,38 @@ class FeatureClient:
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Answer:
-        """Outputs (None: all) for pictures, each an array with a row a picture: tokens [B, d], patches [B, h*w, d].
+        """Outputs (None: all) for pictures, each an array with a row a picture: tokens [B, d],
+        patches [B, h*w, d].
 
-        `images`: paths, bytes of JPEG, PNG or WebP files, PIL pictures, uint8 arrays [H, W, 3] or [B, H, W, 3], or a list
-        of any of these. They are decoded here and brought to the model's size as the server would, or with `encoded` sent
-        as files and decoded there. More than the model's batch are split and joined.
-        `partial`: heads that fail go missing (Answer.missing says why) instead of failing everything.
-        `size`: (height, width), for models that take many. `timeout`: seconds for each request, all attempts together.
-        `request_id`: goes through Triton's log and is in every error; made if not given.
+        `images`: paths, bytes of JPEG, PNG or WebP files, PIL pictures, uint8 arrays [H, W, 3] or
+        [B, H, W, 3], or a list of any of these. They are decoded here and brought to the model's
+        size as the server would, or with `encoded` sent as files and decoded there. More than the
+        model's batch are split and joined. `partial`: heads that fail go missing (Answer.missing
+        says why) instead of failing everything. `size`: (height, width), for models that take many.
+        `timeout`: seconds for each request, all attempts together. `request_id`: goes through
+        Triton's log and is in every error; made if not given.
         """
         return self.run(
             self.calls.features(
-                images, outputs, model=model, encoded=encoded, partial=partial, size=size, timeout=timeout,
+                images,
+                outputs,
+                model=model,
+                encoded=encoded,
+                partial=partial,
+                size=size,
+                timeout=timeout,
                 request_id=request_id,
             )
-        )  # fmt: skip
+        )
 
     def describe(self, model: str = FRONT_DOOR) -> Served:
         """Inputs, outputs, batch and parameters of a model."""
         return self.run(self.calls.describe(model, self.calls.options.timeout))
 
     def run(self, steps: Steps[Result]) -> Result:
-        """Carry out a piece of work of serve.client.calls or serve.tasks; returns its answer."""
+        """Carry out a piece of work of serve.client.calls or serve.client.tasks; returns its
+        answer.
+        """
         try:
             step = next(steps)
             while True:
@@ -136,14 +153,18 @@ class FeatureClient:
             raise InferenceServerException(*TIME_IS_UP) from None
 
     def together(self, parts: Sequence[Steps[Result]], at_once: bool) -> list[Result]:
-        """Answers of several pieces of work, carried out by the client's threads, or each by a thread of its own."""
+        """Answers of several pieces of work, carried out by the client's threads, or each by a
+        thread of its own.
+        """
         if len(parts) == 1:
             return [self.run(parts[0])]
         if at_once:
             with ThreadPoolExecutor(len(parts)) as threads:
                 return list(threads.map(self.run, parts))
         with self.lock:
-            self.threads = self.threads or ThreadPoolExecutor(self.calls.options.concurrency, "feature-client")
+            self.threads = self.threads or ThreadPoolExecutor(
+                self.calls.options.concurrency, "feature-client"
+            )
         futures = [self.threads.submit(self.run, part) for part in parts]
         try:
             return [future.result() for future in futures]

@@ -1,4 +1,6 @@
-"""TLS between client and server: the files of a connection, read where a mistake can still be told to the user."""
+"""TLS between client and server: the files of a connection, read where a mistake can still be told
+to the user.
+"""
 
 import argparse
 from dataclasses import dataclass
@@ -11,28 +13,50 @@ from serve.errors import NotAllowed
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files. `root`: who signs servers (None: the system's); `certificate` and `key`: who this client is (mTLS)."""
+    """PEM files. `root`: who signs servers (None: the system's); `certificate` and `key`: who this
+    client is (mTLS).
+    """
 
     root: Path | str | None = None
     certificate: Path | str | None = None
     key: Path | str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """For a gRPC channel; raises NotAllowed for files that cannot be read, or half of a pair."""
+        """For a gRPC channel; raises NotAllowed for files that cannot be read, or half of a
+        pair.
+        """
         if (self.certificate is None) != (self.key is None):
-            raise NotAllowed("TLS: a client's certificate and its key go together: give both or none")
+            raise NotAllowed(
+                "TLS: a client's certificate and its key go together: give both or none"
+            )
         contents = {}
         for name in ("root", "certificate", "key"):
             path = getattr(self, name)
             try:
                 contents[name] = None if path is None else Path(path).read_bytes()
             except OSError as error:
-                raise NotAllowed(f"TLS {name} {path}: {error.strerror} (give a PEM file)") from error
-        return grpc.ssl_channel_credentials(contents["root"], contents["key"], contents["certificate"])
+                raise NotAllowed(
+                    f"TLS {name} {path}: {error.strerror} (give a PEM file)"
+                ) from error
+        return grpc.ssl_channel_credentials(
+            contents["root"], contents["key"], contents["certificate"]
+        )
 
 
-def asked_tls(asked: argparse.Namespace) -> Tls | None:
-    """What the options of `serve.command_line.add_tls` say, None for a connection without TLS."""
-    if asked.ssl or asked.ssl_root or asked.ssl_certificate or asked.ssl_key:
-        return Tls(asked.ssl_root, asked.ssl_certificate, asked.ssl_key)
+def asked_tls(args: argparse.Namespace) -> Tls | None:
+    """What the options of `add_tls` say, None for a connection without TLS."""
+    if args.ssl or args.ssl_root or args.ssl_certificate or args.ssl_key:
+        return Tls(args.ssl_root, args.ssl_certificate, args.ssl_key)
     return None
+
+
+def add_tls(parser: argparse.ArgumentParser) -> None:
+    """Options of those who connect to a server; `asked_tls` reads them."""
+    parser.add_argument("--ssl", action="store_true", help="TLS, trusting the system's authorities")
+    parser.add_argument(
+        "--ssl-root", type=Path, metavar="PEM", help="TLS: who signed the server's certificate"
+    )
+    parser.add_argument(
+        "--ssl-certificate", type=Path, metavar="PEM", help="mTLS: this client's certificate"
+    )
+    parser.add_argument("--ssl-key", type=Path, metavar="PEM", help="mTLS: its key")

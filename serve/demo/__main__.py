@@ -11,9 +11,11 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from serve.command_line import CommandLine, add_tls
-from serve.errors import NotAllowed, NotServed, ServerError, Unavailable, UserError, exit_status
-from serve.images import Limits
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from contract.images import Limits
+from serve.client.tls import add_tls
+from serve.errors import NotAllowed, NotServed, ServerError, Unavailable
 
 if TYPE_CHECKING:  # needs an optional extra, of which `run` speaks in a sentence
     from serve.client import FeatureClient
@@ -46,33 +48,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Show on a web page what a running server makes of a photograph.",
         epilog=EPILOG,
     )
-    parser.add_argument("--url", metavar="HOST:PORT", help="the server's gRPC (port 8001 of this machine)")
+    parser.add_argument(
+        "--url", metavar="HOST:PORT", help="the server's gRPC (port 8001 of this machine)"
+    )
     parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (7860)")
-    parser.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)")
-    parser.add_argument("--labels", nargs="+", metavar="LABEL", help="zero-shot classes to begin with (the bundle's)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)"
+    )
+    parser.add_argument(
+        "--labels",
+        nargs="+",
+        metavar="LABEL",
+        help="zero-shot classes to begin with (the bundle's)",
+    )
     add_tls(parser)
-    asked = parser.parse_args(arguments)
-    return exit_status(lambda: run(asked))
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: run(args))
 
 
-def run(asked: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
     for package in ("gradio", "tritonclient"):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"serve.demo needs {package}, which is not installed: pip install 'vfm-distill[demo]'")
+            raise UserError(
+                f"serve.demo needs {package}, which is not installed: pip install "
+                "'vfm-distill[demo]'"
+            )
     from serve.client import FeatureClient
     from serve.client.retry import Retry
     from serve.client.sync import DEFAULT_URL
     from serve.client.tls import asked_tls
 
-    check_port(asked.host, asked.port)
+    check_port(args.host, args.port)
     with (
-        FeatureClient(asked.url or DEFAULT_URL, timeout=20.0, retry=Retry(most=2), tls=asked_tls(asked)) as client,
+        FeatureClient(
+            args.url or DEFAULT_URL, timeout=20.0, retry=Retry(most=2), tls=asked_tls(args)
+        ) as client,
         tempfile.TemporaryDirectory(prefix="serve-demo-") as folder,
     ):
-        check_server(client, asked.labels)
+        check_server(client, args.labels)
         os.environ.update(ENVIRONMENT, GRADIO_TEMP_DIR=folder)  # read when gradio is imported
-        show(client, asked)
+        show(client, args)
     return 0
 
 
@@ -88,7 +104,9 @@ def check_port(host: str, port: int) -> None:
     except socket.gaierror as error:
         raise UserError(f"--host {host}: no such address ({error.strerror})") from error
     except OSError as error:
-        raise UserError(f"port {port} of {host}: {error.strerror} (choose another with --port)") from error
+        raise UserError(
+            f"port {port} of {host}: {error.strerror} (choose another with --port)"
+        ) from error
 
 
 def check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
@@ -99,37 +117,57 @@ def check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
             client.describe("zero_shot")
     except Unavailable as error:
         raise ServerError(
-            f"no server answers at {client.url}: start one with python -m serve.run BUNDLE, or name another with --url"
+            f"no server answers at {client.url}: start one with python -m serve.run BUNDLE, or "
+            "name another with --url"
         ) from error
     except NotAllowed as error:
-        raise UserError(f"the server at {client.url} refuses this client: {error.message}") from error
+        raise UserError(
+            f"the server at {client.url} refuses this client: {error.message}"
+        ) from error
     except NotServed as error:
         if "zero_shot" not in error.message:
-            raise UserError(f"the server at {client.url} has no model 'features': is it one of serve.run?") from error
-        raise UserError("--labels: the server has no zero_shot (python -m export.text adds it to a bundle)") from error
+            raise UserError(
+                f"the server at {client.url} has no model 'features': is it one of serve.run?"
+            ) from error
+        raise UserError(
+            "--labels: the server has no zero_shot (python -m export.text adds it to a bundle)"
+        ) from error
 
 
-def show(client: "FeatureClient", asked: argparse.Namespace) -> None:
+def show(client: "FeatureClient", args: argparse.Namespace) -> None:
     """Serve the page until SIGINT or SIGTERM."""
     import gradio
 
     from serve.demo.cards import CSS
     from serve.demo.page import build
 
-    told = threading.Event()
-    before = {number: signal.signal(number, lambda *_: told.set()) for number in (signal.SIGINT, signal.SIGTERM)}
-    page = build(client, asked.labels)
+    answer = threading.Event()
+    before = {
+        number: signal.signal(number, lambda *_: answer.set())
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    page = build(client, args.labels)
     try:
         _, address, _ = page.launch(
-            server_name=asked.host, server_port=asked.port, share=False, quiet=True, prevent_thread_lock=True,
-            max_file_size=Limits().max_bytes, enable_monitoring=False, ssr_mode=False, pwa=False, footer_links=[],
-            theme=gradio.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            server_name=args.host,
+            server_port=args.port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size=Limits().max_bytes,
+            enable_monitoring=False,
+            ssr_mode=False,
+            pwa=False,
+            footer_links=[],
+            theme=gradio.themes.Default(
+                primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+            ),
             css=CSS,
-        )  # fmt: skip
+        )
         print(f"page      {address.rstrip('/')}", flush=True)
         print(f"server    {client.url}", flush=True)
         print("stop      Ctrl-C", flush=True)
-        told.wait()
+        answer.wait()
     finally:
         page.close(verbose=False)
         for number, handler in before.items():

@@ -1,6 +1,8 @@
-"""Answers as pieces of a web page: everything is in the HTML itself, pictures too, so that nothing is fetched from anywhere.
+"""Answers as pieces of a web page: everything is in the HTML itself, pictures too, so that nothing
+is fetched from anywhere.
 
-Colours are those of the pictures that `python -m serve.client` writes (serve.client.pictures). All text from outside is escaped.
+Colours are those of the pictures that `python -m serve.client` writes (serve.client.pictures). All
+text from outside is escaped.
 """
 
 import base64
@@ -66,26 +68,38 @@ footer { display: none !important; }
 
 
 class Request(NamedTuple):
-    """A request as the page lists it: what was asked, of which model, milliseconds, and the models the server ran for it."""
+    """A request as the page lists it: what was asked, of which model, milliseconds, and the models
+    the server ran for it.
+    """
 
     what: str
     milliseconds: float
     ran: tuple[str, ...]
 
 
-def patches_card(seen: np.ndarray, maps: Mapping[str, np.ndarray], missing: Mapping[str, object]) -> str:
-    """The picture as the model sees it, uint8 [H, W, 3], and the principal components of maps [h, w, d] in colours."""
+def patches_card(
+    seen: np.ndarray, maps: Mapping[str, np.ndarray], missing: Mapping[str, object]
+) -> str:
+    """The picture as the model sees it, uint8 [H, W, 3], and the principal components of maps [h,
+    w, d] in colours.
+    """
     height, width = seen.shape[:2]
     size = f"{width}×{height}"
     tiles = [tile(Image.fromarray(seen), "seen", "as the model sees it", f"{size} pixels")]
     for name, values in maps.items():
         rgb = (255 * pca_rgb(values)).round().astype(np.uint8)
         scale = max(1, TILE // max(height, width))
-        picture = Image.fromarray(rgb).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+        picture = Image.fromarray(rgb).resize(
+            (width * scale, height * scale), Image.Resampling.NEAREST
+        )
         about = f"{values.shape[1]}×{values.shape[0]} patches, {values.shape[2]}-d"
         tiles.append(tile(picture, "map", name, about))
-    lost = "".join(f"<p>{escape(name)} is missing: {escape(str(why))}</p>" for name, why in missing.items())
-    title = "Patches <small>each map's first three principal components as red, green and blue</small>"
+    lost = "".join(
+        f"<p>{escape(name)} is missing: {escape(str(why))}</p>" for name, why in missing.items()
+    )
+    title = (
+        "Patches <small>each map's first three principal components as red, green and blue</small>"
+    )
     return card("patches", title, f'<div class="tiles">{"".join(tiles)}</div>{lost}', wide=True)
 
 
@@ -120,12 +134,16 @@ def depth_card(photo: Image.Image, depth: np.ndarray, unit: str) -> str:
     share = np.asarray(share.resize(photo.size, Image.Resampling.BILINEAR))
     colours = matplotlib.colormaps[DEPTH_COLOURS]
     picture = Image.fromarray(colours(np.clip(share, 0, 1), bytes=True)[..., :3])
-    stops = ", ".join(f"rgb{tuple(int(part) for part in colours(n / 8, bytes=True)[:3])}" for n in range(9))
+    stops = ", ".join(
+        f"rgb{tuple(int(part) for part in colours(n / 8, bytes=True)[:3])}" for n in range(9)
+    )
     marks = "".join(f"<span>{low + (high - low) * n / 4:.2f}</span>" for n in range(5))
     bar = f'<i style="background: linear-gradient(to bottom, {stops})"></i>'
     scale = f'<div class="scale">{bar}<div>{marks}</div></div>'
     title = f"Depth <small>{escape(unit)}s, median {np.median(depth):.2f}</small>"
-    return card("depth", title, f'<div class="beside"><img alt="depth" src="{embed(picture)}">{scale}</div>')
+    return card(
+        "depth", title, f'<div class="beside"><img alt="depth" src="{embed(picture)}">{scale}</div>'
+    )
 
 
 def zero_shot_card(probabilities: np.ndarray, classes: Sequence[str], about: str) -> str:
@@ -157,7 +175,9 @@ def problem_card(title: str, sentence: str) -> str:
 
 def card(name: str, title: str, inside: str, wide: bool = False) -> str:
     """A frame with a title; both are HTML already."""
-    return f'<section class="card {name}{" wide" if wide else ""}"><h3>{title}</h3>{inside}</section>'
+    return (
+        f'<section class="card {name}{" wide" if wide else ""}"><h3>{title}</h3>{inside}</section>'
+    )
 
 
 def hint(sentence: str) -> str:

@@ -1,4 +1,6 @@
-"""The page of `python -m serve.demo`: a picture goes to the server, what it answers is shown as it comes in."""
+"""The page of `python -m serve.demo`: a picture goes to the server, what it answers is shown as it
+comes in.
+"""
 
 import importlib.util
 import time
@@ -10,9 +12,13 @@ from typing import Any, NamedTuple, TypeVar
 import gradio
 from PIL import Image
 
+from contract.images import Limits, fit
 from serve.client import FeatureClient
 from serve.client.inputs import Picture
 from serve.client.served import FRONT_DOOR, Served
+from serve.client.tasks.depth import estimate_depth
+from serve.client.tasks.segmentation import segment
+from serve.client.tasks.zero_shot import classify
 from serve.demo.cards import (
     Request,
     depth_card,
@@ -24,15 +30,14 @@ from serve.demo.cards import (
     zero_shot_card,
 )
 from serve.errors import BadRequest, ClientError, NotServed, Unavailable
-from serve.images import Limits, fit
-from serve.tasks.depth import estimate_depth
-from serve.tasks.segmentation import segment
-from serve.tasks.zero_shot import classify
 
 Result = TypeVar("Result")
 
 TITLE = "A distilled vision backbone, served by Triton"
-ABOUT = "One small network with a head for each of its teachers. Drop a photograph to see the features it makes, and their uses."
+ABOUT = (
+    "One small network with a head for each of its teachers. Drop a photograph to see the "
+    "features it makes, and their uses."
+)
 SHOWN = 640
 """Pixels of the longer side of photographs under classes and depth."""
 EXAMPLES = (
@@ -62,16 +67,18 @@ class Offer(NamedTuple):
 
 
 def ask_offer(client: FeatureClient) -> Offer:
-    """Ask the server what it has, anew each time: another bundle may have been rolled out. Raises a ClientError."""
+    """Ask the server what it has, anew each time: another bundle may have been rolled out. Raises a
+    ClientError.
+    """
     front_door = describe(client, FRONT_DOOR)
-    found = {}
+    result = {}
     for task in ("segmentation", "depth", "zero_shot"):
         try:
-            found[task] = describe(client, task)
+            result[task] = describe(client, task)
         except NotServed:
             continue
-    zero_shot = found["zero_shot"].facts("about") if "zero_shot" in found else None
-    return Offer(front_door, tuple(found), front_door.facts("about") or {}, zero_shot or {})
+    zero_shot = result["zero_shot"].facts("about") if "zero_shot" in result else None
+    return Offer(front_door, tuple(result), front_door.facts("about") or {}, zero_shot or {})
 
 
 def describe(client: FeatureClient, model: str) -> Served:
@@ -97,7 +104,9 @@ class Asking:
         return result
 
     def executions(self) -> dict[str, int]:
-        """How often the server has run each model that is not a mere chain of others; empty where it does not tell."""
+        """How often the server has run each model that is not a mere chain of others; empty where
+        it does not tell.
+        """
         calls = self.client.calls
         deadline = time.monotonic() + calls.options.timeout
         try:
@@ -105,14 +114,20 @@ class Asking:
         except ClientError:
             return {}
         chains = {FRONT_DOOR, "segmentation", "depth"}
-        return {stat.name: stat.execution_count for stat in answer.model_stats if stat.name not in chains}
+        return {
+            stat.name: stat.execution_count
+            for stat in answer.model_stats
+            if stat.name not in chains
+        }
 
 
 Shown = tuple[str, str]
 """HTML of the answers, and of the list of requests."""
 
 
-def look(client: FeatureClient, photo: Image.Image, labels: Sequence[str] | None) -> Iterator[Shown]:
+def look(
+    client: FeatureClient, photo: Image.Image, labels: Sequence[str] | None
+) -> Iterator[Shown]:
     """Everything the server can say of a photograph; it grows with every answer.
 
     A request that fails becomes a sentence in its place; one that finds no server ends the matter.
@@ -120,7 +135,9 @@ def look(client: FeatureClient, photo: Image.Image, labels: Sequence[str] | None
     asking, cards = Asking(client), []
     offer = ask_offer(client)
     scale = SHOWN / max(photo.size)
-    small = photo.resize([max(1, round(scale * side)) for side in photo.size], Image.Resampling.LANCZOS)
+    small = photo.resize(
+        [max(1, round(scale * side)) for side in photo.size], Image.Resampling.LANCZOS
+    )
     parts = {"Patches": lambda: patches(asking, offer, photo)} if offer.patches else {}
     if "segmentation" in offer.tasks:
         parts["Segmentation"] = lambda: segmentation(asking, photo, small)
@@ -143,32 +160,41 @@ def look(client: FeatureClient, photo: Image.Image, labels: Sequence[str] | None
 def patches(asking: Asking, offer: Offer, photo: Image.Image) -> str:
     """The backbone's and every head's patches, as far as they are well."""
     names, client = offer.patches, asking.client
-    answer = asking.timed(f"{FRONT_DOOR}, {len(names)} outputs", lambda: client.features(photo, names, partial=True))
+    answer = asking.timed(
+        f"{FRONT_DOOR}, {len(names)} outputs", lambda: client.features(photo, names, partial=True)
+    )
     maps = {name: answer[name][0].reshape(*answer.grid(name), -1) for name in answer}
     return patches_card(
-        fit(photo, *answer.size), {name.removesuffix("_patches"): maps[name] for name in maps}, answer.missing
+        fit(photo, *answer.size),
+        {name.removesuffix("_patches"): maps[name] for name in maps},
+        answer.missing,
     )
 
 
 def segmentation(asking: Asking, photo: Image.Image, small: Image.Image) -> str:
     """The class of every pixel."""
-    found = asking.timed("segmentation", lambda: segment(asking.client, photo))
-    return segmentation_card(small, found.class_map[0], found.classes)
+    result = asking.timed("segmentation", lambda: segment(asking.client, photo))
+    return segmentation_card(small, result.class_map[0], result.classes)
 
 
 def depth(asking: Asking, photo: Image.Image, small: Image.Image) -> str:
     """The distance of every pixel."""
-    found = asking.timed("depth", lambda: estimate_depth(asking.client, photo))
-    return depth_card(small, found.depth[0], found.unit)
+    result = asking.timed("depth", lambda: estimate_depth(asking.client, photo))
+    return depth_card(small, result.depth[0], result.unit)
 
 
-def zero_shot(asking: Asking, offer: Offer, photo: Image.Image, labels: Sequence[str] | None) -> str:
+def zero_shot(
+    asking: Asking, offer: Offer, photo: Image.Image, labels: Sequence[str] | None
+) -> str:
     """Probabilities of classes: of the labels, or of the bundle's own."""
-    found = asking.timed("zero_shot", lambda: classify(asking.client, photo, labels))
+    result = asking.timed("zero_shot", lambda: classify(asking.client, photo, labels))
     teacher = offer.zero_shot.get("teacher")
     token = f"{teacher}_token" if teacher else "the picture"
-    about = f"{token} against {'your labels' if labels else f'the {len(found.classes)} classes of the bundle'}"
-    return zero_shot_card(found.probabilities[0], found.classes, about)
+    about = (
+        f"{token} against "
+        f"{'your labels' if labels else f'the {len(result.classes)} classes of the bundle'}"
+    )
+    return zero_shot_card(result.probabilities[0], result.classes, about)
 
 
 def page_of(cards: Sequence[str]) -> str:
@@ -178,13 +204,18 @@ def page_of(cards: Sequence[str]) -> str:
 
 def is_gone(error: ClientError) -> bool:
     """Whether there is no server, as against one that is busy."""
-    return isinstance(error, Unavailable) and ("connect" in error.message or "resolving" in error.message)
+    return isinstance(error, Unavailable) and (
+        "connect" in error.message or "resolving" in error.message
+    )
 
 
 def sentence(error: ClientError, url: str) -> str:
     """A failure as the page says it."""
     if is_gone(error):
-        return f"No server answers at {url}. Start one with python -m serve.run BUNDLE, then try again."
+        return (
+            f"No server answers at {url}. Start one with python -m serve.run BUNDLE, then try "
+            "again."
+        )
     text = str(error)
     return text[:1].upper() + text[1:] if isinstance(error, BadRequest) else text
 
@@ -209,9 +240,9 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
         if not file:
             yield HINT, ""
             return
-        asked = [line.strip() for line in (lines or "").splitlines() if line.strip()]
+        requested = [line.strip() for line in (lines or "").splitlines() if line.strip()]
         try:
-            yield from look(client, open_upload(file, Path(image.GRADIO_CACHE)), asked or None)
+            yield from look(client, open_upload(file, Path(image.GRADIO_CACHE)), requested or None)
         except ClientError as error:
             title = "This picture cannot be read" if isinstance(error, BadRequest) else "No answer"
             yield page_of([problem_card(title, sentence(error, client.url))]), ""
@@ -221,23 +252,46 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=3, min_width=250):
                 image = gradio.Image(
-                    label="Photograph", type="filepath", image_mode=None, sources=["upload", "clipboard"], height=240,
-                    buttons=[], elem_id="photograph",
-                )  # fmt: skip
-                found = example_photographs()
-                if found:
-                    gradio.Examples([[str(path)] for path in found], [image], label="Examples", examples_per_page=8)
+                    label="Photograph",
+                    type="filepath",
+                    image_mode=None,
+                    sources=["upload", "clipboard"],
+                    height=240,
+                    buttons=[],
+                    elem_id="photograph",
+                )
+                result = example_photographs()
+                if result:
+                    gradio.Examples(
+                        [[str(path)] for path in result],
+                        [image],
+                        label="Examples",
+                        examples_per_page=8,
+                    )
                 words = gradio.Textbox(
-                    "\n".join(labels or ()), label="Zero-shot labels, one a line", lines=5, max_lines=12, visible=False,
-                    placeholder="empty: the bundle's own classes", elem_id="labels",
-                )  # fmt: skip
-                again = gradio.Button("Ask with these labels", size="sm", visible=False, elem_id="again")
+                    "\n".join(labels or ()),
+                    label="Zero-shot labels, one a line",
+                    lines=5,
+                    max_lines=12,
+                    visible=False,
+                    placeholder="empty: the bundle's own classes",
+                    elem_id="labels",
+                )
+                again = gradio.Button(
+                    "Ask with these labels", size="sm", visible=False, elem_id="again"
+                )
                 requests = gradio.HTML("", elem_id="requests")
             with gradio.Column(scale=10, min_width=500):
                 answers = gradio.HTML(HINT, elem_id="answers")
         # the file is decoded by `answer`, which says in a sentence what is wrong with it
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        given = {"fn": answer, "inputs": [image, words], "outputs": [answers, requests], "preprocess": False, **quiet}
+        given = {
+            "fn": answer,
+            "inputs": [image, words],
+            "outputs": [answers, requests],
+            "preprocess": False,
+            **quiet,
+        }
         image.change(**given, trigger_mode="always_last")
         again.click(**given)
         for part in (words, again):
@@ -246,14 +300,16 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
 
 
 HINT = hint(
-    "Drop a JPEG, PNG or WebP photograph on the left, or choose an example. It goes to the server and nowhere else."
+    "Drop a JPEG, PNG or WebP photograph on the left, or choose an example. It goes to the server "
+    "and nowhere else."
 )
 
 
 def open_upload(file: Mapping[str, Any], folder: Path) -> Image.Image:
     """A picture that was dropped on the page; raises BadRequest for one that cannot be read.
 
-    Gradio lets whoever writes requests by hand name any file of this machine: only those of its own folder are read.
+    Gradio lets whoever writes requests by hand name any file of this machine: only those of its own
+    folder are read.
     """
     path = Path(file.get("path") or "").resolve()
     if not path.is_relative_to(folder.resolve()):
@@ -286,10 +342,10 @@ def facts_of(offer: Offer, url: str) -> str:
 
 def example_photographs() -> list[Path]:
     """Photographs of packages that happen to be installed; none if none are."""
-    found = []
+    result = []
     for package, name in EXAMPLES:
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or () if spec else ():
             if (Path(folder) / name).is_file():
-                found.append(Path(folder) / name)
-    return found
+                result.append(Path(folder) / name)
+    return result

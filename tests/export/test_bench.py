@@ -1,4 +1,6 @@
-"""`python -m export.bench`: every runtime beside torch on the same photographs, and no speed bought by wrongness."""
+"""`python -m export.bench`: every runtime beside torch on the same photographs, and no speed bought
+by wrongness.
+"""
 
 import json
 import shutil
@@ -9,20 +11,22 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import run_here
 from onnx import numpy_helper
 
-from export.bench import main as bench
-from export.bundle import MANIFEST, read_manifest
-from export.gpu import gpu_present
-from export.runtimes import Bound, OnnxRuntime
-from export.timing import Feeds, fastest
+from contract.manifest import MANIFEST, read_manifest
+from export.bench.__main__ import main as bench
+from export.bench.timing import Feeds, fastest
+from export.runtimes.runtime import Bound, OnnxRuntime
+from export.tensorrt.bindings import gpu_present
+from tests.conftest import run_here
 
 QUICK = ("--rounds", 2, "--threads", 1, "--devices", "cpu", "--no-compile")
 
 
 def time(*arguments: object) -> subprocess.CompletedProcess:
-    """Run the bench in this process, where torch.compile would leave its own signal stacks behind."""
+    """Run the bench in this process, where torch.compile would leave its own signal stacks
+    behind.
+    """
     return run_here(*arguments, *QUICK, command=bench)
 
 
@@ -51,12 +55,21 @@ def test_every_runtime_is_timed_beside_torch_and_compared_with_it(small_bundle, 
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path)
     assert {(row["graph"], row["batch"]) for row in rows} == {
-        (graph, batch) for graph in ("backbone", "head_dino", "segmentation", "fused") for batch in (1, 6)
+        (graph, batch)
+        for graph in ("backbone", "head_dino", "segmentation", "fused")
+        for batch in (1, 6)
     }, "batch 6 though the bundle was exported with --max-batch 4"
-    assert {row["runtime"] for row in rows} == {"torch eager fp32", "onnxruntime fp32", "openvino fp32"}
+    assert {row["runtime"] for row in rows} == {
+        "torch eager fp32",
+        "onnxruntime fp32",
+        "openvino fp32",
+    }
     for row in rows:
         base = next(
-            r for r in rows if r["runtime"] == "torch eager fp32" and all(r[k] == row[k] for k in ("graph", "batch"))
+            r
+            for r in rows
+            if r["runtime"] == "torch eager fp32"
+            and all(r[k] == row[k] for k in ("graph", "batch"))
         )
         assert row["speedup"] == pytest.approx(base["p50_ms"] / row["p50_ms"])
         assert row["images_per_second"] == pytest.approx(1000 * row["batch"] / row["p50_ms"])
@@ -64,19 +77,32 @@ def test_every_runtime_is_timed_beside_torch_and_compared_with_it(small_bundle, 
         assert row["cosine"] > 0.99999 and row["agrees"]
         assert "1 thread" in row["settings"]
     assert "BELOW" not in done.stdout and "least cosine" in done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.startswith("timing    head_dino, batch 6: "))
+    line = next(
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith("timing    head_dino, batch 6: ")
+    )
     assert "onnxruntime fp32: optimisation" in line and "openvino fp32: hint" in line
     assert (tmp_path / "bench.png").stat().st_size > 1000
 
 
-def test_backbone_interaction_heads_and_fused_are_timed_unless_others_are_asked_for(small_bundle, tmp_path):
+def test_backbone_interaction_heads_and_fused_are_timed_unless_others_are_asked_for(
+    small_bundle, tmp_path
+):
     done = time(small_bundle, "--batches", 1, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path)
     assert list(dict.fromkeys(row["graph"] for row in rows)) == [
-        "backbone", "interaction", "head_cls", "head_mae", "head_dino", "fused",
-    ]  # fmt: skip
-    assert all(row["speedup"] is None and row["cosine"] is None for row in rows), "without --run there is no torch"
+        "backbone",
+        "interaction",
+        "head_cls",
+        "head_mae",
+        "head_dino",
+        "fused",
+    ]
+    assert all(row["speedup"] is None and row["cosine"] is None for row in rows), (
+        "without --run there is no torch"
+    )
 
 
 def test_rows_that_do_not_say_what_torch_says_are_marked(small_bundle, tmp_path):
@@ -124,9 +150,21 @@ def test_the_fastest_setting_is_used():
 
 
 def test_torchs_threads_are_as_before(small_bundle, tmp_path):
-    wanted = ("--graphs", "head_mae", "--batches", 1, "--run", small_bundle.parent / "run", "--output", tmp_path)
+    wanted = (
+        "--graphs",
+        "head_mae",
+        "--batches",
+        1,
+        "--run",
+        small_bundle.parent / "run",
+        "--output",
+        tmp_path,
+    )
     before = torch.get_num_threads()
-    assert run_here(small_bundle, *wanted, *QUICK, "--threads", before + 1, command=bench).returncode == 0
+    assert (
+        run_here(small_bundle, *wanted, *QUICK, "--threads", before + 1, command=bench).returncode
+        == 0
+    )
     assert torch.get_num_threads() == before
 
 
@@ -149,7 +187,9 @@ def test_mistakes_are_one_line(small_bundle, other, tmp_path, arguments, words):
     if "SAME" in arguments:
         stand_ins["SAME"] = Path(shutil.copytree(small_bundle, tmp_path / "same"))
     if "LARGER" in arguments:
-        stand_ins["LARGER"] = changed(small_bundle, tmp_path / "larger", resolution=resolution, precision="fp16")
+        stand_ins["LARGER"] = changed(
+            small_bundle, tmp_path / "larger", resolution=resolution, precision="fp16"
+        )
     given = [stand_ins.get(argument, argument) for argument in arguments]
     first = () if arguments[0] in stand_ins else (small_bundle,)
     done = run_here(*first, *given, "--no-compile", "--output", tmp_path / "out", command=bench)
@@ -160,4 +200,8 @@ def test_mistakes_are_one_line(small_bundle, other, tmp_path, arguments, words):
 @pytest.mark.skipif(gpu_present(), reason="says what happens without a GPU")
 def test_cuda_without_a_gpu_is_one_line(small_bundle):
     done = run_here(small_bundle, "--devices", "cuda", command=bench)
-    assert done.returncode == 2 and "no CUDA GPU is visible here" in done.stderr and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 2
+        and "no CUDA GPU is visible here" in done.stderr
+        and done.stderr.count("\n") == 1
+    )

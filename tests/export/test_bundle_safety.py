@@ -1,4 +1,6 @@
-"""A bundle replaces only what it may, appears whole or not at all however its export ends, and no change to it goes unseen."""
+"""A bundle replaces only what it may, appears whole or not at all however its export ends, and no
+change to it goes unseen.
+"""
 
 import json
 import os
@@ -13,20 +15,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import run_here
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import distill.errors
+import contract.errors
 import serve.errors
-from distill.errors import UserError
+from contract.errors import UserError
+from contract.files import file_sha256
+from contract.manifest import MANIFEST, add_files, read_manifest, verify_files
 from export import output
-from export.bundle import MANIFEST, add_files, read_manifest, sha256_of, verify_files
 from export.check import main as check
-from export.gpu import gpu_present
 from export.output import appearing, check_output
 from export.run import main as export
+from export.tensorrt.bindings import gpu_present
 from serve.bundle import read_bundle
+from tests.conftest import run_here
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,7 +48,10 @@ def run(small_bundle, tmp_path) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes]:
     """Everything below a folder: the bytes of files, nothing of folders."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b""
+        for p in folder.rglob("*")
+    }
 
 
 def refused(*arguments: object, status: int = 2) -> str:
@@ -61,7 +67,7 @@ def make(output: Path, force: bool = False, content: str = "new") -> Path:
     place = check_output(output, force, {})
     with appearing(output, place, force) as aside:
         (aside / "graph.onnx").write_text(content)
-        files = {"graph.onnx": sha256_of(aside / "graph.onnx")}
+        files = {"graph.onnx": file_sha256(aside / "graph.onnx")}
         (aside / MANIFEST).write_text(json.dumps({"files": files, "seal": "x"}))
     return place
 
@@ -101,7 +107,9 @@ def test_an_output_above_what_is_read_is_refused(tmp_path, option):
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with pytest.raises(UserError, match=f"holds {option} "):
         check_output(tmp_path / "link", True, {option: inside})
-    assert check_output(inside / "bundle", True, {option: inside}) == inside / "bundle", "inside one is fine"
+    assert check_output(inside / "bundle", True, {option: inside}) == inside / "bundle", (
+        "inside one is fine"
+    )
 
 
 def test_force_replaces_bundles_of_other_formats_and_damaged_ones_and_empty_folders(copy, tmp_path):
@@ -129,7 +137,9 @@ def test_a_link_is_followed_and_stays(tmp_path):
     make(tmp_path / "real", content="old")
     (tmp_path / "link").symlink_to("real")
     make(tmp_path / "link", force=True)
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "graph.onnx").read_text() == "new"
+    assert (tmp_path / "link").is_symlink() and (
+        tmp_path / "real" / "graph.onnx"
+    ).read_text() == "new"
     (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(UserError, match="choose another"):
         make(tmp_path / "loop", force=True)
@@ -173,7 +183,9 @@ def test_there_is_a_bundle_at_every_moment_of_its_replacement(tmp_path, monkeypa
         monkeypatch.setattr(output, "exchange", lambda *_: False)
     make(tmp_path / "b", content="old")
     seen, rename = [], os.rename
-    monkeypatch.setattr(os, "rename", lambda *names: (rename(*names), seen.append((tmp_path / "b").exists())))
+    monkeypatch.setattr(
+        os, "rename", lambda *names: (rename(*names), seen.append((tmp_path / "b").exists()))
+    )
     make(tmp_path / "b", force=True)
     if atomic:
         assert seen == [], "exchanged in one step"
@@ -201,7 +213,9 @@ def export():
 def start(here: str, place: Path, before: str = "") -> subprocess.Popen:
     """Start an export that does `here` inside and `before` before."""
     code = EXPORT.replace("HERE", here) + before + "\nsys.exit(exit_status(export))"
-    return subprocess.Popen([sys.executable, "-c", code, str(place)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(place)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
 
 
 KILLED = """
@@ -223,13 +237,21 @@ def test_a_bundle_whose_replacement_was_killed_between_renames_is_taken_back(tmp
     with pytest.raises(UserError, match="already holds files"):
         check_output(place, False, {})
     assert (place / "graph.onnx").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["b"], "and what the killed export had made is gone"
+    assert [path.name for path in tmp_path.iterdir()] == ["b"], (
+        "and what the killed export had made is gone"
+    )
 
 
 def test_what_dead_exports_left_is_swept_and_what_others_do_is_not(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    names = (f".b.{dead.pid}.tmp", ".b.old", f".b.{os.getppid()}.tmp", f".c.{dead.pid}.tmp", ".b.x.tmp")
+    names = (
+        f".b.{dead.pid}.tmp",
+        ".b.old",
+        f".b.{os.getppid()}.tmp",
+        f".c.{dead.pid}.tmp",
+        ".b.x.tmp",
+    )
     for name in names:
         make(tmp_path / "b", force=True)
         shutil.copytree(tmp_path / "b", tmp_path / name)
@@ -250,16 +272,22 @@ def test_an_export_in_another_container_is_left_alone(tmp_path):
 
 
 def stop(process: subprocess.Popen, number: int, folder: Path) -> tuple[int, str]:
-    """Send a signal as soon as there is something aside in a folder; returns status and standard error."""
+    """Send a signal as soon as there is something aside in a folder; returns status and standard
+    error.
+    """
     deadline = time.monotonic() + 200
-    while not list(folder.glob(".b.*.tmp")) and time.monotonic() < deadline and process.poll() is None:
+    while (
+        not list(folder.glob(".b.*.tmp")) and time.monotonic() < deadline and process.poll() is None
+    ):
         time.sleep(0.01)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     return process.returncode, error
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_stopped_export_says_so_and_leaves_nothing(tmp_path, number, status):
     place = tmp_path / "new" / "deep" / "b"
     process = start("time.sleep(60)", place)
@@ -268,9 +296,18 @@ def test_a_stopped_export_says_so_and_leaves_nothing(tmp_path, number, status):
 
 
 def test_an_export_that_is_stopped_while_it_works_leaves_nothing(small_bundle, tmp_path):
-    command = [sys.executable, "-m", "export.run", str(small_bundle.parent / "run"), "--output", str(tmp_path / "b")]
+    command = [
+        sys.executable,
+        "-m",
+        "export.run",
+        str(small_bundle.parent / "run"),
+        "--output",
+        str(tmp_path / "b"),
+    ]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet
+    )
     assert stop(process, signal.SIGTERM, tmp_path) == (143, "stopped\n")
     assert list(tmp_path.iterdir()) == []
 
@@ -282,7 +319,7 @@ def test_nohup_keeps_an_export_going(tmp_path):
     assert (tmp_path / "b" / MANIFEST).exists()
 
 
-@pytest.mark.parametrize("module", [distill.errors, serve.errors])
+@pytest.mark.parametrize("module", [contract.errors, serve.errors])
 def test_ctrl_c_is_one_line_and_130(module, capsys):
     def command() -> int:
         raise KeyboardInterrupt
@@ -295,17 +332,22 @@ def test_ctrl_c_is_one_line_and_130(module, capsys):
 @pytest.mark.parametrize("lines", [3, 100_000])
 def test_a_reader_who_has_seen_enough_ends_a_command_without_a_word(package, lines):
     code = (
-        f"import sys; from {package}.errors import exit_status; sys.exit(exit_status(lambda: print('x\\n' * {lines})))"
+        f"import sys; from {package}.errors import exit_status; sys.exit(exit_status(lambda: "
+        f"print('x\\n' * {lines})))"
     )
     reader, writer = os.pipe()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
     os.close(writer), os.close(reader)
     assert process.communicate(timeout=60)[1] == "" and process.returncode == 128 + signal.SIGPIPE
 
 
 def test_files_are_on_the_disk_before_the_bundle_has_its_name(tmp_path, monkeypatch):
     done, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (done.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))
+    )
     make(tmp_path / "b")
     assert {Path(name).name for name in done} >= {"graph.onnx", MANIFEST, tmp_path.name}
     assert done[-1] == str(tmp_path), "the folder's own names last"
@@ -383,11 +425,15 @@ def test_a_listed_pipe_is_no_file_and_nobody_waits_for_it(copy):
     assert verify_files(copy, read_manifest(copy))["backbone.onnx"] == "no regular file"
 
 
-@pytest.mark.parametrize("name", ["../elsewhere", "/etc/hostname", "a/../b", "./a", "a//b", ".", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["../elsewhere", "/etc/hostname", "a/../b", "./a", "a//b", ".", "manifest.json"]
+)
 def test_names_that_lead_out_of_a_bundle_are_refused(copy, tmp_path, name):
     (tmp_path / "elsewhere").write_text("x")
     manifest = read_manifest(copy)
-    changed = manifest.model_copy(update={"files": manifest.files | {name: sha256_of(tmp_path / "elsewhere")}})
+    changed = manifest.model_copy(
+        update={"files": manifest.files | {name: file_sha256(tmp_path / "elsewhere")}}
+    )
     (copy / MANIFEST).write_bytes(changed.sealed().to_bytes())
     with pytest.raises(UserError, match="is no name of a file in a bundle"):
         read_manifest(copy)
@@ -406,7 +452,9 @@ def test_serving_opens_no_links(copy, tmp_path):
 
 
 def test_a_manifest_says_what_was_trained_and_what_graphs_compute_in(run, tmp_path):
-    done = run_here(run, "--output", run / "bundle", "--precision", "fp16", "--max-batch", 2, command=export)
+    done = run_here(
+        run, "--output", run / "bundle", "--precision", "fp16", "--max-batch", 2, command=export
+    )
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(run / "bundle")
     assert manifest.student.trained_steps == 2
@@ -416,15 +464,20 @@ def test_a_manifest_says_what_was_trained_and_what_graphs_compute_in(run, tmp_pa
     for graph in manifest.graphs:
         kinds = {t.data_type for t in onnx.load(run / "bundle" / graph.file).graph.initializer}
         assert len(kinds) == len(graph.dtypes)
-    wrong = tuple(g.model_copy(update={"dtypes": ("float16",)}) if g.name == "depth" else g for g in manifest.graphs)
-    (run / "bundle" / MANIFEST).write_bytes(manifest.model_copy(update={"graphs": wrong}).sealed().to_bytes())
+    wrong = tuple(
+        g.model_copy(update={"dtypes": ("float16",)}) if g.name == "depth" else g
+        for g in manifest.graphs
+    )
+    (run / "bundle" / MANIFEST).write_bytes(
+        manifest.model_copy(update={"graphs": wrong}).sealed().to_bytes()
+    )
     found = run_here(run / "bundle", command=check)
     assert found.returncode == 1 and "the manifest says float16" in found.stdout
 
 
 def test_damaged_tensors_are_found_even_where_hashes_are_right(copy):
     with safe_open(copy / "golden.safetensors", framework="np") as file:
-        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     name = next(name for name in tensors if name != "image")
     for problem, changed in (
         ("lacks " + name, {k: v for k, v in tensors.items() if k != name}),
@@ -435,7 +488,11 @@ def test_damaged_tensors_are_found_even_where_hashes_are_right(copy):
         done = run_here(copy, command=check)
         assert done.returncode == 1 and problem in done.stdout
     (copy / "golden.safetensors").write_bytes(b"{}")
-    save_file({"embeddings": np.ones((3, 4), np.float32)}, copy / "class_embeddings.safetensors", {"classes": '["a"]'})
+    save_file(
+        {"embeddings": np.ones((3, 4), np.float32)},
+        copy / "class_embeddings.safetensors",
+        {"classes": '["a"]'},
+    )
     add_files(copy, ["golden.safetensors", "class_embeddings.safetensors"])
     done = run_here(copy, command=check)
     assert "cannot be read" in done.stdout and "3 embeddings for 1 classes" in done.stdout
@@ -446,10 +503,15 @@ def test_a_text_encoder_is_opened_and_held_against_its_description(copy):
     (copy / "words.gz").write_bytes(b"words")
     depth = read_manifest(copy).graph("depth")
     about = {
-        "graph": {"file": "text_encoder.onnx", "sha256": sha256_of(copy / "depth.onnx"), "opset": depth.opset},
-        "tokenizer": {"vocabulary": {"file": "words.gz", "sha256": sha256_of(copy / "words.gz")}},
-        "input": depth.inputs[0].model_dump(mode="json"), "output": depth.outputs[0].model_dump(mode="json"),
-    }  # fmt: skip
+        "graph": {
+            "file": "text_encoder.onnx",
+            "sha256": file_sha256(copy / "depth.onnx"),
+            "opset": depth.opset,
+        },
+        "tokenizer": {"vocabulary": {"file": "words.gz", "sha256": file_sha256(copy / "words.gz")}},
+        "input": depth.inputs[0].model_dump(mode="json"),
+        "output": depth.outputs[0].model_dump(mode="json"),
+    }
     names = ["text_encoder.onnx", "words.gz", "text_encoder.json"]
 
     def said(about: dict) -> str:
@@ -463,13 +525,15 @@ def test_a_text_encoder_is_opened_and_held_against_its_description(copy):
     assert "is not the one that" in said(about | {"graph": about["graph"] | {"sha256": "0" * 64}})
     assert "does not describe an encoder" in said({})
     (copy / "text_encoder.onnx").write_bytes(b"no graph")
-    graph = about["graph"] | {"sha256": sha256_of(copy / "text_encoder.onnx")}
+    graph = about["graph"] | {"sha256": file_sha256(copy / "text_encoder.onnx")}
     assert "not valid ONNX" in said(about | {"graph": graph})
 
 
 def test_a_manifest_is_read_without_torch():
-    code = "import sys, export.bundle, export.check, export.run; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = "import sys, contract.manifest, export.check, export.run; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "False\n", done.stderr
 
 
@@ -495,14 +559,19 @@ RTX = ("--formats", "tensorrt-rtx")
         (("--calibration", "packaged-photos"), "--calibration is for --precision int8"),
         (("--calibration-images", "64"), "--calibration-images is for --precision int8"),
         (("--calibration-method", "minmax"), "--calibration-method is for --precision int8"),
-        (("--precision", "int8", "--calibration", "nowhere"), "--calibration nowhere: no such folder"),
+        (
+            ("--precision", "int8", "--calibration", "nowhere"),
+            "--calibration nowhere: no such folder",
+        ),
         (("--images", "nowhere"), "--images nowhere: no such folder"),
         (("--images", __file__), "is a file"),
         (("--images", "EMPTY"), "--images"),
         (("--precision", "int8", "--calibration", "EMPTY"), "--calibration"),
     ],
 )
-def test_options_that_do_nothing_or_name_nothing_are_one_line(small_bundle, tmp_path, arguments, words):
+def test_options_that_do_nothing_or_name_nothing_are_one_line(
+    small_bundle, tmp_path, arguments, words
+):
     (tmp_path / "empty").mkdir()
     given = [tmp_path / "empty" if argument == "EMPTY" else argument for argument in arguments]
     said = refused(small_bundle.parent / "run", "--output", tmp_path / "b", *given)
@@ -517,10 +586,15 @@ def test_options_that_do_nothing_or_name_nothing_are_one_line(small_bundle, tmp_
         ((), "no compute capability named"),
         (("--compute-capability", "9.0"), "cannot build for compute capability 9.0"),
         (("--compute-capability", "8.9", "--refit"), "refit cannot be built without a GPU"),
-        (("--compute-capability", "8.9", "--strip-weights"), "strip_weights cannot be built without a GPU"),
+        (
+            ("--compute-capability", "8.9", "--strip-weights"),
+            "strip_weights cannot be built without a GPU",
+        ),
     ],
 )
-def test_what_engines_need_is_looked_at_before_graphs_are_made(small_bundle, tmp_path, options, words):
+def test_what_engines_need_is_looked_at_before_graphs_are_made(
+    small_bundle, tmp_path, options, words
+):
     pytest.importorskip("tensorrt_rtx", reason="the optional extra [tensorrt-rtx] is not installed")
     assert words in refused(small_bundle.parent / "run", "--output", tmp_path / "b", *RTX, *options)
 
@@ -528,8 +602,14 @@ def test_what_engines_need_is_looked_at_before_graphs_are_made(small_bundle, tmp
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("run", "--output", "b", "--precision", "fp61"), "--precision: no such choice 'fp61': did you mean 'fp16'?"),
-        (("run", "--output", "b", "--presicion", "fp16"), "--presicion: did you mean '--precision'?"),
+        (
+            ("run", "--output", "b", "--precision", "fp61"),
+            "--precision: no such choice 'fp61': did you mean 'fp16'?",
+        ),
+        (
+            ("run", "--output", "b", "--presicion", "fp16"),
+            "--presicion: did you mean '--precision'?",
+        ),
         (("run",), "--output"),
         (("run", "--output", "b", "--max-batch", "many"), "--max-batch: invalid int value: 'many'"),
         (("run", "more", "--output", "b"), "more: one argument too many"),
@@ -539,7 +619,12 @@ def test_a_wrong_command_line_is_one_line(capsys, arguments, words):
     with pytest.raises(SystemExit) as stopped:
         export(arguments)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1 and words in said
+    assert (
+        stopped.value.code == 2
+        and said.startswith("error: ")
+        and said.count("\n") == 1
+        and words in said
+    )
 
 
 def test_help_explains_precision_and_calibration(capsys):

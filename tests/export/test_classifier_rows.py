@@ -1,4 +1,6 @@
-"""`export.text --classifier`: the classes of a teacher's own classifier, scored as that classifier scores them."""
+"""`export.text --classifier`: the classes of a teacher's own classifier, scored as that classifier
+scores them.
+"""
 
 import json
 from pathlib import Path
@@ -6,20 +8,20 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import run_here, small_recipe
 from safetensors import safe_open
 from safetensors.torch import save_file
 from yaml import safe_dump
 
-from distill.checkpoint import load_run
+from contract.errors import UserError
 from distill.config import TeacherRuntime
-from distill.errors import UserError
 from distill.evaluate.zero_shot import class_scores, read_classes
+from distill.models.weights import tensors_sha256
+from distill.runs import load_run
 from distill.teachers import build_teacher
-from distill.weights import tensors_sha256
-from export.classifier_rows import find_classes
-from export.text import main
-from export.text_tower import Label
+from export.text.__main__ import main
+from export.text.classifier_rows import find_classes
+from export.text.tower import Label
+from tests.conftest import run_here, small_recipe
 
 LABELS = ("tabby cat", "Egyptian cat", "espresso", "missile", "n02012849")
 NUMBERS = [281, 285, 967, 657, 134]
@@ -40,15 +42,27 @@ def run(photo_folder, tmp_path_factory) -> Path:
         save_file(state, folder / f"{label}.safetensors")
         given = {key: value for key, value in kwargs[label].items() if key != "img_size"}
         teachers.append(
-            {"name": name, "alias": label, "role": "classification", "image_size": 64, "kwargs": given,
-             "checkpoint": str(folder / f"{label}.safetensors")}
-        )  # fmt: skip
+            {
+                "name": name,
+                "alias": label,
+                "role": "classification",
+                "image_size": 64,
+                "kwargs": given,
+                "checkpoint": str(folder / f"{label}.safetensors"),
+            }
+        )
     headless = {key: value for key, value in state.items() if not key.startswith("head.")}
     save_file(headless, folder / "headless.safetensors")
     teachers += [
         teachers[1] | {"alias": "block", "block": 0},
         teachers[1] | {"alias": "headless", "checkpoint": str(folder / "headless.safetensors")},
-        {"name": "resnet10t", "alias": "random", "role": "dino", "pretrained": False, "image_size": 64},
+        {
+            "name": "resnet10t",
+            "alias": "random",
+            "role": "dino",
+            "pretrained": False,
+            "image_size": 64,
+        },
     ]
     recipe = small_recipe(photo_folder, method="plain", train={"steps": 1}) | {"teachers": teachers}
     (folder / "recipe.yaml").write_text(safe_dump(recipe))
@@ -66,7 +80,9 @@ def ask(run: Path, output: Path, *labels: str, classifier: str = "cls", more: tu
 
 
 def refused(done, *says: str) -> None:
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    ), done.stderr
     for words in says:
         assert words in done.stderr
 
@@ -76,7 +92,7 @@ def test_scores_are_the_teachers_own_logits(run, teacher, tmp_path):
     done = ask(run, tmp_path / "out", *LABELS, classifier=teacher)
     assert done.returncode == 0, done.stderr
     with safe_open(tmp_path / "out" / "class_embeddings.safetensors", framework="pt") as file:
-        tensors, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     recipe = load_run(run).recipe
     index = next(n for n, config in enumerate(recipe.teachers) if config.label == teacher)
     net = build_teacher(recipe.teachers[index], TeacherRuntime(precision="fp32"), index)
@@ -94,18 +110,36 @@ def test_scores_are_the_teachers_own_logits(run, teacher, tmp_path):
 
 
 def test_a_class_is_found_by_any_of_its_names_and_answers_by_the_users(run, tmp_path):
-    done = ask(run, tmp_path / "out", "kitty\tTABBY", "n02124075", "projectile", "missile", "crane\tn03126707")
+    done = ask(
+        run,
+        tmp_path / "out",
+        "kitty\tTABBY",
+        "n02124075",
+        "projectile",
+        "missile",
+        "crane\tn03126707",
+    )
     assert done.returncode == 0, done.stderr
     with safe_open(tmp_path / "out" / "class_embeddings.safetensors", framework="pt") as file:
         said = file.metadata()
     assert json.loads(said["classes"]) == ["kitty", "n02124075", "projectile", "missile", "crane"]
-    labels = [Label(name, name, 1) for name in ("tabby", "n02124075", "projectile", "missile", "n03126707")]
+    labels = [
+        Label(name, name, 1)
+        for name in ("tabby", "n02124075", "projectile", "missile", "n03126707")
+    ]
     assert find_classes(labels, 1000, Path("labels.txt")) == [281, 285, 744, 657, 517]
 
 
 BAD = {
-    "unknown label": (("tabby kat",), "cls", (), ("labels.txt:1: 'tabby kat' is no class", "did you mean 'tabby cat'?")),
-    "a name of two": (("espresso", "crane"), "cls", (), (":2: 'crane' names 2 classes", "n02012849 or n03126707")),
+    "unknown "
+    "label": (("tabby "
+        "kat",), "cls", (), ("labels.txt:1: 'tabby kat' is no "
+        "class", "did "
+        "you mean 'tabby cat'?")),
+    "a name of "
+    "two": (("espresso", "crane"), "cls", (), (":2: 'crane' names 2 "
+        "classes", "n02012849 "
+        "or n03126707")),
     "unknown teacher": (("espresso",), "clss", (), ("--classifier clss", "did you mean 'cls'?")),
     "random weights": (("espresso",), "random", (), ("no trained classifier",)),
     "weights without a head": (("espresso",), "headless", (), ("no trained classifier",)),
@@ -124,7 +158,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, run, tmp_path):
 
 def test_both_of_its_options_are_needed(tmp_path):
     refused(run_here("--output", tmp_path / "out", "--classifier", "cls", command=main), "no --run")
-    refused(run_here("--output", tmp_path / "out", "--run", tmp_path, command=main), "no --classifier")
+    refused(
+        run_here("--output", tmp_path / "out", "--run", tmp_path, command=main), "no --classifier"
+    )
 
 
 def test_classifiers_of_other_sizes_are_named_by_imagenets_larger_sets_or_refused():

@@ -1,4 +1,6 @@
-"""`python -m export.run` and `export.check`: graphs that say what the student says, and bundles that are whole or absent."""
+"""`python -m export.run` and `export.check`: graphs that say what the student says, and bundles
+that are whole or absent.
+"""
 
 import contextlib
 import io
@@ -13,18 +15,18 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import run_here, small_recipe
 from safetensors.numpy import save_file
 from yaml import safe_dump
 
-from distill.checkpoint import load_run
+from contract.manifest import add_files, read_manifest, verify_files
 from distill.evaluate.__main__ import main as evaluate
-from export.bundle import add_files, read_manifest, verify_files
+from distill.runs import load_run
 from export.check import main as check
-from export.gpu import gpu_present
 from export.run import main
+from export.tensorrt.bindings import gpu_present
 from serve.bundle import read_bundle
 from serve.golden import read_golden
+from tests.conftest import run_here, small_recipe
 
 
 def call(command, *arguments: object) -> subprocess.CompletedProcess:
@@ -48,9 +50,17 @@ def train(folder: Path, photos: Path, **changes: object) -> Path:
 def vit(photo_folder, scenes, tmp_path_factory) -> Path:
     """A UMT run of a ViT with trained task heads, the segmentation one reading the dino head."""
     run = train(tmp_path_factory.mktemp("vit"), photo_folder)
-    quick = ("extract.workers=0", "probe.epochs=2", "probe.rates=2", "dense.size=64", "dense.steps=5")
+    quick = (
+        "extract.workers=0",
+        "probe.epochs=2",
+        "probe.rates=2",
+        "dense.size=64",
+        "dense.steps=5",
+    )
     for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
-        done = call(evaluate, run, "--data", scenes, "--features", features, "--tasks", tasks, *quick)
+        done = call(
+            evaluate, run, "--data", scenes, "--features", features, "--tasks", tasks, *quick
+        )
         assert done.returncode == 0, done.stderr
     return run
 
@@ -73,7 +83,9 @@ def plain(photo_folder, tmp_path_factory) -> Path:
 def bundle(vit, tmp_path_factory) -> Path:
     """The ViT run exported for varying sizes."""
     folder = tmp_path_factory.mktemp("bundles") / "vit"
-    done = call(main, vit, "--output", folder, "--resolutions", 64, "96x64", "32x128", "--max-batch", 4)
+    done = call(
+        main, vit, "--output", folder, "--resolutions", 64, "96x64", "32x128", "--max-batch", 4
+    )
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -85,13 +97,30 @@ def sessions(bundle: Path) -> dict[str, onnxruntime.InferenceSession]:
 def test_a_bundle_has_every_graph_and_says_what_each_gives(bundle):
     manifest = read_manifest(bundle)
     assert [graph.name for graph in manifest.graphs] == [
-        "backbone", "interaction", "head_cls", "head_mae", "head_dino", "classification", "segmentation", "depth", "fused",
-    ]  # fmt: skip
+        "backbone",
+        "interaction",
+        "head_cls",
+        "head_mae",
+        "head_dino",
+        "classification",
+        "segmentation",
+        "depth",
+        "fused",
+    ]
     outputs = {graph.name: [t.name for t in graph.outputs] for graph in manifest.graphs}
-    assert outputs["backbone"] == ["backbone_global", "backbone_patches", "features", "features_global"]
+    assert outputs["backbone"] == [
+        "backbone_global",
+        "backbone_patches",
+        "features",
+        "features_global",
+    ]
     assert outputs["head_dino"] == ["dino_token", "dino_patches"]
     image = manifest.graph("backbone").inputs[0]
-    assert (image.name, image.dtype, image.shape) == ("image", "uint8", ("batch", "height", "width", 3))
+    assert (image.name, image.dtype, image.shape) == (
+        "image",
+        "uint8",
+        ("batch", "height", "width", 3),
+    )
     assert manifest.graph("segmentation").about["classes"][0] == "wall"
     assert manifest.graph("depth").about["unit"] == "metre"
     assert manifest.student.method == "umt" and manifest.student.stride == 16
@@ -99,7 +128,8 @@ def test_a_bundle_has_every_graph_and_says_what_each_gives(bundle):
     assert manifest.resolution.dynamic and (64, 64) in manifest.resolution.checked
     assert all(row.passed and row.cosine > 0.99999 for row in manifest.parity)
     assert {row.batch for row in manifest.parity} == {1, 3, 4}
-    # as many positions in another aspect ratio: what a constant position embedding gets wrong; and the largest
+    # as many positions in another aspect ratio: what a constant position embedding gets wrong; and
+    # the largest
     assert {(32, 128), (96, 128)} < {(row.height, row.width) for row in manifest.parity}
     size = manifest.resolution
     assert (size.min_height, size.height, size.min_width, size.width) == (32, 96, 64, 128)
@@ -113,13 +143,19 @@ def test_graphs_in_a_row_say_what_the_deployed_student_says(bundle, vit):
         wanted = deployment(torch.from_numpy(image).permute(0, 3, 1, 2).float() / 255)
     summary, patches, features, features_global = found["backbone"].run(None, {"image": image})
     np.testing.assert_allclose(summary, wanted["backbone"].token, atol=1e-5)
-    (spaces,) = found["interaction"].run(None, {"features": features, "features_global": features_global})
+    (spaces,) = found["interaction"].run(
+        None, {"features": features, "features_global": features_global}
+    )
     for label in ("cls", "mae", "dino"):
         token, flat = found[f"head_{label}"].run(None, {"spaces": spaces})
         np.testing.assert_allclose(token, wanted[label].token, atol=1e-4)
         np.testing.assert_allclose(flat, wanted[label].patches.flatten(1, 2), atol=1e-3, rtol=1e-4)
     fused = dict(
-        zip([o.name for o in found["fused"].get_outputs()], found["fused"].run(None, {"image": image}), strict=True)
+        zip(
+            [o.name for o in found["fused"].get_outputs()],
+            found["fused"].run(None, {"image": image}),
+            strict=True,
+        )
     )
     (logits,) = found["segmentation"].run(None, {"spaces": spaces})
     np.testing.assert_allclose(fused["segmentation_logits"], logits, atol=1e-4)
@@ -130,10 +166,17 @@ def test_graphs_in_a_row_say_what_the_deployed_student_says(bundle, vit):
 def test_graphs_carry_nothing_of_this_machine(bundle):
     for path in bundle.glob("*.onnx"):
         data = path.read_bytes()
-        assert b"site-packages" not in data and str(Path(__file__).parent.parent).encode() not in data
+        assert (
+            b"site-packages" not in data and str(Path(__file__).parent.parent).encode() not in data
+        )
         model = onnx.load(path)
         assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
-        assert {p.key for p in model.metadata_props} >= {"method", "student", "licences", "precision"}
+        assert {p.key for p in model.metadata_props} >= {
+            "method",
+            "student",
+            "licences",
+            "precision",
+        }
         assert not any(n.op_type == "Resize" for n in model.graph.node)
 
 
@@ -148,14 +191,27 @@ def test_students_of_every_kind_pass_parity(student, precision, request, tmp_pat
     assert manifest.precision == precision and not manifest.resolution.dynamic
     assert ("interaction" in [g.name for g in manifest.graphs]) == (student != "plain")
     types = {t.data_type for t in onnx.load(tmp_path / "b" / "backbone.onnx").graph.initializer}
-    wanted = {"fp32": onnx.TensorProto.FLOAT, "fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}
+    wanted = {
+        "fp32": onnx.TensorProto.FLOAT,
+        "fp16": onnx.TensorProto.FLOAT16,
+        "bf16": onnx.TensorProto.BFLOAT16,
+    }
     assert wanted[precision] in types
     assert call(check, tmp_path / "b").returncode == 0
 
 
 def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="the optional extra [tensorrt-rtx] is not installed")
-    wanted = ("--formats", "onnx,tensorrt-rtx", "--compute-capability", "8.6", "8.9", "12.0", "--max-batch", 3)
+    wanted = (
+        "--formats",
+        "onnx,tensorrt-rtx",
+        "--compute-capability",
+        "8.6",
+        "8.9",
+        "12.0",
+        "--max-batch",
+        3,
+    )
     done = call(main, cnn, "--output", tmp_path / "b", "--resolutions", 64, "96x64", *wanted)
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "b")
@@ -167,10 +223,15 @@ def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tm
     assert ranges == ((1, 64, 64, 3), (3, 64, 64, 3), (3, 96, 64, 3)), "smallest, usual, largest"
     assert backbone.options.tf32 is False, "a float32 engine says what the float32 student says"
     if not gpu_present():
-        assert "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, 8.9, 12.0" in done.stdout
+        assert (
+            "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, 8.9, 12.0"
+            in done.stdout
+        )
         assert {row.runtime for row in manifest.parity} == {"onnxruntime-cpu"}
         (checked,) = {manifest.resolution.checked}
-        assert all(64 <= height <= 96 and width == 64 for height, width in checked), "sizes that engines refuse"
+        assert all(64 <= height <= 96 and width == 64 for height, width in checked), (
+            "sizes that engines refuse"
+        )
     assert call(check, tmp_path / "b").returncode == 0
     engine = tmp_path / "b" / backbone.file
     data = bytearray(engine.read_bytes())
@@ -181,10 +242,22 @@ def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tm
 
 
 @pytest.mark.parametrize("student", ["vit", "cnn"])
-def test_int8_is_calibrated_and_the_same_alone_as_in_a_batch(student, photo_folder, tmp_path, request):
+def test_int8_is_calibrated_and_the_same_alone_as_in_a_batch(
+    student, photo_folder, tmp_path, request
+):
     run = request.getfixturevalue(student)
-    done = call(main, run, "--output", tmp_path / "b", "--precision", "int8", "--calibration", photo_folder, "--images",
-                photo_folder)  # fmt: skip
+    done = call(
+        main,
+        run,
+        "--output",
+        tmp_path / "b",
+        "--precision",
+        "int8",
+        "--calibration",
+        photo_folder,
+        "--images",
+        photo_folder,
+    )
     assert done.returncode == 0, done.stderr
     model = onnx.load(tmp_path / "b" / "backbone.onnx")
     kinds = {node.op_type for node in model.graph.node}
@@ -204,12 +277,19 @@ def test_int8_is_calibrated_and_the_same_alone_as_in_a_batch(student, photo_fold
 def test_outputs_that_do_not_agree_fail_and_leave_nothing_unless_allowed(plain, tmp_path):
     """A head that says numbers beyond float16's range says infinity in fp16."""
     run = Path(shutil.copytree(plain, tmp_path / "run"))
-    change_weights(run / "student.safetensors", lambda name, w: w * 1e7 if name == "heads.mae.token.3.weight" else w)
+    change_weights(
+        run / "student.safetensors",
+        lambda name, w: w * 1e7 if name == "heads.mae.token.3.weight" else w,
+    )
     wanted = (run, "--precision", "fp16", "--max-batch", 2, "--output", tmp_path / "b")
     done = call(main, *wanted)
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1 and all(w in done.stderr for w in ("'mae_token'", "cosine", "picture", "fp16"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"], "no half bundle, and nothing aside"
+    assert done.stderr.count("\n") == 1 and all(
+        w in done.stderr for w in ("'mae_token'", "cosine", "picture", "fp16")
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"], (
+        "no half bundle, and nothing aside"
+    )
     assert call(main, *wanted, "--allow-parity-failure").returncode == 0
     failed = {row.output for row in read_manifest(tmp_path / "b").parity if not row.passed}
     assert failed == {"mae_token"}
@@ -224,7 +304,7 @@ def change_weights(path: Path, change) -> None:
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
-    from distill.weights import tensors_sha256
+    from distill.models.weights import tensors_sha256
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -266,7 +346,9 @@ def test_force_replaces_a_bundle_whole(bundle, plain, tmp_path):
     assert refused.returncode == 2 and "--force" in refused.stderr
     assert read_manifest(copy).student.method == "umt"
     assert call(main, plain, "--output", copy, "--force", "--max-batch", 2).returncode == 0
-    assert read_manifest(copy).student.method == "plain" and not (copy / "interaction.onnx").exists()
+    assert (
+        read_manifest(copy).student.method == "plain" and not (copy / "interaction.onnx").exists()
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["copy"]
 
 
@@ -274,7 +356,10 @@ def test_force_replaces_a_bundle_whole(bundle, plain, tmp_path):
     ("arguments", "words"),
     [
         (("NOWHERE",), "has no student.safetensors"),
-        (("RUN", "--resolutions", "70"), "70 is not a multiple of the student's stride 16: use 64 or 80"),
+        (
+            ("RUN", "--resolutions", "70"),
+            "70 is not a multiple of the student's stride 16: use 64 or 80",
+        ),
         (("RUN", "--resolutions", "64x"), "write pixels"),
         (("RUN", "--max-batch", "0"), "--max-batch 0"),
         (("RUN", "--precision", "int8"), "add --calibration DIR"),
@@ -322,7 +407,9 @@ def test_check_of_no_bundle_is_one_line(tmp_path):
 def test_files_added_later_are_in_the_manifest(bundle, tmp_path):
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     save_file(
-        {"embeddings": np.ones((1, 8), np.float32)}, copy / "class_embeddings.safetensors", {"classes": '["cat"]'}
+        {"embeddings": np.ones((1, 8), np.float32)},
+        copy / "class_embeddings.safetensors",
+        {"classes": '["cat"]'},
     )
     assert call(check, copy).returncode == 1
     add_files(copy, ["class_embeddings.safetensors"])
@@ -332,5 +419,7 @@ def test_files_added_later_are_in_the_manifest(bundle, tmp_path):
 
 @pytest.mark.parametrize("module", ["export.run", "export.check", "export.bench"])
 def test_help_shows_examples(module):
-    done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and f"python -m {module} " in done.stdout

@@ -1,4 +1,6 @@
-"""Graphs of varying sizes: position embeddings of any grid, and an error for sides that are cut off otherwise."""
+"""Graphs of varying sizes: position embeddings of any grid, and an error for sides that are cut off
+otherwise.
+"""
 
 from pathlib import Path
 
@@ -7,10 +9,10 @@ import pytest
 import torch
 from timm.layers import resample_abs_pos_embed
 
-from distill.errors import UserError
+from contract.errors import UserError
 from export.graph import build_parts, open_student
 from export.resample import resample_grid
-from export.runtimes import OnnxRuntime, OpenVINO
+from export.runtimes.runtime import OnnxRuntime, OpenVINO
 from export.to_onnx import export_part
 
 
@@ -21,7 +23,9 @@ def graphs(small_bundle, tmp_path_factory) -> dict[str, Path]:
     parts = {part.signature.graph: part for part in build_parts(student, None, None)}
     found = {}
     for graph in ("backbone", "fused"):
-        found[graph], *_ = export_part(parts[graph], student.stride, 4, folder / f"{graph}.onnx", {})
+        found[graph], *_ = export_part(
+            parts[graph], student.stride, 4, folder / f"{graph}.onnx", {}
+        )
     return found
 
 
@@ -39,5 +43,7 @@ def test_position_embeddings_by_matrices_are_timms():
     posemb = torch.randn(1, 1 + 7 * 7, 16)
     for size in ((7, 7), (14, 14), (5, 9), (3, 4), (20, 6)):
         wanted = resample_abs_pos_embed(posemb, list(size), [7, 7], num_prefix_tokens=1)
-        torch.testing.assert_close(resample_grid(posemb, list(size), [7, 7]), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            resample_grid(posemb, list(size), [7, 7]), wanted, atol=1e-5, rtol=1e-5
+        )
     assert torch.equal(resample_grid(posemb, [7, 7], [7, 7]), posemb)

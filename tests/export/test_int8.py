@@ -1,4 +1,6 @@
-"""int8: what it is calibrated on, ranges, `fused` made of the other graphs; and weights outside the file, in all precisions."""
+"""int8: what it is calibrated on, ranges, `fused` made of the other graphs; and weights outside the
+file, in all precisions.
+"""
 
 import argparse
 import itertools
@@ -8,21 +10,30 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from conftest import run_here
 from onnxruntime.quantization.calibrate import HistogramCollector
 from PIL import Image
 
-from distill.errors import TrainingError
+from contract.errors import Failure
+from contract.manifest import read_manifest
 from export import to_onnx
-from export.bundle import read_manifest
 from export.check import main as check
 from export.graph import build_parts, open_student
-from export.int8 import METHODS, SMALLEST, Ranges, activations, insert, left_alone, prepare, smallest_side
+from export.int8 import (
+    METHODS,
+    SMALLEST,
+    Ranges,
+    activations,
+    insert,
+    left_alone,
+    prepare,
+    smallest_side,
+)
 from export.options import PACKAGED
 from export.parity import run_chain
 from export.photographs import choose, digest
 from export.run import main
-from export.runtimes import OnnxRuntime
+from export.runtimes.runtime import OnnxRuntime
+from tests.conftest import run_here
 
 SIZES = [(64, 64)]
 
@@ -37,8 +48,20 @@ def bundle(run, photo_folder, tmp_path_factory) -> Path:
     """An int8 bundle of varying sizes, calibrated and compared on one folder."""
     folder = tmp_path_factory.mktemp("int8") / "b"
     pictures = ("--calibration", photo_folder, "--images", photo_folder, "--calibration-images", 4)
-    done = run_here(run, "--output", folder, "--precision", "int8", "--resolutions", 64, "96x64", "--max-batch", 3,
-                    *pictures, command=main)  # fmt: skip
+    done = run_here(
+        run,
+        "--output",
+        folder,
+        "--precision",
+        "int8",
+        "--resolutions",
+        64,
+        "96x64",
+        "--max-batch",
+        3,
+        *pictures,
+        command=main,
+    )
     assert done.returncode == 0, done.stderr
     assert "calibrated on 4 of photos" in done.stdout and "compared on 6, others" in done.stdout
     return folder
@@ -46,14 +69,19 @@ def bundle(run, photo_folder, tmp_path_factory) -> Path:
 
 def asked(**options: object) -> argparse.Namespace:
     return argparse.Namespace(
-        **{"images": None, "precision": "int8", "calibration": PACKAGED, "calibration_images": 64} | options
+        **{"images": None, "precision": "int8", "calibration": PACKAGED, "calibration_images": 64}
+        | options
     )
 
 
 def test_one_folder_for_both_is_shared_out_and_taken_from_evenly(photo_folder):
-    found = choose(asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4), SIZES)
+    found = choose(
+        asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4), SIZES
+    )
     names = [name for name, _ in found.calibration]
-    assert names == ["even/00.jpg", "even/04.jpg", "odd/01.jpg", "odd/05.jpg"], "not the first class alone"
+    assert names == ["even/00.jpg", "even/04.jpg", "odd/01.jpg", "odd/05.jpg"], (
+        "not the first class alone"
+    )
     assert found.held_out and not set(names) & {name for name, _ in found.compared}
     assert len(found.compared) == 6 and found.source == photo_folder.name
 
@@ -76,7 +104,9 @@ def test_the_same_pictures_under_other_names_are_not_held_out(photo_folder, tmp_
 
 def test_large_photographs_are_not_kept_whole(tmp_path):
     Image.effect_noise((4000, 3000), 50).convert("RGB").save(tmp_path / "large.jpg")
-    ((_, picture),) = choose(asked(precision="fp32", images=tmp_path), [(64, 64), (96, 64)]).compared
+    ((_, picture),) = choose(
+        asked(precision="fp32", images=tmp_path), [(64, 64), (96, 64)]
+    ).compared
     assert picture.size == (267, 200), "twice what is asked for and more"
 
 
@@ -89,21 +119,30 @@ def test_the_manifest_says_what_it_was_calibrated_on(bundle, photo_folder):
         True,
     )
     assert record.sizes == ((64, 64), (96, 64))
-    chosen = choose(asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4), record.sizes)
-    assert record.sha256 == digest(prepare([photo for _, photo in chosen.calibration], record.sizes))
+    chosen = choose(
+        asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4),
+        record.sizes,
+    )
+    assert record.sha256 == digest(
+        prepare([photo for _, photo in chosen.calibration], record.sizes)
+    )
     assert all(row.pictures <= 6 for row in read_manifest(bundle).parity)
 
 
 def test_all_sizes_asked_for_take_turns(photo_folder):
     photos = [photo for _, photo in choose(asked(precision="fp32"), SIZES).compared[:3]]
     assert [image.shape for image in prepare(photos, [(64, 64), (96, 32)])] == [
-        (1, 64, 64, 3), (1, 96, 32, 3), (1, 64, 64, 3),
-    ]  # fmt: skip
+        (1, 64, 64, 3),
+        (1, 96, 32, 3),
+        (1, 64, 64, 3),
+    ]
 
 
 def test_fused_says_what_the_other_graphs_say(bundle, run):
     parts = build_parts(open_student(run), None, None)
-    runtime = OnnxRuntime({part.signature.graph: bundle / f"{part.signature.graph}.onnx" for part in parts}, "basic")
+    runtime = OnnxRuntime(
+        {part.signature.graph: bundle / f"{part.signature.graph}.onnx" for part in parts}, "basic"
+    )
     images = np.random.default_rng(0).integers(0, 256, (2, 96, 64, 3), dtype=np.uint8)
     found = run_chain(runtime, parts, images)
     alone = {name: value for graph in list(found)[:-1] for name, value in found[graph].items()}
@@ -117,10 +156,18 @@ def test_only_what_matrices_read_is_quantised_and_every_weight_is_kept_once(bund
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, set()).add(node.op_type)
-    said = [readers[node.output[0]] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    said = [
+        readers[node.output[0]] for node in model.graph.node if node.op_type == "DequantizeLinear"
+    ]
     assert said and all(kinds <= {"MatMul", "Gemm", "Conv"} for kinds in said)
-    large = [(t.data_type, tuple(t.dims), t.raw_data) for t in model.graph.initializer if len(t.raw_data) > 1000]
-    assert len(large) == len(set(large)), "segmentation repeats dino's head: its weights must not lie there twice"
+    large = [
+        (t.data_type, tuple(t.dims), t.raw_data)
+        for t in model.graph.initializer
+        if len(t.raw_data) > 1000
+    ]
+    assert len(large) == len(set(large)), (
+        "segmentation repeats dino's head: its weights must not lie there twice"
+    )
     assert {p.key: p.value for p in model.metadata_props}["graph"] == "fused"
     assert model.doc_string == "" and not any(node.doc_string for node in model.graph.node)
 
@@ -129,7 +176,11 @@ def test_what_is_the_same_for_every_picture_stays_in_float(bundle):
     """A ViT's position embedding is resampled by matrix products, from the picture's size alone."""
     model = onnx.load(bundle / "backbone.onnx")
     products = {node.name: node for node in model.graph.node if node.op_type == "MatMul"}
-    alone = [name for name in left_alone(model) if name in products and smallest_side(products[name], {}) > SMALLEST]
+    alone = [
+        name
+        for name in left_alone(model)
+        if name in products and smallest_side(products[name], {}) > SMALLEST
+    ]
     assert len(alone) == 2
     rounded = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     assert not any(rounded.intersection(products[name].input) for name in alone)
@@ -144,10 +195,15 @@ def test_shortcuts_are_not_rounded():
         onnx.helper.make_node("Add", ["x", "y"], ["z"], "add"),
     ]
     ports = [onnx.helper.make_tensor_value_info(name, 1, [1, 16, 4, 4]) for name in ("image", "z")]
-    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:], [onnx.numpy_helper.from_array(weights, "w")])
+    graph = onnx.helper.make_graph(
+        nodes, "g", ports[:1], ports[1:], [onnx.numpy_helper.from_array(weights, "w")]
+    )
     ranges = Ranges("minmax")
     ranges.collect({"x": np.ones((1, 16, 4, 4), np.float32)})
-    found = insert(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)]), ranges.compute())
+    found = insert(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 22)]),
+        ranges.compute(),
+    )
     by_kind = {node.op_type: node for node in found.graph.node if node.op_type in ("Add", "Conv")}
     assert by_kind["Add"].input[0] == "x" and by_kind["Conv"].input[0] != "x"
 
@@ -155,16 +211,22 @@ def test_shortcuts_are_not_rounded():
 def test_percentiles_are_onnxruntimes_without_its_sorting():
     random = np.random.default_rng(0)
     pictures = [
-        (scale * random.normal(size=(1, 50, 40 + n))).astype(np.float32) for n, scale in enumerate((1, 3, 0.5, 2))
+        (scale * random.normal(size=(1, 50, 40 + n))).astype(np.float32)
+        for n, scale in enumerate((1, 3, 0.5, 2))
     ]
-    mine, theirs = Ranges("percentile"), HistogramCollector("percentile", True, 2048, 128, 99.999, "same")
+    mine, theirs = (
+        Ranges("percentile"),
+        HistogramCollector("percentile", True, 2048, 128, 99.999, "same"),
+    )
     for picture in pictures:
         mine.collect({"x": picture})
         theirs.collect({"x": picture})
     low, high = mine.compute()["x"].range_value
     wanted = theirs.compute_percentile()["x"]
     width = np.abs(pictures[0]).max() / 2048
-    assert low == pytest.approx(wanted[0], abs=2 * width) and high == pytest.approx(wanted[1], abs=2 * width)
+    assert low == pytest.approx(wanted[0], abs=2 * width) and high == pytest.approx(
+        wanted[1], abs=2 * width
+    )
     assert mine.histogram_dict["x"][0].sum() == sum(picture.size for picture in pictures)
 
 
@@ -181,7 +243,7 @@ def test_ranges_hold_what_is_seen_but_for_rare_outliers(method):
 
 
 def test_numbers_that_are_not_finite_are_no_range():
-    with pytest.raises(TrainingError, match="'x' is not finite"):
+    with pytest.raises(Failure, match="'x' is not finite"):
         Ranges("percentile").collect({"x": np.array([1, np.nan], np.float32)})
 
 
@@ -192,26 +254,51 @@ def test_weights_are_no_activations(small_bundle):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_weights_past_the_limit_lie_beside_the_graph_and_nothing_else_does(precision, run, tmp_path, monkeypatch):
+def test_weights_past_the_limit_lie_beside_the_graph_and_nothing_else_does(
+    precision, run, tmp_path, monkeypatch
+):
     """2 GB, in truth: what protobuf can hold."""
     monkeypatch.setattr(to_onnx, "INLINE_LIMIT", 20_000)
-    calibration = ("--calibration", PACKAGED, "--calibration-images", 2) if precision == "int8" else ()
+    calibration = (
+        ("--calibration", PACKAGED, "--calibration-images", 2) if precision == "int8" else ()
+    )
     done = run_here(
-        run, "--output", tmp_path / "b", "--precision", precision, "--max-batch", 2, *calibration, command=main
+        run,
+        "--output",
+        tmp_path / "b",
+        "--precision",
+        precision,
+        "--max-batch",
+        2,
+        *calibration,
+        command=main,
     )
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "b")
     used = {"golden.safetensors"}
     for graph in manifest.graphs:
         model = onnx.load(tmp_path / "b" / graph.file, load_external_data=False)
-        outside = [entry.value for t in model.graph.initializer for entry in t.external_data if entry.key == "location"]
+        outside = [
+            entry.value
+            for t in model.graph.initializer
+            for entry in t.external_data
+            if entry.key == "location"
+        ]
         assert set(outside) <= {f"{graph.file}.data"}
         used |= {graph.file, *outside}
         if outside:
-            bound = sum(len(t.raw_data) for t in onnx.load(tmp_path / "b" / graph.file).graph.initializer)
-            assert (tmp_path / "b" / f"{graph.file}.data").stat().st_size <= bound * 1.1 + 4096 * len(outside)
+            bound = sum(
+                len(t.raw_data) for t in onnx.load(tmp_path / "b" / graph.file).graph.initializer
+            )
+            assert (
+                tmp_path / "b" / f"{graph.file}.data"
+            ).stat().st_size <= bound * 1.1 + 4096 * len(outside)
     assert {"backbone.onnx.data", "fused.onnx.data"} <= used
-    assert set(manifest.files) == used == {p.name for p in (tmp_path / "b").iterdir()} - {"manifest.json"}
+    assert (
+        set(manifest.files)
+        == used
+        == {p.name for p in (tmp_path / "b").iterdir()} - {"manifest.json"}
+    )
     assert {stat.S_IMODE((tmp_path / "b" / name).stat().st_mode) for name in used} == {0o644}
     assert run_here(tmp_path / "b", command=check).returncode == 0
     OnnxRuntime({graph.name: tmp_path / "b" / graph.file for graph in manifest.graphs})
@@ -220,4 +307,6 @@ def test_weights_past_the_limit_lie_beside_the_graph_and_nothing_else_does(preci
 def test_sizes_and_batches_agree(bundle):
     rows = read_manifest(bundle).parity
     pairs = set(itertools.product({(64, 64), (96, 64), (80, 64)}, {1, 3}))
-    assert {((row.height, row.width), row.batch) for row in rows} == pairs and all(row.passed for row in rows)
+    assert {((row.height, row.width), row.batch) for row in rows} == pairs and all(
+        row.passed for row in rows
+    )

@@ -1,4 +1,6 @@
-"""Parity finds what is wrong: another scale, another picture, one position, one picture of many, an overflow in fp16."""
+"""Parity finds what is wrong: another scale, another picture, one position, one picture of many, an
+overflow in fp16.
+"""
 
 import re
 import shutil
@@ -7,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from distill.errors import TrainingError, UserError
-from distill.pictures import PackagedPhotos
-from distill.preprocess import Preprocess
-from distill.targets import FeatureNormalizer
-from distill.weights import tensors_sha256
-from export.bundle import ParityRecord, read_manifest
+from contract.errors import Failure, UserError
+from contract.manifest import ParityRecord, read_manifest
+from distill.data.pictures import PackagedPhotos
+from distill.methods.targets import FeatureNormalizer
+from distill.models.preprocess import Preprocess
+from distill.models.weights import tensors_sha256
 from export.golden import let_through
 from export.graph import build_parts, open_student
 from export.options import parse_sizes
 from export.parity import TOLERANCE, agreement, check_sizes, compare, judge, measure
 from export.precision import DTYPES, cast_student
 from export.run import main
-from export.runtimes import OnnxRuntime, OpenVINO
+from export.runtimes.runtime import OnnxRuntime, OpenVINO
+from tests.conftest import run_here
 
 
 class Altered(OnnxRuntime):
@@ -37,19 +39,28 @@ class Altered(OnnxRuntime):
         self.image = feeds.get("image", self.image)
         names = [port.name for port in self.sessions[graph].get_outputs()]
         values = super().run(graph, feeds)
-        return [self.change(v, self.image) if n == self.output else v for n, v in zip(names, values, strict=True)]
+        return [
+            self.change(v, self.image) if n == self.output else v
+            for n, v in zip(names, values, strict=True)
+        ]
 
 
 @pytest.fixture(scope="module")
 def prove(small_bundle):
-    """A function that compares the small bundle's graphs, one output changed, with its student; returns the rows."""
+    """A function that compares the small bundle's graphs, one output changed, with its student;
+    returns the rows.
+    """
     files = {graph.name: small_bundle / graph.file for graph in read_manifest(small_bundle).graphs}
     student = open_student(small_bundle.parent / "run")
     parts, source = build_parts(student, 64, 64), PackagedPhotos()
     photos = [(source.name(number), source.load(number)) for number in range(7)]
 
-    def prove(output="", change=lambda value, image: value, batches=(1, 3), sizes=((64, 64),)) -> list[ParityRecord]:
-        return measure(student, parts, [Altered(files, output, change)], photos, batches, sizes, "fp32")
+    def prove(
+        output="", change=lambda value, image: value, batches=(1, 3), sizes=((64, 64),)
+    ) -> list[ParityRecord]:
+        return measure(
+            student, parts, [Altered(files, output, change)], photos, batches, sizes, "fp32"
+        )
 
     return prove
 
@@ -62,8 +73,12 @@ def test_every_output_of_every_graph_agrees_on_every_picture(prove, small_bundle
     rows = prove()
     manifest = read_manifest(small_bundle)
     assert failed(rows) == set()
-    assert {(row.graph, row.output) for row in rows} == {(g.name, t.name) for g in manifest.graphs for t in g.outputs}
-    assert {(row.batch, row.pictures) for row in rows} == {(3, 7), (1, 1)}, "all in the largest batch, another for one"
+    assert {(row.graph, row.output) for row in rows} == {
+        (g.name, t.name) for g in manifest.graphs for t in g.outputs
+    }
+    assert {(row.batch, row.pictures) for row in rows} == {(3, 7), (1, 1)}, (
+        "all in the largest batch, another for one"
+    )
     first = {row.output: row for row in rows if row.batch == 3}
     assert first["spaces"].graph == "interaction" and first["dino_patches"].position_cosine > 0.9999
     assert first["dino_token"].position_cosine is None and first["dino_token"].centred > 0.99
@@ -75,7 +90,9 @@ def test_an_output_three_times_too_large_fails_though_its_cosine_is_one(prove):
     assert failed(rows) == {("depth", "depth"), ("fused", "depth")}
     row = next(row for row in rows if not row.passed)
     assert (
-        row.cosine > 0.99999 and row.relative == pytest.approx(2, rel=1e-3) and "off by 2 of its length" in row.problem
+        row.cosine > 0.99999
+        and row.relative == pytest.approx(2, rel=1e-3)
+        and "off by 2 of its length" in row.problem
     )
 
 
@@ -98,14 +115,20 @@ def test_one_wrong_picture_of_many_is_found_and_named(prove):
 
 
 def test_other_batches_are_compared_on_the_pictures_that_come_next(prove):
-    rows = [row for row in prove(batches=(1, 2, 3)) if row.output == "dino_token" and row.graph == "fused"]
+    rows = [
+        row
+        for row in prove(batches=(1, 2, 3))
+        if row.output == "dino_token" and row.graph == "fused"
+    ]
     assert [(row.batch, row.pictures) for row in rows] == [(3, 7), (1, 1), (2, 2)]
     name = PackagedPhotos().name  # nine in batches of three: the first two once more
     assert rows[1].worst_image == name(2) and rows[2].worst_image in (name(3), name(4))
 
 
 def alike(apart: float, noise: float) -> tuple[np.ndarray, np.ndarray]:
-    """Outputs [6, 400] that differ between pictures by a part of their length, and the same with noise."""
+    """Outputs [6, 400] that differ between pictures by a part of their length, and the same with
+    noise.
+    """
     random = np.random.default_rng(0)
     common = random.normal(size=400)
     wanted = common + apart * random.normal(size=(6, 400))
@@ -117,7 +140,10 @@ def test_another_pictures_output_fails_where_pictures_tell_more_than_rounding():
     found = agreement(np.roll(wanted, 1, axis=0), wanted, wanted.mean(0))
     assert found.cosine.min() > 0.999 and found.relative.max() < 0.05, "neither sees it"
     assert "of what tells it from other pictures" in judge(found, "fp16")[1]
-    assert "of what tells it" in judge(agreement(wanted * 0 + wanted.mean(0), wanted, wanted.mean(0)), "fp16")[1]
+    assert (
+        "of what tells it"
+        in judge(agreement(wanted * 0 + wanted.mean(0), wanted, wanted.mean(0)), "fp16")[1]
+    )
 
 
 def test_a_student_that_has_learnt_little_does_not_fail_for_the_noise_of_its_precision():
@@ -133,7 +159,9 @@ def test_one_wrong_position_is_recorded():
     got[1, 7] *= -1
     found = agreement(got, wanted, None)
     assert (
-        found.cosine.min() > 0.99 and found.position[0] == pytest.approx(1) and found.position[1] == pytest.approx(-1)
+        found.cosine.min() > 0.99
+        and found.position[0] == pytest.approx(1)
+        and found.position[1] == pytest.approx(-1)
     )
 
 
@@ -154,7 +182,9 @@ def test_compared_sizes_are_those_asked_and_what_they_could_hide_up_to_the_large
     found = check_sizes(16, [(64, 64), (128, 128), (32, 64)], dynamic=True)
     assert found == [(64, 64), (128, 128), (32, 64), (32, 128), (128, 64)]
     found = check_sizes(16, [(64, 64), (96, 64)], dynamic=True)
-    assert found == [(64, 64), (96, 64), (80, 64)], "not square, and none that an engine for these sizes refuses"
+    assert found == [(64, 64), (96, 64), (80, 64)], (
+        "not square, and none that an engine for these sizes refuses"
+    )
 
 
 def test_a_size_given_twice_is_one_size():
@@ -163,13 +193,24 @@ def test_a_size_given_twice_is_one_size():
 
 def test_another_scale_that_is_let_through_is_no_other_direction(prove):
     ((name, bounds),) = let_through(prove("depth", lambda value, image: 3 * value), "fp32").items()
-    assert name == "depth" and bounds == [pytest.approx(TOLERANCE["fp32"], abs=1e-5), pytest.approx(3.0, rel=1e-2)]
+    assert name == "depth" and bounds == [
+        pytest.approx(TOLERANCE["fp32"], abs=1e-5),
+        pytest.approx(3.0, rel=1e-2),
+    ]
 
 
 def test_one_photograph_in_a_batch_tells_nothing_apart(small_bundle):
     files = {graph.name: small_bundle / graph.file for graph in read_manifest(small_bundle).graphs}
     student, photo = open_student(small_bundle.parent / "run"), PackagedPhotos().load(0)
-    rows = measure(student, build_parts(student, 64, 64), [OnnxRuntime(files)], [("a", photo)], [3], [(64, 64)], "fp32")
+    rows = measure(
+        student,
+        build_parts(student, 64, 64),
+        [OnnxRuntime(files)],
+        [("a", photo)],
+        [3],
+        [(64, 64)],
+        "fp32",
+    )
     assert all(row.passed and row.centred is None and row.pictures == 1 for row in rows)
 
 
@@ -178,8 +219,16 @@ def test_a_student_that_says_nan_proves_nothing(small_bundle):
     student, photo = open_student(small_bundle.parent / "run"), PackagedPhotos().load(0)
     with torch.no_grad():
         next(student.deployment.student.parameters()).fill_(float("nan"))
-    with pytest.raises(TrainingError, match="the student's own .* NaN or infinity"):
-        measure(student, build_parts(student, 64, 64), [OnnxRuntime(files)], [("a", photo)], [1], [(64, 64)], "fp32")
+    with pytest.raises(Failure, match="the student's own .* NaN or infinity"):
+        measure(
+            student,
+            build_parts(student, 64, 64),
+            [OnnxRuntime(files)],
+            [("a", photo)],
+            [1],
+            [(64, 64)],
+            "fp32",
+        )
 
 
 def test_a_graph_that_cannot_be_opened_is_one_line(small_bundle, tmp_path):
@@ -192,20 +241,33 @@ def test_a_graph_that_cannot_be_opened_is_one_line(small_bundle, tmp_path):
 
 
 def test_what_is_let_through_is_known_to_the_golden_set(prove):
-    rows = prove("depth", lambda value, image: value + np.eye(len(value), value.shape[1], dtype=np.float32) * 9)
+    rows = prove(
+        "depth",
+        lambda value, image: value + np.eye(len(value), value.shape[1], dtype=np.float32) * 9,
+    )
     allowed = let_through(rows, "fp32")
     worst = min(row.cosine for row in rows if row.output == "depth")
     far = max(row.relative for row in rows if row.output == "depth")
     assert set(allowed) == {"depth"}
-    assert allowed["depth"] == [pytest.approx(1 - 1.5 * (1 - worst), abs=1e-6), pytest.approx(1.5 * far, rel=1e-2)]
+    assert allowed["depth"] == [
+        pytest.approx(1 - 1.5 * (1 - worst), abs=1e-6),
+        pytest.approx(1.5 * far, rel=1e-2),
+    ]
     assert let_through(prove(), "fp32") == {}
 
 
-def test_an_activation_beyond_the_range_of_fp16_fails_although_onnxruntime_sees_none(small_bundle, tmp_path):
-    """What onnxruntime's CPU kernels compute in float32 overflows on a GPU: the cast student itself is run."""
+def test_an_activation_beyond_the_range_of_fp16_fails_although_onnxruntime_sees_none(
+    small_bundle, tmp_path
+):
+    """What onnxruntime's CPU kernels compute in float32 overflows on a GPU: the cast student itself
+    is run.
+    """
     run = Path(shutil.copytree(small_bundle.parent / "run", tmp_path / "run"))
     shutil.rmtree(run / "heads")
-    path, factors = run / "student.safetensors", {"fc1.weight": 5e5, "fc1.bias": 5e5, "fc2.weight": 1e-2}
+    path, factors = (
+        run / "student.safetensors",
+        {"fc1.weight": 5e5, "fc1.bias": 5e5, "fc2.weight": 1e-2},
+    )
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     weights = load_file(path)
@@ -231,7 +293,9 @@ def test_what_stays_in_float32_is_not_rounded_on_the_way(small_bundle, precision
                 if buffer.is_floating_point():
                     buffer.uniform_(1.1, 1.2)
     cast = cast_student(student, precision)
-    assert {parameter.dtype for parameter in cast.deployment.student.parameters()} == {DTYPES[precision]}
+    assert {parameter.dtype for parameter in cast.deployment.student.parameters()} == {
+        DTYPES[precision]
+    }
     kept = 0
     for before, after in zip(student.deployment.modules(), cast.deployment.modules(), strict=True):
         if isinstance(before, Preprocess | FeatureNormalizer):

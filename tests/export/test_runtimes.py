@@ -1,4 +1,6 @@
-"""Runtimes of graphs and engines: the same outputs in the same order, and one line for what cannot run here."""
+"""Runtimes of graphs and engines: the same outputs in the same order, and one line for what cannot
+run here.
+"""
 
 import ctypes
 import itertools
@@ -10,15 +12,23 @@ import onnx
 import onnxruntime
 import pytest
 
-from distill.errors import UserError
-from distill.pictures import PackagedPhotos
-from export import engines, gpu, runtimes
-from export.bundle import read_manifest
-from export.engines import make_profile, not_for_here, outside, profile_for
+from contract.errors import UserError
+from contract.manifest import read_manifest
+from distill.data.pictures import PackagedPhotos
 from export.graph import build_parts, open_student
 from export.parity import engine_sizes, run_chain
-from export.runtimes import CUDA, CudaRuntime, EngineRuntime, OnnxRuntime, OpenVINO, runtimes_here
-from export.to_tensorrt import (
+from export.runtimes import runtime as runtimes
+from export.runtimes.runtime import (
+    CUDA,
+    CudaRuntime,
+    EngineRuntime,
+    OnnxRuntime,
+    OpenVINO,
+    runtimes_here,
+)
+from export.tensorrt import bindings as gpu
+from export.tensorrt import engines
+from export.tensorrt.build import (
     EngineOptions,
     EngineRecord,
     EngineTensor,
@@ -27,6 +37,7 @@ from export.to_tensorrt import (
     read_record,
     record_path,
 )
+from export.tensorrt.engines import make_profile, not_for_here, outside, profile_for
 
 without_gpu = pytest.mark.skipif(gpu.gpu_present(), reason="says what happens without a GPU")
 PROFILE = Profile(shapes={"image": ((1, 64, 64, 3), (2, 64, 64, 3), (4, 96, 64, 3))})
@@ -57,7 +68,10 @@ def engine(graphs, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("engine") / "backbone.engine"
     options = EngineOptions(flavour="tensorrt-rtx", compute_capabilities=("8.6",))
     build_engine(
-        graphs["backbone"], path, [Profile(shapes={"image": ((1, 64, 64, 3), (2, 64, 64, 3), (4, 64, 64, 3))})], options
+        graphs["backbone"],
+        path,
+        [Profile(shapes={"image": ((1, 64, 64, 3), (2, 64, 64, 3), (4, 64, 64, 3))})],
+        options,
     )
     return path
 
@@ -74,7 +88,9 @@ def refused(call, *arguments: object) -> str:
 def test_outputs_come_in_the_order_of_the_graph(kind, graphs, photos):
     runtime = kind(graphs)
     session = onnxruntime.InferenceSession(str(graphs["fused"]))
-    wanted = session.run([output.name for output in onnx.load(graphs["fused"]).graph.output], {"image": photos})
+    wanted = session.run(
+        [output.name for output in onnx.load(graphs["fused"]).graph.output], {"image": photos}
+    )
     for got, value in zip(runtime.run("fused", {"image": photos}), wanted, strict=True):
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, value, atol=1e-3, rtol=1e-3)
@@ -86,11 +102,15 @@ def test_a_chain_of_graphs_says_the_same_in_onnxruntime_and_openvino(graphs, stu
     assert list(first) == [part.signature.graph for part in parts] and "interaction" in first
     for graph, outputs in first.items():
         for name, value in outputs.items():
-            np.testing.assert_allclose(second[graph][name], value, atol=1e-3, rtol=1e-3, err_msg=f"{graph} {name}")
+            np.testing.assert_allclose(
+                second[graph][name], value, atol=1e-3, rtol=1e-3, err_msg=f"{graph} {name}"
+            )
 
 
 @pytest.mark.parametrize("kind", [OnnxRuntime, OpenVINO])
-def test_bound_graphs_keep_their_own_inputs_and_may_outgrow_the_largest_batch_of_the_export(kind, graphs, photos):
+def test_bound_graphs_keep_their_own_inputs_and_may_outgrow_the_largest_batch_of_the_export(
+    kind, graphs, photos
+):
     runtime = kind(graphs)
     many = np.concatenate([photos, photos])  # exported with --max-batch 4
     bound = [runtime.bind("backbone", {"image": images}) for images in (photos[:1], many)]
@@ -102,7 +122,9 @@ def test_bound_graphs_keep_their_own_inputs_and_may_outgrow_the_largest_batch_of
 
 
 @pytest.mark.parametrize("kind", [OnnxRuntime, OpenVINO])
-@pytest.mark.parametrize("inputs", [{"image": np.zeros((64, 64, 3), np.uint8)}, {"picture": np.zeros(3)}], ids=list)
+@pytest.mark.parametrize(
+    "inputs", [{"image": np.zeros((64, 64, 3), np.uint8)}, {"picture": np.zeros(3)}], ids=list
+)
 def test_inputs_a_graph_does_not_take_are_one_line(kind, inputs, graphs):
     runtime = kind({"backbone": graphs["backbone"]})
     message = refused(runtime.run, "backbone", inputs)
@@ -115,13 +137,20 @@ def test_cuda_without_a_gpu_is_refused_and_says_where_to_look(graphs):
     assert "no CUDA GPU is visible here" in message and "CUDA_VISIBLE_DEVICES" in message
 
 
-@pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="says what an onnxruntime without CUDA says")
+@pytest.mark.skipif(
+    CUDA in onnxruntime.get_available_providers(),
+    reason="says what an onnxruntime without CUDA says",
+)
 @pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
-def test_onnxruntime_that_would_run_on_the_cpu_instead_is_refused_with_the_remedy(graphs, monkeypatch):
+def test_onnxruntime_that_would_run_on_the_cpu_instead_is_refused_with_the_remedy(
+    graphs, monkeypatch
+):
     monkeypatch.setattr(gpu, "gpu_present", lambda: True)
     message = refused(CudaRuntime, graphs)
     assert "built without CUDA" in message and "pip install 'onnxruntime-gpu" in message
-    monkeypatch.setattr(runtimes, "no_cuda_provider", lambda: "")  # as if it were built with CUDA that does not load
+    monkeypatch.setattr(
+        runtimes, "no_cuda_provider", lambda: ""
+    )  # as if it were built with CUDA that does not load
     assert "would run on the CPU: install the CUDA and cuDNN" in refused(CudaRuntime, graphs)
 
 
@@ -136,14 +165,19 @@ def test_an_engine_for_another_gpu_is_refused_before_it_is_opened(engine, monkey
     monkeypatch.setattr(engines, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu, "load_engine", lambda *_: pytest.fail("it was opened"))
     message = refused(EngineRuntime, {"backbone": engine})
-    assert message.startswith(f"{engine}: ") and "compute capability 8.6, this one has 9.0: export again" in message
+    assert (
+        message.startswith(f"{engine}: ")
+        and "compute capability 8.6, this one has 9.0: export again" in message
+    )
 
 
 def test_engines_without_weights_do_not_run_anywhere(engine, monkeypatch):
     monkeypatch.setattr(engines, "compute_capability", lambda: (8, 6))
     record = read_record(record_path(engine))
     assert not_for_here(record) == ""
-    stripped = record.model_copy(update={"options": record.options.model_copy(update={"strip_weights": True})})
+    stripped = record.model_copy(
+        update={"options": record.options.model_copy(update={"strip_weights": True})}
+    )
     assert "without weights" in not_for_here(stripped)
 
 
@@ -169,21 +203,26 @@ def test_a_damaged_engine_is_refused(engine, tmp_path):
 def test_the_profile_is_the_first_that_admits_the_inputs(shape, number):
     wide = Profile(shapes={"image": ((1, 64, 64, 3), (8, 64, 64, 3), (8, 64, 64, 3))})
     record = EngineRecord.model_construct(
-        inputs=(EngineTensor(name="image", dtype="uint8", shape=(-1, -1, -1, 3)),), profiles=(PROFILE, wide)
+        inputs=(EngineTensor(name="image", dtype="uint8", shape=(-1, -1, -1, 3)),),
+        profiles=(PROFILE, wide),
     )
     assert profile_for(record, {"image": shape}) == number
     assert f"not 'image' {list(shape)}" in outside(record, {"image": shape})
     assert "'image' from [1, 64, 64, 3] to [4, 96, 64, 3]" in outside(record, {"image": shape})
 
 
-@pytest.mark.parametrize("sizes", [[(64, 64)], [(64, 64), (96, 64)], [(96, 128), (64, 160), (128, 64)]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[(64, 64)], [(64, 64), (96, 64)], [(96, 128), (64, 160), (128, 64)]], ids=str
+)
 def test_profiles_admit_every_size_that_engines_are_compared_at(sizes, student):
     found = engine_sizes(sizes)
     assert found[: len(sizes)] == sizes and len(found) == len(set(found))
     for part in build_parts(student, None, None):
         profile = make_profile(part, 8, sizes, student.stride)
         record = EngineRecord.model_construct(
-            inputs=tuple(EngineTensor(name=p.name, dtype=p.dtype, shape=()) for p in part.signature.inputs),
+            inputs=tuple(
+                EngineTensor(name=p.name, dtype=p.dtype, shape=()) for p in part.signature.inputs
+            ),
             profiles=(profile,),
         )
         for batch, size in itertools.product((1, 3, 8), found):
@@ -193,21 +232,38 @@ def test_profiles_admit_every_size_that_engines_are_compared_at(sizes, student):
 
 
 @without_gpu
-def test_without_a_gpu_a_cpu_runtime_checks_graphs_and_engines_are_left_with_a_reason(graphs, engine, caplog):
+def test_without_a_gpu_a_cpu_runtime_checks_graphs_and_engines_are_left_with_a_reason(
+    graphs, engine, caplog
+):
     with caplog.at_level(logging.INFO):
         found = runtimes_here("fp32", graphs=graphs, engines={"tensorrt-rtx": {"backbone": engine}})
     assert [runtime.name for runtime in found] == ["onnxruntime-cpu"]
-    assert "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, and no GPU" in caplog.text
-    assert [runtime.name for runtime in runtimes_here("bf16", graphs=graphs)] == ["openvino-cpu (fp32 arithmetic)"]
-    assert [runtime.name for runtime in runtimes_here("fp16", graphs=graphs)] == ["onnxruntime-cpu (fp32 arithmetic)"]
+    assert (
+        "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, and no GPU"
+        in caplog.text
+    )
+    assert [runtime.name for runtime in runtimes_here("bf16", graphs=graphs)] == [
+        "openvino-cpu (fp32 arithmetic)"
+    ]
+    assert [runtime.name for runtime in runtimes_here("fp16", graphs=graphs)] == [
+        "onnxruntime-cpu (fp32 arithmetic)"
+    ]
     assert runtimes_here("fp32") == []
 
 
-@pytest.mark.skipif(CUDA in onnxruntime.get_available_providers(), reason="says what an onnxruntime without CUDA says")
-def test_a_gpu_that_onnxruntime_cannot_use_is_said_and_the_export_goes_on(graphs, monkeypatch, caplog):
+@pytest.mark.skipif(
+    CUDA in onnxruntime.get_available_providers(),
+    reason="says what an onnxruntime without CUDA says",
+)
+def test_a_gpu_that_onnxruntime_cannot_use_is_said_and_the_export_goes_on(
+    graphs, monkeypatch, caplog
+):
     monkeypatch.setattr(gpu, "gpu_present", lambda: True)
     assert [runtime.name for runtime in runtimes_here("fp32", graphs=graphs)] == ["onnxruntime-cpu"]
-    assert "not checked in onnxruntime-cuda" in caplog.text and "pip install 'onnxruntime-gpu" in caplog.text
+    assert (
+        "not checked in onnxruntime-cuda" in caplog.text
+        and "pip install 'onnxruntime-gpu" in caplog.text
+    )
 
 
 def signal_stack() -> tuple[int | None, int]:
@@ -218,7 +274,9 @@ def signal_stack() -> tuple[int | None, int]:
 
 
 def test_signals_find_their_stack_after_openvino(graphs):
-    """Made and dropped in one order, its runtimes leave one that is no longer there: Ctrl-C would crash."""
+    """Made and dropped in one order, its runtimes leave one that is no longer there: Ctrl-C would
+    crash.
+    """
     pytest.importorskip("openvino", reason="needs pip install openvino")
     before, head = signal_stack(), {"head_cls": graphs["head_cls"]}
     kept = [OpenVINO(head), OpenVINO(head)]

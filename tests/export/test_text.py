@@ -1,4 +1,6 @@
-"""`python -m export.text` against open_clip's own text tower, tokenizer and zero-shot classifier, without a hub."""
+"""`python -m export.text` against open_clip's own text tower, tokenizer and zero-shot classifier,
+without a hub.
+"""
 
 import contextlib
 import hashlib
@@ -18,11 +20,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from contract.manifest import read_manifest
 from distill.evaluate.zero_shot import read_classes
-from distill.weights import tensors_sha256
-from export.bundle import read_manifest
-from export.text import main
-from export.text_tower import DEFAULT_TEMPLATES
+from distill.models.weights import tensors_sha256
+from export.text.__main__ import main
+from export.text.tower import DEFAULT_TEMPLATES
 
 open_clip = pytest.importorskip("open_clip", reason="the optional extra [text] is not installed")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -37,8 +39,21 @@ def configuration(**text: int) -> dict:
     """open_clip's description of a CLIP small enough for a test, with CLIP's own vocabulary."""
     return {
         "embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2} | text,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+        }
+        | text,
     }
 
 
@@ -52,7 +67,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(model: Path) -> torch.nn.Module:
-    """The model with its own weights (not the seed of `random`), large enough for templates to tell labels apart."""
+    """The model with its own weights (not the seed of `random`), large enough for templates to tell
+    labels apart.
+    """
     torch.manual_seed(5)
     clip = open_clip.create_model("test-clip").eval()
     with torch.no_grad():
@@ -97,15 +114,26 @@ def opened(path: Path) -> tuple[torch.Tensor, dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def bundle(model: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def bundle(
+    model: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
     """A folder with embeddings and encoder, and what the command printed."""
     folder = tmp_path_factory.mktemp("out")
     (folder / "labels.txt").write_text("\n".join(LABELS))
     (folder / "templates.txt").write_text("\n".join(TEMPLATES))
     done = call(
-        "--output", folder / "bundle", "--model", model, "--pretrained", weights, "--labels", folder / "labels.txt",
-        "--templates", folder / "templates.txt", "--with-encoder",
-    )  # fmt: skip
+        "--output",
+        folder / "bundle",
+        "--model",
+        model,
+        "--pretrained",
+        weights,
+        "--labels",
+        folder / "labels.txt",
+        "--templates",
+        folder / "templates.txt",
+        "--with-encoder",
+    )
     assert done.returncode == 0, done.stderr
     return folder / "bundle", done.stdout
 
@@ -113,10 +141,14 @@ def bundle(model: Path, weights: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_embeddings_are_those_of_open_clips_zero_shot_classifier(bundle, clip):
     found, _ = opened(bundle[0] / "class_embeddings.safetensors")
     ask = [lambda label, template=template: template.replace("{}", label) for template in TEMPLATES]
-    expected = open_clip.build_zero_shot_classifier(clip, open_clip.get_tokenizer("test-clip"), LABELS, ask).T
+    expected = open_clip.build_zero_shot_classifier(
+        clip, open_clip.get_tokenizer("test-clip"), LABELS, ask
+    ).T
     assert found.dtype == torch.float32 and found.shape == (3, 24)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert (found @ found.T).triu(1).max() < 0.999, "labels must differ, or the comparison shows nothing"
+    assert (found @ found.T).triu(1).max() < 0.999, (
+        "labels must differ, or the comparison shows nothing"
+    )
 
 
 def test_metadata_say_what_the_embeddings_are_of(bundle, clip, weights):
@@ -125,7 +157,11 @@ def test_metadata_say_what_the_embeddings_are_of(bundle, clip, weights):
     assert json.loads(metadata["classes"]) == json.loads(metadata["labels"]) == list(LABELS)
     assert json.loads(metadata["templates"]) == list(TEMPLATES)
     assert metadata["sha256"] == tensors_sha256({"embeddings": found})
-    assert (metadata["format"], metadata["model"], metadata["pretrained"]) == ("1", "test-clip", weights.name)
+    assert (metadata["format"], metadata["model"], metadata["pretrained"]) == (
+        "1",
+        "test-clip",
+        weights.name,
+    )
     assert float(metadata["logit_scale"]) == pytest.approx(clip.logit_scale.exp().item(), abs=1e-3)
     assert metadata["open_clip"] == open_clip.__version__
     sidecar = json.loads((folder / "text_encoder.json").read_text())
@@ -145,15 +181,22 @@ def test_files_and_the_next_command_are_printed_and_nothing_else_is_written(bund
     assert all(f"wrote     {folder / name}" in printed for name in PARTS)
     embeddings = folder / "class_embeddings.safetensors"
     assert (
-        f"distill.evaluate RUN --tasks zero-shot zero_shot.embeddings={embeddings} --features clip --data ROOT"
-        in printed
+        f"distill.evaluate RUN --tasks zero-shot zero_shot.embeddings={embeddings} --features clip "
+        "--data ROOT" in printed
     )
-    assert embeddings.stat().st_mode & 0o044 == (folder / "text_encoder.json").stat().st_mode & 0o044
+    assert (
+        embeddings.stat().st_mode & 0o044 == (folder / "text_encoder.json").stat().st_mode & 0o044
+    )
 
 
 def test_onnx_encoder_equals_open_clip_at_any_batch(bundle, clip):
-    session = onnxruntime.InferenceSession(bundle[0] / "text_encoder.onnx", providers=["CPUExecutionProvider"])
-    assert session.get_inputs()[0].shape == ["batch", 77] and session.get_outputs()[0].shape == ["batch", 24]
+    session = onnxruntime.InferenceSession(
+        bundle[0] / "text_encoder.onnx", providers=["CPUExecutionProvider"]
+    )
+    assert session.get_inputs()[0].shape == ["batch", 77] and session.get_outputs()[0].shape == [
+        "batch",
+        24,
+    ]
     for batch in (1, 2, 5):
         tokens = open_clip.tokenize(["long " * 20 * row + "words" for row in range(batch)])
         with torch.inference_mode():
@@ -166,8 +209,12 @@ def test_onnx_encoder_is_opset_20_and_carries_no_paths(bundle):
     data = (bundle[0] / "text_encoder.onnx").read_bytes()
     graph = onnx.load_from_string(data)
     assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 20)]
-    assert not graph.metadata_props and not any(node.metadata_props or node.doc_string for node in graph.graph.node)
-    assert b"site-packages" not in data and b".py" not in data and str(Path.cwd()).encode() not in data
+    assert not graph.metadata_props and not any(
+        node.metadata_props or node.doc_string for node in graph.graph.node
+    )
+    assert (
+        b"site-packages" not in data and b".py" not in data and str(Path.cwd()).encode() not in data
+    )
 
 
 def test_sidecar_names_files_by_hash_and_tokens_can_be_made_from_them(bundle):
@@ -176,13 +223,25 @@ def test_sidecar_names_files_by_hash_and_tokens_can_be_made_from_them(bundle):
     tokenizer = sidecar["tokenizer"]
     for entry in (sidecar["graph"], tokenizer["vocabulary"]):
         assert hashlib.sha256((folder / entry["file"]).read_bytes()).hexdigest() == entry["sha256"]
-    assert (tokenizer["context_length"], tokenizer["vocabulary_size"], tokenizer["clean"]) == (77, 49408, "lower")
-    made = open_clip.SimpleTokenizer(str(folder / VOCABULARY), context_length=77)("A photo")[0].tolist()
-    assert (made[0], made[3], made[4]) == (tokenizer["start"]["id"], tokenizer["end"]["id"], tokenizer["pad_id"])
+    assert (tokenizer["context_length"], tokenizer["vocabulary_size"], tokenizer["clean"]) == (
+        77,
+        49408,
+        "lower",
+    )
+    made = open_clip.SimpleTokenizer(str(folder / VOCABULARY), context_length=77)("A photo")[
+        0
+    ].tolist()
+    assert (made[0], made[3], made[4]) == (
+        tokenizer["start"]["id"],
+        tokenizer["end"]["id"],
+        tokenizer["pad_id"],
+    )
     assert sidecar["parity"]["cosine"] > 0.99999 and sidecar["output"]["shape"] == ["batch", 24]
 
 
-def test_random_weights_are_seeded_and_said_aloud_and_an_old_file_is_replaced(model, labels, tmp_path):
+def test_random_weights_are_seeded_and_said_aloud_and_an_old_file_is_replaced(
+    model, labels, tmp_path
+):
     path = tmp_path / "new" / "folder" / "class_embeddings.safetensors"
     seen = []
     for size in (1, 7):
@@ -212,7 +271,14 @@ def test_words_after_a_tab_stand_for_a_class_in_its_prompts(model, weights, tmp_
     (tmp_path / "plain.txt").write_text("golden retriever\ncat")
     for name in ("labels", "plain"):
         done = call(
-            "--output", tmp_path / name, "--model", model, "--pretrained", weights, "--labels", tmp_path / f"{name}.txt"
+            "--output",
+            tmp_path / name,
+            "--model",
+            model,
+            "--pretrained",
+            weights,
+            "--labels",
+            tmp_path / f"{name}.txt",
         )
         assert done.returncode == 0, done.stderr
     named, metadata = opened(tmp_path / "labels" / "class_embeddings.safetensors")
@@ -229,15 +295,29 @@ def test_weights_of_other_files_and_layouts_give_the_same_embeddings(
     if form == "half.pt":
         torch.save({name: tensor.half() for name, tensor in state.items()}, path)
     elif form == "training.pt":
-        torch.save({"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, path)
+        torch.save(
+            {
+                "epoch": 3,
+                "state_dict": {f"module.{name}": tensor for name, tensor in state.items()},
+            },
+            path,
+        )
     else:  # CustomTextCLIP keeps its text tower under `text.`, files of plain CLIP do not
         path, named = weights, tmp_path / "custom-clip.json"
         named.write_text(json.dumps(configuration() | {"custom_text": True}))
     (tmp_path / "templates.txt").write_text("\n".join(TEMPLATES))
     done = call(
-        "--output", tmp_path / "out", "--model", named, "--pretrained", path, "--labels", labels,
-        "--templates", tmp_path / "templates.txt",
-    )  # fmt: skip
+        "--output",
+        tmp_path / "out",
+        "--model",
+        named,
+        "--pretrained",
+        path,
+        "--labels",
+        labels,
+        "--templates",
+        tmp_path / "templates.txt",
+    )
     assert done.returncode == 0, done.stderr
     found, _ = opened(tmp_path / "out" / "class_embeddings.safetensors")
     expected, _ = opened(bundle[0] / "class_embeddings.safetensors")
@@ -249,7 +329,16 @@ def test_a_tags_quickgelu_is_used_even_where_the_models_name_does_not_say_so(
 ):
     tags = {"trial": {"file": str(weights), "quick_gelu": True}}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "test-clip", tags)
-    done = call("--output", tmp_path / "out", "--model", "test-clip", "--pretrained", "trial", "--labels", labels)
+    done = call(
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "test-clip",
+        "--pretrained",
+        "trial",
+        "--labels",
+        labels,
+    )
     assert done.returncode == 0, done.stderr
     found, metadata = opened(tmp_path / "out" / "class_embeddings.safetensors")
     assert metadata["quick_gelu"] == "true"
@@ -262,14 +351,26 @@ def test_a_tags_quickgelu_is_used_even_where_the_models_name_does_not_say_so(
 
 BAD_FILES = {
     "empty labels": ("labels", "\n \n", ("is empty",)),
-    "a duplicate label": ("labels", "cat\ndog\ncat\n", (":3: label 'cat' is a duplicate of line 1",)),
-    "a label too long": ("labels", "cat\n" + "very " * 90 + "tall\n", (":2: label 'very very", "tokens and the model reads 77")),
+    "a duplicate label": (
+        "labels",
+        "cat\ndog\ncat\n",
+        (":3: label 'cat' is a duplicate of line 1",),
+    ),
+    "a label too long": (
+        "labels",
+        "cat\n" + "very " * 90 + "tall\n",
+        (":2: label 'very very", "tokens and the model reads 77"),
+    ),
     "a tab without words": ("labels", "cat\t\n", (":1: 'cat' has a tab with nothing",)),
     "a tab without a name": ("labels", "\tcat\n", (":1: 'cat' has a tab with nothing",)),
     "no UTF-8": ("labels", b"caf\xe9\n", ("not UTF-8",)),
-    "a template without a place": ("templates", "a {}\na photo\n", (":2: template 'a photo' has no {}",)),
+    "a template without a place": (
+        "templates",
+        "a {}\na photo\n",
+        (":2: template 'a photo' has no {}",),
+    ),
     "empty templates": ("templates", "", ("is empty",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
@@ -277,7 +378,16 @@ def test_bad_text_files_are_one_line_and_leave_nothing(case, model, labels, tmp_
     kind, content, says = BAD_FILES[case]
     path = tmp_path / f"{kind}.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    given = ["--output", tmp_path / "out", "--model", model, "--pretrained", "random", "--labels", labels]
+    given = [
+        "--output",
+        tmp_path / "out",
+        "--model",
+        model,
+        "--pretrained",
+        "random",
+        "--labels",
+        labels,
+    ]
     refused(call(*given, *(["--templates", path] if kind == "templates" else [])), str(path), *says)
     assert not (tmp_path / "out").exists()
 
@@ -299,8 +409,15 @@ BAD_ARGUMENTS = {
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_arguments_are_one_line_and_leave_nothing(case, model, labels, tmp_path):
     changes, says = BAD_ARGUMENTS[case]
-    given = {"--output": tmp_path / "out", "--model": model, "--pretrained": "random", "--labels": labels} | changes
-    refused(call(*(part for option in given.items() if option[1] is not None for part in option)), *says)
+    given = {
+        "--output": tmp_path / "out",
+        "--model": model,
+        "--pretrained": "random",
+        "--labels": labels,
+    } | changes
+    refused(
+        call(*(part for option in given.items() if option[1] is not None for part in option)), *says
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -314,7 +431,9 @@ class Touch:
         return (Path.touch, (self.path,))
 
 
-@pytest.mark.parametrize("case", ["code", "raw code", "torchscript", "damaged", "larger", "deeper", "narrower", "NaN"])
+@pytest.mark.parametrize(
+    "case", ["code", "raw code", "torchscript", "damaged", "larger", "deeper", "narrower", "NaN"]
+)
 def test_bad_weights_are_one_line_and_leave_nothing(case, model, weights, clip, labels, tmp_path):
     path, trap = tmp_path / "clip.pt", tmp_path / "trap"
     state, said = clip.state_dict(), "does not fit"
@@ -331,16 +450,25 @@ def test_bad_weights_are_one_line_and_leave_nothing(case, model, weights, clip, 
         path = tmp_path / "clip.safetensors"
         path.write_bytes(weights.read_bytes()[:-100])
         said = "damaged"
-    elif case == "larger":  # the image tower of another model of the family, whose text towers are alike
+    elif (
+        case == "larger"
+    ):  # the image tower of another model of the family, whose text towers are alike
         torch.save(state | {"visual.conv1.weight": torch.zeros(32, 3, 8, 8)}, path)
     elif case == "deeper":
         torch.save(state | {"transformer.resblocks.2.ln_1.weight": torch.zeros(32)}, path)
     elif case == "narrower":
-        torch.save({name: tensor for name, tensor in state.items() if "resblocks.1." not in name}, path)
+        torch.save(
+            {name: tensor for name, tensor in state.items() if "resblocks.1." not in name}, path
+        )
     else:
         torch.save(state | {"text_projection": state["text_projection"] * torch.nan}, path)
         said = "NaN"
-    refused(call("--output", tmp_path / "out", "--model", model, "--pretrained", path, "--labels", labels), said)
+    refused(
+        call(
+            "--output", tmp_path / "out", "--model", model, "--pretrained", path, "--labels", labels
+        ),
+        said,
+    )
     assert not trap.exists() and not (tmp_path / "out").exists()
 
 
@@ -349,7 +477,16 @@ def test_an_older_file_survives_a_failure(bundle, model, tmp_path):
     before = path.read_bytes()
     (tmp_path / "labels.txt").write_text("cat\n" + "very " * 90)
     refused(
-        call("--output", bundle[0], "--model", model, "--pretrained", "random", "--labels", tmp_path / "labels.txt"),
+        call(
+            "--output",
+            bundle[0],
+            "--model",
+            model,
+            "--pretrained",
+            "random",
+            "--labels",
+            tmp_path / "labels.txt",
+        ),
         "too long",
     )
     assert path.read_bytes() == before and {item.name for item in path.parent.iterdir()} == PARTS
@@ -357,30 +494,61 @@ def test_an_older_file_survives_a_failure(bundle, model, tmp_path):
 
 def test_without_open_clip_the_remedy_is_named(model, labels, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
-    done = call("--output", tmp_path / "out", "--model", "ViT-B-16", "--pretrained", "random", "--labels", labels)
+    done = call(
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "ViT-B-16",
+        "--pretrained",
+        "random",
+        "--labels",
+        labels,
+    )
     refused(done, "pip install 'vfm-distill[text]'")
 
 
 def test_an_unreachable_hub_is_one_line_with_the_remedy(labels, tmp_path):
-    command = [sys.executable, "-m", "export.text", "--output", tmp_path / "out", "--model", "ViT-B-16"]
+    command = [
+        sys.executable,
+        "-m",
+        "export.text",
+        "--output",
+        tmp_path / "out",
+        "--model",
+        "ViT-B-16",
+    ]
     done = subprocess.run(
-        [*command, "--pretrained", "openai", "--labels", labels], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [*command, "--pretrained", "openai", "--labels", labels],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
+    )
     refused(done, "cannot be had", "--pretrained FILE and --model ViT-B-16-quickgelu")
     assert not (tmp_path / "out").exists()
 
 
 def test_help_answers_without_loading_torch():
-    code = "import sys, export.text as t\ntry: t.main(['--help'])\nfinally: print('torch' in sys.modules)"
+    code = (
+        "import sys, export.text as t\ntry: t.main(['--help'])\nfinally: print('torch' in "
+        "sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0 and "--with-encoder" in done.stdout and done.stdout.endswith("False\n"), done.stderr
+    assert (
+        done.returncode == 0 and "--with-encoder" in done.stdout and done.stdout.endswith("False\n")
+    ), done.stderr
 
 
-def test_a_clip_that_was_not_the_teacher_is_refused_before_anything_changes(small_bundle, model, labels, tmp_path):
+def test_a_clip_that_was_not_the_teacher_is_refused_before_anything_changes(
+    small_bundle, model, labels, tmp_path
+):
     bundle = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
     before = {path: path.read_bytes() for path in bundle.iterdir()}
     given = ("--output", bundle, "--model", model, "--pretrained", "random", "--labels", labels)
     width = next(t.token_dim for t in read_manifest(bundle).teachers if t.label == "dino")
-    refused(call(*given, "--teacher", "dino"), f"its embeddings are 24-d, the bundle's 'dino' tokens {width}-d")
+    refused(
+        call(*given, "--teacher", "dino"),
+        f"its embeddings are 24-d, the bundle's 'dino' tokens {width}-d",
+    )
     assert {path: path.read_bytes() for path in bundle.iterdir()} == before

@@ -1,4 +1,6 @@
-"""Engines by the real TensorRT-RTX builder, on a machine without a GPU: what is built, recorded and refused."""
+"""Engines by the real TensorRT-RTX builder, on a machine without a GPU: what is built, recorded and
+refused.
+"""
 
 import hashlib
 import json
@@ -17,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("tensorrt_rtx", reason="needs pip install tensorrt-rtx")
 
-from distill.errors import UserError
-from export.gpu import compute_capability, gpu_present
-from export.to_tensorrt import (
+from contract.errors import UserError
+from export.tensorrt.bindings import compute_capability, gpu_present
+from export.tensorrt.build import (
     FLAVOURS,
     EngineOptions,
     EngineTensor,
@@ -37,10 +39,21 @@ PROFILE = Profile(shapes={"image": ((1, 32, 32, 3), (2, 64, 48, 3), (4, 128, 128
 FIXED = Profile(shapes={"image": ((1, 64, 64, 3),) * 3})
 
 
-def write_graph(path: Path, dtype: int = TensorProto.FLOAT, antialias: bool = False, external: bool = False) -> Path:
-    """uint8 images [B, H, W, 3] to a token [B, 8] and patches [B, H/16 * W/16, 8], of dynamic batch and size."""
-    kernel = np.random.default_rng(0).normal(0, 0.1, (8, 3, 16, 16)).astype(helper.tensor_dtype_to_np_dtype(dtype))
-    weights = [numpy_helper.from_array(kernel, "kernel"), numpy_helper.from_array(np.array([0, 8, -1]), "rows")]
+def write_graph(
+    path: Path, dtype: int = TensorProto.FLOAT, antialias: bool = False, external: bool = False
+) -> Path:
+    """uint8 images [B, H, W, 3] to a token [B, 8] and patches [B, H/16 * W/16, 8], of dynamic batch
+    and size.
+    """
+    kernel = (
+        np.random.default_rng(0)
+        .normal(0, 0.1, (8, 3, 16, 16))
+        .astype(helper.tensor_dtype_to_np_dtype(dtype))
+    )
+    weights = [
+        numpy_helper.from_array(kernel, "kernel"),
+        numpy_helper.from_array(np.array([0, 8, -1]), "rows"),
+    ]
     nodes = [
         helper.make_node("Cast", ["image"], ["numbers"], to=dtype),
         helper.make_node("Transpose", ["numbers"], ["planes"], perm=[0, 3, 1, 2]),
@@ -53,12 +66,19 @@ def write_graph(path: Path, dtype: int = TensorProto.FLOAT, antialias: bool = Fa
     if antialias:
         weights.append(numpy_helper.from_array(np.array([1, 3, 64, 64]), "sizes"))
         resize = ["planes", "", "", "sizes"]
-        nodes.insert(2, helper.make_node("Resize", resize, ["small"], name="shrink", mode="cubic", antialias=1))
+        nodes.insert(
+            2,
+            helper.make_node("Resize", resize, ["small"], name="shrink", mode="cubic", antialias=1),
+        )
         nodes[3].input[0] = "small"
     graph = helper.make_graph(
         nodes,
         "student",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["batch", "height", "width", 3])],
+        [
+            helper.make_tensor_value_info(
+                "image", TensorProto.UINT8, ["batch", "height", "width", 3]
+            )
+        ],
         [
             helper.make_tensor_value_info("token", dtype, ["batch", 8]),
             helper.make_tensor_value_info("patches", dtype, ["batch", "tokens", 8]),
@@ -78,7 +98,9 @@ def graph(tmp_path: Path) -> Path:
 
 
 def rtx(*capabilities: str, **options: object) -> EngineOptions:
-    return EngineOptions(flavour="tensorrt-rtx", compute_capabilities=capabilities or ("8.9",), **options)
+    return EngineOptions(
+        flavour="tensorrt-rtx", compute_capabilities=capabilities or ("8.9",), **options
+    )
 
 
 def refused(graph: Path, *profiles: Profile, options: EngineOptions | None = None) -> str:
@@ -95,7 +117,9 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("capabilities", [("8.6",), ("8.9",), ("12.0",), ("8.6", "8.9", "12.0")], ids="+".join)
+@pytest.mark.parametrize(
+    "capabilities", [("8.6",), ("8.9",), ("12.0",), ("8.6", "8.9", "12.0")], ids="+".join
+)
 def test_engine_is_built_for_each_gpu_and_for_all_at_once(graph, capabilities):
     engine = graph.with_suffix(".engine")
     record = build_engine(graph, engine, [PROFILE], rtx(*capabilities))
@@ -135,7 +159,9 @@ def test_two_builds_of_one_size_are_the_same_to_the_byte(graph, tmp_path):
 
 
 def test_two_builds_of_dynamic_size_have_the_same_record_but_for_the_hash(graph, tmp_path):
-    """TensorRT-RTX 1.7.1 writes some 40 bytes about the symbols of dynamic shapes in varying order."""
+    """TensorRT-RTX 1.7.1 writes some 40 bytes about the symbols of dynamic shapes in varying
+    order.
+    """
     engines = tmp_path / "first.engine", tmp_path / "second.engine"
     records = [build_engine(graph, engine, [PROFILE], rtx()) for engine in engines]
     first, second = (record.model_dump(exclude={"engine_sha256"}) for record in records)
@@ -143,7 +169,9 @@ def test_two_builds_of_dynamic_size_have_the_same_record_but_for_the_hash(graph,
     assert len({engine.stat().st_size for engine in engines}) == 1
 
 
-@pytest.mark.parametrize(("dtype", "name"), [(TensorProto.FLOAT16, "float16"), (TensorProto.BFLOAT16, "bfloat16")])
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(TensorProto.FLOAT16, "float16"), (TensorProto.BFLOAT16, "bfloat16")]
+)
 def test_precision_of_the_graph_is_kept_and_recorded(tmp_path, dtype, name):
     graph = write_graph(tmp_path / "half.onnx", dtype)
     record = build_engine(graph, tmp_path / "half.engine", [PROFILE], rtx())
@@ -156,7 +184,9 @@ def test_weights_outside_the_graph_are_found_and_hashed(tmp_path):
     data = tmp_path / "large.onnx.data"
     record = build_engine(graph, tmp_path / "large.engine", [FIXED], rtx())
     assert record.graph_sha256 == {"large.onnx": sha256(graph), data.name: sha256(data)}
-    inline = build_engine(write_graph(tmp_path / "inline.onnx"), tmp_path / "inline.engine", [FIXED], rtx())
+    inline = build_engine(
+        write_graph(tmp_path / "inline.onnx"), tmp_path / "inline.engine", [FIXED], rtx()
+    )
     assert inline.engine_sha256 == record.engine_sha256
     (tmp_path / "large.engine").unlink()
     data.unlink()
@@ -232,7 +262,11 @@ def test_damaged_record_is_one_line(graph):
     path = record_path(engine)
     values = json.loads(path.read_text())
     changed = values | {"options": values["options"] | {"optimization_level": 9}}
-    texts = {path.read_text()[:-100]: "Invalid JSON", json.dumps(changed): "optimization_level", "{}": "Field required"}
+    texts = {
+        path.read_text()[:-100]: "Invalid JSON",
+        json.dumps(changed): "optimization_level",
+        "{}": "Field required",
+    }
     for text, said in texts.items():
         path.write_text(text)
         with pytest.raises(UserError, match=said) as caught:
@@ -254,9 +288,15 @@ def test_hopper_is_refused_with_the_gpus_that_are_known(graph):
     ("values", "said"),
     [
         ({"flavour": "tensorflow"}, "'tensorrt' or 'tensorrt-rtx'"),
-        ({"compute_capabilities": ("89",)}, "'89' is no compute capability (write major.minor, such as 8.9)"),
+        (
+            {"compute_capabilities": ("89",)},
+            "'89' is no compute capability (write major.minor, such as 8.9)",
+        ),
         ({"compute_capabilities": ("8.9", "8.9")}, "names one twice"),
-        ({"optimization_level": 6}, "optimization_level: Input should be less than or equal to 5 (given: 6)"),
+        (
+            {"optimization_level": 6},
+            "optimization_level: Input should be less than or equal to 5 (given: 6)",
+        ),
         ({"workspace_gib": 0}, "workspace_gib: Input should be greater than 0"),
         ({"workspace": 1}, "workspace: Extra inputs are not permitted"),
     ],
@@ -269,13 +309,17 @@ def test_wrong_options_are_one_line(values, said):
 
 
 def test_timing_cache_does_nothing_for_rtx_and_the_record_says_so(graph, tmp_path):
-    record = build_engine(graph, graph.with_suffix(".engine"), [PROFILE], rtx(timing_cache=tmp_path / "timing.cache"))
+    record = build_engine(
+        graph, graph.with_suffix(".engine"), [PROFILE], rtx(timing_cache=tmp_path / "timing.cache")
+    )
     assert record.options.timing_cache is None and not (tmp_path / "timing.cache").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_ends_the_build_and_leaves_no_file(graph, number, request):
-    """Ctrl-C or SIGTERM arrives while TensorRT calls back; an exception there would end the process."""
+    """Ctrl-C or SIGTERM arrives while TensorRT calls back; an exception there would end the
+    process.
+    """
     before = signal.default_int_handler  # a signal that comes too late must not end the tests
     request.addfinalizer(partial(signal.signal, number, signal.signal(number, before)))
 
@@ -331,13 +375,18 @@ def full_tensorrt(tmp_path, monkeypatch):
 
 @without_gpu
 def test_full_tensorrt_missing_broken_or_without_gpu_is_told_apart(full_tensorrt):
-    with pytest.raises(UserError, match="'tensorrt' is not installed .pip install tensorrt, .*nvcr.io/nvidia/tensorrt"):
+    with pytest.raises(
+        UserError,
+        match="'tensorrt' is not installed .pip install tensorrt, .*nvcr.io/nvidia/tensorrt",
+    ):
         load_bindings("tensorrt")
     full_tensorrt("import ctypes\nctypes.CDLL('libnvonnxparser.so.11')")
     with pytest.raises(UserError, match="not its libraries: libnvonnxparser.so.11: cannot open"):
         load_bindings("tensorrt")
     full_tensorrt("__version__ = '11.4.0'")
-    with pytest.raises(UserError, match="built on the GPU they run on: .*tensorrt-rtx --compute-capability 8.9"):
+    with pytest.raises(
+        UserError, match="built on the GPU they run on: .*tensorrt-rtx --compute-capability 8.9"
+    ):
         load_bindings("tensorrt")
 
 

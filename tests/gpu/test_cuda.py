@@ -1,14 +1,18 @@
-"""What only a CUDA device shows: mixed precision, fused steps that skip themselves, agreement with the CPU."""
+"""What only a CUDA device shows: mixed precision, fused steps that skip themselves, agreement with
+the CPU.
+"""
 
 import pytest
 import torch
-from conftest import metrics_of, run_here
 
-from distill.train import take_step
+from distill.training.loop import take_step
+from tests.conftest import metrics_of, run_here
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, none is visible"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device, none is visible"
+    ),
 ]
 
 
@@ -26,7 +30,9 @@ def test_the_first_loss_on_cuda_is_the_cpus(recipe_file, tmp_path):
     losses = []
     for device in ("cpu", "cuda"):
         changes = {"train": {"steps": 1, "device": device}, "student": {"drop_path": 0.0}}
-        recipe = recipe_file(**changes, targets={"normalize": "none"}, teacher_runtime={"precision": "fp32"})
+        recipe = recipe_file(
+            **changes, targets={"normalize": "none"}, teacher_runtime={"precision": "fp32"}
+        )
         assert run_here(recipe, "--output", tmp_path / device).returncode == 0
         losses.append(metrics_of(tmp_path / device)[0]["loss"])
     assert losses[1] == pytest.approx(losses[0], rel=1e-2)

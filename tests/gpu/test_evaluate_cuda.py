@@ -14,7 +14,9 @@ from distill.evaluate.linear_probe import train_sweep
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, none is visible"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device, none is visible"
+    ),
 ]
 
 
@@ -35,15 +37,25 @@ def test_votes_and_probe_are_the_cpus():
     there = knn_votes(train.cuda(), labels.cuda(), queries.cuda(), 5, KNNConfig(block_gib=1e-5))
     torch.testing.assert_close(there.cpu(), votes, rtol=1e-2, atol=1e-2)
     config = ProbeConfig(rates=5, epochs=3, batch_size=64)
-    here, there = (train_sweep(train.to(d), labels.to(d), 5, config, seed=0) for d in ("cpu", "cuda"))
+    here, there = (
+        train_sweep(train.to(d), labels.to(d), 5, config, seed=0) for d in ("cpu", "cuda")
+    )
     torch.testing.assert_close(there.weight.cpu(), here.weight, rtol=1e-2, atol=1e-3)
 
 
 def test_the_command_runs_every_frozen_task_and_finetuning(scenes, tmp_path):
-    quick = ("probe.epochs=3", "dense.size=64", "dense.steps=20", "finetune.epochs=2", "finetune.batch_size=8")
+    quick = (
+        "probe.epochs=3",
+        "dense.size=64",
+        "dense.steps=20",
+        "finetune.epochs=2",
+        "finetune.batch_size=8",
+    )
     tasks = "knn,linear,segmentation,depth,clusters,finetune"
     out = ("--output", str(tmp_path / "out"), "--device", "cuda", "--size", "64")
     status = main(["resnet10t@random", "--data", str(scenes), "--tasks", tasks, *out, *quick])
     assert status == 0
-    rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]["resnet10t@random"]
+    rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"][
+        "resnet10t@random"
+    ]
     assert set(rows) == set(tasks.split(","))

@@ -1,4 +1,6 @@
-"""Exported graphs and engines on a GPU say what the student says; engines of TensorRT-RTX and, if installed, of TensorRT."""
+"""Exported graphs and engines on a GPU say what the student says; engines of TensorRT-RTX and, if
+installed, of TensorRT.
+"""
 
 import json
 from pathlib import Path
@@ -6,23 +8,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_here
 
-from distill.errors import UserError
-from distill.pictures import PackagedPhotos
-from export import gpu
-from export.bench import main as bench
-from export.bundle import Manifest, read_manifest
+from contract.errors import UserError
+from contract.manifest import Manifest, read_manifest
+from distill.data.pictures import PackagedPhotos
+from export.bench.__main__ import main as bench
 from export.check import main as check
 from export.graph import build_parts, open_student
 from export.parity import TOLERANCE, compare, run_chain
 from export.run import main as export
-from export.runtimes import CudaRuntime, EngineRuntime, OnnxRuntime, no_cuda_provider
-from export.to_tensorrt import inspect_engine
+from export.runtimes.runtime import CudaRuntime, EngineRuntime, OnnxRuntime, no_cuda_provider
+from export.tensorrt import bindings as gpu
+from export.tensorrt.build import inspect_engine
+from tests.conftest import run_here
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, none is visible"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device, none is visible"
+    ),
 ]
 MODULES = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
 
@@ -64,7 +68,9 @@ def engines_of(folder: Path, manifest: Manifest) -> dict[str, Path]:
 
 def photos(batch: int, height: int, width: int) -> np.ndarray:
     source = PackagedPhotos()
-    return np.stack([np.asarray(source.load(number).resize((width, height))) for number in range(batch)])
+    return np.stack(
+        [np.asarray(source.load(number).resize((width, height))) for number in range(batch)]
+    )
 
 
 def test_a_chain_of_graphs_says_the_same_in_the_cuda_provider_as_on_the_cpu(small_bundle, run):
@@ -72,7 +78,10 @@ def test_a_chain_of_graphs_says_the_same_in_the_cuda_provider_as_on_the_cpu(smal
     files = {graph.name: small_bundle / graph.file for graph in read_manifest(small_bundle).graphs}
     parts = build_parts(open_student(run), 64, 64)
     for batch in (1, 3):
-        here, there = (run_chain(kind(files), parts, photos(batch, 64, 64)) for kind in (OnnxRuntime, CudaRuntime))
+        here, there = (
+            run_chain(kind(files), parts, photos(batch, 64, 64))
+            for kind in (OnnxRuntime, CudaRuntime)
+        )
         for graph, outputs in here.items():
             for name, value in outputs.items():
                 cosine, _ = compare(there[graph][name], value)
@@ -87,7 +96,11 @@ def test_an_export_on_a_gpu_checks_the_cuda_provider_too(precision, run, photo_f
     done = run_here(run, "--output", tmp_path / "b", *wanted, command=export)
     assert done.returncode == 0, done.stderr
     rows = read_manifest(tmp_path / "b").parity
-    cpu = {"onnxruntime-cpu (fp32 arithmetic)", "torch-fp16-cpu"} if precision == "fp16" else {"onnxruntime-cpu"}
+    cpu = (
+        {"onnxruntime-cpu (fp32 arithmetic)", "torch-fp16-cpu"}
+        if precision == "fp16"
+        else {"onnxruntime-cpu"}
+    )
     assert {row.runtime for row in rows} == {*cpu, "onnxruntime-cuda"}
     assert {row.batch for row in rows if row.runtime == "onnxruntime-cuda"} == {1, 3}
     assert "parity with the torch student in onnxruntime-cuda" in done.stdout
@@ -95,7 +108,9 @@ def test_an_export_on_a_gpu_checks_the_cuda_provider_too(precision, run, photo_f
 
 def test_bf16_is_checked_in_the_cuda_provider_or_left_out_with_a_reason(run, tmp_path):
     need_cuda_provider()
-    done = run_here(run, "--output", tmp_path / "b", "--precision", "bf16", "--max-batch", 2, command=export)
+    done = run_here(
+        run, "--output", tmp_path / "b", "--precision", "bf16", "--max-batch", 2, command=export
+    )
     assert done.returncode == 0, done.stderr
     found = {row.runtime for row in read_manifest(tmp_path / "b").parity}
     left_out = "not checked in onnxruntime-cuda: graph" in done.stdout
@@ -139,7 +154,10 @@ def test_engines_open_with_the_inputs_and_outputs_of_their_records(built):
 def test_bound_inputs_of_several_shapes_may_take_turns_on_one_engine(built):
     _, folder, manifest = built
     runtime = EngineRuntime({"backbone": engines_of(folder, manifest)["backbone"]})
-    bound = [runtime.bind("backbone", {"image": photos(*shape)}) for shape in ((4, 64, 64), (1, 64, 64), (2, 96, 128))]
+    bound = [
+        runtime.bind("backbone", {"image": photos(*shape)})
+        for shape in ((4, 64, 64), (1, 64, 64), (2, 96, 128))
+    ]
     for place in (0, 1, 2, 0):
         bound[place].call()
     many, one, wide = (each.read()[0] for each in bound)
@@ -161,7 +179,15 @@ def test_inputs_beyond_the_profile_are_one_line(built):
 def test_engines_of_smaller_types_pass_parity(flavour, precision, run, photo_folder, tmp_path):
     need_builder(flavour)
     calibration = ("--calibration", photo_folder) if precision == "int8" else ()
-    wanted = ("--precision", precision, "--formats", f"onnx,{flavour}", "--max-batch", 3, *calibration)
+    wanted = (
+        "--precision",
+        precision,
+        "--formats",
+        f"onnx,{flavour}",
+        "--max-batch",
+        3,
+        *calibration,
+    )
     done = run_here(run, "--output", tmp_path / "b", *wanted, command=export)
     assert done.returncode == 0, done.stderr
     rows = [row for row in read_manifest(tmp_path / "b").parity if row.runtime == flavour]
@@ -170,14 +196,29 @@ def test_engines_of_smaller_types_pass_parity(flavour, precision, run, photo_fol
 
 def test_the_bench_has_rows_of_every_runtime_on_the_gpu(built, run, tmp_path):
     flavour, folder, manifest = built
-    wanted = ("--run", run, "--graphs", "fused", "head_dino", "--batches", 1, 8, "--rounds", 3, "--no-compile")
+    wanted = (
+        "--run",
+        run,
+        "--graphs",
+        "fused",
+        "head_dino",
+        "--batches",
+        1,
+        8,
+        "--rounds",
+        3,
+        "--no-compile",
+    )
     done = run_here(folder, *wanted, "--devices", "cuda", "--output", tmp_path, command=bench)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     usual = {"torch eager fp32 cuda", "torch autocast fp16 cuda"}
     usual |= set() if no_cuda_provider() else {"onnxruntime fp32 cuda"}
     for graph in ("fused", "head_dino"):
-        names = {batch: {r["runtime"] for r in rows if (r["graph"], r["batch"]) == (graph, batch)} for batch in (1, 8)}
+        names = {
+            batch: {r["runtime"] for r in rows if (r["graph"], r["batch"]) == (graph, batch)}
+            for batch in (1, 8)
+        }
         assert names == {1: usual | {f"{flavour} fp32"}, 8: usual}, "engines take --max-batch 4"
     assert "left out  " in done.stdout and "the engine takes" in done.stdout
     assert all(row["agrees"] for row in rows) and all(row["device"] == "cuda" for row in rows)

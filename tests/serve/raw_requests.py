@@ -1,4 +1,6 @@
-"""Inference requests as bytes on the wire, so that they can be wrong in ways no client library would let through."""
+"""Inference requests as bytes on the wire, so that they can be wrong in ways no client library
+would let through.
+"""
 
 import io
 import struct
@@ -41,7 +43,9 @@ def strings(name: str, items: Iterable[bytes], shape: Sequence[int] | None = Non
     return Raw(name, "BYTES", tuple(shape if shape is not None else (len(items), 1)), data)
 
 
-def request(model: str, inputs: Iterable[Raw], outputs: Iterable[str] = (), version: str = "") -> ModelInferRequest:
+def request(
+    model: str, inputs: Iterable[Raw], outputs: Iterable[str] = (), version: str = ""
+) -> ModelInferRequest:
     """The message."""
     message = ModelInferRequest(model_name=model, model_version=version)
     for given in inputs:
@@ -69,7 +73,9 @@ def reference(bundle: Bundle, pixels: np.ndarray) -> dict[str, np.ndarray]:
     """Every tensor between and after the graphs, as onnxruntime computes it in this process."""
     known = {"image": pixels}
     for graph in bundle.parts:
-        session = onnxruntime.InferenceSession(bundle.path / graph.file, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            bundle.path / graph.file, providers=["CPUExecutionProvider"]
+        )
         said = session.run(None, {tensor.name: known[tensor.name] for tensor in graph.inputs})
         known |= dict(zip((tensor.name for tensor in graph.outputs), said, strict=True))
     return known
@@ -83,7 +89,9 @@ def same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) ->
             np.testing.assert_allclose(found[name], values, rtol=1e-3, atol=1e-4, err_msg=name)
         else:
             assert found[name].shape == values.shape
-            assert (found[name] == values).mean() > 0.99, name  # the likeliest class of two that are equally likely
+            assert (found[name] == values).mean() > 0.99, (
+                name
+            )  # the likeliest class of two that are equally likely
 
 
 # Picture files

@@ -1,4 +1,6 @@
-"""`python -m serve.run` as a process of its own, and what it leaves behind; for the tests of starting and watching."""
+"""`python -m serve.run` as a process of its own, and what it leaves behind; for the tests of
+starting and watching.
+"""
 
 import os
 import re
@@ -16,12 +18,20 @@ ANY_PORTS = ("--grpc-port", 0, "--http-port", 0, "--metrics-port", 0)
 
 
 class Run:
-    """A started command. `lines` is its output so far; `grpc`, `http`, `metrics` are the addresses it printed."""
+    """A started command. `lines` is its output so far; `grpc`, `http`, `metrics` are the addresses
+    it printed.
+    """
 
-    def __init__(self, *arguments: object, ports: tuple = ANY_PORTS, temporary: Path | None = None) -> None:
+    def __init__(
+        self, *arguments: object, ports: tuple = ANY_PORTS, temporary: Path | None = None
+    ) -> None:
         before, after = split(arguments)
         command = [sys.executable, "-m", "serve.run", *map(str, (*before, *ports, *after))]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"TMPDIR": str(temporary)} if temporary else {})
+        environment = (
+            os.environ
+            | {"OMP_NUM_THREADS": "1"}
+            | ({"TMPDIR": str(temporary)} if temporary else {})
+        )
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
         )
@@ -40,7 +50,9 @@ class Run:
 
     def wait_for(self, pattern: str, seconds: float = 90) -> re.Match:
         """The first match in the output, when it is there."""
-        until(lambda: re.search(pattern, self.text, re.M) or self.process.poll() is not None, seconds)
+        until(
+            lambda: re.search(pattern, self.text, re.M) or self.process.poll() is not None, seconds
+        )
         found = re.search(pattern, self.text, re.M)
         assert found, f"no {pattern!r} in:\n{self.text[-4000:]}"
         return found
@@ -49,7 +61,8 @@ class Run:
         """Wait until it says so."""
         self.wait_for(r"^  python -m serve\.status")
         self.grpc, self.http, self.metrics = (
-            self.wait_for(rf"^{name} +(?:http://)?([\d.]+:\d+)")[1] for name in ("grpc", "http", "metrics")
+            self.wait_for(rf"^{name} +(?:http://)?([\d.]+:\d+)")[1]
+            for name in ("grpc", "http", "metrics")
         )
         return self
 
@@ -97,7 +110,9 @@ def processes(word: Path | str) -> list[int]:
             words = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if Path(words[0]).name in ("tritonserver", "triton_python_backend_stub") and str(word) in "\0".join(words):
+        if Path(words[0]).name in ("tritonserver", "triton_python_backend_stub") and str(
+            word
+        ) in "\0".join(words):
             found.append(int(path.parent.name))
     return found
 
@@ -142,7 +157,9 @@ def ask(client: grpc.InferenceServerClient, size: int, request_id: str = "") -> 
     port.set_data_from_numpy(image)
     try:
         wanted = [grpc.InferRequestedOutput("backbone_global")]
-        found = client.infer("features", [port], outputs=wanted, request_id=request_id, client_timeout=30)
+        found = client.infer(
+            "features", [port], outputs=wanted, request_id=request_id, client_timeout=30
+        )
         assert np.isfinite(found.as_numpy("backbone_global")).all()
     except grpc.InferenceServerException as error:
         return str(error)

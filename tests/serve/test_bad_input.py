@@ -12,20 +12,32 @@ import grpc
 import numpy as np
 import pytest
 import yaml
-from conftest import need_tritonserver, run_here, small_recipe
 from PIL import Image, ImageOps
-from raw_requests import Raw, array, arrays, chunk, encode, memory, png, reference, request, same, strings
 from tritonclient.grpc.service_pb2 import ModelStatisticsRequest
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from contract.dense import class_map, depth_map
+from contract.images import fit, read_pixels
+from distill.data.pictures import PackagedPhotos
 from distill.evaluate.__main__ import main as evaluate
-from distill.pictures import PackagedPhotos
 from export.run import main as export
 from serve.bundle import read_bundle
-from serve.dense import class_map, depth_map
-from serve.images import fit, read_pixels
-from serve.state import read_state
-from serve.stubs import find_stubs
+from serve.server.state import read_state
+from serve.server.stubs import find_stubs
+from tests.conftest import need_tritonserver, run_here, small_recipe
+from tests.serve.raw_requests import (
+    Raw,
+    array,
+    arrays,
+    chunk,
+    encode,
+    memory,
+    png,
+    reference,
+    request,
+    same,
+    strings,
+)
 
 SIZE = 64
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
@@ -71,11 +83,15 @@ def good(model, known):
         file = encode(Image.fromarray(PIXELS[0]), "PNG")
         return request(model, [strings("encoded", [file])], ["depth"]), {"depth": known["depth"]}
     inputs, outputs = GOOD[model]
-    return request(model, [array(name, known[name]) for name in inputs], outputs), {n: known[n] for n in outputs}
+    return request(model, [array(name, known[name]) for name in inputs], outputs), {
+        n: known[n] for n in outputs
+    }
 
 
 def refused(triton, known, bad, model="features"):
-    """Code and words of the answer to a bad request; right requests beside it and after it are answered rightly."""
+    """Code and words of the answer to a bad request; right requests beside it and after it are
+    answered rightly.
+    """
     fair, expected = good(model, known)
     beside = triton.ModelInfer.future(fair, timeout=30)
     pending = triton.ModelInfer.future(bad, timeout=30)
@@ -95,24 +111,42 @@ def image(pixels, **changes):
 
 
 BAD_TENSORS = {
-    "floats for bytes": ([array("image", ZEROS.astype(np.float32))], "'image' data-type is 'FP32', but .* 'UINT8'"),
+    "floats for bytes": (
+        [array("image", ZEROS.astype(np.float32))],
+        "'image' data-type is 'FP32', but .* 'UINT8'",
+    ),
     "an unknown type": ([image(ZEROS, kind="FOO")], "'image' data-type is '<invalid>'"),
     "strings for pixels": ([image(ZEROS, kind="BYTES")], "'image' data-type is 'BYTES'"),
     "no batch axis": ([image(ZEROS[0])], "batch-size must be <= 4 for 'features'"),
     "an axis too many": ([image(ZEROS[None])], r"Expected \[-1,64,64,3\], got \[1,1,64,64,3\]"),
     "no axes": ([image(ZEROS, shape=())], "'image' has no shape"),
-    "four channels": ([image(np.zeros((1, 64, 64, 4), np.uint8))], r"Expected \[-1,64,64,3\], got \[1,64,64,4\]"),
-    "no pictures": ([image(np.zeros((0, 64, 64, 3), np.uint8))], "byte size mismatch for input 'image'.* got 0"),
+    "four channels": (
+        [image(np.zeros((1, 64, 64, 4), np.uint8))],
+        r"Expected \[-1,64,64,3\], got \[1,64,64,4\]",
+    ),
+    "no pictures": (
+        [image(np.zeros((0, 64, 64, 3), np.uint8))],
+        "byte size mismatch for input 'image'.* got 0",
+    ),
     "no rows": ([image(np.zeros((1, 0, 64, 3), np.uint8))], r"got \[1,0,64,3\]"),
     "another size": ([image(np.zeros((1, 70, 64, 3), np.uint8))], r"got \[1,70,64,3\]"),
-    "other multiples of the patch": ([image(np.zeros((1, 32, 128, 3), np.uint8))], r"got \[1,32,128,3\]"),
+    "other multiples of the patch": (
+        [image(np.zeros((1, 32, 128, 3), np.uint8))],
+        r"got \[1,32,128,3\]",
+    ),
     "a negative batch": ([image(ZEROS, shape=(-1, 64, 64, 3))], "mismatch|batch"),
-    "too many pictures": ([image(np.zeros((5, 64, 64, 3), np.uint8))], "batch-size must be <= 4 for 'features'"),
+    "too many pictures": (
+        [image(np.zeros((5, 64, 64, 3), np.uint8))],
+        "batch-size must be <= 4 for 'features'",
+    ),
     "too few bytes": ([image(ZEROS, data=b"abc")], "Expected 12288, got 3"),
     "too many bytes": ([image(ZEROS, data=bytes(20000))], "Expected 12288, got 20000"),
     "no bytes": ([image(ZEROS, data=None)], "unable to find data for input tensor 'image'"),
     "no input": ([], r"missing required input\(s\) \['image'\]"),
-    "an input too many": ([image(ZEROS), image(ZEROS, name="other")], "expected 1 inputs but got 2"),
+    "an input too many": (
+        [image(ZEROS), image(ZEROS, name="other")],
+        "expected 1 inputs but got 2",
+    ),
     "an input twice": ([image(ZEROS), image(ZEROS)], "input 'image' already exists"),
 }
 
@@ -125,12 +159,36 @@ def test_a_wrong_tensor_is_an_invalid_argument(triton, known, case):
 
 
 BAD_NAMES = {
-    "an unknown output": (request("features", [image(ZEROS)], ["nobody_token"]), INVALID, "output 'nobody_token'"),
-    "a tensor between graphs": (request("features", [image(ZEROS)], ["spaces"]), INVALID, "output 'spaces'"),
-    "an unknown model": (request("head_nobody", [image(ZEROS)]), MISSING, "unknown model: 'head_nobody'"),
-    "an unknown version": (request("features", [image(ZEROS)], version="7"), MISSING, "version 7 is not found"),
-    "a version in words": (request("features", [image(ZEROS)], version="new"), INVALID, "version string 'new'"),
-    "memory of nobody": (request("features", [image(ZEROS, region="mine")]), MISSING, "shared memory region: 'mine'"),
+    "an unknown output": (
+        request("features", [image(ZEROS)], ["nobody_token"]),
+        INVALID,
+        "output 'nobody_token'",
+    ),
+    "a tensor between graphs": (
+        request("features", [image(ZEROS)], ["spaces"]),
+        INVALID,
+        "output 'spaces'",
+    ),
+    "an unknown model": (
+        request("head_nobody", [image(ZEROS)]),
+        MISSING,
+        "unknown model: 'head_nobody'",
+    ),
+    "an unknown version": (
+        request("features", [image(ZEROS)], version="7"),
+        MISSING,
+        "version 7 is not found",
+    ),
+    "a version in words": (
+        request("features", [image(ZEROS)], version="new"),
+        INVALID,
+        "version string 'new'",
+    ),
+    "memory of nobody": (
+        request("features", [image(ZEROS, region="mine")]),
+        MISSING,
+        "shared memory region: 'mine'",
+    ),
 }
 
 
@@ -159,12 +217,17 @@ def test_floats_that_are_not_finite_are_refused_where_floats_are_taken(triton, k
         broken.flat[-1] = value
         given = [array(n, broken if n == name else known[n]) for n in inputs]
         code, said = refused(triton, known, request(model, given, outputs), model)
-        assert (code, said) == (INVALID, f"input '{name}' holds NaN or infinity: give finite numbers")
+        assert (code, said) == (
+            INVALID,
+            f"input '{name}' holds NaN or infinity: give finite numbers",
+        )
 
 
 def test_floats_whose_sum_is_large_are_not_taken_for_infinite(triton, known):
     large = np.full_like(known["depth"], 3e38)
-    answer = triton.ModelInfer(request("depth_map", [array("depth", large), array("image", PIXELS)], ["depth_map"]))
+    answer = triton.ModelInfer(
+        request("depth_map", [array("depth", large), array("image", PIXELS)], ["depth_map"])
+    )
     np.testing.assert_allclose(arrays(answer)["depth_map"], 3e38, rtol=1e-5)
 
 
@@ -193,12 +256,18 @@ def test_right_requests_in_one_batch_with_refused_ones_are_answered(triton, know
 
 
 def test_a_batch_of_nothing_with_the_bytes_of_one_is_refused_and_harms_no_other(triton, known):
-    # Triton takes these for requests without a batch, and by itself fails all requests of the batch they come into
+    # Triton takes these for requests without a batch, and by itself fails all requests of the batch
+    # they come into
     for model in ("backbone", "fused", "interaction", "head_mae", "depth_head"):
         inputs, outputs = GOOD[model]
-        empty = [replace(array(name, known[name]), shape=(0, *known[name].shape[1:])) for name in inputs]
+        empty = [
+            replace(array(name, known[name]), shape=(0, *known[name].shape[1:])) for name in inputs
+        ]
         fair, expected = good(model, known)
-        pending = [(n % 3, triton.ModelInfer.future(request(model, empty) if n % 3 == 1 else fair)) for n in range(30)]
+        pending = [
+            (n % 3, triton.ModelInfer.future(request(model, empty) if n % 3 == 1 else fair))
+            for n in range(30)
+        ]
         for kind, future in pending:
             if kind == 1:
                 error = future.exception()
@@ -236,7 +305,9 @@ def wide_webp():
     size = struct.pack("<I", 15)[:3] * 2
     frame = bytes(6) + size + b"\x10\0\0\0" + frame
     body = b"WEBPVP8X" + struct.pack("<IB", 10, 2) + bytes(3) + struct.pack("<I", 16382)[:3] * 2
-    body += b"ANIM" + struct.pack("<I", 6) + bytes(6) + b"ANMF" + struct.pack("<I", len(frame)) + frame
+    body += (
+        b"ANIM" + struct.pack("<I", 6) + bytes(6) + b"ANMF" + struct.pack("<I", len(frame)) + frame
+    )
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
@@ -250,7 +321,11 @@ def many_scans():
 def damaged(data):
     """A file with some bytes of its middle turned over."""
     middle = len(data) // 2
-    return data[:middle] + bytes(255 - byte for byte in data[middle : middle + 20]) + data[middle + 20 :]
+    return (
+        data[:middle]
+        + bytes(255 - byte for byte in data[middle : middle + 20])
+        + data[middle + 20 :]
+    )
 
 
 def grey(*extra):
@@ -263,25 +338,43 @@ BAD_FILES = {
     "a truncated JPEG": (FILE[: len(FILE) // 2], "the picture cannot be decoded, it is damaged: "),
     "the start of a JPEG": (FILE[:200], "cannot be decoded"),
     "two bytes of a JPEG": (FILE[:2], NO_PICTURE),
-    "a truncated PNG": (encode(PHOTO, "PNG")[:-3000], "the picture cannot be decoded, it is damaged: "),
-    "a damaged PNG": (damaged(encode(PHOTO, "PNG")), "the picture cannot be decoded, it is damaged: "),
-    "a truncated WebP": (encode(PHOTO, "WEBP")[:-500], "the picture cannot be decoded, it is damaged: "),
+    "a truncated PNG": (
+        encode(PHOTO, "PNG")[:-3000],
+        "the picture cannot be decoded, it is damaged: ",
+    ),
+    "a damaged PNG": (
+        damaged(encode(PHOTO, "PNG")),
+        "the picture cannot be decoded, it is damaged: ",
+    ),
+    "a truncated WebP": (
+        encode(PHOTO, "WEBP")[:-500],
+        "the picture cannot be decoded, it is damaged: ",
+    ),
     "a GIF": (encode(PHOTO, "GIF"), NO_PICTURE),
     "a BMP": (encode(PHOTO, "BMP"), NO_PICTURE),
     "a TIFF": (encode(PHOTO, "TIFF"), NO_PICTURE),
     "an SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', NO_PICTURE),
     "a text": (b"photo.jpg", NO_PICTURE),
     "zeros": (bytes(5000), NO_PICTURE),
-    "30,000 x 30,000 pixels": (bomb, "the picture has 900,000,000 pixels, more than the 50,000,000 that are taken: "),
+    "30,000 x 30,000 pixels": (
+        bomb,
+        "the picture has 900,000,000 pixels, more than the 50,000,000 that are taken: ",
+    ),
     "8,000 x 8,000 pixels": (large_png, "the picture has 8000x8000 pixels, more than "),
     "a canvas of 16,383 x 16,383": (
         wide_webp(),
         "the picture has 268,402,689 pixels, more than the 50,000,000 that are",
     ),
     "a text of 99 MB": (long_text, "cannot be decoded"),
-    "a text of claimed 2 GB": (grey(struct.pack(">I", 0x7FFFFFFF) + b"tEXtabc"), "cannot be decoded"),
+    "a text of claimed 2 GB": (
+        grey(struct.pack(">I", 0x7FFFFFFF) + b"tEXtabc"),
+        "cannot be decoded",
+    ),
     "510 scans": (many_scans, "the picture has 510 scans, more than the 100 that are taken"),
-    "too many bytes": (FILE + bytes(20_000_000), "bytes, more than the 20,000,000 that are taken: make it smaller"),
+    "too many bytes": (
+        FILE + bytes(20_000_000),
+        "bytes, more than the 20,000,000 that are taken: make it smaller",
+    ),
 }
 
 
@@ -295,7 +388,9 @@ def test_a_file_that_must_not_be_decoded_is_an_invalid_argument(triton, known, c
 
 
 def test_of_several_pictures_the_bad_one_is_named(triton, known):
-    bad = request("features_encoded", [strings("encoded", [FILE, FILE, FILE[:900], b""])], ["backbone_global"])
+    bad = request(
+        "features_encoded", [strings("encoded", [FILE, FILE, FILE[:900], b""])], ["backbone_global"]
+    )
     code, said = refused(triton, known, bad, "features_encoded")
     assert code == INVALID and "picture 2: the picture cannot be decoded" in said
 
@@ -314,9 +409,22 @@ def test_of_several_pictures_the_bad_one_is_named(triton, known):
             Raw("encoded", "BYTES", (1, 1), b"\xff\xff\xff\xffab"),
             "expecting string of length 4294967295 but only 2 bytes",
         ),
-        (array("encoded", np.zeros((1, 1), np.uint8)), "data-type is 'UINT8', but .* expects 'BYTES'"),
+        (
+            array("encoded", np.zeros((1, 1), np.uint8)),
+            "data-type is 'UINT8', but .* expects 'BYTES'",
+        ),
     ],
-    ids=["two axes", "no batch", "five", "one of two", "two of one", "no lengths", "half a length", "long", "numbers"],
+    ids=[
+        "two axes",
+        "no batch",
+        "five",
+        "one of two",
+        "two of one",
+        "no lengths",
+        "half a length",
+        "long",
+        "numbers",
+    ],
 )
 def test_wrongly_packed_files_are_an_invalid_argument(triton, known, given, words):
     bad = request("features_encoded", [given], ["backbone_global"])
@@ -325,7 +433,9 @@ def test_wrongly_packed_files_are_an_invalid_argument(triton, known, given, word
 
 
 def test_bombs_are_refused_from_their_headers(triton, server):
-    (stub,) = (one for one in find_stubs(read_state(server.repository).server_pid) if one.model == "decode")
+    (stub,) = (
+        one for one in find_stubs(read_state(server.repository).server_pid) if one.model == "decode"
+    )
     triton.ModelInfer(request("decode", [strings("encoded", [FILE])]))
     before = memory(stub.pid, "VmHWM")
     for data in (bomb(), wide_webp(), large_png(), long_text()):
@@ -370,10 +480,22 @@ def unusual():
     seen = np.asarray(large).copy()
     seen[(seen == corner).all(axis=-1)] = 255
     clear_colour = chunk(b"tRNS", struct.pack(">3H", *corner))
-    yield "RGB with a clear colour", png(*large.size, 8, 2, rows, clear_colour), Image.fromarray(seen)
+    yield (
+        "RGB with a clear colour",
+        png(*large.size, 8, 2, rows, clear_colour),
+        Image.fromarray(seen),
+    )
     yield "WebP with alpha", encode(clear, "WEBP", lossless=True, exact=True), on_white
-    yield "animated WebP", encode(large, "WEBP", save_all=True, append_images=[other], duration=40, quality=95), large
-    yield "animated PNG", encode(large, "PNG", save_all=True, append_images=[other], duration=40), large
+    yield (
+        "animated WebP",
+        encode(large, "WEBP", save_all=True, append_images=[other], duration=40, quality=95),
+        large,
+    )
+    yield (
+        "animated PNG",
+        encode(large, "PNG", save_all=True, append_images=[other], duration=40),
+        large,
+    )
 
 
 def test_unusual_files_are_decoded_as_on_the_clients_side(triton):
@@ -410,14 +532,24 @@ def post(server, path, body, headers=None):
 
 
 def in_json(**changes):
-    tensor = {"name": "image", "shape": [1, SIZE, SIZE, 3], "datatype": "UINT8", "data": PIXELS.ravel().tolist()}
+    tensor = {
+        "name": "image",
+        "shape": [1, SIZE, SIZE, 3],
+        "datatype": "UINT8",
+        "data": PIXELS.ravel().tolist(),
+    }
     return {"inputs": [tensor | changes], "outputs": [{"name": "backbone_global"}]}
 
 
 def binary(data, said=None):
     """Body and headers of a file sent as bytes after a JSON header."""
     packed = struct.pack("<I", len(data) if said is None else said) + data
-    port = {"name": "encoded", "shape": [1, 1], "datatype": "BYTES", "parameters": {"binary_data_size": len(packed)}}
+    port = {
+        "name": "encoded",
+        "shape": [1, 1],
+        "datatype": "BYTES",
+        "parameters": {"binary_data_size": len(packed)},
+    }
     header = json.dumps({"inputs": [port], "outputs": [{"name": "backbone_global"}]}).encode()
     return header + packed, {"Inference-Header-Content-Length": str(len(header))}
 
@@ -427,10 +559,34 @@ HTTP = {
     # Triton's answer to JSON that it cannot read is 500
     "no JSON": ("features/infer", b"{{{", {}, 500, "failed to parse the request JSON"),
     "no inputs": ("features/infer", b"[]", {}, 500, "Unable to parse 'inputs'"),
-    "few numbers": ("features/infer", json.dumps(in_json(data=[1, 2])), {}, 500, "does not match true shape"),
-    "words for numbers": ("features/infer", json.dumps(in_json(data=["a"] * 12288)), {}, 500, "unsigned-integer"),
-    "another size": ("features/infer", json.dumps(in_json(shape=[1, 48, 85, 3], data=[0] * 12240)), {}, 400, "shape"),
-    "floats": ("features/infer", json.dumps(in_json(datatype="FP32")), {}, 400, "data-type is 'FP32'"),
+    "few numbers": (
+        "features/infer",
+        json.dumps(in_json(data=[1, 2])),
+        {},
+        500,
+        "does not match true shape",
+    ),
+    "words for numbers": (
+        "features/infer",
+        json.dumps(in_json(data=["a"] * 12288)),
+        {},
+        500,
+        "unsigned-integer",
+    ),
+    "another size": (
+        "features/infer",
+        json.dumps(in_json(shape=[1, 48, 85, 3], data=[0] * 12240)),
+        {},
+        400,
+        "shape",
+    ),
+    "floats": (
+        "features/infer",
+        json.dumps(in_json(datatype="FP32")),
+        {},
+        400,
+        "data-type is 'FP32'",
+    ),
     "a long header": (
         "features/infer",
         b"abc",
@@ -438,12 +594,39 @@ HTTP = {
         400,
         "inference header size",
     ),
-    "a model of nobody": ("nobody/infer", json.dumps(in_json()), {}, 404, "unknown model: 'nobody'"),
-    "a version of nobody": ("features/versions/9/infer", json.dumps(in_json()), {}, 404, "version 9 is not found"),
+    "a model of nobody": (
+        "nobody/infer",
+        json.dumps(in_json()),
+        {},
+        404,
+        "unknown model: 'nobody'",
+    ),
+    "a version of nobody": (
+        "features/versions/9/infer",
+        json.dumps(in_json()),
+        {},
+        404,
+        "version 9 is not found",
+    ),
     "a text": ("features_encoded/infer", *binary(b"hello"), 400, NO_PICTURE),
-    "an empty file": ("features_encoded/infer", *binary(b""), 400, "the picture is empty (0 bytes)"),
-    "half a file": ("features_encoded/infer", *binary(FILE[:900]), 400, "the picture cannot be decoded"),
-    "a long length": ("features_encoded/infer", *binary(b"hello", 2**31), 400, "expecting string of length 2147483648"),
+    "an empty file": (
+        "features_encoded/infer",
+        *binary(b""),
+        400,
+        "the picture is empty (0 bytes)",
+    ),
+    "half a file": (
+        "features_encoded/infer",
+        *binary(FILE[:900]),
+        400,
+        "the picture cannot be decoded",
+    ),
+    "a long length": (
+        "features_encoded/infer",
+        *binary(b"hello", 2**31),
+        400,
+        "expecting string of length 2147483648",
+    ),
 }
 
 
@@ -459,16 +642,26 @@ def test_bad_requests_over_http_are_refused_in_a_sentence(server, case):
 
 @pytest.fixture(scope="module")
 def varying(photo_folder, scenes, tmp_path_factory):
-    """A server of a student that takes any multiples of 16 up to 64 x 96, with one head and depth."""
+    """A server of a student that takes any multiples of 16 up to 64 x 96, with one head and
+    depth.
+    """
     need_tritonserver()
-    from serve.repository import make_repository
-    from serve.server import Options, Server
-    from serve.settings import Settings
-    from serve.triton import find_tritonserver
+    from serve.repository.build import make_repository
+    from serve.repository.settings import Settings
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
 
     folder = tmp_path_factory.mktemp("varying")
     vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-    teachers = [{"name": "vit_tiny_patch16_224", "role": "mae", "pretrained": False, "image_size": 64, "kwargs": vit}]
+    teachers = [
+        {
+            "name": "vit_tiny_patch16_224",
+            "role": "mae",
+            "pretrained": False,
+            "image_size": 64,
+            "kwargs": vit,
+        }
+    ]
     recipe = small_recipe(photo_folder, method="plain", train={"steps": 2}) | {"teachers": teachers}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     run, quick = folder / "run", ("extract.workers=0", "dense.size=64", "dense.steps=2")
@@ -480,7 +673,9 @@ def varying(photo_folder, scenes, tmp_path_factory):
     assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
     make_repository(folder / "bundle", folder / "repository", Settings(fused=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-    server = Server(find_tritonserver(None, folder), folder / "repository", options, lambda line: None)
+    server = Server(
+        find_tritonserver(None, folder), folder / "repository", options, lambda line: None
+    )
     with server, grpc.insecure_channel(server.grpc) as channel:
         yield GRPCInferenceServiceStub(channel), read_bundle(folder / "bundle")
 
@@ -497,13 +692,19 @@ def test_only_sizes_that_the_graph_answers_rightly_are_taken(varying):
         same(found, {"depth_map": depth_map(expected["depth"], height, width)})
     for model in ("features", "depth", "backbone"):
         for height, width in ((70, 64), (64, 65), (8, 64), (64, 15)):
-            said = refusal(triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))]))
+            said = refusal(
+                triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))])
+            )
             assert f"'image' is {height}x{width}: height and width must be multiples of 16" in said
         for height, width in ((80, 64), (64, 112), (1600, 1600)):
-            said = refusal(triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))]))
+            said = refusal(
+                triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))])
+            )
             assert f"'image' is {height}x{width}: at most 64x96 is served" in said
         for height, width in ((16, 64), (64, 16)):
-            said = refusal(triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))]))
+            said = refusal(
+                triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))])
+            )
             assert f"'image' is {height}x{width}: at least 32x32 is served" in said
         refusal(triton, request(model, [array("image", np.zeros((1, 0, 64, 3), np.uint8))]))
 
@@ -512,16 +713,23 @@ def test_parts_refuse_more_positions_than_pictures_have(varying):
     triton, bundle = varying
     for count in (0, 1000):
         shapes = {
-            tensor.name: [1, *(count if isinstance(axis, str) else axis for axis in tensor.shape[1:])]
+            tensor.name: [
+                1,
+                *(count if isinstance(axis, str) else axis for axis in tensor.shape[1:]),
+            ]
             for tensor in bundle.graphs["depth"].inputs
         }
         given = [array(name, np.zeros(shape, np.float32)) for name, shape in shapes.items()]
         said = refusal(triton, request("depth_head", given))
-        assert re.search(rf"'features' is {count}x.*: it must not be empty, and at most 4x6x48 is served", said), said
+        assert re.search(
+            rf"'features' is {count}x.*: it must not be empty, and at most 4x6x48 is served", said
+        ), said
     picture, depth = np.zeros((1, 64, 96, 3), np.uint8), np.zeros((1, 23), np.float32)
     said = refusal(triton, request("depth_map", [array("depth", depth), array("image", picture)]))
     assert "input 'depth' does not belong to 'image': 23 positions are no grid of" in said
-    said = refusal(triton, request("depth_map", [array("depth", depth), array("image", picture[:, :9, :9])]))
+    said = refusal(
+        triton, request("depth_map", [array("depth", depth), array("image", picture[:, :9, :9])])
+    )
     assert "'image' is 9x9: height and width must be multiples of 16" in said
 
 

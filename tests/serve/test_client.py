@@ -9,15 +9,22 @@ import pytest
 import tritonclient.grpc as grpc
 from PIL import Image
 
-from distill.pictures import PackagedPhotos
+from contract.images import Limits, decode, fit
+from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
 from serve.client.answers import join
 from serve.client.calls import ADMIN
 from serve.client.served import Port, Served, read_answer
 from serve.client.shared_memory import Pool, Region
-from serve.errors import BadRequest, DeadlineExceeded, NotAllowed, NotServed, ServerFailed, WrongAnswer
-from serve.images import Limits, decode, fit
+from serve.errors import (
+    BadRequest,
+    DeadlineExceeded,
+    NotAllowed,
+    NotServed,
+    ServerFailed,
+    WrongAnswer,
+)
 
 SIZE = 64
 """Sides of the small bundle's pictures."""
@@ -53,7 +60,9 @@ def raw(url, pixels, outputs):
     with grpc.InferenceServerClient(url) as triton:
         image = grpc.InferInput("image", pixels.shape, "UINT8")
         image.set_data_from_numpy(pixels)
-        answer = triton.infer("features", [image], outputs=[grpc.InferRequestedOutput(name) for name in outputs])
+        answer = triton.infer(
+            "features", [image], outputs=[grpc.InferRequestedOutput(name) for name in outputs]
+        )
         return {name: answer.as_numpy(name) for name in outputs}
 
 
@@ -63,7 +72,17 @@ def raw(url, pixels, outputs):
 def test_every_form_of_a_picture_gives_the_same_features(client, server, files, pixels):
     expected = raw(server.grpc, pixels[:1], ["backbone_global"])["backbone_global"]
     path, photo = files[0], Image.open(files[0])
-    forms = (path, str(path), path.read_bytes(), photo, np.asarray(photo), pixels[0], pixels[:1], [path], iter([path]))
+    forms = (
+        path,
+        str(path),
+        path.read_bytes(),
+        photo,
+        np.asarray(photo),
+        pixels[0],
+        pixels[:1],
+        [path],
+        iter([path]),
+    )
     for form in forms:
         assert np.array_equal(client.features(form, "backbone_global")["backbone_global"], expected)
 
@@ -71,7 +90,9 @@ def test_every_form_of_a_picture_gives_the_same_features(client, server, files, 
 def test_a_list_may_mix_forms_and_keeps_its_order(client, files, pixels):
     mixed = [files[0], files[1].read_bytes(), pixels[2:4], Image.open(files[4])]
     found = client.features(mixed, ["mae_token"])["mae_token"]
-    np.testing.assert_allclose(found, client.features(pixels[:5], ["mae_token"])["mae_token"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        found, client.features(pixels[:5], ["mae_token"])["mae_token"], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("encoded", [False, True])
@@ -92,7 +113,9 @@ def test_without_a_choice_every_output_comes(client, pixels):
 def test_encoded_pictures_that_are_no_files_are_sent_without_loss(client, pixels):
     for form in (pixels[0], Image.fromarray(pixels[0])):
         found = client.features(form, "backbone_global", encoded=True)["backbone_global"]
-        np.testing.assert_allclose(found, client.features(pixels[0], "backbone_global")["backbone_global"], atol=1e-5)
+        np.testing.assert_allclose(
+            found, client.features(pixels[0], "backbone_global")["backbone_global"], atol=1e-5
+        )
 
 
 def test_answers_may_be_written_to(client, pixels):
@@ -165,20 +188,33 @@ def test_an_answer_that_is_not_what_was_promised_is_refused():
 
     assert look()["b"].shape == (2, 5, 2)
     for wrong in (
-        {"names": ("a",)}, {"names": ("a", "b", "c")}, {"a": None}, {"a": np.zeros((2, 3))},
-        {"a": np.zeros((1, 3), np.float32)}, {"a": np.zeros((2, 4), np.float32)}, {"b": np.zeros((2, 5), np.float32)},
-        {"b": np.full((2, 5, 2), np.nan, np.float32)}, {"a": np.full((2, 3), np.inf, np.float32)},
-    ):  # fmt: skip
+        {"names": ("a",)},
+        {"names": ("a", "b", "c")},
+        {"a": None},
+        {"a": np.zeros((2, 3))},
+        {"a": np.zeros((1, 3), np.float32)},
+        {"a": np.zeros((2, 4), np.float32)},
+        {"b": np.zeros((2, 5), np.float32)},
+        {"b": np.full((2, 5, 2), np.nan, np.float32)},
+        {"a": np.full((2, 3), np.inf, np.float32)},
+    ):
         with pytest.raises(WrongAnswer):
             look(**wrong)
 
 
 def test_a_model_of_many_sizes_says_which_it_takes():
     about = '{"stride": 16, "height": 96, "width": 64, "min_height": 32, "min_width": 32, "dynamic": true}'
-    many = Served("features", 4, {"image": Port("image", "UINT8", (-1, -1, 3))}, {}, {"about": about})
+    many = Served(
+        "features", 4, {"image": Port("image", "UINT8", (-1, -1, 3))}, {}, {"about": about}
+    )
     assert many.size() == (96, 64)
     assert many.takes((96, 64)) and many.takes((32, 48))
-    assert not many.takes((16, 32)) and not many.takes((64, 96)) and not many.takes((60, 64)) and not many.takes(None)
+    assert (
+        not many.takes((16, 32))
+        and not many.takes((64, 96))
+        and not many.takes((60, 64))
+        and not many.takes(None)
+    )
     silent = Served("features", 4, many.inputs, {}, {})  # then the server has the word
     assert silent.size() is None and silent.takes((60, 64))
 
@@ -189,7 +225,11 @@ def test_parts_of_two_versions_are_not_joined():
         with pytest.raises(WrongAnswer, match="ask again"):
             join([({"a": first}, {}), ({"a": second}, {})], (8, 8), "id")
     lost = ({}, {"a": ServerFailed("broke")})
-    answer = join([({"a": np.zeros((2, 3)), "b": np.ones((2, 1))}, {}), ({"b": np.ones((1, 1))}, lost[1])], (8, 8), "")
+    answer = join(
+        [({"a": np.zeros((2, 3)), "b": np.ones((2, 1))}, {}), ({"b": np.ones((1, 1))}, lost[1])],
+        (8, 8),
+        "",
+    )
     assert list(answer) == ["b"] and answer["b"].shape == (3, 1)
     with pytest.raises(KeyError, match="broke"):
         answer["a"]
@@ -221,7 +261,10 @@ def test_shared_memory_changes_nothing_and_leaves_nothing(client, server, files)
 
 
 def test_shared_memory_wants_the_key_of_a_server_that_restricts_it(server, pixels):
-    with FeatureClient(server.grpc, shared_memory="system") as fast, pytest.raises(NotAllowed, match="key"):
+    with (
+        FeatureClient(server.grpc, shared_memory="system") as fast,
+        pytest.raises(NotAllowed, match="key"),
+    ):
         fast.features(pixels[0])
 
 
@@ -269,7 +312,8 @@ def test_asyncio_is_answered_the_same(client, server, files):
     async def ask():
         async with AsyncFeatureClient(server.grpc) as found:
             whole, *each = await asyncio.gather(
-                found.features(files, outputs), *(found.features(path, outputs, encoded=True) for path in files)
+                found.features(files, outputs),
+                *(found.features(path, outputs, encoded=True) for path in files),
             )
             with pytest.raises(BadRequest, match="did you mean"):
                 await found.features(files, ["backbone_globl"])

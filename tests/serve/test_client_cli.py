@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from distill.pictures import PackagedPhotos
+from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.__main__ import TASKS, main
-from serve.tasks.depth import estimate_depth
-from serve.tasks.segmentation import segment
+from serve.client.tasks.depth import estimate_depth
+from serve.client.tasks.segmentation import segment
 
 
 @pytest.fixture
@@ -49,31 +49,55 @@ def test_features_are_written_with_their_meaning_and_pictures(server, pictures, 
         for name, value in expected.items():
             np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
         assert found["images"].tolist() == [str(path) for path in pictures]
-        assert found["size"].tolist() == [64, 64] and json.loads(str(found["grids"]))["mae_patches"] == [4, 4]
+        assert found["size"].tolist() == [64, 64] and json.loads(str(found["grids"]))[
+            "mae_patches"
+        ] == [4, 4]
     for name in ("cat.v1_features.png", "cat.v1_2_features.png"):
         with Image.open(tmp_path / "out" / name) as picture:
             assert picture.width > 3 * picture.height
         assert f"wrote     {tmp_path / 'out' / name}" in said
-    assert re.search(r"next      python -m serve.client .* --task segmentation --output .* --url", said)
+    assert re.search(
+        r"next      python -m serve.client .* --task segmentation --output .* --url", said
+    )
 
 
 def test_a_choice_of_outputs_as_safetensors(server, pictures, tmp_path, capsys):
     status, said, _ = run(
-        capsys, *pictures, "--url", server.grpc, "--outputs", "mae_token", "depth", "--format", "safetensors",
-        "--encoded", "--partial", "--output", tmp_path / "out", "--shm", "--admin-key", server.admin_key,
-    )  # fmt: skip
+        capsys,
+        *pictures,
+        "--url",
+        server.grpc,
+        "--outputs",
+        "mae_token",
+        "depth",
+        "--format",
+        "safetensors",
+        "--encoded",
+        "--partial",
+        "--output",
+        tmp_path / "out",
+        "--shm",
+        "--admin-key",
+        server.admin_key,
+    )
     assert status == 0, said
     with safe_open(tmp_path / "out" / "features.safetensors", "np") as file:
         assert set(file.keys()) == {"mae_token", "depth"}
         assert json.loads(file.metadata()["images"]) == [str(path) for path in pictures]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["features.safetensors"]  # no maps, no pictures
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [
+        "features.safetensors"
+    ]  # no maps, no pictures
 
 
 @pytest.mark.parametrize("side", ["server", "client"])
-def test_segmentation_and_depth_are_written_from_either_side(server, pictures, tmp_path, capsys, side):
+def test_segmentation_and_depth_are_written_from_either_side(
+    server, pictures, tmp_path, capsys, side
+):
     out = tmp_path / "out"
     for task in ("segmentation", "depth"):
-        status, said, _ = run(capsys, *pictures, "--url", server.grpc, "--task", task, "--side", side, "--output", out)
+        status, said, _ = run(
+            capsys, *pictures, "--url", server.grpc, "--task", task, "--side", side, "--output", out
+        )
         assert status == 0, said
         assert f"{pictures[0].name}: " in said and "next      python -m serve.client" in said
     with FeatureClient(server.grpc) as client:
@@ -81,11 +105,15 @@ def test_segmentation_and_depth_are_written_from_either_side(server, pictures, t
     with np.load(out / "segmentation.npz") as found:
         assert (found["class_map"] != classes.class_map).mean() < 1e-3
         assert tuple(found["classes"].tolist()) == classes.classes
-        assert np.array_equal(np.asarray(Image.open(out / "cat.v1_classes.png")), found["class_map"][0])
+        assert np.array_equal(
+            np.asarray(Image.open(out / "cat.v1_classes.png")), found["class_map"][0]
+        )
     with np.load(out / "depth.npz") as found:
         np.testing.assert_allclose(found["depth"], depth.depth, rtol=1e-4, atol=1e-5)
         assert str(found["unit"]) == "metre"
-    names = {f"cat.v1{n}_{what}.png" for n in ("", "_2") for what in ("classes", "segmentation", "depth")}
+    names = {
+        f"cat.v1{n}_{what}.png" for n in ("", "_2") for what in ("classes", "segmentation", "depth")
+    }
     assert names <= {path.name for path in out.iterdir()}
 
 
@@ -110,7 +138,9 @@ def test_segmentation_and_depth_are_written_from_either_side(server, pictures, t
 )
 def test_a_mistake_is_one_line_and_status_2(server, pictures, tmp_path, capsys, arguments, said):
     out = tmp_path / "out"
-    status, _, complaint = run(capsys, pictures[0], *arguments, "--url", server.grpc, "--output", out)
+    status, _, complaint = run(
+        capsys, pictures[0], *arguments, "--url", server.grpc, "--output", out
+    )
     assert status == 2 and said in complaint
     assert len(complaint.strip().splitlines()) == 1 and not out.exists()
 
@@ -133,11 +163,12 @@ def test_no_server_is_said_with_the_command_that_starts_one(pictures, capsys):
 
 def test_help_has_examples_of_every_task_and_loads_neither_torch_nor_training():
     code = (
-        "import sys; from serve.client.__main__ import main\n"
-        "try: main(['--help'])\n"
-        "finally: assert not {'torch', 'distill', 'export', 'matplotlib'} & set(sys.modules), 'slow'"
+        "import sys; from serve.client.__main__ import main\ntry: main(['--help'])\nfinally: "
+        "assert not {'torch', 'distill', 'export', 'matplotlib'} & set(sys.modules), 'slow'"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert all(f"--task {task}" in done.stdout for task in TASKS[1:]) and "examples:" in done.stdout
 

@@ -1,4 +1,6 @@
-"""serve.client and failures: servers that are not there, die, hang or want certificates; heads that fail alone."""
+"""serve.client and failures: servers that are not there, die, hang or want certificates; heads that
+fail alone.
+"""
 
 import asyncio
 import contextlib
@@ -16,9 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from conftest import need_tritonserver
 
-from distill.pictures import PackagedPhotos
+from contract.images import fit
+from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
 from serve.client.breaker import Breaker, head_of
@@ -26,8 +28,8 @@ from serve.client.calls import ADMIN
 from serve.client.retry import Budget, Retry
 from serve.client.tls import Tls
 from serve.errors import ClientError, DeadlineExceeded, NotAllowed, Unavailable
-from serve.images import fit
-from serve.stubs import find_stubs
+from serve.server.stubs import find_stubs
+from tests.conftest import need_tritonserver
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +39,9 @@ def pixels():
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Passes connections on to a server; with certificates it ends TLS, asking clients for theirs."""
+    """Passes connections on to a server; with certificates it ends TLS, asking clients for
+    theirs.
+    """
 
     allow_reuse_address = True
 
@@ -51,7 +55,9 @@ class Proxy(socketserver.ThreadingTCPServer):
     def finish_request(self, request: socket.socket, address: object) -> None:
         with contextlib.suppress(OSError), socket.create_connection(self.target) as there:
             with (
-                self.tls.wrap_socket(request, server_side=True) if self.tls else contextlib.nullcontext(request) as here
+                self.tls.wrap_socket(request, server_side=True)
+                if self.tls
+                else contextlib.nullcontext(request) as here
             ):
                 back = threading.Thread(target=pump, args=(there, here))
                 back.start()
@@ -93,10 +99,16 @@ def test_a_server_that_comes_up_is_waited_for(server, pixels):
 def test_retries_end_with_their_number_their_time_and_their_budget(pixels):
     url = f"127.0.0.1:{free_port()}"
     quick = Retry(most=2, first=0.01)
-    with FeatureClient(url, retry=quick) as client, pytest.raises(Unavailable, match="asked 3 times"):
+    with (
+        FeatureClient(url, retry=quick) as client,
+        pytest.raises(Unavailable, match="asked 3 times"),
+    ):
         client.features(pixels[0])
     began = time.monotonic()
-    with FeatureClient(url, retry=Retry(most=50)) as client, pytest.raises(Unavailable, match="its time is up"):
+    with (
+        FeatureClient(url, retry=Retry(most=50)) as client,
+        pytest.raises(Unavailable, match="its time is up"),
+    ):
         client.features(pixels[0], timeout=1)
     assert time.monotonic() - began < 1.5
     with FeatureClient(url, retry=Retry(most=50, first=0.01), budget=(0.2, 3)) as client:
@@ -118,7 +130,9 @@ def test_the_budget_keeps_retries_below_its_share_of_the_calls():
 def test_waits_grow_stay_bounded_and_differ():
     retry = Retry(first=0.1, longest=1.0)
     waits = [[retry.wait(number) for _ in range(50)] for number in range(6)]
-    assert all(0.05 <= wait <= 0.1 for wait in waits[0]) and all(0.5 <= wait <= 1.0 for wait in waits[5])
+    assert all(0.05 <= wait <= 0.1 for wait in waits[0]) and all(
+        0.5 <= wait <= 1.0 for wait in waits[5]
+    )
     assert len(set(waits[0])) > 40
 
 
@@ -144,8 +158,22 @@ def test_a_breaker_opens_rests_tries_one_and_closes():
 
 
 def test_outputs_of_a_head_share_its_breaker():
-    names = ("clip_token", "clip_patches", "backbone_global", "segmentation_logits", "depth", "_token")
-    assert [head_of(name) for name in names] == ["clip", "clip", "backbone", "segmentation", "depth", "_token"]
+    names = (
+        "clip_token",
+        "clip_patches",
+        "backbone_global",
+        "segmentation_logits",
+        "depth",
+        "_token",
+    )
+    assert [head_of(name) for name in names] == [
+        "clip",
+        "clip",
+        "backbone",
+        "segmentation",
+        "depth",
+        "_token",
+    ]
 
 
 # TLS
@@ -159,17 +187,56 @@ def papers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tls")
 
     def openssl(*arguments):
-        subprocess.run(["openssl", *map(str, arguments)], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            ["openssl", *map(str, arguments)], cwd=folder, check=True, capture_output=True
+        )
 
-    openssl("req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", "ca.key", "-out", "ca.pem", "-subj", "/CN=test",
-            "-days", "2")  # fmt: skip
+    openssl(
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.pem",
+        "-subj",
+        "/CN=test",
+        "-days",
+        "2",
+    )
     (folder / "names").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
     for name in ("server", "client"):
         openssl(
-            "req", "-newkey", "rsa:2048", "-nodes", "-keyout", f"{name}.key", "-out", "asked", "-subj", f"/CN={name}"
+            "req",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            "asked",
+            "-subj",
+            f"/CN={name}",
         )
-        openssl("x509", "-req", "-in", "asked", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "2",
-                "-extfile", "names", "-out", f"{name}.pem")  # fmt: skip
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            "asked",
+            "-CA",
+            "ca.pem",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            "names",
+            "-out",
+            f"{name}.pem",
+        )
     return folder
 
 
@@ -190,7 +257,10 @@ def test_tls_with_certificates_of_both_sides(server, papers, pixels):
             return await client.features(pixels[0], "depth")
 
     assert asyncio.run(ask())["depth"].shape == (1, 16)
-    with FeatureClient(url, tls=Tls()) as client, pytest.raises(NotAllowed, match="no TLS connection"):
+    with (
+        FeatureClient(url, tls=Tls()) as client,
+        pytest.raises(NotAllowed, match="no TLS connection"),
+    ):
         client.features(pixels[0])  # signed by nobody this machine knows
     proxy.close()
 
@@ -209,15 +279,17 @@ def test_tls_files_that_cannot_be_read_are_named(papers):
 def fragile(small_bundle, tmp_path_factory):
     """A server without a supervisor that no other test needs."""
     need_tritonserver()
-    from serve.repository import make_repository
-    from serve.server import Options, Server
-    from serve.settings import Settings
-    from serve.triton import find_tritonserver
+    from serve.repository.build import make_repository
+    from serve.repository.settings import Settings
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
 
     folder = tmp_path_factory.mktemp("fragile")
     make_repository(small_bundle, folder / "repository", Settings(fused=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=2)
-    with Server(find_tritonserver(None, folder), folder / "repository", options, lambda line: None) as found:
+    with Server(
+        find_tritonserver(None, folder), folder / "repository", options, lambda line: None
+    ) as found:
         yield found
 
 
@@ -261,11 +333,17 @@ def test_requests_given_up_by_the_hundred_leave_the_server_alive(fragile, pixels
 def test_a_dead_head_goes_missing_where_partial_answers_are_asked_for(fragile, pixels):
     os.kill(stub_of(fragile, "head_mae"), signal.SIGKILL)
     try:
-        with FeatureClient(fragile.grpc, retry=Retry(most=1, first=0.01), breaker=(3, 1.5)) as client:
+        with FeatureClient(
+            fragile.grpc, retry=Retry(most=1, first=0.01), breaker=(3, 1.5)
+        ) as client:
             whole = client.describe().outputs
             with pytest.raises(Unavailable, match=r"head_mae.*asked 2 times"):
                 client.features(pixels)
-            for reason in ("head_mae", "head_mae", "left alone"):  # three failures in a row open the breaker
+            for reason in (
+                "head_mae",
+                "head_mae",
+                "left alone",
+            ):  # three failures in a row open the breaker
                 began = time.monotonic()
                 answer = client.features(pixels, partial=True)
                 assert set(answer.missing) == {"mae_token", "mae_patches"}
@@ -288,22 +366,34 @@ def test_a_dead_head_goes_missing_where_partial_answers_are_asked_for(fragile, p
 def test_a_head_that_hangs_goes_missing_and_the_others_are_answered(fragile, pixels):
     model = fragile.repository / "head_mae" / "1" / "model.py"
     code = model.read_text()
-    # (a stopped process would not do: it may hold a lock, and Triton 2.51 aborts when it cannot get it)
-    slow = "\n\n    def execute(self, requests):\n        __import__('time').sleep(4)\n        return super().execute(requests)\n"
+    # (a stopped process would not do: it may hold a lock, and Triton 2.51 aborts when it cannot get
+    # it)
+    slow = (
+        "\n\n    def execute(self, requests):\n        __import__('time').sleep(4)\n        "
+        "return super().execute(requests)\n"
+    )
     model.write_text(code.rstrip() + slow)
     try:
         revive(fragile, "head_mae")
 
         async def ask():
             async with AsyncFeatureClient(fragile.grpc, timeout=3) as client:
-                return await client.features(pixels, ["mae_token", "cls_token", "backbone_global"], partial=True)
+                return await client.features(
+                    pixels, ["mae_token", "cls_token", "backbone_global"], partial=True
+                )
 
         with FeatureClient(fragile.grpc, timeout=3) as client:
             for answer in (client.features(pixels, partial=True), asyncio.run(ask())):
                 assert {"cls_token", "backbone_global"} <= set(answer)
-                assert set(answer.missing) <= {"mae_token", "mae_patches"} and "mae_token" in answer.missing
+                assert (
+                    set(answer.missing) <= {"mae_token", "mae_patches"}
+                    and "mae_token" in answer.missing
+                )
                 assert all(isinstance(error, DeadlineExceeded) for error in answer.missing.values())
-            assert client.calls.breakers["mae"].in_a_row == 1 and client.calls.breakers["cls"].in_a_row == 0
+            assert (
+                client.calls.breakers["mae"].in_a_row == 1
+                and client.calls.breakers["cls"].in_a_row == 0
+            )
     finally:
         model.write_text(code)
         revive(fragile, "head_mae")

@@ -17,17 +17,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import need_tritonserver, run_here
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
 
-from distill.pictures import PackagedPhotos
-from export.text import main as text
+from contract.images import fit
+from distill.data.pictures import PackagedPhotos
+from export.text.__main__ import main as text
 from serve.demo.__main__ import main
-from serve.images import fit
+from tests.conftest import need_tritonserver, run_here
 
 LABELS = ("cat", "steam engine", "espresso")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,9 @@ def browser():
     if CHROMIUM is None:
         pytest.skip("no chromium on PATH (Debian: apt-get install chromium)")
     with driver.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else [])
+        found = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox"] if os.getuid() == 0 else []
+        )
         yield found
         found.close()
 
@@ -48,33 +52,62 @@ def browser():
 def labelled(small_bundle, tmp_path_factory):
     """A server with zero-shot classes and a text encoder beside the small bundle's models."""
     need_tritonserver()
-    open_clip = pytest.importorskip("open_clip", reason="the optional extra [text] is not installed")
-    from serve.repository import make_repository
-    from serve.server import Options, Server
-    from serve.settings import Settings
-    from serve.triton import find_tritonserver
+    open_clip = pytest.importorskip(
+        "open_clip", reason="the optional extra [text] is not installed"
+    )
+    from serve.repository.build import make_repository
+    from serve.repository.settings import Settings
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
 
     folder = tmp_path_factory.mktemp("labelled")
     configuration = {
         "embed_dim": 32,  # as wide as dino's token
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+        },
     }
     (folder / "small-clip.json").write_text(json.dumps(configuration))
     open_clip.add_model_config(folder / "small-clip.json")
     torch.manual_seed(5)
     clip = open_clip.create_model("small-clip").eval()
-    save_file({key: value.contiguous() for key, value in clip.state_dict().items()}, folder / "clip.safetensors")
+    save_file(
+        {key: value.contiguous() for key, value in clip.state_dict().items()},
+        folder / "clip.safetensors",
+    )
     (folder / "labels.txt").write_text("\n".join(LABELS))
     bundle = shutil.copytree(small_bundle, folder / "bundle")
     done = run_here(
-        "--output", bundle, "--model", folder / "small-clip.json", "--pretrained", folder / "clip.safetensors",
-        "--labels", folder / "labels.txt", "--teacher", "dino", "--with-encoder", command=text,
-    )  # fmt: skip
+        "--output",
+        bundle,
+        "--model",
+        folder / "small-clip.json",
+        "--pretrained",
+        folder / "clip.safetensors",
+        "--labels",
+        folder / "labels.txt",
+        "--teacher",
+        "dino",
+        "--with-encoder",
+        command=text,
+    )
     assert done.returncode == 0, done.stderr
     make_repository(bundle, folder / "repository", Settings(fused=False, encoded=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-    with Server(find_tritonserver(None, folder), folder / "repository", options, lambda line: None) as found:
+    with Server(
+        find_tritonserver(None, folder), folder / "repository", options, lambda line: None
+    ) as found:
         yield found
 
 
@@ -179,7 +212,13 @@ def test_a_dropped_photograph_is_answered_by_everything_the_server_has(page, pho
     drop(page, photo)
     answered(page, 4)
     names = page.locator(".patches figcaption").all_inner_texts()
-    assert [name.split("\n")[0] for name in names] == ["as the model sees it", "backbone", "cls", "mae", "dino"]
+    assert [name.split("\n")[0] for name in names] == [
+        "as the model sees it",
+        "backbone",
+        "cls",
+        "mae",
+        "dino",
+    ]
     seen = picture(page, ".patches img.seen")
     np.testing.assert_array_equal(seen, fit(Image.open(photo), 64, 64))
     maps = [picture(page, f".patches figure:nth-of-type({number}) img") for number in range(2, 6)]
@@ -194,13 +233,28 @@ def test_a_dropped_photograph_is_answered_by_everything_the_server_has(page, pho
     assert len(marks) == 5 and marks == sorted(marks) and marks[0] > 0
     assert sorted(page.locator(".bars span").all_inner_texts()) == sorted(LABELS)
     requests = dict(
-        zip(page.locator(".requests dt").all_inner_texts(), page.locator(".ran").all_inner_texts(), strict=True)
+        zip(
+            page.locator(".requests dt").all_inner_texts(),
+            page.locator(".ran").all_inner_texts(),
+            strict=True,
+        )
     )
     ran = {what: set(models.split(", ")) for what, models in requests.items()}
-    assert ran["features, 4 outputs"] == {"backbone", "interaction", "head_cls", "head_mae", "head_dino"}
-    assert {"depth_head", "depth_map", "backbone"} <= ran["depth"] and "head_mae" not in ran["depth"]
+    assert ran["features, 4 outputs"] == {
+        "backbone",
+        "interaction",
+        "head_cls",
+        "head_mae",
+        "head_dino",
+    }
+    assert {"depth_head", "depth_map", "backbone"} <= ran["depth"] and "head_mae" not in ran[
+        "depth"
+    ]
     assert {"zero_shot", "head_dino"} <= ran["zero_shot"]
-    times = [float(time.removesuffix(" ms")) for time in page.locator(".requests dd:not(.ran)").all_inner_texts()]
+    times = [
+        float(time.removesuffix(" ms"))
+        for time in page.locator(".requests dd:not(.ran)").all_inner_texts()
+    ]
     assert len(times) == 4 and min(times) > 0
     page.screenshot(path=tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as shot:
@@ -266,7 +320,9 @@ def test_files_that_were_not_uploaded_are_not_read(page, photo, address):
     assert "The file was not uploaded to this page" in said and "<img" not in said
 
 
-def test_a_server_that_is_gone_is_told_in_a_sentence_and_may_come_back(page, photo, labelled, address):
+def test_a_server_that_is_gone_is_told_in_a_sentence_and_may_come_back(
+    page, photo, labelled, address
+):
     labelled.kill()
     try:
         page.set_input_files("#photograph input[type=file]", photo)
@@ -296,10 +352,18 @@ def test_without_zero_shot_nothing_is_said_of_it(browser, server, photo):
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (("--url", "127.0.0.1:1"), 1, "no server answers at 127.0.0.1:1: start one with python -m serve.run BUNDLE"),
+        (
+            ("--url", "127.0.0.1:1"),
+            1,
+            "no server answers at 127.0.0.1:1: start one with python -m serve.run BUNDLE",
+        ),
         (("--port", "0"), 2, "--port 0: ports are 1 to 65535"),
         (("--host", "203.0.113.7"), 2, "Cannot assign requested address"),
-        (("--ssl-root", "nowhere.pem"), 2, "TLS root nowhere.pem: No such file or directory (give a PEM file)"),
+        (
+            ("--ssl-root", "nowhere.pem"),
+            2,
+            "TLS root nowhere.pem: No such file or directory (give a PEM file)",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(arguments, status, says, capsys):
@@ -317,7 +381,10 @@ def test_a_port_in_use_is_one_line(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["--port", str(port)]) == 2
-    assert f"port {port} of 127.0.0.1: Address already in use (choose another with --port)" in capsys.readouterr().err
+    assert (
+        f"port {port} of 127.0.0.1: Address already in use (choose another with --port)"
+        in capsys.readouterr().err
+    )
 
 
 def test_labels_for_a_server_without_zero_shot_are_refused(server, capsys):

@@ -1,4 +1,6 @@
-"""deploy/: manifests are what Kubernetes takes, and they and the container say what the code and the real tritonserver say."""
+"""deploy/: manifests are what Kubernetes takes, and they and the container say what the code and
+the real tritonserver say.
+"""
 
 import ast
 import functools
@@ -22,18 +24,18 @@ import grpc
 import jsonschema
 import pytest
 import yaml
-from conftest import need_tritonserver
 from packaging.requirements import Requirement
 
 from export import run as export_run
-from serve import repository as serve_repository
 from serve.bundle import read_bundle
-from serve.models import build_models
-from serve.repository import make_repository
-from serve.rest import ADMIN_HEADER
-from serve.server import RESTRICTED, Options
-from serve.settings import Settings
-from serve.triton import find_tritonserver
+from serve.repository import __main__ as serve_repository
+from serve.repository.build import make_repository
+from serve.repository.models import build_models
+from serve.repository.settings import Settings
+from serve.server.process import RESTRICTED, Options
+from serve.server.rest import ADMIN_HEADER
+from serve.server.triton import find_tritonserver
+from tests.conftest import need_tritonserver
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -42,10 +44,17 @@ KUBERNETES = "1.37"
 
 PATCHES = ("components/tensorrt/mount.yaml",)
 FILES = sorted(
-    path.relative_to(DEPLOY).as_posix() for path in DEPLOY.rglob("*.yaml")
+    path.relative_to(DEPLOY).as_posix()
+    for path in DEPLOY.rglob("*.yaml")
     if path.name != "kustomization.yaml" and not path.as_posix().endswith(PATCHES)
-)  # fmt: skip
-FOLDERS = ("kubernetes/base", "kubernetes/engines", "kubernetes/production", "kserve/standard", "kserve/knative")
+)
+FOLDERS = (
+    "kubernetes/base",
+    "kubernetes/engines",
+    "kubernetes/production",
+    "kserve/standard",
+    "kserve/knative",
+)
 WITH_TRITON = (
     "kubernetes/base/deployment.yaml",
     "kserve/standard/serving-runtime.yaml",
@@ -62,7 +71,9 @@ def built(folder):
     """What kustomize makes of a folder below deploy/."""
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed: no kustomize")
-    done = subprocess.run(["kubectl", "kustomize", DEPLOY / folder], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["kubectl", "kustomize", DEPLOY / folder], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -82,8 +93,14 @@ def container_of(path):
 
 @functools.cache
 def kubernetes_schemas():
-    """Kubernetes' own definitions, unknown fields refused, and the schemas of custom resources that use them."""
-    folder = resources.files("kubernetes_validate") / "kubernetes-json-schema" / f"v{KUBERNETES}.0-local-strict"
+    """Kubernetes' own definitions, unknown fields refused, and the schemas of custom resources that
+    use them.
+    """
+    folder = (
+        resources.files("kubernetes_validate")
+        / "kubernetes-json-schema"
+        / f"v{KUBERNETES}.0-local-strict"
+    )
     definitions = json.loads((folder / "_definitions.json").read_text())["$defs"]
     own = yaml.safe_load((Path(__file__).parent / "custom_resources.yaml").read_text())
 
@@ -91,16 +108,21 @@ def kubernetes_schemas():
         if isinstance(node, dict):
             return {
                 key: re.sub("^(k8s:|/api/_definitions.json#/[$]defs/)", "#/$defs/", value)
-                if key == "$ref" and isinstance(value, str) else point(value)
+                if key == "$ref" and isinstance(value, str)
+                else point(value)
                 for key, value in node.items()
-            }  # fmt: skip
+            }
         return [point(item) for item in node] if isinstance(node, list) else node
 
-    return {"$defs": point(definitions), "definitions": point(own["definitions"])}, point(own["kinds"])
+    return {"$defs": point(definitions), "definitions": point(own["definitions"])}, point(
+        own["kinds"]
+    )
 
 
 def problems(document):
-    """What is wrong with a manifest: Kubernetes' kinds by kubernetes-validate, the others by custom_resources.yaml."""
+    """What is wrong with a manifest: Kubernetes' kinds by kubernetes-validate, the others by
+    custom_resources.yaml.
+    """
     import kubernetes_validate
 
     shared, kinds = kubernetes_schemas()
@@ -159,7 +181,11 @@ def test_ports_probes_and_patience_are_those_of_the_code():
     for service in read("kubernetes/base/service.yaml"):
         assert all(ports[port["targetPort"]] == port["port"] for port in service["spec"]["ports"])
     kserve = container_of("kserve/standard/serving-runtime.yaml")
-    assert [port["containerPort"] for port in kserve["ports"]] == [ports["http"], ports["grpc"], ports["metrics"]]
+    assert [port["containerPort"] for port in kserve["ports"]] == [
+        ports["http"],
+        ports["grpc"],
+        ports["metrics"],
+    ]
     assert container_of("kserve/knative/serving-runtime.yaml")["ports"] == [
         {"name": "h2c", "containerPort": ports["grpc"], "protocol": "TCP"}
     ]
@@ -168,7 +194,9 @@ def test_ports_probes_and_patience_are_those_of_the_code():
 @pytest.mark.parametrize("path", WITH_TRITON[:2])
 def test_a_pod_has_time_to_forget_drain_and_end(path):
     if "kubernetes" in path:
-        grace = of_kind(read(path), "Deployment")["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+        grace = of_kind(read(path), "Deployment")["spec"]["template"]["spec"][
+            "terminationGracePeriodSeconds"
+        ]
     else:
         service = read("kserve/standard/inference-service.yaml")[0]
         grace = service["spec"]["predictor"]["terminationGracePeriodSeconds"]
@@ -180,10 +208,13 @@ def test_a_pod_has_time_to_forget_drain_and_end(path):
 def test_probes_ask_for_models_that_a_repository_has(path, small_bundle):
     container = container_of(path)
     names = {model.name for model in build_models(read_bundle(small_bundle), Settings())}
-    probes = {name: container.get(f"{name}Probe", {}) for name in ("startup", "readiness", "liveness")}
+    probes = {
+        name: container.get(f"{name}Probe", {}) for name in ("startup", "readiness", "liveness")
+    }
     paths = [probe["httpGet"]["path"] for probe in probes.values() if "httpGet" in probe]
     assert {path.split("/")[3] for path in paths if path.startswith("/v2/models/")} <= names
-    # server readiness turns 400 with any broken newest version: fit to start with, not to take a pod out of a Service
+    # server readiness turns 400 with any broken newest version: fit to start with, not to take a
+    # pod out of a Service
     assert "health" not in probes["readiness"].get("httpGet", {}).get("path", "")
     command = probes["liveness"]["exec"]["command"]
     assert command[1] == "/opt/vfm/probe.py"
@@ -195,16 +226,27 @@ def test_the_container_has_no_rights_it_does_not_need(path):
     document, container = read(path)[0], container_of(path)
     pod = document["spec"]["template"]["spec"] if "kubernetes" in path else document["spec"]
     rights = pod.get("securityContext", {}) | container["securityContext"]
-    assert rights["runAsNonRoot"] and rights["readOnlyRootFilesystem"] and not rights["allowPrivilegeEscalation"]
-    assert rights["capabilities"] == {"drop": ["ALL"]} and rights["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert (
+        rights["runAsNonRoot"]
+        and rights["readOnlyRootFilesystem"]
+        and not rights["allowPrivilegeEscalation"]
+    )
+    assert rights["capabilities"] == {"drop": ["ALL"]} and rights["seccompProfile"] == {
+        "type": "RuntimeDefault"
+    }
     writable = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume["emptyDir"] for volume in pod["volumes"]}
-    assert volumes[writable["/dev/shm"]]["medium"] == "Memory" and volumes[writable["/tmp"]]["sizeLimit"]
+    assert (
+        volumes[writable["/dev/shm"]]["medium"] == "Memory"
+        and volumes[writable["/tmp"]]["sizeLimit"]
+    )
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
 
 
 def test_selectors_find_the_pods():
-    labels = of_kind(read("kubernetes/base/deployment.yaml"), "Deployment")["spec"]["template"]["metadata"]["labels"]
+    labels = of_kind(read("kubernetes/base/deployment.yaml"), "Deployment")["spec"]["template"][
+        "metadata"
+    ]["labels"]
     services = read("kubernetes/base/service.yaml")
     policy = read("kubernetes/base/network-policy.yaml")[0]["spec"]
     budget = read("kubernetes/base/disruption-budget.yaml")[0]["spec"]
@@ -212,7 +254,11 @@ def test_selectors_find_the_pods():
     selectors += [policy["podSelector"]["matchLabels"], budget["selector"]["matchLabels"]]
     assert all(selector.items() <= labels.items() and selector for selector in selectors)
     monitor = read("kubernetes/components/monitoring/service-monitor.yaml")[0]["spec"]
-    watched = [s for s in services if monitor["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()]
+    watched = [
+        s
+        for s in services
+        if monitor["selector"]["matchLabels"].items() <= s["metadata"]["labels"].items()
+    ]
     assert [service["metadata"]["name"] for service in watched] == ["vfm"]
     assert monitor["endpoints"][0]["port"] in {port["name"] for port in watched[0]["spec"]["ports"]}
 
@@ -239,7 +285,10 @@ def test_the_cpu_component_leaves_no_gpu(tmp_path):
     def below(path):
         return os.path.relpath(DEPLOY / "kubernetes" / path, tmp_path.resolve())
 
-    parts = {"resources": [below("base")], "components": [below("components/cpu"), below("components/autoscaling")]}
+    parts = {
+        "resources": [below("base")],
+        "components": [below("components/cpu"), below("components/autoscaling")],
+    }
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(parts))
     documents = built(tmp_path)
     assert [problem for document in documents for problem in problems(document)] == []
@@ -249,7 +298,9 @@ def test_the_cpu_component_leaves_no_gpu(tmp_path):
 def test_kserve_services_name_runtimes_that_are_there():
     for mode in ("standard", "knative"):
         runtime = read(f"kserve/{mode}/serving-runtime.yaml")[0]
-        environment = {entry["name"]: entry.get("value") for entry in runtime["spec"]["containers"][0]["env"]}
+        environment = {
+            entry["name"]: entry.get("value") for entry in runtime["spec"]["containers"][0]["env"]
+        }
         assert environment["MODEL_REPOSITORY"] == "/mnt/models"
         for path in sorted((DEPLOY / "kserve" / mode).glob("inference-service*.yaml")):
             service = read(path)[0]
@@ -258,18 +309,24 @@ def test_kserve_services_name_runtimes_that_are_there():
             assert model["protocolVersion"] in runtime["spec"]["protocolVersions"]
             formats = {entry["name"] for entry in runtime["spec"]["supportedModelFormats"]}
             assert model["modelFormat"]["name"] in formats
-    stable, canary = (read(f"kserve/knative/inference-service{end}.yaml")[0] for end in ("", "-canary"))
-    assert canary["spec"]["predictor"].pop("canaryTrafficPercent") == 10
-    assert canary["spec"]["predictor"]["model"].pop("storageUri") != stable["spec"]["predictor"]["model"].pop(
-        "storageUri"
+    stable, canary = (
+        read(f"kserve/knative/inference-service{end}.yaml")[0] for end in ("", "-canary")
     )
+    assert canary["spec"]["predictor"].pop("canaryTrafficPercent") == 10
+    assert canary["spec"]["predictor"]["model"].pop("storageUri") != stable["spec"]["predictor"][
+        "model"
+    ].pop("storageUri")
     assert canary == stable
 
 
-@pytest.mark.parametrize(("place", "command"), [("initContainers", export_run), ("containers", serve_repository)])
+@pytest.mark.parametrize(
+    ("place", "command"), [("initContainers", export_run), ("containers", serve_repository)]
+)
 def test_the_job_calls_commands_as_they_are(place, command, capsys):
     """Every option of the job is one that the command knows, with a value it takes."""
-    arguments = of_kind(read("kubernetes/engines/job.yaml"), "Job")["spec"]["template"]["spec"][place][0]["args"]
+    arguments = of_kind(read("kubernetes/engines/job.yaml"), "Job")["spec"]["template"]["spec"][
+        place
+    ][0]["args"]
     assert arguments[0] == command.__name__
     assert command.main(arguments[1:]) == 2  # nothing lies in /runs and /repository
     assert capsys.readouterr().err.startswith("error: "), "argparse would have left with SystemExit"
@@ -287,7 +344,9 @@ def closure(requirements):
         for line in metadata.requires(asked.name) or ():
             needed = Requirement(line)
             extras = asked.extras or {""}
-            if needed.marker is None or any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+            if needed.marker is None or any(
+                needed.marker.evaluate({"extra": extra}) for extra in extras
+            ):
                 waiting.append(needed)
     return {name for name, _ in found}
 
@@ -305,9 +364,10 @@ def requirements(name):
 
 def test_the_render_stage_has_what_rendering_imports(small_bundle, tmp_path):
     code = (
-        "import json, sys; from serve.repository import main\n"
-        "status = main([sys.argv[1], '--output', sys.argv[2], '--backend', 'onnxruntime', '--kind', 'gpu'])\n"
-        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))\nsys.exit(status)"
+        "import json, sys; from serve.repository import main\nstatus = main([sys.argv[1], "
+        "'--output', sys.argv[2], '--backend', 'onnxruntime', '--kind', "
+        "'gpu'])\nprint(json.dumps(sorted({name.partition('.')[0] for name in "
+        "sys.modules})))\nsys.exit(status)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, small_bundle, tmp_path / "models"],
@@ -338,13 +398,25 @@ def imports_of(path):
 
 def test_the_serving_image_has_what_the_python_models_import(small_bundle):
     copied = {
-        content for model in build_models(read_bundle(small_bundle), Settings()) for content in model.files.values()
+        content
+        for model in build_models(read_bundle(small_bundle), Settings())
+        for content in model.files.values()
         if isinstance(content, Path) and content.suffix == ".py"
-    }  # fmt: skip
-    templates = set((ROOT / "triton_models").glob("*/1/model.py")) | set((ROOT / "triton_models").glob("*.py"))
+    }
+    templates = set((ROOT / "triton_models").glob("*/1/model.py")) | set(
+        (ROOT / "triton_models").glob("*.py")
+    )
     beside = {path.stem for path in templates | copied | set((ROOT / "serve").glob("*.py"))}
-    files = templates | copied | {ROOT / "serve" / f"{name}.py" for path in templates for name in imports_of(path)
-                                  if (ROOT / "serve" / f"{name}.py").is_file()}  # fmt: skip
+    files = (
+        templates
+        | copied
+        | {
+            ROOT / "serve" / f"{name}.py"
+            for path in templates
+            for name in imports_of(path)
+            if (ROOT / "serve" / f"{name}.py").is_file()
+        }
+    )
     modules = {name for path in files for name in imports_of(path)}
     modules -= set(sys.stdlib_module_names) | beside | {"triton_python_backend_utils"}
     dists = metadata.packages_distributions()
@@ -355,7 +427,9 @@ def test_the_serving_image_has_what_the_python_models_import(small_bundle):
 
 def test_the_images_python_packages_are_of_one_version():
     pinned = {
-        Requirement(line).name for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalpha()
+        Requirement(line).name
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line[:1].isalpha()
     }
     for name in ("render.txt", "serve-python.txt"):
         for requirement in map(Requirement, requirements(name)):
@@ -366,21 +440,26 @@ def test_the_container_file_passes_hadolint():
     program = shutil.which("hadolint") or Path(sys.executable).parent / "hadolint"
     if not os.access(program, os.X_OK):
         pytest.skip("hadolint is not installed")
-    done = subprocess.run([program, DEPLOY / "Containerfile"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [program, DEPLOY / "Containerfile"], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_the_container_copies_what_is_there_and_the_build_may_read_it():
     text = (DEPLOY / "Containerfile").read_text()
     allowed = {
-        line.removeprefix("!") for line in (DEPLOY / "Containerfile.dockerignore").read_text().split() if line[0] == "!"
+        line.removeprefix("!")
+        for line in (DEPLOY / "Containerfile.dockerignore").read_text().split()
+        if line[0] == "!"
     }
     for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists() and source.partition("/")[0] in allowed, source
     probe = re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", text, re.MULTILINE)[1]
     assert (
-        json.loads(probe)[1] == container_of("kubernetes/base/deployment.yaml")["livenessProbe"]["exec"]["command"][1]
+        json.loads(probe)[1]
+        == container_of("kubernetes/base/deployment.yaml")["livenessProbe"]["exec"]["command"][1]
     )
 
 
@@ -429,17 +508,29 @@ def ask(url, *, post=False, **headers):
 
 @pytest.fixture(scope="module")
 def deployed(small_bundle, tmp_path_factory):
-    """triton.sh as the container starts it, on other ports and with the embedded tritonserver: (process, http, grpc, metrics)."""
+    """triton.sh as the container starts it, on other ports and with the embedded tritonserver:
+    (process, http, grpc, metrics).
+    """
     folder = tmp_path_factory.mktemp("deployed")
     found = tritonserver(folder)
     make_repository(small_bundle, folder / "models", Settings())
     web, rpc, metrics = free_ports(3)
-    arguments = [f"--backend-directory={found.backends}", f"--http-port={web}", f"--grpc-port={rpc}",
-                 f"--metrics-port={metrics}", *container_of("kubernetes/base/deployment.yaml")["args"],
-                 *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
-                 "--exit-timeout-secs=5"]  # fmt: skip
-    environment = {**os.environ, **found.environment, "TRITONSERVER": str(found.executable), "ADMIN_KEY": "s3cret",
-                   "MODEL_REPOSITORY": str(folder / "models")}  # fmt: skip
+    arguments = [
+        f"--backend-directory={found.backends}",
+        f"--http-port={web}",
+        f"--grpc-port={rpc}",
+        f"--metrics-port={metrics}",
+        *container_of("kubernetes/base/deployment.yaml")["args"],
+        *(f"--{name}-address=127.0.0.1" for name in ("http", "grpc", "metrics")),
+        "--exit-timeout-secs=5",
+    ]
+    environment = {
+        **os.environ,
+        **found.environment,
+        "TRITONSERVER": str(found.executable),
+        "ADMIN_KEY": "s3cret",
+        "MODEL_REPOSITORY": str(folder / "models"),
+    }
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(
             ["/bin/sh", DEPLOY / "triton.sh", *arguments], env=environment, stdout=log, stderr=log
@@ -452,9 +543,16 @@ def deployed(small_bundle, tmp_path_factory):
                     break
             except OSError:
                 pass
-            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[-3000:]
+            assert process.poll() is None and time.monotonic() < end, (folder / "log").read_text()[
+                -3000:
+            ]
             time.sleep(0.2)
-        yield process, f"http://127.0.0.1:{web}", f"127.0.0.1:{rpc}", f"http://127.0.0.1:{metrics}/metrics"
+        yield (
+            process,
+            f"http://127.0.0.1:{web}",
+            f"127.0.0.1:{rpc}",
+            f"http://127.0.0.1:{metrics}/metrics",
+        )
     finally:
         process.send_signal(signal.SIGTERM)
         try:
@@ -468,23 +566,37 @@ def deployed(small_bundle, tmp_path_factory):
 def probe(url, repository, *arguments):
     """Run the liveness probe as Kubernetes does."""
     return subprocess.run(
-        [sys.executable, "-I", DEPLOY / "probe.py", "--url", url, "--repository", repository, *arguments],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-I",
+            DEPLOY / "probe.py",
+            "--url",
+            url,
+            "--repository",
+            repository,
+            *arguments,
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def stub_of(process, model):
     """Process id of a model's python backend."""
     listed = ["ps", "-ww", "--ppid", str(process.pid), "-o", "pid=,args="]
-    children = subprocess.run(listed, capture_output=True, text=True, timeout=10).stdout.splitlines()
+    children = subprocess.run(
+        listed, capture_output=True, text=True, timeout=10
+    ).stdout.splitlines()
     return next(int(line.split()[0]) for line in children if f"/{model}/" in line)
 
 
 def repository_of(process):
     return next(
-        argument.partition("=")[2] for argument in Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
+        argument.partition("=")[2]
+        for argument in Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
         if argument.startswith("--model-repository=")
-    )  # fmt: skip
+    )
 
 
 def test_the_server_as_deployed_is_ready_and_guards_its_administration(deployed):
@@ -510,8 +622,12 @@ def test_autoscaling_reads_metrics_that_triton_gives(deployed, small_bundle):
     given = set(re.findall(r"^(nv_\w+)\{", ask(metrics)[1], re.MULTILINE))
     rules = read("kubernetes/components/autoscaling/prometheus-adapter.yaml")[0]["rules"]["custom"]
     scaler = read("kubernetes/components/autoscaling/autoscaler.yaml")[0]["spec"]
-    assert {metric["pods"]["metric"]["name"] for metric in scaler["metrics"]} == {rule["name"]["as"] for rule in rules}
-    keda = read("kserve/standard/inference-service.yaml")[0]["spec"]["predictor"]["autoScaling"]["metrics"]
+    assert {metric["pods"]["metric"]["name"] for metric in scaler["metrics"]} == {
+        rule["name"]["as"] for rule in rules
+    }
+    keda = read("kserve/standard/inference-service.yaml")[0]["spec"]["predictor"]["autoScaling"][
+        "metrics"
+    ]
     queries = [rule[key] for rule in rules for key in ("seriesQuery", "metricsQuery")]
     queries += [metric["external"]["metric"]["query"] for metric in keda]
     models = {model.name for model in build_models(read_bundle(small_bundle), Settings())}
@@ -541,11 +657,15 @@ def test_liveness_finds_a_dead_backend_that_readiness_does_not(deployed):
 
 def test_liveness_of_no_server_is_one_line():
     done = probe(f"http://127.0.0.1:{free_ports(1)[0]}", "/models")
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert (
+        done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    )
 
 
 class Slow(http.server.BaseHTTPRequestHandler):
-    """What a Triton says whose one door never answers, because a real one cannot be made to hang: it ends such a backend."""
+    """What a Triton says whose one door never answers, because a real one cannot be made to hang:
+    it ends such a backend.
+    """
 
     answers, step, status = 0, 0, 0
 
@@ -573,9 +693,10 @@ class Slow(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(
-    ("step", "status", "alive"), [(0, 0, False), (1, 0, True), (0, 503, True), (1, 500, False)],
+    ("step", "status", "alive"),
+    [(0, 0, False), (1, 0, True), (0, 503, True), (1, 500, False)],
     ids=["hangs", "busy with others", "full queue", "fails"],
-)  # fmt: skip
+)
 def test_liveness_tells_a_busy_server_from_one_that_hangs(tmp_path, step, status, alive):
     (tmp_path / "fused").mkdir()
     said = type("Said", (Slow,), {"step": step, "status": status})

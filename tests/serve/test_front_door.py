@@ -1,4 +1,6 @@
-"""The ensemble `features`: every selection of outputs is answered, rightly, and runs only the models it needs."""
+"""The ensemble `features`: every selection of outputs is answered, rightly, and runs only the
+models it needs.
+"""
 
 import io
 import time
@@ -10,10 +12,10 @@ import pytest
 import tritonclient.grpc as grpc
 from PIL import Image
 
-from distill.pictures import PackagedPhotos
+from contract.images import fit
+from distill.data.pictures import PackagedPhotos
 from serve.bundle import read_bundle
-from serve.images import fit
-from serve.models import needed, served_name
+from serve.repository.models import needed, served_name
 
 TEACHERS = ("cls", "mae", "dino")
 
@@ -41,7 +43,9 @@ def expected(bundle, pixels):
     """What onnxruntime says of the same graphs in this process, by name."""
     known = {"image": pixels}
     for graph in bundle.parts:
-        session = onnxruntime.InferenceSession(bundle.path / graph.file, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            bundle.path / graph.file, providers=["CPUExecutionProvider"]
+        )
         said = session.run(None, {tensor.name: known[tensor.name] for tensor in graph.inputs})
         known |= dict(zip((tensor.name for tensor in graph.outputs), said, strict=True))
     return known
@@ -50,12 +54,16 @@ def expected(bundle, pixels):
 def ask(client, model, outputs, pixels):
     image = grpc.InferInput("image", pixels.shape, "UINT8")
     image.set_data_from_numpy(pixels)
-    answer = client.infer(model, [image], outputs=[grpc.InferRequestedOutput(name) for name in outputs])
+    answer = client.infer(
+        model, [image], outputs=[grpc.InferRequestedOutput(name) for name in outputs]
+    )
     return {port.name: answer.as_numpy(port.name) for port in answer.get_response().outputs}
 
 
 def executions(client):
-    return {stat.name: stat.execution_count for stat in client.get_inference_statistics().model_stats}
+    return {
+        stat.name: stat.execution_count for stat in client.get_inference_statistics().model_stats
+    }
 
 
 def runs_needed(bundle, outputs):
@@ -68,8 +76,13 @@ def runs_needed(bundle, outputs):
 
 
 def selections():
-    """Every subset of the teachers' heads and the backbone; tasks alone and in pairs with a head."""
-    units = [("backbone_global", "backbone_patches"), *((f"{t}_token", f"{t}_patches") for t in TEACHERS)]
+    """Every subset of the teachers' heads and the backbone; tasks alone and in pairs with a
+    head.
+    """
+    units = [
+        ("backbone_global", "backbone_patches"),
+        *((f"{t}_token", f"{t}_patches") for t in TEACHERS),
+    ]
     for count in range(1, len(units) + 1):
         for chosen in combinations(units, count):
             yield tuple(name for unit in chosen for name in unit)
@@ -109,7 +122,9 @@ def test_the_encoded_door_decodes_as_a_client_would(client, bundle, pixels, expe
         files.append([buffer.getvalue()])
     encoded = grpc.InferInput("encoded", [len(files), 1], "BYTES")
     encoded.set_data_from_numpy(np.array(files, dtype=np.object_))
-    answer = client.infer("features_encoded", [encoded], outputs=[grpc.InferRequestedOutput(name) for name in outputs])
+    answer = client.infer(
+        "features_encoded", [encoded], outputs=[grpc.InferRequestedOutput(name) for name in outputs]
+    )
     for name in outputs:
         np.testing.assert_allclose(answer.as_numpy(name), expected[name], rtol=1e-3, atol=1e-4)
 
@@ -121,7 +136,9 @@ def test_fused_says_what_the_front_door_says(client, bundle, pixels):
         np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-4)
 
 
-def test_requests_of_different_selections_at_once_each_get_their_own(client, bundle, pixels, expected):
+def test_requests_of_different_selections_at_once_each_get_their_own(
+    client, bundle, pixels, expected
+):
     every = [(tensor.name,) for tensor in bundle.outputs]
     pending = []
     for turn in range(60):
@@ -131,9 +148,12 @@ def test_requests_of_different_selections_at_once_each_get_their_own(client, bun
         wanted = every[turn % len(every)]
         answers: list = []
         client.async_infer(
-            "features", [image], lambda result, error, answers=answers: answers.append((result, error)),
-            outputs=[grpc.InferRequestedOutput(name) for name in wanted], client_timeout=60,
-        )  # fmt: skip
+            "features",
+            [image],
+            lambda result, error, answers=answers: answers.append((result, error)),
+            outputs=[grpc.InferRequestedOutput(name) for name in wanted],
+            client_timeout=60,
+        )
         pending.append((picture, wanted, answers))
     deadline = 600
     while any(not answers for *_, answers in pending) and deadline:
@@ -143,4 +163,6 @@ def test_requests_of_different_selections_at_once_each_get_their_own(client, bun
         result, error = answers[0]
         assert error is None
         assert [port.name for port in result.get_response().outputs] == list(wanted)
-        np.testing.assert_allclose(result.as_numpy(wanted[0])[0], expected[wanted[0]][picture], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            result.as_numpy(wanted[0])[0], expected[wanted[0]][picture], rtol=1e-3, atol=1e-4
+        )

@@ -1,7 +1,9 @@
-"""4,000 requests that are wrong in random ways, and right ones among them: a seeded fuzz of the real server.
+"""4,000 requests that are wrong in random ways, and right ones among them: a seeded fuzz of the
+real server.
 
-Every right request is answered rightly, every wrong one with a typed error in a sentence (or, where chance made a request
-that can be answered, with numbers of the right shape), no process dies and memory stays flat.
+Every right request is answered rightly, every wrong one with a typed error in a sentence (or, where
+chance made a request that can be answered, with numbers of the right shape), no process dies and
+memory stays flat.
 """
 
 import asyncio
@@ -18,28 +20,42 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 import pytest
-from conftest import need_tritonserver
-from raw_requests import array, arrays, encode, memory, reference, request, same, strings
 from safetensors.numpy import save_file
 from tritonclient.grpc.service_pb2 import ModelInferRequest
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
-from distill.pictures import PackagedPhotos
-from export.bundle import add_files
+from contract.class_scores import ClassVectors, probabilities
+from contract.dense import class_map, depth_map
+from contract.images import read_pixels
+from contract.manifest import add_files
+from distill.data.pictures import PackagedPhotos
 from serve.bundle import read_bundle
-from serve.class_scores import ClassVectors, probabilities
-from serve.dense import class_map, depth_map
-from serve.images import read_pixels
-from serve.state import read_state
-from serve.stubs import find_stubs
+from serve.server.state import read_state
+from serve.server.stubs import find_stubs
+from tests.conftest import need_tritonserver
+from tests.serve.raw_requests import (
+    array,
+    arrays,
+    encode,
+    memory,
+    reference,
+    request,
+    same,
+    strings,
+)
 
 SEED = 20261121
 WRONG, OVER_HTTP, RIGHT, WARM_UP = 4000, 500, 450, 300
 CONCURRENCY = 8
 SIZE = 64
 PHOTOS = [PackagedPhotos().load(number).convert("RGB").resize((200, 150)) for number in range(3)]
-FILES = [encode(PHOTOS[0], "JPEG"), encode(PHOTOS[1], "PNG"), encode(PHOTOS[2], "WEBP"),
-         encode(PHOTOS[0], "JPEG", progressive=True), encode(PHOTOS[1].quantize(), "PNG", transparency=3)]  # fmt: skip
+FILES = [
+    encode(PHOTOS[0], "JPEG"),
+    encode(PHOTOS[1], "PNG"),
+    encode(PHOTOS[2], "WEBP"),
+    encode(PHOTOS[0], "JPEG", progressive=True),
+    encode(PHOTOS[1].quantize(), "PNG", transparency=3),
+]
 
 TYPED = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INTERNAL}
 LEAKS = ("Traceback", "\nAt:\n", "not healthy")
@@ -69,15 +85,20 @@ class Serving:
 def serving(small_bundle, tmp_path_factory):
     """The small bundle with vectors of three classes beside it, served."""
     need_tritonserver()
-    from serve.repository import make_repository
-    from serve.server import Options, Server
-    from serve.settings import Settings
-    from serve.triton import find_tritonserver
+    from serve.repository.build import make_repository
+    from serve.repository.settings import Settings
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
 
     folder, log = tmp_path_factory.mktemp("fuzz"), []
     path = shutil.copytree(small_bundle, folder / "bundle")
     vectors = np.eye(3, 32, dtype=np.float32)
-    about = {"format": "1", "classes": json.dumps(["cat", "cup", "moon"]), "teacher": "mae", "logit_scale": "5"}
+    about = {
+        "format": "1",
+        "classes": json.dumps(["cat", "cup", "moon"]),
+        "teacher": "mae",
+        "logit_scale": "5",
+    }
     save_file({"embeddings": vectors}, path / "class_embeddings.safetensors", about)
     add_files(path, ["class_embeddings.safetensors"])
     known = []
@@ -89,7 +110,9 @@ def serving(small_bundle, tmp_path_factory):
         known.append(tensors)
     make_repository(path, folder / "repository", Settings())
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-    with Server(find_tritonserver(None, folder), folder / "repository", options, log.append) as server:
+    with Server(
+        find_tritonserver(None, folder), folder / "repository", options, log.append
+    ) as server:
         pid = read_state(folder / "repository").server_pid
         yield Serving(server.grpc, server.http, pid, log, known)
 
@@ -115,7 +138,9 @@ MODELS = {  # inputs, outputs
 OFTEN = ["features", "features_encoded", "features_encoded", "backbone", "zero_shot"]
 
 
-def right(rng: random.Random, known: list[dict], model: str) -> tuple[ModelInferRequest, dict[str, np.ndarray]]:
+def right(
+    rng: random.Random, known: list[dict], model: str
+) -> tuple[ModelInferRequest, dict[str, np.ndarray]]:
     """A request that can be answered, and its answer."""
     number = rng.randrange(len(known))
     inputs, outputs = MODELS[model]
@@ -151,7 +176,20 @@ def pick(rng: random.Random, message: ModelInferRequest):
 
 
 def wrong_type(rng, message):
-    kinds = ["BOOL", "UINT8", "INT8", "UINT16", "FP16", "BF16", "INT32", "INT64", "UINT64", "FP32", "FP64", "BYTES"]
+    kinds = [
+        "BOOL",
+        "UINT8",
+        "INT8",
+        "UINT16",
+        "FP16",
+        "BF16",
+        "INT32",
+        "INT64",
+        "UINT64",
+        "FP32",
+        "FP64",
+        "BYTES",
+    ]
     pick(rng, message)[1].datatype = rng.choice([*kinds, word(rng)])
 
 
@@ -159,8 +197,9 @@ def wrong_shape(rng, message):
     shape = pick(rng, message)[1].shape
     sizes = [0, 1, 2, 3, 5, 48, 70, 96, 1000, -1]
     if message.model_name != "zero_shot":
-        # Where the model leaves an axis open, the embedded Triton (2.51) multiplies without looking for an overflow, and
-        # 2**62 x 64 x 64 x 3 pictures in 0 bytes end the stub process: mended in 2025 (triton-inference-server/server#8182)
+        # Where the model leaves an axis open, the embedded Triton (2.51) multiplies without looking
+        # for an overflow, and 2**62 x 64 x 64 x 3 pictures in 0 bytes end the stub process: mended
+        # in 2025 (triton-inference-server/server#8182)
         sizes += [-(2**31), 2**31, 2**32, 2**32 + 1, 2**40, 2**62, 2**63 - 1]
     what = rng.randrange(6)
     if what < 3 and shape:
@@ -202,7 +241,9 @@ def wrong_floats(rng, message):
             values = np.frombuffer(data[: len(data) // 4 * 4], np.float32).copy()
             for _ in range(rng.choice([1, 1, 50])):
                 if len(values):
-                    values[rng.randrange(len(values))] = rng.choice([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45])
+                    values[rng.randrange(len(values))] = rng.choice(
+                        [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45]
+                    )
             message.raw_input_contents[number] = values.tobytes()
 
 
@@ -219,9 +260,13 @@ def wrong_names(rng, message):
         message.inputs.add(name=word(rng), datatype="FP32", shape=[1, 2])
         message.raw_input_contents.append(bytes(8))
     elif what == 4:
-        message.model_name = rng.choice([word(rng), "features/1", "../features", "backbone_0", "nobody"])
+        message.model_name = rng.choice(
+            [word(rng), "features/1", "../features", "backbone_0", "nobody"]
+        )
     else:
-        message.model_version = rng.choice(["0", "-1", "2", "999999999999999999999", "one", word(rng)])
+        message.model_version = rng.choice(
+            ["0", "-1", "2", "999999999999999999999", "one", word(rng)]
+        )
 
 
 def wrong_outputs(rng, message):
@@ -235,7 +280,9 @@ def wrong_outputs(rng, message):
         del message.outputs[:]
     else:
         for port in message.outputs:
-            key, value = rng.choice([("classification", -1), ("classification", 10**6), ("shared_memory_byte_size", 9)])
+            key, value = rng.choice(
+                [("classification", -1), ("classification", 10**6), ("shared_memory_byte_size", 9)]
+            )
             port.parameters[key].int64_param = value
 
 
@@ -249,10 +296,16 @@ def wrong_parameters(rng, message):
         for port in message.outputs:
             port.parameters["shared_memory_region"].string_param = word(rng)
     elif what == 2:
-        key = rng.choice(["sequence_start", "binary_data_output", "priority", "timeout", "headers", word(rng)])
+        key = rng.choice(
+            ["sequence_start", "binary_data_output", "priority", "timeout", "headers", word(rng)]
+        )
         parameter = message.parameters[key]
         kind = rng.choice(["bool_param", "int64_param", "string_param"])
-        value = {"bool_param": True, "int64_param": rng.choice([0, -1, 2**63 - 1]), "string_param": word(rng)}[kind]
+        value = {
+            "bool_param": True,
+            "int64_param": rng.choice([0, -1, 2**63 - 1]),
+            "string_param": word(rng),
+        }[kind]
         setattr(parameter, kind, value)
     else:
         message.id = word(rng)
@@ -261,8 +314,14 @@ def wrong_parameters(rng, message):
 def wrong_contents(rng, message):
     """Values in the message's typed fields, instead of or beside bytes."""
     number, port = pick(rng, message)
-    field = rng.choice(["uint_contents", "int_contents", "fp32_contents", "bytes_contents", "bool_contents"])
-    value = {"bytes_contents": some(rng, 50), "fp32_contents": float("nan"), "bool_contents": True}.get(field, 7)
+    field = rng.choice(
+        ["uint_contents", "int_contents", "fp32_contents", "bytes_contents", "bool_contents"]
+    )
+    value = {
+        "bytes_contents": some(rng, 50),
+        "fp32_contents": float("nan"),
+        "bool_contents": True,
+    }.get(field, 7)
     getattr(port.contents, field).extend([value] * rng.choice([0, 1, 100, 12288]))
     if rng.random() < 0.6:
         del message.raw_input_contents[:]
@@ -273,7 +332,9 @@ def flipped(rng: random.Random, data: bytes) -> bytes:
     found = bytearray(data)
     for _ in range(rng.choice([1, 3, 30, 300])):
         if found:
-            found[rng.choice([rng.randrange(len(found)), rng.randrange(min(len(found), 64))])] ^= 1 << rng.randrange(8)
+            found[rng.choice([rng.randrange(len(found)), rng.randrange(min(len(found), 64))])] ^= (
+                1 << rng.randrange(8)
+            )
     return bytes(found)
 
 
@@ -292,11 +353,14 @@ def wrong_file(rng: random.Random) -> bytes:
         return rng.choice([b"", some(rng, 3000), bytes(100), data[:20] + some(rng, 500)])
     if what == 4:
         return encode(
-            PHOTOS[0].resize((rng.randint(1, 40), rng.randint(1, 40))), rng.choice(["GIF", "BMP", "TIFF", "PPM"])
+            PHOTOS[0].resize((rng.randint(1, 40), rng.randint(1, 40))),
+            rng.choice(["GIF", "BMP", "TIFF", "PPM"]),
         )
     if what == 5:  # other sizes in the header
         at = {b"\x89P": 16, b"RI": 26}.get(data[:2], data.find(b"\xff\xc0") + 5)
-        return data[:at] + struct.pack(">HH", *rng.choices([0, 1, 300, 65535], k=2)) + data[at + 4 :]
+        return (
+            data[:at] + struct.pack(">HH", *rng.choices([0, 1, 300, 65535], k=2)) + data[at + 4 :]
+        )
     return flipped(rng, data)
 
 
@@ -305,11 +369,14 @@ def wrong_strings(rng, message):
         if port.datatype != "BYTES" or number >= len(message.raw_input_contents):
             continue
         if port.name == "labels":
-            labels = rng.choice([[], [b""], [b"dog"], [b"cat", some(rng, 20)], [b"cat"] * 300, [b"x" * 5000]])
+            labels = rng.choice(
+                [[], [b""], [b"dog"], [b"cat", some(rng, 20)], [b"cat"] * 300, [b"x" * 5000]]
+            )
             packed = strings("labels", labels, [len(labels)])
         else:
             files = [
-                wrong_file(rng) if rng.random() < 0.7 else rng.choice(FILES) for _ in range(rng.choice([1, 1, 1, 2, 4]))
+                wrong_file(rng) if rng.random() < 0.7 else rng.choice(FILES)
+                for _ in range(rng.choice([1, 1, 1, 2, 4]))
             ]
             packed = strings("encoded", files)
         data = bytearray(packed.data)
@@ -340,7 +407,16 @@ def wrong(rng: random.Random, known: list[dict]) -> tuple[ModelInferRequest, str
 
 def wrong_http(rng: random.Random, known: list[dict]) -> tuple[str, dict[str, str], bytes]:
     """Path, headers and body of a request that is probably wrong."""
-    model = rng.choice(["features", "features_encoded", "backbone", "head_mae", "zero_shot", word(rng).split(" ")[0]])
+    model = rng.choice(
+        [
+            "features",
+            "features_encoded",
+            "backbone",
+            "head_mae",
+            "zero_shot",
+            word(rng).split(" ")[0],
+        ]
+    )
     path = "".join(c for c in f"/v2/models/{model}/infer" if c.isascii() and c.isprintable())
     tensor = {
         "name": rng.choice(["image", "encoded", "spaces", ""]),
@@ -348,7 +424,9 @@ def wrong_http(rng: random.Random, known: list[dict]) -> tuple[str, dict[str, st
         "datatype": rng.choice(["UINT8", "BYTES", "FP32", "", 7]),
         "data": rng.choice([[], [0] * 12288, ["a"], [None], [1e999], {}, 5]),
     }
-    body = json.dumps({"inputs": [tensor], "outputs": [{"name": rng.choice(["backbone_global", "x"])}]}).encode()
+    body = json.dumps(
+        {"inputs": [tensor], "outputs": [{"name": rng.choice(["backbone_global", "x"])}]}
+    ).encode()
     headers: dict[str, str] = {}
     what = rng.randrange(6)
     if what == 0:
@@ -358,7 +436,9 @@ def wrong_http(rng: random.Random, known: list[dict]) -> tuple[str, dict[str, st
     elif what == 2:
         body = body[: rng.randrange(len(body))]
     elif what == 3:
-        headers["Inference-Header-Content-Length"] = rng.choice(["0", "-1", "5", str(len(body)), "1" * 30, "x"])
+        headers["Inference-Header-Content-Length"] = rng.choice(
+            ["0", "-1", "5", str(len(body)), "1" * 30, "x"]
+        )
         body += some(rng, 100)
     elif what == 4:
         headers["Content-Encoding"] = rng.choice(["gzip", "deflate", "br"])
@@ -403,7 +483,9 @@ def check_wrong(answer, known: dict[str, np.ndarray]) -> str:
         one = known[port.name].shape[1:]
         values = arrays_of(port, data)
         # Triton takes a batch of 0 with the bytes of one picture for a picture without a batch
-        shaped = tuple(port.shape) == one or (tuple(port.shape[1:]) == one and 1 <= port.shape[0] <= 4)
+        shaped = tuple(port.shape) == one or (
+            tuple(port.shape[1:]) == one and 1 <= port.shape[0] <= 4
+        )
         if port.name == "probabilities":
             shaped = len(port.shape) == 2
         if not shaped or not np.isfinite(values).all():
@@ -412,7 +494,9 @@ def check_wrong(answer, known: dict[str, np.ndarray]) -> str:
 
 
 def arrays_of(port, data: bytes) -> np.ndarray:
-    return np.frombuffer(data, {"FP32": np.float32, "INT32": np.int32, "UINT8": np.uint8}[port.datatype])
+    return np.frombuffer(
+        data, {"FP32": np.float32, "INT32": np.int32, "UINT8": np.uint8}[port.datatype]
+    )
 
 
 async def run(serving: Serving, jobs: list[Callable]) -> int:

@@ -1,4 +1,6 @@
-"""A bundle's golden photographs: the student's own answers are kept, and a server that says something else is found out."""
+"""A bundle's golden photographs: the student's own answers are kept, and a server that says
+something else is found out.
+"""
 
 import dataclasses
 import hashlib
@@ -9,26 +11,27 @@ import numpy as np
 import pytest
 import torch
 import tritonclient.grpc as grpc
-from conftest import need_tritonserver, run_here
 from pydantic_core import to_json
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from distill.checkpoint import load_run
+from contract.errors import UserError
+from contract.manifest import add_files, read_manifest
+from distill.runs import load_run
 from export import to_onnx
-from export.bundle import add_files, read_manifest
 from export.golden import GOLDEN as WRITTEN
 from export.golden import TF32
 from export.parity import TOLERANCE
 from export.run import main as export
 from serve.bundle import read_bundle
 from serve.client import FeatureClient
-from serve.errors import ServerError, UserError
+from serve.errors import ServerError
 from serve.golden import GOLDEN, compare, read_golden
-from serve.repository import make_repository
-from serve.server import Options, Server
-from serve.settings import Settings
-from serve.triton import find_tritonserver
+from serve.repository.build import make_repository
+from serve.repository.settings import Settings
+from serve.server.process import Options, Server
+from serve.server.triton import find_tritonserver
+from tests.conftest import need_tritonserver, run_here
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +54,9 @@ def test_the_outputs_are_those_of_the_torch_student(golden, small_bundle):
     with torch.inference_mode():
         said = deployment(torch.from_numpy(golden.image).permute(0, 3, 1, 2).float() / 255)
     np.testing.assert_array_equal(golden.outputs["dino_token"], said["dino"].token.numpy())
-    np.testing.assert_array_equal(golden.outputs["backbone_patches"], said["backbone"].patches.flatten(1, 2).numpy())
+    np.testing.assert_array_equal(
+        golden.outputs["backbone_patches"], said["backbone"].patches.flatten(1, 2).numpy()
+    )
 
 
 def test_it_holds_every_output_a_client_may_ask_for(golden, small_bundle):
@@ -60,7 +65,10 @@ def test_it_holds_every_output_a_client_may_ask_for(golden, small_bundle):
     assert set(golden.outputs) == {tensor.name for tensor in bundle.outputs}
     assert golden.image.dtype == np.uint8 and golden.image.shape == (3, size.height, size.width, 3)
     assert all(value.dtype == np.float32 and len(value) == 3 for value in golden.outputs.values())
-    assert golden.bounds == (TOLERANCE[bundle.manifest.precision], TF32) and golden.pictures[0] == "astronaut.png"
+    assert (
+        golden.bounds == (TOLERANCE[bundle.manifest.precision], TF32)
+        and golden.pictures[0] == "astronaut.png"
+    )
     assert not np.array_equal(golden.image[0], golden.image[1])
 
 
@@ -90,7 +98,9 @@ def test_each_kind_of_wrong_answer_is_said(golden):
 
 def test_only_the_bounds_decide(golden):
     answers = dict(golden.outputs)
-    answers["cls_token"] = answers["cls_token"] + 0.02 * np.abs(answers["cls_token"]).max() * np.sign(
+    answers["cls_token"] = answers["cls_token"] + 0.02 * np.abs(
+        answers["cls_token"]
+    ).max() * np.sign(
         np.random.default_rng(0).standard_normal(answers["cls_token"].shape).astype(np.float32)
     )
     assert len(compare(golden, answers)) == 1
@@ -110,7 +120,9 @@ def test_an_output_of_zeros_must_be_zeros_again(golden):
 
 def test_an_output_that_the_export_let_through_is_held_to_what_it_said_then(golden):
     depth = golden.outputs["depth"]
-    answers = golden.outputs | {"depth": depth + 0.2 * np.linalg.norm(depth, axis=1).max() * np.eye(3, depth.shape[1])}
+    answers = golden.outputs | {
+        "depth": depth + 0.2 * np.linalg.norm(depth, axis=1).max() * np.eye(3, depth.shape[1])
+    }
     (said,) = compare(golden, answers)
     assert "'depth'" in said and "let it through" not in said
     allowed = dataclasses.replace(golden, allowed={"depth": (0.9, 3.0)})
@@ -121,7 +133,9 @@ def test_an_output_that_the_export_let_through_is_held_to_what_it_said_then(gold
 
 def test_the_file_is_the_same_to_the_byte_whenever_it_is_written(small_bundle):
     with safe_open(small_bundle / GOLDEN, framework="np") as file:
-        assert list(file.metadata()) == ["golden"], "safetensors writes several keys in random order"
+        assert list(file.metadata()) == ["golden"], (
+            "safetensors writes several keys in random order"
+        )
 
 
 def test_a_bundle_from_before_golden_sets_is_told_to_be_exported_again(copy):
@@ -144,8 +158,13 @@ def test_a_changed_file_is_refused(copy):
 
 def test_a_file_of_something_else_is_refused(copy):
     with safe_open(copy / GOLDEN, framework="np") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    for metadata in ({}, {"format": "1", "cosine": "1", "pictures": ""}, {"golden": "[]"}, {"golden": '{"format": 3}'}):
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    for metadata in (
+        {},
+        {"format": "1", "cosine": "1", "pictures": ""},
+        {"golden": "[]"},
+        {"golden": '{"format": 3}'},
+    ):
         save_file(tensors, copy / GOLDEN, metadata)
         add_files(copy, [GOLDEN])
         with pytest.raises(UserError, match="export again"):
@@ -157,7 +176,9 @@ def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path,
     """As those past 2 GB do: the golden set, asked of a real server."""
     need_tritonserver()
     monkeypatch.setattr(to_onnx, "INLINE_LIMIT", 20_000)
-    done = run_here(small_bundle.parent / "run", "--output", tmp_path / "b", "--max-batch", 3, command=export)
+    done = run_here(
+        small_bundle.parent / "run", "--output", tmp_path / "b", "--max-batch", 3, command=export
+    )
     assert done.returncode == 0, done.stderr
     bundle = read_bundle(tmp_path / "b")
     make_repository(tmp_path / "b", tmp_path / "repository", Settings(encoded=False))
@@ -169,7 +190,10 @@ def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path,
     }
     found, lines = find_tritonserver(None, tmp_path), []
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-    with Server(found, tmp_path / "repository", options, lines.append) as server, FeatureClient(server.grpc) as client:
+    with (
+        Server(found, tmp_path / "repository", options, lines.append) as server,
+        FeatureClient(server.grpc) as client,
+    ):
         golden = read_golden(bundle)
         for model in ("features", "fused"):
             assert compare(golden, client.features(golden.image, model=model)) == []

@@ -1,4 +1,6 @@
-"""From a bundle to a repository: names, types and dims are the manifest's, and what Triton would serve wrongly is refused."""
+"""From a bundle to a repository: names, types and dims are the manifest's, and what Triton would
+serve wrongly is refused.
+"""
 
 import json
 import shutil
@@ -7,14 +9,14 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInput
 
-from export.bundle import read_manifest
+from contract.errors import UserError
+from contract.manifest import read_manifest
 from serve.bundle import read_bundle
-from serve.errors import UserError
-from serve.lint import lint
-from serve.model_config import TEMPLATES, read_template
-from serve.models import build_models, needed, served_name
-from serve.repository import main
-from serve.settings import Settings, choose_runtime, instances_and_threads, runtimes_here
+from serve.repository.__main__ import main
+from serve.repository.lint import lint
+from serve.repository.model_config import TEMPLATES, read_template
+from serve.repository.models import build_models, needed, served_name
+from serve.repository.settings import Settings, choose_runtime, instances_and_threads, runtimes_here
 
 
 def configs_of(repository):
@@ -33,7 +35,10 @@ def bundle(small_bundle):
 @pytest.fixture(scope="module")
 def repository(small_bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rendered") / "repository"
-    assert main([str(small_bundle), "--output", str(folder), "--instances", "2", "--threads", "1"]) == 0
+    assert (
+        main([str(small_bundle), "--output", str(folder), "--instances", "2", "--threads", "1"])
+        == 0
+    )
     return folder
 
 
@@ -47,7 +52,9 @@ def configurations(bundle, **settings):
     return {model.name: model.config for model in build_models(bundle, Settings(**settings))}
 
 
-@pytest.mark.parametrize("template", sorted(path.parent.name for path in TEMPLATES.glob("*/config.pbtxt")))
+@pytest.mark.parametrize(
+    "template", sorted(path.parent.name for path in TEMPLATES.glob("*/config.pbtxt"))
+)
 def test_a_template_is_a_valid_configuration_of_its_own_name(template):
     config = read_template(template)
     assert config.name == template
@@ -58,8 +65,14 @@ def test_serving_reads_the_manifest_as_export_wrote_it(bundle, small_bundle):
     written = read_manifest(small_bundle)
     assert bundle.manifest.student.sha256 == written.student.sha256
     assert bundle.manifest.files == written.files
-    ports = {g.name: [(t.name, t.dtype, t.shape) for t in (*g.inputs, *g.outputs)] for g in bundle.manifest.graphs}
-    assert ports == {g.name: [(t.name, t.dtype, t.shape) for t in (*g.inputs, *g.outputs)] for g in written.graphs}
+    ports = {
+        g.name: [(t.name, t.dtype, t.shape) for t in (*g.inputs, *g.outputs)]
+        for g in bundle.manifest.graphs
+    }
+    assert ports == {
+        g.name: [(t.name, t.dtype, t.shape) for t in (*g.inputs, *g.outputs)]
+        for g in written.graphs
+    }
 
 
 def test_configurations_have_the_names_types_and_dims_of_the_graphs(repository, bundle):
@@ -93,11 +106,18 @@ def test_a_task_needs_the_backbone_and_only_what_lies_between(bundle):
     for task in ("segmentation", "depth"):
         names = [graph.name for graph in needed(bundle, task)]
         reads = {tensor.name for tensor in bundle.graphs[task].inputs}
-        assert names == (["backbone", task] if "spaces" not in reads else ["backbone", "interaction", task])
+        assert names == (
+            ["backbone", task] if "spaces" not in reads else ["backbone", "interaction", task]
+        )
 
 
-def test_instances_go_to_the_graphs_whose_weights_are_a_quarter_of_the_backbones(repository, small_bundle):
-    configs, weights = configs_of(repository), {path.stem: path.stat().st_size for path in small_bundle.glob("*.onnx")}
+def test_instances_go_to_the_graphs_whose_weights_are_a_quarter_of_the_backbones(
+    repository, small_bundle
+):
+    configs, weights = (
+        configs_of(repository),
+        {path.stem: path.stat().st_size for path in small_bundle.glob("*.onnx")},
+    )
     large = {name for name, size in weights.items() if 4 * size >= weights["backbone"]}
     assert {"backbone", "fused", "interaction"} <= large and "head_mae" not in large
     counts = {name: configs[served_name(name)].instance_group[0].count for name in weights}
@@ -107,17 +127,27 @@ def test_instances_go_to_the_graphs_whose_weights_are_a_quarter_of_the_backbones
 @pytest.mark.parametrize(
     ("asked", "cores", "found"),
     [
-        ((None, None), 1, (1, 1)), ((None, None), 2, (2, 2)), ((None, None), 16, (4, 8)), ((1, None), 2, (1, 2)),
-        ((4, None), 2, (4, 1)), ((None, 1), 2, (4, 1)), ((None, 2), 2, (2, 2)), ((1, None), 64, (1, 8)), ((3, 5), 2, (3, 5)),
+        ((None, None), 1, (1, 1)),
+        ((None, None), 2, (2, 2)),
+        ((None, None), 16, (4, 8)),
+        ((1, None), 2, (1, 2)),
+        ((4, None), 2, (4, 1)),
+        ((None, 1), 2, (4, 1)),
+        ((None, 2), 2, (2, 2)),
+        ((1, None), 64, (1, 8)),
+        ((3, 5), 2, (3, 5)),
     ],
-)  # fmt: skip
+)
 def test_two_instances_share_the_cores(asked, cores, found):
     assert instances_and_threads(*asked, cores) == found
 
 
 def test_native_backends_get_the_graph_and_no_python(bundle):
     models = {
-        model.name: model for model in build_models(bundle, Settings(backend="onnxruntime", kind="gpu", devices=(0, 1)))
+        model.name: model
+        for model in build_models(
+            bundle, Settings(backend="onnxruntime", kind="gpu", devices=(0, 1))
+        )
     }
     backbone = models["backbone"]
     assert backbone.config.backend == "onnxruntime" and set(backbone.files) == {"model.onnx"}
@@ -127,7 +157,9 @@ def test_native_backends_get_the_graph_and_no_python(bundle):
 
 
 def test_tensorrt_without_engines_of_full_tensorrt_is_refused(bundle):
-    with pytest.raises(UserError, match="no engine of full TensorRT for 'backbone'.*--formats onnx,tensorrt"):
+    with pytest.raises(
+        UserError, match="no engine of full TensorRT for 'backbone'.*--formats onnx,tensorrt"
+    ):
         build_models(bundle, Settings(backend="tensorrt", kind="gpu"))
 
 
@@ -145,7 +177,9 @@ def test_batching_and_warm_up_can_be_left_out(bundle):
 def test_a_changed_byte_is_refused_and_nothing_is_written(copy, tmp_path, capsys, file):
     content = bytearray((copy / file).read_bytes())
     place = (
-        len(content) // 2 if file != "manifest.json" else bytes(content).index(b'"max_batch": ') + len(b'"max_batch": ')
+        len(content) // 2
+        if file != "manifest.json"
+        else bytes(content).index(b'"max_batch": ') + len(b'"max_batch": ')
     )
     content[place] = ord("9") if file == "manifest.json" else content[place] ^ 1
     (copy / file).write_bytes(content)
@@ -157,7 +191,10 @@ def test_a_changed_byte_is_refused_and_nothing_is_written(copy, tmp_path, capsys
 
 def test_a_folder_that_is_no_bundle_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path), "--output", str(tmp_path / "repository")]) == 2
-    assert "is no bundle: it has no manifest.json (make one with python -m export.run)" in capsys.readouterr().err
+    assert (
+        "is no bundle: it has no manifest.json (make one with python -m export.run)"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_output_that_holds_files_needs_force(small_bundle, tmp_path, capsys):
@@ -210,7 +247,9 @@ class TestLint:
 
     def test_an_output_that_a_step_reads(self, configs):
         features = configs["features"]
-        features.output.add().CopyFrom(next(port for port in configs["backbone"].output if port.name == "features"))
+        features.output.add().CopyFrom(
+            next(port for port in configs["backbone"].output if port.name == "features")
+        )
         assert any("'features' is an output and is read by step" in said for said in lint(configs))
 
     def test_an_input_beside_the_first_step(self, configs):

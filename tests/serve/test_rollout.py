@@ -1,4 +1,6 @@
-"""A new bundle takes over from the old one under load, without a failed request; what is not fit to serve never does."""
+"""A new bundle takes over from the old one under load, without a failed request; what is not fit to
+serve never does.
+"""
 
 import shutil
 import threading
@@ -8,17 +10,18 @@ import numpy as np
 import onnx
 import pytest
 import tritonclient.grpc as grpc
-from conftest import need_tritonserver
 from onnx import numpy_helper
 
-from export.bundle import MANIFEST, read_manifest, sha256_of
+from contract.files import file_sha256
+from contract.manifest import MANIFEST, read_manifest
 from serve.bundle import read_bundle
 from serve.golden import read_golden
-from serve.repository import make_repository
+from serve.repository.build import make_repository
+from serve.repository.settings import Settings
 from serve.rollout import main
-from serve.server import Options, Server
-from serve.settings import Settings
-from serve.triton import find_tritonserver
+from serve.server.process import Options, Server
+from serve.server.triton import find_tritonserver
+from tests.conftest import need_tritonserver
 
 OUTPUTS = ["backbone_global", "cls_token", "segmentation_logits"]
 
@@ -26,25 +29,31 @@ OUTPUTS = ["backbone_global", "cls_token", "segmentation_logits"]
 def rewrite(bundle, **changes):
     """Seal a manifest anew after files were changed, as an export of them would have."""
     manifest = read_manifest(bundle)
-    files = {name: sha256_of(bundle / name) for name in manifest.files}
+    files = {name: file_sha256(bundle / name) for name in manifest.files}
     changed = manifest.model_copy(update={"files": files, **changes}).sealed()
     (bundle / MANIFEST).write_text(changed.model_dump_json(indent=1))
 
 
 def disturb(graph, share):
-    """Add noise to every matrix of a graph: it says something else, but stays a graph of the same interface."""
+    """Add noise to every matrix of a graph: it says something else, but stays a graph of the same
+    interface.
+    """
     model, rng = onnx.load(graph), np.random.default_rng(0)
     for tensor in model.graph.initializer:
         if len(tensor.dims) >= 2 and tensor.data_type == onnx.TensorProto.FLOAT:
             values = numpy_helper.to_array(tensor)
             noise = share * values.std() * rng.standard_normal(values.shape)
-            tensor.CopyFrom(numpy_helper.from_array(values + noise.astype(values.dtype), tensor.name))
+            tensor.CopyFrom(
+                numpy_helper.from_array(values + noise.astype(values.dtype), tensor.name)
+            )
     onnx.save(model, graph)
 
 
 @pytest.fixture(scope="module")
 def other_bundle(small_bundle, tmp_path_factory):
-    """The same student, but for a head that says something a little else; its golden outputs are what that says."""
+    """The same student, but for a head that says something a little else; its golden outputs are
+    what that says.
+    """
     from safetensors.numpy import load_file, safe_open, save_file
 
     folder = shutil.copytree(small_bundle, tmp_path_factory.mktemp("second") / "bundle")
@@ -57,11 +66,15 @@ def other_bundle(small_bundle, tmp_path_factory):
     known, bundle = {"image": tensors["image"]}, read_bundle(small_bundle)
     for name in ("backbone", "interaction", "head_cls"):
         graph = bundle.graphs[name]
-        session = onnxruntime.InferenceSession(folder / graph.file, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            folder / graph.file, providers=["CPUExecutionProvider"]
+        )
         said = session.run(None, {tensor.name: known[tensor.name] for tensor in graph.inputs})
         known |= dict(zip((tensor.name for tensor in graph.outputs), said, strict=True))
     save_file(
-        tensors | {name: known[name] for name in ("cls_token", "cls_patches")}, folder / "golden.safetensors", metadata
+        tensors | {name: known[name] for name in ("cls_token", "cls_patches")},
+        folder / "golden.safetensors",
+        metadata,
     )
     rewrite(folder)
     return folder
@@ -81,7 +94,9 @@ def running(small_bundle, tmp_path):
 def ask(client, image):
     tensor = grpc.InferInput("image", image.shape, "UINT8")
     tensor.set_data_from_numpy(image)
-    answer = client.infer("features", [tensor], outputs=[grpc.InferRequestedOutput(name) for name in OUTPUTS])
+    answer = client.infer(
+        "features", [tensor], outputs=[grpc.InferRequestedOutput(name) for name in OUTPUTS]
+    )
     version = int(answer.get_response().model_version)
     return version, {name: answer.as_numpy(name) for name in OUTPUTS}
 
@@ -90,7 +105,13 @@ class Load:
     """Clients that ask for golden pictures all the while and keep what they hear."""
 
     def __init__(self, address, image, clients=3):
-        self.address, self.image, self.heard, self.failed, self.done = address, image, [], [], threading.Event()
+        self.address, self.image, self.heard, self.failed, self.done = (
+            address,
+            image,
+            [],
+            [],
+            threading.Event(),
+        )
         self.threads = [threading.Thread(target=self.work) for _ in range(clients)]
 
     def work(self):
@@ -118,7 +139,9 @@ def cosine(one, other):
     return float((one * other).sum() / np.linalg.norm(one) / np.linalg.norm(other))
 
 
-def test_under_load_every_answer_is_of_one_version_and_none_fails(running, other_bundle, small_bundle):
+def test_under_load_every_answer_is_of_one_version_and_none_fails(
+    running, other_bundle, small_bundle
+):
     first, second = (read_golden(read_bundle(path)) for path in (small_bundle, other_bundle))
     assert cosine(first.outputs["cls_token"][0], second.outputs["cls_token"][0]) < 0.9995
     image = first.image[:1]
@@ -135,7 +158,10 @@ def test_under_load_every_answer_is_of_one_version_and_none_fails(running, other
     for version, outputs in load.heard:
         expected = first if version == 1 else second
         for name in OUTPUTS:
-            assert cosine(outputs[name][0].ravel(), expected.outputs[name][0].ravel()) > 0.99999, (version, name)
+            assert cosine(outputs[name][0].ravel(), expected.outputs[name][0].ravel()) > 0.99999, (
+                version,
+                name,
+            )
     assert [path.name for path in (running.repository / "backbone").glob("[0-9]*")] == ["2"]
 
 
@@ -165,12 +191,18 @@ def broken(kind, bundle):
 
 
 KINDS = [
-    "a changed byte", "a missing file", "a graph that does not load", "a graph that says something else",
+    "a changed "
+    "byte", "a missing "
+        "file", "a graph that does not "
+        "load", "a graph that says "
+        "something else",
     "another interface",
 ]  # fmt: skip
 
 
-def test_what_is_not_fit_to_serve_is_refused_and_the_old_version_goes_on(running, small_bundle, tmp_path, capsys):
+def test_what_is_not_fit_to_serve_is_refused_and_the_old_version_goes_on(
+    running, small_bundle, tmp_path, capsys
+):
     golden = read_golden(read_bundle(small_bundle))
     with Load(running.grpc, golden.image[:1], clients=1) as load:
         for number, kind in enumerate(KINDS):

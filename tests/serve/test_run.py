@@ -1,4 +1,6 @@
-"""`python -m serve.run`: it starts, says where it is, keeps strangers out, answers what it accepted, and leaves nothing."""
+"""`python -m serve.run`: it starts, says where it is, keeps strangers out, answers what it
+accepted, and leaves nothing.
+"""
 
 import json
 import os
@@ -15,19 +17,19 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as grpc
-from conftest import need_tritonserver
-from running import ANY_PORTS, Load, Run, ask, processes, until
 
-from serve import checks
 from serve.bundle import read_bundle
 from serve.errors import ServerError
-from serve.repository import make_repository
-from serve.rest import Refused, Rest
+from serve.repository.build import make_repository
+from serve.repository.settings import Settings
 from serve.run import main
-from serve.server import Options, Server
-from serve.settings import Settings
-from serve.state import STATE, State, read_state
-from serve.triton import find_tritonserver
+from serve.server import checks
+from serve.server.process import Options, Server
+from serve.server.rest import Refused, Rest
+from serve.server.state import STATE, State, read_state
+from serve.server.triton import find_tritonserver
+from tests.conftest import need_tritonserver
+from tests.serve.running import ANY_PORTS, Load, Run, ask, processes, until
 
 SIZE = 64
 NOT_TAKEN = "Server is stopping"
@@ -69,7 +71,9 @@ class TestRunning:
         assert b"nv_inference_request_success" in Rest(run.metrics).call("GET", "/metrics")
         assert b"nv_inference_queue_summary_us" in Rest(run.metrics).call("GET", "/metrics")
         command = run.wait_for(r"^  (python -m serve\.status .*)$")[1].split()
-        done = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            [sys.executable, *command[1:]], capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, done.stderr
         assert "backbone" in done.stdout
 
@@ -93,11 +97,17 @@ class TestRunning:
     def test_it_listens_on_this_machine_only(self, kept):
         run, repository = kept
         listening = [
-            line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()
+            line.split()
+            for name in ("tcp", "tcp6")
+            for line in Path(f"/proc/net/{name}").read_text().splitlines()
         ]
         for address in (run.grpc, run.http, run.metrics):
             port = f"{int(address.split(':')[1]):04X}"
-            hosts = {words[1][:-5] for words in listening if words[1].endswith(f":{port}") and words[3] == "0A"}
+            hosts = {
+                words[1][:-5]
+                for words in listening
+                if words[1].endswith(f":{port}") and words[3] == "0A"
+            }
             assert hosts and hosts <= {"0100007F", "0000000000000000FFFF00000100007F"}
 
     def test_the_key_is_for_the_owner_alone(self, kept):
@@ -117,7 +127,10 @@ class TestRunning:
                 with pytest.raises(Refused) as refused:
                     rest.call(method, path, body)
                 assert refused.value.status == 403, path
-        assert {entry["name"] for entry in Rest(run.http, state.admin_key).index()} >= {"backbone", "features"}
+        assert {entry["name"] for entry in Rest(run.http, state.admin_key).index()} >= {
+            "backbone",
+            "features",
+        }
         assert Rest(run.http).statistics()
 
     def test_admin_endpoints_are_closed_over_grpc_without_the_key(self, kept):
@@ -125,10 +138,13 @@ class TestRunning:
         key = {"triton-grpc-protocol-admin-key": read_state(repository).admin_key}
         with grpc.InferenceServerClient(run.grpc) as client:
             calls = (
-                client.get_model_repository_index, lambda **h: client.load_model("decode", **h),
-                lambda **h: client.unload_model("decode", **h), client.get_system_shared_memory_status,
-                client.get_trace_settings, client.get_log_settings,
-            )  # fmt: skip
+                client.get_model_repository_index,
+                lambda **h: client.load_model("decode", **h),
+                lambda **h: client.unload_model("decode", **h),
+                client.get_system_shared_memory_status,
+                client.get_trace_settings,
+                client.get_log_settings,
+            )
             for call in calls:
                 with pytest.raises(grpc.InferenceServerException, match="restricted"):
                     call()
@@ -141,20 +157,29 @@ class TestRunning:
         assert main([str(small_bundle), "--repository", str(repository)]) == 2
         assert f"is served by process {run.process.pid}" in capsys.readouterr().err
 
-    def test_a_port_in_use_is_named_before_anything_is_made(self, kept, small_bundle, tmp_path, capsys):
+    def test_a_port_in_use_is_named_before_anything_is_made(
+        self, kept, small_bundle, tmp_path, capsys
+    ):
         port = kept[0].grpc.split(":")[1]
         folder = tmp_path / "never"
         assert main([str(small_bundle), "--grpc-port", port, "--repository", str(folder)]) == 2
         said = capsys.readouterr().err
-        assert said == f"error: port {port} is in use: choose another with --grpc-port, or stop what listens there\n"
+        assert (
+            said == f"error: port {port} is in use: choose another with --grpc-port, or stop what "
+            "listens there\n"
+        )
         assert not folder.exists()
 
 
 class TestEnding:
-    def test_sigterm_under_load_answers_what_was_accepted_and_leaves_nothing(self, small_bundle, tmp_path):
+    def test_sigterm_under_load_answers_what_was_accepted_and_leaves_nothing(
+        self, small_bundle, tmp_path
+    ):
         temporary = tmp_path / "temporary"
         temporary.mkdir()
-        with Run(small_bundle, "--no-fused", "--instances", 2, "--threads", 1, temporary=temporary) as run:
+        with Run(
+            small_bundle, "--no-fused", "--instances", 2, "--threads", 1, temporary=temporary
+        ) as run:
             run.ready()
             (workspace,) = temporary.iterdir()
             assert processes(workspace)
@@ -164,7 +189,9 @@ class TestEnding:
                 assert run.end(signal.SIGTERM) == 0
             before = [(ended, error) for sent, ended, error in load.answers if sent < told]
             assert not [error for _, error in before if error and NOT_TAKEN not in error]
-            assert [ended for ended, error in before if ended > told and not error], "none was under way"
+            assert [ended for ended, error in before if ended > told and not error], (
+                "none was under way"
+            )
         assert run.lines[-1] == "stopped: every request that was accepted has been answered"
         assert not processes(workspace)
         assert not list(temporary.iterdir())
@@ -190,7 +217,9 @@ class TestEnding:
             run.end(signal.SIGKILL)
         assert until(lambda: not processes(repository), 40), processes(repository)
         (left,) = temporary.glob("serve-run-*")
-        with Run("--repository", repository, temporary=temporary) as again:  # the stale state file does not stop it
+        with Run(
+            "--repository", repository, temporary=temporary
+        ) as again:  # the stale state file does not stop it
             again.ready()
             assert not left.exists()
 
@@ -213,17 +242,29 @@ class TestStarting:
         with Run("--repository", repository) as run:
             assert run.process.wait(90) == 1
         run.reader.join(10)
-        assert run.lines[-1].startswith("error: model 'head_cls' does not load: ") and "sha256" in run.lines[-1]
+        assert (
+            run.lines[-1].startswith("error: model 'head_cls' does not load: ")
+            and "sha256" in run.lines[-1]
+        )
         assert not processes(repository)
 
     def test_flags_after_two_dashes_go_to_tritonserver(self, repository, capsys):
-        with Run("--repository", repository, "--", "--log-format=ISO8601", "--trace-config=rate=7") as run:
+        with Run(
+            "--repository", repository, "--", "--log-format=ISO8601", "--trace-config=rate=7"
+        ) as run:
             run.ready()
             key = read_state(repository).admin_key
-            assert json.loads(Rest(run.http, key).call("GET", "/v2/trace/setting"))["trace_rate"] == "7"
+            assert (
+                json.loads(Rest(run.http, key).call("GET", "/v2/trace/setting"))["trace_rate"]
+                == "7"
+            )
             assert run.wait_for(r"^\d{4}-\d\d-\d\dT[\d:]+Z I .*backbone")
-        assert main(["--repository", str(repository), *map(str, ANY_PORTS), "--", "--nonsense=3"]) == 2
-        assert "refuses what follows -- (--nonsense=3): unrecognized option" in capsys.readouterr().err
+        assert (
+            main(["--repository", str(repository), *map(str, ANY_PORTS), "--", "--nonsense=3"]) == 2
+        )
+        assert (
+            "refuses what follows -- (--nonsense=3): unrecognized option" in capsys.readouterr().err
+        )
 
     def test_a_request_is_traced_through_its_models_under_its_id(self, repository):
         spans: list[dict] = []
@@ -231,7 +272,12 @@ class TestStarting:
         class Collector(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                spans.extend(s for r in content["resourceSpans"] for scope in r["scopeSpans"] for s in scope["spans"])
+                spans.extend(
+                    s
+                    for r in content["resourceSpans"]
+                    for scope in r["scopeSpans"]
+                    for s in scope["spans"]
+                )
                 self.send_response(200)
                 self.end_headers()
 
@@ -241,9 +287,16 @@ class TestStarting:
         with ThreadingHTTPServer(("127.0.0.1", 0), Collector) as collector:
             threading.Thread(target=collector.serve_forever, daemon=True).start()
             url = f"http://127.0.0.1:{collector.server_port}/v1/traces"
-            settings = ("rate=1", "level=TIMESTAMPS", "mode=opentelemetry", f"opentelemetry,url={url}",
-                        "opentelemetry,bsp_schedule_delay=200")  # fmt: skip
-            with Run("--repository", repository, "--", *(f"--trace-config={text}" for text in settings)) as run:
+            settings = (
+                "rate=1",
+                "level=TIMESTAMPS",
+                "mode=opentelemetry",
+                f"opentelemetry,url={url}",
+                "opentelemetry,bsp_schedule_delay=200",
+            )
+            with Run(
+                "--repository", repository, "--", *(f"--trace-config={text}" for text in settings)
+            ) as run:
                 run.ready()
                 with grpc.InferenceServerClient(run.grpc) as client:
                     assert ask(client, SIZE, request_id="seen-again") == ""
@@ -270,11 +323,18 @@ class TestStarting:
         )
         with Run("--repository", repository, *options) as run:
             run.ready()
-            known = {"root_certificates": files["ca.pem"], "private_key": files["client.key"],
-                     "certificate_chain": files["client.pem"]}  # fmt: skip
+            known = {
+                "root_certificates": files["ca.pem"],
+                "private_key": files["client.key"],
+                "certificate_chain": files["client.pem"],
+            }
             with grpc.InferenceServerClient(run.grpc, ssl=True, **known) as client:
                 assert ask(client, SIZE) == ""
-            for strangers in ({}, {"ssl": True, "root_certificates": files["ca.pem"]}, {"ssl": True}):
+            for strangers in (
+                {},
+                {"ssl": True, "root_certificates": files["ca.pem"]},
+                {"ssl": True},
+            ):
                 with grpc.InferenceServerClient(run.grpc, **strangers) as client:
                     assert "UNAVAILABLE" in ask(client, SIZE)
             assert Rest(run.http).ready()  # for the supervisor: on this machine
@@ -289,14 +349,44 @@ def certificates(folder: Path) -> dict[str, str]:
         subprocess.run(["openssl", *arguments], check=True, capture_output=True, timeout=60)
 
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", "-x509", *key, "-keyout", files["ca.key"], "-out", files["ca.pem"], "-subj", "/CN=test authority",
-            "-addext", "keyUsage=critical,keyCertSign", "-days", "2")  # fmt: skip
+    openssl(
+        "req",
+        "-x509",
+        *key,
+        "-keyout",
+        files["ca.key"],
+        "-out",
+        files["ca.pem"],
+        "-subj",
+        "/CN=test authority",
+        "-addext",
+        "keyUsage=critical,keyCertSign",
+        "-days",
+        "2",
+    )
     (folder / "names").write_text("subjectAltName=IP:127.0.0.1,DNS:localhost\n")
     for name in ("server", "client"):
         request = str(folder / f"{name}.csr")
-        openssl("req", *key, "-keyout", files[f"{name}.key"], "-out", request, "-subj", f"/CN={name}")
-        openssl("x509", "-req", "-in", request, "-CA", files["ca.pem"], "-CAkey", files["ca.key"], "-CAcreateserial",
-                "-out", files[f"{name}.pem"], "-days", "2", "-extfile", str(folder / "names"))  # fmt: skip
+        openssl(
+            "req", *key, "-keyout", files[f"{name}.key"], "-out", request, "-subj", f"/CN={name}"
+        )
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            request,
+            "-CA",
+            files["ca.pem"],
+            "-CAkey",
+            files["ca.key"],
+            "-CAcreateserial",
+            "-out",
+            files[f"{name}.pem"],
+            "-days",
+            "2",
+            "-extfile",
+            str(folder / "names"),
+        )
     return files
 
 
@@ -306,7 +396,10 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            (["--backend", "onnxruntime"], "--backend onnxruntime: .* has no such backend \\(it has python\\)"),
+            (
+                ["--backend", "onnxruntime"],
+                "--backend onnxruntime: .* has no such backend \\(it has python\\)",
+            ),
             (["--grpc-port", "9", "--http-port", "9"], "--http-port 9 is --grpc-port too"),
             (["--grpc-port", "70000"], "--grpc-port 70000: ports are 0 to 65535"),
             (["--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine"),
@@ -336,8 +429,8 @@ class TestMistakes:
 
     def test_no_tritonserver(self, small_bundle, capsys, monkeypatch):
         monkeypatch.setenv("PATH", "/nowhere")
-        monkeypatch.setattr("serve.triton.IMAGE_PATH", Path("/nowhere"))
-        monkeypatch.setattr("serve.triton.importlib.util.find_spec", lambda name: None)
+        monkeypatch.setattr("serve.server.triton.IMAGE_PATH", Path("/nowhere"))
+        monkeypatch.setattr("serve.server.triton.importlib.util.find_spec", lambda name: None)
         assert main([str(small_bundle), "--runtime", "auto"]) == 2
         assert "no tritonserver found" in capsys.readouterr().err
 
@@ -360,21 +453,42 @@ class TestMistakes:
         bundle.manifest = bundle.manifest.model_copy(update={"engines": (engine,)})
         monkeypatch.setattr(checks, "compute_capabilities", lambda: ("9.0",))
         monkeypatch.setattr(checks, "read_bundle", lambda path: bundle)
-        with pytest.raises(checks.UserError, match="for GPUs of compute capability 8.0, GPU 0 has 9.0"):
+        with pytest.raises(
+            checks.UserError, match="for GPUs of compute capability 8.0, GPU 0 has 9.0"
+        ):
             checks.check_gpus(Settings(backend="tensorrt", kind="gpu"), small_bundle)
 
-    def test_a_repository_of_another_bundle_or_other_settings(self, small_bundle, repository, capsys):
-        assert main([str(small_bundle), "--repository", str(repository), "--instances", "1", "--max-queue", "7"]) == 2
+    def test_a_repository_of_another_bundle_or_other_settings(
+        self, small_bundle, repository, capsys
+    ):
+        assert (
+            main(
+                [
+                    str(small_bundle),
+                    "--repository",
+                    str(repository),
+                    "--instances",
+                    "1",
+                    "--max-queue",
+                    "7",
+                ]
+            )
+            == 2
+        )
         assert "was rendered with" in capsys.readouterr().err
         made_with = repository / "made_with.json"
-        made_with.write_text(json.dumps(json.loads(made_with.read_text()) | {"bundle": "0123456789ab"}))
+        made_with.write_text(
+            json.dumps(json.loads(made_with.read_text()) | {"bundle": "0123456789ab"})
+        )
         assert main([str(small_bundle), "--repository", str(repository)]) == 2
         said = capsys.readouterr().err
         assert "was rendered from bundle 0123456789ab" in said and "serve.rollout" in said
 
 
 def test_a_state_file_whose_process_is_gone_says_nothing(tmp_path):
-    state = State(pid=os.getpid(), server_pid=os.getpid(), grpc="", http="", metrics="", admin_key="")
+    state = State(
+        pid=os.getpid(), server_pid=os.getpid(), grpc="", http="", metrics="", admin_key=""
+    )
     (tmp_path / STATE).write_text(state.model_dump_json())
     assert read_state(tmp_path) is None  # a process of that id runs, but is no tritonserver
     (tmp_path / STATE).write_text("{")
@@ -382,8 +496,12 @@ def test_a_state_file_whose_process_is_gone_says_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("crashes", "starts"), [(2, 3), (9, 3)])
-def test_a_crash_while_it_starts_is_followed_by_another_start(small_bundle, tmp_path, crashes, starts):
-    """As Triton's python backend aborts now and then on a busy machine; after the third it is told."""
+def test_a_crash_while_it_starts_is_followed_by_another_start(
+    small_bundle, tmp_path, crashes, starts
+):
+    """As Triton's python backend aborts now and then on a busy machine; after the third it is
+    told.
+    """
     need_tritonserver()
     make_repository(small_bundle, tmp_path / "repository", Settings(fused=False, encoded=False))
     found, count, lines = find_tritonserver(None, tmp_path), tmp_path / "count", []
@@ -394,7 +512,9 @@ def test_a_crash_while_it_starts_is_followed_by_another_start(small_bundle, tmp_
     )
     script.chmod(0o755)
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-    server = Server(replace(found, executable=script), tmp_path / "repository", options, lines.append)
+    server = Server(
+        replace(found, executable=script), tmp_path / "repository", options, lines.append
+    )
     if crashes < starts:
         with server:
             assert server.rest.ready()
@@ -402,5 +522,7 @@ def test_a_crash_while_it_starts_is_followed_by_another_start(small_bundle, tmp_
         with pytest.raises(ServerError, match="signal 6"):
             server.start()
     assert count.read_text().count("\n") == starts
-    assert sum("crashed while it started (signal 6): starting it again" in line for line in lines) == 2
+    assert (
+        sum("crashed while it started (signal 6): starting it again" in line for line in lines) == 2
+    )
     assert not processes(tmp_path)

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc
-from running import until
 
 from serve.status import COLUMNS, latency, main
+from tests.serve.running import until
 
 
 def rows_of(server, capsys, *options):
@@ -23,21 +23,30 @@ def ask(server, count, batch):
     image.set_data_from_numpy(np.zeros((batch, 64, 64, 3), np.uint8))
     with grpc.InferenceServerClient(server.grpc) as client:
         for _ in range(count):
-            client.infer("features", [image], outputs=[grpc.InferRequestedOutput("backbone_global")])
+            client.infer(
+                "features", [image], outputs=[grpc.InferRequestedOutput("backbone_global")]
+            )
 
 
 def test_requests_are_counted_where_they_ran(server, capsys):
     before = rows_of(server, capsys)
     ask(server, 4, 2)
     # Triton counts after it has answered
-    assert until(lambda: rows_of(server, capsys)["features"]["requests"] == before["features"]["requests"] + 4, 10)
+    assert until(
+        lambda: (
+            rows_of(server, capsys)["features"]["requests"] == before["features"]["requests"] + 4
+        ),
+        10,
+    )
     after = rows_of(server, capsys)
     for model in ("features", "backbone"):
         assert after[model]["requests"] == before[model]["requests"] + 4
         assert after[model]["executions"] == before[model]["executions"] + 4
     assert after["head_cls"] == before["head_cls"]
     backbone = after["backbone"]
-    assert backbone["state"] == "READY" and backbone["instances"] == 1 and 1 <= backbone["batch"] <= 4
+    assert (
+        backbone["state"] == "READY" and backbone["instances"] == 1 and 1 <= backbone["batch"] <= 4
+    )
     assert backbone["compute"]["milliseconds"] > 0 and backbone["compute"]["is"] == "median"
 
 
@@ -45,8 +54,13 @@ def test_failures_are_counted_at_the_door(server, capsys):
     before = rows_of(server, capsys)
     encoded = grpc.InferInput("encoded", [1, 1], "BYTES")
     encoded.set_data_from_numpy(np.array([[b"no picture"]], dtype=np.object_))
-    with grpc.InferenceServerClient(server.grpc) as client, pytest.raises(grpc.InferenceServerException):
-        client.infer("features_encoded", [encoded], outputs=[grpc.InferRequestedOutput("backbone_global")])
+    with (
+        grpc.InferenceServerClient(server.grpc) as client,
+        pytest.raises(grpc.InferenceServerException),
+    ):
+        client.infer(
+            "features_encoded", [encoded], outputs=[grpc.InferRequestedOutput("backbone_global")]
+        )
     failed = before["features_encoded"]["failed"]
     assert until(lambda: rows_of(server, capsys)["features_encoded"]["failed"] > failed, 10)
 
@@ -59,7 +73,9 @@ def test_the_table_has_a_row_a_model(server, capsys):
     assert {row.split()[0] for row in rows} == models
     assert all(row.split()[-1] == "0" for row in rows), "restarts are known from the repository"
     assert main(["--url", server.http, "--metrics", server.metrics]) == 0
-    assert all(row.split()[-1] == "-" for row in capsys.readouterr().out.splitlines()[1:]), "and not without it"
+    assert all(row.split()[-1] == "-" for row in capsys.readouterr().out.splitlines()[1:]), (
+        "and not without it"
+    )
 
 
 def test_without_the_metrics_the_means_are_shown(server, capsys):
@@ -91,6 +107,10 @@ def test_a_grpc_port_is_told_from_http(server, capsys):
 
 def test_medians_that_triton_forgot_are_means():
     duration = {"count": "4", "ns": "8000000"}
-    assert latency(duration, float("nan")) == latency(duration, None) == {"milliseconds": 2.0, "is": "mean"}
+    assert (
+        latency(duration, float("nan"))
+        == latency(duration, None)
+        == {"milliseconds": 2.0, "is": "mean"}
+    )
     assert latency(duration, 1500.0) == {"milliseconds": 1.5, "is": "median"}
     assert latency({}, None) is None

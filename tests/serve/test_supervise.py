@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 import tritonclient.grpc as grpc
-from conftest import need_tritonserver
-from running import Load, Run, ask, processes, until
 
 from serve.errors import ServerError
-from serve.launch import Options
-from serve.repository import make_repository
-from serve.rest import Tensor
-from serve.server import Server
-from serve.settings import Settings
-from serve.state import read_state
-from serve.stubs import SHARED_MEMORY, Stub, find_stubs, remove_stale_regions
-from serve.supervise import PICTURE, Supervisor, describe
-from serve.triton import find_tritonserver
+from serve.repository.build import make_repository
+from serve.repository.settings import Settings
+from serve.server.launch import Options
+from serve.server.process import Server
+from serve.server.rest import Tensor
+from serve.server.state import read_state
+from serve.server.stubs import SHARED_MEMORY, Stub, find_stubs, remove_stale_regions
+from serve.server.supervise import PICTURE, Supervisor, describe
+from serve.server.triton import find_tritonserver
+from tests.conftest import need_tritonserver
+from tests.serve.running import Load, Run, ask, processes, until
 
 SIZE = 64
 
@@ -36,7 +36,9 @@ def running(small_bundle, tmp_path_factory):
     """serve.run with two instances of the backbone, and its repository."""
     need_tritonserver()
     folder = tmp_path_factory.mktemp("watched") / "repository"
-    with Run(small_bundle, "--repository", folder, "--no-fused", "--instances", 2, "--threads", 1) as run:
+    with Run(
+        small_bundle, "--repository", folder, "--no-fused", "--instances", 2, "--threads", 1
+    ) as run:
         run.ready()
         time.sleep(1)  # the first look
         yield run, folder
@@ -58,7 +60,8 @@ class TestRunning:
             assert until(lambda: len([sent for sent, *_ in load.answers if sent > back]) > 20, 30)
         with capsys.disabled():
             print(
-                f"\n  backbone killed under load: back after {back - killed:.1f} s, {len(load.errors)} requests failed"
+                f"\n  backbone killed under load: back after {back - killed:.1f} s, "
+                f"{len(load.errors)} requests failed"
             )
         assert back - killed < 15  # 5 s are promised; this machine may be busy with other things
         assert not [error for sent, _, error in load.answers if error and sent > back]
@@ -87,7 +90,9 @@ class TestRunning:
         for stub in stubs_of(repository, "decode"):
             os.kill(stub.pid, signal.SIGSTOP)
         run.wait_for(r"supervisor: decode is back after .* \(restart 1\)", 90)
-        assert until(lambda: old.pid not in {stub.pid for stub in stubs_of(repository, "decode")}, 30)
+        assert until(
+            lambda: old.pid not in {stub.pid for stub in stubs_of(repository, "decode")}, 30
+        )
 
     def test_a_tritonserver_that_died_is_started_again(self, running):
         run, repository = running
@@ -110,7 +115,7 @@ class TestRunning:
 
 def test_a_tritonserver_that_goes_on_dying_is_given_up(small_bundle, tmp_path, monkeypatch):
     need_tritonserver()
-    monkeypatch.setattr("serve.supervise.SERVER_STARTS", 1)
+    monkeypatch.setattr("serve.server.supervise.SERVER_STARTS", 1)
     repository, said = tmp_path / "repository", []
     make_repository(small_bundle, repository, Settings(fused=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
@@ -127,7 +132,9 @@ def test_a_tritonserver_that_goes_on_dying_is_given_up(small_bundle, tmp_path, m
 
         killer = threading.Thread(target=kill_each)
         killer.start()
-        with pytest.raises(ServerError, match="tritonserver died 2 times in 600 s, last by .*: giving up"):
+        with pytest.raises(
+            ServerError, match="tritonserver died 2 times in 600 s, last by .*: giving up"
+        ):
             Supervisor(server, said.append).run()
         killer.join()
     assert not processes(repository)
@@ -155,13 +162,20 @@ class TestDescribe:
             "output": [{"name": "image"}],
         }  # fmt: skip
         backend = describe(config, "decode", "1")
-        assert [(port.name, port.datatype, port.shape) for port in backend.inputs] == [("encoded", "BYTES", (1,))]
+        assert [(port.name, port.datatype, port.shape) for port in backend.inputs] == [
+            ("encoded", "BYTES", (1,))
+        ]
         assert backend.instances == 2
 
     def test_an_ensemble_has_no_backend_and_others_than_python_no_stubs(self):
         assert describe({"platform": "ensemble"}, "features", "1").output == ""
-        config = {"backend": "onnxruntime", "max_batch_size": 1, "instance_group": [{"count": 2, "gpus": []}],
-                  "input": [], "output": [{"name": "x"}]}  # fmt: skip
+        config = {
+            "backend": "onnxruntime",
+            "max_batch_size": 1,
+            "instance_group": [{"count": 2, "gpus": []}],
+            "input": [],
+            "output": [{"name": "x"}],
+        }
         assert describe(config, "backbone", "1").instances == 0
 
 

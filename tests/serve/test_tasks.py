@@ -1,4 +1,6 @@
-"""Segmentation, depth and zero-shot: the head in the server and the head here say the same, and their pictures show it."""
+"""Segmentation, depth and zero-shot: the head in the server and the head here say the same, and
+their pictures show it.
+"""
 
 import asyncio
 import json
@@ -7,15 +9,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import need_tritonserver
 from PIL import Image
 from safetensors.numpy import save_file
 
-from distill.pca import pca_rgb as torch_pca
-from distill.pictures import PackagedPhotos
-from export.bundle import add_files
+from contract.class_scores import probabilities
+from contract.errors import UserError
+from contract.manifest import add_files
+from distill.data.pictures import PackagedPhotos
+from distill.figures import pca_rgb as torch_pca
 from serve.bundle import read_bundle
-from serve.class_scores import probabilities
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
 from serve.client.pictures import (
@@ -29,11 +31,12 @@ from serve.client.pictures import (
     segmentation_figure,
     zero_shot_figure,
 )
-from serve.errors import BadRequest, NotServed, UserError
-from serve.tasks.depth import estimate_depth
-from serve.tasks.segmentation import segment
-from serve.tasks.zero_shot import classify
-from serve.zero_shot_models import EMBEDDINGS, read_class_embeddings
+from serve.client.tasks.depth import estimate_depth
+from serve.client.tasks.segmentation import segment
+from serve.client.tasks.zero_shot import classify
+from serve.errors import BadRequest, NotServed
+from serve.repository.zero_shot import EMBEDDINGS, read_class_embeddings
+from tests.conftest import need_tritonserver
 
 CLASSES = ["cat", "coffee", "rocket", "golden retriever", "coins"]
 
@@ -59,9 +62,13 @@ def zero_shot_bundle(small_bundle, tmp_path_factory):
     rows = np.random.default_rng(0).normal(size=(len(CLASSES), width)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     metadata = {
-        "format": "1", "teacher": "mae", "logit_scale": "20", "classes": json.dumps(CLASSES),
-        "labels": json.dumps(CLASSES), "templates": "[]",
-    }  # fmt: skip
+        "format": "1",
+        "teacher": "mae",
+        "logit_scale": "20",
+        "classes": json.dumps(CLASSES),
+        "labels": json.dumps(CLASSES),
+        "templates": "[]",
+    }
     save_file({"embeddings": rows}, bundle / EMBEDDINGS, metadata)
     add_files(bundle, [EMBEDDINGS])
     return bundle
@@ -71,15 +78,17 @@ def zero_shot_bundle(small_bundle, tmp_path_factory):
 def zero_shot_client(zero_shot_bundle, tmp_path_factory):
     """A client of a server on it."""
     need_tritonserver()
-    from serve.repository import make_repository
-    from serve.server import Options, Server
-    from serve.settings import Settings
-    from serve.triton import find_tritonserver
+    from serve.repository.build import make_repository
+    from serve.repository.settings import Settings
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
 
     folder = tmp_path_factory.mktemp("zero_shot_server")
     make_repository(zero_shot_bundle, folder / "repository", Settings(fused=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
-    with Server(find_tritonserver(None, folder), folder / "repository", options, lambda line: None) as server:
+    with Server(
+        find_tritonserver(None, folder), folder / "repository", options, lambda line: None
+    ) as server:
         with FeatureClient(server.grpc) as found:
             yield found
 
@@ -99,7 +108,10 @@ def test_segmentation_is_the_same_on_both_sides(client, server, photos):
 
 
 def test_depth_is_the_same_on_both_sides(client, photos):
-    there, here = estimate_depth(client, photos), estimate_depth(client, photos, side="client", encoded=True)
+    there, here = (
+        estimate_depth(client, photos),
+        estimate_depth(client, photos, side="client", encoded=True),
+    )
     assert there.unit == here.unit == "metre"
     assert there.depth.shape == (6, 64, 64) and there.depth.dtype == np.float32
     np.testing.assert_allclose(there.depth, here.depth, rtol=1e-4, atol=1e-5)
@@ -120,7 +132,9 @@ def test_zero_shot_is_the_same_on_both_sides(zero_shot_client, zero_shot_bundle,
     )
 
 
-def test_a_choice_of_classes_shares_the_probability_among_them(zero_shot_client, zero_shot_bundle, photos):
+def test_a_choice_of_classes_shares_the_probability_among_them(
+    zero_shot_client, zero_shot_bundle, photos
+):
     file = zero_shot_bundle / EMBEDDINGS
     whole = classify(zero_shot_client, photos, side="client", embeddings=file).probabilities
     some = classify(zero_shot_client, photos, ["coins", "cat"], side="client", embeddings=file)
@@ -135,14 +149,20 @@ def test_a_choice_of_classes_shares_the_probability_among_them(zero_shot_client,
 def test_tasks_take_the_asyncio_client_too(client, server, photos):
     async def ask():
         async with AsyncFeatureClient(server.grpc) as found:
-            return await asyncio.gather(segment(found, photos), estimate_depth(found, photos, side="client"))
+            return await asyncio.gather(
+                segment(found, photos), estimate_depth(found, photos, side="client")
+            )
 
     classes, depth = asyncio.run(ask())
     assert (classes.class_map != segment(client, photos).class_map).mean() < 1e-3
-    np.testing.assert_allclose(depth.depth, estimate_depth(client, photos).depth, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        depth.depth, estimate_depth(client, photos).depth, rtol=1e-4, atol=1e-5
+    )
 
 
-def test_what_a_task_cannot_do_is_said(client, zero_shot_client, zero_shot_bundle, photos, tmp_path):
+def test_what_a_task_cannot_do_is_said(
+    client, zero_shot_client, zero_shot_bundle, photos, tmp_path
+):
     file = zero_shot_bundle / EMBEDDINGS
     for side in ("here", ""):
         with pytest.raises(BadRequest, match="'server' or 'client'"):
@@ -157,10 +177,19 @@ def test_what_a_task_cannot_do_is_said(client, zero_shot_client, zero_shot_bundl
         classify(zero_shot_client, photos, side="client")
     with pytest.raises(BadRequest, match="no such file"):
         classify(zero_shot_client, photos, side="client", embeddings=tmp_path / "nothing")
-    for labels, said in (([], "at least one"), (["cat", " "], "empty"), (["cat", "cat "], "twice"), ("cat", "list")):
+    for labels, said in (
+        ([], "at least one"),
+        (["cat", " "], "empty"),
+        (["cat", "cat "], "twice"),
+        ("cat", "list"),
+    ):
         with pytest.raises(BadRequest, match=said):
             classify(zero_shot_client, photos, labels, side="client", embeddings=file)
-    save_file({"embeddings": np.ones((1, 7), np.float32)}, tmp_path / "other", {"format": "1", "classes": '["x"]'})
+    save_file(
+        {"embeddings": np.ones((1, 7), np.float32)},
+        tmp_path / "other",
+        {"format": "1", "classes": '["x"]'},
+    )
     with pytest.raises(BadRequest, match="7-d vectors of a CLIP teacher"):
         classify(zero_shot_client, photos, side="client", embeddings=tmp_path / "other")
 
@@ -209,7 +238,9 @@ def test_figures_of_every_task_are_written(client, photos, tmp_path):
     }
     for name, figure in figures.items():
         said = {text.get_text() for text in figure.findobj(lambda part: hasattr(part, "get_text"))}
-        assert {"depth": "metres", "zero_shot": "70.0%", "features": "backbone, 4x4"}.get(name, "") in said | {""}
+        assert {"depth": "metres", "zero_shot": "70.0%", "features": "backbone, 4x4"}.get(
+            name, ""
+        ) in said | {""}
         with Image.open(save(figure, tmp_path / "pictures" / f"{name}.png")) as picture:
             assert picture.width > 300 and np.asarray(picture.convert("L")).std() > 10
     with pytest.raises(UserError, match="cannot write"):

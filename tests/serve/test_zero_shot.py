@@ -1,4 +1,6 @@
-"""The models `zero_shot` and `text_encoder` in a real server: probabilities, new labels, and what is refused in a sentence."""
+"""The models `zero_shot` and `text_encoder` in a real server: probabilities, new labels, and what
+is refused in a sentence.
+"""
 
 import json
 import shutil
@@ -11,22 +13,22 @@ import timm
 import torch
 import tritonclient.grpc as grpc
 import yaml
-from conftest import need_tritonserver, run_here, small_recipe
 from safetensors.torch import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
-from distill.pictures import PackagedPhotos
-from export.bundle import add_files
+from contract.class_scores import ClassVectors, probabilities
+from contract.errors import UserError
+from contract.images import fit
+from contract.manifest import add_files
+from distill.data.pictures import PackagedPhotos
 from export.run import main as export
-from export.text import main as text
+from export.text.__main__ import main as text
 from serve.bundle import read_bundle
-from serve.class_scores import ClassVectors, probabilities
-from serve.errors import UserError
-from serve.images import fit
-from serve.lint import lint
-from serve.models import build_models
-from serve.settings import Settings
-from serve.zero_shot_models import EMBEDDINGS, read_class_embeddings
+from serve.repository.lint import lint
+from serve.repository.models import build_models
+from serve.repository.settings import Settings
+from serve.repository.zero_shot import EMBEDDINGS, read_class_embeddings
+from tests.conftest import need_tritonserver, run_here, small_recipe
 
 open_clip = pytest.importorskip("open_clip", reason="the optional extra [text] is not installed")
 
@@ -36,12 +38,26 @@ WIDTH = 24
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """A small CLIP's configuration and weights, labels of two kinds, and weights of a classifier."""
+    """A small CLIP's configuration and weights, labels of two kinds, and weights of a
+    classifier.
+    """
     folder = tmp_path_factory.mktemp("files")
     configuration = {
         "embed_dim": WIDTH,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 32,
+            "head_width": 16,
+            "patch_size": 16,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 32,
+            "heads": 2,
+            "layers": 2,
+        },
     }
     (folder / "small-clip.json").write_text(json.dumps(configuration))
     open_clip.add_model_config(folder / "small-clip.json")
@@ -50,7 +66,10 @@ def files(tmp_path_factory) -> Path:
     with torch.no_grad():
         clip.token_embedding.weight.mul_(20)  # so that labels differ
     for name, net in (("clip", clip), ("resnet", timm.create_model("resnet10t"))):
-        save_file({key: value.contiguous() for key, value in net.state_dict().items()}, folder / f"{name}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in net.state_dict().items()},
+            folder / f"{name}.safetensors",
+        )
     (folder / "labels.txt").write_text("\n".join(LABELS))
     (folder / "imagenet.txt").write_text("tabby cat\nespresso\nmissile\n")
     return folder
@@ -58,15 +77,28 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain_bundle(files, photo_folder, tmp_path_factory) -> Path:
-    """A bundle of varying sizes with a CLIP teacher and a classifying one, without class embeddings."""
+    """A bundle of varying sizes with a CLIP teacher and a classifying one, without class
+    embeddings.
+    """
     folder = tmp_path_factory.mktemp("clip")
     vit = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": WIDTH}
     teachers = [
-        {"name": "vit_tiny_patch16_224", "role": "clip", "alias": "clip", "pretrained": False, "image_size": 64,
-         "kwargs": vit},
-        {"name": "resnet10t", "role": "classification", "alias": "cls", "image_size": 64,
-         "checkpoint": str(files / "resnet.safetensors")},
-    ]  # fmt: skip
+        {
+            "name": "vit_tiny_patch16_224",
+            "role": "clip",
+            "alias": "clip",
+            "pretrained": False,
+            "image_size": 64,
+            "kwargs": vit,
+        },
+        {
+            "name": "resnet10t",
+            "role": "classification",
+            "alias": "cls",
+            "image_size": 64,
+            "checkpoint": str(files / "resnet.safetensors"),
+        },
+    ]
     recipe = small_recipe(photo_folder, method="plain", train={"steps": 2}) | {"teachers": teachers}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = run_here(folder / "recipe.yaml", "--output", folder / "run")
@@ -79,7 +111,9 @@ def plain_bundle(files, photo_folder, tmp_path_factory) -> Path:
 
 def clip_text(files, output, *more):
     given = ("--model", files / "small-clip.json", "--pretrained", files / "clip.safetensors")
-    done = run_here("--output", output, *given, "--labels", files / "labels.txt", *more, command=text)
+    done = run_here(
+        "--output", output, *given, "--labels", files / "labels.txt", *more, command=text
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -95,7 +129,14 @@ def clip_bundle(files, plain_bundle, tmp_path_factory) -> Path:
 def rows_bundle(files, plain_bundle, tmp_path_factory) -> Path:
     """With the rows of the other teacher's classifier."""
     path = shutil.copytree(plain_bundle, tmp_path_factory.mktemp("with-rows") / "bundle")
-    given = ("--classifier", "cls", "--run", plain_bundle.parent / "run", "--labels", files / "imagenet.txt")
+    given = (
+        "--classifier",
+        "cls",
+        "--run",
+        plain_bundle.parent / "run",
+        "--labels",
+        files / "imagenet.txt",
+    )
     done = run_here("--output", path, *given, command=text)
     assert done.returncode == 0, done.stderr
     return path
@@ -107,17 +148,21 @@ def serving(tmp_path_factory):
     need_tritonserver()
     from contextlib import ExitStack
 
-    from serve.repository import make_repository
-    from serve.server import Options, Server
-    from serve.triton import find_tritonserver
+    from serve.repository.build import make_repository
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
 
     with ExitStack() as stack:
 
         def start(bundle: Path) -> grpc.InferenceServerClient:
             folder = tmp_path_factory.mktemp("server")
-            make_repository(bundle, folder / "repository", Settings(max_batch=3, fused=False, encoded=False))
+            make_repository(
+                bundle, folder / "repository", Settings(max_batch=3, fused=False, encoded=False)
+            )
             options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-            server = Server(find_tritonserver(None, folder), folder / "repository", options, lambda line: None)
+            server = Server(
+                find_tritonserver(None, folder), folder / "repository", options, lambda line: None
+            )
             return stack.enter_context(grpc.InferenceServerClient(stack.enter_context(server).grpc))
 
         yield start
@@ -146,8 +191,12 @@ def ask(client, image=None, labels=None, model="zero_shot", outputs=None) -> dic
     return {port.name: answer.as_numpy(port.name).copy() for port in answer.get_response().outputs}
 
 
-def test_probabilities_are_the_softmax_of_scaled_cosines_with_the_bundles_classes(client, clip_bundle, pixels):
-    token = torch.from_numpy(ask(client, pixels, model="features", outputs=["clip_token"])["clip_token"])
+def test_probabilities_are_the_softmax_of_scaled_cosines_with_the_bundles_classes(
+    client, clip_bundle, pixels
+):
+    token = torch.from_numpy(
+        ask(client, pixels, model="features", outputs=["clip_token"])["clip_token"]
+    )
     embeddings = load_file(clip_bundle / EMBEDDINGS)["embeddings"]
     scale = read_class_embeddings(clip_bundle / EMBEDDINGS).vectors.scale
     assert scale == pytest.approx(14.2857, abs=1e-3), "the model's own, not the default of 100"
@@ -161,25 +210,33 @@ def test_probabilities_are_the_softmax_of_scaled_cosines_with_the_bundles_classe
 
 def test_labels_of_the_request_are_embedded_as_export_embeds_them(client, clip_bundle, pixels):
     exported = load_file(clip_bundle / EMBEDDINGS)["embeddings"].numpy()
-    found = ask(client, labels=[label.encode() for label in LABELS], model="text_encoder")["embeddings"]
+    found = ask(client, labels=[label.encode() for label in LABELS], model="text_encoder")[
+        "embeddings"
+    ]
     assert (found * exported).sum(axis=1).min() >= 0.99999
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     chosen = ask(client, pixels, [b"steam engine", b"cat"])
     known = ask(client, pixels)["probabilities"][:, [2, 0]]
-    np.testing.assert_allclose(chosen["probabilities"], known / known.sum(axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(
+        chosen["probabilities"], known / known.sum(axis=1, keepdims=True), atol=1e-5
+    )
     assert chosen["classes"].tolist() == [b"steam engine", b"cat"]
 
 
 def test_new_labels_of_any_script_are_answered_in_their_order(client, pixels, files, tmp_path):
     words = ["猫", "Привет", "😀 &amp; cat", "naïve café", "cat"]
     found = ask(client, pixels[:1], [word.encode() for word in words])
-    assert [name.decode() for name in found["classes"]] == words and found["probabilities"].shape == (1, 5)
+    assert [name.decode() for name in found["classes"]] == words and found[
+        "probabilities"
+    ].shape == (1, 5)
     (tmp_path / "labels.txt").write_text("\n".join(words), encoding="utf-8")
     given = ("--model", files / "small-clip.json", "--pretrained", files / "clip.safetensors")
     done = run_here("--output", tmp_path, *given, "--labels", tmp_path / "labels.txt", command=text)
     assert done.returncode == 0, done.stderr
     wanted = load_file(tmp_path / EMBEDDINGS)["embeddings"].numpy()
-    served = ask(client, labels=[word.encode() for word in words], model="text_encoder")["embeddings"]
+    served = ask(client, labels=[word.encode() for word in words], model="text_encoder")[
+        "embeddings"
+    ]
     assert (served * wanted).sum(axis=1).min() >= 0.99999
 
 
@@ -189,22 +246,33 @@ def test_only_the_output_asked_for_is_sent(client, pixels):
 
 def test_the_front_door_runs_only_what_the_teachers_token_needs(client, pixels):
     def counts():
-        return {stat.name: stat.execution_count for stat in client.get_inference_statistics().model_stats}
+        return {
+            stat.name: stat.execution_count
+            for stat in client.get_inference_statistics().model_stats
+        }
 
     before = counts()
     ask(client, pixels)
     assert {name for name, count in counts().items() if count > before[name]} == {
-        "zero_shot", "features", "backbone", "head_clip",
-    }  # fmt: skip
+        "zero_shot",
+        "features",
+        "backbone",
+        "head_clip",
+    }
 
 
 def test_requests_with_and_without_labels_at_once_each_get_their_own(client, pixels):
-    wanted = [ask(client, pixels[n : n + 1], None if n % 2 else [b"cat", b"dog"])["probabilities"] for n in range(3)]
+    wanted = [
+        ask(client, pixels[n : n + 1], None if n % 2 else [b"cat", b"dog"])["probabilities"]
+        for n in range(3)
+    ]
     found = {}
 
     def work(turn):
         n = turn % 3
-        found[turn] = ask(client, pixels[n : n + 1], None if n % 2 else [b"cat", b"dog"])["probabilities"]
+        found[turn] = ask(client, pixels[n : n + 1], None if n % 2 else [b"cat", b"dog"])[
+            "probabilities"
+        ]
 
     threads = [threading.Thread(target=work, args=(turn,)) for turn in range(24)]
     for thread in threads:
@@ -224,22 +292,39 @@ BAD = {
     "too many words": ({"labels": [b"very " * 90 + b"tall"]}, "tokens, the model reads 77"),
     "too many labels": ({"labels": [b"%d" % n for n in range(1001)]}, "1001 labels, at most 1000"),
     "labels in two axes": ({"labels": [[b"cat", b"dog"]]}, "unexpected shape for input 'labels'"),
-    "too large a batch": ({"image": np.zeros((4, 64, 64, 3), np.uint8)}, "4 pictures in a request: 1 to 3 are taken"),
-    "no picture": ({"image": np.zeros((0, 64, 64, 3), np.uint8)}, "0 pictures in a request: 1 to 3"),
+    "too large a batch": (
+        {"image": np.zeros((4, 64, 64, 3), np.uint8)},
+        "4 pictures in a request: 1 to 3 are taken",
+    ),
+    "no picture": (
+        {"image": np.zeros((0, 64, 64, 3), np.uint8)},
+        "0 pictures in a request: 1 to 3",
+    ),
     "no multiple": (
         {"image": np.zeros((1, 64, 65, 3), np.uint8)},
         "is 64x65: height and width must be multiples of 16",
     ),
-    "too large": ({"image": np.zeros((1, 128, 64, 3), np.uint8)}, "is 128x64: at most 64x96 is served"),
-    "without a batch": ({"image": np.zeros((64, 64, 3), np.uint8)}, "unexpected shape for input 'image'"),
-    "four channels": ({"image": np.zeros((1, 64, 64, 4), np.uint8)}, "unexpected shape for input 'image'"),
+    "too large": (
+        {"image": np.zeros((1, 128, 64, 3), np.uint8)},
+        "is 128x64: at most 64x96 is served",
+    ),
+    "without a batch": (
+        {"image": np.zeros((64, 64, 3), np.uint8)},
+        "unexpected shape for input 'image'",
+    ),
+    "four channels": (
+        {"image": np.zeros((1, 64, 64, 4), np.uint8)},
+        "unexpected shape for input 'image'",
+    ),
     "nothing": ({"image": None}, "missing required input"),
     "labels alone": ({"image": None, "labels": [b"cat"]}, "input 'image' is missing"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_an_invalid_argument_in_a_sentence_and_the_next_is_answered(client, pixels, case):
+def test_bad_input_is_an_invalid_argument_in_a_sentence_and_the_next_is_answered(
+    client, pixels, case
+):
     changes, says = BAD[case]
     with pytest.raises(InferenceServerException) as refused:
         ask(client, **({"image": pixels[:1]} | changes))
@@ -259,7 +344,9 @@ def test_classifier_rows_give_the_classifiers_own_probabilities_and_a_choice_of_
     serving, rows_bundle, files, pixels
 ):
     client = serving(rows_bundle)
-    token = torch.from_numpy(ask(client, pixels, model="features", outputs=["cls_token"])["cls_token"])
+    token = torch.from_numpy(
+        ask(client, pixels, model="features", outputs=["cls_token"])["cls_token"]
+    )
     weights = load_file(files / "resnet.safetensors")
     logits = (token @ weights["fc.weight"].T + weights["fc.bias"])[:, [281, 967, 657]]
     found = ask(client, pixels)
@@ -268,7 +355,10 @@ def test_classifier_rows_give_the_classifiers_own_probabilities_and_a_choice_of_
     chosen = ask(client, pixels, [b"missile", b"tabby cat"])
     np.testing.assert_allclose(chosen["probabilities"], logits[:, [2, 0]].softmax(dim=1), atol=1e-5)
     for labels, says in (
-        ([b"missile", b"dog"], r"label 'dog' is none of the bundle's 3 classes \(tabby cat, espresso, missile\)"),
+        (
+            [b"missile", b"dog"],
+            r"label 'dog' is none of the bundle's 3 classes \(tabby cat, espresso, missile\)",
+        ),
         ([], "an empty list"),
     ):
         with pytest.raises(InferenceServerException, match=says) as refused:
@@ -287,16 +377,31 @@ def test_models_are_rendered_as_far_as_the_bundle_has_what_they_need(
     assert names(plain_bundle) & {"zero_shot", "text_encoder"} == set()
     assert names(clip_bundle) >= {"zero_shot", "text_encoder"}
     assert names(rows_bundle) & {"zero_shot", "text_encoder"} == {"zero_shot"}
-    mixed = shutil.copytree(clip_bundle, tmp_path / "mixed")  # the encoder of a CLIP, the classes of a classifier
-    given = ("--classifier", "cls", "--run", plain_bundle.parent / "run", "--labels", files / "imagenet.txt")
+    mixed = shutil.copytree(
+        clip_bundle, tmp_path / "mixed"
+    )  # the encoder of a CLIP, the classes of a classifier
+    given = (
+        "--classifier",
+        "cls",
+        "--run",
+        plain_bundle.parent / "run",
+        "--labels",
+        files / "imagenet.txt",
+    )
     assert run_here("--output", mixed, *given, command=text).returncode == 0
     assert names(mixed) & {"zero_shot", "text_encoder"} == {"zero_shot"}
 
 
 def test_models_that_take_no_batches_keep_saying_so_and_the_lint_agrees(clip_bundle):
-    configs = {model.name: model.config for model in build_models(read_bundle(clip_bundle), Settings(max_batch=2))}
+    configs = {
+        model.name: model.config
+        for model in build_models(read_bundle(clip_bundle), Settings(max_batch=2))
+    }
     assert lint(configs) == []
-    assert {name for name, config in configs.items() if config.max_batch_size != 2} == {"text_encoder", "zero_shot"}
+    assert {name for name, config in configs.items() if config.max_batch_size != 2} == {
+        "text_encoder",
+        "zero_shot",
+    }
     del configs["zero_shot"].parameters["unbatched"]
     assert any("zero_shot: max_batch_size is not set" in said for said in lint(configs))
 
@@ -310,7 +415,10 @@ def test_embeddings_that_no_teacher_fits_are_refused_before_serving(plain_bundle
     assert run_here("--output", tmp_path / "alone", *given, command=text).returncode == 0
     shutil.copy(tmp_path / "alone" / EMBEDDINGS, bundle)
     add_files(bundle, [EMBEDDINGS])
-    with pytest.raises(UserError, match=r"40-d vectors for a CLIP teacher.*clip: clip, 24; cls: classification, 512"):
+    with pytest.raises(
+        UserError,
+        match=r"40-d vectors for a CLIP teacher.*clip: clip, 24; cls: classification, 512",
+    ):
         names(bundle)
     done = run_here("--output", bundle, *given, "--teacher", "clib", command=text)
     assert done.returncode == 2 and "did you mean 'clip'?" in done.stderr
@@ -321,7 +429,10 @@ def test_embeddings_that_no_teacher_fits_are_refused_before_serving(plain_bundle
 def test_two_clip_teachers_of_one_width_must_be_told_apart(clip_bundle):
     bundle = read_bundle(clip_bundle)
     clip = bundle.manifest.teachers[0]
-    twins = (clip, clip.model_copy(update={"label": "cls"}))  # `cls_token` is an output, so both would fit
+    twins = (
+        clip,
+        clip.model_copy(update={"label": "cls"}),
+    )  # `cls_token` is an output, so both would fit
     bundle.manifest = bundle.manifest.model_copy(update={"teachers": twins})
     with pytest.raises(UserError, match=r"several \(clip, cls\): name one with --teacher"):
         build_models(bundle, Settings())

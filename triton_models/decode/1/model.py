@@ -1,4 +1,6 @@
-"""JPEG, PNG or WebP bytes in, RGB pictures of the model's size out; limits keep decompression bombs away."""
+"""JPEG, PNG or WebP bytes in, RGB pictures of the model's size out; limits keep decompression bombs
+away.
+"""
 
 import json
 
@@ -9,12 +11,15 @@ from images import BadImage, Limits, read_pixels
 
 
 class TritonPythonModel:
-    """The first step of `features_encoded`. images.py is serve/images.py; it and graph_model.py lie beside this file."""
+    """The first step of `features_encoded`. images.py is contract/images.py; it and graph_model.py
+    lie beside this file.
+    """
 
     def initialize(self, args: dict) -> None:
         """Read sizes and limits from config.pbtxt."""
         settings = {
-            key: int(value["string_value"]) for key, value in json.loads(args["model_config"])["parameters"].items()
+            key: int(value["string_value"])
+            for key, value in json.loads(args["model_config"])["parameters"].items()
         }
         self.height, self.width = settings["height"], settings["width"]
         self.limits = Limits(settings["max_bytes"], settings["max_pixels"])
@@ -23,15 +28,21 @@ class TritonPythonModel:
         """Answer every request; a picture that cannot be decoded fails its own request only."""
         return answer_each(requests, self.answer)
 
-    def answer(self, request):  # noqa: ANN001, ANN201 - Triton's own types
-        """uint8 [B, height, width, 3] of one request; raises Refused, naming which of several pictures it is."""
+    def answer(self, request):
+        """uint8 [B, height, width, 3] of one request; raises Refused, naming which of several
+        pictures it is.
+        """
         encoded = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()
-        if encoded.ndim != 2:  # Triton passes a batch of 0 on without its axis, if there is one string
+        if (
+            encoded.ndim != 2
+        ):  # Triton passes a batch of 0 on without its axis, if there is one string
             raise Refused("input 'encoded' is a batch of 0: give 1 or more")
         pictures = np.empty((len(encoded), self.height, self.width, 3), np.uint8)
         for number, data in enumerate(encoded[:, 0]):
             try:
                 pictures[number] = read_pixels(bytes(data), self.height, self.width, self.limits)
             except BadImage as error:
-                raise Refused(f"picture {number}: {error}" if len(encoded) > 1 else str(error)) from error
+                raise Refused(
+                    f"picture {number}: {error}" if len(encoded) > 1 else str(error)
+                ) from error
         return pb_utils.InferenceResponse([pb_utils.Tensor("image", pictures)])

@@ -5,6 +5,8 @@ from map_model import MapModel
 
 
 class TritonPythonModel(MapModel):
-    """The last step of `segmentation`. dense.py is serve/dense.py; it, map_model.py and graph_model.py lie beside this file."""
+    """The last step of `segmentation`. dense.py is contract/dense.py; it, map_model.py and
+    graph_model.py lie beside this file.
+    """
 
     make = staticmethod(class_map)

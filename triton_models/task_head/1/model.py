@@ -1,4 +1,6 @@
-"""A head that distil's evaluation trained (classification, segmentation, depth): scores or metres out."""
+"""A head that distil's evaluation trained (classification, segmentation, depth): scores or metres
+out.
+"""
 
 from graph_model import GraphModel
 

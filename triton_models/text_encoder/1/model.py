@@ -1,4 +1,6 @@
-"""Labels in, one unit vector each out: every label in every prompt template through CLIP's text tower."""
+"""Labels in, one unit vector each out: every label in every prompt template through CLIP's text
+tower.
+"""
 
 import hashlib
 import json
@@ -15,24 +17,42 @@ KEPT = 4096
 
 
 class TritonPythonModel:
-    """Called by clients and by `zero_shot`. clip_text.py and graph_model.py lie beside this file in a repository."""
+    """Called by clients and by `zero_shot`. clip_text.py and graph_model.py lie beside this file in
+    a repository.
+    """
 
     def initialize(self, args: dict) -> None:
-        """Open the graph and the vocabulary if they are those that were exported, and run them once."""
+        """Open the graph and the vocabulary if they are those that were exported, and run them
+        once.
+        """
         folder = Path(args["model_repository"]) / args["model_version"]
         about = json.loads((folder / "text_encoder.json").read_text(encoding="utf-8"))
         vocabulary = about["tokenizer"]["vocabulary"]
         for entry in (about["graph"], vocabulary):
             with open(folder / entry["file"], "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != entry["sha256"]:
-                raise ValueError(f"{entry['file']} does not match its sha256: it is not the one that was exported")
-        settings = {key: value["string_value"] for key, value in json.loads(args["model_config"])["parameters"].items()}
-        self.max_labels, self.max_bytes = int(settings["max_labels"]), int(settings["max_label_bytes"])
+                result = hashlib.file_digest(file, "sha256").hexdigest()
+            if result != entry["sha256"]:
+                raise ValueError(
+                    f"{entry['file']} does not match its sha256: it is not the one that was "
+                    "exported"
+                )
+        settings = {
+            key: value["string_value"]
+            for key, value in json.loads(args["model_config"])["parameters"].items()
+        }
+        self.max_labels, self.max_bytes = (
+            int(settings["max_labels"]),
+            int(settings["max_label_bytes"]),
+        )
         self.templates = json.loads((folder / "templates.json").read_text(encoding="utf-8"))
-        self.tokenizer = ClipTokenizer(about["tokenizer"], (folder / vocabulary["file"]).read_bytes())
-        # in onnxruntime whatever the other graphs run in: that is what it was compared with torch in
-        self.graph = open_graph(folder / about["graph"]["file"], "onnxruntime", int(settings["threads"]), None)
+        self.tokenizer = ClipTokenizer(
+            about["tokenizer"], (folder / vocabulary["file"]).read_bytes()
+        )
+        # in onnxruntime whatever the other graphs run in: that is what it was compared with torch
+        # in
+        self.graph = open_graph(
+            folder / about["graph"]["file"], "onnxruntime", int(settings["threads"]), None
+        )
         self.known: OrderedDict[str, np.ndarray] = OrderedDict()
         self.look_up(["warm-up"])
 
@@ -40,31 +60,40 @@ class TritonPythonModel:
         """Answer every request; one whose labels are refused leaves the others alone."""
         return [self.answer(request) for request in requests]
 
-    def answer(self, request):  # noqa: ANN001, ANN201 - Triton's own types
+    def answer(self, request):
         """float32 [n, d] of one request's labels, or why there are none."""
         given = pb_utils.get_input_tensor_by_name(request, "labels").as_numpy().reshape(-1)
         try:
-            found = self.look_up(self.read(given))
+            result = self.look_up(self.read(given))
         except BadLabel as error:
-            # a model that calls this one is told the sentence alone, so it asks for a mark by which to know a refusal
+            # a model that calls this one is told the sentence alone, so it asks for a mark by which
+            # to know a refusal
             mark = json.loads(request.parameters() or "{}").get("refusal_mark", "")
             return failed(f"{mark}{error}", pb_utils.TritonError.INVALID_ARG)
         except Exception as error:  # whatever the graph failed with, the next request may do better
-            return failed(f"the text tower failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)
-        if not np.isfinite(found).all():
+            return failed(
+                f"the text tower failed: {first_line(error)}", pb_utils.TritonError.INTERNAL
+            )
+        if not np.isfinite(result).all():
             return failed("the text tower gives NaN or infinity", pb_utils.TritonError.INTERNAL)
-        return pb_utils.InferenceResponse([pb_utils.Tensor("embeddings", found)])
+        return pb_utils.InferenceResponse([pb_utils.Tensor("embeddings", result)])
 
     def read(self, given: np.ndarray) -> list[str]:
-        """Labels as text; raises BadLabel for too many, too long, empty ones, and bytes that are no UTF-8."""
+        """Labels as text; raises BadLabel for too many, too long, empty ones, and bytes that are no
+        UTF-8.
+        """
         if not len(given):
             raise BadLabel("no labels: give at least one")
         if len(given) > self.max_labels:
-            raise BadLabel(f"{len(given)} labels, at most {self.max_labels} are taken: ask in several requests")
+            raise BadLabel(
+                f"{len(given)} labels, at most {self.max_labels} are taken: ask in several requests"
+            )
         labels = []
         for number, data in enumerate(given):
             if len(data) > self.max_bytes:
-                raise BadLabel(f"label {number} has {len(data)} bytes, at most {self.max_bytes} are taken")
+                raise BadLabel(
+                    f"label {number} has {len(data)} bytes, at most {self.max_bytes} are taken"
+                )
             try:
                 label = bytes(data).decode("utf-8").strip()
             except UnicodeDecodeError as error:
@@ -78,11 +107,13 @@ class TritonPythonModel:
         """Embeddings [n, d], those that are not known yet from the graph."""
         new = [label for label in dict.fromkeys(labels) if label not in self.known]
         if new:
-            made = embed(new, self.templates, self.tokenizer, lambda tokens: self.graph([tokens])[0])
+            made = embed(
+                new, self.templates, self.tokenizer, lambda tokens: self.graph([tokens])[0]
+            )
             self.known.update(zip(new, made, strict=True))
         for label in labels:
             self.known.move_to_end(label)
-        found = np.stack([self.known[label] for label in labels])
+        result = np.stack([self.known[label] for label in labels])
         while len(self.known) > KEPT:
             self.known.popitem(last=False)
-        return found
+        return result

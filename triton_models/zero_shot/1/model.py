@@ -1,4 +1,6 @@
-"""Pictures (and labels) in, a probability for each class out: asks `features` and `text_encoder`, compares their vectors."""
+"""Pictures (and labels) in, a probability for each class out: asks `features` and `text_encoder`,
+compares their vectors.
+"""
 
 import asyncio
 import hashlib
@@ -13,7 +15,9 @@ from graph_model import failed, first_line, wrong_size
 
 LATEST = -1
 MARK = "refused: "
-"""Before the sentences of `text_encoder`'s refusals: Triton gives a model that calls another its words, not its code."""
+"""Before the sentences of `text_encoder`'s refusals: Triton gives a model that calls another its
+words, not its code.
+"""
 BUSY = ("Exceeds maximum queue size", "Server is stopping", "no available versions", "Stub process")
 """What Triton says when asking again may help."""
 
@@ -27,17 +31,26 @@ class Refused(Exception):
 
 
 class TritonPythonModel:
-    """A model that calls others, because what it runs depends on the request. class_scores.py is serve/class_scores.py."""
+    """A model that calls others, because what it runs depends on the request. class_scores.py is
+    contract/class_scores.py.
+    """
 
     def initialize(self, args: dict) -> None:
         """Read the bundle's class embeddings if they are those that were exported."""
-        folder, self.version = Path(args["model_repository"]) / args["model_version"], int(args["model_version"])
+        folder, self.version = (
+            Path(args["model_repository"]) / args["model_version"],
+            int(args["model_version"]),
+        )
         self.about = json.loads((folder / "zero_shot.json").read_text(encoding="utf-8"))
         data = (folder / "classes.npz").read_bytes()
         if hashlib.sha256(data).hexdigest() != self.about["sha256"]:
-            raise ValueError("classes.npz does not match its sha256: it is not the one that was exported")
+            raise ValueError(
+                "classes.npz does not match its sha256: it is not the one that was exported"
+            )
         with np.load(io.BytesIO(data)) as arrays:
-            self.vectors = ClassVectors(scale=self.about["scale"], **{name: arrays[name] for name in arrays.files})
+            self.vectors = ClassVectors(
+                scale=self.about["scale"], **{name: arrays[name] for name in arrays.files}
+            )
         self.classes = np.array([name.encode() for name in self.about["classes"]], dtype=np.object_)
         self.numbers = {name: number for number, name in enumerate(self.classes)}
 
@@ -45,18 +58,22 @@ class TritonPythonModel:
         """Answer every request; one that is refused leaves the others alone."""
         return await asyncio.gather(*(self.answer(request) for request in requests))
 
-    async def answer(self, request):  # noqa: ANN001, ANN201 - Triton's own types
+    async def answer(self, request):
         """probabilities [B, C] and classes [C] of one request, or why there are none."""
         try:
             answers = await self.compare(request)
         except Refused as refused:
             return failed(refused.message, refused.code)
-        except Exception as error:  # left to Triton, it would be a traceback for every client of the batch
+        except (
+            Exception
+        ) as error:  # left to Triton, it would be a traceback for every client of the batch
             return failed(f"the model failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)
         wanted = request.requested_output_names()
-        return pb_utils.InferenceResponse([pb_utils.Tensor(name, answers[name]) for name in answers if name in wanted])
+        return pb_utils.InferenceResponse(
+            [pb_utils.Tensor(name, answers[name]) for name in answers if name in wanted]
+        )
 
-    async def compare(self, request) -> dict[str, np.ndarray]:  # noqa: ANN001
+    async def compare(self, request) -> dict[str, np.ndarray]:
         """Both outputs of one request; raises Refused."""
         image = pb_utils.get_input_tensor_by_name(request, "image")
         labels = pb_utils.get_input_tensor_by_name(request, "labels")
@@ -67,48 +84,65 @@ class TritonPythonModel:
         self.check(image.shape())
         if given is not None and not self.about["encoder"]:
             vectors, classes = self.choose(given), given
-        asked = [self.ask("features", LATEST, image, self.about["output"], request)]
+        requested = [self.ask("features", LATEST, image, self.about["output"], request)]
         if given is not None and self.about["encoder"]:
-            asked.append(self.ask("text_encoder", self.version, labels, "embeddings", request))
-        tokens, *embeddings = await asyncio.gather(*asked)
+            requested.append(self.ask("text_encoder", self.version, labels, "embeddings", request))
+        tokens, *embeddings = await asyncio.gather(*requested)
         if embeddings:
             vectors, classes = ClassVectors(embeddings[0], self.about["scale"]), given
         return {"probabilities": probabilities(tokens, vectors), "classes": classes}
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse pictures [B, H, W, 3] that `features` would refuse, while the code can still be told."""
+        """Refuse pictures [B, H, W, 3] that `features` would refuse, while the code can still be
+        told.
+        """
         most = self.about["max_batch"]
-        said = wrong_size(shape, self.about)
+        message = wrong_size(shape, self.about)
         if not 1 <= shape[0] <= most:
-            said = f"{shape[0]} pictures in a request: 1 to {most} are taken"
-        if said:
-            raise Refused(said, pb_utils.TritonError.INVALID_ARG)
+            message = f"{shape[0]} pictures in a request: 1 to {most} are taken"
+        if message:
+            raise Refused(message, pb_utils.TritonError.INVALID_ARG)
 
     def choose(self, labels: np.ndarray) -> ClassVectors:
-        """The vectors of some of the bundle's classes, where there is no text encoder for others."""
+        """The vectors of some of the bundle's classes, where there is no text encoder for
+        others.
+        """
         rows = [self.numbers.get(bytes(label)) for label in labels]
         if None in rows or not rows:
             unknown = bytes(labels[rows.index(None)]).decode(errors="replace") if rows else ""
             what = f"label '{unknown[:80]}'" if rows else "an empty list of labels"
-            known = ", ".join(self.about["classes"][:20]) + (", …" if len(self.classes) > 20 else "")
+            known = ", ".join(self.about["classes"][:20]) + (
+                ", …" if len(self.classes) > 20 else ""
+            )
             raise Refused(
-                f"{what} is none of the bundle's {len(self.classes)} classes ({known}), and {self.about['encoder_missing']}: "
-                "give some of these, or leave labels out to be answered for all of them",
+                f"{what} is none of the bundle's {len(self.classes)} classes ({known}), and "
+                f"{self.about['encoder_missing']}: give some of these, or leave labels out to be "
+                "answered for all of them",
                 pb_utils.TritonError.INVALID_ARG,
             )
-        chosen = {name: value[rows] for name, value in self.vectors._asdict().items() if isinstance(value, np.ndarray)}
+        chosen = {
+            name: value[rows]
+            for name, value in self.vectors._asdict().items()
+            if isinstance(value, np.ndarray)
+        }
         return self.vectors._replace(**chosen)
 
-    async def ask(self, model: str, version: int, tensor, output: str, request) -> np.ndarray:  # noqa: ANN001
-        """One output of another model; raises Refused with that model's words and its code as far as they tell it.
+    async def ask(self, model: str, version: int, tensor, output: str, request) -> np.ndarray:
+        """One output of another model; raises Refused with that model's words and its code as far
+        as they tell it.
 
-        `features` is asked in whatever version serves: the vectors of every student are in its teacher's space.
+        `features` is asked in whatever version serves: the vectors of every student are in its
+        teacher's space.
         """
         call = pb_utils.InferenceRequest(
-            model_name=model, model_version=version, inputs=[tensor], requested_output_names=[output],
-            request_id=request.request_id(), parameters={"refusal_mark": MARK},
+            model_name=model,
+            model_version=version,
+            inputs=[tensor],
+            requested_output_names=[output],
+            request_id=request.request_id(),
+            parameters={"refusal_mark": MARK},
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
-        )  # fmt: skip
+        )
         try:
             response = await call.async_exec()
         except pb_utils.TritonModelException as error:  # refused before the model saw it
@@ -123,4 +157,6 @@ def refusal(message: str) -> Refused:
     if message.startswith(MARK):
         return Refused(message.removeprefix(MARK), pb_utils.TritonError.INVALID_ARG)
     busy = any(words in message for words in BUSY)
-    return Refused(message, pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INTERNAL)
+    return Refused(
+        message, pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INTERNAL
+    )

@@ -1,0 +1,323 @@
+"""The bundle's manifest: what is in it, where it came from, how well it agrees. No torch: serving
+reads it.
+
+`manifest.json` is written last, so a folder that has one is whole; every other file is listed in it
+with its sha256.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from contract.engine_record import EngineRecord, Record
+from contract.errors import UserError
+from contract.files import file_sha256
+
+FORMAT = 3
+"""Version of the schema; bundles of another are exported again. 2: types of each graph's weights,
+engines' records.
+"""
+
+MANIFEST = "manifest.json"
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+
+
+def inside(name: str) -> str:
+    """A file's name as manifests have it; ValueError for one that leads out of the bundle or is
+    spelt oddly.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST):
+        raise ValueError(f"'{name}' is no name of a file in a bundle")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(inside)]
+
+
+class TensorRecord(Record):
+    """An input or output: name, element type, shape (numbers, or names of what varies), meaning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+    meaning: str
+
+
+class GraphRecord(Record):
+    """One ONNX graph. `about` says what a task head knows: its classes, unit, what it reads."""
+
+    name: str
+    file: FileName
+    inputs: tuple[TensorRecord, ...]
+    outputs: tuple[TensorRecord, ...]
+    precision: Precision
+    """As asked for; small graphs may compute in float32 all the same."""
+    dtypes: tuple[str, ...]
+    """Types of the graph's weights and other constants (initialisers), sorted."""
+    opset: int
+    about: dict[str, Any] = Field(default_factory=dict)
+
+
+class BundledEngine(EngineRecord):
+    """An engine of a bundle: its sidecar, the graph it was built of and its file."""
+
+    graph: str
+    file: FileName
+
+    @property
+    def record(self) -> EngineRecord:
+        """What the sidecar says."""
+        return EngineRecord(**{name: getattr(self, name) for name in EngineRecord.model_fields})
+
+
+class TeacherRecord(Record):
+    """A teacher: label in outputs, network, role, widths, where its weights came from, their
+    licence as far as known.
+    """
+
+    label: str
+    network: str
+    role: str
+    token_dim: int
+    patch_dim: int
+    weights: str
+    licence: str
+
+
+class StudentRecord(Record):
+    """The student: its network, method, widths, training size, and the sha256 of its weights."""
+
+    network: str
+    method: str
+    width: int
+    stride: int
+    image_size: int
+    sha256: str
+    trained_steps: int | None
+    """Optimizer steps of the run, None where it does not say."""
+
+
+class Preprocessing(Record):
+    """What the graphs do to `image` themselves, for the reader's information: nobody else may do it
+    again.
+    """
+
+    layout: str = "NHWC, RGB, uint8"
+    scale: float = 1 / 255
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Resolution(Record):
+    """Sizes a graph takes. Fixed: `height` x `width`. Dynamic: any multiples of `stride` from the
+    smallest up to these.
+
+    (Engines refuse others; graphs also take smaller and larger ones, which nobody has compared.)
+    """
+
+    dynamic: bool
+    height: int
+    width: int
+    min_height: int
+    min_width: int
+    stride: int
+    checked: tuple[tuple[int, int], ...]
+
+
+class ParityRecord(Record):
+    """Agreement of one output with the torch student, each figure the worst over the pictures."""
+
+    graph: str
+    output: str
+    runtime: str
+    batch: int
+    height: int
+    width: int
+    pictures: int
+    """How many different ones were compared."""
+    cosine: float
+    max_abs: float
+    relative: float
+    """Length of the difference over that of the student's output."""
+    centred: float | None
+    """Cosine without the mean over pictures, which are alike in it; None for one picture."""
+    deviation: float
+    """Largest distance of a picture's output from that mean, over its length: what `centred` is
+    about.
+    """
+    position_cosine: float | None
+    """Least cosine of one position, None for what is no map."""
+    worst_image: str
+    passed: bool
+    problem: str
+
+
+class CalibrationRecord(Record):
+    """Where the ranges of int8 come from: `method` of choosing them, on which pictures; `sha256` is
+    over their pixels.
+    """
+
+    method: str
+    source: str
+    pictures: int
+    sizes: tuple[tuple[int, int], ...]
+    held_out: bool
+    """Whether parity was measured on other pictures than these."""
+    sha256: str
+
+
+class Manifest(Record):
+    """Everything about a bundle."""
+
+    format: int = FORMAT
+    student: StudentRecord
+    teachers: tuple[TeacherRecord, ...]
+    precision: Precision
+    preprocessing: Preprocessing
+    resolution: Resolution
+    max_batch: int
+    graphs: tuple[GraphRecord, ...]
+    engines: tuple[BundledEngine, ...] = ()
+    parity: tuple[ParityRecord, ...]
+    calibration: CalibrationRecord | None = None
+    files: dict[FileName, str]
+    made: dict[str, str]
+    seal: str = ""
+    """sha256 over all of the above, so that a changed manifest is found too."""
+
+    def sealed(self) -> "Manifest":
+        """A copy that carries its own hash."""
+        return self.model_copy(update={"seal": self._digest()})
+
+    def _digest(self) -> str:
+        content = self.model_copy(update={"seal": ""}).model_dump_json()
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the seal is that of the content."""
+        return self.seal == self._digest()
+
+    def to_bytes(self) -> bytes:
+        """manifest.json, to the byte."""
+        return self.model_dump_json(indent=1).encode()
+
+    def graph(self, name: str) -> GraphRecord:
+        """The graph of a name; raises UserError if the bundle lacks it."""
+        for graph in self.graphs:
+            if graph.name == name:
+                return graph
+        raise UserError(
+            f"the bundle has no graph '{name}': it has {', '.join(g.name for g in self.graphs)}"
+        )
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read BUNDLE/manifest.json; raises UserError for a folder that is no bundle, or a manifest
+    that is damaged.
+    """
+    path = bundle / MANIFEST
+    if not path.is_file():
+        raise UserError(
+            f"{bundle} is no bundle: it has no {MANIFEST} (make one with python -m export.run)"
+        )
+    data = path.read_bytes()
+    try:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not whole JSON ({error}): export again") from error
+    if isinstance(content, dict) and content.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is of format {content.get('format')}, this version reads {FORMAT}: export "
+            "again"
+        )
+    try:
+        manifest = Manifest.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise UserError(f"{path}: {key}: {problem['msg']} (export again)") from error
+    try:
+        same = (
+            manifest.whole and manifest.to_bytes() == data
+        )  # the seal is of what JSON says, whatever its spelling
+    except ValueError:  # half a surrogate pair, which JSON can write and UTF-8 cannot
+        same = False
+    if not same:
+        raise UserError(
+            f"{path} does not match its own seal: it was changed after the export; export again"
+        )
+    return manifest
+
+
+def add_files(bundle: Path, names: Sequence[str]) -> None:
+    """Enter files written into a bundle later (class embeddings, say) in its manifest, by rename.
+
+    A folder without a manifest is left as it is. Raises UserError for a manifest that is damaged.
+    """
+    if not (bundle / MANIFEST).exists():
+        return
+    manifest = read_manifest(bundle)
+    files = manifest.files | {name: file_sha256(bundle / name) for name in names}
+    aside = bundle / f".{MANIFEST}.tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(manifest.model_copy(update={"files": files}).sealed().to_bytes())
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(bundle / MANIFEST)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def entries(folder: Path) -> dict[str, int]:
+    """Mode (`st_mode`) of everything below a folder by its name in it; links are not followed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    result = {}
+    for root, folders, files in os.walk(folder, onerror=refuse):
+        for name in (*folders, *files):
+            path = Path(root, name)
+            result[path.relative_to(folder).as_posix()] = path.lstat().st_mode
+    return dict(sorted(result.items()))
+
+
+def strangers(present: dict[str, int], listed: Iterable[str]) -> list[str]:
+    """What is in a folder that is neither a file listed, of whatever kind, nor a folder that holds
+    one.
+    """
+    names = {*listed, MANIFEST}
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    return [
+        name
+        for name, mode in present.items()
+        if name not in names and not (name in folders and stat.S_ISDIR(mode))
+    ]
+
+
+def verify_files(bundle: Path, manifest: Manifest) -> dict[str, str]:
+    """What is wrong with each listed file ("" where nothing is), and with all else that is
+    there.
+    """
+    present, result = entries(bundle), {}
+    for name, expected in {MANIFEST: "", **manifest.files}.items():
+        if name not in present:
+            result[name] = "missing"
+        elif stat.S_ISLNK(present[name]):
+            result[name] = "a link, not a file"
+        elif not stat.S_ISREG(present[name]):
+            result[name] = "no regular file"
+        else:
+            result[name] = (
+                "" if expected in ("", file_sha256(bundle / name)) else "does not match its sha256"
+            )
+    return result | dict.fromkeys(strangers(present, manifest.files), "not in the manifest")

@@ -1,0 +1,181 @@
+"""Names, dtypes and axes of every graph's inputs and outputs, stated once; no torch, so that
+serving can read it.
+
+The dot of `<teacher>.token` is an underscore here: ONNX and Triton names.
+
+| graph | reads | gives |
+|---|---|---|
+| backbone | image | backbone_global, backbone_patches (for clients); features, features_global (for the other graphs) |
+| backbone with a DPT head | image | all that, then layers_1, layers_1_global, … layers_4_global (for that head) |
+| interaction | features, features_global | spaces (UMT's coupled modules; methods without have no such graph) |
+| head_<teacher> | spaces, or features and features_global | <teacher>_token (if it has one), <teacher>_patches |
+| <task> | the same as a head, or features alone, or (a DPT head) the layers | classification_logits, segmentation_logits, depth |
+| fused | image | everything a client may ask for |
+
+`features` repeats `backbone_patches` under another name and shape on purpose: in a Triton ensemble
+a tensor must not be both an output and another step's input. For the same reason the layers are for
+graphs alone.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+IMAGE = "image"
+FEATURES = "features"
+FEATURES_GLOBAL = "features_global"
+SPACES = "spaces"
+BACKBONE = "backbone"
+INTERACTION = "interaction"
+FUSED = "fused"
+DType = Literal["uint8", "float32"]
+
+
+class Port(NamedTuple):
+    """An input or output: name, element type, axes (a number, or the name of what varies) and what
+    it means.
+    """
+
+    name: str
+    dtype: DType
+    axes: tuple[int | str, ...]
+    meaning: str
+
+
+class Signature(NamedTuple):
+    """Inputs and outputs of one graph, in order."""
+
+    graph: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+def head_graph(label: str) -> str:
+    """Name of a teacher's head graph."""
+    return f"head_{label}"
+
+
+def image_port(height: int | str, width: int | str) -> Port:
+    """The picture: RGB bytes, rows first."""
+    return Port(
+        IMAGE,
+        "uint8",
+        ("batch", height, width, 3),
+        "RGB picture, 0-255; normalisation is inside the graph",
+    )
+
+
+def backbone_ports(width: int, positions: int | str) -> tuple[Port, ...]:
+    """What clients get of the student itself."""
+    return (
+        Port("backbone_global", "float32", ("batch", width), "the student's image-level vector"),
+        Port(
+            "backbone_patches",
+            "float32",
+            ("batch", positions, width),
+            "the student's map, row-major",
+        ),
+    )
+
+
+def feature_ports(width: int, rows: int | str, columns: int | str) -> tuple[Port, ...]:
+    """What the other graphs get of the student."""
+    return (
+        Port(
+            FEATURES,
+            "float32",
+            ("batch", rows, columns, width),
+            "the map, for interaction, heads and tasks",
+        ),
+        Port(
+            FEATURES_GLOBAL, "float32", ("batch", 1, width), "the image-level vector, for the same"
+        ),
+    )
+
+
+def layer_names(count: int) -> list[str]:
+    """Maps and image-level vectors of layers, in turn, shallow to deep."""
+    return [f"layers_{number}{what}" for number in range(1, count + 1) for what in ("", "_global")]
+
+
+def layer_ports(
+    widths: Sequence[int],
+    strides: Sequence[int],
+    stride: int,
+    height: int | None,
+    width: int | None,
+) -> tuple[Port, ...]:
+    """What a DPT head gets of the student: the maps of (four) layers, shallow to deep, each with
+    its vector.
+
+    `strides` are the layers' pixels per position, `stride` the student's; `height` and `width`
+    pixels, None where they vary.
+    """
+    ports: list[Port] = []
+    names = layer_names(len(widths))
+    for name, vector, dim, pixels in zip(names[::2], names[1::2], widths, strides, strict=True):
+        rows, columns = (
+            ("rows", "columns") if pixels == stride else (f"rows_{pixels}", f"columns_{pixels}")
+        )
+        if height and width:
+            rows, columns = height // pixels, width // pixels
+        meaning = f"a layer's map, a position every {pixels} pixels, for a DPT head"
+        ports.append(Port(name, "float32", ("batch", rows, columns, dim), meaning))
+        ports.append(
+            Port(
+                vector,
+                "float32",
+                ("batch", 1, dim),
+                "that layer's image-level vector, for the same",
+            )
+        )
+    return tuple(ports)
+
+
+def layer_side(axis: str, rows: int, columns: int, stride: int) -> int:
+    """Size of a layer's axis `rows_N` or `columns_N` (a position every N pixels), of a student's
+    grid and stride.
+    """
+    side, _, pixels = axis.partition("_")
+    return stride // int(pixels) * {"rows": rows, "columns": columns}[side]
+
+
+def head_ports(
+    label: str, token: int | None, patches: int, positions: int | str, restored: bool
+) -> tuple[Port, ...]:
+    """A teacher's predictions; `restored` says whether their length is the teacher's, or only their
+    direction.
+    """
+    unit = (
+        "in the teacher's units"
+        if restored
+        else "of free length (trained by cosine): compare directions"
+    )
+    ports = [
+        Port(
+            f"{label}_patches",
+            "float32",
+            ("batch", positions, patches),
+            f"predicts '{label}' at every patch, {unit}",
+        )
+    ]
+    if token is not None:
+        meaning = f"predicts the image-level vector of '{label}', in the teacher's units"
+        ports.insert(0, Port(f"{label}_token", "float32", ("batch", token), meaning))
+    return tuple(ports)
+
+
+def task_port(task: str, classes: int, positions: int | str, cell: str = "patch") -> Port:
+    """The output of a task head of `distill.evaluate`; `cell` says what a position is."""
+    match task:
+        case "classification":
+            return Port("classification_logits", "float32", ("batch", classes), "a score per class")
+        case "segmentation":
+            axes = ("batch", positions, classes)
+            return Port(
+                "segmentation_logits", "float32", axes, "a score per patch and class, row-major"
+            )
+        case "depth":
+            return Port(
+                "depth", "float32", ("batch", positions), f"metres at every {cell}, row-major"
+            )
+    raise ValueError(f"no port for task '{task}'")

@@ -1,0 +1,1 @@
+"""Pictures, crops and batches."""

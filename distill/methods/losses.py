@@ -1,0 +1,113 @@
+"""UMT's alignment losses (paper 3.4 and A.3), as pure functions on tensors.
+
+Token loss L^m: mean squared error for every teacher. Feature loss L^f, by the teacher's role:
+
+| role | loss | on |
+|---|---|---|
+| classification, clip | 1 - cosine | features averaged over positions |
+| mae | mean squared error | every patch |
+| dino | 1 - cosine | every patch |
+
+Reductions are means over everything but nothing else, so the loss of a batch is the mean of its
+halves.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.config import Role, TeacherConfig
+from distill.features import Features, resize_map
+
+
+class Prediction(NamedTuple):
+    """What the student says in one teacher's space.
+
+    `token` [B, d_summary] predicts the teacher's summary (None in the ablation without a model
+    token); `patches` [B, h, w, d] predicts its map; `summary` [B, d] is the map's own image-level
+    vector (class position of a ViT student, mean of a CNN's), in the space of `patches`.
+    """
+
+    token: Tensor | None
+    patches: Tensor
+    summary: Tensor
+
+
+def token_mse(token: Tensor, summary: Tensor) -> Tensor:
+    """Mean squared error between a predicted and a teacher's summary, both [B, d] (L^m of A.3)."""
+    return F.mse_loss(token, summary)
+
+
+def pooled_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine of position-averaged maps [B, h, w, d]; the two grids may differ."""
+    return (
+        1
+        - F.cosine_similarity(student.mean(dim=(1, 2)), teacher.mean(dim=(1, 2)), dim=-1, eps=1e-6)
+    ).mean()
+
+
+def patch_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared error between two maps [B, h, w, d] on the same grid."""
+    return F.mse_loss(student, teacher)
+
+
+def patch_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine at every position of two maps [B, h, w, d] on the same grid,
+    averaged.
+    """
+    return (1 - F.cosine_similarity(student, teacher, dim=-1, eps=1e-6)).mean()
+
+
+FEATURE_LOSS: dict[Role, Callable[[Tensor, Tensor], Tensor]] = {
+    "classification": pooled_cosine,
+    "clip": pooled_cosine,
+    "mae": patch_mse,
+    "dino": patch_cosine,
+}
+
+
+def align_maps(
+    student: Tensor, teacher: Tensor, grid: Literal["teacher", "student"]
+) -> tuple[Tensor, Tensor]:
+    """Bring two maps [B, h, w, d] to one grid: the teacher's (the student is resampled) or the
+    student's.
+    """
+    if grid == "teacher":
+        return resize_map(student, tuple(teacher.shape[1:3])), teacher
+    return student, resize_map(teacher, tuple(student.shape[1:3]))
+
+
+def alignment_losses(
+    predictions: Mapping[str, Prediction],
+    targets: Mapping[str, Features],
+    teachers: tuple[TeacherConfig, ...],
+    grid: Literal["teacher", "student"],
+) -> dict[str, Tensor]:
+    """Sum every teacher's token and feature loss (UMT 3.4: L = sum_i L^m_i + L^f_i).
+
+    Returns scalars: `loss` (weighted, with gradient) and, detached and unweighted as in the paper's
+    Tables 2-3, `loss.token`, `loss.patches`, `loss.<teacher>.token`, `loss.<teacher>.patches`.
+    """
+    # Every part starts from the first teacher's, so that dtype and device need no naming.
+    total, token_sum, feature_sum, parts = None, None, None, {}
+    for teacher in teachers:
+        prediction, target = predictions[teacher.label], targets[teacher.label]
+        loss_of = FEATURE_LOSS[teacher.role]
+        student_map, teacher_map = prediction.patches.float(), target.patches.float()
+        if loss_of is not pooled_cosine:
+            student_map, teacher_map = align_maps(student_map, teacher_map, grid)
+        feature = loss_of(student_map, teacher_map)
+        weighted = teacher.weight * teacher.feature_weight * feature
+        parts[f"loss.{teacher.label}.patches"] = feature.detach()
+        feature_sum = feature.detach() if feature_sum is None else feature_sum + feature.detach()
+        if prediction.token is not None:
+            token = token_mse(prediction.token.float(), target.summary.float())
+            weighted = weighted + teacher.weight * teacher.token_weight * token
+            parts[f"loss.{teacher.label}.token"] = token.detach()
+            token_sum = token.detach() if token_sum is None else token_sum + token.detach()
+        total = weighted if total is None else total + weighted
+    if token_sum is not None:
+        parts["loss.token"] = token_sum
+    return {"loss": total, "loss.patches": feature_sum, **parts}

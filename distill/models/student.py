@@ -1,0 +1,174 @@
+"""The student: any timm backbone with spatial features, ViT or CNN, behind one `Features`
+output.
+"""
+
+import re
+from typing import Literal
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from contract.errors import UserError, suggest
+from distill.config import StudentConfig
+from distill.features import Features
+
+
+def create_timm(name: str, **kwargs: object) -> nn.Module:
+    """Create a timm model, passing `img_size`/`dynamic_img_size` only to architectures that know
+    them.
+
+    Raises UserError for an unknown name (with the nearest one) or an argument the architecture
+    refuses.
+    """
+    architecture = name.split(".")[0]
+    if not timm.is_model(architecture):
+        raise UserError(
+            f"model '{name}' is not a timm architecture: "
+            f"{suggest(architecture, timm.list_models())}"
+        )
+    arguments = dict(kwargs)
+    while True:
+        try:
+            return timm.create_model(name, **arguments)
+        except TypeError as error:
+            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            # CNNs have no fixed input size and so no such arguments; anything else refused is the
+            # user's.
+            if (
+                refused
+                and refused[1] in arguments
+                and refused[1] in ("img_size", "dynamic_img_size")
+            ):
+                del arguments[refused[1]]
+                continue
+            raise UserError(
+                f"model '{name}' refuses its arguments ({error}): check kwargs in the recipe"
+            ) from error
+        except RuntimeError as error:
+            if "pretrained" in str(error).lower():
+                raise UserError(
+                    f"model '{name}': {error} (set pretrained: false or another tag)"
+                ) from error
+            raise
+
+
+def nearest_multiples(value: int, unit: int) -> str:
+    """Name the multiples of `unit` around `value`: "96 or 112"."""
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)
+
+
+class Student(nn.Module):
+    """A randomly initialised (UMT A.1) timm backbone giving F_S.
+
+    `family` is "vit" (token sequences) or "cnn" (maps); `width` is d_S; `stride` the pixels per
+    position.
+    """
+
+    family: Literal["vit", "cnn"]
+
+    def __init__(self, config: StudentConfig) -> None:
+        super().__init__()
+        arguments = {
+            "num_classes": 0,
+            "img_size": config.image_size,
+            "dynamic_img_size": True,
+            **config.kwargs,
+        }
+        if config.drop_path:
+            arguments["drop_path_rate"] = config.drop_path
+        # Shapes are probed on the meta device: no memory, no arithmetic, the same code for every
+        # architecture.
+        with torch.device("meta"), torch.enable_grad():
+            probe = create_timm(config.name, **arguments)
+            patch = patch_size(probe)
+            if patch and config.image_size % patch:
+                raise UserError(
+                    f"student '{config.name}': its patch of {patch} pixels does not divide "
+                    f"student.image_size = {config.image_size} (use "
+                    f"{nearest_multiples(config.image_size, patch)})"
+                )
+            output = probe.eval().forward_features(
+                torch.empty(1, 3, config.image_size, config.image_size)
+            )
+        shape = output.shape
+        self.net = create_timm(config.name, pretrained=config.pretrained, **arguments)
+        freeze_unused(self.net, probe, output)
+        self.channels_at_end = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        if len(shape) == 3:
+            self.family, self.width, self.stride = "vit", shape[-1], patch or 16
+        elif len(shape) == 4:
+            height = shape[1] if self.channels_at_end else shape[2]
+            self.family, self.width = "cnn", shape[-1] if self.channels_at_end else shape[1]
+            self.stride = map_stride(self.net, config.image_size, height)
+        else:
+            raise UserError(
+                f"student '{config.name}' has no spatial features (its last ones are "
+                f"{len(shape)}-d): choose a ViT or a CNN"
+            )
+        self.prefix = getattr(self.net, "num_prefix_tokens", 0)
+        self.has_class_token = (
+            self.family == "vit" and getattr(self.net, "cls_token", None) is not None
+        )
+
+    def forward(self, images: Tensor) -> Features:
+        """Encode normalised images [B, 3, H, W] whose sides are multiples of `stride`.
+
+        Returns patches [B, H/stride, W/stride, width] and the summary [B, width]: the class token
+        after the final norm for a ViT that has one, else the mean over positions.
+        """
+        return self.read(self.net.forward_features(images), images)
+
+    def read(self, output: Tensor, images: Tensor) -> Features:
+        """`forward`'s features from what the network itself says of these images."""
+        if self.family == "cnn":
+            patches = output if self.channels_at_end else output.permute(0, 2, 3, 1)
+            return Features(patches.mean(dim=(1, 2)), patches)
+        grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
+        patches = output[:, self.prefix :].unflatten(1, grid)
+        return Features(output[:, 0] if self.has_class_token else patches.mean(dim=(1, 2)), patches)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters (position embedding, class token) that timm keeps out of weight
+        decay.
+        """
+        skip = self.net.no_weight_decay() if hasattr(self.net, "no_weight_decay") else set()
+        return {f"net.{name}" for name in skip}
+
+
+def map_stride(net: nn.Module, size: int, height: int) -> int:
+    """Pixels per position of a CNN whose map is `height` high for pictures of `size` pixels.
+
+    timm's own figure where there is one: 112 pixels make a map of 4 at stride 32, not at 28.
+    """
+    info = getattr(net, "feature_info", None)
+    reduction = info[-1]["reduction"] if info else None
+    if isinstance(reduction, int) and -(-size // reduction) == height:
+        return reduction
+    return max(1, size // height)
+
+
+def freeze_unused(net: nn.Module, probe: nn.Module, output: Tensor) -> None:
+    """Freeze what `forward_features` never reaches (a classifier's own norm, say): DDP waits for
+    every gradient.
+
+    `probe` is a copy of `net` on the meta device and `output` what its `forward_features` gave.
+    """
+    with torch.enable_grad():
+        output.sum().backward()
+    unused = {name for name, parameter in probe.named_parameters() if parameter.grad is None}
+    for name, parameter in net.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
+
+
+def patch_size(net: nn.Module) -> int | None:
+    """Side of a ViT's patch in pixels; None for networks without a patch embedding of one square
+    size.
+    """
+    embed = getattr(net, "patch_embed", None)
+    size = getattr(embed, "patch_size", None)
+    if size is None or getattr(net, "num_prefix_tokens", None) is None:
+        return None
+    return size if isinstance(size, int) else size[0]

@@ -1,0 +1,198 @@
+"""Weights from files: read without running anything, renamed to timm's layout, loaded strictly."""
+
+import argparse
+import hashlib
+import logging
+import pickle
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from contract.errors import UserError
+
+log = logging.getLogger(__name__)
+
+CONTAINERS = ("teacher", "state_dict", "model", "module", "student")
+"""Keys under which published files keep the weights; of DINO's two networks the teacher is the one
+to use.
+"""
+
+PREFIXES = (
+    "module.",
+    "teacher.",
+    "backbone.",
+    "sparse_encoder.sp_cnn.",
+    "sparse_encoder.",
+    "encoder.",
+    "net.",
+)
+"""What stands before the names of a backbone: DDP, DINO's full checkpoints, SparK's masked wrapper.
+"""
+
+POOLED_NORM = "head.norm."
+"""timm's norm between a CNN's pooling and its classifier; SparK trains and publishes its ConvNeXts
+without it.
+"""
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hex sha256 over the names, types, shapes and bytes of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a .safetensors file or a weights-only .pth file on the CPU, without its containers and
+    prefixes.
+
+    Raises UserError for a missing or damaged file, and for a pickle that holds anything but tensors
+    and plain data: loading that would run its code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file (fetch it, or correct the path)")
+    try:
+        if path.suffix == ".safetensors":
+            return strip_prefixes(load_file(path))
+        # DINO, MAE and DeiT keep their command line beside the weights: a Namespace is plain data,
+        # and not used.
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            # foreign pickles make torch warn on standard error; what matters is whether it refuses
+            # them
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"checkpoint {path} is refused: its pickle is damaged or holds code, not only tensors "
+            "(save the state dict as .safetensors where you trust the file)"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"checkpoint {path} is damaged or half-written ({reason}): fetch it again"
+        ) from error
+    return strip_prefixes(unwrap(loaded, path))
+
+
+def unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
+    """Find the state dict inside what a training script saved."""
+    for _ in range(len(CONTAINERS)):
+        if not isinstance(loaded, dict):
+            break
+        if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
+            return loaded
+        inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
+        if inner is None:
+            tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+            if tensors:
+                return tensors
+            break
+        loaded = inner
+    raise UserError(f"checkpoint {path} holds no state dict (looked under {', '.join(CONTAINERS)})")
+
+
+def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop wrappers' prefixes; where some keys carry one, the others (decoders, projection heads)
+    go.
+    """
+    for _ in range(len(PREFIXES)):
+        prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
+        if prefix is None:
+            break
+        state = {
+            key.removeprefix(prefix): value
+            for key, value in state.items()
+            if key.startswith(prefix)
+        }
+    return state
+
+
+def load_into(
+    model: nn.Module, state: dict[str, Tensor], source: str, needs_head: bool = False
+) -> None:
+    """Load a state dict into a timm model, strictly, except for a classifier nobody reads (unless
+    `needs_head`).
+
+    Official layouts that timm knows (ConvNeXt's, CLIP's, DINOv2's) are renamed by timm's own
+    converters, which also resample position embeddings to the model's grid. A file without the norm
+    of pooled features (SparK's ConvNeXts) takes it out of the model: the summary is then the pooled
+    map itself. Raises UserError naming the first tensor that is missing or of another shape.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert:
+        try:
+            state = convert(state, model)
+        except (
+            KeyError,
+            RuntimeError,
+            ValueError,
+            AttributeError,
+            AssertionError,
+            TypeError,
+        ) as error:
+            # a converter trips over foreign names or shapes; the comparison below says which
+            log.debug(
+                "%s: timm's converter for %s failed (%s)", source, type(model).__name__, error
+            )
+    expected = model.state_dict()
+    classifier = classifier_names(model)
+    optional = () if needs_head else classifier
+    for name, tensor in expected.items():
+        if name in state and state[name].shape != tensor.shape:
+            if name.startswith(optional):
+                del state[name]
+                continue
+            raise UserError(
+                f"{source}: '{name}' has shape {list(state[name].shape)}, the model wants "
+                f"{list(tensor.shape)}: the file belongs to another architecture or size (check "
+                "teachers' name and kwargs)"
+            )
+    missing = [
+        n
+        for n in expected
+        if n not in state and not n.startswith(optional) and "num_batches" not in n
+    ]
+    if missing and not needs_head and all(name.startswith(POOLED_NORM) for name in missing):
+        log.info(
+            "weights   %s has no norm after pooling: its pooled features stay as they are", source
+        )
+        model.head.norm, missing = nn.Identity(), []
+    if missing:
+        raise UserError(
+            f"{source}: {len(missing)} of {len(expected)} tensors are missing, the first is "
+            f"'{missing[0]}': the file belongs to another architecture (check the teacher's name)"
+        )
+    extra = [name for name in state if name not in expected]
+    parts = {name.split(".")[0] for name in expected} - {name.split(".")[0] for name in classifier}
+    foreign = [
+        name for name in extra if name.split(".")[0] in parts and not name.startswith(classifier)
+    ]
+    if foreign:
+        raise UserError(
+            f"{source}: '{foreign[0]}' has no place in the model ({len(foreign)} such tensors): "
+            "the file belongs to a larger architecture (check the teacher's name and kwargs)"
+        )
+    if extra:
+        log.debug(
+            "%s: %d tensors beside the backbone are not used (%s, …)", source, len(extra), extra[0]
+        )
+    model.load_state_dict(
+        {name: state[name].to(expected[name].dtype) for name in expected if name in state}, False
+    )
+    # whoever wants to read classes must know that nobody trained them
+    model.classifier_loaded = any(name in state for name in expected if name.startswith(classifier))
+
+
+def classifier_names(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of a timm model's classifier parameters."""
+    names = getattr(model, "default_cfg", {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -1,0 +1,192 @@
+"""Frozen teachers: any timm model, or an earlier student, giving `Features` from the shared uint8
+crop.
+
+To add a teacher, name it in a recipe. To teach this package a new kind of network, see
+`Teacher.encode`.
+"""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from contract.errors import UserError
+from distill.config import TeacherConfig, TeacherRuntime
+from distill.features import FeatureDims, Features
+from distill.models.preprocess import Preprocess
+from distill.models.student import nearest_multiples, patch_size
+from distill.models.weights import tensors_sha256
+from distill.teachers.packaged import PACKAGE, describe_package
+from distill.teachers.run import StudentNet
+from distill.teachers.timm import build_timm_teacher
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher(nn.Module):
+    """One frozen teacher: eval mode whatever its parents do, no gradients, its own input size and
+    normalisation.
+
+    `dims` are the widths of what it says, `grid` the (h, w) of its map.
+    """
+
+    def __init__(
+        self, config: TeacherConfig, runtime: TeacherRuntime, net: nn.Module, preprocess: Preprocess
+    ) -> None:
+        super().__init__()
+        self.config, self.runtime = config, runtime
+        self.net, self.preprocess = net, preprocess
+        self.image_size = preprocess.size
+        self.eval().requires_grad_(False)
+        self._encode = torch.compile(self.encode) if runtime.compile else self.encode
+        with torch.no_grad():
+            look = self.probe()
+        self.dims = FeatureDims(look.summary.shape[-1], look.patches.shape[-1])
+        self.grid = tuple(look.patches.shape[1:3])
+
+    @property
+    def label(self) -> str:
+        """Name in outputs and logs."""
+        return self.config.label
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stay in eval mode: a frozen teacher has no dropout and no batch statistics of its own."""
+        return super().train(False)
+
+    def probe(self) -> Features:
+        """Features of one black image, for their shapes."""
+        device = next(self.parameters()).device
+        return self.encode(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
+
+    def forward(self, images: Tensor) -> Features:
+        """Look at uint8 images [B, 3, S, S]; float32 features, whatever precision the network ran
+        in.
+        """
+        precision = self.runtime.precision
+        if precision == "auto":
+            precision = "bf16" if images.device.type == "cuda" else "fp32"
+        pixels = self.preprocess(images)
+        cast = (
+            torch.autocast(images.device.type, AUTOCAST[precision])
+            if precision in AUTOCAST
+            else nullcontext()
+        )
+        with cast:
+            features = self._encode(pixels)
+        return Features(features.summary.float(), features.patches.float())
+
+    def encode(self, pixels: Tensor) -> Features:
+        """Features of normalised images [B, 3, S, S], by the network's kind.
+
+        Tokens [B, prefix + h*w, d]: the summary is the class token after the final norm, or what
+        the network's own head would pool. Maps: the network's pooled features. For role `clip` the
+        summary is the image embedding, after CLIP's projection (UMT A.3). Raises UserError for a
+        network that gives neither.
+        """
+        net = self.net
+        if isinstance(net, StudentNet):
+            return net(pixels)
+        output = (
+            self.tokens_of_block(pixels)
+            if self.config.block is not None
+            else net.forward_features(pixels)
+        )
+        prefix, patch = getattr(net, "num_prefix_tokens", 0), patch_size(net)
+        grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch) if patch else (0, 0)
+        dimensions = output.ndim if isinstance(output, Tensor) else 0
+        # several maps at once (CoaT), tokens without a grid (mixers) or with another (ViTs behind a
+        # ResNet)
+        if dimensions != 4 and not (
+            dimensions == 3 and output.shape[1] == prefix + grid[0] * grid[1]
+        ):
+            raise UserError(
+                f"teacher '{self.label}': '{self.config.name}' has no single feature map (choose a "
+                "ViT or a CNN that has)"
+            )
+        if dimensions == 3:
+            patches = output[:, prefix:].unflatten(1, grid)
+            if self.config.role == "clip":
+                return Features(net.forward_head(output), patches)
+            if getattr(net, "cls_token", None) is not None:
+                return Features(output[:, 0], patches)
+            return Features(net.forward_head(output, pre_logits=True), patches)
+        patches = (
+            output if getattr(net, "output_fmt", "NCHW") == "NHWC" else output.permute(0, 2, 3, 1)
+        )
+        if self.config.block is not None:  # the head belongs to the last block
+            return Features(patches.mean(dim=(1, 2)), patches)
+        return Features(net.forward_head(output, pre_logits=self.config.role != "clip"), patches)
+
+    def tokens_of_block(self, pixels: Tensor) -> Tensor:
+        """Output of block `config.block`: normalised tokens [B, prefix + h*w, d], or a CNN stage's
+        map.
+        """
+        tokens = patch_size(self.net) is not None
+        options = {"output_fmt": "NLC", "return_prefix_tokens": True} if tokens else {}
+        (result,) = self.net.forward_intermediates(
+            pixels, indices=[self.config.block], norm=tokens, intermediates_only=True, **options
+        )
+        if not tokens:  # timm gives maps channels first, whatever the network's own order
+            return (
+                result.permute(0, 2, 3, 1)
+                if getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+                else result
+            )
+        patches, prefix = result if isinstance(result, tuple) else (result, None)
+        return patches if prefix is None else torch.cat((prefix, patches), dim=1)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the weights."""
+        return tensors_sha256(self.net.state_dict())
+
+
+def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) -> Teacher:
+    """Build teacher number `index` of a recipe and load its weights.
+
+    Raises UserError for an unknown model, weights that cannot be had or do not fit, an input size
+    the patch does not divide, or features of another width than `dim`.
+    """
+    if config.name == "run":
+        if not config.checkpoint:
+            raise UserError(
+                f"teacher '{config.label}': name = run needs teachers.{index}.checkpoint = "
+                "RUN_FOLDER"
+            )
+        net: nn.Module = StudentNet(config.checkpoint)
+        if config.block is not None:
+            raise UserError(
+                f"teacher '{config.label}': teachers.{index}.block is for timm models: a run gives "
+                "its last"
+            )
+        student = net.recipe.student
+        size, mean, std, patch = student.image_size, student.mean, student.std, net.student.stride
+    else:
+        net, (size, mean, std), patch = build_timm_teacher(config, index)
+    size = config.image_size or size
+    if patch and size % patch:
+        raise UserError(
+            f"teacher '{config.label}': its patch of {patch} pixels does not divide "
+            f"teachers.{index}.image_size = {size} (use {nearest_multiples(size, patch)})"
+        )
+    teacher = Teacher(
+        config, runtime, net, Preprocess(size, config.mean or mean, config.std or std)
+    )
+    if config.dim is not None and config.dim != teacher.dims.patches:
+        raise UserError(
+            f"teacher '{config.label}': has {teacher.dims.patches}-d features, recipe says "
+            f"{config.dim} (set teachers.{index}.dim={teacher.dims.patches} or remove it)"
+        )
+    return teacher
+
+
+def weights_source(config: TeacherConfig) -> str:
+    """Where a teacher's weights come from, in a few words, without loading them."""
+    if config.name == "run":
+        return f"run folder {config.checkpoint}"
+    if config.checkpoint and config.checkpoint.startswith(PACKAGE):
+        return describe_package(config.checkpoint.removeprefix(PACKAGE))
+    if config.checkpoint:
+        result = "" if Path(config.checkpoint).is_file() else " (not found here)"
+        return f"file {config.checkpoint}{result}"
+    return f"timm hub, {config.name}" if config.pretrained else "random weights"

@@ -1,0 +1,259 @@
+"""Teacher features computed once, over K fixed augmented views a picture; later epochs cost the
+student alone.
+
+Slot p * K + k holds view k of picture p. Slots are cut into shards; a shard is one memory-mapped
+float16 array per teacher and kind of feature, and a marker, written last, that makes it count.
+Shards are always computed whole and in the same small chunks, so what a slot holds never depends on
+when or after which interruption it was computed.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from contract.errors import UserError
+from distill.config import Recipe
+from distill.data.batches import Batch, make_loader
+from distill.data.crops import CropDataset
+from distill.distributed import Ranks
+from distill.features import FeatureDims, Features
+from distill.teachers import Teacher
+
+log = logging.getLogger(__name__)
+
+CHUNK = 16
+"""Views a forward pass of the teachers while filling."""
+
+Spec = tuple[FeatureDims, tuple[int, int]]
+Look = Callable[[Batch], dict[str, Features]]
+
+
+class TeacherCache:
+    """The cache in one folder. `specs`: widths and grid of every teacher, by label."""
+
+    def __init__(
+        self, folder: Path, views: int, slots: int, shard_size: int, specs: dict[str, Spec]
+    ) -> None:
+        self.folder, self.views, self.slots, self.shard_size, self.specs = (
+            folder,
+            views,
+            slots,
+            shard_size,
+            specs,
+        )
+        self._maps: dict[tuple[int, str, str], np.ndarray] = {}
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.slots // self.shard_size)
+
+    def size_of(self, shard: int) -> int:
+        """Slots in a shard; the last may be short."""
+        return min(self.shard_size, self.slots - shard * self.shard_size)
+
+    def missing(self) -> list[int]:
+        """Shards without a marker."""
+        return [shard for shard in range(self.shards) if not self._path(shard, "ok").exists()]
+
+    def claim(self, key: dict) -> None:
+        """Make the folder for features that `key` describes; raises UserError if it holds others,
+        naming what differs.
+        """
+        manifest = self.folder / "manifest.json"
+        if manifest.exists():
+            held = json.loads(manifest.read_text())
+            different = [name for name in key | held if held.get(name) != key.get(name)]
+            if different:
+                name = different[0]
+                raise UserError(
+                    f"teacher cache {self.folder} was made with {name} = {held.get(name)}, this "
+                    f"run has {key.get(name)}: set another teacher_cache.path, or delete the "
+                    "folder"
+                )
+            return
+        self._write(manifest, lambda file: file.write(json.dumps(key, indent=2).encode()))
+
+    def fill(self, dataset: CropDataset, look: Look, ranks: Ranks, workers: int) -> None:
+        """Compute missing shards, every rank its share, and log the hit rate; `look` gives a
+        batch's features.
+        """
+        missing = self.missing()
+        # All ranks must have listed what is missing before the first of them fills something.
+        ranks.barrier()
+        start = time.perf_counter()
+        mine = missing[ranks.rank :: ranks.world]
+        chunks = [
+            [
+                divmod(slot, self.views)
+                for slot in range(
+                    first, min(first + CHUNK, shard * self.shard_size + self.size_of(shard))
+                )
+            ]
+            for shard in mine
+            for first in range(
+                shard * self.shard_size, shard * self.shard_size + self.size_of(shard), CHUNK
+            )
+        ]
+        batches = iter(make_loader(dataset, chunks, workers, False))
+        for done, shard in enumerate(mine, start=1):
+            self._fill_shard(shard, batches, look)
+            spent = time.perf_counter() - start
+            log.info(
+                "teacher cache: shard %d of %d, %.0f s left",
+                done,
+                len(mine),
+                spent / done * (len(mine) - done),
+            )
+        ranks.barrier()
+        computed = sum(self.size_of(shard) for shard in missing)
+        log.info(
+            "teacher cache: %d of %d views present (%.0f %% hits), computed %d in %.1f s",
+            self.slots - computed,
+            self.slots,
+            100 * (self.slots - computed) / self.slots,
+            computed,
+            time.perf_counter() - start,
+        )
+
+    def _fill_shard(self, shard: int, batches, look: Look) -> None:
+        rows: dict[tuple[str, str], list[np.ndarray]] = {}
+        for _ in range(-(-self.size_of(shard) // CHUNK)):
+            for label, features in look(next(batches)).items():
+                for kind, values in features._asdict().items():
+                    half = values.half()
+                    if torch.isinf(half).any():
+                        raise UserError(
+                            f"teacher '{label}': its {kind} exceed float16's 65504 and cannot be "
+                            "cached: set teacher_cache.views=0"
+                        )
+                    rows.setdefault((label, kind), []).append(half.cpu().numpy())
+        for (label, kind), parts in rows.items():
+            self._write(
+                self._path(shard, f"{label}.{kind}.npy"),
+                lambda file, p=parts: np.save(file, np.concatenate(p)),
+            )
+        self._write(self._path(shard, "ok"), lambda file: file.write(b"{}"))
+
+    def read(self, batch: Batch) -> dict[str, Features]:
+        """Features of a batch's (picture, view) slots, float32, on the device of its images."""
+        slots = (batch.pictures * self.views + batch.views).tolist()
+        return {
+            label: Features(
+                *(
+                    self._rows(label, kind, slots).to(batch.images.device)
+                    for kind in Features._fields
+                )
+            )
+            for label in self.specs
+        }
+
+    def _rows(self, label: str, kind: str, slots: list[int]) -> Tensor:
+        rows = [
+            self._map(slot // self.shard_size, label, kind)[slot % self.shard_size]
+            for slot in slots
+        ]
+        return torch.from_numpy(np.stack(rows)).float()
+
+    def _map(self, shard: int, label: str, kind: str) -> np.ndarray:
+        key = (shard, label, kind)
+        if key not in self._maps:
+            path = self._path(shard, f"{label}.{kind}.npy")
+            dims, grid = self.specs[label]
+            shape = (
+                (self.size_of(shard), dims.summary)
+                if kind == "summary"
+                else (self.size_of(shard), *grid, dims.patches)
+            )
+            try:
+                loaded = np.load(path, mmap_mode="r")
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"teacher cache: {path} is missing or damaged: delete {self.folder}"
+                ) from error
+            if loaded.shape != shape:
+                raise UserError(
+                    f"teacher cache: {path} holds {loaded.shape}, expected {shape}: delete "
+                    f"{self.folder}"
+                )
+            self._maps[key] = loaded
+        return self._maps[key]
+
+    def _path(self, shard: int, ending: str) -> Path:
+        return self.folder / f"shard_{shard:06d}.{ending}"
+
+    def _write(self, path: Path, write: Callable) -> None:
+        # A name of its own for every process: two runs may fill one cache at the same time, with
+        # equal results.
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(
+                f"teacher cache: cannot write {path}: {error.strerror} (set teacher_cache.path "
+                "elsewhere)"
+            ) from error
+
+
+def open_cache(
+    recipe: Recipe,
+    folder: Path,
+    dataset: CropDataset,
+    teachers: list[Teacher],
+    look: Look,
+    ranks: Ranks,
+) -> TeacherCache:
+    """Open the recipe's cache (by default inside the run folder), refuse a foreign one, and fill
+    what is missing.
+    """
+    config = recipe.teacher_cache
+    specs = {teacher.label: (teacher.dims, teacher.grid) for teacher in teachers}
+    slots = len(dataset.pictures) * config.views
+    place = Path(config.path) if config.path else folder / "teacher_cache"
+    cache = TeacherCache(place, config.views, slots, config.shard_size, specs)
+    if ranks.first:
+        cache.claim(cache_key(recipe, dataset, teachers))
+    ranks.barrier()
+    cache.fill(dataset, look, ranks, recipe.data.workers)
+    return cache
+
+
+def cache_key(recipe: Recipe, dataset: CropDataset, teachers: list[Teacher]) -> dict:
+    """Everything the cached features depend on."""
+    key: dict = {
+        "pictures": dataset.pictures.fingerprint(),
+        "seed": dataset.seed,
+        "image_size": dataset.image_size,
+        "crop_scale": list(recipe.data.crop_scale),
+        "crop_ratio": list(recipe.data.crop_ratio),
+        "flip": recipe.data.flip,
+        "views": recipe.teacher_cache.views,
+        "shard_size": recipe.teacher_cache.shard_size,
+        "teachers": [teacher.label for teacher in teachers],
+        "precision": recipe.teacher_runtime.precision,
+    }
+    for teacher in teachers:
+        key[f"{teacher.label}.model"] = (
+            f"{teacher.config.name} block {teacher.config.block} at {teacher.image_size} px"
+        )
+        key[f"{teacher.label}.role"] = teacher.config.role
+        key[f"{teacher.label}.weights"] = teacher.fingerprint()
+        mean, std = (
+            teacher.preprocess.mean.flatten().tolist(),
+            teacher.preprocess.std.flatten().tolist(),
+        )
+        key[f"{teacher.label}.normalization"] = [round(value, 6) for value in mean + std]
+    return key

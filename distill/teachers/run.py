@@ -1,0 +1,22 @@
+"""A teacher that is an earlier run of this project."""
+
+from torch import Tensor, nn
+
+from distill.features import Features
+
+
+class StudentNet(nn.Module):
+    """The backbone of an earlier run in a teacher's place."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        from distill.runs import (
+            load_run,
+        )  # checkpoint imports methods: only runs as teachers need it
+
+        run = load_run(folder)
+        self.student, self.recipe = run.method.student, run.recipe
+
+    def forward(self, pixels: Tensor) -> Features:
+        """Features of normalised images [B, 3, H, W]."""
+        return self.student(pixels)

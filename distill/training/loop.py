@@ -1,0 +1,359 @@
+"""The training loop: one file for every method and every number of processes, read top to bottom.
+
+Each step: pictures -> frozen teachers (or their cache) -> one forward of the method -> backward ->
+clip -> AdamW -> `after_step`. Nothing in a step waits for the device; metrics are read where a log
+line is due.
+"""
+
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from contract.errors import Failure, UserError
+from distill.config import Recipe, TrainConfig
+from distill.data.batches import CorruptLedger, StepBatches, make_loader
+from distill.data.crops import CropDataset
+from distill.data.pictures import open_pictures
+from distill.distributed import Ranks, full_state, load_full_state, without_sync, wrap
+from distill.features import Features
+from distill.methods import build_method
+from distill.methods.targets import fit_normalizers
+from distill.recipe_io import dump_recipe
+from distill.runs import save_student
+from distill.teachers import Teacher, build_teacher
+from distill.teachers.cache import open_cache
+from distill.training.checkpoint import claim_folder, load_checkpoint, save_checkpoint
+from distill.training.metrics import MetricsLog
+
+log = logging.getLogger(__name__)
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopSignal") -> bool:
+    """Train `recipe` into `folder`, from its newest checkpoint if `resume`.
+
+    Returns whether training reached its last step; False means `stop` was requested and a
+    checkpoint written. Raises UserError for what a user can mend and Failure where training itself
+    fails.
+    """
+    settings, device = recipe.train, ranks.device
+    checkpoints = folder / "checkpoint"
+    saved = load_checkpoint(checkpoints) if resume else None
+    if saved and saved["world"] != ranks.world:
+        raise UserError(
+            f"{folder} was trained with {saved['world']} processes, now {ranks.world}: start as "
+            "many"
+        )
+
+    # ---- the cast: pictures, teachers, method -------------------------------------------------
+    pictures = open_pictures(recipe.data)
+    teachers = [
+        build_teacher(t, recipe.teacher_runtime, i).to(device)
+        for i, t in enumerate(recipe.teachers)
+    ]
+    dims = {teacher.label: teacher.dims for teacher in teachers}
+    torch.manual_seed(settings.seed)  # the same initial weights on every rank
+    method = build_method(recipe, dims).to(device)
+    channels_last = settings.channels_last is True or (
+        settings.channels_last == "auto" and method.student.family == "cnn"
+    )
+    if channels_last:
+        method.student.to(memory_format=torch.channels_last)
+
+    # ---- the order of pictures, and their teachers' features ----------------------------------
+    per_epoch = len(pictures) * recipe.data.repeats // settings.batch_size
+    steps = settings.steps or settings.epochs * per_epoch
+
+    def step_batches(first: int, last: int) -> StepBatches:
+        return StepBatches(
+            len(pictures),
+            recipe.data.repeats,
+            settings.batch_size,
+            last,
+            first,
+            ranks.rank,
+            ranks.world,
+            settings.accumulate,
+            settings.seed,
+            recipe.teacher_cache.views,
+        )
+
+    start = saved["step"] if saved else 0
+    batches = step_batches(start, steps)
+    # Everything a user may have got wrong has been looked at by now: only from here on are files
+    # written.
+    if ranks.first and not saved:
+        claim_folder(folder, recipe)
+    ranks.barrier()
+    dataset = CropDataset(pictures, recipe.data, crop_size(recipe, teachers), settings.seed)
+    look = teacher_features(teachers, device)
+    if recipe.teacher_cache.views:
+        look = open_cache(recipe, folder, dataset, teachers, look, ranks).read
+    if not saved:
+        few = min(recipe.targets.batches, steps)
+        fit_normalizers(
+            method.normalizers, make_loader(dataset, step_batches(0, few), 0, False), look, device
+        )
+
+    # ---- optimizer, averaging, state ----------------------------------------------------------
+    model = wrap(method, settings, ranks)
+    optimizer = build_optimizer(method, settings, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
+    average = None
+    if settings.ema_decay:
+        average = AveragedModel(
+            method, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True
+        )
+    counters = torch.zeros(
+        3, dtype=torch.int64, device=device
+    )  # skipped steps: all, in a row now, longest row
+    torch.manual_seed(settings.seed + 1 + ranks.rank)  # stochastic depth differs between ranks
+    if saved:
+        load_full_state(model, optimizer, saved["model"], saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        counters.copy_(saved["counters"])
+        if average:
+            average.load_state_dict(saved["average"])
+        set_rng(saved["rng"][ranks.rank], device)
+        log.info("resumed from step %d of %d", start, steps)
+    compiled = torch.compile(model) if settings.compile else model
+
+    def save(step: int) -> None:
+        weights, optim = full_state(model, optimizer)
+        rng = ranks.gather(get_rng(device))
+        if ranks.first:
+            state = {
+                "model": weights,
+                "optimizer": optim,
+                "scaler": scaler.state_dict(),
+                "rng": rng,
+            }
+            state |= {
+                "counters": counters.cpu(),
+                "world": ranks.world,
+                "recipe": dump_recipe(recipe),
+            }
+            state |= {"average": average.state_dict()} if average else {}
+            save_checkpoint(checkpoints, step, state, recipe.checkpoint.keep)
+        ranks.barrier()
+
+    # ---- the loop -----------------------------------------------------------------------------
+    autocast = torch.autocast(
+        device.type, dtype=AUTOCAST[settings.precision], enabled=settings.precision != "fp32"
+    )
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    ledger = CorruptLedger(len(pictures), recipe.data.max_corrupt_fraction)
+    sums: dict[str, Tensor] = {}
+    since, since_step = time.perf_counter(), start
+    model.train()
+    loader = iter(make_loader(dataset, batches, recipe.data.workers, device.type == "cuda"))
+    with (
+        MetricsLog(folder, steps, start, settings.tensorboard)
+        if ranks.first
+        else nullcontext() as metrics
+    ):
+        for step in range(start, steps):
+            lr = learning_rate(step, steps, per_epoch, settings)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            for micro in range(settings.accumulate):
+                batch = next(loader)
+                ledger.add(batch.skipped)
+                images = batch.images.to(device, non_blocking=True)
+                targets = look(batch._replace(images=images))
+                with without_sync(model, last=micro == settings.accumulate - 1):
+                    with autocast:
+                        losses = compiled({"image": images}, targets)
+                    scaler.scale(losses["loss"] / settings.accumulate).backward()
+                for name, value in losses.items():
+                    value = value.detach() / settings.accumulate
+                    sums[name] = sums[name] + value if name in sums else value
+
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad or math.inf)
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            # Gradients are summed over ranks, so every rank reaches the same verdict.
+            bad = ~torch.isfinite(norm)
+            take_step(optimizer, scaler, bad)
+            optimizer.zero_grad(set_to_none=True)
+            method.after_step(step)
+            if average:
+                average.update_parameters(method)
+            counters[0] += bad
+            counters[1] = (counters[1] + 1) * bad
+            counters[2] = torch.maximum(counters[2], counters[1])
+
+            done = step + 1
+            log_due = done % settings.log_every == 0 or done == steps
+            if device.type == "cpu" or log_due:  # reading a counter waits for a GPU
+                stop_if_diverged(counters, settings, done, losses)
+            if log_due:
+                span, now = done - since_step, time.perf_counter()
+                values = ranks.mean(torch.stack([*sums.values(), norm * span]) / span).tolist()
+                rate = span * settings.batch_size / (now - since)
+                if metrics:
+                    row = {
+                        "step": done,
+                        "epoch": done / per_epoch,
+                        "lr": lr,
+                        "images_per_second": rate,
+                    }
+                    row |= dict(zip([*sums, "grad_norm"], values, strict=True)) | {
+                        "skipped_steps": int(counters[0])
+                    }
+                    metrics.write(row | {"skipped_images": len(ledger)})
+                sums, since, since_step = {}, now, done
+            # With several ranks they must stop at the same step, and asking is a collective: only
+            # where a line is due.
+            stopping = stop.requested if ranks.world == 1 else log_due and ranks.any(stop.requested)
+            if done % recipe.checkpoint.every_steps == 0 or stopping or done == steps:
+                save(done)
+            if stopping and done < steps:
+                return False
+
+    # ---- what ships ---------------------------------------------------------------------------
+    weights, _ = full_state(model, optimizer)
+    if average:
+        weights = average.module.state_dict()
+    if ranks.first:
+        save_student(folder, weights, recipe, dims, steps)
+    ranks.barrier()
+    return True
+
+
+def crop_size(recipe: Recipe, teachers: list[Teacher]) -> int:
+    """Side in pixels of the shared crop: what the recipe says, or the largest input of the student
+    and teachers.
+    """
+    if recipe.data.image_size != "auto":
+        return recipe.data.image_size
+    return max(recipe.student.image_size, *(teacher.image_size for teacher in teachers))
+
+
+def teacher_features(
+    teachers: list[Teacher], device: torch.device
+) -> Callable[..., dict[str, Features]]:
+    """A function from a `Batch` to every teacher's features, under `inference_mode`."""
+
+    def look(batch) -> dict[str, Features]:
+        with torch.inference_mode():
+            features = {teacher.label: teacher(batch.images.to(device)) for teacher in teachers}
+        # Autograd refuses to keep inference tensors for a backward pass; a copy outside the mode is
+        # an ordinary one.
+        return {
+            label: Features(f.summary.clone(), f.patches.clone()) for label, f in features.items()
+        }
+
+    return look
+
+
+def build_optimizer(
+    method: nn.Module, settings: TrainConfig, device: torch.device
+) -> torch.optim.AdamW:
+    """AdamW without weight decay on vectors (norms, biases, model token) and what the student's
+    timm class names.
+    """
+    skip = {f"student.{name}" for name in method.student.no_weight_decay()}
+    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.ndim <= 1 or name in skip or name.endswith(".bias")]
+    decayed = [
+        p for name, p in named if not (p.ndim <= 1 or name in skip or name.endswith(".bias"))
+    ]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=settings.betas, fused=device.type == "cuda"
+    )
+
+
+def learning_rate(step: int, steps: int, per_epoch: int, settings: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from `lr` to `min_lr` (UMT 4.1)."""
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = round(settings.warmup_epochs * per_epoch)
+    warmup = min(warmup, steps - 1)
+    if step < warmup:
+        return settings.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
+
+
+def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
+    """Step unless gradients are `bad`, without asking a GPU: fused AdamW takes the verdict as a
+    tensor.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)  # skips by its own count of non-finite gradients
+        scaler.update()
+    elif bad.is_cuda:
+        optimizer.found_inf, optimizer.grad_scale = bad.float(), None
+        optimizer.step()
+    elif not bad:
+        optimizer.step()
+
+
+def stop_if_diverged(
+    counters: Tensor, settings: TrainConfig, step: int, losses: dict[str, Tensor]
+) -> None:
+    """Raise Failure after `max_bad_steps` steps in a row without finite gradients, naming the
+    losses at fault.
+    """
+    if int(counters[2]) < settings.max_bad_steps:
+        return
+    named = [name for name, value in losses.items() if not torch.isfinite(value)]
+    raise Failure(
+        f"step {step}: {int(counters[2])} steps in a row had non-finite gradients (non-finite now: "
+        f"{', '.join(named) or 'gradients only'}); lower train.lr = {settings.lr:g}, raise "
+        "train.warmup_steps, or use train.precision=fp32; the last checkpoint is good"
+    )
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT while entered, so that the loop can checkpoint first; a second
+    SIGINT kills.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopSignal":
+        self.before = {
+            number: signal.signal(number, self._remember)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.requested = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def get_rng(device: torch.device) -> dict[str, Tensor]:
+    """Random state of this process (crops are seeded per picture and need none)."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_rng(state: dict[str, Tensor], device: torch.device) -> None:
+    """Inverse of `get_rng`."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

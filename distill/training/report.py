@@ -1,0 +1,128 @@
+"""What a user reads before and after training: the cast, the files made, the next command."""
+
+import logging
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distill.config import Recipe, TeacherConfig
+from distill.data.crops import centre_crop
+from distill.data.images import UnreadableImage
+from distill.data.pictures import Pictures, open_pictures
+from distill.distributed import Ranks
+from distill.figures import pca_figure
+from distill.methods.deployment import BACKBONE
+from distill.runs import load_run
+from distill.teachers import build_teacher, weights_source
+from distill.training.metrics import read_metrics
+from distill.training.plots import plot_losses
+
+log = logging.getLogger(__name__)
+
+PICTURES = 4
+"""Photographs in the closing PCA picture."""
+
+ZOOM = 3
+"""Their size over the training sizes; a multiple of a multiple of the patch is one too."""
+
+
+def show_start(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
+    """Say who learns from whom, and where it will be written."""
+    log.info(
+        "student   %s at %d px, method %s",
+        recipe.student.name,
+        recipe.student.image_size,
+        recipe.method,
+    )
+    for teacher in recipe.teachers:
+        log.info(
+            "teacher   %s: %s, %s, %s",
+            teacher.label,
+            teacher.name,
+            teacher.role,
+            weights_source(teacher),
+        )
+    log.info("run       %s on %s x %d", folder, ranks.device.type, ranks.world)
+
+
+def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
+    """Draw the pictures of a run and say what to open and what to type next."""
+    if not complete:
+        print(
+            f"stopped before the last step; the checkpoint in {folder / 'checkpoint'} is complete. "
+            "Continue with:"
+        )
+        print(f"  python -m distill.run --output {folder} --resume")
+        return
+    rows = read_metrics(folder / "metrics.jsonl")
+    plot = plot_losses(folder)
+    picture = draw_pca(recipe, folder)
+    if rows:
+        print(
+            f"loss      {rows[0]['loss']:.4f} at step {rows[0]['step']} -> {rows[-1]['loss']:.4f} "
+            f"at {rows[-1]['step']}"
+        )
+    print(f"run       {folder}")
+    print(f"student   {folder / 'student.safetensors'}")
+    print(f"losses    {plot}")
+    print(f"features  {picture}")
+    print("next      look closer at one photograph:")
+    print(f"  python -m distill.visualize {folder} IMAGE.jpg --sizes 224 448")
+
+
+def dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig]:
+    """Index and config of the teacher whose patches mean most: a DINO one, else the first."""
+    for index, teacher in enumerate(recipe.teachers):
+        if teacher.role == "dino":
+            return index, teacher
+    return 0, recipe.teachers[0]
+
+
+@torch.no_grad()
+def draw_pca(recipe: Recipe, folder: Path) -> Path:
+    """Write plots/pca.png: photographs, the student's features, its prediction of the dense
+    teacher, that teacher.
+
+    Whole photographs at ZOOM times the training sizes, so that maps are fine enough to look at.
+    """
+    run = load_run(folder)
+    index, config = dense_teacher(recipe)
+    usual = build_teacher(config, recipe.teacher_runtime, index).image_size
+    wide = config.model_copy(update={"image_size": ZOOM * usual})
+    teacher = build_teacher(wide, recipe.teacher_runtime, index)
+    side = ZOOM * recipe.student.image_size
+    photos = some_photographs(open_pictures(recipe.data))
+    predictions = run.method.deploy()(
+        torch.stack([centre_crop(p, side) for p in photos]).float() / 255
+    )
+    student = {"student backbone": predictions[BACKBONE].patches}
+    # Both live in the teacher's space, so they share one set of colours: where they agree, the
+    # student has learnt it.
+    seen = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
+    compared = {
+        f"student's {config.label} head": unit_scale(predictions[config.label].patches),
+        f"teacher {config.label}": unit_scale(seen),
+    }
+    shown = [centre_crop(p, side).permute(1, 2, 0).numpy() for p in photos]
+    return pca_figure(folder / "plots" / "pca.png", shown, [student, compared])
+
+
+def unit_scale(maps: Tensor) -> Tensor:
+    """Centre maps [n, h, w, d] and give them one overall deviation: a cosine loss leaves a head's
+    scale free.
+    """
+    centred = maps - maps.mean(dim=(0, 1, 2))
+    return centred / centred.std()
+
+
+def some_photographs(pictures: Pictures) -> list[Image.Image]:
+    """A few readable pictures, spread over the data set."""
+    result = []
+    for number in torch.linspace(0, len(pictures) - 1, PICTURES).long().unique().tolist():
+        try:
+            result.append(pictures.load(number))
+        except UnreadableImage as error:  # training has named and replaced it already
+            log.debug("%s", error)
+    return result

@@ -1,0 +1,327 @@
+"""What `export.bench` times: a graph's module in torch, the graph in onnxruntime and OpenVINO, its
+engines in TensorRT.
+
+All do the same work on the same photographs; inputs lie where they are computed, and a call ends
+when its outputs are there.
+"""
+
+import copy
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from contract.errors import UserError
+from contract.manifest import Manifest, Precision
+from contract.signature import IMAGE
+from distill.data.pictures import PackagedPhotos
+from export.graph import build_parts, open_student
+from export.parity import TOLERANCE, compare
+from export.runtimes.runtime import (
+    LEVELS,
+    Bound,
+    CudaRuntime,
+    EngineRuntime,
+    OnnxRuntime,
+    OpenVINO,
+    Outputs,
+    Runtime,
+    as_array,
+    cpu_runtime,
+)
+
+Setting = TypeVar("Setting", str, int)
+
+TRIES = 3
+"""Calls by which settings are compared."""
+
+WARM_UP = {"cpu": 1, "cuda": 10}
+"""Calls that do not count, by device: a GPU has clocks to raise and convolutions to choose."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row to be: a graph in one runtime on one device, with the settings that were chosen for
+    it.
+    """
+
+    name: str
+    device: str
+    precision: Precision
+    bound: Bound
+    settings: str = ""
+
+
+class Feeds:
+    """Everything graphs read: photographs, and what a bundle's own graphs before them make of
+    these.
+    """
+
+    def __init__(self, bundle: Path, manifest: Manifest, graphs: list[str]) -> None:
+        wanted = {tensor.name for graph in graphs for tensor in manifest.graph(graph).inputs} - {
+            IMAGE
+        }
+        self.before = []
+        for record in reversed(manifest.graphs):  # the last first: what it reads is wanted too
+            if wanted & {tensor.name for tensor in record.outputs}:
+                self.before.insert(0, record)
+                wanted |= {tensor.name for tensor in record.inputs}
+        self.runtime = cpu_runtime(
+            {record.name: bundle / record.file for record in self.before}, manifest.precision
+        )
+        self.photos, self.size = (
+            PackagedPhotos(),
+            (manifest.resolution.width, manifest.resolution.height),
+        )
+
+    def of(self, batch: int) -> Outputs:
+        """By name: the image [B, H, W, 3] and the other tensors that the graphs read."""
+        photos = (self.photos.load(number % len(self.photos)) for number in range(batch))
+        known = {
+            IMAGE: np.stack(
+                [np.asarray(p.resize(self.size, Image.Resampling.BICUBIC)) for p in photos]
+            )
+        }
+        for record in self.before:
+            result = self.runtime.run(
+                record.name, {tensor.name: known[tensor.name] for tensor in record.inputs}
+            )
+            known |= zip((tensor.name for tensor in record.outputs), result, strict=True)
+        return known
+
+
+class TorchStudent:
+    """The student of a run folder, as the modules that its graphs were traced from; UserError if it
+    is another's.
+    """
+
+    def __init__(self, run: Path, manifest: Manifest, compiled: bool) -> None:
+        student = open_student(run)
+        if student.sha256 != manifest.student.sha256:
+            raise UserError(f"--run {run}: its student is not the bundle's")
+        parts = build_parts(student, manifest.resolution.height, manifest.resolution.width)
+        self.modules = {part.signature.graph: part.module.eval() for part in parts}
+        self.compiled = compiled
+
+    def works(self, graph: str, feeds: Outputs, device: str, threads: int | None) -> list[Work]:
+        """torch eager and torch.compile; on a GPU also eager in fp16 autocast."""
+        module, where, count, settings = self.modules[graph], "", 0, ""
+        if device == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # float32 here as in the other runtimes
+            module, where = copy.deepcopy(module).cuda(), " cuda"
+            bound = bind_torch(module, feeds, device)
+        else:
+            makers = {
+                n: partial(bind_torch, module, feeds, device, threads=n)
+                for n in thread_counts(threads)
+            }
+            count, bound = fastest(makers)
+            settings = threads_text(count)
+        result = [Work(f"torch eager fp32{where}", device, "fp32", bound, settings)]
+        if self.compiled:
+            torch.compiler.reset()  # a module met at a second shape would be compiled for any shape, and be slower
+            bound = bind_torch(torch.compile(module, dynamic=False), feeds, device, threads=count)
+            result.append(Work(f"torch.compile fp32{where}", device, "fp32", bound, settings))
+        if device == "cuda":
+            result.append(
+                Work(
+                    "torch autocast fp16 cuda",
+                    device,
+                    "fp16",
+                    bind_torch(module, feeds, device, half=True),
+                )
+            )
+        return result
+
+
+def bind_torch(
+    module: Callable, feeds: Outputs, device: str, half: bool = False, threads: int = 0
+) -> Bound:
+    """A module with its inputs on a device, run without gradients; in fp16 autocast or with so many
+    threads, if asked.
+    """
+    inputs = [torch.from_numpy(value).to(device) for value in feeds.values()]
+    last: list[torch.Tensor] = []
+
+    def call() -> None:
+        if threads and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        with torch.inference_mode(), torch.autocast(device, torch.float16, enabled=half):
+            result = module(*inputs)
+        last[:] = result if isinstance(result, tuple) else (result,)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return Bound(call, lambda: [as_array(tensor) for tensor in last])
+
+
+def thread_counts(requested: int | None) -> list[int]:
+    """How many threads to try: as many as asked for, or one a core and half of that."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    return [requested] if requested else sorted({cores, max(1, cores // 2)})
+
+
+def threads_text(count: int) -> str:
+    """A number of threads in words."""
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+def cpu_works(
+    graph: str, path: Path, precision: Precision, feeds: Outputs, threads: int | None
+) -> list[Work]:
+    """A graph in onnxruntime and, where it is installed, in OpenVINO, each in the fastest of a few
+    settings.
+
+    onnxruntime: two optimisation levels; OpenVINO: two hints; both: all cores or half of them, or
+    `threads`.
+    """
+    result, files, counts = [], {graph: path}, thread_counts(threads)
+    if precision != "bf16":  # its CPU provider has no bf16 convolutions
+        makers = {
+            f"optimisation {level}, {threads_text(n)}": partial(bind_onnx, files, feeds, level, n)
+            for level in LEVELS
+            for n in counts
+        }
+        settings, bound = fastest(makers)
+        result.append(Work(f"onnxruntime {precision}", "cpu", precision, bound, settings))
+    if importlib.util.find_spec("openvino"):
+        # by itself it may compute float32 graphs in bf16
+        exact = {"INFERENCE_PRECISION_HINT": "f32"} if precision in ("fp32", "int8") else {}
+        makers = {
+            f"hint {hint.lower()}, {threads_text(n)}": partial(
+                bind_openvino,
+                files,
+                feeds,
+                exact | {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": n},
+            )
+            for hint in ("LATENCY", "THROUGHPUT")
+            for n in counts
+        }
+        settings, bound = fastest(makers)
+        result.append(Work(f"openvino {precision}", "cpu", precision, bound, settings))
+    return result
+
+
+def bind_onnx(files: dict[str, Path], feeds: Outputs, level: str, threads: int) -> Bound:
+    """The one graph of `files` in onnxruntime."""
+    return OnnxRuntime(files, level, threads).bind(*files, feeds)
+
+
+def bind_openvino(files: dict[str, Path], feeds: Outputs, settings: dict) -> Bound:
+    """The one graph of `files` in OpenVINO."""
+    return OpenVINO(files, settings).bind(*files, feeds)
+
+
+def fastest(makers: dict[Setting, Callable[[], Bound]]) -> tuple[Setting, Bound]:
+    """The setting, of several, in which a few calls take least, and what is bound in it."""
+    tried = []
+    for setting, make in makers.items():
+        bound = make()
+        bound.call()  # does not count: allocates, fills caches
+        tried.append((min(seconds_of(bound.call) for _ in range(TRIES)), setting, bound))
+        tried = [min(tried, key=lambda entry: entry[0])]  # the others' memory is free again
+    return tried[0][1:]
+
+
+def gpu_runtimes(bundle: Path, manifest: Manifest, graph: str) -> tuple[list[Runtime], list[str]]:
+    """A graph in onnxruntime's CUDA provider and its engines, and in words what of these cannot run
+    here.
+    """
+    makers: list[Callable[[], Runtime]] = [
+        partial(CudaRuntime, {graph: bundle / manifest.graph(graph).file})
+    ]
+    for entry in manifest.engines:
+        if entry.graph == graph:
+            makers.append(partial(EngineRuntime, {graph: bundle / entry.file}))
+    result, left_out = [], []
+    for make in makers:
+        try:
+            result.append(make())
+        except UserError as error:
+            left_out.append(str(error))
+    return result, left_out
+
+
+def gpu_works(
+    runtimes: list[Runtime], graph: str, precision: Precision, feeds: Outputs
+) -> tuple[list[Work], list[str]]:
+    """A graph in every runtime of a GPU, and in words what does not take these inputs."""
+    result, left_out = [], []
+    for runtime in runtimes:
+        try:
+            bound = runtime.bind(graph, feeds)
+        except UserError as error:
+            left_out.append(str(error))
+            continue
+        name = (
+            f"onnxruntime {precision} cuda"
+            if isinstance(runtime, CudaRuntime)
+            else f"{runtime.name} {precision}"
+        )
+        result.append(Work(name, "cuda", precision, bound))
+    return result, left_out
+
+
+def seconds_of(call: Callable[[], None]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_all(works: list[Work], rounds: int, batch: int) -> list[dict]:
+    """Latencies of all works, those of one device taking turns.
+
+    Ratios of medians are to torch eager on the same device; cosines, the least of any output and
+    picture, to torch eager on the first device. Both are None where torch is not among the works.
+    """
+    for work in works:
+        for _ in range(WARM_UP[work.device]):
+            work.bound.call()
+    times: dict[str, list[float]] = {work.name: [] for work in works}
+    for device in dict.fromkeys(work.device for work in works):
+        for _ in range(rounds):
+            for work in works:
+                if work.device == device:
+                    times[work.name].append(seconds_of(work.bound.call))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    eager = {work.device: work for work in reversed(works) if work.name.startswith("torch eager")}
+    wanted = next(
+        (work.bound.read() for work in works if work.name.startswith("torch eager")), None
+    )
+    rows = []
+    for work in works:
+        ordered = sorted(times[work.name])
+        base = eager.get(work.device)
+        cosine = least_cosine(work.bound.read(), wanted) if wanted else None
+        rows.append(
+            {
+                "runtime": work.name,
+                "device": work.device,
+                "precision": work.precision,
+                "settings": work.settings,
+                "p50_ms": 1e3 * middle[work.name],
+                "p99_ms": 1e3 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+                "images_per_second": batch / middle[work.name],
+                "speedup": middle[base.name] / middle[work.name] if base else None,
+                "cosine": cosine,
+                "agrees": None if cosine is None else cosine >= TOLERANCE[work.precision],
+            }
+        )
+    return rows
+
+
+def least_cosine(got: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """The least cosine of any output of any picture."""
+    return min(float(compare(a, b)[0].min()) for a, b in zip(got, wanted, strict=True))

@@ -1,0 +1,1 @@
+"""TensorRT engines: the builder, its bindings, the shapes they are built for."""

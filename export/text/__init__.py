@@ -1,0 +1,1 @@
+"""Text embeddings for zero-shot classification."""

@@ -1,0 +1,142 @@
+"""Class embeddings out of a teacher's own classifier: ImageNet's classes by name, for a student
+without a CLIP teacher.
+
+Not zero-shot in CLIP's sense: the classes were learnt, the vocabulary is the classifier's, and no
+text is encoded. A row of its weights is the prototype of a class in the space of the teacher's
+image-level vector, which the student predicts. Cosines with the rows rank clearly worse than the
+classifier itself (on the packaged photographs MobileNetV2's best of 1000 classes is another in 4 of
+19), so the rows' lengths and biases go along and the score is the classifier's logit.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contract.errors import UserError, suggest
+from export.text.tower import Label
+
+if TYPE_CHECKING:  # --help must not wait for torch to load
+    from torch import Tensor
+
+    from distill.teachers import Teacher
+
+
+def classifier_rows(
+    run: Path, teacher: str, labels: Sequence[Label], source: Path
+) -> tuple[dict[str, "Tensor"], dict]:
+    """`embeddings` [C, d] (unit rows), `norms` [C] and `bias` [C] of the classes asked for, and
+    what to say of them.
+
+    Raises UserError for a run without that teacher, a teacher without a trained classifier of
+    ImageNet or whose image-level vector is not what its classifier reads, and a label that is no
+    class, or two.
+    """
+    import torch.nn.functional as F
+
+    from distill.config import TeacherRuntime
+    from distill.runs import load_run
+    from distill.teachers import build_teacher, weights_source
+
+    configs = {
+        config.label: (index, config) for index, config in enumerate(load_run(run).recipe.teachers)
+    }
+    if teacher not in configs:
+        raise UserError(f"--classifier {teacher}: no teacher of {run}: {suggest(teacher, configs)}")
+    index, config = configs[teacher]
+    print(f"teacher   {teacher}: {config.name}, {weights_source(config)}")
+    weight, bias = read_classifier(build_teacher(config, TeacherRuntime(precision="fp32"), index))
+    numbers = find_classes(labels, len(weight), source)
+    rows = weight[numbers].float()
+    tensors = {
+        "embeddings": F.normalize(rows, dim=1),
+        "norms": rows.norm(dim=1),
+        "bias": bias[numbers].float(),
+    }
+    about = {
+        "source": "classifier",
+        "score": "linear",
+        "teacher": teacher,
+        "model": config.name,
+        "pretrained": weights_source(config),
+        "classes": [label.name for label in labels],
+        "labels": [label.words for label in labels],
+    }
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
+
+
+def read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
+    """Weights [K, d] and biases [K] of a teacher's classifier; raises UserError unless it reads the
+    teacher's summary.
+    """
+    import torch
+
+    config, net = teacher.config, teacher.net
+    wrong = f"--classifier {teacher.label}: {config.name}"
+    classifier = net.get_classifier() if hasattr(net, "get_classifier") else None
+    if not isinstance(classifier, torch.nn.Linear):
+        raise UserError(f"{wrong} has no linear classifier (choose another teacher)")
+    random = not config.pretrained and config.checkpoint is None
+    if random or not getattr(net, "classifier_loaded", True):
+        raise UserError(
+            f"{wrong} has no trained classifier: its weights come without one (choose another "
+            "teacher)"
+        )
+    with torch.inference_mode():
+        pixels = torch.rand(
+            2, 3, teacher.image_size, teacher.image_size, generator=torch.Generator().manual_seed(0)
+        )
+        summary, logits = teacher.encode(pixels).summary, net(pixels)
+        reads = summary.shape[1] == classifier.in_features
+        if not (reads and torch.allclose(classifier(summary), logits, rtol=1e-3, atol=1e-3)):
+            raise UserError(
+                f"{wrong}'s classifier reads something else than what the student learns of it "
+                "(another block, other pooling, or an embedding behind it): choose another "
+                "teacher"
+            )
+    weight = classifier.weight.detach()
+    return weight, weight.new_zeros(
+        len(weight)
+    ) if classifier.bias is None else classifier.bias.detach()
+
+
+def find_classes(labels: Sequence[Label], count: int, source: Path) -> list[int]:
+    """The class number of every label in a classifier of `count` classes, by any of its names or
+    its WordNet id.
+
+    A name that comes first for one class is that class's, even if it is another's synonym
+    (`missile` and `projectile, missile`). Raises UserError for a label that names no class, or two
+    alike.
+    """
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset({"num_classes": count})
+    if subset is None:
+        raise UserError(
+            f"--classifier: its {count} classes are not ImageNet's, so nobody knows their names"
+        )
+    info = ImageNetInfo(subset)
+    first: dict[str, list[int]] = {}
+    other: dict[str, list[int]] = {}
+    for number, wnid in enumerate(info.label_names()):
+        main, *synonyms = (
+            name.strip().lower() for name in info.index_to_description(number).split(",")
+        )
+        first.setdefault(wnid, []).append(number)
+        first.setdefault(main, []).append(number)
+        for name in synonyms:
+            other.setdefault(name, []).append(number)
+    result = []
+    for label in labels:
+        words = label.words.lower()
+        numbers = first.get(words) or other.get(words)
+        where = f"{source}:{label.line}: '{label.words}'"
+        if numbers is None:
+            raise UserError(
+                f"{where} is no class of {subset}: {suggest(words, first.keys() | other.keys())} "
+                "(or give its WordNet id)"
+            )
+        if len(numbers) > 1:
+            ids = " or ".join(info.index_to_label_name(number) for number in numbers)
+            raise UserError(f"{where} names {len(numbers)} classes: write {label.name}<tab>{ids}")
+        result += numbers
+    return result

@@ -1,0 +1,393 @@
+"""From labels to embeddings: labels and prompt templates as text files, the CLIP text tower, and
+the prompt ensemble.
+
+torch and open_clip are imported by the functions that need them: the command's --help answers
+without them.
+"""
+
+import contextlib
+import json
+import logging
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from contract.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PLACE = "{}"
+"""Where the label goes in a template."""
+
+DEFAULT_TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a close-up photo of a {}.",
+    "a photo of a small {}.",
+    "a photo of a large {}.",
+    "a dark photo of a {}.",
+    "a bright photo of a {}.",
+    "a picture with a {} in it.",
+)
+"""General sentences that fit most things one can photograph; a subject of its own (satellite
+images, food) wants its own.
+"""
+
+
+OTHER_PARTS = ("visual.", "text_decoder.", "logit_bias")
+"""Of a whole CLIP or CoCa, what the text embedding does not need."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class: the name that data and answers use, and the words that stand for it in a prompt."""
+
+    name: str
+    words: str
+    line: int
+
+
+def read_lines(path: Path, option: str, holds: str) -> list[tuple[int, str]]:
+    """Read the lines of a UTF-8 file that are not blank, with their numbers; raises UserError where
+    there are none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{option} {path}: no such file (write {holds} a line into it)") from error
+    except IsADirectoryError as error:
+        raise UserError(
+            f"{option} {path} is a folder: give a text file with {holds} a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{option} {path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from error
+    # not splitlines(), which also breaks at form feeds and line separators inside a label
+    lines = [
+        (number, line.strip(" \r"))
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+    if not lines:
+        raise UserError(f"{option} {path} is empty: write {holds} a line into it")
+    return lines
+
+
+def read_labels(path: Path) -> list[Label]:
+    """Read a class a line: its name, or `NAME<tab>WORDS` where data name it otherwise than one
+    would say it.
+
+    Raises UserError for a missing or empty file, half a pair, and a name that stands there twice.
+    """
+    labels: dict[str, Label] = {}
+    for number, line in read_lines(path, "--labels", "a label"):
+        name, _, words = (part.strip() for part in line.partition("\t"))
+        if "\t" in line and not (name and words):
+            raise UserError(
+                f"{path}:{number}: '{name}{words}' has a tab with nothing on one side: "
+                "NAME<tab>WORDS, or NAME"
+            )
+        if name in labels:
+            raise UserError(
+                f"{path}:{number}: label '{name}' is a duplicate of line {labels[name].line}: give "
+                "each class one line"
+            )
+        labels[name] = Label(name, words or name, number)
+    return list(labels.values())
+
+
+def read_templates(path: Path | None) -> list[str]:
+    """Read a template a line, or return the default ones; raises UserError for a line without
+    `{}`.
+    """
+    if path is None:
+        return list(DEFAULT_TEMPLATES)
+    lines = read_lines(path, "--templates", f"a sentence with {PLACE} for the label")
+    for number, line in lines:
+        if PLACE not in line:
+            raise UserError(
+                f"{path}:{number}: template '{line}' has no {PLACE} for the label: write 'a photo "
+                f"of a {PLACE}.', say"
+            )
+    return [line for _, line in lines]
+
+
+def fill(template: str, label: Label) -> str:
+    """Put a label's words into a template."""
+    # not str.format: a sentence may hold other braces, and is nobody's format string
+    return template.replace(PLACE, label.words)
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """A CLIP without its image tower, in eval mode: `model.encode_text(tokens [B, context]) -> [B,
+    d]`.
+    """
+
+    model: "nn.Module"
+    tokenizer: object
+    context: int
+    about: dict[str, str | bool | float]
+    """Recorded in both files: model, pretrained, quick_gelu, logit_scale, text_weights_sha256,
+    open_clip.
+    """
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep open_clip's and the exporter's logging and warnings off the screen: what matters of it
+    is said here.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def open_tower(model: str, pretrained: str) -> TextTower:
+    """Build open_clip's `model`, load its weights from a tag, a local file or at `random` (seed 0),
+    and keep the text part.
+
+    Raises UserError for unknown names, weights that cannot be fetched or do not fit, and tokenizers
+    other than CLIP's.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError(
+            f"export.text needs open_clip ({error}): pip install 'vfm-distill[text]'"
+        ) from error
+    import torch
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    from distill.models.weights import tensors_sha256
+
+    name = add_configuration(Path(model)) if model.endswith(".json") else model.replace("/", "-")
+    config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
+    if config is None:
+        raise UserError(
+            f"--model {model}: open_clip has no such model: "
+            f"{suggest(name, open_clip.list_models())}"
+        )
+    if {"hf_tokenizer_name", "hf_model_name"} & config[
+        "text_cfg"
+    ].keys() or "siglip" in name.lower():
+        raise UserError(
+            f"--model {name}: its tokenizer is one of the Hugging Face hub's, and only CLIP's own "
+            "is supported so far: choose a model such as ViT-B-16 or ViT-L-14"
+        )
+    tag = get_pretrained_cfg(name, pretrained)
+    file = Path(pretrained) if not tag and pretrained != "random" else None
+    if file and not file.is_file():
+        known = [*list_pretrained_tags_by_model(name), "random"]
+        raise UserError(
+            f"--pretrained {pretrained}: no such file, and no tag of {name}: "
+            f"{suggest(pretrained, known)}"
+        )
+    # a tag knows what its weights were trained with; open_clip itself only warns, and computes
+    # something else
+    quick_gelu = bool(config.get("quick_gelu") or (tag or {}).get("quick_gelu"))
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            built = open_clip.create_model(
+                name, pretrained if tag else None, force_quick_gelu=quick_gelu
+            ).eval()
+            tokenizer = open_clip.get_tokenizer(name)
+    except (
+        Exception
+    ) as error:  # the hub's, urllib's, torch's: whatever stopped it, the remedy is the same
+        reason = (
+            (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            .rpartition("Last error: ")[2][:120]
+            .strip(" .")
+        )
+        if not tag:
+            raise UserError(
+                f"--model {model}: open_clip cannot build it ({reason}): mend its configuration"
+            ) from error
+        source = (
+            tag.get("url")
+            if not tag.get("hf_hub")
+            else "huggingface.co/" + tag["hf_hub"].rstrip("/")
+        )
+        variant = (
+            f" and --model {name}-quickgelu" if quick_gelu and not config.get("quick_gelu") else ""
+        )
+        raise UserError(
+            f"--pretrained {pretrained}: its weights cannot be had ({reason}): fetch them from "
+            f"{source} elsewhere and give --pretrained FILE{variant}"
+        ) from error
+    if file:
+        load_text_weights(built, file)
+    del built.visual  # the larger half, which no text needs
+    weights = {
+        key: value for key, value in built.state_dict().items() if not key.startswith(OTHER_PARTS)
+    }
+    about = {
+        "model": name,
+        "pretrained": file.name if file else pretrained,
+        "quick_gelu": quick_gelu,
+        "logit_scale": round(built.logit_scale.exp().item(), 4),
+        "text_weights_sha256": tensors_sha256(weights),
+        "open_clip": open_clip.__version__,
+    }
+    print(
+        f"model     {name}, "
+        f"{'RANDOM weights (seed 0)' if pretrained == 'random' else f'weights from {pretrained}'}"
+    )
+    if pretrained == "random":
+        print(
+            "note      random weights are for trials: these embeddings know nothing of the labels"
+        )
+    if file and not quick_gelu and f"{name}-quickgelu" in open_clip.list_models():
+        print(
+            f"note      {name} computes GELU: weights of OpenAI, DFN or MetaCLIP want --model "
+            f"{name}-quickgelu"
+        )
+    return TextTower(built, tokenizer, tokenizer.context_length, about)
+
+
+def add_configuration(path: Path) -> str:
+    """Tell open_clip of a model described in a .json file of its kind; returns the name (the file's
+    stem).
+    """
+    import open_clip
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is not JSON: {error}"
+        raise UserError(
+            f"--model {path}: {reason} (give open_clip's name or a .json configuration)"
+        ) from error
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(k), dict) for k in ("vision_cfg", "text_cfg")
+    ):
+        raise UserError(
+            f"--model {path}: no configuration of open_clip's (it has embed_dim, vision_cfg and "
+            "text_cfg)"
+        )
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def load_text_weights(model: "nn.Module", path: Path) -> None:
+    """Load a file's text tower strictly, running nothing; image weights are only compared, for they
+    name the model.
+
+    Raises UserError for a file that is damaged, holds code, or belongs to another architecture.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    from distill.models.weights import read_state_dict
+
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            raise UserError(
+                f"--pretrained {path} is a TorchScript archive, as OpenAI's own .pt are: loading "
+                "it could run its code; give the same weights as .safetensors"
+            )
+    state = convert_state_dict(model, read_state_dict(path))
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    expected = model.state_dict()
+    if "logit_scale" in state:
+        state["logit_scale"] = state["logit_scale"].reshape(expected["logit_scale"].shape)
+    unfit = f"--pretrained {path} does not fit this --model"
+    for name, tensor in expected.items():
+        # the grid of positions is the one thing in which a model's image sizes differ
+        if (
+            name in state
+            and state[name].shape != tensor.shape
+            and not (name.startswith("visual.") and "pos" in name)
+        ):
+            raise UserError(
+                f"{unfit}: its '{name}' is {list(state[name].shape)}, the model's "
+                f"{list(tensor.shape)}"
+            )
+    text = [name for name in expected if not name.startswith(OTHER_PARTS)]
+    missing = [name for name in text if name not in state]
+    # single names without a dot are numbers that go along (OpenAI's context_length, say)
+    extra = [n for n in state if "." in n and n not in expected and not n.startswith(OTHER_PARTS)]
+    if missing or extra:
+        wrong = f"it lacks '{missing[0]}'" if missing else f"its '{extra[0]}' has no place there"
+        raise UserError(
+            f"{unfit}: {wrong} ({len(missing or extra)} such tensors): name the model it was saved "
+            "from"
+        )
+    model.load_state_dict({name: state[name] for name in text}, strict=False)
+
+
+def tokenize(
+    tokenizer: Callable, context: int, labels: Sequence[Label], templates: Sequence[str], path: Path
+) -> "Tensor":
+    """Token ids [C * T, context], int64, label by label, of every label in every template, by
+    open_clip's tokenizer.
+
+    Raises UserError for a prompt longer than `context`: the tokenizer would cut its end off without
+    a word.
+    """
+    prompts = []
+    for label in labels:
+        for template in templates:
+            prompt = fill(template, label)
+            length = len(tokenizer.encode(prompt)) + 2  # the start and end tokens
+            if length > context:
+                raise UserError(
+                    f"{path}:{label.line}: label '{shorten(label.words)}' is too long: "
+                    f"'{shorten(template)}' makes it {length} tokens and the model reads "
+                    f"{context}: say it in fewer words"
+                )
+            prompts.append(prompt)
+    return tokenizer(prompts, context_length=context)
+
+
+def shorten(text: str, most: int = 40) -> str:
+    """Cut a text for a message of one line."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def class_embeddings(
+    encode: Callable[["Tensor"], "Tensor"],
+    tokens: "Tensor",
+    labels: Sequence[Label],
+    batch_size: int,
+) -> "Tensor":
+    """Embeddings [C, d], float32 on the CPU, of tokens [C * T, context]: prompt ensembling as CLIP
+    does it.
+
+    Every prompt's embedding `encode(tokens [B, context]) -> [B, d]` is normalised, their mean over
+    the T templates is normalised again. Raises UserError where the model gives NaN or infinity.
+    """
+    import torch
+    import torch.nn.functional as F
+    from rich.progress import track
+
+    batches = tokens.split(batch_size)
+    prompts = []
+    with torch.inference_mode():
+        for batch in track(batches, "prompts   ", disable=not sys.stdout.isatty()):
+            prompts.append(F.normalize(encode(batch).float(), dim=-1).cpu())
+        embeddings = F.normalize(
+            torch.cat(prompts).view(len(labels), -1, prompts[0].shape[1]).mean(dim=1), dim=-1
+        )
+    wrong = (~torch.isfinite(embeddings).all(dim=1)).nonzero()
+    if len(wrong):
+        name = labels[int(wrong[0])].name
+        raise UserError(
+            f"the model gives NaN or infinity for label '{name}': its weights are damaged, fetch "
+            "them again"
+        )
+    return embeddings.clone()  # out of inference mode's tensors, which others may not change

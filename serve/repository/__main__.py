@@ -1,0 +1,68 @@
+"""`python -m serve.repository`: a bundle becomes a Triton model repository, linted before it is
+there.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from contract.command_line import CommandLine
+from contract.errors import UserError, exit_status
+from serve.repository.build import add_settings, make_repository, read_settings
+
+EPILOG = """\
+examples:
+  python -m serve.repository bundles/mine --output repository
+  python -m serve.repository bundles/mine --output repository --backend onnxruntime --kind gpu --devices 0 1
+  python -m serve.repository bundles/mine --output repository --backend tensorrt --kind gpu --instances 2
+  python -m serve.repository bundles/mine --output repository --runtime openvino --instances 2 --threads 1
+
+--backend python runs in every Triton (the graphs in onnxruntime or OpenVINO, inside Triton's python backend); onnxruntime and
+tensorrt are Triton's native backends, which NVIDIA's container image has. Files are checked against the bundle's hashes.
+Exit status: 0 done, 2 a mistake in what was asked.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = CommandLine(
+        prog="python -m serve.repository",
+        description="Render a Triton model repository from a bundle of export.run.",
+        epilog=EPILOG,
+    )
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="repository to make"
+    )
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is there")
+    add_settings(parser)
+    args = parser.parse_args(arguments)
+    return exit_status(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out a parsed command line."""
+    settings = read_settings(args)
+    output: Path = args.output
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.force:
+        raise UserError(
+            f"--output {output} is already there: add --force to replace it, or choose another"
+        )
+    names = make_repository(args.bundle, output, settings)
+    print(f"repository  {output}: {', '.join(names)}")
+    if settings.backend == "python":
+        print("next        serve it (or serve the bundle at once: python -m serve.run BUNDLE):")
+        print(f"  python -m serve.run {args.bundle} --repository {output}")
+    else:
+        print("next        serve it in NVIDIA's image:")
+        print(
+            f"  docker run --gpus all --rm --net host -v {output.absolute()}:/models "
+            "nvcr.io/nvidia/tritonserver:26.06-py3 \\"
+        )
+        print("      tritonserver --model-repository /models --disable-auto-complete-config")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

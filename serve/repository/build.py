@@ -1,0 +1,200 @@
+"""Rendering a model repository: settings, models, lint, files, and the rename that puts it in
+place.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from contract.errors import UserError
+from serve.repository.settings import Settings
+
+CONFIG = "config.pbtxt"
+
+
+MADE_WITH = "made_with.json"
+"""In the repository's folder: the bundle and the settings it was rendered from."""
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Options of how a bundle is served, shared by serve.repository and serve.run."""
+    known = Settings.model_fields
+    parser.add_argument(
+        "--backend",
+        default="python",
+        choices=("python", "onnxruntime", "tensorrt"),
+        help="(python)",
+    )
+    parser.add_argument(
+        "--runtime",
+        default="auto",
+        choices=("auto", "onnxruntime", "openvino", "tensorrt"),
+        help="of the python backend; auto: OpenVINO on CPUs where it is installed, else "
+        "onnxruntime (auto)",
+    )
+    parser.add_argument(
+        "--kind", default="cpu", choices=("cpu", "gpu"), help="where graphs run (cpu)"
+    )
+    parser.add_argument("--devices", type=int, nargs="+", default=[0], metavar="N", help="GPUs (0)")
+    parser.add_argument(
+        "--instances", type=int, metavar="N", help="of large graphs (CPU: two for 8 cores; GPU: 1)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads an instance (cores, at most 8); on GPUs of the text encoder",
+    )
+    parser.add_argument(
+        "--decoders",
+        type=int,
+        metavar="N",
+        help="processes for encoded pictures (cores, at most 8)",
+    )
+    parser.add_argument("--max-batch", type=int, metavar="N", help="(the bundle's)")
+    parser.add_argument(
+        "--queue-delay",
+        type=int,
+        metavar="US",
+        help="microseconds a request waits for others (500)",
+    )
+    default = known["max_queue"].default
+    parser.add_argument(
+        "--max-queue", type=int, default=default, metavar="N", help=f"requests waiting ({default})"
+    )
+    parser.add_argument("--no-batching", action="store_true", help="one request at a time")
+    parser.add_argument(
+        "--no-warmup", action="store_true", help="ready before the graphs have run once"
+    )
+    parser.add_argument(
+        "--no-fused", action="store_true", help="leave out the graph of all outputs: less memory"
+    )
+    for name, what in (
+        ("max_image_bytes", "of an encoded picture"),
+        ("max_image_pixels", "of a picture"),
+    ):
+        option, default = "--" + name.replace("_", "-"), known[name].default
+        parser.add_argument(
+            option, type=int, default=default, metavar="N", help=f"{what}, at most ({default:,})"
+        )
+    parser.add_argument(
+        "--response-cache",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="models whose answers are kept",
+    )
+
+
+def read_settings(args: argparse.Namespace) -> Settings:
+    """Settings of a parsed command line; raises UserError for values that make no sense."""
+    from serve.repository.settings import MOST_THREADS, choose_runtime, cores, instances_and_threads
+
+    for name in (
+        "instances",
+        "threads",
+        "decoders",
+        "max_batch",
+        "max_queue",
+        "max_image_bytes",
+        "max_image_pixels",
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if args.queue_delay is not None and args.queue_delay < 0:
+        raise UserError(f"--queue-delay {args.queue_delay}: give 0 or more microseconds")
+    if args.backend == "tensorrt" and args.kind != "gpu":
+        raise UserError("--backend tensorrt runs on GPUs: add --kind gpu")
+    # on GPUs the threads are the text encoder's, which runs on the CPU
+    instances = args.instances or (1 if args.kind == "gpu" else None)
+    instances, threads = instances_and_threads(instances, args.threads, cores())
+    return Settings(
+        backend=args.backend,
+        runtime=choose_runtime(args.runtime, args.kind),
+        kind=args.kind,
+        devices=tuple(args.devices),
+        instances=instances,
+        threads=threads,
+        decoders=args.decoders or min(cores(), MOST_THREADS),
+        max_batch=args.max_batch,
+        queue_delay_us=args.queue_delay,
+        max_queue=args.max_queue,
+        batching=not args.no_batching,
+        warmup=not args.no_warmup,
+        fused=not args.no_fused,
+        max_image_bytes=args.max_image_bytes,
+        max_image_pixels=args.max_image_pixels,
+        response_cache=tuple(args.response_cache),
+    )
+
+
+def make_repository(path: Path, output: Path, settings: Settings) -> list[str]:
+    """Render, lint and write a repository aside, then rename it into place; returns the models'
+    names.
+    """
+    from serve.bundle import read_bundle
+    from serve.repository.lint import lint
+    from serve.repository.models import build_models
+
+    bundle = read_bundle(path)
+    models = build_models(bundle, settings)
+    wrong = lint({model.name: model.config for model in models})
+    if wrong:
+        raise UserError(
+            f"{path} makes a repository that Triton would serve wrongly: {'; '.join(wrong)}"
+        )
+    aside = output.parent / f".{output.name}.{os.getpid()}.tmp"
+    try:
+        for model in models:
+            write_model(aside / model.name, model, settings.version)
+        made_with = {"bundle": bundle.version, "settings": settings.model_dump(mode="json")}
+        (aside / MADE_WITH).write_text(json.dumps(made_with, indent=1))
+        if output.exists():  # with --force, or empty
+            old = aside.with_suffix(".old")
+            output.rename(old)
+            aside.rename(output)
+            shutil.rmtree(old)
+        else:
+            aside.rename(output)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return [model.name for model in models]
+
+
+def write_model(folder: Path, model, version: int) -> None:
+    """Write config.pbtxt and the files of one version."""
+    from google.protobuf import text_format
+
+    inside = folder / str(version)
+    inside.mkdir(parents=True, exist_ok=True)
+    for name, content in model.files.items():
+        if isinstance(content, bytes):
+            (inside / name).write_bytes(content)
+        else:
+            shutil.copyfile(content, inside / name)
+    source = (
+        "rendered by serve.repository; what the fields are for is said in triton_models/ of the "
+        "project"
+    )
+    text = f"# {source}\n{text_format.MessageToString(model.config)}"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    if (
+        model.config.platform == "ensemble"
+    ):  # a rollout goes back and forth between its versions' configurations
+        (inside / CONFIG).write_text(text, encoding="utf-8")
+
+
+def read_made_with(repository: Path) -> tuple[str, Settings]:
+    """The bundle version and settings a repository was rendered from; raises UserError for any
+    other folder.
+    """
+    try:
+        content = json.loads((repository / MADE_WITH).read_text(encoding="utf-8"))
+        return content["bundle"], Settings.model_validate(content["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{repository} is no repository of serve.repository: render one, or name another"
+        ) from error

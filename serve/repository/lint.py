@@ -1,0 +1,150 @@
+"""Traps of Triton that configurations can be written into, found before a server is: each rule says
+what would happen.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from tritonclient.grpc.model_config_pb2 import TYPE_STRING, ModelConfig
+
+Configs = Mapping[str, ModelConfig]
+
+
+def lint(configs: Configs) -> list[str]:
+    """What is wrong with the models of a repository, a sentence each; an empty list if nothing
+    is.
+    """
+    return [
+        f"{name}: {message}"
+        for rule in RULES
+        for name, config in configs.items()
+        for message in rule(config, configs)
+    ]
+
+
+def shared_output(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """A tensor is for a client or for a step, never both."""
+    outputs = {port.name for port in config.output}
+    for step in config.ensemble_scheduling.step:
+        for tensor in sorted(outputs & set(step.input_map.values())):
+            yield (
+                f"'{tensor}' is an output and is read by step '{step.model_name}': requests that leave it out would fail "
+                'with "unexpected deadlock" (give clients an output of another name)'
+            )
+
+
+def side_input(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """Whatever a client sends goes into the first step."""
+    steps = config.ensemble_scheduling.step
+    for port in config.input if steps else ():
+        if port.name not in steps[0].input_map.values():
+            yield (
+                f"input '{port.name}' is not read by the first step: Triton would prune that step "
+                "for requests that do not need this input (give it to a model of its own)"
+            )
+
+
+def response_cache(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """Triton's cache knows an answer by its input's bytes alone."""
+    if not config.response_cache.enable:
+        return
+    if config.platform == "ensemble":
+        yield "response_cache on an ensemble: answers would be those of another request's outputs"
+    if len(config.output) != 1:
+        yield (
+            f"response_cache on a model of {len(config.output)} outputs: the key leaves out which "
+            "were asked for, so that a request would get another's"
+        )
+    if any(size < 0 for port in config.input for size in port.dims):
+        yield "response_cache on inputs whose shape varies: the key leaves out the shape"
+    if any(port.data_type == TYPE_STRING for port in config.input):
+        yield (
+            "response_cache on strings: their lengths are part of the shape, which the key "
+            "leaves out"
+        )
+
+
+def explicit_batch(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """Left out, Triton's auto-complete picks 4, and an ensemble cannot pass larger batches to its
+    steps.
+    """
+    if config.max_batch_size < 1 and "unbatched" not in config.parameters:
+        yield (
+            "max_batch_size is not set: write it down (parameter `unbatched` says that a model "
+            "takes no batches)"
+        )
+    for step in config.ensemble_scheduling.step:
+        part = configs.get(step.model_name)
+        if part is not None and part.max_batch_size < config.max_batch_size:
+            yield (
+                f"max_batch_size {config.max_batch_size} is more than the {part.max_batch_size} "
+                f"of step '{step.model_name}'"
+            )
+
+
+def bounded_queue(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """Without a limit a server that falls behind takes requests until memory ends."""
+    if (
+        config.HasField("dynamic_batching")
+        and not config.dynamic_batching.default_queue_policy.max_queue_size
+    ):
+        yield "dynamic_batching without max_queue_size: an overloaded server would never say so"
+
+
+def strings_alone(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """A python model gets strings one request at a time."""
+    if config.HasField("dynamic_batching") and any(
+        port.data_type == TYPE_STRING for port in config.input
+    ):
+        yield (
+            "dynamic_batching of strings: Triton fails all requests of a batch for one whose "
+            "strings are packed wrongly (take dynamic_batching away)"
+        )
+
+
+def warm_up_data(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """Random bytes are NaN where floats are read."""
+    for sample in config.model_warmup:
+        for name, data in sample.inputs.items():
+            if data.random_data:
+                yield (
+                    f"warm-up of '{name}' by random_data: bytes that are NaN would be refused and "
+                    "the model not load"
+                )
+
+
+def joined_steps(config: ModelConfig, configs: Configs) -> Iterator[str]:
+    """Every step exists, all of one version, and each tensor it reads is given before it in the
+    same type and dims.
+    """
+    versions = {step.model_version for step in config.ensemble_scheduling.step}
+    if len(versions) > 1 or any(version < 1 for version in versions):
+        yield (
+            f"its steps are of versions {sorted(versions)}: name one, or a rollout joins parts of "
+            "two students"
+        )
+    given = {port.name: (port.data_type, tuple(port.dims)) for port in config.input}
+    for step in config.ensemble_scheduling.step:
+        part = configs.get(step.model_name)
+        if part is None:
+            yield f"step '{step.model_name}' is no model of this repository"
+            continue
+        reads = {port.name: (port.data_type, tuple(port.dims)) for port in part.input}
+        gives = {port.name: (port.data_type, tuple(port.dims)) for port in part.output}
+        for inner in sorted(set(reads) - set(step.input_map)):
+            yield f"step '{step.model_name}' gets no '{inner}'"
+        for inner, outer in sorted(step.input_map.items()):
+            if given.get(outer) != reads.get(inner):
+                yield (
+                    f"step '{step.model_name}' reads '{inner}' {reads.get(inner)}, '{outer}' is "
+                    f"{given.get(outer)}"
+                )
+        given |= {outer: gives.get(inner) for inner, outer in step.output_map.items()}
+    if config.platform == "ensemble":
+        for port in config.output:
+            if given.get(port.name) != (port.data_type, tuple(port.dims)):
+                yield f"output '{port.name}' is given by no step in its type and dims"
+
+
+RULES: tuple[Callable[[ModelConfig, Configs], Iterator[str]], ...] = (
+    shared_output, side_input, response_cache, explicit_batch, bounded_queue, strings_alone, warm_up_data, joined_steps,
+)  # fmt: skip

@@ -1,0 +1,116 @@
+"""Small steps of writing a Triton ModelConfig: ports, versions, instances, batching, warm-up,
+ensemble steps.
+
+The messages are those of
+https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto, which
+tritonclient ships.
+"""
+
+from collections.abc import Iterable, Sequence, Set
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
+
+from serve.bundle import Graph, Tensor
+from serve.repository.settings import Settings
+
+TEMPLATES = Path(__file__).parents[2] / "triton_models"
+CONTRACT = Path(__file__).parents[2] / "contract"
+"""Whose numpy-only modules are copied beside a model that needs them."""
+TYPES = {
+    "uint8": "TYPE_UINT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float32": "TYPE_FP32",
+}
+"""Triton's names of the manifest's element types."""
+
+
+def read_template(folder: str) -> ModelConfig:
+    """A template of triton_models/ as a configuration."""
+    return text_format.Parse(
+        (TEMPLATES / folder / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig()
+    )
+
+
+def add_port(ports, name: str, kind: str, dims: Iterable[int]) -> None:
+    """Append an input or output; `kind` is Triton's name of its type."""
+    ports.add(name=name, data_type=DataType.Value(kind), dims=dims)
+
+
+def add_tensor(ports, tensor: Tensor) -> None:
+    """Append a tensor of the manifest as an input or output, without its batch."""
+    add_port(ports, tensor.name, TYPES[tensor.dtype], tensor.dims)
+
+
+def pin(config: ModelConfig, version: int) -> None:
+    """Serve exactly this version (ensembles: their steps are of one version, so that parts of one
+    student stay together).
+    """
+    config.version_policy.specific.versions[:] = [version]
+
+
+def keep_latest(config: ModelConfig, versions: int = 2) -> None:
+    """Serve the latest versions. Not a list of them: Triton would reload all where one was added,
+    for the config changed.
+    """
+    config.version_policy.latest.num_versions = versions
+
+
+def place(config: ModelConfig, settings: Settings, count: int) -> None:
+    """So many instances, on the CPU or on every device."""
+    group = ModelInstanceGroup(count=count, kind=ModelInstanceGroup.KIND_CPU)
+    if settings.kind == "gpu":
+        group.kind = ModelInstanceGroup.KIND_GPU
+        group.gpus.extend(settings.devices)
+    config.instance_group.append(group)
+
+
+def place_on_cpu(config: ModelConfig, count: int = 1) -> None:
+    """Instances of a model that has no use for a GPU."""
+    config.instance_group.append(ModelInstanceGroup(count=count, kind=ModelInstanceGroup.KIND_CPU))
+
+
+def tune_batching(config: ModelConfig, settings: Settings) -> None:
+    """Carry over the settings of the dynamic batcher, or take it away."""
+    if not settings.batching:
+        config.ClearField("dynamic_batching")
+        return
+    if settings.queue_delay_us is not None and config.dynamic_batching.max_queue_delay_microseconds:
+        config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
+    config.dynamic_batching.default_queue_policy.max_queue_size = settings.max_queue
+
+
+def warm_up(config: ModelConfig, inputs: Sequence[Tensor], sizes: dict[str, int]) -> None:
+    """Zeros of the usual size for every input of the template's sample; `sizes` gives axes that
+    vary.
+    """
+    for sample in config.model_warmup:
+        for tensor in inputs:
+            entry = sample.inputs[tensor.name]
+            entry.data_type = DataType.Value(TYPES[tensor.dtype])
+            entry.dims.extend(
+                axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape[1:]
+            )
+            entry.zero_data = True
+
+
+def step(
+    config: ModelConfig, model: str, version: int, reads: dict[str, str], gives: dict[str, str]
+) -> None:
+    """Append a step to an ensemble; the maps go from the model's names to the ensemble's."""
+    # a pinned version: during a rollout two versions are loaded, and the parts of one student
+    # belong together
+    config.ensemble_scheduling.step.add(
+        model_name=model, model_version=version, input_map=reads, output_map=gives
+    )
+
+
+def join(config: ModelConfig, model: str, graph: Graph, version: int, wanted: Set[str]) -> None:
+    """Append a graph to an ensemble; tensors have the same names everywhere. Triton refuses outputs
+    that nobody reads.
+    """
+    reads = {tensor.name: tensor.name for tensor in graph.inputs}
+    gives = {tensor.name: tensor.name for tensor in graph.outputs if tensor.name in wanted}
+    step(config, model, version, reads, gives)

@@ -1,0 +1,369 @@
+"""From a bundle to Triton's model configurations: which models there are, and how the ensembles
+join them.
+
+Names, types and dims come from the manifest; everything else from the templates in triton_models/,
+which are valid configurations themselves
+(https://github.com/triton-inference-server/common/blob/main/protobuf/model_config.proto).
+"""
+
+import json
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from contract.errors import UserError
+from serve.bundle import BACKBONE, FUSED, IMAGE, Bundle, Graph
+from serve.repository.model_config import (
+    CONTRACT,
+    TEMPLATES,
+    add_port,
+    add_tensor,
+    join,
+    keep_latest,
+    pin,
+    place,
+    place_on_cpu,
+    read_template,
+    step,
+    tune_batching,
+    warm_up,
+)
+from serve.repository.settings import Settings
+from serve.repository.zero_shot import zero_shot_parts
+
+TASKS = ("classification", "segmentation", "depth")
+MAPS = {"segmentation": ("segmentation_logits", "class_map"), "depth": ("depth", "depth_map")}
+"""Tasks whose answer is a map of the picture's size: what the map is made from, what it is called.
+"""
+UNBATCHED = "unbatched"
+"""Parameter of models that take no batches, as the lint wants to be told."""
+LARGE = 0.25
+"""Graphs of at least this part of the backbone's bytes get as many instances and threads as that:
+UMT's interaction is one.
+"""
+
+
+@dataclass
+class Model:
+    """A folder of the repository: its configuration and the files of its version, by name (a path
+    is copied).
+    """
+
+    config: ModelConfig
+    files: dict[str, bytes | Path] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The model's name, which is its folder's."""
+        return self.config.name
+
+
+def served_name(graph: str) -> str:
+    """Triton's name of a graph: that of a task goes to the model that takes pictures, its head is
+    TASK_head.
+    """
+    return f"{graph}_head" if graph in TASKS else graph
+
+
+def template_of(graph: str) -> str:
+    """The folder of triton_models/ a graph is rendered from."""
+    if graph in TASKS:
+        return "task_head"
+    return "head" if graph.startswith("head_") else graph
+
+
+def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
+    """Every model of a repository, in an order in which each follows those it is made of.
+
+    Raises UserError for files that do not match their hashes, engines that are not there, batches
+    never checked.
+    """
+    most = settings.max_batch or bundle.manifest.max_batch
+    if most > bundle.manifest.max_batch:
+        raise UserError(
+            f"--max-batch {most}: the bundle was checked up to {bundle.manifest.max_batch} (export "
+            f"with --max-batch {most})"
+        )
+    graphs = [graph for graph in bundle.manifest.graphs if graph.name != FUSED or settings.fused]
+    models = [graph_model(bundle, graph, settings) for graph in graphs]
+    models.append(features(bundle, settings, encoded=False))
+    if settings.encoded:
+        models += [decoder(bundle, settings), features(bundle, settings, encoded=True)]
+    for task in MAPS:
+        if task in bundle.graphs:
+            models += [map_model(bundle, task, settings), task_ensemble(bundle, task, settings)]
+    models += [Model(config, files) for config, files in zero_shot_parts(bundle, settings)]
+    for model in models:
+        if UNBATCHED not in model.config.parameters:
+            model.config.max_batch_size = most
+        if model.config.platform == "ensemble":
+            pin(model.config, settings.version)
+        else:
+            keep_latest(model.config)
+        if model.name in settings.response_cache:
+            model.config.response_cache.enable = True
+    unknown = sorted(set(settings.response_cache) - {model.name for model in models})
+    if unknown:
+        names = ", ".join(model.name for model in models)
+        raise UserError(f"--response-cache {unknown[0]}: no such model (there are {names})")
+    return models
+
+
+def graph_model(bundle: Bundle, graph: Graph, settings: Settings) -> Model:
+    """One graph: in the python backend with its code beside it, or in a backend of Triton's own."""
+    folder = template_of(graph.name)
+    config = read_template(folder)
+    config.name = served_name(graph.name)
+    for tensor in graph.inputs:
+        add_tensor(config.input, tensor)
+    for tensor in graph.outputs:
+        add_tensor(config.output, tensor)
+    files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
+    large = weight(bundle, graph) >= LARGE * weight(bundle, bundle.graphs[BACKBONE])
+    threads = str(settings.threads if large else 1)
+    place(config, settings, settings.instances if large else 1)
+    tune_batching(config, settings)
+    if settings.warmup:
+        warm_up(config, graph.inputs, usual_sizes(bundle))
+    else:
+        config.ClearField("model_warmup")
+    if settings.backend == "python":
+        for port in config.input:
+            # Triton lets a batch of 0 pass where the bytes are those of one picture, without its
+            # first axis, and then fails all requests of a batch, for it takes the next axis (64
+            # rows, say) for the batch: an axis of 1 comes before it
+            port.reshape.shape[:] = [1, *port.dims]
+        config.parameters["runtime"].string_value = settings.runtime
+        config.parameters["threads"].string_value = threads
+        code = {
+            "model.py": TEMPLATES / folder / "1" / "model.py",
+            "graph_model.py": TEMPLATES / "graph_model.py",
+            "model.json": about(bundle, graph),
+        }
+        return Model(config, files | code)
+    config.ClearField("parameters")
+    config.backend = settings.backend
+    if settings.backend == "onnxruntime":
+        config.default_model_filename = "model.onnx"
+        config.parameters["intra_op_thread_count"].string_value = threads
+        return Model(config, files)
+    config.default_model_filename = "model.plan"
+    # launching many small kernels costs more than running them, at small batches
+    config.optimization.cuda.graphs = True
+    for group in config.instance_group:
+        group.profile.append("0")
+    return Model(config, {"model.plan": engine_of(bundle, graph)})
+
+
+def usual_sizes(bundle: Bundle) -> dict[str, int]:
+    """The axes that vary, at the largest size the bundle was checked at."""
+    resolution = bundle.manifest.resolution
+    rows, columns = resolution.height // resolution.stride, resolution.width // resolution.stride
+    # `tokens` may count a class position too; warm-up only needs a size that runs
+    result = {
+        "height": resolution.height,
+        "width": resolution.width,
+        "rows": rows,
+        "columns": columns,
+        "positions": rows * columns,
+        "tokens": rows * columns + 1,
+    }
+    for graph in bundle.parts:  # a DPT head reads finer layers: `rows_4` is a row every 4 pixels
+        for axis in {
+            axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)
+        }:
+            side, _, pixels = axis.partition("_")
+            if pixels:
+                result[axis] = {"rows": resolution.height, "columns": resolution.width}[
+                    side
+                ] // int(pixels)
+    return result
+
+
+def graph_files(bundle: Bundle, graph: Graph) -> dict[str, str]:
+    """Names in the bundle of a graph's files, by those in a repository: its weights may lie beside
+    it, where it names them.
+    """
+    weights = f"{graph.file}.data"
+    return {"model.onnx": graph.file} | (
+        {weights: weights} if weights in bundle.manifest.files else {}
+    )
+
+
+def weight(bundle: Bundle, graph: Graph) -> int:
+    """Bytes of a graph."""
+    return sum((bundle.path / name).stat().st_size for name in graph_files(bundle, graph).values())
+
+
+def about(bundle: Bundle, graph: Graph) -> bytes:
+    """model.json: what the python model must know of its graph."""
+    sizes = usual_sizes(bundle)
+    facts = {
+        "sha256": {
+            name: bundle.manifest.files[listed]
+            for name, listed in graph_files(bundle, graph).items()
+        },
+        "bundle": bundle.version,
+        "student": bundle.manifest.student.sha256,
+        "inputs": [tensor.name for tensor in graph.inputs],
+        "outputs": [tensor.name for tensor in graph.outputs],
+        "largest": [
+            [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape[1:]]
+            for tensor in graph.inputs
+        ],
+        **bundle.manifest.resolution.limits,
+    }
+    return json.dumps(facts, indent=1).encode()
+
+
+def engine_of(bundle: Bundle, graph: Graph) -> Path:
+    """The engine of full TensorRT for a graph; UserError if there is none, or only
+    TensorRT-RTX's.
+    """
+    flavours = {
+        entry["flavour"]: entry for entry in bundle.manifest.engines if entry["graph"] == graph.name
+    }
+    if "tensorrt" not in flavours:
+        has = (
+            f" (only of {', '.join(sorted(flavours))}, which Triton cannot load)"
+            if flavours
+            else ""
+        )
+        raise UserError(
+            f"{bundle.path}: no engine of full TensorRT for '{graph.name}'{has}: export with "
+            "--formats onnx,tensorrt on the GPU that serves, or choose --backend python or "
+            "onnxruntime"
+        )
+    return bundle.file(flavours["tensorrt"]["file"])
+
+
+def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
+    """The front door: an ensemble of all parts, of which Triton runs those that the asked-for
+    outputs need.
+    """
+    config = read_template("features_encoded" if encoded else "features")
+    if encoded:
+        add_port(config.input, "encoded", "TYPE_STRING", [1])
+        step(config, "decode", settings.version, {"encoded": "encoded"}, {IMAGE: IMAGE})
+    else:
+        add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    for tensor in bundle.outputs:
+        add_tensor(config.output, tensor)
+    join_all(config, bundle.parts, {tensor.name for tensor in bundle.outputs}, settings)
+    config.parameters["about"].string_value = json.dumps(about_bundle(bundle))
+    return Model(config)
+
+
+def about_bundle(bundle: Bundle) -> dict:
+    """What a client may want to know of the bundle behind the front door."""
+    manifest, resolution = bundle.manifest, bundle.manifest.resolution
+    return {
+        "student": manifest.student.network,
+        "method": manifest.student.method,
+        "precision": manifest.precision,
+        "bundle": bundle.version,
+        "dynamic": resolution.dynamic,
+        **resolution.limits,
+        "teachers": [
+            {"label": t.label, "role": t.role, "licence": t.licence} for t in manifest.teachers
+        ],
+        "tasks": {task: facts(bundle.graphs[task]) for task in TASKS if task in bundle.graphs},
+    }
+
+
+def facts(graph: Graph) -> dict:
+    """What the answer of a task's head means: names of classes, unit, pixels of a cell's side, as
+    far as it has them.
+    """
+    return {
+        name: graph.about[name] for name in ("classes", "unit", "stride") if graph.about.get(name)
+    }
+
+
+def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
+    """A picture in, a map of its size out: what the task's head needs, the head, the map."""
+    scores, answer = MAPS[task]
+    config = read_template(task)
+    add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    config.output.append(read_template(f"{task}_map").output[0])
+    join_all(config, needed(bundle, task), {scores}, settings)
+    step(config, f"{task}_map", settings.version, {scores: scores, IMAGE: IMAGE}, {answer: answer})
+    size = {"height": bundle.manifest.resolution.height, "width": bundle.manifest.resolution.width}
+    for name, value in (facts(bundle.graphs[task]) | size).items():
+        config.parameters[name].string_value = (
+            value if isinstance(value, str) else json.dumps(value)
+        )
+    return Model(config)
+
+
+def join_all(
+    config: ModelConfig, graphs: Sequence[Graph], outputs: Set[str], settings: Settings
+) -> None:
+    """Append graphs to an ensemble, each with those of its outputs that the others read or that are
+    `outputs`.
+    """
+    wanted = outputs | {tensor.name for graph in graphs for tensor in graph.inputs}
+    for graph in graphs:
+        join(config, served_name(graph.name), graph, settings.version, wanted)
+
+
+def needed(bundle: Bundle, last: str) -> list[Graph]:
+    """The graphs that one graph needs, itself included, in order."""
+    wanted, result = {tensor.name for tensor in bundle.graphs[last].inputs}, [bundle.graphs[last]]
+    for graph in reversed(bundle.parts):
+        if graph.name != last and wanted & {tensor.name for tensor in graph.outputs}:
+            result.insert(0, graph)
+            wanted |= {tensor.name for tensor in graph.inputs}
+    return result
+
+
+def map_model(bundle: Bundle, task: str, settings: Settings) -> Model:
+    """The step that makes a map of scores."""
+    scores, _ = MAPS[task]
+    config = read_template(f"{task}_map")
+    add_tensor(
+        config.input,
+        next(tensor for tensor in bundle.graphs[task].outputs if tensor.name == scores),
+    )
+    add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    tell_sizes(config, bundle)
+    # DPT's depth is finer than the patches
+    cell = bundle.graphs[task].about.get("stride", bundle.manifest.resolution.stride)
+    config.parameters["cell"].string_value = str(cell)
+    place_on_cpu(config)
+    files = {
+        "model.py": TEMPLATES / f"{task}_map" / "1" / "model.py",
+        "map_model.py": TEMPLATES / "map_model.py",
+        "graph_model.py": TEMPLATES / "graph_model.py",
+        "dense.py": CONTRACT / "dense.py",
+    }
+    return Model(config, files)
+
+
+def decoder(bundle: Bundle, settings: Settings) -> Model:
+    """The step that decodes picture files."""
+    config = read_template("decode")
+    add_port(config.output, IMAGE, "TYPE_UINT8", bundle.graphs[BACKBONE].inputs[0].dims)
+    tell_sizes(config, bundle)
+    for name, value in {
+        "max_bytes": settings.max_image_bytes,
+        "max_pixels": settings.max_image_pixels,
+    }.items():
+        config.parameters[name].string_value = str(value)
+    place_on_cpu(config, settings.decoders)
+    files = {
+        "model.py": TEMPLATES / "decode" / "1" / "model.py",
+        "graph_model.py": TEMPLATES / "graph_model.py",
+        "images.py": CONTRACT / "images.py",
+    }
+    return Model(config, files)
+
+
+def tell_sizes(config: ModelConfig, bundle: Bundle) -> None:
+    """Write down the bundle's largest and smallest sides, and what they are multiples of, for a
+    model that reads pictures.
+    """
+    for name, value in bundle.manifest.resolution.limits.items():
+        config.parameters[name].string_value = str(value)

@@ -1,0 +1,172 @@
+"""The versions of a bundle in a repository's folders: which serves, which are there, how one is
+added, tried and dropped.
+
+Every model but the ensembles holds a folder a version and its configuration does not change; an
+ensemble keeps each version's configuration in that version's folder, and the one in front of them
+is the one that serves.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from contract.errors import UserError
+from serve.bundle import BACKBONE, Bundle
+from serve.repository.build import CONFIG, read_made_with, write_model
+from serve.repository.lint import lint
+from serve.repository.models import Model, build_models
+from serve.repository.settings import Settings
+
+DOOR = "features"
+
+
+class Repository:
+    """A repository of serve.repository on disk; what a server has loaded of it is `Admin`'s."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.settings: Settings = read_made_with(path)[1]
+
+    @property
+    def serving(self) -> int:
+        """The version the front door is made of."""
+        return self.config(DOOR).version_policy.specific.versions[0]
+
+    @property
+    def versions(self) -> list[int]:
+        """Versions that are there, oldest first."""
+        return sorted(
+            int(path.name) for path in (self.path / BACKBONE).iterdir() if path.name.isdecimal()
+        )
+
+    @property
+    def models(self) -> list[str]:
+        """Names of all models."""
+        return sorted(path.parent.name for path in self.path.glob(f"*/{CONFIG}"))
+
+    def config(self, model: str) -> ModelConfig:
+        """The configuration of a model that serves."""
+        return text_format.Parse(
+            (self.path / model / CONFIG).read_text(encoding="utf-8"), ModelConfig()
+        )
+
+    def ensembles(self) -> list[str]:
+        """Names of the ensembles, the front door last."""
+        names = [name for name in self.models if self.config(name).platform == "ensemble"]
+        return sorted(names, key=lambda name: (name == DOOR, name))
+
+    def render(self, bundle: Bundle, version: int) -> list[Model]:
+        """The models of another bundle with this repository's settings; raises UserError if Triton
+        would serve them wrongly.
+        """
+        models = build_models(bundle, self.settings.model_copy(update={"version": version}))
+        wrong = lint({model.name: model.config for model in models})
+        if wrong:
+            raise UserError(
+                f"{bundle.path} makes a repository that Triton would serve wrongly: "
+                f"{'; '.join(wrong)}"
+            )
+        return models
+
+    def check_interface(self, models: Sequence[Model]) -> None:
+        """Raise UserError unless clients will find the models, inputs, outputs and batches they
+        know.
+        """
+        new, old = (
+            {model.name: model.config for model in models},
+            {name: self.config(name) for name in self.models},
+        )
+        for name in sorted(set(new) ^ set(old)):
+            has = "also has" if name in new else "does not have"
+            raise UserError(f"the new bundle {has} a model '{name}': give it a server of its own")
+        for name, config in new.items():
+            for what in ("input", "output", "max_batch_size"):
+                now, then = getattr(config, what), getattr(old[name], what)
+                if now != then:
+                    raise UserError(
+                        f"the new bundle's model '{name}' has another {what} ({as_text(now)}; served "
+                        f"now: {as_text(then)}): clients rely on it, so give it a server of its own"
+                    )
+            if config.platform != "ensemble" and facts(config) != facts(old[name]):
+                raise UserError(
+                    f"the new bundle's model '{name}' has other parameters: give it a server of "
+                    "its own, or restart this one"
+                )
+
+    def stage(self, models: Sequence[Model], prefix: str) -> list[str]:
+        """Write models under other names, each after those it is made of; returns the names."""
+        self.unstage(prefix)
+        for model in models:
+            config = ModelConfig()
+            config.CopyFrom(model.config)
+            config.name = prefix + model.name
+            for step in config.ensemble_scheduling.step:
+                step.model_name = prefix + step.model_name
+            write_model(self.path / config.name, Model(config, model.files), version_of(models))
+        # Triton loads an ensemble's steps with it, but the models beside them must be tried too
+        return [prefix + model.name for model in models]
+
+    def unstage(self, prefix: str) -> None:
+        """Delete what was staged, also what a killed rollout left behind."""
+        for folder in self.path.glob(f"{prefix}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def add(self, models: Sequence[Model], version: int) -> Iterator[str]:
+        """Put a version's files beside the others; yields each model that must be loaded now, its
+        files being whole.
+        """
+        for model in models:
+            aside = self.path / model.name / f".{version}.tmp"
+            shutil.rmtree(aside, ignore_errors=True)
+            write_model(aside, model, version)
+            (aside / str(version)).rename(self.path / model.name / str(version))
+            shutil.rmtree(aside)
+            if model.config.platform != "ensemble":
+                yield model.name
+
+    def point(self, version: int) -> Iterator[str]:
+        """Give every ensemble the configuration of a version; yields each, to be loaded."""
+        for name in self.ensembles():
+            aside = self.path / name / f".{CONFIG}.tmp"
+            shutil.copyfile(self.path / name / str(version) / CONFIG, aside)
+            aside.replace(self.path / name / CONFIG)
+            yield name
+
+    def forget(self, version: int) -> Iterator[str]:
+        """Delete a version that does not serve; yields each model that must be loaded again to drop
+        it.
+        """
+        for name in self.models:
+            folder = self.path / name / str(version)
+            if folder.exists():
+                shutil.rmtree(folder)
+                if self.config(name).platform != "ensemble":
+                    yield name
+
+
+def version_of(models: Sequence[Model]) -> int:
+    """The version that models were rendered as."""
+    return next(
+        m.config.version_policy.specific.versions[0]
+        for m in models
+        if m.config.platform == "ensemble"
+    )
+
+
+def as_text(value: object) -> str:
+    """Ports as `name[dims]`, numbers as they are."""
+    if isinstance(value, int):
+        return str(value)
+    return ", ".join(f"{port.name}{list(port.dims)}" for port in value)
+
+
+def facts(config: ModelConfig) -> dict[str, str]:
+    """A model's parameters but for its threads: a new version runs with those of the configuration
+    that is there.
+    """
+    return {
+        name: value.string_value for name, value in config.parameters.items() if name != "threads"
+    }

@@ -1,0 +1,222 @@
+"""The models of zero-shot classification: what a bundle's class embeddings are compared with, and
+its text encoder.
+"""
+
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from contract.class_scores import ClassVectors
+from contract.errors import UserError
+from serve.bundle import BACKBONE, Bundle
+from serve.repository.model_config import (
+    CONTRACT,
+    TEMPLATES,
+    add_port,
+    add_tensor,
+    place_on_cpu,
+    read_template,
+)
+from serve.repository.settings import Settings
+
+EMBEDDINGS, ENCODER = "class_embeddings.safetensors", "text_encoder.json"
+"""What `export.text` writes into a bundle."""
+
+FORMAT = "1"
+SCALE = 100.0
+"""CLIP's own temperature, for embeddings that name none."""
+
+
+class ClassEmbeddings(NamedTuple):
+    """What class_embeddings.safetensors holds: the classes' names, their vectors, and whose space
+    they are of.
+    """
+
+    classes: tuple[str, ...]
+    vectors: ClassVectors
+    teacher: str | None
+    templates: tuple[str, ...]
+    text_weights: str | None
+
+    @property
+    def width(self) -> int:
+        """Length of the vectors."""
+        return self.vectors.embeddings.shape[1]
+
+
+def read_class_embeddings(path: Path) -> ClassEmbeddings:
+    """Read a file of `export.text`; raises UserError for a damaged one, or one of another
+    version.
+    """
+    again = "make it again with python -m export.text"
+    try:
+        with safe_open(path, framework="np") as file:
+            message = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if message.get("format") != FORMAT:
+            raise UserError(
+                f"{path} is of format {message.get('format')}, this version reads {FORMAT}: {again}"
+            )
+        scale = float(message.get("logit_scale", SCALE))
+        vectors = ClassVectors(
+            tensors["embeddings"], scale, tensors.get("norms"), tensors.get("bias")
+        )
+        result = ClassEmbeddings(
+            tuple(json.loads(message["classes"])),
+            vectors,
+            message.get("teacher"),
+            tuple(json.loads(message.get("templates", "[]"))),
+            message.get("text_weights_sha256"),
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file ({again})") from error
+    except (SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} holds no class embeddings ({error}): {again}") from error
+    rows = [tensor for tensor in (vectors.norms, vectors.bias) if tensor is not None]
+    shaped = vectors.embeddings.ndim == 2 and all(
+        row.shape == vectors.embeddings.shape[:1] for row in rows
+    )
+    if not shaped or len(rows) == 1 or len(result.classes) != len(vectors.embeddings):
+        raise UserError(
+            f"{path}: its tensors and its {len(result.classes)} classes do not belong together: "
+            f"{again}"
+        )
+    return result
+
+
+def zero_shot_parts(bundle: Bundle, settings: Settings) -> list[tuple]:
+    """Configurations and files of `text_encoder` and `zero_shot`, as far as the bundle has what
+    they need.
+
+    Raises UserError for class embeddings that no teacher of the bundle fits.
+    """
+    if EMBEDDINGS not in bundle.manifest.files:
+        return []
+    result = read_class_embeddings(bundle.file(EMBEDDINGS))
+    encoder, missing = read_encoder(bundle, result)
+    parts = [text_encoder(bundle, result, encoder, settings)] if encoder else []
+    return [*parts, zero_shot(bundle, result, missing, settings)]
+
+
+def teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
+    """Label of the teacher whose image embeddings the classes are compared with; UserError if that
+    is nobody, or anybody.
+
+    The one that the embeddings name, else the CLIP teacher whose embeddings are as wide.
+    """
+    teachers = {teacher.label: teacher for teacher in bundle.manifest.teachers}
+    outputs = {tensor.name for tensor in bundle.outputs}
+    fitting = [
+        label
+        for label, teacher in teachers.items()
+        if teacher.token_dim == result.width
+        and f"{label}_token" in outputs
+        and (label == result.teacher if result.teacher else teacher.role == "clip")
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    widths = "; ".join(
+        f"{label}: {teacher.role}, {teacher.token_dim}" for label, teacher in teachers.items()
+    )
+    whose = f"teacher '{result.teacher}'" if result.teacher else "a CLIP teacher"
+    problem = (
+        f"there are several ({', '.join(fitting)}): name one with --teacher"
+        if fitting
+        else f"there is none ({widths})"
+    )
+    raise UserError(
+        f"{bundle.path / EMBEDDINGS} holds {result.width}-d vectors for {whose} with an image "
+        f"embedding of that width, and {problem}; make it again with python -m export.text"
+    )
+
+
+def read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, str]:
+    """The text encoder's description if it is of the embeddings' model, else None and why new
+    labels cannot be asked.
+    """
+    if result.vectors.norms is not None:
+        return None, "this bundle's classes are those of a classifier, which knows no others"
+    if ENCODER not in bundle.manifest.files:
+        return (
+            None,
+            "this bundle has no text encoder (python -m export.text --with-encoder adds one)",
+        )
+    about = json.loads(bundle.file(ENCODER).read_text(encoding="utf-8"))
+    if (
+        result.text_weights is None
+        or about.get("text_weights_sha256") != result.text_weights
+        or not result.templates
+    ):
+        return None, "this bundle's text encoder is of another model than its class embeddings"
+    return about, ""
+
+
+def text_encoder(bundle: Bundle, result: ClassEmbeddings, about: dict, settings: Settings) -> tuple:
+    """The model that makes embeddings of labels."""
+    config = read_template("text_encoder")
+    add_port(config.output, "embeddings", "TYPE_FP32", [-1, result.width])
+    config.parameters["threads"].string_value = str(settings.threads)
+    place_on_cpu(config)  # a few short sentences, once a label
+    graph, vocabulary = about["graph"]["file"], about["tokenizer"]["vocabulary"]["file"]
+    files = {
+        "model.py": TEMPLATES / "text_encoder" / "1" / "model.py",
+        "graph_model.py": TEMPLATES / "graph_model.py",
+        "clip_text.py": TEMPLATES / "clip_text.py",
+        ENCODER: bundle.file(ENCODER),
+        graph: bundle.file(graph),
+        vocabulary: bundle.file(vocabulary),
+        "templates.json": json.dumps(result.templates).encode(),
+    }
+    return config, files
+
+
+def zero_shot(bundle: Bundle, result: ClassEmbeddings, missing: str, settings: Settings) -> tuple:
+    """The model that takes pictures and gives probabilities."""
+    config = read_template("zero_shot")
+    image = bundle.graphs[BACKBONE].inputs[0]
+    add_tensor(config.input, image)
+    config.input[-1].dims.insert(0, -1)  # the batch: written out where Triton does not batch
+    teacher = teacher_of(bundle, result)
+    vectors = {
+        name: value
+        for name, value in result.vectors._asdict().items()
+        if isinstance(value, np.ndarray)
+    }
+    buffer = io.BytesIO()
+    np.savez(buffer, **vectors)
+    data = buffer.getvalue()
+    resolution = bundle.manifest.resolution
+    about = {
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "output": f"{teacher}_token",
+        "scale": result.vectors.scale,
+        "max_batch": settings.max_batch or bundle.manifest.max_batch,
+        "classes": result.classes,
+        **resolution.limits,
+        "encoder": not missing,
+        "encoder_missing": missing,
+    }
+    # the classes are in every answer: a parameter that differs would keep a new bundle from taking
+    # over from this one
+    answer = {
+        "teacher": teacher,
+        "new_labels": not missing,
+        "height": resolution.height,
+        "width": resolution.width,
+    }
+    config.parameters["about"].string_value = json.dumps(answer)
+    files = {
+        "model.py": TEMPLATES / "zero_shot" / "1" / "model.py",
+        "classes.npz": data,
+        "class_scores.py": CONTRACT / "class_scores.py",
+        "graph_model.py": TEMPLATES / "graph_model.py",
+        "zero_shot.json": json.dumps(about).encode(),
+    }
+    return config, files

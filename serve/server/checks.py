@@ -1,0 +1,86 @@
+"""What `serve.run` can find wrong before anything is copied or started: each a line that names the
+remedy.
+"""
+
+from pathlib import Path
+
+from contract.errors import UserError
+from contract.gpu import compute_capabilities
+from serve.bundle import read_bundle
+from serve.repository.build import read_made_with
+from serve.repository.settings import Settings
+from serve.server.state import read_state
+from serve.server.triton import Tritonserver
+
+
+def check_repository(repository: Path, path: Path | None, settings: Settings) -> Settings:
+    """The settings to serve with; raises UserError if a kept repository is another bundle's, or in
+    use.
+    """
+    bundle = read_bundle(path) if path else None
+    if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
+        if path is None:
+            raise UserError(
+                "name a BUNDLE, or a --repository that is there (python -m serve.run --help)"
+            )
+        return settings
+    version, made_with = read_made_with(repository)
+    state = read_state(repository)
+    if state:
+        raise UserError(
+            f"--repository {repository} is served by process {state.pid}, gRPC on {state.grpc}: "
+            "stop that one"
+        )
+    if bundle and bundle.version != version:
+        raise UserError(
+            f"--repository {repository} was rendered from bundle {version}, {path} is "
+            f"{bundle.version}: name another folder, replace it (python -m serve.repository "
+            f"{path} --output {repository} --force), or roll it out (python -m serve.rollout)"
+        )
+    if bundle and made_with != settings:
+        name = next(name for name, value in settings if value != getattr(made_with, name))
+        raise UserError(
+            f"--repository {repository} was rendered with {name}={getattr(made_with, name)}, "
+            f"{getattr(settings, name)} was asked: leave BUNDLE out to serve it as it is, or "
+            "replace it (python -m serve.repository --force)"
+        )
+    return made_with
+
+
+def check_backend(result: Tritonserver, backend: str) -> None:
+    """Raise UserError if this tritonserver has no such backend."""
+    if result.backends is None or (result.backends / backend).is_dir():
+        return
+    others = ", ".join(sorted(folder.name for folder in result.backends.iterdir()))
+    raise UserError(
+        f"--backend {backend}: {result.executable} has no such backend (it has {others}): use "
+        "--backend python here, or NVIDIA's image nvcr.io/nvidia/tritonserver, which has it"
+    )
+
+
+def check_gpus(settings: Settings, path: Path | None) -> None:
+    """Raise UserError for GPUs that are not here, or engines that were built for others."""
+    if settings.kind != "gpu":
+        return
+    here = compute_capabilities()
+    if not here:
+        raise UserError(
+            "--kind gpu: this machine has no CUDA GPU (or no driver): use --kind cpu, or serve "
+            "where one is"
+        )
+    missing = [device for device in settings.devices if not 0 <= device < len(here)]
+    if missing:
+        raise UserError(
+            f"--devices {missing[0]}: this machine has {len(here)} GPUs, counted from 0"
+        )
+    if settings.backend != "tensorrt" or path is None:
+        return
+    for entry in read_bundle(path).manifest.engines:
+        built = entry.get("compute_capabilities") or ()
+        other = [device for device in settings.devices if built and here[device] not in built]
+        if entry["flavour"] == "tensorrt" and other:
+            raise UserError(
+                f"{path}: its engines are for GPUs of compute capability {', '.join(built)}, GPU "
+                f"{other[0]} has {here[other[0]]}: export on this machine, or use --backend "
+                "onnxruntime"
+            )

@@ -1,0 +1,152 @@
+"""How a tritonserver is told to listen and what to load: options, its command line, ports that are
+free.
+"""
+
+import errno
+import socket
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from contract.errors import UserError
+from serve.server.loading import CONFIG, read_config
+from serve.server.rest import ADMIN_HEADER
+from serve.server.triton import Tritonserver
+
+RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
+"""Endpoints that change a server or read its memory: only for those who have the key. Statistics
+stay open.
+"""
+
+
+class Tls(BaseModel):
+    """PEM files for TLS on gRPC; with a `root` clients must show a certificate that it signed
+    (mTLS).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    certificate: Path
+    key: Path
+    root: Path | None = None
+
+
+class Options(BaseModel):
+    """How a server listens and ends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str = "127.0.0.1"
+    grpc_port: int = Field(default=8001, ge=0, le=65535)
+    """0: any that is free; so for the others."""
+    http_port: int = Field(default=8000, ge=0, le=65535)
+    metrics_port: int = Field(default=8002, ge=0, le=65535)
+    tls: Tls | None = None
+    open_endpoints: tuple[str, ...] = ()
+    """Those of RESTRICTED that need no key."""
+    start_seconds: float = Field(default=120.0, gt=0)
+    exit_seconds: int = Field(default=30, ge=1)
+    """How long requests that were accepted may take to be answered after a stop."""
+    cache_bytes: int = Field(default=64 * 2**20, ge=1)
+    """Of the response cache, if a model has one."""
+    gpu: bool = False
+    extra: tuple[str, ...] = ()
+    """Further arguments of tritonserver."""
+
+
+def command_line(
+    result: Tritonserver,
+    repository: Path,
+    options: Options,
+    listening: dict[str, tuple[str, int]],
+    admin_key: str,
+) -> list[str]:
+    """tritonserver's command line; `listening`: host and port of "grpc", "http" and "metrics"."""
+    line = [str(result.executable), f"--model-repository={repository}"]
+    if result.backends:
+        line.append(f"--backend-directory={result.backends}")
+    if result.caches:
+        line.append(f"--cache-directory={result.caches}")
+    for name, (host, port) in listening.items():
+        line += [f"--{name}-address={host}", f"--{name}-port={port}"]
+    line += [
+        "--model-control-mode=explicit",
+        "--load-model=*",
+        # a broken new version must not keep the old one from starting: serve.server.loading
+        # decides, not Triton
+        "--exit-on-error=false",
+        "--strict-readiness=false",
+        "--disable-auto-complete-config",
+        f"--exit-timeout-secs={options.exit_seconds}",
+        "--metrics-config=summary_latencies=true",
+        f"--allow-gpu-metrics={'true' if options.gpu else 'false'}",
+    ]
+    if not options.gpu:
+        line.append("--pinned-memory-pool-byte-size=0")
+    closed = ",".join(name for name in RESTRICTED if name not in options.open_endpoints)
+    if closed:
+        # gRPC and HTTP are restricted each on its own
+        line += [
+            f"--{flag}={closed}:{ADMIN_HEADER}={admin_key}"
+            for flag in ("grpc-restricted-protocol", "http-restricted-api")
+        ]
+    if options.tls:
+        line += [
+            f"--grpc-use-ssl{'-mutual' if options.tls.root else ''}=true",
+            f"--grpc-server-cert={options.tls.certificate}",
+            f"--grpc-server-key={options.tls.key}",
+        ]
+        line += [f"--grpc-root-cert={options.tls.root}"] if options.tls.root else []
+    if caches_answers(repository):
+        line.append(f"--cache-config=local,size={options.cache_bytes}")
+    return [*line, *options.extra]
+
+
+def caches_answers(repository: Path) -> bool:
+    """Whether a model of the repository wants Triton's response cache."""
+    return any(read_config(path).response_cache.enable for path in repository.glob(f"*/{CONFIG}"))
+
+
+def choose_ports(requested: dict[str, int], host: str) -> dict[str, int]:
+    """Ports with every 0 replaced by a free one; raises UserError if two are the same."""
+    result, held = {}, []
+    for name, port in requested.items():
+        if port == 0:
+            held.append(listen(name, host, 0))  # held until all are chosen, so that they differ
+            port = held[-1].getsockname()[1]
+        if port in result.values():
+            other = next(key for key, value in result.items() if value == port)
+            raise UserError(f"--{name}-port {port} is --{other}-port too: give each its own")
+        result[name] = port
+    for one in held:
+        one.close()
+    return result
+
+
+def listen(name: str, host: str, port: int) -> socket.socket:
+    """A socket that listens as tritonserver's will; raises UserError for a port or an address that
+    cannot be had.
+    """
+    result = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        result = socket.socket(family, kind, protocol)
+        result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        result.bind(address)
+        result.listen()
+        return result
+    except OSError as error:
+        if result:
+            result.close()
+        if error.errno == errno.EADDRINUSE:
+            remedy = f"choose another with --{name}-port, or stop what listens there"
+            raise UserError(f"port {port} is in use: {remedy}") from error
+        if isinstance(error, PermissionError):
+            raise UserError(
+                f"port {port} is for the superuser: choose another with --{name}-port"
+            ) from error
+        raise UserError(
+            f"--host {host}: not an address of this machine ({error.strerror})"
+        ) from error

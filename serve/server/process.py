@@ -1,0 +1,307 @@
+"""A tritonserver on a model repository: started, waited for, its log passed on, drained and gone at
+the end.
+"""
+
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+from contract.errors import UserError
+from serve.errors import ServerError
+from serve.server.launch import RESTRICTED, Options, Tls, choose_ports, command_line, listen
+from serve.server.loading import load_rest, one_line
+from serve.server.rest import Rest
+from serve.server.state import State, remove_state, write_state
+from serve.server.stubs import find_stubs, remove_regions
+from serve.server.triton import Tritonserver
+
+__all__ = ["RESTRICTED", "Options", "Server", "Tls"]
+
+NOISE = re.compile(
+    "CUDA driver version is insufficient|CUDA memory pool disabled|CudaDriverHelper has not been "
+    "initialized|[Pp]inned (system )?memory|unable to create stream for|Failed to initialize "
+    "NVML|DCGM|GPU metrics|Unable to get number of CUDA devices"
+)
+"""What tritonserver says on every machine without a GPU."""
+
+DRAINED = "All models are stopped"
+"""Triton's log when every request that it accepted has been answered; what follows is unloading."""
+
+STARTS = 3
+CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
+"""On a machine that is very busy, Triton 2.51's python backend now and then aborts while it starts
+its processes (boost's lock_exception; server#8882): another start is made then, as the supervisor
+does later.
+"""
+
+UNLOAD_SECONDS = 5.0
+"""For unloading, which never ends where a backend was killed."""
+
+MESSAGE = re.compile(
+    r"^((?P<level>[EWIF])\d{4} [\d:.]+|\d{4}-\d\d-\d\dT[\d:.]+Z (?P<iso>[EWIF])) +\d+ [\w.]+:\d+\] +"
+    r'"?(?P<text>.*?)"? *$'
+)
+"""A line of Triton's log in either of its formats: level and time, thread, place, message."""
+
+LAUNCH = """\
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: however the parent ends, tritonserver drains and ends
+os.getppid() == int(sys.argv[1]) or sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+"""Run by a Python of its own, because code between fork and exec is unsafe in a process with
+threads.
+"""
+
+
+class Server:
+    """One tritonserver process; `start`, then `stop`, from the main thread: the process ends with
+    the thread that made it.
+    """
+
+    def __init__(
+        self, result: Tritonserver, repository: Path, options: Options, log: Callable[[str], None]
+    ) -> None:
+        self.found, self.repository, self.options, self.log = (
+            result,
+            repository.absolute(),
+            options,
+            log,
+        )
+        self.admin_key = secrets.token_urlsafe(24)
+        self.restarts: dict[str, int] = {}
+        self.server_restarts = 0
+        self.process: subprocess.Popen | None = None
+        self.narrowed: dict[str, str] = {}
+        """Configurations of models of which a version had to be left out."""
+        self.regions: set[str] = set()
+        """Shared memory of stub processes; tritonserver does not remove that of those that were
+        killed.
+        """
+        self.stopping = False
+        self._ready = False
+        self._drained = 0.0
+        self._errors: list[str] = []
+        self._complaints: list[str] = []
+        names = ("grpc", "http", "metrics")
+        self.ports = choose_ports(
+            {name: getattr(options, f"{name}_port") for name in names}, options.host
+        )
+
+    @property
+    def grpc(self) -> str:
+        """Where gRPC is answered, as clients on this machine write it."""
+        return self.address("grpc")
+
+    @property
+    def http(self) -> str:
+        """Where HTTP is answered."""
+        return self.address("http")
+
+    @property
+    def metrics(self) -> str:
+        """Where Prometheus reads."""
+        return self.address("metrics")
+
+    def address(self, name: str) -> str:
+        """HOST:PORT to connect to from this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host_of(name), self.host_of(name))
+        return f"[{host}]:{self.ports[name]}" if ":" in host else f"{host}:{self.ports[name]}"
+
+    def host_of(self, name: str) -> str:
+        """The address an endpoint listens on. HTTP has no TLS: where gRPC has it, HTTP is for this
+        machine alone.
+        """
+        return "127.0.0.1" if name == "http" and self.options.tls else self.options.host
+
+    @property
+    def rest(self) -> Rest:
+        """The HTTP endpoints, restricted ones included."""
+        return Rest(self.http, self.admin_key)
+
+    @property
+    def command(self) -> list[str]:
+        """tritonserver's command line."""
+        listening = {name: (self.host_of(name), port) for name, port in self.ports.items()}
+        return command_line(self.found, self.repository, self.options, listening, self.admin_key)
+
+    def start(self) -> float:
+        """Start and wait until every model answers; returns the seconds it took.
+
+        Raises UserError for ports that are in use, ServerError with tritonserver's first reason if
+        it does not come up.
+        """
+        self.check_ports()
+        began = time.monotonic()
+        for left in reversed(range(STARTS)):
+            try:
+                self.start_once()
+                break
+            except BaseException as error:
+                if isinstance(
+                    error, OSError
+                ):  # a connection that broke off: its process is about to end
+                    with suppress(subprocess.TimeoutExpired):
+                        self.process.wait(2)
+                status = self.process.poll()
+                self.kill()
+                if status not in CRASHES or self.stopping or not left:
+                    raise
+                self.log(
+                    f"tritonserver crashed while it started (signal {-status}): starting it again"
+                )
+        self._ready = True
+        self.save()
+        return time.monotonic() - began
+
+    def start_once(self) -> None:
+        """Launch tritonserver and wait until every model answers."""
+        self._errors, self._complaints = [], []
+        launch = [sys.executable, "-I", "-S", "-c", LAUNCH, str(os.getpid()), *self.command]
+        self.process = subprocess.Popen(
+            launch,
+            env={**os.environ, **self.found.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # a group of its own: Ctrl-C in a terminal reaches this process only, and stubs can be
+            # ended with it
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(
+            target=self.pass_on, args=(self.process.stdout,), daemon=True
+        )
+        self._reader.start()
+        self.wait_ready(time.monotonic() + self.options.start_seconds)
+        self.narrowed = load_rest(self.rest, self.repository, self.log)
+
+    def check_ports(self) -> None:
+        """Raise UserError for a port that something listens on: tritonserver finds out only after
+        loading all models.
+        """
+        for name, port in self.ports.items():
+            listen(name, self.host_of(name), port).close()
+
+    def wait_ready(self, deadline: float) -> None:
+        """Return when the server says READY; raises ServerError if it ends before, or is not by the
+        deadline.
+        """
+        while not self.rest.ready():
+            if self.process.poll() is not None:
+                raise self.explain_end()
+            if self.stopping:
+                raise ServerError("stopped before it was ready")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"tritonserver was not ready within {self.options.start_seconds:.0f} s "
+                    "(--start-timeout gives it more)"
+                )
+            time.sleep(0.05)
+
+    def pass_on(self, stream: TextIO) -> None:
+        """Pass the log on line by line, without the lines that mean nothing on this machine."""
+        begun = False
+        with stream:
+            for line in map(str.rstrip, stream):
+                message = MESSAGE.match(line)
+                begun = begun or message is not None
+                if not begun:  # before its log begins there can only be a complaint about flags, and pages of help
+                    self._complaints.append(line)
+                    continue
+                if not self.options.gpu and NOISE.search(line):
+                    continue
+                if DRAINED in line:
+                    self._drained = time.monotonic()
+                if message and (message["level"] or message["iso"]) in "EF":
+                    self._errors.append(message["text"])
+                self.log(line.replace(self.admin_key, "…"))
+
+    def explain_end(self) -> Exception:
+        """Why tritonserver ended before it was ready, as it said itself."""
+        self._reader.join(5)
+        if self._errors:
+            return ServerError(f"tritonserver ended: {one_line(self._errors[0])}")
+        if self._complaints and self.options.extra:
+            message = next(
+                (line for line in self._complaints if "option" in line), self._complaints[0]
+            )
+            message = message.removeprefix(f"{self.found.executable}: ")
+            return UserError(
+                f"tritonserver refuses what follows -- ({' '.join(self.options.extra)}): {message}"
+            )
+        status = self.process.returncode
+        how = f"signal {-status}" if status < 0 else f"exit status {status}"
+        return ServerError(
+            f"tritonserver ended: {' '.join(self._complaints[:1]) or 'its log gives no reason'} "
+            f"({how})"
+        )
+
+    def save(self) -> None:
+        """Write the state file; called whenever a count changes."""
+        state = State(
+            pid=os.getpid(),
+            server_pid=self.process.pid,
+            grpc=self.grpc,
+            http=self.http,
+            metrics=self.metrics,
+            admin_key=self.admin_key,
+            restarts=self.restarts,
+            server_restarts=self.server_restarts,
+        )
+        write_state(self.repository, state)
+
+    def drain(self) -> None:
+        """Tell tritonserver to take no more and to end when what it has is answered. Safe in a
+        signal handler.
+        """
+        self.stopping = True
+        if self.process and self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGTERM)
+
+    def stop(self) -> bool:
+        """Drain, wait for the end, leave no process, memory or state file; returns whether all
+        requests were answered.
+        """
+        if self.process is None:
+            return True
+        self.regions |= {stub.region for stub in find_stubs(self.process.pid)}
+        if not self.stopping:
+            self.drain()
+        deadline = time.monotonic() + self.options.exit_seconds + 5
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if self._drained:
+                deadline = min(deadline, self._drained + UNLOAD_SECONDS)
+            time.sleep(0.05)
+        self.kill()
+        remove_state(self.repository)
+        return not self._ready or bool(self._drained) or self.process.returncode == 0
+
+    def kill(self) -> None:
+        """End whatever is left of tritonserver and its stub processes, at once."""
+        if self.process is None:
+            return
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self._reader.join(5)
+        remove_regions(self.regions)
+        self.regions.clear()
+
+    def __enter__(self) -> "Server":
+        self.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()

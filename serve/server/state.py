@@ -1,0 +1,74 @@
+"""`.serve.json`: what a running server leaves in its repository, so that status, rollouts and
+second starts find it.
+"""
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from contract.errors import UserError
+
+STATE = ".serve.json"
+
+
+class State(BaseModel):
+    """A running server. The file is readable by its owner alone: whoever has the key may load and
+    unload models.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    pid: int
+    """The process that started tritonserver and watches it."""
+    server_pid: int
+    grpc: str
+    http: str
+    metrics: str
+    admin_key: str = Field(repr=False)
+    restarts: dict[str, int] = Field(default_factory=dict)
+    """How often a model's dead backend was replaced, by model."""
+    server_restarts: int = 0
+
+
+def write_state(repository: Path, state: State) -> None:
+    """Put the file there in one step, never readable by others."""
+    aside = repository / f"{STATE}.{os.getpid()}.tmp"
+    aside.unlink(missing_ok=True)
+    with open(
+        os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
+    ) as file:
+        file.write(state.model_dump_json(indent=1))
+    aside.replace(repository / STATE)
+
+
+def read_state(repository: Path) -> State | None:
+    """The server that runs on a repository, None if none does; raises UserError for a file that may
+    not be read.
+    """
+    path = repository / STATE
+    try:
+        state = State.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise UserError(
+            f"{path} belongs to another user: ask as the one who started the server"
+        ) from error
+    except ValidationError:
+        return None  # not ours, or of a version before this
+    return state if runs(state.server_pid) else None
+
+
+def remove_state(repository: Path) -> None:
+    """Take the file away, if it is there."""
+    (repository / STATE).unlink(missing_ok=True)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process of this id is a tritonserver: ids are used again."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+    except OSError:
+        return False
+    return b"tritonserver" in command

@@ -1,0 +1,47 @@
+"""What all commands share: a help that ends well, and one line and status 2 for a word they do not
+know.
+"""
+
+from importlib import import_module
+
+import pytest
+
+COMMANDS = {
+    "distill.run": "run",
+    "distill.evaluate.__main__": "evaluate",
+    "export.run": "run",
+    "export.check": "check",
+    "export.bench.__main__": "bench",
+    "export.text.__main__": "text",
+    "serve.repository.__main__": "repository",
+    "serve.run": "run",
+    "serve.client.__main__": "client",
+    "serve.rollout": "rollout",
+    "serve.status": "status",
+    "serve.bench": "bench",
+    "serve.trial": "trial",
+    "serve.demo.__main__": "demo",
+}
+
+
+def leave(capsys, command: str, *words: str) -> tuple[int, str, str]:
+    """Exit status, what is printed, what is complained."""
+    with pytest.raises(SystemExit) as stopped:
+        import_module(command).main(list(words))
+    said = capsys.readouterr()
+    return stopped.value.code, said.out, said.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_word_that_is_no_option_is_one_line(capsys, command):
+    status, _, error = leave(capsys, command, "--helf")
+    name = f"python -m {command.split('.')[0]}.{COMMANDS[command]}"
+    assert status == 2 and error.startswith("error: ") and error.endswith(f"(see {name} --help)\n")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_the_command_and_gives_an_example(capsys, command):
+    status, said, _ = leave(capsys, command, "--help")
+    name = f"python -m {command.split('.')[0]}.{COMMANDS[command]}"
+    assert status == 0 and said.count(name) > 1

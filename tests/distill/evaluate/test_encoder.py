@@ -1,0 +1,55 @@
+"""Encoders of every kind of network: strides, layers, sizes, and the notation that names them."""
+
+import pytest
+import torch
+
+from contract.errors import UserError
+from distill.evaluate.encoder import parse_model, teacher_encoder
+
+
+@pytest.mark.parametrize(
+    "name", ["swin_tiny_patch4_window7_224", "vit_base_patch16_siglip_224", "mobilenetv2_100"]
+)
+def test_layers_of_every_kind_of_network_have_their_maps_the_right_way_round(name):
+    encoder = teacher_encoder(parse_model(f"{name}@random"), size=224)
+    layers = encoder.layers(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+    for summary, patches in layers:
+        assert patches.shape[1] == patches.shape[2] and summary.shape == (1, patches.shape[3])
+    if name.startswith("swin"):
+        assert [tuple(p.shape[1:]) for _, p in layers] == [
+            (56, 56, 96),
+            (28, 28, 192),
+            (14, 14, 384),
+            (7, 7, 768),
+        ]
+        block = teacher_encoder(parse_model(f"{name}@random:1"), size=224)
+        assert block(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).patches.shape == (
+            1,
+            28,
+            28,
+            192,
+        )
+
+
+def test_stride_is_the_networks_where_the_size_is_no_multiple():
+    encoder = teacher_encoder(parse_model("mobilenetv2_100@random"), size=112)
+    assert encoder.stride == 32 and encoder.fit(128) == 128
+
+
+def test_a_network_of_one_size_says_so():
+    encoder = teacher_encoder(parse_model("beit_base_patch16_224@random"), size=224)
+    assert encoder.fit(224) == 224
+    with pytest.raises(UserError, match="takes pictures of 224 px only, 288 was asked"):
+        encoder.fit(288)
+
+
+def test_clip_by_name_gives_its_projected_embedding():
+    assert parse_model("vit_base_patch16_clip_224.openai@random").role == "clip"
+    assert parse_model("vit_base_patch16_clip_224.openai_ft_in1k@random").role == "classification"
+
+
+def test_arguments_of_a_network_are_part_of_its_fingerprint():
+    plain = teacher_encoder(parse_model("resnet10t@random"), size=64)
+    config = parse_model("resnet10t@random").model_copy(update={"kwargs": {"output_stride": 16}})
+    wide = teacher_encoder(config, size=64)
+    assert plain.weights_sha256 == wide.weights_sha256 and plain.fingerprint() != wide.fingerprint()

@@ -1,0 +1,224 @@
+"""Clusters, t-SNE, spreads and attention maps, on data whose answers are known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from contract.errors import UserError
+from distill.config import Recipe
+from distill.evaluate.attention import attention_figure, attention_maps, last_attention
+from distill.evaluate.encoder import parse_model, teacher_encoder
+from distill.evaluate.representation import (
+    Spread,
+    cluster_scores,
+    shared_spaces,
+    spread,
+    teacher_variance,
+    tsne_picture,
+)
+from distill.features import FeatureDims
+from distill.methods import build_method
+
+
+def clusters(n: int, classes: int, noise: float, d: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    labels = np.arange(n) % classes
+    return 5 * np.eye(d)[labels] + noise * random.normal(size=(n, d)), labels
+
+
+def test_separate_clusters_score_high_and_noise_low():
+    found = cluster_scores(*clusters(300, 5, 0.05), classes=5, seed=0)
+    assert found["NMI"] == pytest.approx(1) and found["silhouette"] > 0.95
+    noise = cluster_scores(*clusters(300, 5, 100), classes=5, seed=0)
+    assert noise["NMI"] < 0.15 and noise["silhouette"] < 0.1
+    assert cluster_scores(*clusters(300, 5, 100), classes=5, seed=0) == noise
+
+
+def test_length_of_features_does_not_matter():
+    features, labels = clusters(200, 4, 0.05)
+    lengths = np.random.default_rng(1).uniform(0.1, 10, size=(200, 1))
+    assert cluster_scores(features * lengths, labels, 4, 0)["NMI"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x, y * 0, 4), "the 40 pictures looked at are of one class"),
+        (
+            lambda x, y: (x, y, 41),
+            "40 pictures cannot make 41 clusters: raise representation.images",
+        ),
+        (lambda x, y: (x, np.arange(40), 4), "40 pictures of 40 classes have no silhouette"),
+        (lambda x, y: (np.where(x > 4, np.nan, x), y, 4), "features are not finite"),
+        (lambda x, y: (x * 0 + 1, y, 4), "features of all 40 pictures are alike"),
+        (lambda x, y: (x, y[1:], 4), r"features \[40, 16\] do not go with 39 labels"),
+    ],
+)
+def test_what_clusters_refuse(change, message):
+    with pytest.raises(UserError, match=message):
+        cluster_scores(*change(*clusters(40, 4, 0.1)), seed=0)
+
+
+@pytest.mark.parametrize(("n", "classes"), [(12, 3), (60, 25), (4, 2)])
+def test_tsne_picture_is_written_whatever_the_perplexity(tmp_path, n, classes):
+    features, labels = clusters(n, classes, 0.1, d=32)
+    names = [f"class {index}" for index in range(classes)]
+    path = tsne_picture(features, labels, names, tmp_path / "a" / "tsne.png", perplexity=30, seed=0)
+    with Image.open(path) as picture:
+        assert len(picture.convert("RGB").resize((80, 65)).getcolors(5200)) > 3
+
+
+def test_what_tsne_refuses(tmp_path):
+    features, labels = clusters(3, 2, 0.1)
+    with pytest.raises(UserError, match="t-SNE of 3 pictures shows nothing"):
+        tsne_picture(features, labels, ["a", "b"], tmp_path / "x.png", 30, 0)
+    with pytest.raises(UserError, match="not finite"):
+        tsne_picture(features * np.nan, labels, ["a", "b"], tmp_path / "x.png", 30, 0)
+
+
+def test_spread_by_hand():
+    # deviations 1 and 3 about means that do not matter
+    features = np.array([[[99.0, 3.0], [101.0, -3.0]], [[99.0, 3.0], [101.0, -3.0]]])
+    assert spread(features) == pytest.approx(math.sqrt((1 + 9) / 2))
+    assert spread(torch.from_numpy(features).half()) == pytest.approx(math.sqrt(5))
+
+
+def test_teacher_variance_by_hand():
+    rows = teacher_variance(
+        {"teachers, raw": {"dino": 2.0, "clip": 0.5}, "shared space": {"dino": 1.5, "clip": 1.0}}
+    )
+    assert rows == [
+        {"space": "teachers, raw", "dino": 2.0, "clip": 0.5, "max/min": 4.0},
+        {"space": "shared space", "dino": 1.5, "clip": 1.0, "max/min": 1.5},
+    ]
+    for value in (0.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="'raw': features of 'clip' have spread"):
+            teacher_variance({"raw": {"dino": 1.0, "clip": value}})
+    with pytest.raises(UserError, match="'raw' has no teachers"):
+        teacher_variance({"raw": {}})
+
+
+def deployment(method: str, student: str):
+    kwargs = {"embed_dim": 48, "depth": 2, "num_heads": 2} if student.startswith("vit") else {}
+    recipe = Recipe(
+        method=method,
+        student={"name": student, "image_size": 64, "kwargs": kwargs},
+        teachers=[{"name": "vit", "role": "mae"}, {"name": "vit", "role": "dino"}],
+        umt={"space_dim": 32, "groups": 8, "depth": 1},
+        data={"kind": "packaged-photos"},
+        train={"steps": 1},
+    )
+    torch.manual_seed(0)
+    return build_method(recipe, {"mae": FeatureDims(48, 48), "dino": FeatureDims(24, 24)}).deploy()
+
+
+@pytest.mark.parametrize("student", ["vit_tiny_patch16_224", "resnet10t"])
+def test_shared_spaces_are_each_teachers_feature_channels(student):
+    whole = deployment("umt", student)
+    images = torch.randint(
+        0, 256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    found = {label: spread(space) for label, space in shared_spaces(whole, images).items()}
+    assert list(found) == ["mae", "dino"]
+    features = whole.student(whole.preprocess.normalize(images.float() / 255))
+    spaces = whole.coupling(features)
+    prefix = spaces.shape[1] - features.patches.shape[1] * features.patches.shape[2]
+    assert prefix == (1 if student.startswith("vit") else 0)
+    for index, label in enumerate(found):
+        rows = spaces[:, prefix:, index, :32].reshape(-1, 32)
+        assert found[label] == pytest.approx(
+            rows.std(dim=0, correction=0).square().mean().sqrt().item(), rel=1e-5
+        )
+    assert found["mae"] != found["dino"]
+    # one head alone, as an encoder reads it, keeps its own space
+    del whole.heads["mae"]
+    assert {label: spread(space) for label, space in shared_spaces(whole, images).items()} == {
+        "dino": found["dino"]
+    }
+
+
+def test_streamed_spread_is_that_of_all_vectors_together():
+    values = torch.randn(50, 3, 7) * torch.arange(1, 8) + torch.randn(50, 1, 7) * 3
+    streamed = Spread()
+    for part in values.split([1, 30, 19]):
+        streamed.add(part)
+    assert streamed.value() == pytest.approx(spread(values), rel=1e-6)
+
+
+def test_plain_heads_share_no_space():
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    assert shared_spaces(deployment("plain", "vit_tiny_patch16_224"), images) is None
+
+
+def by_hand(encoder, images):
+    """Attention of the last block from its own weights."""
+    net, seen = encoder.net, {}
+    block = net.blocks[-1]
+    hook = block.register_forward_pre_hook(lambda module, inputs: seen.update(tokens=inputs[0]))
+    with torch.no_grad():
+        net.forward_features(encoder.normalize(images))
+        hook.remove()
+        tokens = block.norm1(seen["tokens"])
+        weight, bias = block.attn.qkv.weight, block.attn.qkv.bias
+        queries, keys, _ = (tokens @ weight.T + bias).chunk(3, dim=-1)
+        split = [
+            part.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2)
+            for part in (queries, keys)
+        ]
+        return (split[0] @ split[1].mT / split[0].shape[-1] ** 0.5).softmax(dim=-1)
+
+
+def test_attention_is_that_of_the_weights(tiny_vit):
+    images = torch.randint(
+        0, 256, (2, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    fused = tiny_vit.net.blocks[-1].attn.fused_attn
+    before = tiny_vit(images).patches
+    attention, expected = last_attention(tiny_vit, images), by_hand(tiny_vit, images)
+    assert attention.shape == (2, 2, 1 + 4 * 6, 1 + 4 * 6)
+    torch.testing.assert_close(attention, expected)
+    torch.testing.assert_close(attention.sum(dim=-1), torch.ones(2, 2, 25))
+    maps = attention_maps(tiny_vit, images)
+    assert maps.shape == (2, 2, 4, 6)
+    torch.testing.assert_close(maps.flatten(2), expected[:, :, 0, 1:])
+    assert tiny_vit.net.blocks[-1].attn.fused_attn == fused
+    assert not tiny_vit.net.blocks[-1].attn.attn_drop._forward_hooks
+    torch.testing.assert_close(tiny_vit(images).patches, before)
+
+
+def test_without_class_token_all_patches_look():
+    config = parse_model("vit_tiny_patch16_224@random")
+    kwargs = {
+        "embed_dim": 48,
+        "depth": 1,
+        "num_heads": 2,
+        "class_token": False,
+        "global_pool": "avg",
+    }
+    encoder = teacher_encoder(config.model_copy(update={"kwargs": kwargs}), size=64)
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    expected = by_hand(encoder, images).mean(dim=2).unflatten(-1, (4, 4))
+    torch.testing.assert_close(attention_maps(encoder, images), expected)
+
+
+def test_what_attention_refuses(tiny_vit, tiny_cnn):
+    images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    with pytest.raises(UserError, match="tiny-cnn has no attention"):
+        attention_maps(tiny_cnn, images)
+    with pytest.raises(
+        UserError, match="images of 64x50 pixels do not fit tiny-vit: give multiples of 16"
+    ):
+        attention_maps(tiny_vit, images[..., :50])
+
+
+def test_attention_figure(tmp_path, tiny_vit):
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    photos = [image.permute(1, 2, 0).numpy() for image in images]
+    path = attention_figure(
+        tmp_path / "plots" / "attention.png", photos, attention_maps(tiny_vit, images)
+    )
+    with Image.open(path) as picture:
+        assert picture.width > picture.height > 300

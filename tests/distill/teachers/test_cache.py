@@ -1,0 +1,159 @@
+"""The cache of teacher features: right rows, interrupted fills, foreign caches, two ranks."""
+
+import numpy as np
+import pytest
+import torch
+
+from contract.errors import UserError
+from distill.config import DataConfig
+from distill.data.batches import Batch
+from distill.data.crops import CropDataset
+from distill.data.pictures import FolderPictures
+from distill.distributed import Ranks
+from distill.features import FeatureDims, Features
+from distill.teachers.cache import TeacherCache
+from tests.conftest import metrics_of, run_here, small_recipe
+
+SPECS = {"a": (FeatureDims(3, 3), (2, 2)), "b": (FeatureDims(3, 3), (1, 1))}
+VIEWS, SHARD = 2, 5
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+class Counting:
+    """Features that say which crop they are of, and how often they were computed."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, batch: Batch) -> dict[str, Features]:
+        self.calls += len(batch.images)
+        mean = batch.images.float().mean(dim=(2, 3))
+        pooled = torch.nn.functional.adaptive_avg_pool2d(batch.images.float(), 2).permute(
+            0, 2, 3, 1
+        )
+        return {"a": Features(mean, pooled), "b": Features(mean + 1, mean[:, None, None])}
+
+
+@pytest.fixture
+def dataset(photo_folder) -> CropDataset:
+    return CropDataset(
+        FolderPictures(photo_folder), DataConfig(**small_recipe(photo_folder)["data"]), 32, seed=0
+    )
+
+
+def open_at(folder, dataset) -> TeacherCache:
+    return TeacherCache(folder, VIEWS, len(dataset.pictures) * VIEWS, SHARD, SPECS)
+
+
+def batch_of(dataset, keys) -> Batch:
+    samples = [dataset[key] for key in keys]
+    pictures, views = (torch.tensor(column) for column in zip(*keys, strict=True))
+    return Batch(torch.stack([sample.image for sample in samples]), pictures, views, [])
+
+
+def test_what_is_read_is_what_the_teachers_said_of_that_view_in_half_precision(tmp_path, dataset):
+    cache, look = open_at(tmp_path, dataset), Counting()
+    cache.fill(dataset, look, ALONE, workers=0)
+    assert look.calls == 24 and cache.missing() == []
+    batch = batch_of(dataset, [(0, 0), (11, 1), (5, 1), (2, 1), (2, 0)])
+    found, expected = cache.read(batch), look(batch)
+    for label in SPECS:
+        for kind in Features._fields:
+            rounded = getattr(expected[label], kind).half().float()
+            assert torch.equal(getattr(found[label], kind), rounded)
+
+
+def test_an_interrupted_fill_computes_only_what_is_missing_and_ends_with_the_same_bytes(
+    tmp_path, dataset, caplog
+):
+    whole, broken = open_at(tmp_path / "whole", dataset), open_at(tmp_path / "broken", dataset)
+    whole.fill(dataset, Counting(), ALONE, workers=0)
+    broken.fill(dataset, Counting(), ALONE, workers=0)
+    for shard in (1, 4):
+        (tmp_path / "broken" / f"shard_{shard:06d}.ok").unlink()
+    (tmp_path / "broken" / "shard_000001.a.patches.npy").write_bytes(b"half-written")
+    again, look = open_at(tmp_path / "broken", dataset), Counting()
+    with caplog.at_level("INFO"):
+        again.fill(dataset, look, ALONE, workers=0)
+    assert look.calls == 5 + 4 and "15 of 24 views present (62 % hits), computed 9" in caplog.text
+    for path in (tmp_path / "whole").glob("*.npy"):
+        assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes()
+
+
+def test_two_ranks_fill_different_shards(tmp_path, dataset):
+    looks = [Counting(), Counting()]
+
+    class Place(Ranks):
+        def barrier(self) -> None:
+            """Both ranks list the missing shards of an empty cache, as the barrier makes sure they
+            do.
+            """
+
+    for rank, look in enumerate(looks):
+        cache = open_at(tmp_path, dataset)
+        cache.missing = lambda: list(range(5))
+        cache.fill(dataset, look, Place(rank, 2, torch.device("cpu")), workers=0)
+    assert [look.calls for look in looks] == [5 + 5 + 4, 5 + 5]
+    assert open_at(tmp_path, dataset).missing() == []
+
+
+def test_features_beyond_half_precision_are_refused_by_name(tmp_path, dataset):
+    def look(batch: Batch) -> dict[str, Features]:
+        return {
+            "loud": Features(
+                torch.full((len(batch.images), 3), 1e6), torch.zeros(len(batch.images), 1, 1, 3)
+            )
+        }
+
+    cache = TeacherCache(tmp_path, VIEWS, 24, SHARD, {"loud": (FeatureDims(3, 3), (1, 1))})
+    with pytest.raises(UserError, match="teacher 'loud': its summary exceed float16"):
+        cache.fill(dataset, look, ALONE, workers=0)
+
+
+def test_a_damaged_shard_is_named(tmp_path, dataset):
+    cache = open_at(tmp_path, dataset)
+    cache.fill(dataset, Counting(), ALONE, workers=0)
+    np.save(tmp_path / "shard_000000.a.summary.npy", np.zeros((1, 1), np.float16))
+    with pytest.raises(UserError, match="shard_000000.a.summary.npy holds"):
+        open_at(tmp_path, dataset).read(batch_of(dataset, [(0, 0)]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"data": {"crop_scale": [0.1, 0.9]}}, "crop_scale"),
+        ({"train": {"seed": 3}}, "seed"),
+        ({"teacher_cache": {"views": 3}}, "views"),
+    ],
+)
+def test_a_cache_of_other_teachers_or_crops_is_refused_naming_the_field(
+    recipe_file, tmp_path, changes, field
+):
+    cached = {"teacher_cache": {"views": 2, "path": str(tmp_path / "cache")}}
+    done = run_here(recipe_file(**cached), "--output", tmp_path / "one")
+    assert done.returncode == 0, done.stderr
+    assert "0 of 24 views present (0 % hits), computed 24" in done.stdout
+    # another run of the same teachers and crops reads it as it is
+    again = run_here(
+        recipe_file(**cached, student={"drop_path": 0.0}), "--output", tmp_path / "two"
+    )
+    assert "24 of 24 views present (100 % hits), computed 0" in again.stdout
+    merged = {key: {**cached.get(key, {}), **changes.get(key, {})} for key in cached | changes}
+    refused = run_here(recipe_file(**merged), "--output", tmp_path / "three")
+    assert refused.returncode == 2
+    assert f"was made with {field} = " in refused.stderr and "teacher_cache.path" in refused.stderr
+
+
+def test_a_cached_run_starts_from_the_losses_of_an_uncached_one(recipe_file, tmp_path):
+    # raw targets: random teachers hardly vary, and divided by so small a deviation half precision's
+    # rounding would show
+    same = {"train": {"steps": 1}, "targets": {"normalize": "none"}}
+    assert run_here(recipe_file(**same), "--output", tmp_path / "plain").returncode == 0
+    assert (
+        run_here(
+            recipe_file(**same, teacher_cache={"views": 2}), "--output", tmp_path / "cached"
+        ).returncode
+        == 0
+    )
+    plain, cached = metrics_of(tmp_path / "plain")[0], metrics_of(tmp_path / "cached")[0]
+    assert cached["loss"] == pytest.approx(plain["loss"], rel=1e-3)

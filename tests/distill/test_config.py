@@ -1,0 +1,411 @@
+"""Recipes: what ships loads and is the paper's, what a user overrides means what it says, every
+mistake is one line.
+"""
+
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+
+from contract.errors import UserError
+from distill.config import Recipe, TeacherConfig
+from distill.methods import build_method
+from distill.recipe_io import (
+    describe_recipes,
+    differing_fields,
+    dump_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_fields,
+    shipped_recipes,
+)
+from distill.teachers import build_teacher
+from distill.tiny import tiny
+
+SHIPPED = [
+    "quickstart", "umt_convnext_base_cnn", "umt_convnext_base_dinov3", "umt_convnext_base_vit", "umt_resnet50",
+    "umt_vit_base", "umt_vit_large",
+]  # fmt: skip
+PAPER = [name for name in SHIPPED if name != "quickstart"]
+
+MINE = """\
+student:
+  name: vit_tiny_patch16_224
+  kwargs: {embed_dim: 192, depth: 6}
+teachers:
+  - {name: mobilenetv2_100, role: classification, alias: cls}
+  - {name: vit_small_patch14_dinov2, role: dino, block: 10}
+  - {name: vit_tiny_patch16_224, role: mae, kwargs: {embed_dim: 128, depth: 6}}
+data: {kind: packaged-photos}
+train: {steps: 300, lr: 1.0e-3}
+"""
+"""What overrides are tried on: shipped recipes are tuned, this one stays."""
+
+SMALLEST = """\
+data: {kind: packaged-photos}
+train: {steps: 1}
+teachers:
+  - {name: resnet10t, role: classification}
+"""
+
+
+def mine(*overrides: str) -> Recipe:
+    """The recipe above, with overrides."""
+    return parse_recipe(MINE, "mine.yaml", overrides)
+
+
+def one_line(raised: pytest.ExceptionInfo) -> str:
+    """The message of an error, which must be one line."""
+    message = str(raised.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def error_of(*overrides: str) -> str:
+    """What an override with a mistake in it is answered with."""
+    with pytest.raises(UserError) as raised:
+        mine(*overrides)
+    return one_line(raised)
+
+
+def error_loading(name: str) -> str:
+    """What a recipe's name or path is answered with."""
+    with pytest.raises(UserError) as raised:
+        load_recipe(name, [])
+    return one_line(raised)
+
+
+def error_in(text: str) -> str:
+    """What a recipe file with a mistake in it is answered with: its name first."""
+    with pytest.raises(UserError) as raised:
+        parse_recipe(text, "mine.yaml")
+    assert str(raised.value).startswith("mine.yaml")
+    return one_line(raised)
+
+
+# ---- what ships -------------------------------------------------------------------------------
+
+
+def test_the_shipped_recipes_are_the_papers_rows_and_the_quickstart():
+    assert sorted(shipped_recipes()) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_dumps_to_yaml_that_reads_back_equal(name):
+    recipe = load_recipe(name, [])
+    text = dump_recipe(recipe)
+    assert parse_recipe(text, "dump") == recipe
+    assert dump_recipe(parse_recipe(text, "dump")) == text
+
+
+def test_a_dump_is_complete():
+    dumped = yaml.safe_load(dump_recipe(load_recipe("quickstart", [])))
+    for key, _, _, _ in recipe_fields():
+        place = dumped
+        for part in key.replace("teachers.N", "teachers.0").split("."):
+            place = place[int(part)] if part.isdigit() else place[part]
+
+
+def test_a_dump_keeps_strings_that_look_like_numbers():
+    recipe = mine("teacher_cache.path='1e-4'", "student.kwargs={a: '2', b: '1e5', c: 1e5}")
+    again = parse_recipe(dump_recipe(recipe), "dump")
+    assert again.teacher_cache.path == "1e-4"
+    assert again.student.kwargs == {"a": "2", "b": "1e5", "c": 1e5}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_a_paper_recipe_trains_as_appendix_a1_says(name):
+    recipe = load_recipe(name, [])
+    train = recipe.train
+    batch = 512 if name == "umt_vit_large" else 1024
+    assert (train.epochs, train.steps, train.batch_size, train.precision) == (
+        300,
+        None,
+        batch,
+        "bf16",
+    )
+    assert train.lr == pytest.approx(1e-4 * batch / 256)
+    assert recipe.student.image_size == 224 and not recipe.student.pretrained
+    assert {teacher.image_size for teacher in recipe.teachers} == {224}
+    assert (recipe.data.images, recipe.targets.normalize) == (1_281_167, "none")
+    assert (recipe.checkpoint.every_steps, recipe.checkpoint.keep) == (1000, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "student", "labels", "depth", "groups"),
+    [
+        ("umt_resnet50", "resnet50", ["cls", "mae", "dino"], 2, 128),
+        ("umt_convnext_base_cnn", "convnext_base", ["cls", "mae", "dino"], 2, 64),
+        ("umt_convnext_base_vit", "convnext_base", ["clip", "mae", "dino"], 2, 64),
+        ("umt_convnext_base_dinov3", "convnext_base", ["dino_convnext", "dino_vit"], 2, 64),
+        ("umt_vit_base", "vit_base_patch16_224", ["clip", "mae", "dino"], 1, None),
+        ("umt_vit_large", "vit_large_patch16_224", ["clip", "mae", "dino"], 1, None),
+    ],
+)
+def test_a_paper_recipe_has_its_rows_cast(name, student, labels, depth, groups):
+    recipe = load_recipe(name, [])
+    assert (recipe.method, recipe.student.name, recipe.umt.depth) == ("umt", student, depth)
+    assert [teacher.label for teacher in recipe.teachers] == labels
+    assert groups is None or recipe.umt.groups == groups
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_header_holds_the_command_and_every_line_fits(name):
+    text = shipped_recipes()[name]
+    assert (
+        "python -m distill.run\n" if name == "quickstart" else f"-m distill.run {name} "
+    ) in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_recipe_shrunk_by_tiny_still_trains_every_part(name):
+    recipe = tiny(load_recipe(name, []))
+    assert [t.role for t in recipe.teachers] == [t.role for t in load_recipe(name, []).teachers]
+    # statistics of targets come from the training loop; here a step goes without
+    recipe = recipe.model_copy(
+        update={"targets": recipe.targets.model_copy(update={"normalize": "none"})}
+    )
+    teachers = [
+        build_teacher(teacher, recipe.teacher_runtime, i)
+        for i, teacher in enumerate(recipe.teachers)
+    ]
+    method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        targets = {teacher.label: teacher(images) for teacher in teachers}
+    loss = method({"image": images}, targets)["loss"]
+    loss.backward()
+    assert torch.isfinite(loss.detach())
+    assert [
+        name for name, p in method.named_parameters() if p.requires_grad and p.grad is None
+    ] == []
+    assert sum(p.numel() for p in method.parameters()) < 1_000_000
+
+
+def test_tiny_refuses_a_teacher_that_is_a_run():
+    text = SMALLEST.replace("name: resnet10t", "name: run, checkpoint: runs/first")
+    with pytest.raises(UserError, match="run"):
+        tiny(parse_recipe(text, "mine.yaml"))
+
+
+# ---- overrides --------------------------------------------------------------------------------
+
+
+def test_overrides_set_scalars_lists_nulls_and_teachers_fields():
+    recipe = mine(
+        "train.steps=50",
+        "teachers.0.weight=2",
+        "teachers.1.alias=foo",
+        "teachers.1.block=null",
+        "data.flip=0",
+        "data.crop_scale=[0.5, 1]",
+        "train.tensorboard=true",
+        "teachers.2.kwargs.depth=3",
+        "umt.cross_space=false",
+    )
+    assert recipe.train.steps == 50 and recipe.train.tensorboard is True
+    assert (recipe.teachers[0].weight, recipe.teachers[1].label, recipe.teachers[1].block) == (
+        2.0,
+        "foo",
+        None,
+    )
+    assert recipe.data.crop_scale == (0.5, 1.0) and recipe.data.flip == 0
+    assert recipe.teachers[2].kwargs == {"embed_dim": 128, "depth": 3}
+    assert recipe.umt.cross_mode is None
+
+
+def test_an_override_touches_nothing_else():
+    before, after = mine(), mine("teachers.1.weight=0.5")
+    assert differing_fields(before, after) == [("teachers.1.weight", 1.0, 0.5)]
+
+
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "1.0e-4", "0.0001", ".1e-3"])
+def test_a_float_may_be_written_as_people_write_it(written):
+    recipe = mine(f"train.lr={written}", f"student.kwargs.x={written}")
+    assert recipe.train.lr == recipe.student.kwargs["x"] == pytest.approx(1e-4)
+    inside = parse_recipe(SMALLEST.replace("steps: 1", f"steps: 1, lr: {written}"), "mine.yaml")
+    assert inside.train.lr == pytest.approx(1e-4)
+
+
+def test_steps_and_epochs_replace_each_other():
+    assert load_recipe("umt_vit_base", ["train.steps=7"]).train.model_dump()["epochs"] is None
+    assert mine("train.epochs=2").train.model_dump()["steps"] is None
+    assert mine("train.steps=null", "train.epochs=2").train.epochs == 2
+
+
+def test_steps_and_epochs_both_asked_for_are_refused():
+    assert "exactly one of train.steps and train.epochs" in error_of(
+        "train.steps=7", "train.epochs=2"
+    )
+    assert "exactly one of train.steps and train.epochs" in error_of("train.steps=null")
+
+
+def test_a_list_of_teachers_can_be_replaced_but_not_emptied():
+    replaced = mine("teachers=[{name: resnet18, role: classification}]", "teachers.0.weight=3")
+    assert [(t.name, t.weight) for t in replaced.teachers] == [("resnet18", 3.0)]
+    assert "no teachers: list at least one" in error_of("teachers=[]")
+
+
+def test_the_last_of_two_equal_overrides_wins():
+    assert mine("train.lr=1", "train.lr=2").train.lr == 2
+
+
+# ---- mistakes ---------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("train.step=50", "unknown key 'train.step': did you mean 'train.steps'?"),
+    ("trian.steps=50", "unknown key 'trian.steps': did you mean 'train.steps'?"),
+    ("lr=1", "unknown key 'lr': did you mean 'train.lr'?"),
+    ("teachers.0.wieght=2", "unknown key 'teachers.0.wieght': did you mean 'teachers.0.weight'?"),
+    ("train.steps.x=2", "unknown key 'train.steps.x'"),
+    ("zzz=1", "unknown key 'zzz': known: method, student, teachers"),
+    ("teachers.3.weight=2", "teachers.3.weight: the recipe has 3 teachers, numbered from 0"),
+    ("teachers.-1.weight=2", "3 teachers, numbered from 0; '-1' is none of them"),
+    ("teachers.mae.weight=2", "3 teachers, numbered from 0; 'mae' is none of them"),
+    ("train.steps", "'train.steps' is no override: write key=value"),
+    ("=3", "'=3' is no override: write key=value"),
+    ("train.betas=[0.9", "train.betas: '[0.9' is not valid YAML"),
+    ("student.kwargs.depth.x=3", "'student.kwargs.depth' is 6, a single value without parts"),
+    ("train.lr=-1", "train.lr = -1: Input should be greater than 0"),
+    ("train.lr=fast", 'train.lr = "fast": Input should be a valid number'),
+    ("train.lr=.nan", "train.lr = NaN: Input should be a finite number"),
+    ("train.lr=.inf", "train.lr = Infinity: Input should be a finite number"),
+    ("train.batch_size=1.5", "train.batch_size = 1.5: Input should be a valid integer"),
+    ("train=null", "train = null: Input should be a mapping of keys"),
+    ("student.kwargs=3", "student.kwargs = 3: Input should be a mapping of keys"),
+    ("teachers=3", "teachers = 3: Input should be a list"),
+    ("teachers.0=mae", 'teachers.0 = "mae": Input should be a mapping of keys'),
+    (
+        "teachers.1.role=mea",
+        "teachers.1.role = \"mea\": Input should be 'classification', 'clip', 'mae' or 'dino'",
+    ),
+    ("teachers.0.alias=My-Name", 'teachers.0.alias = "My-Name": String should match pattern'),
+    ("teachers.0.alias=backbone", "teachers: 'backbone' names the student's own outputs"),
+    ("teachers.0.alias=mae", "two teachers are called 'mae': give each an alias of its own"),
+    ("umt.depth=0", "umt.depth = 0: Input should be greater than 0 or 'auto'"),
+    ("umt.intra_space=sideways", 'umt.intra_space = "sideways": Input should be a valid boolean'),
+    (
+        "umt.cross_space=sideways",
+        "umt.cross_space = \"sideways\": Input should be 'channel', 'token', 'axial'",
+    ),
+    ("data.crop_scale=[0.5]", "data.crop_scale = [0.5]: too few values"),
+    ("data.crop_scale=[0.5, 1, 2]", "data.crop_scale = [0.5, 1, 2]: too many values"),
+    (
+        "data.crop_scale=[1, 0.5]",
+        "data.crop_scale: must be two positive numbers, the smaller first",
+    ),
+    ("data.path=[a.tar, 3]", "data.path.1 = 3: Input should be a valid string"),
+    (
+        "data.kind=folder",
+        "data.path is empty and data.kind is 'folder': set data.path to your images",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"), MISTAKES, ids=[override for override, _ in MISTAKES]
+)
+def test_a_wrong_override_names_the_key_the_value_and_the_remedy(override, expected):
+    assert expected in error_of(override)
+
+
+def test_an_unknown_recipe_names_the_nearest_shipped_one(tmp_path):
+    assert "recipe 'umt_vit_bas' is not shipped: did you mean 'umt_vit_base'?" in error_loading(
+        "umt_vit_bas"
+    )
+    assert "no such file" in error_loading(str(tmp_path / "mine.yaml"))
+
+
+def test_a_shipped_name_means_the_shipped_recipe_whatever_lies_in_the_folder(tmp_path, monkeypatch):
+    (tmp_path / "quickstart").write_text("not a recipe")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("quickstart", []).method == "umt"
+
+
+def test_a_file_that_is_no_recipe_is_named(tmp_path):
+    path = tmp_path / "picture.yaml"
+    path.write_bytes(b"\xff\xd8\xff\xe0")
+    assert f"recipe {path} is no text file" in error_loading(str(path))
+    path.unlink()
+    path.mkdir()
+    assert f"recipe {path} cannot be read" in error_loading(str(path))
+
+
+FILES = [
+    ("train: {steps: 1\ndata: {", "mine.yaml:2: not valid YAML"),
+    ("train:\n\tsteps: 1\n", "mine.yaml:2: not valid YAML"),
+    (SMALLEST + "train: {steps: 2}\n", "mine.yaml:5: not valid YAML ('train' is given twice)"),
+    (
+        SMALLEST + "x: !!python/object/apply:os.getcwd []\n",
+        "not valid YAML (could not determine a constructor",
+    ),
+    ("- a\n- b\n", 'a recipe is a mapping of keys, got ["a", "b"]'),
+    ("", "a recipe is a mapping of keys, got null"),
+    (SMALLEST.replace("steps", "step"), "unknown key 'train.step': did you mean 'train.steps'?"),
+    (
+        SMALLEST.replace("name:", "nmae:"),
+        "unknown key 'teachers.0.nmae': did you mean 'teachers.0.name'?",
+    ),
+    (
+        SMALLEST.replace(", role: classification", ""),
+        "teachers.0.role is missing: every teacher needs it",
+    ),
+    (SMALLEST.replace("train: {steps: 1}\n", ""), "train is missing: every recipe needs it"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), FILES, ids=[expected for _, expected in FILES])
+def test_a_wrong_recipe_file_is_one_line(text, expected):
+    assert expected in error_in(text)
+
+
+# ---- the model --------------------------------------------------------------------------------
+
+
+def test_a_recipe_is_frozen():
+    recipe = mine()
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.method = "plain"
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.train.lr = 1.0
+
+
+def test_a_teacher_is_called_by_its_alias_or_else_its_role():
+    assert TeacherConfig(name="resnet18", role="classification").label == "classification"
+    assert TeacherConfig(name="resnet18", role="classification", alias="cls").label == "cls"
+
+
+@pytest.mark.parametrize(
+    ("value", "mode"), [(True, "channel"), (False, None), ("grouped", "grouped")]
+)
+def test_cross_space_may_be_a_switch_or_a_mode(value, mode):
+    recipe = mine(f"umt.cross_space={str(value).lower()}")
+    assert recipe.umt.cross_mode == mode
+
+
+def test_differing_fields_names_what_was_added_and_what_went():
+    before = mine()
+    after = mine("student.kwargs={depth: 6, mlp_ratio: 2}", "data.path=[a, b]", "train.lr=1e-4")
+    assert differing_fields(before, before) == []
+    assert differing_fields(before, after) == [
+        ("student.kwargs.embed_dim", 192, None),
+        ("data.path", None, ["a", "b"]),
+        ("train.lr", 1e-3, 1e-4),
+        ("student.kwargs.mlp_ratio", None, 2),
+    ]
+
+
+def test_every_key_is_listed_with_type_default_and_meaning():
+    rows = {key: row for key, *row in recipe_fields()}
+    assert rows["train.lr"] == [
+        "float",
+        "0.0001",
+        Recipe.model_fields["train"].annotation.model_fields["lr"].description,
+    ]
+    assert rows["umt.space_dim"][:2] == ["int | auto | student", "auto"]
+    assert rows["teachers.N.role"][:2] == ["classification | clip | mae | dino", "required"]
+    assert rows["data.crop_scale"][:2] == ["[float, float]", "[0.08, 1.0]"]
+    assert rows["train.steps"][:2] == ["int | null", "null"]
+    listed = describe_recipes()
+    assert all(key in listed for key in rows) and all(name in listed for name in SHIPPED)

@@ -1,0 +1,106 @@
+"""Feature pictures: the components behind them, and the command."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill.figures import cosine_map, pca_figure, pca_rgb
+from distill.visualize import main
+from tests.conftest import run_here
+
+
+def test_pca_colours_are_the_leading_components_of_scikit_learn():
+    from sklearn.decomposition import PCA
+
+    maps = torch.randn(2, 8, 8, 16) * torch.logspace(0, -2, 16)
+    rows = maps.reshape(-1, 16).double().numpy()
+    scores = PCA(3, svd_solver="full").fit_transform(rows)
+    colours = np.concatenate([part.reshape(-1, 3) for part in pca_rgb(list(maps))])
+    inside = (colours > 0.02) & (colours < 0.98)
+    for channel in range(3):
+        kept = inside[:, channel]
+        assert abs(np.corrcoef(colours[kept, channel], scores[kept, channel])[0, 1]) > 0.9999
+
+
+def test_pca_colours_are_the_same_every_time_and_lie_in_range():
+    maps = [torch.randn(4, 5, 8), torch.randn(2, 2, 8)]
+    first, second = pca_rgb(maps), pca_rgb([m.clone() for m in maps])
+    assert [part.shape for part in first] == [(4, 5, 3), (2, 2, 3)]
+    assert all(
+        np.array_equal(a, b) and a.min() >= 0 and a.max() <= 1
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+def test_constant_and_tiny_maps_have_colours_too():
+    assert np.isfinite(pca_rgb([torch.ones(2, 2, 4)])[0]).all()
+    assert pca_rgb([torch.randn(1, 2, 4)])[0].shape == (1, 2, 3)
+
+
+def test_the_cosine_map_compares_every_patch_with_the_summary():
+    patches, summary = torch.randn(3, 4, 5), torch.randn(5)
+    expected = float(patches[1, 2] @ summary / (patches[1, 2].norm() * summary.norm()))
+    found = cosine_map(summary, patches)
+    assert found.shape == (3, 4) and found[1, 2] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_figure_has_a_row_a_photograph_and_a_column_a_model(tmp_path):
+    photos = [np.zeros((20, 20, 3), np.uint8)] * 2
+    groups = [{"x": torch.randn(2, 4, 4, 8)}, {"y": torch.randn(2, 6, 6, 9)}]
+    path = pca_figure(tmp_path / "plots" / "a.png", photos, groups)
+    with Image.open(path) as image:
+        assert image.width > image.height * 1.3
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, photo_folder):
+    import yaml
+
+    from tests.conftest import small_recipe
+
+    folder = tmp_path_factory.mktemp("visualize")
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(small_recipe(photo_folder, train={"steps": 1}))
+    )
+    assert run_here(folder / "recipe.yaml", "--output", folder / "run").returncode == 0
+    return folder / "run"
+
+
+def test_the_command_draws_every_image_at_every_size(run_folder, photo_folder, tmp_path, capsys):
+    photo = next(photo_folder.rglob("*.jpg"))
+    assert (
+        main([str(run_folder), str(photo), "--sizes", "64", "128", "--output", str(tmp_path)]) == 0
+    )
+    path = tmp_path / f"{photo.stem}_features.png"
+    assert str(path) in capsys.readouterr().out
+    with Image.open(path) as image:
+        assert image.width > 1000 and image.height > 1000  # five columns, two pairs of rows
+
+
+def test_wrong_arguments_are_one_line_and_status_two(run_folder, photo_folder, tmp_path, capsys):
+    photo = str(next(photo_folder.rglob("*.jpg")))
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    cases = {
+        "no such file": [str(run_folder), "gone.jpg"],
+        "cannot be read": [str(run_folder), str(tmp_path / "broken.jpg")],
+        "it is no run folder": [str(tmp_path), photo],
+        "use 64 or 80": [str(run_folder), photo, "--sizes", "70"],
+        "this student has backbone, cls, mae, dino": [str(run_folder), photo, "--outputs", "clip"],
+    }
+    for expected, arguments in cases.items():
+        assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+        error = capsys.readouterr().err
+        assert expected in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_student_file_is_refused_by_its_hash(run_folder, photo_folder, tmp_path, capsys):
+    data = bytearray((run_folder / "student.safetensors").read_bytes())
+    data[-100] ^= 1
+    (tmp_path / "student.safetensors").write_bytes(data)
+    assert main([str(tmp_path), str(next(photo_folder.rglob("*.jpg")))]) == 2
+    assert "does not match its recorded sha256" in capsys.readouterr().err
+    (tmp_path / "student.safetensors").write_bytes(data[: len(data) // 2])
+    assert main([str(tmp_path), str(next(photo_folder.rglob("*.jpg")))]) == 2
+    assert "damaged or half-written" in capsys.readouterr().err
