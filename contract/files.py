@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and their hashes."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -44,3 +45,19 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             f"cannot write {path}: {str(error).splitlines()[0]} (free some space or choose another "
             "--output; the previous file is untouched)"
         ) from error
+
+
+def sort_safetensors_metadata(path: Path) -> None:
+    """Order the metadata of a safetensors file by key, in place.
+
+    The library writes them in random order, and equal contents would not be equal bytes.
+    """
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(data) > length:
+            raise RuntimeError(f"{path}: its header grew from {length} to {len(data)} bytes")
+        file.seek(8)
+        file.write(data.ljust(length))

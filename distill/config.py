@@ -5,16 +5,16 @@ what differs; `distill/recipe_io.py` reads it and applies `key=value` overrides 
 line.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
 Role = Literal["classification", "clip", "mae", "dino"]
 """What a teacher was trained for; it decides the feature loss (UMT A.3,
 `distill/methods/losses.py`).
 """
 
-CrossSpace = Literal["channel", "token", "axial", "grouped"]
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -93,6 +93,11 @@ class TeacherConfig(Section):
     dim: Positive | None = Field(
         None, description="expected width of the patch features; checked when given"
     )
+    batch_size: Positive | None = Field(
+        None,
+        description="pictures of its own stream a step, over all ranks; for methods whose teachers "
+        "see pictures of their own (default: train.batch_size)",
+    )
     weight: Annotated[float, Field(ge=0)] = Field(
         1.0, description="scales both losses of this teacher"
     )
@@ -145,69 +150,6 @@ class AlignConfig(Section):
     grid: Literal["teacher", "student"] = Field(
         "teacher",
         description="teacher: resize the student's map to the teacher's grid; student: the reverse",
-    )
-
-
-class UMTConfig(Section):
-    """UMT's interaction (paper 3.2-3.4, A.2). `auto` values depend on the student's family."""
-
-    space_dim: Positive | Literal["auto", "student"] = Field(
-        "auto",
-        description="common width of the M spaces; auto: the widest teacher; student: the "
-        "student's width",
-    )
-    token_dim: Positive | Auto = Field(
-        "auto", description="d_m; auto: space_dim for a CNN student, 64 for a ViT"
-    )
-    depth: Positive | Auto = Field(
-        "auto", description="N, alternations cross -> intra; auto: 2 for a CNN, 1 for a ViT"
-    )
-    model_token: bool = Field(True, description="ablation switch (Table 3)")
-    cross_space: CrossSpace | bool = Field(
-        "channel",
-        description="channel | token | axial | grouped; false is the ablation of Table 3, true is "
-        "'channel'",
-    )
-    intra_space: bool = Field(True, description="ablation switch (Table 3)")
-    groups: Positive | Auto = Field(
-        64,
-        description="CNN: groups of the 1x1 convolution (A.2: ResNet-50 128, ConvNeXt-B 64); "
-        "auto: gcd with 64",
-    )
-    interleave: bool = Field(
-        True,
-        description="CNN: shuffle channels so that every group sees every space; false: the "
-        "paper's order",
-    )
-    heads: Positive | Auto = Field(
-        "auto", description="ViT: heads of an intra-space block; cross uses M times as many"
-    )
-    cross_mlp_ratio: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="ViT: hidden/width of the cross-space FFN"
-    )
-    intra_mlp_ratio: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="ViT: hidden/width of the intra-space FFN"
-    )
-    share_token_head: bool | Auto = Field(
-        "auto", description="one Linear for all teachers; auto: where widths agree"
-    )
-    token_pool: Literal["before", "after"] = Field(
-        "before", description="pool the token before or after its head"
-    )
-
-    @property
-    def cross_mode(self) -> CrossSpace | None:
-        """The cross-space module to build, or None for the ablation without it."""
-        if isinstance(self.cross_space, bool):
-            return "channel" if self.cross_space else None
-        return self.cross_space
-
-
-class PlainConfig(Section):
-    """The RADIO-like baseline: one MLP per teacher and output, no interaction."""
-
-    hidden_dim: Positive | Auto = Field(
-        "auto", description="hidden width of a head; auto: the student's width"
     )
 
 
@@ -283,9 +225,15 @@ class TrainConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.05, description="none on norms, biases and tokens"
     )
+    weight_decay_end: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="weight decay at the last step, by a cosine; default: constant"
+    )
     betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
     clip_grad: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="global gradient norm; 0: no clipping"
+        1.0, description="largest norm of the gradients; 0: no clipping"
+    )
+    clip_mode: Literal["global", "parameter"] = Field(
+        "global", description="what clip_grad bounds: the norm of all gradients, or of each one"
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="weight averaging; 0: off"
@@ -325,6 +273,15 @@ class TrainConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _clipped_whole(self) -> "TrainConfig":
+        if self.clip_mode == "parameter" and self.parallel == "fsdp":
+            raise ValueError(
+                "train.clip_mode = parameter needs whole gradients and train.parallel = fsdp "
+                "shards them: set train.parallel=ddp"
+            )
+        return self
+
 
 class CheckpointConfig(Section):
     """Resumable state, written beside the final weights."""
@@ -334,19 +291,18 @@ class CheckpointConfig(Section):
 
 
 class Recipe(Section):
-    """A complete distillation run."""
+    """A complete distillation run; `recipe_io.make_recipe` makes one of plain data.
 
-    method: Literal["umt", "plain"] = Field(
-        "umt", description="umt, or plain (per-teacher MLP heads, RADIO-like)"
-    )
+    Its class also has the section of its method, named as the method is (see `with_sections`).
+    """
+
+    method: str = Field("umt", description="how the student learns; the file in distill/methods/")
     student: StudentConfig = Field(default_factory=StudentConfig)
     teachers: tuple[TeacherConfig, ...]
     teacher_runtime: TeacherRuntime = Field(default_factory=TeacherRuntime)
     teacher_cache: TeacherCacheConfig = Field(default_factory=TeacherCacheConfig)
     targets: TargetConfig = Field(default_factory=TargetConfig)
     align: AlignConfig = Field(default_factory=AlignConfig)
-    umt: UMTConfig = Field(default_factory=UMTConfig)
-    plain: PlainConfig = Field(default_factory=PlainConfig)
     data: DataConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
@@ -362,8 +318,13 @@ class Recipe(Section):
                 raise ValueError(
                     f"two teachers are called '{label}': give each an alias of its own"
                 )
-            if label == "backbone":
-                raise ValueError(
-                    "'backbone' names the student's own outputs: give the teacher another alias"
-                )
+            if label in ("backbone", "main"):
+                what = "the student's own outputs" if label == "backbone" else "the shared pictures"
+                raise ValueError(f"'{label}' names {what}: give the teacher another alias")
         return teachers
+
+
+def with_sections(sections: Mapping[str, type[Section]]) -> type[Recipe]:
+    """The recipe's class with the sections of some methods, by the methods' names."""
+    fields = {name: (kind, Field(default_factory=kind)) for name, kind in sections.items()}
+    return create_model("Recipe", __base__=Recipe, **fields)

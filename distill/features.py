@@ -1,5 +1,6 @@
 """One feature type for teachers, students, losses and export, whatever the architecture."""
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -7,15 +8,34 @@ from torch import Tensor
 
 
 class Features(NamedTuple):
-    """What a vision backbone says of a batch of images.
+    """What a vision backbone computes of a batch of images.
 
     `summary` [B, d_summary] is the image-level vector (class token, pooled map, or CLIP's projected
-    embedding); `patches` [B, h, w, d] is the spatial map, row-major, without class or register
-    tokens. The two widths may differ (CLIP ViT-B/16: 512 and 768).
+    embedding), None for a network without one (a detector's backbone); `patches` [B, h, w, d] is
+    the spatial map, row-major, without class or register tokens; `maps` are further maps
+    [B, h_l, w_l, d_l], finest first. The widths may differ (CLIP ViT-B/16: 512 and 768).
     """
 
-    summary: Tensor
+    summary: Tensor | None
     patches: Tensor
+    maps: tuple[Tensor, ...] = ()
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors that are there: "summary", "patches", "maps.0", "maps.1", …"""
+        named = {} if self.summary is None else {"summary": self.summary}
+        named["patches"] = self.patches
+        return named | {f"maps.{level}": map_ for level, map_ in enumerate(self.maps)}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Features":
+        """The features with a function applied to every tensor."""
+        return features_of({name: function(tensor) for name, tensor in self.named().items()})
+
+
+def features_of(named: Mapping[str, Tensor]) -> Features:
+    """Inverse of `Features.named`."""
+    levels = sum(name.startswith("maps.") for name in named)
+    maps = tuple(named[f"maps.{level}"] for level in range(levels))
+    return Features(named.get("summary"), named["patches"], maps)
 
 
 class FeatureDims(NamedTuple):
@@ -23,8 +43,9 @@ class FeatureDims(NamedTuple):
     teachers.
     """
 
-    summary: int
+    summary: int | None
     patches: int
+    maps: tuple[int, ...] = ()
 
 
 def resize_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:

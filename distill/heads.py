@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from contract.errors import UserError
 from contract.files import write_atomically
-from distill.models.weights import tensors_sha256
+from distill.models.weights import read_tensors, save_tensors, tensors_sha256
 from distill.runs import git_commit
 
 FORMAT = 1
@@ -206,9 +204,7 @@ class Head:
 def save_head(folder: Path, task: str, module: nn.Module, about: dict[str, Any]) -> Path:
     """Write `folder/task.safetensors` by rename; `about` must be JSON."""
     kind = next(name for name, made in KINDS.items() if isinstance(module, made))
-    weights = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()
-    }
+    weights = module.state_dict()
     metadata = {
         "format": str(FORMAT),
         "task": task,
@@ -225,7 +221,7 @@ def save_head(folder: Path, task: str, module: nn.Module, about: dict[str, Any])
         raise UserError(
             f"cannot make {folder}: {error.strerror} (choose another --output)"
         ) from error
-    write_atomically(path, lambda temporary: save_file(weights, temporary, metadata=metadata))
+    write_atomically(path, lambda temporary: save_tensors(temporary, weights, metadata))
     return path
 
 
@@ -233,26 +229,15 @@ def load_head(path: Path, student_sha256: str | None = None) -> Head:
     """Rebuild a head; raises UserError for a file that is damaged, no head, or made for another
     student.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such head (train it with distill.evaluate)") from error
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"{path} is damaged or half-written ({error}): train the head again"
-        ) from error
+    if not path.exists():
+        raise UserError(f"{path}: no such head (train it with distill.evaluate)")
+    weights, metadata = read_tensors(path, "train the head again")
     if metadata.get("kind") not in KINDS:
         raise UserError(f"{path} is no head of distill.evaluate: its metadata name no known kind")
     if metadata.get("format") != str(FORMAT):
         raise UserError(
             f"{path} is of format {metadata.get('format')}, this version reads {FORMAT}: train the "
             "head again"
-        )
-    if tensors_sha256(weights) != metadata.get("sha256"):
-        raise UserError(
-            f"{path} does not match its recorded sha256: it is damaged; train the head again"
         )
     about = json.loads(metadata["about"])
     if student_sha256 and about.get("student_sha256") != student_sha256:

@@ -3,7 +3,8 @@
 import json
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
 from contract.errors import UserError, suggest
-from distill.config import Recipe
+from distill.config import Recipe, with_sections
+from distill.methods import METHODS
 
 EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 """Setting one of a pair on the command line clears the other, which a recipe may have set."""
@@ -90,6 +92,29 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     return parse_recipe(text, str(path), overrides)
 
 
+_AnyRecipe = with_sections({name: method.Config for name, method in METHODS.items()})
+"""A recipe as a file may have it: with sections of methods that it does not use."""
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Validate plain data as a recipe, which keeps the section of its own method alone.
+
+    Raises UserError for an unknown method and pydantic's ValidationError for anything else.
+    """
+    method = values.get("method", Recipe.model_fields["method"].default)
+    if method not in METHODS:
+        hint = suggest(str(method), METHODS)
+        raise UserError(f"method = {show(method)} is not known: {hint}")
+    whole = _AnyRecipe.model_validate(values)
+    own = _recipe_of(method)
+    return own(**{name: getattr(whole, name) for name in own.model_fields})
+
+
+@cache
+def _recipe_of(method: str) -> type[Recipe]:
+    return with_sections({method: METHODS[method].Config})
+
+
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
     """Parse YAML `text` (from `source`, for messages) and apply overrides; raises UserError as
     `load_recipe` does.
@@ -110,7 +135,9 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
             section, name = other.split(".")
             values[section][name] = None
     try:
-        return Recipe.model_validate(values)
+        return make_recipe(values)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     except ValidationError as error:
         raise UserError(f"{source}: {explain(error)}") from error
 
@@ -182,7 +209,7 @@ def suggest_key(key: str) -> str:
     if same:
         return "did you mean " + " or ".join(f"'{field}'" for field in same) + "?"
     section = [field for field in known if field.startswith(f"{parts[0]}.")]
-    return f"known: {', '.join(section or list(Recipe.model_fields))}"
+    return f"known: {', '.join(section or list(_AnyRecipe.model_fields))}"
 
 
 def explain(error: ValidationError) -> str:
@@ -221,7 +248,7 @@ def explain(error: ValidationError) -> str:
 def dotted(location: Sequence[str | int]) -> str:
     """The recipe's key of a pydantic location, which also names the members of a union it tried."""
     parts: list[str] = []
-    section: type[BaseModel] | None = Recipe
+    section: type[BaseModel] | None = _AnyRecipe
     for part in location:
         if isinstance(part, int):
             parts.append(str(part))
@@ -279,7 +306,7 @@ def differing_fields(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]
 
 
 def recipe_fields(
-    model: type[BaseModel] = Recipe, prefix: str = ""
+    model: type[BaseModel] = _AnyRecipe, prefix: str = ""
 ) -> list[tuple[str, str, str, str]]:
     """Key, type, default and meaning of everything a recipe can set; `teachers.N.` stands for any
     teacher.

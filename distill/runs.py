@@ -2,24 +2,30 @@
 
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import nn
+import yaml
 
 from contract.errors import UserError
 from contract.files import write_atomically
 from distill.config import Recipe
 from distill.features import FeatureDims
 from distill.methods import build_method
-from distill.models.weights import tensors_sha256
-from distill.recipe_io import dump_recipe, parse_recipe
+from distill.methods.method import Method
+from distill.models.weights import read_tensors, save_tensors, tensors_sha256
+from distill.recipe_io import RecipeDumper, RecipeLoader, dump_recipe, parse_recipe
 
-FORMAT = 1
-"""Version of the file; raise it with a named `_upgrade_` function when it changes."""
+FORMAT = 2
+"""Version of both files; raise it with a named `_upgrade_` function when it changes. 2: the recipe
+holds the section of its own method alone."""
+
+STUDENT = "student.safetensors"
+EMA = "ema.safetensors"
+FILES = {"student": STUDENT, "ema": EMA}
 
 
 def git_commit() -> str:
@@ -40,75 +46,114 @@ def git_commit() -> str:
 
 
 def save_student(
-    folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe, dims: dict, step: int
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    method: Method,
+    recipe: Recipe,
+    dims: Mapping[str, FeatureDims],
+    step: int,
 ) -> Path:
-    """Write `student.safetensors`: the method's weights, and in its metadata all that is needed to
-    rebuild it.
+    """Write `student.safetensors`: the weights that ship, and in its metadata all that is needed to
+    rebuild them.
+
+    `weights` are a state dict of `method`, whose `train_only` parts are left out. A method with a
+    momentum network has its weights in `ema.safetensors` too, under the same names.
     """
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    metadata = {
-        "format": str(FORMAT),
-        "sha256": tensors_sha256(contiguous),
-        "recipe": dump_recipe(recipe),
-        "teacher_dims": json.dumps({label: list(dim) for label, dim in dims.items()}),
-        "step": str(step),
-        "commit": git_commit(),
-    }
-    path = folder / "student.safetensors"
-    write_atomically(path, lambda temporary: save_file(contiguous, temporary, metadata=metadata))
-    return path
+    parts = tuple(f"{name}." for name in method.train_only)
+    shipped = {name: tensor for name, tensor in weights.items() if not name.startswith(parts)}
+    files = {STUDENT: shipped}
+    averaged = method.averaged()
+    if averaged:
+        files[EMA] = shipped | dict(averaged)
+    for name, tensors in files.items():
+        metadata = {
+            "format": str(FORMAT),
+            "sha256": tensors_sha256(tensors),
+            "recipe": dump_recipe(recipe),
+            "teacher_dims": json.dumps({label: list(dim) for label, dim in dims.items()}),
+            "step": str(step),
+            "commit": git_commit(),
+        }
+        write_atomically(
+            folder / name, lambda temporary, t=tensors, m=metadata: save_tensors(temporary, t, m)
+        )
+    return folder / STUDENT
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, rebuilt from its folder: `method` is in eval mode, on the CPU."""
+    """A finished run, rebuilt from its folder: `method` is in eval mode, on the CPU, without the
+    parts that never ship.
+    """
 
     folder: Path
     recipe: Recipe
     dims: dict[str, FeatureDims]
-    method: nn.Module
+    method: Method
+    step: int | None
+    """Optimizer steps behind its weights; None where the file does not say."""
 
 
-def load_run(folder: str | Path) -> Run:
-    """Rebuild a run's method from `student.safetensors` alone, strictly.
+def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student") -> Run:
+    """Rebuild a run's method from `student.safetensors` alone, or from the momentum network's
+    weights in `ema.safetensors`, strictly.
 
-    Raises UserError for a folder that is no finished run or a file that is damaged.
+    Raises UserError for a folder that is not a finished run or a file that is damaged.
     """
     folder = Path(folder)
-    path = folder / "student.safetensors"
+    path = folder / FILES[weights]
     if not path.is_file():
-        reason = (
-            "its training has not finished"
-            if (folder / "recipe.yaml").exists()
-            else "it is no run folder"
-        )
-        raise UserError(
-            f"{folder} has no student.safetensors: {reason} (give a folder made by distill.run)"
-        )
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} is damaged or half-written ({error}): train again or copy it again"
-        ) from error
-    if "recipe" not in metadata or "teacher_dims" not in metadata:
+        raise UserError(_why_missing(folder, path.name))
+    tensors, metadata = read_tensors(path, "train again or copy it again")
+    if not {"recipe", "teacher_dims", "sha256"} <= set(metadata):
         raise UserError(f"{path} was not written by distill.run: its metadata has no recipe")
-    if tensors_sha256(weights) != metadata.get("sha256"):
-        raise UserError(
-            f"{path} does not match its recorded sha256: it is damaged; train again or copy it "
-            "again"
-        )
+    metadata = _upgraded(path, metadata)
     recipe = parse_recipe(metadata["recipe"], str(path))
     dims = {label: FeatureDims(*dim) for label, dim in json.loads(metadata["teacher_dims"]).items()}
     # The file holds every weight: nothing is to be fetched, whatever the recipe started from.
     student = recipe.student.model_copy(update={"pretrained": False})
-    method = build_method(recipe.model_copy(update={"student": student}), dims)
+    offline = recipe.model_copy(update={"student": student})
+    method = build_method(offline, dims, inference=True)
     try:
-        method.load_state_dict(weights, strict=True)
+        method.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
         raise UserError(
             f"{path} does not fit its own recipe: {str(error).splitlines()[1].strip()}"
         ) from error
-    return Run(folder, recipe, dims, method.eval())
+    step = metadata.get("step", "")
+    return Run(folder, recipe, dims, method.eval(), int(step) if step.isdecimal() else None)
+
+
+def _why_missing(folder: Path, name: str) -> str:
+    if name == EMA and (folder / STUDENT).is_file():
+        return f"{folder} has no {EMA}: its method trains no momentum network (use the student)"
+    reason = (
+        "its training has not finished"
+        if (folder / "recipe.yaml").exists()
+        else "it is not a run folder"
+    )
+    return f"{folder} has no {name}: {reason} (give a folder made by distill.run)"
+
+
+def _upgraded(path: Path, metadata: dict[str, str]) -> dict[str, str]:
+    """Metadata in the present format; raises UserError for that of a later version."""
+    version = metadata.get("format", "")
+    if version == "1":
+        metadata = _upgrade_1(metadata)
+    elif version != str(FORMAT):
+        raise UserError(
+            f"{path} has format {version or 'none'}, but this version reads 1 to {FORMAT}: update "
+            "vfm-distill"
+        )
+    return metadata
+
+
+def _upgrade_1(metadata: dict[str, str]) -> dict[str, str]:
+    """Format 1 kept the sections of both methods of its time in the recipe, and no other."""
+    values = yaml.load(metadata["recipe"], Loader=RecipeLoader)
+    for name in {"umt", "plain"} - {values["method"]}:
+        values.pop(name, None)
+    return metadata | {
+        "format": "2",
+        "recipe": yaml.dump(values, Dumper=RecipeDumper, sort_keys=False),
+    }

@@ -7,6 +7,8 @@ from typing import Any
 
 from contract.errors import UserError
 from distill.config import Recipe
+from distill.methods import METHODS
+from distill.recipe_io import make_recipe
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [16, 32, 48, 64]}
@@ -30,18 +32,13 @@ def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
             "checkpoint": None,
             "pretrained": False,
             "dim": None,
+            "batch_size": teacher["batch_size"] and 2,
         }
         teacher["block"] = None if teacher["block"] is None else VIT["depth"] - 1
     values["teacher_runtime"] |= {"precision": "auto", "compile": False}
     values["teacher_cache"] |= {"path": None, "views": min(1, recipe.teacher_cache.views)}
     values["targets"] |= {"batches": 1}
-    values["umt"] |= {
-        "space_dim": 32,
-        "token_dim": 32,
-        "groups": 8,
-        "heads": "auto",
-    }  # 8 divides 64 and M x 64
-    values["plain"] |= {"hidden_dim": "auto"}
+    values[recipe.method] |= METHODS[recipe.method].Config.TINY
     values["data"] |= {
         "kind": "packaged-photos",
         "path": None,
@@ -63,7 +60,7 @@ def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
         "log_every": 1,
         "tensorboard": False,
     }
-    return Recipe.model_validate(values)
+    return make_recipe(values)
 
 
 def shrink(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from safetensors import safe_open
 
 from contract.errors import Failure
 from contract.files import file_sha256
@@ -157,7 +156,7 @@ def fill(
             stride=student.stride,
             image_size=recipe.student.image_size,
             sha256=student.sha256,
-            trained_steps=trained_steps(args.run),
+            trained_steps=student.run.step,
         ),
         teachers=tuple(describe_teacher(t, student) for t in recipe.teachers),
         precision=args.precision,
@@ -187,13 +186,6 @@ def fill(
             "onnxruntime": onnxruntime.__version__,
         },
     )
-
-
-def trained_steps(run: Path) -> int | None:
-    """Optimizer steps behind a run's weights, None where their file does not say."""
-    with safe_open(run / "student.safetensors", framework="np") as file:
-        message = file.metadata().get("step", "")
-    return int(message) if message.isdecimal() else None
 
 
 def calibrate(

@@ -1,15 +1,15 @@
-"""From pictures to batches: one random crop a view, in an order that depends on nothing but the
-seed.
+"""From pictures to batches, in an order that depends on nothing but the seed.
 
-Every sample is a pure function of (seed, picture, view) and every batch of (seed, step), whatever
-the number of workers or ranks and wherever a run was interrupted. One geometric crop is shared by
-the student and all teachers; each resizes and normalises it for itself, on the device.
+Every sample is a pure function of (seed, picture, view, crop) and every batch of (seed, step),
+whatever the number of workers or ranks and wherever a run was interrupted. A stream is an endless
+order of pictures with a batch size of its own; all streams of a run share one source of pictures.
 """
 
 import logging
 import math
 import signal
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,99 +18,122 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from contract.errors import UserError
-from distill.data.crops import CropDataset, Sample, Skipped
+from distill.data.crops import MAIN, CropDataset, Sample, Skipped
 
 log = logging.getLogger(__name__)
 
+Key = tuple[str, int, int]
+"""Stream, picture, number of the view: what `CropDataset` is indexed by."""
+
 
 class Batch(NamedTuple):
-    """uint8 images [B, 3, S, S], the pictures [B] and views [B] asked for, and what was skipped."""
+    """`views` by name: uint8 [crops * B, 3, S, S], crop by crop, and what else a view asked for;
+    `pictures` and `numbers` [B] (which view of them) by stream; and what was skipped.
+    """
 
-    images: Tensor
-    pictures: Tensor
-    views: Tensor
+    views: dict[str, Tensor]
+    pictures: dict[str, Tensor]
+    numbers: dict[str, Tensor]
     skipped: list[Skipped]
 
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its views on `device`."""
+        views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
+        return self._replace(views=views)
 
-def collate(samples: list[Sample]) -> Batch:
-    """Stack samples to a batch."""
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Put the samples of every stream together."""
+    views, pictures, numbers = {}, {}, {}
+    for stream in dict.fromkeys(sample.stream for sample in samples):
+        own = [sample for sample in samples if sample.stream == stream]
+        pictures[stream] = torch.tensor([sample.picture for sample in own])
+        numbers[stream] = torch.tensor([sample.view for sample in own])
+        for name in own[0].views:
+            # [crops, B, …]: the first crop of every picture, then the second
+            views[name] = torch.stack([sample.views[name] for sample in own], dim=1).flatten(0, 1)
     return Batch(
-        torch.stack([sample.image for sample in samples]),
-        torch.tensor([sample.picture for sample in samples]),
-        torch.tensor([sample.view for sample in samples]),
-        [entry for sample in samples for entry in sample.skipped],
+        views, pictures, numbers, [entry for sample in samples for entry in sample.skipped]
     )
 
 
-class StepBatches(Sampler[list[tuple[int, int]]]):
-    """The (picture, view) of every micro-batch of this rank, from optimizer step `start` up to
-    `steps`.
+class StreamBatches(Sampler[list[Key]]):
+    """The keys of every micro-batch of this rank, from optimizer step `start` up to `steps`.
 
-    Epoch e is one permutation of all pictures x repeats; what is left after the last whole batch is
-    dropped. Repeat r of a picture in epoch e is its view e * repeats + r, taken modulo `views` if
-    that is not 0. The batch of a step is cut into `accumulate` micro-batches, and each of those
-    over the ranks.
+    Epoch e of a stream is one permutation of all pictures x repeats; what is left after the last
+    whole batch is dropped. Repeat r of a picture in epoch e is its view e * repeats + r, taken
+    modulo `views` if that is not 0. The batch of a step is cut into `accumulate` micro-batches, and
+    each of those over the ranks. A micro-batch holds the samples of all streams, one after another.
+
+    `batch_sizes`: pictures of an optimizer step over all ranks, by stream.
     """
 
     def __init__(
         self,
         pictures: int,
         repeats: int,
-        batch_size: int,
+        batch_sizes: Mapping[str, int],
         steps: int,
-        start: int,
-        rank: int,
-        world: int,
-        accumulate: int,
-        seed: int,
-        views: int,
+        start: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
+        views: int = 0,
     ) -> None:
-        if pictures * repeats < batch_size:
-            raise UserError(
-                f"train.batch_size = {batch_size} is more than {pictures} pictures x data.repeats "
-                f"= {repeats}: set data.repeats={math.ceil(batch_size / pictures)} or "
-                f"train.batch_size={pictures * repeats}"
-            )
-        if batch_size % (world * accumulate):
-            unit = world * accumulate
-            raise UserError(
-                f"train.batch_size = {batch_size} does not divide over {world} processes x "
-                f"train.accumulate = {accumulate}: use {max(1, round(batch_size / unit)) * unit}"
-            )
-        self.pictures, self.repeats, self.batch_size = pictures, repeats, batch_size
+        for stream, size in batch_sizes.items():
+            _check_batch_size(stream, size, pictures, repeats, world, accumulate)
+        self.pictures, self.repeats, self.batch_sizes = pictures, repeats, dict(batch_sizes)
         self.steps, self.start, self.rank, self.world = steps, start, rank, world
         self.accumulate, self.seed, self.views = accumulate, seed, views
-        self.steps_per_epoch = pictures * repeats // batch_size
+        self._epoch_orders: dict[str, tuple[int, Tensor]] = {}
 
     def __len__(self) -> int:
         return max(0, self.steps - self.start) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, None
-        micro = self.batch_size // self.accumulate
+    def __iter__(self) -> Iterator[list[Key]]:
         for step in range(self.start, self.steps):
-            if step // self.steps_per_epoch != epoch:
-                epoch = step // self.steps_per_epoch
-                order = self._order(epoch)
-            first = (step % self.steps_per_epoch) * self.batch_size
             for part in range(self.accumulate):
-                begin = first + part * micro
-                yield [
-                    self._entry(epoch, int(i))
-                    for i in order[begin + self.rank : begin + micro : self.world]
-                ]
+                yield [key for stream in self.batch_sizes for key in self._keys(stream, step, part)]
 
-    def _order(self, epoch: int) -> Tensor:
+    def _keys(self, stream: str, step: int, part: int) -> Iterator[Key]:
+        size = self.batch_sizes[stream]
+        epoch, within = divmod(step, self.pictures * self.repeats // size)
+        if self._epoch_orders.get(stream, (None,))[0] != epoch:
+            self._epoch_orders[stream] = (epoch, self._order(stream, epoch))
+        order, micro = self._epoch_orders[stream][1], size // self.accumulate
+        begin = within * size + part * micro
+        for index in order[begin + self.rank : begin + micro : self.world].tolist():
+            view = epoch * self.repeats + index // self.pictures
+            yield stream, index % self.pictures, view % self.views if self.views else view
+
+    def _order(self, stream: str, epoch: int) -> Tensor:
+        entropy = [self.seed, epoch]
+        if stream != MAIN:
+            entropy.insert(1, zlib.crc32(stream.encode()))
         # Two words of entropy mixed into one seed, so that neighbouring seeds and epochs share no
         # permutation
-        mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0]
+        mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
         return torch.randperm(self.pictures * self.repeats, generator=generator)
 
-    def _entry(self, epoch: int, index: int) -> tuple[int, int]:
-        picture, repeat = index % self.pictures, index // self.pictures
-        view = epoch * self.repeats + repeat
-        return picture, view % self.views if self.views else view
+
+def _check_batch_size(
+    stream: str, size: int, pictures: int, repeats: int, world: int, accumulate: int
+) -> None:
+    key = "train.batch_size" if stream == MAIN else f"batch_size of teacher '{stream}'"
+    if pictures * repeats < size:
+        example = "" if stream != MAIN else f" or train.batch_size={pictures * repeats}"
+        raise UserError(
+            f"{key} = {size} is more than {pictures} pictures x data.repeats = {repeats}: set "
+            f"data.repeats={math.ceil(size / pictures)}{example}"
+        )
+    unit = world * accumulate
+    if size % unit:
+        raise UserError(
+            f"{key} = {size} does not divide over {world} processes x train.accumulate = "
+            f"{accumulate}: use {max(1, round(size / unit)) * unit}"
+        )
 
 
 def prepare_worker(worker: int) -> None:

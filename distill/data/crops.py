@@ -1,10 +1,12 @@
-"""From pictures to crops: every crop is a pure function of (seed, picture, view).
+"""From pictures to crops: every crop is a pure function of (seed, picture, view, crop).
 
-One geometric crop is shared by the student and all teachers; each resizes and normalises it for
-itself, on the device.
+A method declares the `View`s it needs; whoever looks at a view, student or teacher, resizes and
+normalises its crops for itself, on the device.
 """
 
 import math
+import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,21 +18,17 @@ from torch.utils.data import Dataset
 from contract.errors import UserError
 from distill.config import DataConfig
 from distill.data.images import UnreadableImage
+from distill.data.photometric import photometric
 from distill.data.pictures import Pictures
+
+MAIN = "main"
+"""The stream whose batch size is `train.batch_size`."""
+
+IMAGE = "image"
+"""Name of the view of methods that need only one."""
 
 Skipped = tuple[str, str]
 """Name of an unreadable picture and the reason."""
-
-
-class Sample(NamedTuple):
-    """One crop: uint8 [3, S, S], the picture and view asked for, and what had to be skipped on the
-    way.
-    """
-
-    image: Tensor
-    picture: int
-    view: int
-    skipped: tuple[Skipped, ...]
 
 
 def random_crop(
@@ -78,21 +76,58 @@ def centre_crop(image: Image.Image, side: int) -> Tensor:
     return take_crop(image, (left, top, left + short, top + short), side, flip=False)
 
 
+class View(NamedTuple):
+    """What the data stage makes of one picture: `crops` random crops of `size` x `size` pixels."""
+
+    name: str
+    """Key of the view's tensor in `Batch.views`."""
+    size: int | None = None
+    """Side in pixels; None: `data.image_size`, by default the largest input of the student and of
+    the teachers that see the view."""
+    crops: int = 1
+    """Crops of a picture; a batch holds them crop by crop: uint8 [crops * B, 3, size, size]."""
+    scale: tuple[float, float] | None = None
+    """Range of a crop's share of the picture's area; None: `data.crop_scale`."""
+    photometric: tuple[str, ...] = ()
+    """Names in `photometric.RECIPES`, one for each crop or one for all."""
+    boxes: bool = False
+    """Whether `Batch.views` also has "<name>.box" float32 [crops * B, 4]: left, top, right and
+    bottom over the picture's width and height, left > right where the crop is mirrored."""
+    stream: str = MAIN
+    """The stream of pictures it is cut from; views of one stream share their pictures."""
+
+
+class Sample(NamedTuple):
+    """The crops of one picture of one stream: `views` by name, each [crops, …]; the picture and the
+    number of the view that were requested; what had to be skipped on the way.
+    """
+
+    stream: str
+    views: dict[str, Tensor]
+    picture: int
+    view: int
+    skipped: tuple[Skipped, ...]
+
+
 class CropDataset(Dataset):
-    """Samples addressed by (picture, view). An unreadable picture is replaced by the next readable
-    one.
+    """Samples addressed by (stream, picture, view number). An unreadable picture is replaced by the
+    next readable one.
+
+    `views` must have their sizes and scales (see `resolve_views`).
     """
 
     TRIES = 32
 
-    def __init__(self, pictures: Pictures, config: DataConfig, image_size: int, seed: int) -> None:
-        self.pictures, self.config, self.image_size, self.seed = pictures, config, image_size, seed
+    def __init__(
+        self, pictures: Pictures, config: DataConfig, views: Sequence[View], seed: int
+    ) -> None:
+        self.pictures, self.config, self.views, self.seed = pictures, config, tuple(views), seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        """Crop `key` = (picture, view); raises UserError after too many unreadable pictures in a
-        row.
+    def __getitem__(self, key: tuple[str, int, int]) -> Sample:
+        """Cut every view of `key` = (stream, picture, view number); raises UserError after too many
+        unreadable pictures in a row.
         """
-        picture, view = key
+        stream, picture, number = key
         skipped: list[Skipped] = []
         for offset in range(min(self.TRIES, len(self.pictures))):
             try:
@@ -100,13 +135,40 @@ class CropDataset(Dataset):
             except UnreadableImage as error:
                 skipped.append((error.name, error.reason))
                 continue
-            rng = np.random.Generator(
-                np.random.Philox(np.random.SeedSequence((self.seed, picture, view)))
-            )
-            box = random_crop(image.size, rng, self.config.crop_scale, self.config.crop_ratio)
-            crop = take_crop(image, box, self.image_size, flip=rng.random() < self.config.flip)
-            return Sample(crop, picture, view, tuple(skipped))
+            tensors: dict[str, Tensor] = {}
+            for view in self.views:
+                if view.stream == stream:
+                    tensors |= self._cut(image, view, picture, number)
+            return Sample(stream, tensors, picture, number, tuple(skipped))
         name, reason = skipped[0]
         raise UserError(
             f"data: {len(skipped)} pictures in a row are unreadable, the first {name} ({reason})"
         )
+
+    def _cut(self, image: Image.Image, view: View, picture: int, number: int) -> dict[str, Tensor]:
+        """Every crop of one view of a decoded picture."""
+        crops, boxes = [], []
+        for crop in range(view.crops):
+            rng = self._generator(view, picture, number, crop)
+            box = random_crop(image.size, rng, view.scale, self.config.crop_ratio)
+            flip = rng.random() < self.config.flip
+            pixels = take_crop(image, box, view.size, flip)
+            if view.photometric:
+                name = view.photometric[crop if len(view.photometric) > 1 else 0]
+                pixels = photometric(pixels, name, rng)
+            crops.append(pixels)
+            left, top, right, bottom = box
+            sides = (right, left) if flip else (left, right)
+            width, height = image.size
+            boxes.append([sides[0] / width, top / height, sides[1] / width, bottom / height])
+        tensors = {view.name: torch.stack(crops)}
+        return tensors | ({f"{view.name}.box": torch.tensor(boxes)} if view.boxes else {})
+
+    def _generator(self, view: View, picture: int, number: int, crop: int) -> np.random.Generator:
+        entropy = [self.seed, picture, number]
+        if (view.stream, view.name) != (MAIN, IMAGE):
+            # the shared view of UMT and plain keeps the seeds that it had when it was the only one
+            entropy.insert(1, zlib.crc32(f"{view.stream}/{view.name}".encode()))
+        if crop:
+            entropy.append(crop)
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))

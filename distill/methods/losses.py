@@ -12,7 +12,7 @@ Reductions are means over everything but nothing else, so the loss of a batch is
 halves.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
@@ -111,3 +111,13 @@ def alignment_losses(
     if token_sum is not None:
         parts["loss.token"] = token_sum
     return {"loss": total, "loss.patches": feature_sum, **parts}
+
+
+def alignment_loss_names(labels: Sequence[str], with_token: Sequence[str]) -> list[str]:
+    """Names that `alignment_losses` returns beside "loss", for teachers `labels` of which those
+    `with_token` have a token loss.
+    """
+    names = ["loss.patches", *(f"loss.{label}.patches" for label in labels)]
+    if with_token:
+        names += ["loss.token", *(f"loss.{label}.token" for label in with_token)]
+    return names

@@ -5,25 +5,44 @@ predicted from the student's summary, its map from the student's map.
 """
 
 from collections.abc import Mapping
+from typing import ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from distill.config import Recipe
+from distill.config import Auto, Positive, Recipe, Section
+from distill.data.crops import IMAGE, View
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import Deployment
-from distill.methods.losses import Prediction, alignment_losses
+from distill.methods.losses import Prediction, alignment_loss_names, alignment_losses
+from distill.methods.method import Method
 from distill.methods.targets import FeatureNormalizer
 from distill.models.preprocess import Preprocess
 from distill.models.student import Student
 
 
-class Plain(nn.Module):
+class Config(Section):
+    """The RADIO-like baseline: one MLP per teacher and output, no interaction."""
+
+    TINY: ClassVar = {"hidden_dim": "auto"}
+
+    hidden_dim: Positive | Auto = Field(
+        "auto", description="hidden width of a head; auto: the student's width"
+    )
+
+
+class Plain(Method):
     """A student with two MLP heads per teacher."""
 
-    def __init__(self, recipe: Recipe, dims: Mapping[str, FeatureDims]) -> None:
-        super().__init__()
+    Config = Config
+    views = (View(IMAGE),)
+
+    def __init__(
+        self, recipe: Recipe, dims: Mapping[str, FeatureDims], inference: bool = False
+    ) -> None:
+        super().__init__(recipe, dims, inference)
         self.teachers, self.grid = recipe.teachers, recipe.align.grid
-        self.teacher_views = {teacher.label: "image" for teacher in recipe.teachers}
+        self.teacher_views = {teacher.label: IMAGE for teacher in recipe.teachers}
         self.preprocess = Preprocess(
             recipe.student.image_size, recipe.student.mean, recipe.student.std
         )
@@ -45,13 +64,10 @@ class Plain(nn.Module):
         self, views: Mapping[str, Tensor], targets: Mapping[str, Features]
     ) -> dict[str, Tensor]:
         """Compute every loss from one student forward; arguments and result as in `UMT.forward`."""
-        features = self.student(self.preprocess(views["image"]))
+        features = self.student(self.preprocess(views[IMAGE]))
         predictions = {label: head(features) for label, head in self.heads.items()}
         normalized = {label: self.normalizers[label](target) for label, target in targets.items()}
         return alignment_losses(predictions, normalized, self.teachers, self.grid)
-
-    def after_step(self, step: int) -> None:
-        """Nothing changes but the weights."""
 
     def deploy(self) -> Deployment:
         """What ships: the backbone and one head per teacher, which read it directly."""
@@ -59,6 +75,12 @@ class Plain(nn.Module):
             label: DeployedHead(head, self.normalizers[label]) for label, head in self.heads.items()
         }
         return Deployment(self.preprocess, self.student, nn.Identity(), heads)
+
+    def describe(self) -> dict[str, list[str]]:
+        """Losses and heads, a teacher each."""
+        labels = list(self.heads)
+        with_token = [label for label in labels if self.heads[label].token is not None]
+        return {"losses": alignment_loss_names(labels, with_token), "heads": labels}
 
 
 class TeacherHead(nn.Module):

@@ -126,13 +126,13 @@ class FeatureNormalizer(nn.Module):
 
     def __init__(self, label: str, dims: FeatureDims, mode: str) -> None:
         super().__init__()
-        for width in dims:
+        for width in dims[:2]:
             if mode == "phi-s" and not has_hadamard(width):
                 raise UserError(
                     f"teacher '{label}': targets.normalize = phi-s needs a Hadamard matrix of its "
                     f"width {width}, and none is known (set targets.normalize=standardize)"
                 )
-        self.summary, self.patches = (TargetNormalizer(width, mode) for width in dims)
+        self.summary, self.patches = (TargetNormalizer(width, mode) for width in dims[:2])
 
     def forward(self, features: Features) -> Features:
         """Normalise a teacher's features."""
@@ -160,7 +160,7 @@ def fit_normalizers(
     parts = {
         (label, kind): getattr(normalizer, kind)
         for label, normalizer in normalizers.items()
-        for kind in Features._fields
+        for kind in Features._fields[:2]
         if getattr(normalizer, kind).needs_fit
     }
     if not parts:

@@ -4,7 +4,7 @@
 Usage: `method = UMT(recipe, dims)`; `method({"image": images}, targets)["loss"].backward()`.
 
 Differs from the paper, where it is silent or contradicts itself (every choice is a field of
-`UMTConfig`):
+`Config`):
 - One common width `space_dim` for all spaces. The paper lets it be d_Ti and yet shares modules over
   spaces, which
   needs equal widths; where a teacher's width differs, a Linear at the end maps to it.
@@ -16,12 +16,15 @@ Differs from the paper, where it is silent or contradicts itself (every choice i
 """
 
 from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, get_args
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from contract.errors import UserError
-from distill.config import Recipe, UMTConfig
+from distill.config import Auto, Positive, Recipe, Section
+from distill.data.crops import IMAGE, View
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import Deployment
 from distill.methods.interaction import (
@@ -34,19 +37,85 @@ from distill.methods.interaction import (
     default_heads,
     gcd_groups,
 )
-from distill.methods.losses import Prediction, alignment_losses
+from distill.methods.losses import Prediction, alignment_loss_names, alignment_losses
+from distill.methods.method import Method
 from distill.methods.targets import FeatureNormalizer
 from distill.models.preprocess import Preprocess
 from distill.models.student import Student
 
+CrossMode = Literal["channel", "token", "axial", "grouped"]
 
-class UMT(nn.Module):
+
+class Config(Section):
+    """UMT's interaction (paper 3.2-3.4, A.2). `auto` values depend on the student's family."""
+
+    # 8 groups divide 64 and M x 64
+    TINY: ClassVar = {"space_dim": 32, "token_dim": 32, "groups": 8, "heads": "auto"}
+
+    space_dim: Positive | Literal["auto", "student"] = Field(
+        "auto",
+        description="common width of the M spaces; auto: the widest teacher; student: the "
+        "student's width",
+    )
+    token_dim: Positive | Auto = Field(
+        "auto", description="d_m; auto: space_dim for a CNN student, 64 for a ViT"
+    )
+    depth: Positive | Auto = Field(
+        "auto", description="N, alternations cross -> intra; auto: 2 for a CNN, 1 for a ViT"
+    )
+    model_token: bool = Field(True, description="ablation switch (Table 3)")
+    cross_space: CrossMode | bool = Field(
+        "channel",
+        description="channel | token | axial | grouped; false is the ablation of Table 3, true is "
+        "'channel'",
+    )
+    intra_space: bool = Field(True, description="ablation switch (Table 3)")
+    groups: Positive | Auto = Field(
+        64,
+        description="CNN: groups of the 1x1 convolution (A.2: ResNet-50 128, ConvNeXt-B 64); "
+        "auto: gcd with 64",
+    )
+    interleave: bool = Field(
+        True,
+        description="CNN: shuffle channels so that every group sees every space; false: the "
+        "paper's order",
+    )
+    heads: Positive | Auto = Field(
+        "auto", description="ViT: heads of an intra-space block; cross uses M times as many"
+    )
+    cross_mlp_ratio: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="ViT: hidden/width of the cross-space FFN"
+    )
+    intra_mlp_ratio: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="ViT: hidden/width of the intra-space FFN"
+    )
+    share_token_head: bool | Auto = Field(
+        "auto", description="one Linear for all teachers; auto: where widths agree"
+    )
+    token_pool: Literal["before", "after"] = Field(
+        "before", description="pool the token before or after its head"
+    )
+
+    @property
+    def cross_mode(self) -> CrossMode | None:
+        """The cross-space module to build, or None for the ablation without it."""
+        if isinstance(self.cross_space, bool):
+            return "channel" if self.cross_space else None
+        return self.cross_space
+
+
+class UMT(Method):
     """A student, its model token, N cross-/intra-space alternations, and a read-out per teacher."""
 
-    def __init__(self, recipe: Recipe, dims: Mapping[str, FeatureDims]) -> None:
-        super().__init__()
+    Config = Config
+    views = (View(IMAGE),)
+
+    def __init__(
+        self, recipe: Recipe, dims: Mapping[str, FeatureDims], inference: bool = False
+    ) -> None:
+        super().__init__(recipe, dims, inference)
         self.teachers, self.grid = recipe.teachers, recipe.align.grid
-        self.teacher_views = {teacher.label: "image" for teacher in recipe.teachers}
+        self.teacher_views = {teacher.label: IMAGE for teacher in recipe.teachers}
         self.preprocess = Preprocess(
             recipe.student.image_size, recipe.student.mean, recipe.student.std
         )
@@ -72,15 +141,12 @@ class UMT(nn.Module):
         `views["image"]`: uint8 [B, 3, S, S]; `targets`: each teacher's features of the same
         pictures. Returns the scalars of `losses.alignment_losses`.
         """
-        features = self.student(self.preprocess(views["image"]))
+        features = self.student(self.preprocess(views[IMAGE]))
         spaces = self.interaction(features)
         grid = tuple(features.patches.shape[1:3])
         predictions = {label: self.read_out(label, spaces, grid) for label in self.teacher_views}
         normalized = {label: self.normalizers[label](target) for label, target in targets.items()}
         return alignment_losses(predictions, normalized, self.teachers, self.grid)
-
-    def after_step(self, step: int) -> None:
-        """UMT keeps no state beside its weights."""
 
     def deploy(self) -> Deployment:
         """What ships: backbone, interaction (it needs all M spaces, cross-space mixes them) and M
@@ -92,13 +158,31 @@ class UMT(nn.Module):
         }
         return Deployment(self.preprocess, self.student, self.interaction, heads)
 
+    def describe(self) -> dict[str, list[str]]:
+        """Losses and heads, a teacher each."""
+        labels = list(self.teacher_views)
+        with_token = [label for label in labels if self.read_out.predicts_token(label)]
+        return {"losses": alignment_loss_names(labels, with_token), "heads": labels}
+
+    @classmethod
+    def variants(cls, recipe: Recipe) -> tuple[str, dict[str, Recipe]]:
+        """The interaction with every `umt.cross_space`, unless the recipe goes without."""
+        if recipe.umt.cross_mode is None:
+            return "interaction", {}
+        variants = {}
+        for mode in get_args(CrossMode):
+            umt = recipe.umt.model_copy(update={"cross_space": mode})
+            chosen = " (this recipe)" if mode == recipe.umt.cross_mode else ""
+            variants[f"umt.cross_space={mode}{chosen}"] = recipe.model_copy(update={"umt": umt})
+        return "interaction", variants
+
 
 class SpaceInteraction(nn.Module):
     """From F_S to M representational spaces that have interacted: [B, N, M, space_dim +
     token_dim].
     """
 
-    def __init__(self, config: UMTConfig, student: Student, dims: list[FeatureDims]) -> None:
+    def __init__(self, config: Config, student: Student, dims: list[FeatureDims]) -> None:
         super().__init__()
         cnn, spaces = student.family == "cnn", len(dims)
         self.spaces = spaces
@@ -140,7 +224,7 @@ class ReadOut(nn.Module):
     """
 
     def __init__(
-        self, config: UMTConfig, dims: Mapping[str, FeatureDims], space_dim: int, token_dim: int
+        self, config: Config, dims: Mapping[str, FeatureDims], space_dim: int, token_dim: int
     ) -> None:
         super().__init__()
         self.space_dim, self.pool = space_dim, config.token_pool
@@ -181,6 +265,10 @@ class ReadOut(nn.Module):
         summary = features[:, 0] if prefix else features.mean(dim=1)
         return Prediction(self._token(label, space) if self.has_token else None, patches, summary)
 
+    def predicts_token(self, label: str) -> bool:
+        """Whether teacher `label` has a token head."""
+        return self.has_token
+
     def _token(self, label: str, space: Tensor) -> Tensor:
         head = self.token_heads["shared" if "shared" in self.token_heads else label]
         token = space[..., self.space_dim :]
@@ -205,14 +293,14 @@ class SpaceHead(nn.Module):
         return self.normalizer.restore(self.read_out(self.label, spaces, grid))
 
 
-def resolve_space_dim(config: UMTConfig, student_width: int, dims: list[FeatureDims]) -> int:
+def resolve_space_dim(config: Config, student_width: int, dims: list[FeatureDims]) -> int:
     """Common width of the M spaces: given, the student's, or (auto) the widest teacher's."""
     if config.space_dim == "student":
         return student_width
     return max(dim.patches for dim in dims) if config.space_dim == "auto" else config.space_dim
 
 
-def resolve_token_dim(config: UMTConfig, cnn: bool, space_dim: int) -> int:
+def resolve_token_dim(config: Config, cnn: bool, space_dim: int) -> int:
     """d_m; 0 in the ablation without a model token."""
     if not config.model_token:
         return 0
@@ -221,7 +309,7 @@ def resolve_token_dim(config: UMTConfig, cnn: bool, space_dim: int) -> int:
     return config.token_dim
 
 
-def share_token_head(config: UMTConfig, dims: Mapping[str, FeatureDims]) -> bool:
+def share_token_head(config: Config, dims: Mapping[str, FeatureDims]) -> bool:
     """Whether one Linear serves all teachers (A.3 shares it, which needs equal widths)."""
     widths = {label: dim.summary for label, dim in dims.items()}
     equal = len(set(widths.values())) == 1
@@ -233,7 +321,7 @@ def share_token_head(config: UMTConfig, dims: Mapping[str, FeatureDims]) -> bool
     return equal if config.share_token_head == "auto" else config.share_token_head
 
 
-def build_cross(config: UMTConfig, cnn: bool, spaces: int, width: int) -> nn.Module:
+def build_cross(config: Config, cnn: bool, spaces: int, width: int) -> nn.Module:
     """One psi_C for `spaces` spaces of `width` channels."""
     mode = config.cross_mode
     if mode is None:
@@ -253,7 +341,7 @@ def build_cross(config: UMTConfig, cnn: bool, spaces: int, width: int) -> nn.Mod
     return CrossSpace(AttentionInteraction(width, heads, config.cross_mlp_ratio), mode)
 
 
-def build_intra(config: UMTConfig, cnn: bool, width: int) -> nn.Module:
+def build_intra(config: Config, cnn: bool, width: int) -> nn.Module:
     """One phi_I of `width` channels."""
     if not config.intra_space:
         return SkipInteraction()
@@ -272,7 +360,7 @@ class SkipInteraction(nn.Module):
         return x
 
 
-def conv_block(config: UMTConfig, channels: int, width: int) -> ConvInteraction:
+def conv_block(config: Config, channels: int, width: int) -> ConvInteraction:
     """A CNN module; raises UserError naming the nearest legal d_m where the groups do not divide
     the channels.
     """
@@ -285,7 +373,7 @@ def conv_block(config: UMTConfig, channels: int, width: int) -> ConvInteraction:
     return ConvInteraction(channels, groups, config.interleave)
 
 
-def resolve_heads(config: UMTConfig, width: int) -> int:
+def resolve_heads(config: Config, width: int) -> int:
     """Heads of an intra-space block; raises UserError naming the nearest legal d_m where they do
     not divide.
     """
@@ -299,7 +387,7 @@ def resolve_heads(config: UMTConfig, width: int) -> int:
     return config.heads
 
 
-def nearest_token_dims(config: UMTConfig, width: int, divisor: int) -> str:
+def nearest_token_dims(config: Config, width: int, divisor: int) -> str:
     """Name the values of token_dim next to the present one that `divisor` can work with."""
     below = width // divisor * divisor
     if not config.model_token:

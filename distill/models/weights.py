@@ -6,14 +6,16 @@ import logging
 import pickle
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contract.errors import UserError
+from contract.files import sort_safetensors_metadata
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,29 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on its content alone."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path, metadata=dict(metadata))
+    sort_safetensors_metadata(path)
+
+
+def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file of `save_tensors` that records the `sha256` of its tensors.
+
+    Raises UserError, ending with the `remedy`, for one that is damaged or does not match it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is damaged or half-written ({error}): {remedy}") from error
+    if "sha256" in metadata and tensors_sha256(tensors) != metadata["sha256"]:
+        raise UserError(f"{path} does not match its recorded sha256: it is damaged; {remedy}")
+    return tensors, metadata
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

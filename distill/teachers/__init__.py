@@ -28,7 +28,8 @@ class Teacher(nn.Module):
     """One frozen teacher: eval mode whatever its parents do, no gradients, its own input size and
     normalisation.
 
-    `dims` are the widths of what it says, `grid` the (h, w) of its map.
+    `dims` are the widths of its features, `shapes` their shapes by name (`Features.named`) without
+    the batch, `grid` the (h, w) of its map.
     """
 
     def __init__(
@@ -42,8 +43,13 @@ class Teacher(nn.Module):
         self._encode = torch.compile(self.encode) if runtime.compile else self.encode
         with torch.no_grad():
             look = self.probe()
-        self.dims = FeatureDims(look.summary.shape[-1], look.patches.shape[-1])
-        self.grid = tuple(look.patches.shape[1:3])
+        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in look.named().items()}
+        self.dims = FeatureDims(
+            None if look.summary is None else look.summary.shape[-1],
+            look.patches.shape[-1],
+            tuple(level.shape[-1] for level in look.maps),
+        )
+        self.grid = self.shapes["patches"][:2]
 
     @property
     def label(self) -> str:
@@ -74,7 +80,7 @@ class Teacher(nn.Module):
         )
         with cast:
             features = self._encode(pixels)
-        return Features(features.summary.float(), features.patches.float())
+        return features.map(Tensor.float)
 
     def encode(self, pixels: Tensor) -> Features:
         """Features of normalised images [B, 3, S, S], by the network's kind.

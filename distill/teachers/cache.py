@@ -1,8 +1,9 @@
 """Teacher features computed once, over K fixed augmented views a picture; later epochs cost the
 student alone.
 
-Slot p * K + k holds view k of picture p. Slots are cut into shards; a shard is one memory-mapped
-float16 array per teacher and kind of feature, and a marker, written last, that makes it count.
+Slot p * K + k holds what each teacher sees of picture p the k-th time, all crops of its view. Slots
+are cut into shards; a shard is one memory-mapped float16 array per teacher and kind of feature, and
+a marker, written last, that makes it count.
 Shards are always computed whole and in the same small chunks, so what a slot holds never depends on
 when or after which interruption it was computed.
 """
@@ -11,8 +12,9 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +23,9 @@ from torch import Tensor
 from contract.errors import UserError
 from distill.config import Recipe
 from distill.data.batches import Batch, make_loader
-from distill.data.crops import CropDataset
+from distill.data.crops import CropDataset, View
 from distill.distributed import Ranks
-from distill.features import FeatureDims, Features
+from distill.features import Features, features_of
 from distill.teachers import Teacher
 
 log = logging.getLogger(__name__)
@@ -31,12 +33,20 @@ log = logging.getLogger(__name__)
 CHUNK = 16
 """Views a forward pass of the teachers while filling."""
 
-Spec = tuple[FeatureDims, tuple[int, int]]
 Look = Callable[[Batch], dict[str, Features]]
 
 
+class Spec(NamedTuple):
+    """What is kept of one teacher: the view it sees, and the shapes of its features of one crop, by
+    kind (`Features.named`).
+    """
+
+    view: View
+    shapes: dict[str, tuple[int, ...]]
+
+
 class TeacherCache:
-    """The cache in one folder. `specs`: widths and grid of every teacher, by label."""
+    """The cache in one folder, for teachers by label."""
 
     def __init__(
         self, folder: Path, views: int, slots: int, shard_size: int, specs: dict[str, Spec]
@@ -90,9 +100,11 @@ class TeacherCache:
         ranks.barrier()
         start = time.perf_counter()
         mine = missing[ranks.rank :: ranks.world]
+        streams = list(dict.fromkeys(spec.view.stream for spec in self.specs.values()))
         chunks = [
             [
-                divmod(slot, self.views)
+                (stream, *divmod(slot, self.views))
+                for stream in streams
                 for slot in range(
                     first, min(first + CHUNK, shard * self.shard_size + self.size_of(shard))
                 )
@@ -127,8 +139,8 @@ class TeacherCache:
         rows: dict[tuple[str, str], list[np.ndarray]] = {}
         for _ in range(-(-self.size_of(shard) // CHUNK)):
             for label, features in look(next(batches)).items():
-                for kind, values in features._asdict().items():
-                    half = values.half()
+                for kind, values in features.named().items():
+                    half = self._by_slot(label, values).half()
                     if torch.isinf(half).any():
                         raise UserError(
                             f"teacher '{label}': its {kind} exceed float16's 65504 and cannot be "
@@ -143,35 +155,36 @@ class TeacherCache:
         self._write(self._path(shard, "ok"), lambda file: file.write(b"{}"))
 
     def read(self, batch: Batch) -> dict[str, Features]:
-        """Features of a batch's (picture, view) slots, float32, on the device of its images."""
-        slots = (batch.pictures * self.views + batch.views).tolist()
-        return {
-            label: Features(
-                *(
-                    self._rows(label, kind, slots).to(batch.images.device)
-                    for kind in Features._fields
-                )
-            )
-            for label in self.specs
-        }
+        """Features of a batch's slots, float32, on the device of its views."""
+        return {label: self._read(label, spec, batch) for label, spec in self.specs.items()}
 
-    def _rows(self, label: str, kind: str, slots: list[int]) -> Tensor:
-        rows = [
-            self._map(slot // self.shard_size, label, kind)[slot % self.shard_size]
-            for slot in slots
-        ]
-        return torch.from_numpy(np.stack(rows)).float()
+    def _read(self, label: str, spec: Spec, batch: Batch) -> Features:
+        stream, device = spec.view.stream, batch.views[spec.view.name].device
+        slots = (batch.pictures[stream] * self.views + batch.numbers[stream]).tolist()
+        named = {}
+        for kind in spec.shapes:
+            rows = [
+                self._map(slot // self.shard_size, label, kind)[slot % self.shard_size]
+                for slot in slots
+            ]
+            values = torch.from_numpy(np.stack(rows)).float()
+            if spec.view.crops > 1:  # a batch holds them crop by crop
+                values = values.transpose(0, 1).flatten(0, 1)
+            named[kind] = values.to(device)
+        return features_of(named)
+
+    def _by_slot(self, label: str, values: Tensor) -> Tensor:
+        """[crops * n, …], crop by crop, as [n, crops, …]; a single crop has no axis."""
+        crops = self.specs[label].view.crops
+        return values if crops == 1 else values.unflatten(0, (crops, -1)).transpose(0, 1)
 
     def _map(self, shard: int, label: str, kind: str) -> np.ndarray:
         key = (shard, label, kind)
         if key not in self._maps:
             path = self._path(shard, f"{label}.{kind}.npy")
-            dims, grid = self.specs[label]
-            shape = (
-                (self.size_of(shard), dims.summary)
-                if kind == "summary"
-                else (self.size_of(shard), *grid, dims.patches)
-            )
+            view, shapes = self.specs[label]
+            crops = (view.crops,) if view.crops > 1 else ()
+            shape = (self.size_of(shard), *crops, *shapes[kind])
             try:
                 loaded = np.load(path, mmap_mode="r")
             except (OSError, ValueError) as error:
@@ -212,7 +225,8 @@ def open_cache(
     recipe: Recipe,
     folder: Path,
     dataset: CropDataset,
-    teachers: list[Teacher],
+    teachers: Sequence[Teacher],
+    teacher_views: Mapping[str, str],
     look: Look,
     ranks: Ranks,
 ) -> TeacherCache:
@@ -220,24 +234,35 @@ def open_cache(
     what is missing.
     """
     config = recipe.teacher_cache
-    specs = {teacher.label: (teacher.dims, teacher.grid) for teacher in teachers}
+    views = {view.name: view for view in dataset.views}
+    specs = {t.label: Spec(views[teacher_views[t.label]], t.shapes) for t in teachers}
+    for label, spec in specs.items():
+        if any(name != "none" for name in spec.view.photometric):
+            log.info(
+                "teacher cache: '%s' sees %d fixed photometric augmentations of each picture",
+                label,
+                config.views,
+            )
     slots = len(dataset.pictures) * config.views
     place = Path(config.path) if config.path else folder / "teacher_cache"
     cache = TeacherCache(place, config.views, slots, config.shard_size, specs)
     if ranks.first:
-        cache.claim(cache_key(recipe, dataset, teachers))
+        cache.claim(cache_key(recipe, dataset, teachers, specs))
     ranks.barrier()
     cache.fill(dataset, look, ranks, recipe.data.workers)
     return cache
 
 
-def cache_key(recipe: Recipe, dataset: CropDataset, teachers: list[Teacher]) -> dict:
+def cache_key(
+    recipe: Recipe,
+    dataset: CropDataset,
+    teachers: Sequence[Teacher],
+    specs: Mapping[str, Spec],
+) -> dict:
     """Everything the cached features depend on."""
     key: dict = {
         "pictures": dataset.pictures.fingerprint(),
         "seed": dataset.seed,
-        "image_size": dataset.image_size,
-        "crop_scale": list(recipe.data.crop_scale),
         "crop_ratio": list(recipe.data.crop_ratio),
         "flip": recipe.data.flip,
         "views": recipe.teacher_cache.views,
@@ -246,14 +271,19 @@ def cache_key(recipe: Recipe, dataset: CropDataset, teachers: list[Teacher]) -> 
         "precision": recipe.teacher_runtime.precision,
     }
     for teacher in teachers:
-        key[f"{teacher.label}.model"] = (
+        label, view = teacher.label, specs[teacher.label].view
+        key[f"{label}.image_size"] = view.size
+        key[f"{label}.crop_scale"] = list(view.scale)
+        key[f"{label}.view"] = f"{view.crops} x {view.name} of {view.stream}"
+        key[f"{label}.photometric"] = list(view.photometric)
+        key[f"{label}.model"] = (
             f"{teacher.config.name} block {teacher.config.block} at {teacher.image_size} px"
         )
-        key[f"{teacher.label}.role"] = teacher.config.role
-        key[f"{teacher.label}.weights"] = teacher.fingerprint()
+        key[f"{label}.role"] = teacher.config.role
+        key[f"{label}.weights"] = teacher.fingerprint()
         mean, std = (
             teacher.preprocess.mean.flatten().tolist(),
             teacher.preprocess.std.flatten().tolist(),
         )
-        key[f"{teacher.label}.normalization"] = [round(value, 6) for value in mean + std]
+        key[f"{label}.normalization"] = [round(value, 6) for value in mean + std]
     return key

@@ -1,7 +1,7 @@
 """The training loop: one file for every method and every number of processes, read top to bottom.
 
-Each step: pictures -> frozen teachers (or their cache) -> one forward of the method -> backward ->
-clip -> AdamW -> `after_step`. Nothing in a step waits for the device; metrics are read where a log
+Each step: `before_step` -> views of pictures -> frozen teachers (or their cache) -> one forward of
+the method -> backward -> clip -> AdamW -> `after_step`. Nothing in a step waits for the device; metrics are read where a log
 line is due.
 """
 
@@ -9,7 +9,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,12 +19,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from contract.errors import Failure, UserError
 from distill.config import Recipe, TrainConfig
-from distill.data.batches import CorruptLedger, StepBatches, make_loader
+from distill.data.batches import Batch, CorruptLedger, StreamBatches, make_loader
 from distill.data.crops import CropDataset
 from distill.data.pictures import open_pictures
 from distill.distributed import Ranks, full_state, load_full_state, without_sync, wrap
 from distill.features import Features
 from distill.methods import build_method
+from distill.methods.method import Method, Progress
 from distill.methods.targets import fit_normalizers
 from distill.recipe_io import dump_recipe
 from distill.runs import save_student
@@ -32,6 +33,7 @@ from distill.teachers import Teacher, build_teacher
 from distill.teachers.cache import open_cache
 from distill.training.checkpoint import claim_folder, load_checkpoint, save_checkpoint
 from distill.training.metrics import MetricsLog
+from distill.training.schedule import Schedule, learning_rate, weight_decay
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +56,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
             "many"
         )
 
-    # ---- the cast: pictures, teachers, method -------------------------------------------------
+    # ---- the cast: pictures, teachers, method ----------------------------------------------------
     pictures = open_pictures(recipe.data)
     teachers = [
         build_teacher(t, recipe.teacher_runtime, i).to(device)
@@ -63,21 +65,26 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     dims = {teacher.label: teacher.dims for teacher in teachers}
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     method = build_method(recipe, dims).to(device)
+    if settings.parallel == "fsdp" and ranks.world > 1 and not method.shards:
+        raise UserError(
+            f"train.parallel = fsdp: method {recipe.method} has a momentum network, which is not "
+            "sharded: set train.parallel=ddp"
+        )
     channels_last = settings.channels_last is True or (
         settings.channels_last == "auto" and method.student.family == "cnn"
     )
     if channels_last:
         method.student.to(memory_format=torch.channels_last)
 
-    # ---- the order of pictures, and their teachers' features ----------------------------------
-    per_epoch = len(pictures) * recipe.data.repeats // settings.batch_size
-    steps = settings.steps or settings.epochs * per_epoch
+    # ---- the order of pictures, and their teachers' features -------------------------------------
+    schedule = Schedule(recipe, method, teachers, len(pictures))
+    per_epoch, steps = schedule.per_epoch, schedule.steps
 
-    def step_batches(first: int, last: int) -> StepBatches:
-        return StepBatches(
+    def step_batches(first: int, last: int) -> StreamBatches:
+        return StreamBatches(
             len(pictures),
             recipe.data.repeats,
-            settings.batch_size,
+            schedule.batch_sizes,
             last,
             first,
             ranks.rank,
@@ -94,17 +101,17 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     if ranks.first and not saved:
         claim_folder(folder, recipe)
     ranks.barrier()
-    dataset = CropDataset(pictures, recipe.data, crop_size(recipe, teachers), settings.seed)
-    look = teacher_features(teachers, device)
+    dataset = CropDataset(pictures, recipe.data, schedule.views, settings.seed)
+    look = teacher_features(teachers, method.teacher_views, device)
     if recipe.teacher_cache.views:
-        look = open_cache(recipe, folder, dataset, teachers, look, ranks).read
+        look = open_cache(recipe, folder, dataset, teachers, method.teacher_views, look, ranks).read
     if not saved:
         few = min(recipe.targets.batches, steps)
         fit_normalizers(
             method.normalizers, make_loader(dataset, step_batches(0, few), 0, False), look, device
         )
 
-    # ---- optimizer, averaging, state ----------------------------------------------------------
+    # ---- optimizer, averaging, state -------------------------------------------------------------
     model = wrap(method, settings, ranks)
     optimizer = build_optimizer(method, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -146,7 +153,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
             save_checkpoint(checkpoints, step, state, recipe.checkpoint.keep)
         ranks.barrier()
 
-    # ---- the loop -----------------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------------------
     autocast = torch.autocast(
         device.type, dtype=AUTOCAST[settings.precision], enabled=settings.precision != "fp32"
     )
@@ -157,36 +164,41 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     model.train()
     loader = iter(make_loader(dataset, batches, recipe.data.workers, device.type == "cuda"))
     with (
-        MetricsLog(folder, steps, start, settings.tensorboard)
-        if ranks.first
-        else nullcontext() as metrics
-    ):
+        MetricsLog(folder, steps, start, settings.tensorboard) if ranks.first else nullcontext()
+    ) as metrics:
         for step in range(start, steps):
+            progress = Progress(step, steps, per_epoch)
             lr = learning_rate(step, steps, per_epoch, settings)
+            decay = weight_decay(step, steps, settings)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
+                group["weight_decay"] = decay if group["decay"] else 0.0
+            method.before_step(progress)
 
             for micro in range(settings.accumulate):
                 batch = next(loader)
                 ledger.add(batch.skipped)
-                images = batch.images.to(device, non_blocking=True)
-                targets = look(batch._replace(images=images))
+                batch = batch.to(device)
+                targets = look(batch)
                 with without_sync(model, last=micro == settings.accumulate - 1):
                     with autocast:
-                        losses = compiled({"image": images}, targets)
+                        losses = compiled(batch.views, targets)
                     scaler.scale(losses["loss"] / settings.accumulate).backward()
                 for name, value in losses.items():
                     value = value.detach() / settings.accumulate
                     sums[name] = sums[name] + value if name in sums else value
 
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, settings.clip_grad or math.inf)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            norm = clip_gradients(parameters, settings)
             # Gradients are summed over ranks, so every rank reaches the same verdict.
             bad = ~torch.isfinite(norm)
+            for group in optimizer.param_groups:
+                if step < group["frozen_epochs"] * per_epoch:
+                    for parameter in group["params"]:
+                        parameter.grad = None  # AdamW passes over it: no step, moments or decay
             take_step(optimizer, scaler, bad)
             optimizer.zero_grad(set_to_none=True)
-            method.after_step(step)
+            method.after_step(progress)
             if average:
                 average.update_parameters(method)
             counters[0] += bad
@@ -200,7 +212,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
             if log_due:
                 span, now = done - since_step, time.perf_counter()
                 values = ranks.mean(torch.stack([*sums.values(), norm * span]) / span).tolist()
-                rate = span * settings.batch_size / (now - since)
+                rate = span * schedule.pictures_per_step / (now - since)
                 if metrics:
                     row = {
                         "step": done,
@@ -221,75 +233,73 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
             if stopping and done < steps:
                 return False
 
-    # ---- what ships ---------------------------------------------------------------------------
+    # ---- what ships ------------------------------------------------------------------------------
     weights, _ = full_state(model, optimizer)
     if average:
         weights = average.module.state_dict()
     if ranks.first:
-        save_student(folder, weights, recipe, dims, steps)
+        save_student(folder, weights, method, recipe, dims, steps)
     ranks.barrier()
     return True
 
 
-def crop_size(recipe: Recipe, teachers: list[Teacher]) -> int:
-    """Side in pixels of the shared crop: what the recipe says, or the largest input of the student
-    and teachers.
-    """
-    if recipe.data.image_size != "auto":
-        return recipe.data.image_size
-    return max(recipe.student.image_size, *(teacher.image_size for teacher in teachers))
-
-
 def teacher_features(
-    teachers: list[Teacher], device: torch.device
-) -> Callable[..., dict[str, Features]]:
-    """A function from a `Batch` to every teacher's features, under `inference_mode`."""
+    teachers: Sequence[Teacher], teacher_views: Mapping[str, str], device: torch.device
+) -> Callable[[Batch], dict[str, Features]]:
+    """A function from a `Batch` to every teacher's features of the view it sees, under
+    `inference_mode`.
+    """
 
-    def look(batch) -> dict[str, Features]:
+    def look(batch: Batch) -> dict[str, Features]:
         with torch.inference_mode():
-            features = {teacher.label: teacher(batch.images.to(device)) for teacher in teachers}
+            features = {
+                teacher.label: teacher(batch.views[teacher_views[teacher.label]].to(device))
+                for teacher in teachers
+            }
         # Autograd refuses to keep inference tensors for a backward pass; a copy outside the mode is
         # an ordinary one.
-        return {
-            label: Features(f.summary.clone(), f.patches.clone()) for label, f in features.items()
-        }
+        return {label: f.map(Tensor.clone) for label, f in features.items()}
 
     return look
 
 
 def build_optimizer(
-    method: nn.Module, settings: TrainConfig, device: torch.device
+    method: Method, settings: TrainConfig, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW without weight decay on vectors (norms, biases, model token) and what the student's
-    timm class names.
+    """AdamW on the method's parameter groups, each with what the loop reads of it: `lr_scale`,
+    `decay`, `frozen_epochs`.
     """
-    skip = {f"student.{name}" for name in method.student.no_weight_decay()}
-    named = [(name, p) for name, p in method.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim <= 1 or name in skip or name.endswith(".bias")]
-    decayed = [
-        p for name, p in named if not (p.ndim <= 1 or name in skip or name.endswith(".bias"))
-    ]
     groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {
+            "params": list(group.parameters),
+            "decay": group.decay,
+            "lr_scale": group.lr_scale,
+            "frozen_epochs": group.frozen_epochs,
+        }
+        for group in method.parameter_groups()
+        if len(group.parameters)
     ]
     return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=settings.betas, fused=device.type == "cuda"
+        groups,
+        lr=settings.lr,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        fused=device.type == "cuda",
     )
 
 
-def learning_rate(step: int, steps: int, per_epoch: int, settings: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from `lr` to `min_lr` (UMT 4.1)."""
-    warmup = settings.warmup_steps
-    if warmup is None:
-        warmup = round(settings.warmup_epochs * per_epoch)
-    warmup = min(warmup, steps - 1)
-    if step < warmup:
-        return settings.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )
+def clip_gradients(parameters: Sequence[nn.Parameter], settings: TrainConfig) -> Tensor:
+    """Clip gradients to `settings.clip_grad` and return their norm before that, over all of them
+    (and over all ranks' shards).
+    """
+    limit = settings.clip_grad or math.inf
+    if settings.clip_mode == "global":
+        norm = nn.utils.clip_grad_norm_(parameters, limit)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        nn.utils.clip_grad_norm_(parameter, limit)
+    return norm
 
 
 def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:

@@ -4,6 +4,7 @@ arithmetic).
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +14,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract.errors import UserError
-from distill.config import CrossSpace, Recipe, TeacherConfig
+from distill.config import Recipe, TeacherConfig
 from distill.data.pictures import open_pictures
-from distill.features import Features
-from distill.methods import build_method
+from distill.features import features_of
+from distill.methods import METHODS, build_method
+from distill.methods.method import Method, Progress
 from distill.teachers import Teacher, build_teacher, weights_source
+from distill.training.schedule import Schedule, resolve_views
 
 GIGA = 1e9
-MODES: tuple[CrossSpace, ...] = ("channel", "token", "axial", "grouped")
+
+UNKNOWN = 10**9
+"""Pictures that are assumed where nobody knows their number, so that no batch is too large."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,8 @@ class Cost:
 
     parts: list[Part]
     activation_bytes: int
+    method: Method
+    """On the meta device."""
 
 
 def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
@@ -59,25 +66,32 @@ def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
 
 
 def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
-    """Count the student, the interaction and the heads of a recipe on the meta device."""
+    """Count the parts of a recipe's method on the meta device, for one picture of every stream."""
     student = recipe.student.model_copy(update={"pretrained": False})
     # Statistics of targets do not exist yet, and they cost next to nothing.
     targets = recipe.targets.model_copy(update={"normalize": "none"})
     recipe = recipe.model_copy(update={"student": student, "targets": targets})
     with torch.device("meta"):
         method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
-        image = torch.empty(
-            1, 3, recipe.student.image_size, recipe.student.image_size, dtype=torch.uint8
-        )
-        looks = {
-            t.label: Features(
-                torch.empty(1, t.dims.summary), torch.empty(1, *t.grid, t.dims.patches)
-            )
-            for t in teachers
+        views = {view.name: view for view in resolve_views(recipe, method, teachers)}
+        crops = {
+            name: torch.empty(view.crops, 3, view.size, view.size, dtype=torch.uint8)
+            for name, view in views.items()
         }
+        crops |= {
+            f"{name}.box": torch.empty(view.crops, 4) for name, view in views.items() if view.boxes
+        }
+        looks = {}
+        for teacher in teachers:
+            count = views[method.teacher_views[teacher.label]].crops
+            shapes = teacher.shapes.items()
+            looks[teacher.label] = features_of(
+                {name: torch.empty(count, *shape) for name, shape in shapes}
+            )
+        method.before_step(Progress(0, recipe.train.steps or 1, 1))
         kept = KeptBytes(method)
         with FlopCounterMode(display=False) as counter, kept.hooks():
-            method({"image": image}, looks)
+            method(crops, looks)
     flops = counter.get_flop_counts()
     parts = [
         Part(
@@ -88,7 +102,7 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
         for name, child in method.named_children()
         if count_parameters(child)[0]
     ]
-    return Cost(parts, kept.total)
+    return Cost(parts, kept.total, method)
 
 
 class KeptBytes:
@@ -132,12 +146,35 @@ def count_images(recipe: Recipe) -> tuple[int | None, str]:
 
 
 def print_plan(recipe: Recipe) -> None:
-    """Print parts, costs, images, steps and memory of a recipe."""
+    """Print parts, costs, views, images, steps and memory of a recipe."""
     console = Console()
     teachers = [meta_teacher(t, recipe, i) for i, t in enumerate(recipe.teachers)]
     cost = method_cost(recipe, teachers)
+    images, origin = count_images(recipe)
+    schedule = Schedule(recipe, cost.method, teachers, images or UNKNOWN)
+    _print_parts(console, recipe, cost, teachers, schedule)
+    part, variants = METHODS[recipe.method].variants(recipe)
+    if variants:
+        console.print(_compare(part, variants, recipe, cost, teachers))
+    for view in schedule.views:
+        seen = [label for label, name in cost.method.teacher_views.items() if name == view.name]
+        console.print(
+            f"view         {view.name}: {view.crops} of {view.size} px, "
+            f"{schedule.batch_sizes[view.stream]:,} pictures a step of stream {view.stream}"
+            + (f", for {', '.join(seen)}" if seen else "")
+        )
+    console.print(f"images       {f'{images:,}' if images else 'unknown'} {origin}")
+    _print_schedule(console, recipe, schedule, images)
+    if recipe.teacher_cache.views and images:
+        _print_cache(console, recipe, schedule, cost.method, teachers, images)
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    _print_memory(console, recipe, cost, schedule, teachers, world)
 
+
+def _print_parts(
+    console: Console, recipe: Recipe, cost: Cost, teachers: list[Teacher], schedule: Schedule
+) -> None:
+    """A row for each part of the method and each teacher, whose cost is that of all its crops."""
     table = Table(
         title=f"{recipe.method}: {recipe.student.name} at {recipe.student.image_size} px, one image"
     )
@@ -149,32 +186,19 @@ def print_plan(recipe: Recipe) -> None:
         table.add_row(
             part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.gflop:.2f}", "", ""
         )
+    crops = {view.name: view.crops for view in schedule.views}
     for config, teacher in zip(recipe.teachers, teachers, strict=True):
-        grid = "x".join(str(side) for side in teacher.grid)
-        features = f"{teacher.dims.summary} + {grid} x {teacher.dims.patches}"
-        size, _ = count_parameters(teacher)
-        gflop = f"{teacher_gflop(teacher):.2f}"
+        shapes = ("x".join(map(str, shape)) for shape in teacher.shapes.values())
+        gflop = crops[cost.method.teacher_views[teacher.label]] * teacher_gflop(teacher)
         table.add_row(
             f"teacher {teacher.label} ({config.role})",
-            f"{size:,}",
+            f"{count_parameters(teacher)[0]:,}",
             "0",
-            gflop,
-            features,
-            source(config),
+            f"{gflop:.2f}",
+            " + ".join(shapes),
+            weights_source(config),
         )
     console.print(table)
-
-    if recipe.method == "umt" and recipe.umt.cross_mode:
-        console.print(alternatives(recipe, teachers))
-    images, origin = count_images(recipe)
-    console.print(f"images       {f'{images:,}' if images else 'unknown'} {origin}")
-    print_schedule(console, recipe, images)
-    print_memory(console, recipe, cost, teachers, world)
-
-
-def source(config: TeacherConfig) -> str:
-    """Where a teacher's weights come from."""
-    return weights_source(config)
 
 
 def teacher_gflop(teacher: Teacher) -> float:
@@ -189,78 +213,94 @@ def teacher_gflop(teacher: Teacher) -> float:
     return counter.get_total_flops() / GIGA
 
 
-def alternatives(recipe: Recipe, teachers: list[Teacher]) -> Table:
-    """Cost of the interaction for every `umt.cross_space`, beside the student's forward."""
-    table = Table(title="umt.cross_space: cost of the interaction")
-    for column in ("cross_space", "parameters", "forward GFLOP", "of the student's"):
-        table.add_column(column, justify="left" if column == "cross_space" else "right")
-    for mode in MODES:
-        umt = recipe.umt.model_copy(update={"cross_space": mode})
-        parts = {
-            p.name: p for p in method_cost(recipe.model_copy(update={"umt": umt}), teachers).parts
-        }
-        interaction, student = parts["interaction"], parts["student"]
-        chosen = " (this recipe)" if mode == recipe.umt.cross_mode else ""
-        share = f"{100 * interaction.gflop / student.gflop:.0f} %"
-        table.add_row(
-            mode + chosen, f"{interaction.parameters:,}", f"{interaction.gflop:.2f}", share
-        )
+def _compare(
+    part: str,
+    variants: Mapping[str, Recipe],
+    recipe: Recipe,
+    cost: Cost,
+    teachers: list[Teacher],
+) -> Table:
+    """Cost of a part of the method in variants of the recipe, beside the student's forward."""
+    table = Table(title=f"alternatives: cost of the {part}")
+    for column in ("recipe", "parameters", "forward GFLOP", "of the student's"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for name, variant in variants.items():
+        found = cost if variant == recipe else method_cost(variant, teachers)
+        parts = {p.name: p for p in found.parts}
+        share = f"{100 * parts[part].gflop / parts['student'].gflop:.0f} %"
+        name += " (this recipe)" if variant == recipe else ""
+        table.add_row(name, f"{parts[part].parameters:,}", f"{parts[part].gflop:.2f}", share)
     return table
 
 
-def print_schedule(console: Console, recipe: Recipe, images: int | None) -> None:
+def _print_schedule(
+    console: Console, recipe: Recipe, schedule: Schedule, images: int | None
+) -> None:
     """Print steps and epochs."""
     train = recipe.train
     if images is None:
         console.print(f"steps        {train.steps or 'unknown: the number of images is'}")
         return
-    per_epoch = images * recipe.data.repeats // train.batch_size
-    if per_epoch == 0:
-        raise UserError(
-            f"train.batch_size = {train.batch_size} is more than {images} images x data.repeats = "
-            f"{recipe.data.repeats}: raise data.repeats or lower train.batch_size"
-        )
-    steps = train.steps or train.epochs * per_epoch
-    seen = steps * train.batch_size
-    console.print(
-        f"steps        {steps:,} of {train.batch_size} images = {steps / per_epoch:.1f} epochs of "
-        f"{per_epoch:,} steps, {seen:,} images seen"
-    )
-    views = recipe.teacher_cache.views
-    if views:
-        per_view = sum(
-            dim.summary + math.prod(grid) * dim.patches
-            for dim, grid in (
-                (t.dims, t.grid)
-                for t in (meta_teacher(c, recipe, i) for i, c in enumerate(recipe.teachers))
+    for size in schedule.batch_sizes.values():
+        if images * recipe.data.repeats < size:
+            raise UserError(
+                f"train.batch_size = {size} is more than {images} images x data.repeats = "
+                f"{recipe.data.repeats}: raise data.repeats or lower train.batch_size"
             )
-        )
-        size = images * views * per_view * 2 / GIGA
-        console.print(
-            f"cache        {images * views:,} views, {size:.2f} GB on disk; teachers run on each "
-            "view once"
-        )
+    steps, per_epoch = schedule.steps, schedule.per_epoch
+    console.print(
+        f"steps        {steps:,} of {schedule.pictures_per_step} images = {steps / per_epoch:.1f} "
+        f"epochs of {per_epoch:,} steps, {steps * schedule.pictures_per_step:,} images seen"
+    )
 
 
-def print_memory(
-    console: Console, recipe: Recipe, cost: Cost, teachers: list[Teacher], world: int
+def _print_cache(
+    console: Console,
+    recipe: Recipe,
+    schedule: Schedule,
+    method: Method,
+    teachers: list[Teacher],
+    images: int,
 ) -> None:
-    """Print an estimate of device memory on each of `world` ranks."""
+    """Print how much room the cached features of the teachers take, two bytes a number."""
+    crops = {view.name: view.crops for view in schedule.views}
+    numbers = sum(
+        crops[method.teacher_views[teacher.label]] * math.prod(shape)
+        for teacher in teachers
+        for shape in teacher.shapes.values()
+    )
+    views = images * recipe.teacher_cache.views
+    console.print(
+        f"cache        {views:,} views, {views * numbers * 2 / GIGA:.2f} GB on disk; teachers run "
+        "on each view once"
+    )
+
+
+def _print_memory(
+    console: Console,
+    recipe: Recipe,
+    cost: Cost,
+    schedule: Schedule,
+    teachers: list[Teacher],
+    world: int,
+) -> None:
+    """Print an estimate of device memory on each of `world` ranks, as if every stream had the
+    largest batch.
+    """
     train = recipe.train
     trainable = sum(part.trainable for part in cost.parts)
     frozen = sum(count_parameters(teacher)[0] for teacher in teachers)
     shards = world if train.parallel == "fsdp" else 1
-    state = (
-        trainable * 16 / shards / GIGA
-    )  # weights, gradients and two moments of AdamW, 4 bytes each
-    micro = max(1, train.batch_size // (world * train.accumulate))
+    # weights, gradients and two moments of AdamW, 4 bytes each
+    state = trainable * 16 / shards / GIGA
+    micro = max(1, max(schedule.batch_sizes.values()) // (world * train.accumulate))
     half = train.precision != "fp32"
     activations = micro * cost.activation_bytes * (0.6 if half else 1.0) / GIGA
     total = state + frozen * 4 / GIGA + activations
     console.print(
         f"memory       about {total:.1f} GB a rank: {state:.1f} weights, gradients and moments, "
         f"{frozen * 4 / GIGA:.1f} teachers, {activations:.1f} activations of {micro} images "
-        f"({world} "
-        f"rank{'s' if world > 1 else ''}{', autocast keeps some in fp32' if half else ''})"
+        f"({world} rank{'s' if world > 1 else ''}"
+        f"{', autocast keeps some in fp32' if half else ''})"
     )
     console.print("[dim]An estimate from shapes: workspace and fragmentation come on top.[/dim]")

@@ -1,0 +1,93 @@
+"""Photometric augmentation of a crop: named lists of operations, each a pure function of a crop and
+a random generator.
+
+torchvision's functional operations on uint8; every draw comes from the sample's own generator, so
+that a crop depends on (seed, picture, view, crop) alone and not on workers or on resuming.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+Operation = Callable[[Tensor, np.random.Generator], Tensor]
+
+
+def photometric(crop: Tensor, recipe: str, rng: np.random.Generator) -> Tensor:
+    """Apply the operations of `RECIPES[recipe]` to a uint8 crop [3, S, S], in their order."""
+    for operation in RECIPES[recipe]:
+        crop = operation(crop, rng)
+    return crop
+
+
+def _jitter(probability: float, strengths: tuple[float, float, float, float]) -> Operation:
+    """Brightness, contrast, saturation (factors in 1 +- strength) and hue (+- strength, in turns),
+    in random order.
+    """
+    brightness, contrast, saturation, hue = strengths
+
+    def apply(crop: Tensor, rng: np.random.Generator) -> Tensor:
+        factors = [rng.uniform(max(0, 1 - s), 1 + s) for s in (brightness, contrast, saturation)]
+        shift = rng.uniform(-hue, hue)
+        order = rng.permutation(4)
+        if rng.random() >= probability:
+            return crop
+        changes: list[Callable[[Tensor], Tensor]] = [
+            lambda x: TF.adjust_brightness(x, factors[0]),
+            lambda x: TF.adjust_contrast(x, factors[1]),
+            lambda x: TF.adjust_saturation(x, factors[2]),
+            lambda x: TF.adjust_hue(x, shift),
+        ]
+        for number in order:
+            crop = changes[number](crop)
+        return crop
+
+    return apply
+
+
+def _grayscale(probability: float) -> Operation:
+    def apply(crop: Tensor, rng: np.random.Generator) -> Tensor:
+        return TF.rgb_to_grayscale(crop, 3) if rng.random() < probability else crop
+
+    return apply
+
+
+def _blur(probability: float, sigmas: tuple[float, float], kernel: int | None = None) -> Operation:
+    """Gaussian blur of a random deviation in pixels; without `kernel` as wide as four deviations a
+    side, as Pillow's filter is.
+    """
+
+    def apply(crop: Tensor, rng: np.random.Generator) -> Tensor:
+        sigma = rng.uniform(*sigmas)
+        if rng.random() >= probability:
+            return crop
+        width = kernel or 2 * math.ceil(4 * sigma) + 1
+        # reflection at the border needs a picture wider than half the kernel
+        width = min(width, 2 * (min(crop.shape[-2:]) - 1) + 1)
+        return TF.gaussian_blur(crop, [width, width], [sigma, sigma])
+
+    return apply
+
+
+def _solarize(probability: float, threshold: int = 128) -> Operation:
+    def apply(crop: Tensor, rng: np.random.Generator) -> Tensor:
+        return TF.solarize(crop, threshold) if rng.random() < probability else crop
+
+    return apply
+
+
+_COLOUR = (_jitter(0.8, (0.4, 0.4, 0.2, 0.1)), _grayscale(0.2))
+_DINO_BLUR = (0.1, 2.0)
+
+RECIPES: dict[str, tuple[Operation, ...]] = {
+    "none": (),
+    # DINO's two global crops and its local ones (Caron et al. 2021, their released configuration)
+    "dino_global_1": (*_COLOUR, _blur(1.0, _DINO_BLUR)),
+    "dino_global_2": (*_COLOUR, _blur(0.1, _DINO_BLUR), _solarize(0.2)),
+    "dino_local": (*_COLOUR, _blur(0.5, _DINO_BLUR)),
+    # UNIC's one crop (Sariyildiz et al. 2024, their released configuration)
+    "unic": (*_COLOUR, _blur(0.2, (0.1, 5.0), kernel=9), _solarize(0.2)),
+}
+"""Operations by the name a `View` gives them. To add one: a line here."""

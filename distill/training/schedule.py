@@ -1,0 +1,75 @@
+"""Lengths of a run, batch sizes of its streams, and what changes over its steps."""
+
+import math
+from collections.abc import Sequence
+
+from contract.errors import UserError
+from distill.config import Recipe, TrainConfig
+from distill.data.crops import MAIN, View
+from distill.methods.method import Method
+from distill.teachers import Teacher
+
+
+class Schedule:
+    """How a recipe's method, teachers and pictures become views, streams and steps.
+
+    Raises UserError for a teacher with pictures of its own where the method has no stream for them.
+    """
+
+    def __init__(
+        self, recipe: Recipe, method: Method, teachers: Sequence[Teacher], pictures: int
+    ) -> None:
+        self.views = resolve_views(recipe, method, teachers)
+        own = {teacher.label: teacher.batch_size for teacher in recipe.teachers}
+        streams = list(dict.fromkeys(view.stream for view in self.views))
+        for number, (label, size) in enumerate(own.items()):
+            if size and label not in streams:
+                raise UserError(
+                    f"teachers.{number}.batch_size = {size}: method {recipe.method} shows teacher "
+                    f"'{label}' the pictures of the others: remove it, and set train.batch_size"
+                )
+        self.batch_sizes = {
+            stream: own.get(stream) or recipe.train.batch_size for stream in streams
+        }
+        leading = MAIN if MAIN in streams else max(streams, key=self.batch_sizes.__getitem__)
+        # A batch larger than the data is refused where batches are made
+        self.per_epoch = max(1, pictures * recipe.data.repeats // self.batch_sizes[leading])
+        self.steps = recipe.train.steps or recipe.train.epochs * self.per_epoch
+        self.pictures_per_step = sum(self.batch_sizes.values())
+
+
+def resolve_views(recipe: Recipe, method: Method, teachers: Sequence[Teacher]) -> tuple[View, ...]:
+    """The method's views with every size and scale filled in."""
+    resolved = []
+    for view in method.views:
+        seen_by = [t for t in teachers if method.teacher_views[t.label] == view.name]
+        size = view.size
+        if size is None and recipe.data.image_size != "auto":
+            size = recipe.data.image_size
+        if size is None:
+            size = max([recipe.student.image_size, *(teacher.image_size for teacher in seen_by)])
+        resolved.append(view._replace(size=size, scale=view.scale or recipe.data.crop_scale))
+    return tuple(resolved)
+
+
+def learning_rate(step: int, steps: int, per_epoch: int, settings: TrainConfig) -> float:
+    """Linear warm-up, then a cosine from `lr` to `min_lr` (UMT 4.1)."""
+    warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = round(settings.warmup_epochs * per_epoch)
+    warmup = min(warmup, steps - 1)
+    if step < warmup:
+        return settings.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (
+        1 + math.cos(math.pi * progress)
+    )
+
+
+def weight_decay(step: int, steps: int, settings: TrainConfig) -> float:
+    """A cosine from `weight_decay` to `weight_decay_end`, or the former throughout."""
+    first, last = settings.weight_decay, settings.weight_decay_end
+    if last is None:
+        return first
+    progress = step / max(1, steps - 1)
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
