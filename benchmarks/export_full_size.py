@@ -73,7 +73,7 @@ def make_random(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     method = build_method(recipe, dims).eval()
     claim_folder(folder, recipe)
-    save_student(folder, method.state_dict(), recipe, dims, 0)
+    save_student(folder, method.state_dict(), method, recipe, dims, 0)
 
 
 def export(args: argparse.Namespace, name: str, run: Path, precision: str) -> str:

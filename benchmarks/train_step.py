@@ -26,10 +26,12 @@ from rich.table import Table
 
 from distill.config import Recipe
 from distill.data.batches import Batch
+from distill.data.crops import MAIN
 from distill.distributed import Ranks
-from distill.features import Features
 from distill.methods import build_method
 from distill.methods.losses import alignment_losses
+from distill.methods.method import Progress
+from distill.recipe_io import make_recipe
 from distill.teachers import build_teacher
 from distill.training.loop import AUTOCAST, build_optimizer, take_step, teacher_features
 from distill.training.plan import method_cost, teacher_gflop
@@ -45,7 +47,7 @@ TEACHERS = {
 }  # fmt: skip
 
 
-def make_recipe(
+def umt_recipe(
     student: str, teachers: list[tuple[str, str]], args: argparse.Namespace, **umt: object
 ) -> Recipe:
     """A UMT recipe of random weights."""
@@ -53,12 +55,14 @@ def make_recipe(
         {"name": name, "role": role, "alias": f"{role}{i}", "pretrained": False, "image_size": 224}
         for i, (name, role) in enumerate(teachers)
     ]
-    return Recipe(
-        student={"name": f"{student}_patch16_224"},
-        teachers=listed,
-        umt=umt,
-        data={"kind": "packaged-photos"},
-        train={"steps": 1, "batch_size": args.batch, "precision": args.precision},
+    return make_recipe(
+        {
+            "student": {"name": f"{student}_patch16_224"},
+            "teachers": listed,
+            "umt": umt,
+            "data": {"kind": "packaged-photos"},
+            "train": {"steps": 1, "batch_size": args.batch, "precision": args.precision},
+        }
     )
 
 
@@ -79,15 +83,17 @@ class Step:
         self.optimizer = build_optimizer(self.method, recipe.train, device)
         self.parameters = [p for p in self.method.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.look = teacher_features(self.teachers, device)
+        self.look = teacher_features(self.teachers, self.method.teacher_views, device)
         images = torch.randint(0, 256, (args.batch, 3, 224, 224), dtype=torch.uint8, device=device)
-        index = torch.arange(args.batch)
-        self.batch = Batch(images, index, index, [])
+        index = {MAIN: torch.arange(args.batch)}
+        (view,) = self.method.views
+        self.batch = Batch({view.name: images}, index, index, [])
+        self.images, self.progress = images, Progress(0, 1, 1)
         self.targets = self.look(self.batch)
         with torch.no_grad(), self.autocast():
             features = self.method.student(self.method.preprocess(images))
-        self.features = Features(*(f.detach().requires_grad_() for f in features))
-        self.cotangent = Features(*(torch.randn_like(f) for f in self.features))
+        self.features = features.map(lambda f: f.detach().requires_grad_())
+        self.cotangent = self.features.map(torch.randn_like)
 
     def autocast(self) -> torch.autocast:
         precision = self.recipe.train.precision
@@ -96,19 +102,22 @@ class Step:
         )
 
     def whole(self) -> None:
+        self.method.before_step(self.progress)
         targets = self.look(self.batch)
         with self.autocast():
-            losses = self.method({"image": self.batch.images}, targets)
+            losses = self.method(self.batch.views, targets)
         losses["loss"].backward()
         self.optimize()
+        self.method.after_step(self.progress)
 
     def run_teachers(self) -> None:
         self.look(self.batch)
 
     def run_student(self) -> None:
         with self.autocast():
-            features = self.method.student(self.method.preprocess(self.batch.images))
-        torch.autograd.backward(list(features), list(self.cotangent))
+            features = self.method.student(self.method.preprocess(self.images))
+        given = self.cotangent.named().values()
+        torch.autograd.backward(list(features.named().values()), list(given))
 
     def run_interaction(self) -> None:
         method = self.method
@@ -169,7 +178,7 @@ def time_parts(step: Step, args: argparse.Namespace) -> dict[str, float]:
 def measure(student: str, args: argparse.Namespace, console: Console) -> dict:
     """All figures of one student."""
     result: dict = {"student": student, "batch": args.batch}
-    recipe = make_recipe(student, TEACHERS[student], args)
+    recipe = umt_recipe(student, TEACHERS[student], args)
     step = Step(recipe, args)
     times = time_parts(step, args)
     result["seconds"] = times
@@ -197,7 +206,7 @@ def measure(student: str, args: argparse.Namespace, console: Console) -> dict:
         table.add_column(column)
     result["cross_space"] = {}
     for mode in ("channel", "token", "axial", "grouped", False):
-        step = Step(make_recipe(student, TEACHERS[student], args, cross_space=mode), args)
+        step = Step(umt_recipe(student, TEACHERS[student], args, cross_space=mode), args)
         times = time_parts(step, args)
         share = times["interaction"] / times["student"]
         result["cross_space"][str(mode)] = share
@@ -211,7 +220,7 @@ def measure(student: str, args: argparse.Namespace, console: Console) -> dict:
     result["teachers"], first = {}, 0.0
     for count in range(1, args.max_teachers + 1):
         repeated = (TEACHERS[student] * 2)[:count]
-        times = time_parts(Step(make_recipe(student, repeated, args), args), args)
+        times = time_parts(Step(umt_recipe(student, repeated, args), args), args)
         first = times["step"] if count == 1 else first
         shares = times["interaction"] / times["student"], times["step"] / first
         result["teachers"][count] = shares

@@ -153,3 +153,14 @@ def load_full_state(
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(wrapped, model, options=options)
     set_optimizer_state_dict(wrapped, optimizer, optim, options=options)
+    # torch gives moments to every parameter before it loads; one that has not stepped yet (frozen
+    # in the first epochs) had none, and would count its first steps from there
+    stepped = {name for name, moments in optim["state"].items() if moments}
+    names = {id(p): name for name, p in _unwrapped(wrapped).named_parameters()}
+    for parameter in list(optimizer.state):
+        if names[id(parameter)] not in stepped:
+            del optimizer.state[parameter]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model

@@ -20,22 +20,24 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
 from distill.config import DataConfig
-from distill.data.batches import StepBatches, collate, make_loader
-from distill.data.crops import CropDataset, centre_crop
+from distill.data.batches import StreamBatches, collate, make_loader
+from distill.data.crops import IMAGE, MAIN, CropDataset, View, centre_crop
 from distill.data.pictures import Pictures, open_pictures
 from distill.models.preprocess import Preprocess
 from distill.models.student import create_timm
+from distill.models.weights import save_tensors
 
 ENCODER = "vit_tiny_patch16_224"
 KWARGS = {"embed_dim": 128, "depth": 6, "num_heads": 4}
 SIZE, PATCH, MASKED = 112, 16, 0.75
+SCALE = (0.15, 1.0)
+VIEW = View(IMAGE, SIZE, scale=SCALE)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 EPILOG = """\
@@ -135,11 +137,11 @@ def random_order(batch: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, seed: int) -> float:
     """Loss on fixed crops of the held-out right edges of the photographs."""
-    dataset = CropDataset(TrainingHalf(pictures, held_out=True), data, SIZE, seed + 1)
+    dataset = CropDataset(TrainingHalf(pictures, held_out=True), data, [VIEW], seed + 1)
     batch = collate(
-        [dataset[picture, view] for picture in range(len(pictures)) for view in range(8)]
+        [dataset[MAIN, picture, view] for picture in range(len(pictures)) for view in range(8)]
     )
-    images = Preprocess(SIZE, MEAN, STD)(batch.images)
+    images = Preprocess(SIZE, MEAN, STD)(batch.views[IMAGE])
     painted, mask = model.eval()(
         images, random_order(len(images), torch.Generator().manual_seed(seed))
     )
@@ -156,12 +158,12 @@ def pretrain(args: argparse.Namespace) -> None:
             f"--output {args.output}: there is no folder {args.output.parent} (make it first)"
         )
     torch.manual_seed(args.seed)
-    data = DataConfig(kind="packaged-photos", crop_scale=(0.15, 1.0), repeats=args.batch)
+    data = DataConfig(kind="packaged-photos", crop_scale=SCALE, repeats=args.batch)
     pictures = open_pictures(data)
     model, prepare = MaskedAutoencoder(), Preprocess(SIZE, MEAN, STD)
-    dataset = CropDataset(TrainingHalf(pictures, held_out=False), data, SIZE, args.seed)
-    order = StepBatches(
-        len(pictures), data.repeats, args.batch, args.steps, 0, 0, 1, 1, args.seed, 0
+    dataset = CropDataset(TrainingHalf(pictures, held_out=False), data, [VIEW], args.seed)
+    order = StreamBatches(
+        len(pictures), data.repeats, {MAIN: args.batch}, args.steps, seed=args.seed
     )
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05
@@ -173,7 +175,7 @@ def pretrain(args: argparse.Namespace) -> None:
         rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * rate
-        images = prepare(batch.images)
+        images = prepare(batch.views[IMAGE])
         painted, mask = model(images, random_order(len(images), generator))
         loss = masked_loss(painted, images, mask)
         optimizer.zero_grad(set_to_none=True)
@@ -205,9 +207,7 @@ def pretrain(args: argparse.Namespace) -> None:
         name: tensor.detach().half().contiguous()
         for name, tensor in model.encoder.state_dict().items()
     }
-    save_file(
-        weights, args.output, metadata={"record": json.dumps(record), "licence": "Apache-2.0"}
-    )
+    save_tensors(args.output, weights, {"record": json.dumps(record), "licence": "Apache-2.0"})
     if args.picture:
         draw_reconstructions(model, pictures, args.picture)
     print(json.dumps(record, indent=2))

@@ -70,6 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="backbone, or teachers' labels (backbone)",
     )
     parser.add_argument(
+        "--weights",
+        default="student",
+        choices=("student", "ema"),
+        help="a run's student, or its momentum network where the method has one (student)",
+    )
+    parser.add_argument(
         "--with-teachers", action="store_true", help="score the run's teachers too, in the same way"
     )
     parser.add_argument(
@@ -129,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
         args.size,
         args.device,
         output,
+        args.weights,
     )
     about = {
         "model": args.model,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -27,9 +28,10 @@ def open_rows(
     size: int | None,
     device: str,
     output: Path,
+    weights: Literal["student", "ema"] = "student",
 ) -> list[Row]:
-    """Open what was asked for. The first of a run's `features` writes into the run folder itself:
-    export looks there.
+    """Open what was asked for. The first of a run's `features` writes into the run folder itself,
+    where export looks, unless the `weights` are those of the momentum network.
 
     Raises UserError for a model, output or device that is not there.
     """
@@ -38,11 +40,12 @@ def open_rows(
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     rows = []
     if Path(model).is_dir():
-        run = load_run(model)
+        run = load_run(model, weights)
         for number, name in enumerate(dict.fromkeys(part.strip() for part in features)):
             encoder = RunEncoder(run, name)
-            folder = Path(model) if number == 0 else output / f"student-{name}"
-            rows.append(Row(f"student {name}", encoder, folder))
+            ships = number == 0 and weights == "student"
+            folder = Path(model) if ships else output / f"{weights}-{name}"
+            rows.append(Row(f"{weights} {name}", encoder, folder))
         for index, config in enumerate(run.recipe.teachers if with_teachers else ()):
             encoder = teacher_encoder(config, config.image_size, index, f"teacher-{config.label}")
             rows.append(
@@ -59,6 +62,8 @@ def open_rows(
             raise UserError(
                 f"--features {','.join(features)}: a timm network has its backbone only"
             )
+        if weights != "student":
+            raise UserError(f"--weights {weights}: a timm network has no momentum network")
         encoder = named_encoder(model, size)
         rows.append(Row(model, encoder, output))
     for row in rows:

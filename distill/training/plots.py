@@ -14,30 +14,30 @@ from distill.training.metrics import read_metrics
 def plot_losses(folder: Path) -> Path:
     """Draw RUN/plots/losses.png from RUN/metrics.jsonl and return its path."""
     rows = read_metrics(folder / "metrics.jsonl")
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for panel, kind, title in zip(
-        panels,
-        ("token", "patches"),
-        ("token loss $L^m$ (MSE)", "feature loss $L^f$ (by role)"),
-        strict=True,
-    ):
-        keys = [
-            key
-            for key in (rows[0] if rows else {})
-            if key.startswith("loss.") and key.endswith(kind)
-        ]
+    names = [key for key in (rows[0] if rows else {}) if key.split(".")[0] == "loss"]
+    kinds = {
+        "token loss $L^m$ (MSE)": [name for name in names if name.endswith(".token")],
+        "feature loss $L^f$ (by role)": [name for name in names if name.endswith(".patches")],
+    }
+    others = [name for name in names if not name.endswith((".token", ".patches"))]
+    if others != ["loss"] or not any(kinds.values()):  # a total alone adds nothing to its parts
+        kinds["other losses"] = others
+    kinds = {title: keys for title, keys in kinds.items() if keys} or {"loss": []}
+    figure, panels = plt.subplots(
+        1, len(kinds), figsize=(6 * len(kinds), 4.5), squeeze=False, layout="constrained"
+    )
+    for panel, (title, keys) in zip(panels[0], kinds.items(), strict=True):
         for key in sorted(keys, key=lambda key: key.count(".")):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
             if not points:
                 continue
             steps, values = zip(*points, strict=True)
-            total = key == f"loss.{kind}"
-            name = "sum" if total else key.split(".")[1]
-            label = f"{name}: {values[0]:.3f} → {values[-1]:.3f}"
+            total = key in ("loss", "loss.token", "loss.patches")
+            name = "sum" if total else ".".join(key.split(".")[1:]).removesuffix(".token")
             panel.plot(
                 steps,
                 values,
-                label=label,
+                label=f"{name.removesuffix('.patches')}: {values[0]:.3f} → {values[-1]:.3f}",
                 color="black" if total else None,
                 linewidth=2.2 if total else 1.4,
             )

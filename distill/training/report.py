@@ -98,13 +98,13 @@ def draw_pca(recipe: Recipe, folder: Path) -> Path:
         torch.stack([centre_crop(p, side) for p in photos]).float() / 255
     )
     student = {"student backbone": predictions[BACKBONE].patches}
-    # Both live in the teacher's space, so they share one set of colours: where they agree, the
-    # student has learnt it.
     seen = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
-    compared = {
-        f"student's {config.label} head": unit_scale(predictions[config.label].patches),
-        f"teacher {config.label}": unit_scale(seen),
-    }
+    compared = {f"teacher {config.label}": unit_scale(seen)}
+    if config.label in predictions:
+        # Both live in the teacher's space, so they share one set of colours: where they agree, the
+        # student has learnt it.
+        head = unit_scale(predictions[config.label].patches)
+        compared = {f"student's {config.label} head": head} | compared
     shown = [centre_crop(p, side).permute(1, 2, 0).numpy() for p in photos]
     return pca_figure(folder / "plots" / "pca.png", shown, [student, compared])
 
