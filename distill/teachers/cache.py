@@ -23,7 +23,7 @@ from torch import Tensor
 from contract.errors import UserError
 from distill.config import Recipe
 from distill.data.batches import Batch, make_loader
-from distill.data.crops import CropDataset, View
+from distill.data.crops import IMAGE, CropDataset, View
 from distill.distributed import Ranks
 from distill.features import Features, features_of
 from distill.teachers import Teacher
@@ -272,10 +272,12 @@ def cache_key(
     }
     for teacher in teachers:
         label, view = teacher.label, specs[teacher.label].view
-        key[f"{label}.image_size"] = view.size
-        key[f"{label}.crop_scale"] = list(view.scale)
-        key[f"{label}.view"] = f"{view.crops} x {view.name} of {view.stream}"
-        key[f"{label}.photometric"] = list(view.photometric)
+        # the one view of UMT and plain has the names it had when there was no other
+        prefix = "" if view.name == IMAGE else f"{label}."
+        key |= {f"{prefix}image_size": view.size, f"{prefix}crop_scale": list(view.scale)}
+        if view != View(IMAGE, view.size, scale=view.scale):
+            key[f"{prefix}view"] = f"{view.crops} x {view.name} of stream {view.stream}"
+            key[f"{prefix}photometric"] = list(view.photometric)
         key[f"{label}.model"] = (
             f"{teacher.config.name} block {teacher.config.block} at {teacher.image_size} px"
         )

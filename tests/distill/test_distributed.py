@@ -14,12 +14,12 @@ from tests.conftest import environment, metrics_of, run_command, small_recipe, w
 
 WORKER = """
 import sys, torch, yaml
-from distill.config import Recipe
 from distill.distributed import join_ranks, wrap, full_state
 from distill.features import FeatureDims, Features
 from distill.methods import build_method
+from distill.recipe_io import make_recipe
 
-recipe = Recipe(**yaml.safe_load(open(sys.argv[1])))
+recipe = make_recipe(yaml.safe_load(open(sys.argv[1])))
 with join_ranks("cpu") as ranks:
     torch.manual_seed(0)
     dims = {"cls": FeatureDims(24, 24), "mae": FeatureDims(16, 16), "dino": FeatureDims(32, 32)}

@@ -15,8 +15,8 @@ from webdataset import TarWriter
 
 from contract.errors import UserError
 from distill.config import DataConfig
-from distill.data.batches import CorruptLedger, StepBatches, make_loader
-from distill.data.crops import CropDataset, centre_crop, random_crop, take_crop
+from distill.data.batches import CorruptLedger, StreamBatches, collate, make_loader
+from distill.data.crops import IMAGE, MAIN, CropDataset, View, centre_crop, random_crop, take_crop
 from distill.data.pictures import FolderPictures, PackagedPhotos, WebDatasetPictures, open_pictures
 from tests.conftest import small_recipe
 
@@ -25,16 +25,13 @@ def config(photos, **changes) -> DataConfig:
     return DataConfig(**(small_recipe(photos)["data"] | changes))
 
 
-def order(pictures=10, batch_size=4, steps=9, start=0, **changes) -> list[list[tuple[int, int]]]:
-    settings = {
-        "repeats": 1,
-        "rank": 0,
-        "world": 1,
-        "accumulate": 1,
-        "seed": 0,
-        "views": 0,
-    } | changes
-    return list(StepBatches(pictures, batch_size=batch_size, steps=steps, start=start, **settings))
+VIEW = View(IMAGE, 32, scale=(0.3, 1.0))
+
+
+def order(pictures=10, batch_size=4, repeats=1, **changes) -> list[list[tuple[int, int]]]:
+    """Pictures and view numbers of every micro-batch of one stream."""
+    batches = StreamBatches(pictures, repeats, {MAIN: batch_size}, **({"steps": 9} | changes))
+    return [[(picture, number) for _, picture, number in batch] for batch in batches]
 
 
 def test_a_folder_is_read_in_sorted_order_however_it_is_nested(photo_folder, tmp_path):
@@ -171,26 +168,96 @@ def test_a_crop_is_the_boxs_pixels_mirrored_if_asked():
 
 def test_samples_depend_on_seed_picture_and_view_alone(photo_folder):
     pictures, settings = FolderPictures(photo_folder), config(photo_folder)
-    dataset = CropDataset(pictures, settings, 32, seed=5)
-    again = CropDataset(FolderPictures(photo_folder), settings, 32, seed=5)
-    dataset[3, 1]  # a sample drawn in between changes nothing
-    assert torch.equal(dataset[2, 4].image, again[2, 4].image)
-    others = [dataset[2, 5], dataset[3, 4], CropDataset(pictures, settings, 32, seed=6)[2, 4]]
-    assert not any(torch.equal(dataset[2, 4].image, other.image) for other in others)
+    dataset = CropDataset(pictures, settings, [VIEW], seed=5)
+    again = CropDataset(FolderPictures(photo_folder), settings, [VIEW], seed=5)
+    dataset[MAIN, 3, 1]  # a sample drawn in between changes nothing
+    crop = dataset[MAIN, 2, 4].views[IMAGE]
+    assert crop.shape == (1, 3, 32, 32) and torch.equal(crop, again[MAIN, 2, 4].views[IMAGE])
+    reseeded = CropDataset(pictures, settings, [VIEW], seed=6)
+    others = [dataset[MAIN, 2, 5], dataset[MAIN, 3, 4], reseeded[MAIN, 2, 4]]
+    assert not any(torch.equal(crop, other.views[IMAGE]) for other in others)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_give_the_batches_of_one_process(photo_folder, workers):
-    dataset = CropDataset(FolderPictures(photo_folder), config(photo_folder), 32, seed=0)
-    batches = StepBatches(12, 2, 6, 5, 0, 0, 1, 2, 0, 0)
+    dataset = CropDataset(FolderPictures(photo_folder), config(photo_folder), [VIEW], seed=0)
+    batches = StreamBatches(12, 2, {MAIN: 6}, 5, accumulate=2)
     alone, many = (list(make_loader(dataset, batches, n, False)) for n in (0, workers))
     assert len(alone) == len(many) == 10
     for a, b in zip(alone, many, strict=True):
         assert (
-            torch.equal(a.images, b.images)
-            and torch.equal(a.pictures, b.pictures)
-            and torch.equal(a.views, b.views)
+            torch.equal(a.views[IMAGE], b.views[IMAGE])
+            and torch.equal(a.pictures[MAIN], b.pictures[MAIN])
+            and torch.equal(a.numbers[MAIN], b.numbers[MAIN])
         )
+
+
+def two_streams(photo_folder, **changes) -> CropDataset:
+    views = [
+        View(IMAGE, 32, scale=(0.3, 1.0)),
+        View("global", 32, crops=2, scale=(0.5, 1.0), photometric=("dino_global_1", "unic")),
+        View("local", 16, crops=3, scale=(0.05, 0.3), boxes=True),
+        View("detector", 24, scale=(0.5, 1.0), stream="det"),
+    ]
+    pictures = FolderPictures(photo_folder)
+    return CropDataset(pictures, config(photo_folder, **changes), views, seed=0)
+
+
+def test_the_views_of_a_stream_share_its_pictures_and_a_batch_holds_them_crop_by_crop(photo_folder):
+    dataset = two_streams(photo_folder)
+    keys = [(MAIN, 3, 0), (MAIN, 5, 1), ("det", 7, 2)]
+    batch = collate([dataset[key] for key in keys])
+    shapes = {name: tuple(view.shape) for name, view in batch.views.items()}
+    assert shapes == {
+        IMAGE: (2, 3, 32, 32),
+        "global": (4, 3, 32, 32),
+        "local": (6, 3, 16, 16),
+        "local.box": (6, 4),
+        "detector": (1, 3, 24, 24),
+    }
+    assert batch.pictures[MAIN].tolist() == [3, 5] and batch.numbers["det"].tolist() == [2]
+    for crop in range(2):  # the first crop of both pictures, then the second
+        for row, key in enumerate(keys[:2]):
+            expected = dataset[key].views["global"][crop]
+            assert torch.equal(batch.views["global"][2 * crop + row], expected)
+
+
+def test_crops_of_one_view_differ_and_another_view_changes_none_of_them(photo_folder):
+    dataset = two_streams(photo_folder)
+    crops = dataset[MAIN, 3, 0].views
+    assert not torch.equal(crops["global"][0], crops["global"][1])
+    alone = CropDataset(dataset.pictures, dataset.config, [dataset.views[1]], seed=0)
+    assert torch.equal(alone[MAIN, 3, 0].views["global"], crops["global"])
+    assert torch.equal(dataset[MAIN, 3, 0].views["global"], crops["global"])
+
+
+def test_boxes_are_the_crops_share_of_the_picture_and_mirrored_where_the_crop_is(photo_folder):
+    for flip in (0.0, 1.0):
+        dataset = two_streams(photo_folder, flip=flip)
+        image = dataset.pictures.load(3)
+        sample = dataset[MAIN, 3, 0].views
+        for crop, box in zip(sample["local"], sample["local.box"].tolist(), strict=True):
+            left, top, right, bottom = box
+            assert (left > right) == bool(flip)
+            pixels = [min(left, right), top, max(left, right), bottom]
+            pixels = [side * (image.width, image.height)[i % 2] for i, side in enumerate(pixels)]
+            again = take_crop(image, [round(side) for side in pixels], 16, flip=bool(flip))
+            assert torch.equal(again, crop)
+
+
+def test_a_stream_of_its_own_batch_size_has_its_own_order_and_length():
+    batches = list(StreamBatches(12, 1, {MAIN: 4, "det": 2}, 6, accumulate=2, rank=0, world=1))
+    of = {s: [(p, n) for batch in batches for t, p, n in batch if t == s] for s in (MAIN, "det")}
+    assert len(of[MAIN]) == 24 and len(of["det"]) == 12
+    assert sorted(p for p, _ in of["det"]) == list(range(12)) and {n for _, n in of["det"]} == {0}
+    assert [p for p, _ in of["det"]] != [p for p, _ in of[MAIN][:12]]
+    alone = StreamBatches(12, 1, {MAIN: 4}, 6, accumulate=2)
+    assert [(p, n) for batch in alone for _, p, n in batch] == of[MAIN]
+
+
+def test_a_batch_size_of_a_stream_that_does_not_fit_is_named():
+    with pytest.raises(UserError, match="batch_size of teacher 'det' = 3 does not divide over 2"):
+        StreamBatches(12, 1, {MAIN: 4, "det": 3}, 6, world=2)
 
 
 def test_an_epoch_sees_every_picture_once_and_the_next_in_another_order():
@@ -235,14 +302,14 @@ def test_an_unreadable_picture_is_replaced_by_the_next_and_reported(tmp_path, ph
     for path in photo_folder.rglob("*.jpg"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "03.jpg").write_bytes(b"broken")
-    dataset = CropDataset(FolderPictures(tmp_path), config(tmp_path), 32, seed=0)
-    sample = dataset[3, 0]
+    dataset = CropDataset(FolderPictures(tmp_path), config(tmp_path), [VIEW], seed=0)
+    sample = dataset[MAIN, 3, 0]
     assert sample.picture == 3 and sample.skipped[0][0].endswith("03.jpg")
-    assert dataset[4, 0].skipped == () and sample.image.float().std() > 0
+    assert dataset[MAIN, 4, 0].skipped == () and sample.views[IMAGE].float().std() > 0
     ledger = CorruptLedger(12, 0.1)
     with caplog.at_level(logging.WARNING):
         ledger.add(sample.skipped)
-        ledger.add(dataset[3, 7].skipped)
+        ledger.add(dataset[MAIN, 3, 7].skipped)
     assert len(ledger) == 1 and caplog.text.count("03.jpg") == 1
     with pytest.raises(
         UserError, match="2 of 12 pictures are unreadable.*data.max_corrupt_fraction = 0.1.*03.jpg"
@@ -254,4 +321,4 @@ def test_a_folder_of_nothing_but_damaged_pictures_stops(tmp_path):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(b"broken")
     with pytest.raises(UserError, match="3 pictures in a row are unreadable"):
-        CropDataset(FolderPictures(tmp_path), config(tmp_path), 32, seed=0)[1, 0]
+        CropDataset(FolderPictures(tmp_path), config(tmp_path), [VIEW], seed=0)[MAIN, 1, 0]

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from contract.errors import UserError
-from distill.config import Recipe
 from distill.evaluate.attention import attention_figure, attention_maps, last_attention
 from distill.evaluate.encoder import parse_model, teacher_encoder
 from distill.evaluate.representation import (
@@ -21,6 +20,7 @@ from distill.evaluate.representation import (
 )
 from distill.features import FeatureDims
 from distill.methods import build_method
+from distill.recipe_io import make_recipe
 
 
 def clusters(n: int, classes: int, noise: float, d: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -103,13 +103,15 @@ def test_teacher_variance_by_hand():
 
 def deployment(method: str, student: str):
     kwargs = {"embed_dim": 48, "depth": 2, "num_heads": 2} if student.startswith("vit") else {}
-    recipe = Recipe(
-        method=method,
-        student={"name": student, "image_size": 64, "kwargs": kwargs},
-        teachers=[{"name": "vit", "role": "mae"}, {"name": "vit", "role": "dino"}],
-        umt={"space_dim": 32, "groups": 8, "depth": 1},
-        data={"kind": "packaged-photos"},
-        train={"steps": 1},
+    recipe = make_recipe(
+        {
+            "method": method,
+            "student": {"name": student, "image_size": 64, "kwargs": kwargs},
+            "teachers": [{"name": "vit", "role": "mae"}, {"name": "vit", "role": "dino"}],
+            "umt": {"space_dim": 32, "groups": 8, "depth": 1},
+            "data": {"kind": "packaged-photos"},
+            "train": {"steps": 1},
+        }
     )
     torch.manual_seed(0)
     return build_method(recipe, {"mae": FeatureDims(48, 48), "dino": FeatureDims(24, 24)}).deploy()

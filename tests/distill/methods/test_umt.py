@@ -8,6 +8,7 @@ from distill.config import Recipe
 from distill.features import FeatureDims, Features
 from distill.methods import build_method
 from distill.methods.umt import resolve_space_dim, resolve_token_dim
+from distill.recipe_io import make_recipe
 
 VIT = {
     "name": "vit_tiny_patch16_224",
@@ -26,13 +27,15 @@ def recipe(student: dict = VIT, method: str = "umt", **umt) -> Recipe:
         {"name": "vit", "role": "dino"},
     ]
     small = {"space_dim": 64, "groups": 8} | umt
-    return Recipe(
-        method=method,
-        student=student,
-        teachers=teachers,
-        umt=small,
-        data={"kind": "packaged-photos"},
-        train={"steps": 1},
+    return make_recipe(
+        {
+            "method": method,
+            "student": student,
+            "teachers": teachers,
+            "umt": small,
+            "data": {"kind": "packaged-photos"},
+            "train": {"steps": 1},
+        }
     )
 
 

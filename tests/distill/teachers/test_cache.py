@@ -6,15 +6,19 @@ import torch
 
 from contract.errors import UserError
 from distill.config import DataConfig
-from distill.data.batches import Batch
-from distill.data.crops import CropDataset
+from distill.data.batches import Batch, collate
+from distill.data.crops import IMAGE, MAIN, CropDataset, View
 from distill.data.pictures import FolderPictures
 from distill.distributed import Ranks
-from distill.features import FeatureDims, Features
-from distill.teachers.cache import TeacherCache
+from distill.features import Features
+from distill.teachers.cache import Spec, TeacherCache
 from tests.conftest import metrics_of, run_here, small_recipe
 
-SPECS = {"a": (FeatureDims(3, 3), (2, 2)), "b": (FeatureDims(3, 3), (1, 1))}
+VIEW = View(IMAGE, 32, scale=(0.3, 1.0))
+SPECS = {
+    "a": Spec(VIEW, {"summary": (3,), "patches": (2, 2, 3)}),
+    "b": Spec(VIEW, {"summary": (3,), "patches": (1, 1, 3)}),
+}
 VIEWS, SHARD = 2, 5
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -26,18 +30,20 @@ class Counting:
         self.calls = 0
 
     def __call__(self, batch: Batch) -> dict[str, Features]:
-        self.calls += len(batch.images)
-        mean = batch.images.float().mean(dim=(2, 3))
-        pooled = torch.nn.functional.adaptive_avg_pool2d(batch.images.float(), 2).permute(
-            0, 2, 3, 1
-        )
+        images = batch.views[IMAGE].float()
+        self.calls += len(images)
+        mean = images.mean(dim=(2, 3))
+        pooled = torch.nn.functional.adaptive_avg_pool2d(images, 2).permute(0, 2, 3, 1)
         return {"a": Features(mean, pooled), "b": Features(mean + 1, mean[:, None, None])}
 
 
 @pytest.fixture
 def dataset(photo_folder) -> CropDataset:
     return CropDataset(
-        FolderPictures(photo_folder), DataConfig(**small_recipe(photo_folder)["data"]), 32, seed=0
+        FolderPictures(photo_folder),
+        DataConfig(**small_recipe(photo_folder)["data"]),
+        [VIEW],
+        seed=0,
     )
 
 
@@ -46,9 +52,7 @@ def open_at(folder, dataset) -> TeacherCache:
 
 
 def batch_of(dataset, keys) -> Batch:
-    samples = [dataset[key] for key in keys]
-    pictures, views = (torch.tensor(column) for column in zip(*keys, strict=True))
-    return Batch(torch.stack([sample.image for sample in samples]), pictures, views, [])
+    return collate([dataset[MAIN, *key] for key in keys])
 
 
 def test_what_is_read_is_what_the_teachers_said_of_that_view_in_half_precision(tmp_path, dataset):
@@ -58,9 +62,38 @@ def test_what_is_read_is_what_the_teachers_said_of_that_view_in_half_precision(t
     batch = batch_of(dataset, [(0, 0), (11, 1), (5, 1), (2, 1), (2, 0)])
     found, expected = cache.read(batch), look(batch)
     for label in SPECS:
-        for kind in Features._fields:
-            rounded = getattr(expected[label], kind).half().float()
-            assert torch.equal(getattr(found[label], kind), rounded)
+        assert list(found[label].named()) == ["summary", "patches"]
+        for kind, values in found[label].named().items():
+            assert torch.equal(values, expected[label].named()[kind].half().float())
+
+
+def test_every_crop_further_maps_and_a_missing_summary_are_kept(tmp_path, photo_folder, dataset):
+    views = [
+        View("pair", 32, crops=2, scale=(0.3, 1.0)),
+        View("own", 16, scale=(0.3, 1.0), stream="det"),
+    ]
+    both = CropDataset(dataset.pictures, dataset.config, views, seed=0)
+
+    def look(batch: Batch) -> dict[str, Features]:
+        pair, own = (batch.views[name].float().permute(0, 2, 3, 1) for name in ("pair", "own"))
+        return {
+            "a": Features(pair.mean(dim=(1, 2)), pair[:, ::16, ::16]),
+            "det": Features(None, own[:, ::8, ::8], (own[:, ::4, ::4], own[:, :1, :1])),
+        }
+
+    batch = collate([both[key] for key in [(MAIN, 4, 1), (MAIN, 2, 0), ("det", 9, 1)]])
+    expected = look(batch)
+    specs = {
+        label: Spec(view, {k: tuple(v.shape[1:]) for k, v in expected[label].named().items()})
+        for label, view in zip(("a", "det"), views, strict=True)
+    }
+    cache = TeacherCache(tmp_path, VIEWS, len(both.pictures) * VIEWS, SHARD, specs)
+    cache.fill(both, look, ALONE, workers=0)
+    found = cache.read(batch)
+    assert found["det"].summary is None and len(found["det"].maps) == 2
+    for label in specs:
+        for kind, values in found[label].named().items():
+            assert torch.equal(values, expected[label].named()[kind].half().float())
 
 
 def test_an_interrupted_fill_computes_only_what_is_missing_and_ends_with_the_same_bytes(
@@ -99,13 +132,10 @@ def test_two_ranks_fill_different_shards(tmp_path, dataset):
 
 def test_features_beyond_half_precision_are_refused_by_name(tmp_path, dataset):
     def look(batch: Batch) -> dict[str, Features]:
-        return {
-            "loud": Features(
-                torch.full((len(batch.images), 3), 1e6), torch.zeros(len(batch.images), 1, 1, 3)
-            )
-        }
+        size = len(batch.views[IMAGE])
+        return {"loud": Features(torch.full((size, 3), 1e6), torch.zeros(size, 1, 1, 3))}
 
-    cache = TeacherCache(tmp_path, VIEWS, 24, SHARD, {"loud": (FeatureDims(3, 3), (1, 1))})
+    cache = TeacherCache(tmp_path, VIEWS, 24, SHARD, {"loud": SPECS["b"]})
     with pytest.raises(UserError, match="teacher 'loud': its summary exceed float16"):
         cache.fill(dataset, look, ALONE, workers=0)
 

@@ -12,7 +12,8 @@ import torch
 from distill.config import TrainConfig
 from distill.runs import load_run
 from distill.training.checkpoint import load_checkpoint
-from distill.training.loop import learning_rate, take_step
+from distill.training.loop import take_step
+from distill.training.schedule import learning_rate
 from tests.conftest import command, environment, metrics_of, run_here, weights_of
 
 
