@@ -90,6 +90,7 @@ class TeacherConfig(Section):
     block: int | None = Field(
         None, description="read features after this block (0-based); default: last, normalised"
     )
+    summary: bool = Field(True, description="false: use its map alone, as of a detector's backbone")
     dim: Positive | None = Field(
         None, description="expected width of the patch features; checked when given"
     )

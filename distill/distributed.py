@@ -150,11 +150,11 @@ def load_full_state(
     wrapped: nn.Module, optimizer: torch.optim.Optimizer, model: dict, optim: dict
 ) -> None:
     """Inverse of `full_state`: every rank passes the complete state and takes its share."""
-    options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(wrapped, model, options=options)
-    set_optimizer_state_dict(wrapped, optimizer, optim, options=options)
-    # torch gives moments to every parameter before it loads; one that has not stepped yet (frozen
-    # in the first epochs) had none, and would count its first steps from there
+    set_model_state_dict(wrapped, model, options=StateDictOptions(full_state_dict=True))
+    # A parameter that has not stepped yet (frozen in the first epochs) has no moments in the file.
+    # torch gives it some before it loads the others, from which it would count its first steps.
+    lenient = StateDictOptions(full_state_dict=True, strict=False)
+    set_optimizer_state_dict(wrapped, optimizer, optim, options=lenient)
     stepped = {name for name, moments in optim["state"].items() if moments}
     names = {id(p): name for name, p in _unwrapped(wrapped).named_parameters()}
     for parameter in list(optimizer.state):

@@ -92,10 +92,6 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     return parse_recipe(text, str(path), overrides)
 
 
-_AnyRecipe = with_sections({name: method.Config for name, method in METHODS.items()})
-"""A recipe as a file may have it: with sections of methods that it does not use."""
-
-
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
     """Validate plain data as a recipe, which keeps the section of its own method alone.
 
@@ -105,14 +101,19 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if method not in METHODS:
         hint = suggest(str(method), METHODS)
         raise UserError(f"method = {show(method)} is not known: {hint}")
-    whole = _AnyRecipe.model_validate(values)
-    own = _recipe_of(method)
+    whole = _any_recipe().model_validate(values)
+    own = _recipe_with((method,))
     return own(**{name: getattr(whole, name) for name in own.model_fields})
 
 
+def _any_recipe() -> type[Recipe]:
+    """A recipe as a file may have it: with sections of methods that it does not use."""
+    return _recipe_with(tuple(METHODS))
+
+
 @cache
-def _recipe_of(method: str) -> type[Recipe]:
-    return with_sections({method: METHODS[method].Config})
+def _recipe_with(methods: tuple[str, ...]) -> type[Recipe]:
+    return with_sections({name: METHODS[name].Config for name in methods})
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -209,7 +210,7 @@ def suggest_key(key: str) -> str:
     if same:
         return "did you mean " + " or ".join(f"'{field}'" for field in same) + "?"
     section = [field for field in known if field.startswith(f"{parts[0]}.")]
-    return f"known: {', '.join(section or list(_AnyRecipe.model_fields))}"
+    return f"known: {', '.join(section or list(_any_recipe().model_fields))}"
 
 
 def explain(error: ValidationError) -> str:
@@ -248,7 +249,7 @@ def explain(error: ValidationError) -> str:
 def dotted(location: Sequence[str | int]) -> str:
     """The recipe's key of a pydantic location, which also names the members of a union it tried."""
     parts: list[str] = []
-    section: type[BaseModel] | None = _AnyRecipe
+    section: type[BaseModel] | None = _any_recipe()
     for part in location:
         if isinstance(part, int):
             parts.append(str(part))
@@ -306,13 +307,13 @@ def differing_fields(before: Recipe, after: Recipe) -> list[tuple[str, Any, Any]
 
 
 def recipe_fields(
-    model: type[BaseModel] = _AnyRecipe, prefix: str = ""
+    model: type[BaseModel] | None = None, prefix: str = ""
 ) -> list[tuple[str, str, str, str]]:
     """Key, type, default and meaning of everything a recipe can set; `teachers.N.` stands for any
     teacher.
     """
     rows = []
-    for name, field in model.model_fields.items():
+    for name, field in (model or _any_recipe()).model_fields.items():
         key = f"{prefix}{name}"
         section = section_of(field.annotation)
         if section:

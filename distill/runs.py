@@ -59,8 +59,12 @@ def save_student(
     `weights` are a state dict of `method`, whose `train_only` parts are left out. A method with a
     momentum network has its weights in `ema.safetensors` too, under the same names.
     """
-    parts = tuple(f"{name}." for name in method.train_only)
-    shipped = {name: tensor for name, tensor in weights.items() if not name.startswith(parts)}
+    left_out = set(method.train_only)
+    shipped = {
+        name: tensor
+        for name, tensor in weights.items()
+        if left_out.isdisjoint((name, name.split(".")[0]))
+    }
     files = {STUDENT: shipped}
     averaged = method.averaged()
     if averaged:

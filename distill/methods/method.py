@@ -52,7 +52,7 @@ class Method(nn.Module):
     """A student and the way it learns from its teachers.
 
     A subclass is built as `Kind(recipe, dims, inference)`: `dims` are the teachers' widths by
-    label, `inference` leaves out the submodules named in `train_only`, which never ship.
+    label, `inference` leaves out what `train_only` names.
     """
 
     Config: ClassVar[type[Section]]
@@ -67,7 +67,7 @@ class Method(nn.Module):
     """A `targets.FeatureNormalizer` for each teacher whose statistics are fitted before training;
     may be empty."""
     train_only: tuple[str, ...] = ()
-    """Names of submodules that never ship (momentum networks, projectors)."""
+    """Submodules, parameters and buffers that never ship (momentum networks, projectors)."""
     shards: bool = True
     """Whether FSDP2 may shard it; False for a method whose momentum network follows its weights."""
 

@@ -83,7 +83,12 @@ class Teacher(nn.Module):
         return features.map(Tensor.float)
 
     def encode(self, pixels: Tensor) -> Features:
-        """Features of normalised images [B, 3, S, S], by the network's kind.
+        """Features of normalised images [B, 3, S, S], without the summary if the recipe says so."""
+        features = self._encode_network(pixels)
+        return features if self.config.summary else features._replace(summary=None)
+
+    def _encode_network(self, pixels: Tensor) -> Features:
+        """Features by the network's kind.
 
         Tokens [B, prefix + h*w, d]: the summary is the class token after the final norm, or what
         the network's own head would pool. Maps: the network's pooled features. For role `clip` the
