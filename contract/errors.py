@@ -87,6 +87,12 @@ def nobody_reads() -> bool:
     return gone
 
 
+def first_line(error: BaseException | str) -> str:
+    """The first line of an exception's text, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def one_line(messages: list[str]) -> str:
     """Join messages to one line, each said once."""
     return "; ".join(dict.fromkeys(" ".join(message.split()) for message in messages))

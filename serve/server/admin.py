@@ -14,7 +14,7 @@ import tritonclient.http as http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from contract.errors import UserError
-from serve.bundle import IMAGE
+from contract.signature import IMAGE
 from serve.errors import ServerError
 from serve.golden import Golden, compare
 from serve.server.rest import Refused, Rest

@@ -399,7 +399,7 @@ def rename_student(path: Path) -> None:
 
 def test_check_of_no_bundle_is_one_line(tmp_path):
     done = call(check, tmp_path)
-    assert done.returncode == 2 and "is no bundle" in done.stderr
+    assert done.returncode == 2 and "is not a bundle" in done.stderr
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
     assert "format 99" in call(check, tmp_path).stderr
 

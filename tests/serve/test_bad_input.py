@@ -671,7 +671,7 @@ def varying(photo_folder, scenes, tmp_path_factory):
     sizes = ("--resolutions", 32, "64x96", "--max-batch", 4)
     done.append(run_here(run, "--output", folder / "bundle", *sizes, command=export))
     assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
-    make_repository(folder / "bundle", folder / "repository", Settings(fused=False))
+    make_repository(read_bundle(folder / "bundle"), folder / "repository", Settings(fused=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
     server = Server(
         find_tritonserver(None, folder), folder / "repository", options, lambda line: None

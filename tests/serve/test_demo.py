@@ -55,6 +55,7 @@ def labelled(small_bundle, tmp_path_factory):
     open_clip = pytest.importorskip(
         "open_clip", reason="the optional extra [text] is not installed"
     )
+    from serve.bundle import read_bundle
     from serve.repository.build import make_repository
     from serve.repository.settings import Settings
     from serve.server.process import Options, Server
@@ -103,7 +104,9 @@ def labelled(small_bundle, tmp_path_factory):
         command=text,
     )
     assert done.returncode == 0, done.stderr
-    make_repository(bundle, folder / "repository", Settings(fused=False, encoded=False))
+    make_repository(
+        read_bundle(bundle), folder / "repository", Settings(fused=False, encoded=False)
+    )
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
     with Server(
         find_tritonserver(None, folder), folder / "repository", options, lambda line: None

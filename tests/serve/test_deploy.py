@@ -513,7 +513,7 @@ def deployed(small_bundle, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("deployed")
     found = tritonserver(folder)
-    make_repository(small_bundle, folder / "models", Settings())
+    make_repository(read_bundle(small_bundle), folder / "models", Settings())
     web, rpc, metrics = free_ports(3)
     arguments = [
         f"--backend-directory={found.backends}",

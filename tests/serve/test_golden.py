@@ -181,7 +181,7 @@ def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path,
     )
     assert done.returncode == 0, done.stderr
     bundle = read_bundle(tmp_path / "b")
-    make_repository(tmp_path / "b", tmp_path / "repository", Settings(encoded=False))
+    make_repository(read_bundle(tmp_path / "b"), tmp_path / "repository", Settings(encoded=False))
     version = tmp_path / "repository" / "backbone" / "1"
     listed = json.loads((version / "model.json").read_text())["sha256"]
     assert listed == {

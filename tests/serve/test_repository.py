@@ -192,7 +192,7 @@ def test_a_changed_byte_is_refused_and_nothing_is_written(copy, tmp_path, capsys
 def test_a_folder_that_is_no_bundle_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path), "--output", str(tmp_path / "repository")]) == 2
     assert (
-        "is no bundle: it has no manifest.json (make one with python -m export.run)"
+        "is not a bundle: manifest.json is missing. Create one with `python -m export.run`"
         in capsys.readouterr().err
     )
 

@@ -85,7 +85,7 @@ def running(small_bundle, tmp_path):
     """A server of its own, whose versions a test may change."""
     need_tritonserver()
     repository = tmp_path / "repository"
-    make_repository(small_bundle, repository, Settings(fused=False, encoded=False))
+    make_repository(read_bundle(small_bundle), repository, Settings(fused=False, encoded=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
     with Server(find_tritonserver(None, tmp_path), repository, options, lambda line: None) as found:
         yield found
