@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
 from contract.files import file_sha256
+from contract.golden import GOLDEN
 from contract.manifest import BundledEngine, GraphRecord, Manifest, read_manifest, verify_files
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def tensors_problem(path: Path, manifest: Manifest) -> str:
             classes, rows = len(json.loads(about["classes"])), len(tensors["embeddings"])
             if classes != rows:
                 return f"{rows} embeddings for {classes} classes"
-        if path.name == "golden.safetensors" and (lacking := missing_outputs(tensors, manifest)):
+        if path.name == GOLDEN and (lacking := missing_outputs(tensors, manifest)):
             return f"lacks {', '.join(lacking)}"
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"

@@ -91,12 +91,12 @@ def run(args: argparse.Namespace) -> int:
 
 def roll_out(repository, admin, path: Path) -> int:
     """Try a bundle under other names, then switch to it."""
+    from contract.golden import GOLDEN, read_golden
     from serve.bundle import read_bundle
-    from serve.golden import read_golden
 
     begun = time.perf_counter()
     bundle = read_bundle(path)
-    golden = read_golden(bundle)
+    golden = read_golden(bundle.file(GOLDEN))
     version = repository.versions[-1] + 1
     models = repository.render(bundle, version)
     repository.check_interface(models)

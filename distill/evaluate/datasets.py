@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from contract.errors import UserError
-from distill.data.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
+from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -61,7 +61,7 @@ def read_picture(path: Path | str) -> Image.Image:
     UserError if it fails.
     """
     try:
-        return decode_rgb(Path(path), str(path))
+        return decode(Path(path), TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(
             f"{path} cannot be read ({error.reason}): mend or remove it, scores need every picture"

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from contract.errors import UserError
-from distill.data.images import UnreadableImage, decode_rgb
+from contract.images import TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import stamp
@@ -162,7 +162,7 @@ def cut(picture: tuple[Path, Box | None]) -> Image.Image:
     """
     path, box = picture
     try:
-        image = decode_rgb(path, str(path))
+        image = decode(path, TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(f"cannot read the picture {error}: restore the file") from error
     if box is None:

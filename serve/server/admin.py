@@ -14,9 +14,9 @@ import tritonclient.http as http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from contract.errors import UserError
+from contract.golden import Golden, compare
 from contract.signature import IMAGE
 from serve.errors import ServerError
-from serve.golden import Golden, compare
 from serve.server.rest import Refused, Rest
 from serve.server.state import read_state
 

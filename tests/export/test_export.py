@@ -18,14 +18,13 @@ import torch
 from safetensors.numpy import save_file
 from yaml import safe_dump
 
+from contract.golden import GOLDEN, read_golden
 from contract.manifest import add_files, read_manifest, verify_files
 from distill.evaluate.__main__ import main as evaluate
 from distill.runs import load_run
 from export.check import main as check
 from export.run import main
 from export.tensorrt.bindings import gpu_present
-from serve.bundle import read_bundle
-from serve.golden import read_golden
 from tests.conftest import run_here, small_recipe
 
 
@@ -293,7 +292,7 @@ def test_outputs_that_do_not_agree_fail_and_leave_nothing_unless_allowed(plain, 
     assert call(main, *wanted, "--allow-parity-failure").returncode == 0
     failed = {row.output for row in read_manifest(tmp_path / "b").parity if not row.passed}
     assert failed == {"mae_token"}
-    golden = read_golden(read_bundle(tmp_path / "b"))
+    golden = read_golden(tmp_path / "b" / GOLDEN)
     assert golden.allowed == {"mae_token": (-1.0, 1.5e6)}, "a rollout knows what to expect"
     found = call(check, tmp_path / "b")
     assert found.returncode == 1 and "comparisons failed" in found.stdout

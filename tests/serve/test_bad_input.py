@@ -365,7 +365,6 @@ BAD_FILES = {
         wide_webp(),
         "the picture has 268,402,689 pixels, more than the 50,000,000 that are",
     ),
-    "a text of 99 MB": (long_text, "cannot be decoded"),
     "a text of claimed 2 GB": (
         grey(struct.pack(">I", 0x7FFFFFFF) + b"tEXtabc"),
         "cannot be decoded",
@@ -438,9 +437,10 @@ def test_bombs_are_refused_from_their_headers(triton, server):
     )
     triton.ModelInfer(request("decode", [strings("encoded", [FILE])]))
     before = memory(stub.pid, "VmHWM")
-    for data in (bomb(), wide_webp(), large_png(), long_text()):
+    for data in (bomb(), wide_webp(), large_png()):
         with pytest.raises(grpc.RpcError, match="pixels|cannot be decoded"):
             triton.ModelInfer(request("decode", [strings("encoded", [data])]))
+    triton.ModelInfer(request("decode", [strings("encoded", [long_text()])]))  # its text is left
     assert memory(stub.pid, "VmHWM") < before + 16_000  # of 900 MB; KiB
     assert stub in find_stubs(read_state(server.repository).server_pid)
 
