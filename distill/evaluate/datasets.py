@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from contract.errors import UserError
+from contract.errors import UserError, first_line
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 
@@ -255,11 +255,6 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
             )
         return names
     return [str(number) for number in range(classes)]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def map_size(path: Path) -> tuple[int, int]:

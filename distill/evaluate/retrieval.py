@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from contract.errors import UserError
+from contract.errors import UserError, first_line
 from contract.images import TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 from distill.evaluate.config import EvaluationConfig
@@ -243,9 +243,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(
-            f"{path} is not JSON ({str(error).splitlines()[0]}): download it again"
-        ) from error
+        raise UserError(f"{path} is not JSON ({first_line(error)}): download it again") from error
 
 
 def read_pickle(path: Path) -> Any:

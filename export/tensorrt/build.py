@@ -26,6 +26,7 @@ from contract.engine_record import (
 )
 from contract.errors import UserError, one_line, suggest
 from contract.files import file_sha256, write_all_atomically, write_atomically
+from contract.gpu import compute_capabilities
 from export.tensorrt import bindings as gpu
 from export.tensorrt.bindings import FLAVOURS as FLAVOURS
 from export.tensorrt.bindings import load_bindings
@@ -236,7 +237,7 @@ def inspect_engine(engine: Path) -> Inspection:
     not as recorded.
     """
     record = verify_engine(engine)
-    if not gpu.gpu_present():
+    if not compute_capabilities():
         note = (
             f"no GPU here: this is what {record_path(engine).name} says, the engine itself was "
             "not opened"

@@ -21,11 +21,11 @@ from safetensors.numpy import save_file
 from contract import files
 from contract.errors import UserError, exit_status
 from contract.files import file_sha256
+from contract.gpu import compute_capabilities
 from contract.manifest import MANIFEST, add_files, read_manifest, verify_files
 from export.check import main as check
 from export.output import appearing, check_output
 from export.run import main as export
-from export.tensorrt.bindings import gpu_present
 from serve.bundle import read_bundle
 from tests.conftest import run_here
 
@@ -576,7 +576,7 @@ def test_options_that_do_nothing_or_name_nothing_are_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-@pytest.mark.skipif(gpu_present(), reason="says what happens without a GPU")
+@pytest.mark.skipif(bool(compute_capabilities()), reason="says what happens without a GPU")
 @pytest.mark.parametrize(
     ("options", "words"),
     [

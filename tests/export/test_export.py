@@ -19,12 +19,12 @@ from safetensors.numpy import save_file
 from yaml import safe_dump
 
 from contract.golden import GOLDEN, read_golden
+from contract.gpu import compute_capabilities
 from contract.manifest import add_files, read_manifest, verify_files
 from distill.evaluate.__main__ import main as evaluate
 from distill.runs import load_run
 from export.check import main as check
 from export.run import main
-from export.tensorrt.bindings import gpu_present
 from tests.conftest import run_here, small_recipe
 
 
@@ -221,7 +221,7 @@ def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tm
     ranges = backbone.profiles[0].shapes["image"]
     assert ranges == ((1, 64, 64, 3), (3, 64, 64, 3), (3, 96, 64, 3)), "smallest, usual, largest"
     assert backbone.options.tf32 is False, "a float32 engine says what the float32 student says"
-    if not gpu_present():
+    if not compute_capabilities():
         assert (
             "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, 8.9, 12.0"
             in done.stdout
