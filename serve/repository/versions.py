@@ -24,7 +24,9 @@ from serve.repository.models import Model, build_models
 from serve.repository.settings import Settings
 
 DOOR = "features"
-ROOM = "free some space beside the repository"
+STAGED = "staged_"
+"""Prefix of the names under which a rollout tries a version."""
+_ROOM = "free some space beside the repository"
 
 
 class Repository:
@@ -134,7 +136,7 @@ class Repository:
         for name in self.ensembles():
             config = (self.path / name / str(version) / CONFIG).read_bytes()
             write_atomically(
-                self.path / name / CONFIG, partial(Path.write_bytes, data=config), ROOM
+                self.path / name / CONFIG, partial(Path.write_bytes, data=config), _ROOM
             )
             yield name
 

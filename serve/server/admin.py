@@ -21,7 +21,7 @@ from serve.server.loading import one_line
 from serve.server.rest import Refused, Rest
 from serve.server.state import read_state
 
-NO_REASON = "no reason given"
+_NO_REASON = "no reason given"
 
 
 class Admin:
@@ -79,7 +79,7 @@ class Admin:
             self.rest.call("POST", f"/v2/repository/models/{model}/{what}", body, timeout=300)
         except Refused as error:
             raise ServerError(
-                f"model '{model}' does not {what}: {one_line(str(error)) or NO_REASON}"
+                f"model '{model}' does not {what}: {one_line(str(error)) or _NO_REASON}"
             ) from error
         except OSError as error:
             raise ServerError(
@@ -100,7 +100,7 @@ class Admin:
             )
         except (InferenceServerException, OSError) as error:
             raise ServerError(
-                f"model '{model}' does not answer: {one_line(str(error)) or NO_REASON}"
+                f"model '{model}' does not answer: {one_line(str(error)) or _NO_REASON}"
             ) from error
         return {name: answer.as_numpy(name) for name in outputs}
 
