@@ -55,7 +55,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
         # A DataLoader worker's error comes with its traceback in front; the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix("contract.errors.UserError: ")
     except OSError as error:
-        if error.errno == errno.EPIPE and nobody_reads():
+        if error.errno == errno.EPIPE and _nobody_reads():
             return 128 + signal.SIGPIPE
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
@@ -75,7 +75,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     return status
 
 
-def nobody_reads() -> bool:
+def _nobody_reads() -> bool:
     """Whether standard output is a pipe whose reader has gone (`| head`); if so Python will not try
     it again as it ends.
     """

@@ -21,7 +21,7 @@ our users' pictures.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 """Of files in a user's own folders."""
 
-MAX_SCANS = 100
+_MAX_SCANS = 100
 """Of a progressive JPEG. Encoders write about ten; a file of 20 MB can hold 200,000, each another
 pass over every pixel.
 """
@@ -171,10 +171,10 @@ def _check_limits(picture: Image.Image, data: bytes, limits: Limits, name: str) 
     # A start-of-scan marker cannot occur in the compressed data itself. Pillow calls a JPEG that
     # names further pictures MPO, as telephones write.
     scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 1
-    if scans > MAX_SCANS:
+    if scans > _MAX_SCANS:
         raise UnreadableImage(
             name,
-            f"the picture has {scans:,} scans, more than the {MAX_SCANS} that are taken: save it "
+            f"the picture has {scans:,} scans, more than the {_MAX_SCANS} that are taken: save it "
             "anew",
         )
 
