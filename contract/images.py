@@ -124,7 +124,7 @@ def decode(
         if limits.formats is None:
             raise UnreadableImage(name, "empty or not an image") from error
         raise UnreadableImage(
-            name, f"the bytes are no {kinds} picture: convert it to one of these"
+            name, f"the bytes are not a {kinds} picture: convert it to one of these"
         ) from error
     # Pillow's own limit comes first where the header is far beyond ours
     except Image.DecompressionBombError as error:
@@ -175,7 +175,7 @@ def _check_limits(picture: Image.Image, data: bytes, limits: Limits, name: str) 
         raise UnreadableImage(
             name,
             f"the picture has {scans:,} scans, more than the {_MAX_SCANS} that are taken: save it "
-            "anew",
+            "again",
         )
 
 

@@ -65,7 +65,7 @@ class GraphRecord(Record):
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     precision: Precision
-    """As asked for; small graphs may compute in float32 all the same."""
+    """As requested; small graphs may compute in float32 all the same."""
     dtypes: tuple[str, ...]
     """Types of the graph's weights and other constants (initialisers), sorted."""
     opset: int
@@ -126,7 +126,7 @@ class Resolution(Record):
     """Sizes a graph takes. Fixed: `height` x `width`. Dynamic: any multiples of `stride` from the
     smallest up to these.
 
-    (Engines refuse others; graphs also take smaller and larger ones, which nobody has compared.)
+    (Engines refuse others; graphs also take smaller and larger ones, which were not compared.)
     """
 
     dynamic: bool
@@ -168,7 +168,7 @@ class ParityRecord(Record):
     about.
     """
     position_cosine: float | None
-    """Least cosine of one position, None for what is no map."""
+    """Least cosine of one position, None for what is not a map."""
     worst_image: str
     passed: bool
     problem: str

@@ -23,7 +23,7 @@ def check_output(output: Path, force: bool, read: Mapping[str, Path]) -> Path:
 
     `read` are folders and files that the export reads, by what to call them. Raises UserError for
     an output that is or holds one of them, and for one that holds files: any without `force`, and
-    even so any that are no bundle's.
+    even so any that are not a bundle's.
     """
     try:
         place = output.resolve()
@@ -59,7 +59,7 @@ def _check_replaceable(output: Path, place: Path, force: bool) -> None:
         raise UserError(f"--output {output} is a file: give a folder")
     if result := _stranger(place):
         raise UserError(
-            f"--output {output} holds {result}, which is no part of a bundle: move it away, or "
+            f"--output {output} holds {result}, which is not part of a bundle: move it away, or "
             "choose another"
         )
     if any(place.iterdir()) and not force:

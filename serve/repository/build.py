@@ -207,10 +207,7 @@ def write_version(folder: Path, model: "Model") -> None:
 def _config_text(model: "Model") -> str:
     from google.protobuf import text_format
 
-    source = (
-        "rendered by serve.repository; what the fields are for is said in triton_models/ of the "
-        "project"
-    )
+    source = "rendered by serve.repository; triton_models/ of the project explains the fields"
     return f"# {source}\n{text_format.MessageToString(model.config)}"
 
 
@@ -223,5 +220,5 @@ def read_made_with(repository: Path) -> tuple[str, Settings]:
         return content["bundle"], Settings.model_validate(content["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{repository} is no repository of serve.repository: render one, or name another"
+            f"{repository} is not a repository of serve.repository: render one, or name another"
         ) from error

@@ -15,7 +15,7 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from contract.errors import UserError
-from contract.files import new_folder, write_atomically
+from contract.files import new_folder, tidy, write_atomically
 from contract.signature import BACKBONE
 from serve.bundle import Bundle
 from serve.repository.build import CONFIG, read_made_with, write_model, write_version
@@ -126,6 +126,7 @@ class Repository:
         """
         for model in models:
             place = self.path / model.name / str(version)
+            tidy(place, lambda old: False)  # what a killed rollout left
             with new_folder(place, str(place)) as aside:
                 write_version(aside, model)
             if model.config.platform != "ensemble":

@@ -40,7 +40,7 @@ def check_repository(repository: Path, bundle: Bundle | None, settings: Settings
         name = next(name for name, value in settings if value != getattr(made_with, name))
         raise UserError(
             f"--repository {repository} was rendered with {name}={getattr(made_with, name)}, "
-            f"{getattr(settings, name)} was asked: leave BUNDLE out to serve it as it is, or "
+            f"but {getattr(settings, name)} was requested: leave BUNDLE out to serve it as it is, or "
             "replace it (python -m serve.repository --force)"
         )
     return made_with

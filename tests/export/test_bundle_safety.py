@@ -77,11 +77,11 @@ def test_force_replaces_no_folder_with_anything_but_a_bundle(copy, run, tmp_path
     (copy / "thesis.txt").write_text("years of work")
     before = tree(tmp_path)
     said = refused(run, "--output", copy, "--force")
-    assert "holds thesis.txt, which is no part of a bundle" in said
+    assert "holds thesis.txt, which is not part of a bundle" in said
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / MANIFEST).write_text('{"name": "a web page"}')
-    assert f"holds {MANIFEST}, which is no part" in refused(run, "--output", photos, "--force")
+    assert f"holds {MANIFEST}, which is not part" in refused(run, "--output", photos, "--force")
     shutil.rmtree(photos)
     assert tree(tmp_path) == before
 
@@ -90,7 +90,7 @@ def test_force_replaces_no_folder_with_anything_but_a_bundle(copy, run, tmp_path
 def test_force_replaces_nothing_that_is_read(run, tmp_path, where):
     before = tree(tmp_path)
     said = refused(run, "--output", tmp_path / where, "--force")
-    assert "which is read" in said or "no part of a bundle" in said
+    assert "which is read" in said or "not part of a bundle" in said
     assert tree(tmp_path) == before
 
 
@@ -126,7 +126,7 @@ def test_a_listed_name_that_is_a_link_or_folder_is_not_deleted(tmp_path):
     (tmp_path / "b" / "graph.onnx").unlink()
     (tmp_path / "b" / "graph.onnx").mkdir()
     (tmp_path / "b" / "graph.onnx" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="no part of a bundle"):
+    with pytest.raises(UserError, match="not part of a bundle"):
         make(tmp_path / "b", force=True)
     assert (tmp_path / "b" / "graph.onnx" / "thesis.txt").exists()
 

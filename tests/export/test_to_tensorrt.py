@@ -292,7 +292,7 @@ def test_hopper_is_refused_with_the_gpus_that_are_known(graph):
         ({"flavour": "tensorflow"}, "'tensorrt' or 'tensorrt-rtx'"),
         (
             {"compute_capabilities": ("89",)},
-            "'89' is no compute capability (write major.minor, such as 8.9)",
+            "'89' is not a compute capability (write major.minor, such as 8.9)",
         ),
         ({"compute_capabilities": ("8.9", "8.9")}, "names one twice"),
         (

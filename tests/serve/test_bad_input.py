@@ -332,7 +332,7 @@ def grey(*extra):
     return png(16, 16, 8, 0, bytes(17 * 16), *extra)
 
 
-NO_PICTURE = "the bytes are no JPEG, PNG or WEBP picture: convert it to one of these"
+NO_PICTURE = "the bytes are not a JPEG, PNG or WEBP picture: convert it to one of these"
 BAD_FILES = {
     "nothing": (b"", "the picture is empty (0 bytes)"),
     "a truncated JPEG": (FILE[: len(FILE) // 2], "the picture cannot be decoded, it is damaged: "),
@@ -726,7 +726,7 @@ def test_parts_refuse_more_positions_than_pictures_have(varying):
         ), said
     picture, depth = np.zeros((1, 64, 96, 3), np.uint8), np.zeros((1, 23), np.float32)
     said = refusal(triton, request("depth_map", [array("depth", depth), array("image", picture)]))
-    assert "input 'depth' does not belong to 'image': 23 positions are no grid of" in said
+    assert "input 'depth' does not belong to 'image': 23 positions do not form a grid of" in said
     said = refusal(
         triton, request("depth_map", [array("depth", depth), array("image", picture[:, :9, :9])])
     )

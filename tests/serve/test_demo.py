@@ -296,7 +296,7 @@ def test_what_is_no_picture_is_told_in_a_sentence(page, photo, tmp_path):
         page.wait_for_selector(f".problem:has-text('{name}')")
         said = page.inner_text(".problem")
         assert "This picture cannot be read" in said and "Traceback" not in page.content()
-        assert "no JPEG, PNG or WEBP picture" in said or "cannot be decoded" in said
+        assert "not a JPEG, PNG or WEBP picture" in said or "cannot be decoded" in said
         assert page.locator(".cards img").count() == 0
         page.click("#photograph button[aria-label='Remove Image']")
         page.wait_for_selector(".hint")

@@ -426,7 +426,7 @@ class TestMistakes:
         assert "is not a bundle" in capsys.readouterr().err
         (tmp_path / "file").touch()
         assert main(["--repository", str(tmp_path)]) == 2
-        assert "is no repository of serve.repository" in capsys.readouterr().err
+        assert "is not a repository of serve.repository" in capsys.readouterr().err
 
     def test_no_tritonserver(self, small_bundle, capsys, monkeypatch):
         monkeypatch.setenv("PATH", "/nowhere")
