@@ -116,8 +116,12 @@ def decode(
                     height, width = size if _orientation(picture) < 5 else size[::-1]
                     picture.draft(None, (2 * width, 2 * height))
                 return to_rgb(picture, name)
-    except (UnreadableImage, MemoryError):
+    except UnreadableImage:
         raise
+    except MemoryError as error:
+        if limits.max_bytes is not None:
+            raise  # a server's trouble and not that of who sent the picture
+        raise UnreadableImage(name, _damaged(error)) from error
     except UnidentifiedImageError as error:
         if data.startswith(_PNG):  # a damaged header
             raise UnreadableImage(name, _damaged("broken PNG file")) from error

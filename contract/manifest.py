@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import to_json
 
-from contract.engine_record import EngineRecord, Record
+from contract.engine_record import EngineRecord, Record, first_problem
 from contract.errors import UserError
 from contract.files import file_sha256, write_atomically
 
@@ -260,9 +260,7 @@ def read_manifest(bundle: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(_upgrade(content))
     except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{path}: {key}: {problem['msg']} (export again)") from error
+        raise UserError(f"{path}: {first_problem(error)} (export again)") from error
     return manifest if version == FORMAT else manifest.sealed()
 
 

@@ -181,3 +181,16 @@ def test_the_decoder_stands_alone(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_picture_that_takes_all_memory_is_replaced_in_training_and_a_failure_of_a_server(
+    monkeypatch,
+):
+    def load(picture: Image.Image) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", load)
+    with pytest.raises(UnreadableImage, match="^a.jpg: .* MemoryError"):
+        decode(JPEG, TRUSTED, name="a.jpg")
+    with pytest.raises(MemoryError):
+        decode(JPEG)
