@@ -16,7 +16,8 @@ import litserve  # noqa: E402
 import numpy as np  # noqa: E402
 from fastapi import Request, Response  # noqa: E402
 
-from serve.bundle import FUSED, read_bundle  # noqa: E402
+from contract.signature import FUSED  # noqa: E402
+from serve.bundle import read_bundle  # noqa: E402
 
 
 class Fused(litserve.LitAPI):

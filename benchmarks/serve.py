@@ -39,7 +39,8 @@ from skimage import data  # noqa: E402
 
 from benchmarks.in_process import latencies, open_graph  # noqa: E402
 from contract.images import fit  # noqa: E402
-from serve.bundle import FUSED, Bundle, read_bundle  # noqa: E402
+from contract.signature import FUSED  # noqa: E402
+from serve.bundle import Bundle, read_bundle  # noqa: E402
 from serve.load import Outcome, closed_loop  # noqa: E402
 from serve.repository.build import make_repository  # noqa: E402
 from serve.repository.settings import (  # noqa: E402
@@ -101,7 +102,7 @@ def row(what: str, this: list[float], that: list[float]) -> dict:
 def served(bundle: Path, settings: Settings) -> Iterator[str]:
     """The embedded server on a bundle; gives its gRPC address."""
     with tempfile.TemporaryDirectory() as folder:
-        make_repository(bundle, Path(folder) / "repository", settings)
+        make_repository(read_bundle(bundle), Path(folder) / "repository", settings)
         options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
         result, message = find_tritonserver(None, Path(folder)), deque(maxlen=30)
         with Server(result, Path(folder) / "repository", options, message.append) as server:

@@ -21,14 +21,14 @@ def grid_of(positions: int, height: int, width: int, stride: int | None = None) 
         rows, columns = int(height / stride + 0.5), int(width / stride + 0.5)
         if rows * columns != positions:
             raise ValueError(
-                f"{positions} positions are no grid of cells of {stride} px over a picture of "
+                f"{positions} positions do not form a grid of cells of {stride} px over a picture of "
                 f"{height}x{width}"
             )
         return rows, columns
     rows = round((positions * height / width) ** 0.5)
     if rows < 1 or positions % rows or height * (positions // rows) != width * rows:
         raise ValueError(
-            f"{positions} positions are no grid of square cells over a picture of {height}x{width}"
+            f"{positions} positions do not form a grid of square cells over a picture of {height}x{width}"
         )
     return rows, positions // rows
 

@@ -53,7 +53,7 @@ class EngineOptions(Record):
         for capability in capabilities:
             if not re.fullmatch(r"\d{1,2}\.\d", capability):
                 raise ValueError(
-                    f"'{capability}' is no compute capability (write major.minor, such as 8.9)"
+                    f"'{capability}' is not a compute capability (write major.minor, such as 8.9)"
                 )
         if len(set(capabilities)) < len(capabilities):
             raise ValueError(f"{', '.join(capabilities)} names one twice (name each once)")

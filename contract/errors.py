@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for: the message names the thing, the value and the
+    """A mistake in what the user typed or gave: the message names the thing, the value and the
     remedy.
     """
 
@@ -55,13 +55,13 @@ def exit_status(command: Callable[[], int | None]) -> int:
         # A DataLoader worker's error comes with its traceback in front; the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix("contract.errors.UserError: ")
     except OSError as error:
-        if error.errno == errno.EPIPE and nobody_reads():
+        if error.errno == errno.EPIPE and _reader_has_gone():
             return 128 + signal.SIGPIPE
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         status = 2
         message = (
-            f"{error.filename or 'a file'}: {error.strerror} (make room, mend its permissions, or "
+            f"{error.filename or 'a file'}: {error.strerror} (make room, fix its permissions, or "
             "name another)"
         )
     except Failure as error:
@@ -75,7 +75,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
     return status
 
 
-def nobody_reads() -> bool:
+def _reader_has_gone() -> bool:
     """Whether standard output is a pipe whose reader has gone (`| head`); if so Python will not try
     it again as it ends.
     """
@@ -87,6 +87,12 @@ def nobody_reads() -> bool:
     return gone
 
 
+def first_line(error: BaseException | str) -> str:
+    """The first line of an exception's text, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def one_line(messages: list[str]) -> str:
-    """Join messages to one line, each said once."""
+    """Join messages to one line, each once."""
     return "; ".join(dict.fromkeys(" ".join(message.split()) for message in messages))

@@ -1,5 +1,4 @@
-"""Picture files become what the graphs read: RGB bytes of the model's size. Used by clients and,
-copied, by the server.
+"""Picture files become RGB pixels: in training, in clients and, copied, on the server.
 
 Needs numpy and Pillow only: `serve.repository` copies this file beside the model that decodes on
 the server.
@@ -8,22 +7,28 @@ the server.
 import io
 import re
 import warnings
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-"""Formats that are decoded. Others have had more of Pillow's vulnerabilities than of our users'
-pictures.
+"""Formats that are decoded for others. The rest have had more of Pillow's vulnerabilities than of
+our users' pictures.
 """
 
-MAX_SCANS = 100
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+"""Of files in a user's own folders."""
+
+_MAX_SCANS = 100
 """Of a progressive JPEG. Encoders write about ten; a file of 20 MB can hold 200,000, each another
 pass over every pixel.
 """
 
-UPRIGHT = {
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
@@ -36,142 +41,124 @@ class Limits(NamedTuple):
     is decoded.
     """
 
-    max_bytes: int = 20_000_000
+    max_bytes: int | None = 20_000_000
     max_pixels: int = 50_000_000
+    formats: tuple[str, ...] | None = FORMATS
+    """Pillow's names; None: whatever it can open."""
 
 
-class BadImage(ValueError):
-    """A picture that cannot be decoded, or must not be; the message is a sentence for whoever sent
-    it.
+TRUSTED = Limits(max_bytes=None, max_pixels=Image.MAX_IMAGE_PIXELS or 89_478_485, formats=None)
+"""For a user's own files, to train on: of any format and size, up to what Pillow itself takes for a
+decompression bomb.
+"""
+
+
+class UnreadableImage(Exception):
+    """A picture that cannot be decoded, or must not be.
+
+    `reason` is a sentence for whoever sent it; `name` says which one it is, "" for the only one.
     """
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}" if name else reason)
+        self.name, self.reason = name, reason
+
+    def __reduce__(self) -> tuple:
+        """Let the exception cross process borders with both arguments."""
+        return type(self), (self.name, self.reason)
 
 
 def read_pixels(data: bytes, height: int, width: int, limits: Limits = Limits()) -> np.ndarray:
-    """JPEG, PNG or WebP bytes at the model's size, uint8 [height, width, 3]; raises BadImage as
+    """Encoded bytes at the model's size, uint8 [height, width, 3]; raises UnreadableImage as
     `decode` does.
     """
     return fit(decode(data, limits, (height, width)), height, width)
 
 
 def decode(
-    data: bytes, limits: Limits = Limits(), size: tuple[int, int] | None = None
+    source: bytes | Path,
+    limits: Limits = Limits(),
+    size: tuple[int, int] | None = None,
+    name: str = "",
 ) -> Image.Image:
-    """Decode JPEG, PNG or WebP bytes to an RGB picture, upright as its EXIF tag says, transparency
-    laid on white.
+    """Decode a file, or its bytes, to an RGB picture as `to_rgb` makes it.
 
     With a `size` (height, width) that the picture will be fitted to, a JPEG may come out at a half,
     a quarter or an eighth of its own, never less than twice `size`: most of decoding it is the
-    inverse DCT, done for that many pixels only. Raises BadImage for anything empty, truncated,
-    corrupt, of another format or beyond the limits.
+    inverse DCT, done for that many pixels only. Raises UnreadableImage, with the picture's `name`,
+    for anything empty, truncated, corrupt, of another format or beyond the limits.
     """
-    if not data:
-        raise BadImage("the picture is empty (0 bytes): send the bytes of a JPEG, PNG or WebP file")
-    if len(data) > limits.max_bytes:
-        raise BadImage(
+    try:
+        data = source if isinstance(source, bytes) else source.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(name, error.strerror or str(error)) from error
+    kinds = " or ".join((", ".join(FORMATS[:-1]), FORMATS[-1]))
+    if limits.max_bytes is not None and len(data) > limits.max_bytes:
+        raise UnreadableImage(
+            name,
             f"the picture has {len(data):,} bytes, more than the {limits.max_bytes:,} that are "
-            "taken: make it smaller"
+            "taken: make it smaller",
         )
+    if not data and limits.formats:
+        raise UnreadableImage(
+            name, "the picture is empty (0 bytes): send the bytes of a JPEG, PNG or WebP file"
+        )
+    if data.startswith(_PNG):
+        data = _without_text(data)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what Pillow only warns of is decided here
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                check_limits(picture, data, limits)
+            with Image.open(io.BytesIO(data), formats=limits.formats) as picture:
+                _check_limits(picture, data, limits, name)
                 if picture.format == "PNG":
-                    check_sums(data)
-                tag = orientation(picture)
+                    _check_sums(data)
                 if size and picture.format == "JPEG":
-                    height, width = size if tag < 5 else size[::-1]
+                    height, width = size if _orientation(picture) < 5 else size[::-1]
                     picture.draft(None, (2 * width, 2 * height))
-                picture.load()
-                rgb = to_rgb(picture)
-                return rgb.transpose(UPRIGHT[tag]) if tag in UPRIGHT else rgb
-    except (BadImage, MemoryError):
+                return to_rgb(picture, name)
+    except UnreadableImage:
         raise
+    except MemoryError as error:
+        if limits.max_bytes is not None:
+            raise  # a server's trouble and not that of who sent the picture
+        raise UnreadableImage(name, _damaged(error)) from error
     except UnidentifiedImageError as error:
-        raise BadImage(
-            f"the bytes are no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture: convert it to "
-            "one of these"
+        if data.startswith(_PNG):  # a damaged header
+            raise UnreadableImage(name, _damaged("broken PNG file")) from error
+        if limits.formats is None:
+            raise UnreadableImage(name, "empty or not an image") from error
+        raise UnreadableImage(
+            name, f"the bytes are not a {kinds} picture: convert it to one of these"
         ) from error
-    except (
-        Image.DecompressionBombError
-    ) as error:  # Pillow's own limit comes first where the header is far beyond ours
-        raise BadImage(
-            too_large(f"{int(re.search(r'[0-9]+', str(error))[0]):,}", limits)
-        ) from error
+    # Pillow's own limit comes first where the header is far beyond ours
+    except Image.DecompressionBombError as error:
+        pixels = int(re.search(r"[0-9]+", str(error))[0])
+        raise UnreadableImage(name, _too_large(f"{pixels:,}", limits)) from error
     # decoders fail in many ways on damaged files: struct, zlib, index and value errors among them
     except Exception as error:
-        raise BadImage(
-            f"the picture cannot be decoded, it is damaged: {first_line(error)}"
-        ) from error
+        raise UnreadableImage(name, _damaged(error)) from error
 
 
-def check_limits(picture: Image.Image, data: bytes, limits: Limits) -> None:
-    """Raise BadImage for a picture, opened but not decoded, that would cost too much to decode."""
-    if picture.width * picture.height > limits.max_pixels:
-        raise BadImage(too_large(f"{picture.width}x{picture.height}", limits))
-    # a start-of-scan marker cannot occur in the compressed data itself
-    scans = data.count(b"\xff\xda") if picture.format == "JPEG" else 1
-    if scans > MAX_SCANS:
-        raise BadImage(
-            f"the picture has {scans:,} scans, more than the {MAX_SCANS} that are taken: save it "
-            "anew"
-        )
+def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
+    """Any Pillow picture as RGB, upright as its EXIF tag says.
 
-
-def check_sums(data: bytes) -> None:
-    """Raise for a PNG whose checksums do not hold: Pillow decodes one that is damaged in its middle
-    without a word.
+    16 bits and floats are scaled and not clipped, transparency is laid on white. Raises
+    UnreadableImage for a picture without pixels, or one whose file is damaged (Pillow reads it at
+    the first use).
     """
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-        picture.verify()
-
-
-def too_large(pixels: str, limits: Limits) -> str:
-    """The sentence about a picture of so many pixels."""
-    most = min(limits.max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or limits.max_pixels))
-    return (
-        f"the picture has {pixels} pixels, more than the {most:,} that are taken: make it smaller"
-    )
-
-
-def orientation(picture: Image.Image) -> int:
-    """The EXIF tag that says how a picture was held, 1 (upright) where there is none or it cannot
-    be read.
-    """
+    if 0 in picture.size:
+        size = f"{picture.width}x{picture.height}"
+        raise UnreadableImage(name, f"the picture is {size} pixels: give one that is not empty")
     try:
-        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    except (
-        Exception
-    ):  # as many kinds as there are ways to damage it; the picture itself may be whole
-        return 1
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Convert any Pillow mode to RGB without clipping 16 bits or losing transparency."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return Image.fromarray(eight_bits(np.asarray(picture))).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-        layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
-        paper = Image.new("RGB", layer.size, "white")
-        paper.paste(layer, mask=layer)
-        return paper
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values [H, W] of 16 bits, or of any type and 0 to 255, as uint8; a few rows at a time,
-    for they may be many.
-    """
-    divisor = 257 if values.dtype.itemsize == 2 or values.max(initial=0) > 255 else 1
-    result = np.empty(values.shape, np.uint8)
-    for start in range(0, len(values), 64):
-        result[start : start + 64] = np.clip(values[start : start + 64] / divisor, 0, 255).round()
-    return result
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, or its kind."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+        picture.load()
+        rgb = _flattened(picture)
+    except MemoryError:
+        raise
+    except Exception as error:  # as many kinds as there are decoders
+        raise UnreadableImage(name, _damaged(error)) from error
+    # After loading: Pillow turns TIFFs itself and takes their tag away.
+    tag = _orientation(picture)
+    return rgb.transpose(_UPRIGHT[tag]) if tag in _UPRIGHT else rgb
 
 
 def fit(picture: Image.Image, height: int, width: int) -> np.ndarray:
@@ -179,3 +166,104 @@ def fit(picture: Image.Image, height: int, width: int) -> np.ndarray:
     not kept.
     """
     return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _check_limits(picture: Image.Image, data: bytes, limits: Limits, name: str) -> None:
+    """Raise for a picture, opened but not decoded, that would cost too much to decode."""
+    if picture.width * picture.height > limits.max_pixels:
+        raise UnreadableImage(name, _too_large(f"{picture.width}x{picture.height}", limits))
+    # A start-of-scan marker cannot occur in the compressed data itself. Pillow calls a JPEG that
+    # names further pictures MPO, as telephones write.
+    scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 1
+    if scans > _MAX_SCANS:
+        raise UnreadableImage(
+            name,
+            f"the picture has {scans:,} scans, more than the {_MAX_SCANS} that are taken: save it "
+            "again",
+        )
+
+
+def _check_sums(data: bytes) -> None:
+    """Raise for a PNG whose checksums do not hold: Pillow decodes one that is damaged in its middle
+    without a word.
+    """
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        picture.verify()
+
+
+def _without_text(data: bytes) -> bytes:
+    """A PNG without its texts, which are not pixels: they may be damaged or expand to gigabytes.
+
+    The one that holds XMP stays, because that may say how the picture was held.
+    """
+    kept, start = [data[: len(_PNG)]], len(_PNG)
+    while start + 12 <= len(data):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if end > len(data):
+            break
+        kind, xmp = data[start + 4 : start + 8], data.startswith(b"XML:com.adobe.xmp", start + 8)
+        if kind not in (b"tEXt", b"zTXt", b"iTXt") or xmp:
+            kept.append(data[start:end])
+        start = end
+    return b"".join((*kept, data[start:]))
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF tag that says how a picture was held, 1 (upright) where there is none or it cannot
+    be read.
+    """
+    try:
+        return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    # as many kinds as there are ways to damage it; the picture itself may be whole
+    except Exception:
+        return 1
+
+
+def _flattened(picture: Image.Image) -> Image.Image:
+    hidden = picture.info.get("transparency")
+    if picture.mode.startswith("I") or picture.mode == "F":
+        values = np.asarray(picture)
+        grey = _eight_bits(values)
+        if isinstance(hidden, int):  # the one transparent grey of a PNG
+            grey[values == hidden] = 255
+        return Image.fromarray(grey).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or hidden is not None:
+        layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
+        paper = Image.new("RGB", layer.size, "white")
+        paper.paste(layer, mask=layer)
+        return paper
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values [H, W] as uint8: integers of up to 16 bits, floats in [0, 1] or [0, 255].
+
+    A few rows at a time, for they may be many.
+    """
+    if np.issubdtype(values.dtype, np.floating):
+        values = np.nan_to_num(values)
+        scale, divisor = (255 if values.max(initial=0) <= 1 else 1), 1
+    else:
+        wide = values.dtype.itemsize == 2 or values.max(initial=0) > 255
+        scale, divisor = 1, (257 if wide else 1)
+    result = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), 64):
+        rows = values[start : start + 64].astype(np.float64) * scale / divisor
+        result[start : start + 64] = np.clip(rows, 0, 255).round()
+    return result
+
+
+def _too_large(pixels: str, limits: Limits) -> str:
+    """The sentence about a picture of so many pixels."""
+    most = min(limits.max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or limits.max_pixels))
+    return (
+        f"the picture has {pixels} pixels, more than the {most:,} that are taken: make it smaller"
+    )
+
+
+def _damaged(reason: Exception | str) -> str:
+    """The sentence about a picture that a decoder fails on."""
+    # contract.errors has the same, but this file stands alone
+    lines = str(reason).splitlines()
+    line = lines[0] if lines and lines[0] else type(reason).__name__
+    return f"the picture cannot be decoded, it is damaged: {line}"

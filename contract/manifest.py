@@ -14,31 +14,32 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import to_json
 
-from contract.engine_record import EngineRecord, Record
+from contract.engine_record import EngineRecord, Record, first_problem
 from contract.errors import UserError
-from contract.files import file_sha256
+from contract.files import file_sha256, write_atomically
 
-FORMAT = 3
-"""Version of the schema; bundles of another are exported again. 2: types of each graph's weights,
-engines' records.
+FORMAT = 4
+"""Version of the schema. 2: types of each graph's weights, engines' records. 4: a teacher may have
+no token. Raise it with a named `_upgrade_` function when the schema changes.
 """
 
 MANIFEST = "manifest.json"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 
-def inside(name: str) -> str:
+def _inside(name: str) -> str:
     """A file's name as manifests have it; ValueError for one that leads out of the bundle or is
     spelt oddly.
     """
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST):
-        raise ValueError(f"'{name}' is no name of a file in a bundle")
+        raise ValueError(f"'{name}' is not the name of a file in a bundle")
     return name
 
 
-FileName = Annotated[str, AfterValidator(inside)]
+FileName = Annotated[str, AfterValidator(_inside)]
 
 
 class TensorRecord(Record):
@@ -47,7 +48,13 @@ class TensorRecord(Record):
     name: str
     dtype: str
     shape: tuple[int | str, ...]
+    """The first axis is the batch."""
     meaning: str
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The shape without the batch, -1 where it varies."""
+        return tuple(axis if isinstance(axis, int) else -1 for axis in self.shape[1:])
 
 
 class GraphRecord(Record):
@@ -58,7 +65,7 @@ class GraphRecord(Record):
     inputs: tuple[TensorRecord, ...]
     outputs: tuple[TensorRecord, ...]
     precision: Precision
-    """As asked for; small graphs may compute in float32 all the same."""
+    """As requested; small graphs may compute in float32 all the same."""
     dtypes: tuple[str, ...]
     """Types of the graph's weights and other constants (initialisers), sorted."""
     opset: int
@@ -85,7 +92,7 @@ class TeacherRecord(Record):
     label: str
     network: str
     role: str
-    token_dim: int
+    token_dim: int | None
     patch_dim: int
     weights: str
     licence: str
@@ -119,7 +126,7 @@ class Resolution(Record):
     """Sizes a graph takes. Fixed: `height` x `width`. Dynamic: any multiples of `stride` from the
     smallest up to these.
 
-    (Engines refuse others; graphs also take smaller and larger ones, which nobody has compared.)
+    (Engines refuse others; graphs also take smaller and larger ones, which were not compared.)
     """
 
     dynamic: bool
@@ -129,6 +136,14 @@ class Resolution(Record):
     min_width: int
     stride: int
     checked: tuple[tuple[int, int], ...]
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """What a model that reads pictures checks their sides against."""
+        return {
+            name: getattr(self, name)
+            for name in ("stride", "height", "width", "min_height", "min_width")
+        }
 
 
 class ParityRecord(Record):
@@ -153,7 +168,7 @@ class ParityRecord(Record):
     about.
     """
     position_cosine: float | None
-    """Least cosine of one position, None for what is no map."""
+    """Least cosine of one position, None for what is not a map."""
     worst_image: str
     passed: bool
     problem: str
@@ -194,16 +209,7 @@ class Manifest(Record):
 
     def sealed(self) -> "Manifest":
         """A copy that carries its own hash."""
-        return self.model_copy(update={"seal": self._digest()})
-
-    def _digest(self) -> str:
-        content = self.model_copy(update={"seal": ""}).model_dump_json()
-        return hashlib.sha256(content.encode()).hexdigest()
-
-    @property
-    def whole(self) -> bool:
-        """Whether the seal is that of the content."""
-        return self.seal == self._digest()
+        return self.model_copy(update={"seal": _seal(json.loads(self.to_bytes()))})
 
     def to_bytes(self) -> bytes:
         """manifest.json, to the byte."""
@@ -220,41 +226,66 @@ class Manifest(Record):
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Read BUNDLE/manifest.json; raises UserError for a folder that is no bundle, or a manifest
-    that is damaged.
+    """Read BUNDLE/manifest.json, of this format or an older one that can be upgraded.
+
+    Raises UserError for a folder without one, and for a manifest that is damaged or was changed.
     """
     path = bundle / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"{bundle} is no bundle: it has no {MANIFEST} (make one with python -m export.run)"
+            f"{bundle} is not a bundle: {MANIFEST} is missing. Create one with `python -m "
+            "export.run`"
         )
     data = path.read_bytes()
     try:
         content = json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not whole JSON ({error}): export again") from error
-    if isinstance(content, dict) and content.get("format") != FORMAT:
         raise UserError(
-            f"{path} is of format {content.get('format')}, this version reads {FORMAT}: export "
-            "again"
+            f"{path} is not whole JSON ({error}): copy the bundle again, or export again"
+        ) from error
+    version = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if type(version) is not int or version not in (*_UPGRADES, FORMAT):
+        raise UserError(
+            f"{path} is of format {version}, this version reads {_known_formats()}: export again"
         )
+    # The seal is of the bytes as they were written, so it is compared before any upgrade.
     try:
-        manifest = Manifest.model_validate(content)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise UserError(f"{path}: {key}: {problem['msg']} (export again)") from error
-    try:
-        same = (
-            manifest.whole and manifest.to_bytes() == data
-        )  # the seal is of what JSON says, whatever its spelling
+        whole = content.get("seal") == _seal(content) and to_json(content, indent=1) == data
     except ValueError:  # half a surrogate pair, which JSON can write and UTF-8 cannot
-        same = False
-    if not same:
+        whole = False
+    if not whole:
         raise UserError(
             f"{path} does not match its own seal: it was changed after the export; export again"
         )
-    return manifest
+    try:
+        manifest = Manifest.model_validate(_upgrade(content))
+    except ValidationError as error:
+        raise UserError(f"{path}: {first_problem(error)} (export again)") from error
+    return manifest if version == FORMAT else manifest.sealed()
+
+
+def _seal(content: dict[str, Any]) -> str:
+    """sha256 over a manifest's compact JSON with an empty seal."""
+    return hashlib.sha256(to_json(content | {"seal": ""})).hexdigest()
+
+
+def _upgrade_3(content: dict[str, Any]) -> dict[str, Any]:
+    """Format 4 only adds that a teacher's `token_dim` may be null."""
+    return content | {"format": 4}
+
+
+_UPGRADES = {3: _upgrade_3}
+"""What makes the next format of one, by the format it reads."""
+
+
+def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
+    while content["format"] != FORMAT:
+        content = _UPGRADES[content["format"]](content)
+    return content
+
+
+def _known_formats() -> str:
+    return " and ".join(map(str, sorted((*_UPGRADES, FORMAT))))
 
 
 def add_files(bundle: Path, names: Sequence[str]) -> None:
@@ -266,15 +297,8 @@ def add_files(bundle: Path, names: Sequence[str]) -> None:
         return
     manifest = read_manifest(bundle)
     files = manifest.files | {name: file_sha256(bundle / name) for name in names}
-    aside = bundle / f".{MANIFEST}.tmp"
-    try:
-        with open(aside, "wb") as file:
-            file.write(manifest.model_copy(update={"files": files}).sealed().to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(bundle / MANIFEST)
-    finally:
-        aside.unlink(missing_ok=True)
+    data = manifest.model_copy(update={"files": files}).sealed().to_bytes()
+    write_atomically(bundle / MANIFEST, lambda temporary: temporary.write_bytes(data))
 
 
 def entries(folder: Path) -> dict[str, int]:
@@ -315,7 +339,7 @@ def verify_files(bundle: Path, manifest: Manifest) -> dict[str, str]:
         elif stat.S_ISLNK(present[name]):
             result[name] = "a link, not a file"
         elif not stat.S_ISREG(present[name]):
-            result[name] = "no regular file"
+            result[name] = "not a regular file"
         else:
             result[name] = (
                 "" if expected in ("", file_sha256(bundle / name)) else "does not match its sha256"

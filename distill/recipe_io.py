@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
-from contract.errors import UserError, suggest
+from contract.errors import UserError, first_line, suggest
 from distill.config import Recipe, with_sections
 from distill.methods import METHODS
 
@@ -125,7 +125,7 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{source}:{mark.line + 1}" if mark else source
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{place}: not valid YAML ({problem})") from error
     if not isinstance(values, dict):
         raise UserError(f"{source}: a recipe is a mapping of keys, got {show(values)}")

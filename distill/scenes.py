@@ -11,8 +11,6 @@ cameras report it.
 """
 
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ from rich.progress import track
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from contract.files import new_folder
 
 CLASSES = ("ball", "box", "cone", "cylinder", "ring")
 """Kinds of solids: the class of a picture is that of its largest solid."""
@@ -321,9 +320,7 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
             raise UserError(f"{name} {value} is too small: give {least} or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} already holds files: choose another --output")
-    # drawn aside and renamed: a folder of this name is always whole
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with new_folder(folder, f"--output {folder}") as aside:
         for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
             for number in track(
                 numbers, description=f"scenes {split}", disable=not sys.stdout.isatty()
@@ -348,11 +345,6 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
         (aside / "scenes.json").write_text(
             json.dumps({"made_by": "distill.scenes", **about}, indent=2)
         )
-        if folder.exists():
-            folder.rmdir()
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     print(f"scenes    {folder} ({train} + {val} drawings of {size} px)")
 
 

@@ -191,8 +191,8 @@ def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batc
     import torch
     from rich.progress import track
 
+    from contract.images import UnreadableImage
     from distill.data.crops import centre_crop
-    from distill.data.images import UnreadableImage
     from distill.evaluate.cka import CKAMatrix
     from distill.evaluate.representation import Spread, shared_spaces
     from distill.features import resize_map

@@ -15,7 +15,7 @@ from PIL import Image
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
-from distill.data.images import UnreadableImage, decode_rgb
+from contract.images import TRUSTED, UnreadableImage, decode
 from distill.figures import cosine_map, pca_rgb, save_figure
 from distill.methods.losses import Prediction
 from distill.models.student import nearest_multiples
@@ -91,7 +91,7 @@ def read_image(path: Path) -> Image.Image:
     if not path.is_file():
         raise UserError(f"image {path}: no such file")
     try:
-        return decode_rgb(path, str(path))
+        return decode(path, TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(f"image {path} cannot be read: {error.reason}") from error
 

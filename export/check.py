@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.command_line import CommandLine
-from contract.errors import UserError, exit_status
+from contract.errors import UserError, exit_status, first_line
 from contract.files import file_sha256
+from contract.golden import GOLDEN
 from contract.manifest import BundledEngine, GraphRecord, Manifest, read_manifest, verify_files
 
 if TYPE_CHECKING:
@@ -111,11 +112,7 @@ def open_graph(
         model = onnx.load(path, load_external_data=False)
     # protobuf, checker and shape inference each raise their own
     except Exception as error:
-        return (
-            None,
-            "not valid ONNX "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})",
-        )
+        return None, f"not valid ONNX ({first_line(error)})"
     result = next(
         (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None
     )
@@ -170,7 +167,7 @@ def tensors_problem(path: Path, manifest: Manifest) -> str:
             classes, rows = len(json.loads(about["classes"])), len(tensors["embeddings"])
             if classes != rows:
                 return f"{rows} embeddings for {classes} classes"
-        if path.name == "golden.safetensors" and (lacking := missing_outputs(tensors, manifest)):
+        if path.name == GOLDEN and (lacking := missing_outputs(tensors, manifest)):
             return f"lacks {', '.join(lacking)}"
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"

@@ -1,25 +1,20 @@
-"""A few photographs and what the torch student says of them, kept in the bundle: a server compares
-itself with this.
-
-A rollout asks the new version for these pictures before the switch, and canaries ask again while it
-serves; both only need numpy and safetensors (`serve/golden.py`).
+"""The golden photographs of a bundle (contract/golden.py), and what the torch student says of
+them.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.numpy import save
 
+from contract.golden import GOLDEN, Golden
 from contract.manifest import ParityRecord, Precision
-from contract.signature import FUSED, IMAGE
+from contract.signature import FUSED
 from export.graph import Part, Student
 from export.parity import RELATIVE, TOLERANCE, reference
 
-GOLDEN = "golden.safetensors"
 TF32 = 0.01
 """Relative error that a server may have in any case: onnxruntime on a GPU multiplies float32 in
 TF32 unless told not to.
@@ -38,13 +33,11 @@ def write_golden(
     precision: Precision,
     parity: Sequence[ParityRecord],
 ) -> None:
-    """Write `image` uint8 [n, H, W, 3] and, for every output of `fused`, float32 [n, …] of the
-    student itself.
+    """Write what the student itself says of at most `max_batch` pictures, few enough for one
+    request: every output of `fused`.
 
-    n is small enough for one request. Metadata: JSON under one key, for safetensors writes several
-    in random order. `bounds` are the least cosine and the largest error over an output's length
-    that `precision` allows on every picture, `allowed` has others for outputs that did not keep to
-    them in `parity` and were let through.
+    The bounds are those that `precision` allows on every picture; `allowed` has others for outputs
+    that did not keep to them in `parity` and were let through.
     """
     height, width = size
     chosen = photos[: min(PICTURES, max_batch)]
@@ -58,21 +51,21 @@ def write_golden(
         if part.signature.graph == FUSED
         for port in part.signature.outputs
     ]
-    tensors = {IMAGE: image} | {
-        name: np.ascontiguousarray(wanted[name], np.float32) for name in outputs
-    }
-    # packaged photographs have plain names; of a user's only the file's name leaves the machine
-    about = {
-        "format": 2,
-        "precision": precision,
-        "bounds": [TOLERANCE[precision], max(RELATIVE[precision], TF32)],
-        "allowed": let_through(parity, precision),
-        "pictures": [Path(name).name for name, _ in chosen],
-    }
-    (folder / GOLDEN).write_bytes(save(tensors, {"golden": json.dumps(about, sort_keys=True)}))
+    golden = Golden(
+        image=image,
+        outputs={name: wanted[name] for name in outputs},
+        bounds=(TOLERANCE[precision], max(RELATIVE[precision], TF32)),
+        # packaged photographs have plain names; of a user's only the file's name leaves the machine
+        pictures=tuple(Path(name).name for name, _ in chosen),
+        allowed=let_through(parity, precision),
+        precision=precision,
+    )
+    (folder / GOLDEN).write_bytes(golden.to_bytes())
 
 
-def let_through(parity: Sequence[ParityRecord], precision: Precision) -> dict[str, list[float]]:
+def let_through(
+    parity: Sequence[ParityRecord], precision: Precision
+) -> dict[str, tuple[float, float]]:
     """Least cosine and largest relative error for a server's outputs that broke their bounds: as
     measured, and half as far again.
 
@@ -83,10 +76,10 @@ def let_through(parity: Sequence[ParityRecord], precision: Precision) -> dict[st
         cosine, relative = worst.get(row.output, (1.0, 0.0))
         worst[row.output] = min(row.cosine, cosine), max(row.relative, relative)
     return {
-        name: [
+        name: (
             round(max(1 - 1.5 * (1 - min(cosine, TOLERANCE[precision])), -1.0), 6),
             float(f"{1.5 * min(max(relative, RELATIVE[precision], TF32), 1e6):.3g}"),
-        ]
+        )
         for name, (cosine, relative) in worst.items()
         if cosine < TOLERANCE[precision] or relative > RELATIVE[precision]
     }

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from contract.errors import UserError
-from distill.data.images import UnreadableImage
+from contract.images import UnreadableImage
 from distill.data.pictures import FolderPictures, PackagedPhotos, Pictures
 from export.options import PACKAGED
 

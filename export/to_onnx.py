@@ -12,7 +12,7 @@ from onnxscript.optimizer import fold_constants
 from torch import nn
 from torch.export import Dim
 
-from contract.errors import UserError
+from contract.errors import UserError, first_line
 from contract.signature import Port, Signature, layer_side
 from export.graph import Part
 from export.resample import dense_resampling
@@ -97,11 +97,8 @@ def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProt
             )
         # the exporter has a dozen error types of its own, none of them public
         except Exception as error:
-            reason = (
-                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            )
             raise UserError(
-                f"graph '{signature.graph}' cannot be exported ({reason}): this architecture is "
+                f"graph '{signature.graph}' cannot be exported ({first_line(error)}): this architecture is "
                 "not supported"
             ) from error
     if opset == OPSET["bf16"]:
@@ -172,7 +169,7 @@ def check(model: onnx.ModelProto, path: Path, signature: Signature, wanted: int)
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise UserError(
-            f"graph '{signature.graph}' is not valid ONNX ({str(error).splitlines()[0]})"
+            f"graph '{signature.graph}' is not valid ONNX ({first_line(error)})"
         ) from error
     resized = [
         n.name

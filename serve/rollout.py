@@ -31,9 +31,6 @@ server of its own). Versions are numbered 1, 2, …; `features` answers with the
 Exit status: 0 done, 2 a mistake in what was asked, 1 the new version is not fit to serve (the old one goes on serving).
 """
 
-STAGED = "staged_"
-"""Prefix of the names under which a version is tried."""
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -91,12 +88,13 @@ def run(args: argparse.Namespace) -> int:
 
 def roll_out(repository, admin, path: Path) -> int:
     """Try a bundle under other names, then switch to it."""
+    from contract.golden import GOLDEN, read_golden
     from serve.bundle import read_bundle
-    from serve.golden import read_golden
+    from serve.repository.versions import STAGED
 
     begun = time.perf_counter()
     bundle = read_bundle(path)
-    golden = read_golden(bundle)
+    golden = read_golden(bundle.file(GOLDEN))
     version = repository.versions[-1] + 1
     models = repository.render(bundle, version)
     repository.check_interface(models)

@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     """Carry out a parsed command line."""
+    from serve.bundle import read_bundle
     from serve.server.checks import check_backend, check_gpus, check_repository
     from serve.server.process import Server
     from serve.server.stubs import remove_stale_regions
@@ -129,15 +130,16 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
         kept = args.repository is not None
         repository = args.repository if kept else workspace / "repository"
         # what can be refused is, before graphs are copied
-        settings = check_repository(repository, args.bundle, settings)
+        bundle = read_bundle(args.bundle) if args.bundle else None
+        settings = check_repository(repository, bundle, settings)
         check_backend(result, settings.backend)
-        check_gpus(settings, args.bundle)
+        check_gpus(settings, bundle)
         server = Server(
             result, repository, options.model_copy(update={"gpu": settings.kind == "gpu"}), say
         )
         server.check_ports()
         if not repository.exists() or not any(repository.iterdir()):
-            make_repository(args.bundle, repository, settings)
+            make_repository(bundle, repository, settings, durable=kept)
         remove_stale_regions()
         signals.server = server
         try:

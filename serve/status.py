@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from contract.command_line import CommandLine
-from contract.errors import UserError, exit_status
+from contract.errors import UserError, exit_status, first_line
 from serve.errors import ServerError
 from serve.server.rest import Refused, Rest
 
@@ -220,8 +220,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if row.get("reason"):
             print(
-                f"{row['model']} version {row['version']} did not load: "
-                f"{row['reason'].strip().splitlines()[0]}"
+                f"{row['model']} version {row['version']} did not load: {first_line(row['reason'])}"
             )
 
 

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
+    from serve.bundle import read_bundle
     from serve.client.__main__ import answer, parser
     from serve.server.checks import check_backend, check_gpus
     from serve.server.launch import Options
@@ -59,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
         repository = Path(folder) / "repository"
         tritonserver = find_tritonserver(args.tritonserver, Path(folder))
         check_backend(tritonserver, settings.backend)
-        check_gpus(settings, args.bundle)
-        models = make_repository(args.bundle, repository, settings)
+        bundle = read_bundle(args.bundle)
+        check_gpus(settings, bundle)
+        models = make_repository(bundle, repository, settings, durable=False)
         options = Options(
             grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5, gpu=settings.kind == "gpu"
         )

@@ -212,6 +212,7 @@ def server(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     counts requests too.
     """
     need_tritonserver()
+    from serve.bundle import read_bundle
     from serve.repository.build import make_repository
     from serve.repository.settings import Settings
     from serve.server.process import Options, Server
@@ -219,7 +220,7 @@ def server(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
     folder, lines = tmp_path_factory.mktemp("server"), []
     repository = folder / "repository"
-    make_repository(small_bundle, repository, Settings())
+    make_repository(read_bundle(small_bundle), repository, Settings())
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
     with Server(find_tritonserver(None, folder), repository, options, lines.append) as found:
         yield Served(

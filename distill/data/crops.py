@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from contract.errors import UserError
+from contract.images import UnreadableImage
 from distill.config import DataConfig
-from distill.data.images import UnreadableImage
 from distill.data.photometric import photometric
 from distill.data.pictures import Pictures
 

@@ -21,8 +21,8 @@ from PIL import Image
 from webdataset.shardlists import expand_urls
 
 from contract.errors import UserError
+from contract.images import IMAGE_SUFFIXES, TRUSTED, decode
 from distill.config import DataConfig
-from distill.data.images import IMAGE_SUFFIXES, decode_rgb
 
 
 class Pictures(Protocol):
@@ -100,7 +100,7 @@ class FolderPictures:
 
     def load(self, number: int) -> Image.Image:
         """Decode the file."""
-        return decode_rgb(Path(self.files[number]), self.files[number])
+        return decode(Path(self.files[number]), TRUSTED, name=self.files[number])
 
     def fingerprint(self) -> str:
         """Digest of names, sizes and modification times."""
@@ -155,7 +155,7 @@ class WebDatasetPictures:
         key = (os.getpid(), tar)
         if key not in self._open:
             self._open[key] = os.open(self.tars[tar], os.O_RDONLY)
-        return decode_rgb(os.pread(self._open[key], size, offset), self.name(number))
+        return decode(os.pread(self._open[key], size, offset), TRUSTED, name=self.name(number))
 
     def __getstate__(self) -> dict:
         """Leave open files behind when sent to another process."""
@@ -218,7 +218,7 @@ class PackagedPhotos:
     def load(self, number: int) -> Image.Image:
         """Decode the photograph, once in each process."""
         if number not in self._decoded:
-            self._decoded[number] = decode_rgb(self.files[number], self.name(number))
+            self._decoded[number] = decode(self.files[number], TRUSTED, name=self.name(number))
         return self._decoded[number]
 
     def fingerprint(self) -> str:

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from contract.errors import UserError
-from distill.data.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
+from contract.errors import UserError, first_line
+from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -61,7 +61,7 @@ def read_picture(path: Path | str) -> Image.Image:
     UserError if it fails.
     """
     try:
-        return decode_rgb(Path(path), str(path))
+        return decode(Path(path), TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(
             f"{path} cannot be read ({error.reason}): mend or remove it, scores need every picture"
@@ -255,11 +255,6 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
             )
         return names
     return [str(number) for number in range(classes)]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, on one line."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def map_size(path: Path) -> tuple[int, int]:

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from contract.errors import UserError
-from distill.data.images import UnreadableImage, decode_rgb
+from contract.errors import UserError, first_line
+from contract.images import TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import stamp
@@ -162,7 +162,7 @@ def cut(picture: tuple[Path, Box | None]) -> Image.Image:
     """
     path, box = picture
     try:
-        image = decode_rgb(path, str(path))
+        image = decode(path, TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(f"cannot read the picture {error}: restore the file") from error
     if box is None:
@@ -243,9 +243,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(
-            f"{path} is not JSON ({str(error).splitlines()[0]}): download it again"
-        ) from error
+        raise UserError(f"{path} is not JSON ({first_line(error)}): download it again") from error
 
 
 def read_pickle(path: Path) -> Any:

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from contract.errors import UserError, suggest
+from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
 from distill.data.batches import prepare_worker
-from distill.data.images import IMAGE_SUFFIXES, UnreadableImage, decode_rgb
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import stamp
 from distill.evaluate.encoder import Encoder
@@ -157,7 +157,7 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         path = self.files[index]
         try:
-            image = decode_rgb(path, str(path))
+            image = decode(path, TRUSTED, name=str(path))
         except UnreadableImage as error:
             raise UserError(
                 f"picture {path} cannot be read: {error.reason} (fetch it again)"

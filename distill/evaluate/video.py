@@ -23,7 +23,7 @@ from skimage.morphology import dilation, disk
 from torch import Tensor
 
 from contract.errors import UserError
-from distill.data.images import UnreadableImage, decode_rgb
+from contract.images import TRUSTED, UnreadableImage, decode
 from distill.evaluate.config import EvaluationConfig, VideoConfig
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.outcome import Outcome
@@ -250,7 +250,7 @@ def frame_features(encoder: Encoder, path: Path, shape: tuple[int, int], size: i
 def read_frame(path: Path) -> Image.Image:
     """Decode a frame; raises UserError naming it."""
     try:
-        return decode_rgb(path, str(path))
+        return decode(path, TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(f"cannot read the frame {error}: restore the file") from error
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from contract.errors import UserError
+from contract.errors import UserError, first_line
 from contract.files import sort_safetensors_metadata
 
 log = logging.getLogger(__name__)
@@ -101,9 +101,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             "(save the state dict as .safetensors where you trust the file)"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"checkpoint {path} is damaged or half-written ({reason}): fetch it again"
+            f"checkpoint {path} is damaged or half-written ({first_line(error)}): fetch it again"
         ) from error
     return strip_prefixes(unwrap(loaded, path))
 

@@ -10,7 +10,6 @@ when or after which interruption it was computed.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from contract.errors import UserError
+from contract.files import write_atomically
 from distill.config import Recipe
 from distill.data.batches import Batch, make_loader
 from distill.data.crops import IMAGE, CropDataset, View
@@ -205,20 +205,12 @@ class TeacherCache:
     def _write(self, path: Path, write: Callable) -> None:
         # A name of its own for every process: two runs may fill one cache at the same time, with
         # equal results.
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        def write_file(temporary: Path) -> None:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"teacher cache: cannot write {path}: {error.strerror} (set teacher_cache.path "
-                "elsewhere)"
-            ) from error
+
+        write_atomically(path, write_file, remedy="set teacher_cache.path elsewhere")
 
 
 def open_cache(

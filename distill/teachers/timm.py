@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from contract.errors import UserError, suggest
+from contract.errors import UserError, first_line, suggest
 from distill.config import TeacherConfig
 from distill.models.student import create_timm, nearest_multiples, patch_size
 from distill.models.weights import load_into, read_state_dict
@@ -66,9 +66,8 @@ def fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.M
         raise
     # hub clients raise their own kinds of connection, repository and file errors
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"teacher '{config.label}': cannot fetch weights of '{config.name}' ({reason}): set "
+            f"teacher '{config.label}': cannot fetch weights of '{config.name}' ({first_line(error)}): set "
             f"teachers.{index}.checkpoint to a local file, or teachers.{index}.pretrained=false "
             "for random weights"
         ) from error

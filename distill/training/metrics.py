@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from contract.errors import UserError
+from contract.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +99,8 @@ def truncate(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)
+    text = "".join(json.dumps(row) + "\n" for row in kept)
+    write_atomically(path, lambda temporary: temporary.write_text(text))
 
 
 def read_metrics(path: Path) -> list[dict]:

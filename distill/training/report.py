@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from contract.images import UnreadableImage
 from distill.config import Recipe, TeacherConfig
 from distill.data.crops import centre_crop
-from distill.data.images import UnreadableImage
 from distill.data.pictures import Pictures, open_pictures
 from distill.distributed import Ranks
 from distill.figures import pca_figure

@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
     import torch
 
-    from export.tensorrt.bindings import gpu_present
+    from contract.gpu import compute_capabilities
 
     for name, values in (
         ("--batches", args.batches),
@@ -101,8 +101,8 @@ def run(args: argparse.Namespace) -> int:
     ):
         if values != [None] and min(values) < 1:
             raise UserError(f"{name} {min(values)}: give 1 or more")
-    devices = args.devices or (["cpu", "cuda"] if gpu_present() else ["cpu"])
-    if "cuda" in devices and not gpu_present():
+    devices = args.devices or (["cpu", "cuda"] if compute_capabilities() else ["cpu"])
+    if "cuda" in devices and not compute_capabilities():
         raise UserError(
             "--devices cuda: no CUDA GPU is visible here (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
         )

@@ -19,6 +19,7 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from contract.errors import UserError
+from contract.gpu import compute_capabilities
 from contract.manifest import Precision
 from export.tensorrt import bindings as gpu
 from export.tensorrt.build import read_record, record_path, verify_engine
@@ -348,7 +349,7 @@ def as_array(tensor: torch.Tensor) -> np.ndarray:
 
 def no_cuda_provider() -> str:
     """Why onnxruntime cannot use a GPU here, with the remedy; "" where it might."""
-    if not gpu.gpu_present():
+    if not compute_capabilities():
         return "no CUDA GPU is visible here (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
     if CUDA not in onnxruntime.get_available_providers():
         return (
@@ -386,7 +387,7 @@ def runtimes_here(
     result: list[Runtime] = []
     if graphs:
         result.append(cpu_runtime(graphs, precision))
-        if gpu.gpu_present():
+        if compute_capabilities():
             try:
                 result.append(CudaRuntime(graphs))
             except UserError as error:

@@ -1,15 +1,10 @@
-"""What this machine has to build engines with: a GPU or none, TensorRT in its versions, and what it
-says meanwhile.
-
-The driver itself is asked for the GPU, because asking TensorRT without one can end the process.
-"""
+"""What this machine has to build engines with: TensorRT in its versions, and what it says meanwhile."""
 
 import ctypes
 import importlib
 import json
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from contract.errors import UserError, one_line, suggest
+from contract.gpu import compute_capabilities
 
 if TYPE_CHECKING:
     from contract.engine_record import EngineOptions
@@ -34,46 +30,6 @@ MEMORY = re.compile(
 )
 NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 """numpy's names for TensorRT's types; the others (INT8, BOOL, …) differ in case only."""
-COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR = 75, 76
-"""CUdevice_attribute numbers of cuda.h."""
-
-
-def _driver() -> ctypes.CDLL | None:
-    """The initialised CUDA driver library, or None without one, without a GPU or with all of them
-    hidden.
-    """
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-            return None
-    except (OSError, AttributeError):  # no such library, or one (a stub) without these functions
-        return None
-    return driver if count.value > 0 else None
-
-
-def gpu_present() -> bool:
-    """Whether the CUDA driver answers and shows at least one GPU (`CUDA_VISIBLE_DEVICES` counts);
-    never raises.
-    """
-    return _driver() is not None
-
-
-def compute_capability() -> tuple[int, int] | None:
-    """(major, minor) of the first visible GPU, such as (8, 9), or None without one; never
-    raises.
-    """
-    driver = _driver()
-    if driver is None:
-        return None
-    device, value, result = ctypes.c_int(0), ctypes.c_int(0), []
-    if driver.cuDeviceGet(ctypes.byref(device), 0) != 0:
-        return None
-    for attribute in (COMPUTE_CAPABILITY_MAJOR, COMPUTE_CAPABILITY_MINOR):
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device) != 0:
-            return None
-        result.append(value.value)
-    return result[0], result[1]
 
 
 def load_bindings(flavour: str) -> ModuleType:
@@ -85,7 +41,7 @@ def load_bindings(flavour: str) -> ModuleType:
     if flavour not in FLAVOURS:
         raise UserError(f"TensorRT flavour '{flavour}': {suggest(flavour, FLAVOURS)}")
     module, full = flavour.replace("-", "_"), flavour == "tensorrt"
-    blind = full and not gpu_present()
+    blind = full and not compute_capabilities()
     remedy = f"pip install {flavour}" + (
         ", or work in NVIDIA's container nvcr.io/nvidia/tensorrt" if full else ""
     )
@@ -115,8 +71,7 @@ def targets(trt: ModuleType, flavour: str, requested: tuple[str, ...]) -> tuple[
 
     Raises UserError if `flavour` cannot build for them here.
     """
-    here = compute_capability()
-    current = f"{here[0]}.{here[1]}" if here else None
+    current = next(iter(compute_capabilities()), None)
     requested = requested or ((current,) if current else ())
     if flavour == "tensorrt":
         if requested != (current,):
@@ -153,7 +108,7 @@ def flags(trt: ModuleType, options: "EngineOptions") -> list[str]:
     """
     if options.flavour == "tensorrt-rtx":
         for name in ("strip_weights", "refit", "version_compatible"):
-            if getattr(options, name) and not gpu_present():
+            if getattr(options, name) and not compute_capabilities():
                 raise UserError(
                     f"tensorrt-rtx: {name} cannot be built without a GPU (leave it out, or build "
                     "on a GPU)"
@@ -333,7 +288,7 @@ def load_engine(
         runtime.engine_host_code_allowed = True
     loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
     if loaded is None:
-        here = f"{trt.__version__} on a GPU of {'.'.join(map(str, compute_capability() or ()))}"
+        here = f"{trt.__version__} on a GPU of {next(iter(compute_capabilities()), 'unknown capability')}"
         raise failure(
             f"{engine}: built by {built}, not to be loaded by {here} (build it here)", logger.errors
         )

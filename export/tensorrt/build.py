@@ -7,7 +7,6 @@ written from the network it was built of.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,8 @@ from contract.engine_record import (
     first_problem,
 )
 from contract.errors import UserError, one_line, suggest
+from contract.files import file_sha256, write_all_atomically, write_atomically
+from contract.gpu import compute_capabilities
 from export.tensorrt import bindings as gpu
 from export.tensorrt.bindings import FLAVOURS as FLAVOURS
 from export.tensorrt.bindings import load_bindings
@@ -110,8 +111,8 @@ def build_engine(
     if plan is None:
         raise gpu.failure(f"{what} cannot build an engine", logger.errors)
     if options.timing_cache:
-        _appear({options.timing_cache: memoryview(config.get_timing_cache().serialize())})
-
+        timings = memoryview(config.get_timing_cache().serialize())
+        write_atomically(options.timing_cache, lambda temporary: temporary.write_bytes(timings))
         options = options.model_copy(
             update={"timing_cache": Path(options.timing_cache.name)}
         )  # no paths in records
@@ -133,8 +134,13 @@ def build_engine(
         engine_sha256=hashlib.sha256(memoryview(plan)).hexdigest(),
         options=options,
     )
-    sidecar = (record.model_dump_json(indent=2) + "\n").encode()
-    _appear({engine: memoryview(plan), record_path(engine): memoryview(sidecar)})
+    sidecar = record.model_dump_json(indent=2) + "\n"
+    write_all_atomically(
+        {
+            engine: lambda temporary: temporary.write_bytes(memoryview(plan)),
+            record_path(engine): lambda temporary: temporary.write_text(sidecar, encoding="utf-8"),
+        }
+    )
     return record
 
 
@@ -170,8 +176,7 @@ def _tensor(tensor: Any) -> EngineTensor:
 
 def _sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(
             f"{path}: no such file (check the path; files of one graph or engine stay together)"
@@ -189,24 +194,6 @@ def _graph_hashes(graph: Path) -> dict[str, str]:
         ExternalDataInfo(tensor).location for tensor in initializers if uses_external_data(tensor)
     }
     return hashes | {name: _sha256(graph.parent / name) for name in sorted(outside)}
-
-
-def _appear(files: dict[Path, memoryview]) -> None:
-    """Write every file aside and to the disk, then rename them in order: none is ever there in
-    part.
-    """
-    aside = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, content in files.items():
-            with open(aside[path], "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in aside.items():
-            os.replace(temporary, path)
-    finally:
-        for temporary in aside.values():
-            temporary.unlink(missing_ok=True)
 
 
 def record_path(engine: Path) -> Path:
@@ -250,7 +237,7 @@ def inspect_engine(engine: Path) -> Inspection:
     not as recorded.
     """
     record = verify_engine(engine)
-    if not gpu.gpu_present():
+    if not compute_capabilities():
         note = (
             f"no GPU here: this is what {record_path(engine).name} says, the engine itself was "
             "not opened"

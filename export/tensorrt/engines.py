@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 from contract.engine_record import EngineOptions, EngineRecord, Profile
+from contract.gpu import compute_capabilities
 from contract.manifest import BundledEngine
 from contract.signature import Port, layer_side
 from export.graph import Part
-from export.tensorrt.bindings import compute_capability, flags, load_bindings, targets
+from export.tensorrt.bindings import flags, load_bindings, targets
 from export.tensorrt.build import build_engine
 
 log = logging.getLogger(__name__)
@@ -158,13 +159,12 @@ def outside(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> str:
 
 def not_for_here(record: EngineRecord) -> str:
     """Why an engine cannot run on this machine, "" where it can."""
-    here, built = compute_capability(), ", ".join(record.compute_capabilities)
-    if here is None:
+    here, built = compute_capabilities(), ", ".join(record.compute_capabilities)
+    if not here:
         return f"built for GPUs of compute capability {built}, and no GPU is visible here"
-    current = f"{here[0]}.{here[1]}"
-    if current not in record.compute_capabilities:
+    if here[0] not in record.compute_capabilities:
         return (
-            f"built for GPUs of compute capability {built}, this one has {current}: export again "
+            f"built for GPUs of compute capability {built}, this one has {here[0]}: export again "
             "for it"
         )
     if record.options.strip_weights:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contract.images import BadImage, Limits, decode, fit, to_rgb
+from contract.images import Limits, UnreadableImage, decode, fit, to_rgb
 from serve.errors import BadRequest
 
 Images = Any
@@ -41,10 +41,10 @@ class Picture:
             if isinstance(self.source, np.ndarray):
                 return Image.fromarray(self.source)
             if isinstance(self.source, Image.Image):
-                return to_rgb(self.source)
-            return decode(self.read(limits), limits, size)
-        except BadImage as error:
-            raise BadRequest(f"{self.name}: {error}") from error
+                return to_rgb(self.source, self.name)
+            return decode(self.read(limits), limits, size, self.name)
+        except UnreadableImage as error:
+            raise BadRequest(str(error)) from error
 
     def read(self, limits: Limits) -> bytes:
         """As a file's bytes, untouched if it is one (PNG otherwise: nothing is lost); raises

@@ -15,6 +15,7 @@ import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import triton_to_np_dtype
 
+from contract.errors import first_line
 from serve.client.served import Port
 from serve.client.steps import Rpc
 from serve.errors import BadRequest
@@ -125,9 +126,8 @@ def cuda_module():
     except (
         Exception
     ) as error:  # RuntimeError without cuda-python, ImportError or OSError without a driver
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadRequest(
-            f"shared_memory='cuda' needs an NVIDIA GPU and cuda-python: {reason} (pip install "
+            f"shared_memory='cuda' needs an NVIDIA GPU and cuda-python: {first_line(error)} (pip install "
             "'tritonclient[cuda]', or choose 'system')"
         ) from error
     return cuda_shared_memory

@@ -43,13 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
+    from serve.bundle import read_bundle
+
     settings = read_settings(args)
     output: Path = args.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.force:
         raise UserError(
             f"--output {output} is already there: add --force to replace it, or choose another"
         )
-    names = make_repository(args.bundle, output, settings)
+    names = make_repository(read_bundle(args.bundle), output, settings)
     print(f"repository  {output}: {', '.join(names)}")
     if settings.backend == "python":
         print("next        serve it (or serve the bundle at once: python -m serve.run BUNDLE):")

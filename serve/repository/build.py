@@ -4,12 +4,18 @@ place.
 
 import argparse
 import json
-import os
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from contract.errors import UserError
+from contract.files import new_folder, tidy
 from serve.repository.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.bundle import Bundle
+    from serve.repository.models import Model
 
 CONFIG = "config.pbtxt"
 
@@ -131,60 +137,78 @@ def read_settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def make_repository(path: Path, output: Path, settings: Settings) -> list[str]:
-    """Render, lint and write a repository aside, then rename it into place; returns the models'
-    names.
+def make_repository(
+    bundle: "Bundle", output: Path, settings: Settings, durable: bool = True
+) -> list[str]:
+    """Render, lint and write a repository aside, then put it in place of another or of nothing.
+
+    `durable`: it is on the disk before it gets its name. Returns the models' names. Raises UserError
+    for an `output` that holds anything but a repository.
     """
-    from serve.bundle import read_bundle
     from serve.repository.lint import lint
     from serve.repository.models import build_models
 
-    bundle = read_bundle(path)
     models = build_models(bundle, settings)
     wrong = lint({model.name: model.config for model in models})
     if wrong:
         raise UserError(
-            f"{path} makes a repository that Triton would serve wrongly: {'; '.join(wrong)}"
+            f"{bundle.path} makes a repository that Triton would serve wrongly: {'; '.join(wrong)}"
         )
-    aside = output.parent / f".{output.name}.{os.getpid()}.tmp"
-    try:
+    place = output.resolve()
+    tidy(place, lambda old: not _stranger(old))
+    replaceable = partial(_check_replaceable, output, place)
+    with new_folder(place, f"--output {output}", replaceable, durable) as aside:
         for model in models:
             write_model(aside / model.name, model, settings.version)
         made_with = {"bundle": bundle.version, "settings": settings.model_dump(mode="json")}
         (aside / MADE_WITH).write_text(json.dumps(made_with, indent=1))
-        if output.exists():  # with --force, or empty
-            old = aside.with_suffix(".old")
-            output.rename(old)
-            aside.rename(output)
-            shutil.rmtree(old)
-        else:
-            aside.rename(output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return [model.name for model in models]
 
 
-def write_model(folder: Path, model, version: int) -> None:
-    """Write config.pbtxt and the files of one version."""
-    from google.protobuf import text_format
+def _check_replaceable(output: Path, place: Path) -> None:
+    """Raise UserError for a file, or a folder that holds anything but a repository."""
+    if not place.is_dir():
+        raise UserError(f"--output {output} is a file: give a folder")
+    if result := _stranger(place):
+        raise UserError(
+            f"--output {output} holds {result}, which is not part of a repository: move it away, "
+            "or choose another"
+        )
 
-    inside = folder / str(version)
-    inside.mkdir(parents=True, exist_ok=True)
+
+def _stranger(repository: Path) -> str:
+    """The first thing in a folder that a repository does not hold, "" where there is none."""
+    names = sorted(path.name for path in repository.iterdir() if not path.name.startswith("."))
+    if names and MADE_WITH not in names:
+        return names[0]
+    models = (name for name in names if name != MADE_WITH)
+    return next((name for name in models if not (repository / name / CONFIG).is_file()), "")
+
+
+def write_model(folder: Path, model: "Model", version: int) -> None:
+    """Write config.pbtxt and the files of one version."""
+    write_version(folder / str(version), model)
+    (folder / CONFIG).write_text(_config_text(model), encoding="utf-8")
+
+
+def write_version(folder: Path, model: "Model") -> None:
+    """Write the files of one version into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, content in model.files.items():
         if isinstance(content, bytes):
-            (inside / name).write_bytes(content)
+            (folder / name).write_bytes(content)
         else:
-            shutil.copyfile(content, inside / name)
-    source = (
-        "rendered by serve.repository; what the fields are for is said in triton_models/ of the "
-        "project"
-    )
-    text = f"# {source}\n{text_format.MessageToString(model.config)}"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    if (
-        model.config.platform == "ensemble"
-    ):  # a rollout goes back and forth between its versions' configurations
-        (inside / CONFIG).write_text(text, encoding="utf-8")
+            shutil.copyfile(content, folder / name)
+    # a rollout goes back and forth between its versions' configurations
+    if model.config.platform == "ensemble":
+        (folder / CONFIG).write_text(_config_text(model), encoding="utf-8")
+
+
+def _config_text(model: "Model") -> str:
+    from google.protobuf import text_format
+
+    source = "rendered by serve.repository; triton_models/ of the project explains the fields"
+    return f"# {source}\n{text_format.MessageToString(model.config)}"
 
 
 def read_made_with(repository: Path) -> tuple[str, Settings]:
@@ -196,5 +220,5 @@ def read_made_with(repository: Path) -> tuple[str, Settings]:
         return content["bundle"], Settings.model_validate(content["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{repository} is no repository of serve.repository: render one, or name another"
+            f"{repository} is not a repository of serve.repository: render one, or name another"
         ) from error

@@ -12,7 +12,7 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
-from serve.bundle import Graph, Tensor
+from contract.manifest import GraphRecord, TensorRecord
 from serve.repository.settings import Settings
 
 TEMPLATES = Path(__file__).parents[2] / "triton_models"
@@ -39,7 +39,7 @@ def add_port(ports, name: str, kind: str, dims: Iterable[int]) -> None:
     ports.add(name=name, data_type=DataType.Value(kind), dims=dims)
 
 
-def add_tensor(ports, tensor: Tensor) -> None:
+def add_tensor(ports, tensor: TensorRecord) -> None:
     """Append a tensor of the manifest as an input or output, without its batch."""
     add_port(ports, tensor.name, TYPES[tensor.dtype], tensor.dims)
 
@@ -82,7 +82,7 @@ def tune_batching(config: ModelConfig, settings: Settings) -> None:
     config.dynamic_batching.default_queue_policy.max_queue_size = settings.max_queue
 
 
-def warm_up(config: ModelConfig, inputs: Sequence[Tensor], sizes: dict[str, int]) -> None:
+def warm_up(config: ModelConfig, inputs: Sequence[TensorRecord], sizes: dict[str, int]) -> None:
     """Zeros of the usual size for every input of the template's sample; `sizes` gives axes that
     vary.
     """
@@ -107,7 +107,9 @@ def step(
     )
 
 
-def join(config: ModelConfig, model: str, graph: Graph, version: int, wanted: Set[str]) -> None:
+def join(
+    config: ModelConfig, model: str, graph: GraphRecord, version: int, wanted: Set[str]
+) -> None:
     """Append a graph to an ensemble; tensors have the same names everywhere. Triton refuses outputs
     that nobody reads.
     """

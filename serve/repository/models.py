@@ -14,7 +14,9 @@ from pathlib import Path
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from contract.errors import UserError
-from serve.bundle import BACKBONE, FUSED, IMAGE, Bundle, Graph
+from contract.manifest import GraphRecord
+from contract.signature import BACKBONE, FUSED, IMAGE
+from serve.bundle import Bundle
 from serve.repository.model_config import (
     CONTRACT,
     TEMPLATES,
@@ -111,7 +113,7 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     return models
 
 
-def graph_model(bundle: Bundle, graph: Graph, settings: Settings) -> Model:
+def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model:
     """One graph: in the python backend with its code beside it, or in a backend of Triton's own."""
     folder = template_of(graph.name)
     config = read_template(folder)
@@ -182,7 +184,7 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
     return result
 
 
-def graph_files(bundle: Bundle, graph: Graph) -> dict[str, str]:
+def graph_files(bundle: Bundle, graph: GraphRecord) -> dict[str, str]:
     """Names in the bundle of a graph's files, by those in a repository: its weights may lie beside
     it, where it names them.
     """
@@ -192,12 +194,12 @@ def graph_files(bundle: Bundle, graph: Graph) -> dict[str, str]:
     )
 
 
-def weight(bundle: Bundle, graph: Graph) -> int:
+def weight(bundle: Bundle, graph: GraphRecord) -> int:
     """Bytes of a graph."""
     return sum((bundle.path / name).stat().st_size for name in graph_files(bundle, graph).values())
 
 
-def about(bundle: Bundle, graph: Graph) -> bytes:
+def about(bundle: Bundle, graph: GraphRecord) -> bytes:
     """model.json: what the python model must know of its graph."""
     sizes = usual_sizes(bundle)
     facts = {
@@ -218,12 +220,12 @@ def about(bundle: Bundle, graph: Graph) -> bytes:
     return json.dumps(facts, indent=1).encode()
 
 
-def engine_of(bundle: Bundle, graph: Graph) -> Path:
+def engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
     """The engine of full TensorRT for a graph; UserError if there is none, or only
     TensorRT-RTX's.
     """
     flavours = {
-        entry["flavour"]: entry for entry in bundle.manifest.engines if entry["graph"] == graph.name
+        engine.flavour: engine for engine in bundle.manifest.engines if engine.graph == graph.name
     }
     if "tensorrt" not in flavours:
         has = (
@@ -236,7 +238,7 @@ def engine_of(bundle: Bundle, graph: Graph) -> Path:
             "--formats onnx,tensorrt on the GPU that serves, or choose --backend python or "
             "onnxruntime"
         )
-    return bundle.file(flavours["tensorrt"]["file"])
+    return bundle.file(flavours["tensorrt"].file)
 
 
 def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
@@ -273,7 +275,7 @@ def about_bundle(bundle: Bundle) -> dict:
     }
 
 
-def facts(graph: Graph) -> dict:
+def facts(graph: GraphRecord) -> dict:
     """What the answer of a task's head means: names of classes, unit, pixels of a cell's side, as
     far as it has them.
     """
@@ -299,7 +301,7 @@ def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
 
 
 def join_all(
-    config: ModelConfig, graphs: Sequence[Graph], outputs: Set[str], settings: Settings
+    config: ModelConfig, graphs: Sequence[GraphRecord], outputs: Set[str], settings: Settings
 ) -> None:
     """Append graphs to an ensemble, each with those of its outputs that the others read or that are
     `outputs`.
@@ -309,7 +311,7 @@ def join_all(
         join(config, served_name(graph.name), graph, settings.version, wanted)
 
 
-def needed(bundle: Bundle, last: str) -> list[Graph]:
+def needed(bundle: Bundle, last: str) -> list[GraphRecord]:
     """The graphs that one graph needs, itself included, in order."""
     wanted, result = {tensor.name for tensor in bundle.graphs[last].inputs}, [bundle.graphs[last]]
     for graph in reversed(bundle.parts):

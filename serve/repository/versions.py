@@ -8,19 +8,25 @@ is the one that serves.
 
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from contract.errors import UserError
-from serve.bundle import BACKBONE, Bundle
-from serve.repository.build import CONFIG, read_made_with, write_model
+from contract.files import new_folder, tidy, write_atomically
+from contract.signature import BACKBONE
+from serve.bundle import Bundle
+from serve.repository.build import CONFIG, read_made_with, write_model, write_version
 from serve.repository.lint import lint
 from serve.repository.models import Model, build_models
 from serve.repository.settings import Settings
 
 DOOR = "features"
+STAGED = "staged_"
+"""Prefix of the names under which a rollout tries a version."""
+_ROOM = "free some space beside the repository"
 
 
 class Repository:
@@ -119,20 +125,20 @@ class Repository:
         files being whole.
         """
         for model in models:
-            aside = self.path / model.name / f".{version}.tmp"
-            shutil.rmtree(aside, ignore_errors=True)
-            write_model(aside, model, version)
-            (aside / str(version)).rename(self.path / model.name / str(version))
-            shutil.rmtree(aside)
+            place = self.path / model.name / str(version)
+            tidy(place, lambda old: False)  # what a killed rollout left
+            with new_folder(place, str(place)) as aside:
+                write_version(aside, model)
             if model.config.platform != "ensemble":
                 yield model.name
 
     def point(self, version: int) -> Iterator[str]:
         """Give every ensemble the configuration of a version; yields each, to be loaded."""
         for name in self.ensembles():
-            aside = self.path / name / f".{CONFIG}.tmp"
-            shutil.copyfile(self.path / name / str(version) / CONFIG, aside)
-            aside.replace(self.path / name / CONFIG)
+            config = (self.path / name / str(version) / CONFIG).read_bytes()
+            write_atomically(
+                self.path / name / CONFIG, partial(Path.write_bytes, data=config), _ROOM
+            )
             yield name
 
     def forget(self, version: int) -> Iterator[str]:

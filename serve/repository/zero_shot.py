@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from contract.class_scores import ClassVectors
 from contract.errors import UserError
-from serve.bundle import BACKBONE, Bundle
+from contract.signature import BACKBONE
+from serve.bundle import Bundle
 from serve.repository.model_config import (
     CONTRACT,
     TEMPLATES,

@@ -14,11 +14,14 @@ import tritonclient.http as http
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from contract.errors import UserError
-from serve.bundle import IMAGE
+from contract.golden import Golden, compare
+from contract.signature import IMAGE
 from serve.errors import ServerError
-from serve.golden import Golden, compare
+from serve.server.loading import one_line
 from serve.server.rest import Refused, Rest
 from serve.server.state import read_state
+
+_NO_REASON = "no reason given"
 
 
 class Admin:
@@ -75,7 +78,9 @@ class Admin:
         try:
             self.rest.call("POST", f"/v2/repository/models/{model}/{what}", body, timeout=300)
         except Refused as error:
-            raise ServerError(f"model '{model}' does not {what}: {one_line(str(error))}") from error
+            raise ServerError(
+                f"model '{model}' does not {what}: {one_line(str(error)) or _NO_REASON}"
+            ) from error
         except OSError as error:
             raise ServerError(
                 f"the server at {self.rest.address} does not answer ({error})"
@@ -94,7 +99,9 @@ class Admin:
                 model, tensors, outputs=[http.InferRequestedOutput(name) for name in outputs]
             )
         except (InferenceServerException, OSError) as error:
-            raise ServerError(f"model '{model}' does not answer: {one_line(str(error))}") from error
+            raise ServerError(
+                f"model '{model}' does not answer: {one_line(str(error)) or _NO_REASON}"
+            ) from error
         return {name: answer.as_numpy(name) for name in outputs}
 
     def compare(self, model: str, golden: Golden) -> list[str]:
@@ -109,8 +116,3 @@ class Admin:
         return compare(
             golden, {name: np.concatenate([answer[name] for answer in answers]) for name in names}
         )
-
-
-def one_line(text: str) -> str:
-    """The first line of what Triton says, without the trace of a python model that follows."""
-    return text.split("\n\nAt:")[0].strip().splitlines()[0] if text.strip() else "no reason given"

@@ -6,20 +6,19 @@ from pathlib import Path
 
 from contract.errors import UserError
 from contract.gpu import compute_capabilities
-from serve.bundle import read_bundle
+from serve.bundle import Bundle
 from serve.repository.build import read_made_with
 from serve.repository.settings import Settings
 from serve.server.state import read_state
 from serve.server.triton import Tritonserver
 
 
-def check_repository(repository: Path, path: Path | None, settings: Settings) -> Settings:
+def check_repository(repository: Path, bundle: Bundle | None, settings: Settings) -> Settings:
     """The settings to serve with; raises UserError if a kept repository is another bundle's, or in
     use.
     """
-    bundle = read_bundle(path) if path else None
     if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
-        if path is None:
+        if bundle is None:
             raise UserError(
                 "name a BUNDLE, or a --repository that is there (python -m serve.run --help)"
             )
@@ -33,15 +32,15 @@ def check_repository(repository: Path, path: Path | None, settings: Settings) ->
         )
     if bundle and bundle.version != version:
         raise UserError(
-            f"--repository {repository} was rendered from bundle {version}, {path} is "
+            f"--repository {repository} was rendered from bundle {version}, {bundle.path} is "
             f"{bundle.version}: name another folder, replace it (python -m serve.repository "
-            f"{path} --output {repository} --force), or roll it out (python -m serve.rollout)"
+            f"{bundle.path} --output {repository} --force), or roll it out (python -m serve.rollout)"
         )
     if bundle and made_with != settings:
         name = next(name for name, value in settings if value != getattr(made_with, name))
         raise UserError(
             f"--repository {repository} was rendered with {name}={getattr(made_with, name)}, "
-            f"{getattr(settings, name)} was asked: leave BUNDLE out to serve it as it is, or "
+            f"but {getattr(settings, name)} was requested: leave BUNDLE out to serve it as it is, or "
             "replace it (python -m serve.repository --force)"
         )
     return made_with
@@ -58,7 +57,7 @@ def check_backend(result: Tritonserver, backend: str) -> None:
     )
 
 
-def check_gpus(settings: Settings, path: Path | None) -> None:
+def check_gpus(settings: Settings, bundle: Bundle | None) -> None:
     """Raise UserError for GPUs that are not here, or engines that were built for others."""
     if settings.kind != "gpu":
         return
@@ -73,14 +72,14 @@ def check_gpus(settings: Settings, path: Path | None) -> None:
         raise UserError(
             f"--devices {missing[0]}: this machine has {len(here)} GPUs, counted from 0"
         )
-    if settings.backend != "tensorrt" or path is None:
+    if settings.backend != "tensorrt" or bundle is None:
         return
-    for entry in read_bundle(path).manifest.engines:
-        built = entry.get("compute_capabilities") or ()
+    for engine in bundle.manifest.engines:
+        built = engine.compute_capabilities
         other = [device for device in settings.devices if built and here[device] not in built]
-        if entry["flavour"] == "tensorrt" and other:
+        if engine.flavour == "tensorrt" and other:
             raise UserError(
-                f"{path}: its engines are for GPUs of compute capability {', '.join(built)}, GPU "
+                f"{bundle.path}: its engines are for GPUs of compute capability {', '.join(built)}, GPU "
                 f"{other[0]} has {here[other[0]]}: export on this machine, or use --backend "
                 "onnxruntime"
             )

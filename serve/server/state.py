@@ -2,12 +2,12 @@
 second starts find it.
 """
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contract.errors import UserError
+from contract.files import write_atomically
 
 STATE = ".serve.json"
 
@@ -33,13 +33,13 @@ class State(BaseModel):
 
 def write_state(repository: Path, state: State) -> None:
     """Put the file there in one step, never readable by others."""
-    aside = repository / f"{STATE}.{os.getpid()}.tmp"
-    aside.unlink(missing_ok=True)
-    with open(
-        os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8"
-    ) as file:
-        file.write(state.model_dump_json(indent=1))
-    aside.replace(repository / STATE)
+    text = state.model_dump_json(indent=1)
+    write_atomically(
+        repository / STATE,
+        lambda temporary: temporary.write_text(text, encoding="utf-8"),
+        remedy="free some space or choose another --repository",
+        private=True,
+    )
 
 
 def read_state(repository: Path) -> State | None:

@@ -19,8 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from contract.errors import first_line
 from serve.errors import ServerError
-from serve.rollout import STAGED
+from serve.repository.versions import STAGED
 from serve.server.process import Server
 from serve.server.rest import Refused, Tensor
 from serve.server.stubs import Stub, find_stubs, remove_regions
@@ -179,7 +180,7 @@ class Supervisor:
             if (
                 error.status >= 500 and error.status != 503
             ):  # 503: its queue is full, so others are being answered
-                wrong = str(error).splitlines()[0]
+                wrong = first_line(error)
         except TimeoutError:
             wrong = f"no answer for {patience:.0f} s"
         except OSError:
@@ -226,7 +227,7 @@ class Supervisor:
             self.server.rest.load(model, self.server.narrowed.get(model, ""))
             wrong = self.ask(backend)[0]
         except (OSError, Refused) as error:
-            wrong = str(error).splitlines()[0]
+            wrong = first_line(error)
         if self.server.stopping or self.server.process.poll() is not None:
             return
         now = time.monotonic()

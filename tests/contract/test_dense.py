@@ -26,10 +26,12 @@ def test_maps_are_those_of_torch(grid, size, stride):
 def test_positions_that_are_no_grid_are_refused():
     assert grid_of(588, 448, 336) == (28, 21)
     with pytest.raises(
-        ValueError, match="50 positions are no grid of square cells over a picture of 112x112"
+        ValueError,
+        match="50 positions do not form a grid of square cells over a picture of 112x112",
     ):
         grid_of(50, 112, 112)
     with pytest.raises(
-        ValueError, match="49 positions are no grid of cells of 14 px over a picture of 112x112"
+        ValueError,
+        match="49 positions do not form a grid of cells of 14 px over a picture of 112x112",
     ):
         grid_of(49, 112, 112, 14)

@@ -13,11 +13,11 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from contract.gpu import compute_capabilities
 from contract.manifest import MANIFEST, read_manifest
 from export.bench.__main__ import main as bench
 from export.bench.timing import Feeds, fastest
 from export.runtimes.runtime import Bound, OnnxRuntime
-from export.tensorrt.bindings import gpu_present
 from tests.conftest import run_here
 
 QUICK = ("--rounds", 2, "--threads", 1, "--devices", "cpu", "--no-compile")
@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(small_bundle, other, tmp_path, arguments, words):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(gpu_present(), reason="says what happens without a GPU")
+@pytest.mark.skipif(bool(compute_capabilities()), reason="says what happens without a GPU")
 def test_cuda_without_a_gpu_is_one_line(small_bundle):
     done = run_here(small_bundle, "--devices", "cuda", command=bench)
     assert (

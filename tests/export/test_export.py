@@ -18,14 +18,13 @@ import torch
 from safetensors.numpy import save_file
 from yaml import safe_dump
 
+from contract.golden import GOLDEN, read_golden
+from contract.gpu import compute_capabilities
 from contract.manifest import add_files, read_manifest, verify_files
 from distill.evaluate.__main__ import main as evaluate
 from distill.runs import load_run
 from export.check import main as check
 from export.run import main
-from export.tensorrt.bindings import gpu_present
-from serve.bundle import read_bundle
-from serve.golden import read_golden
 from tests.conftest import run_here, small_recipe
 
 
@@ -222,7 +221,7 @@ def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tm
     ranges = backbone.profiles[0].shapes["image"]
     assert ranges == ((1, 64, 64, 3), (3, 64, 64, 3), (3, 96, 64, 3)), "smallest, usual, largest"
     assert backbone.options.tf32 is False, "a float32 engine says what the float32 student says"
-    if not gpu_present():
+    if not compute_capabilities():
         assert (
             "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, 8.9, 12.0"
             in done.stdout
@@ -293,7 +292,7 @@ def test_outputs_that_do_not_agree_fail_and_leave_nothing_unless_allowed(plain, 
     assert call(main, *wanted, "--allow-parity-failure").returncode == 0
     failed = {row.output for row in read_manifest(tmp_path / "b").parity if not row.passed}
     assert failed == {"mae_token"}
-    golden = read_golden(read_bundle(tmp_path / "b"))
+    golden = read_golden(tmp_path / "b" / GOLDEN)
     assert golden.allowed == {"mae_token": (-1.0, 1.5e6)}, "a rollout knows what to expect"
     found = call(check, tmp_path / "b")
     assert found.returncode == 1 and "comparisons failed" in found.stdout
@@ -399,7 +398,7 @@ def rename_student(path: Path) -> None:
 
 def test_check_of_no_bundle_is_one_line(tmp_path):
     done = call(check, tmp_path)
-    assert done.returncode == 2 and "is no bundle" in done.stderr
+    assert done.returncode == 2 and "is not a bundle" in done.stderr
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 99}))
     assert "format 99" in call(check, tmp_path).stderr
 

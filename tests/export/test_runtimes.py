@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 
 from contract.errors import UserError
+from contract.gpu import compute_capabilities
 from contract.manifest import read_manifest
 from distill.data.pictures import PackagedPhotos
 from export.graph import build_parts, open_student
@@ -39,7 +40,9 @@ from export.tensorrt.build import (
 )
 from export.tensorrt.engines import make_profile, not_for_here, outside, profile_for
 
-without_gpu = pytest.mark.skipif(gpu.gpu_present(), reason="says what happens without a GPU")
+without_gpu = pytest.mark.skipif(
+    bool(compute_capabilities()), reason="says what happens without a GPU"
+)
 PROFILE = Profile(shapes={"image": ((1, 64, 64, 3), (2, 64, 64, 3), (4, 96, 64, 3))})
 
 
@@ -145,7 +148,7 @@ def test_cuda_without_a_gpu_is_refused_and_says_where_to_look(graphs):
 def test_onnxruntime_that_would_run_on_the_cpu_instead_is_refused_with_the_remedy(
     graphs, monkeypatch
 ):
-    monkeypatch.setattr(gpu, "gpu_present", lambda: True)
+    monkeypatch.setattr(runtimes, "compute_capabilities", lambda: ("8.9",))
     message = refused(CudaRuntime, graphs)
     assert "built without CUDA" in message and "pip install 'onnxruntime-gpu" in message
     monkeypatch.setattr(
@@ -162,7 +165,7 @@ def test_an_engine_without_a_gpu_is_refused(engine):
 
 
 def test_an_engine_for_another_gpu_is_refused_before_it_is_opened(engine, monkeypatch):
-    monkeypatch.setattr(engines, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(engines, "compute_capabilities", lambda: ("9.0",))
     monkeypatch.setattr(gpu, "load_engine", lambda *_: pytest.fail("it was opened"))
     message = refused(EngineRuntime, {"backbone": engine})
     assert (
@@ -172,7 +175,7 @@ def test_an_engine_for_another_gpu_is_refused_before_it_is_opened(engine, monkey
 
 
 def test_engines_without_weights_do_not_run_anywhere(engine, monkeypatch):
-    monkeypatch.setattr(engines, "compute_capability", lambda: (8, 6))
+    monkeypatch.setattr(engines, "compute_capabilities", lambda: ("8.6",))
     record = read_record(record_path(engine))
     assert not_for_here(record) == ""
     stripped = record.model_copy(
@@ -258,7 +261,7 @@ def test_without_a_gpu_a_cpu_runtime_checks_graphs_and_engines_are_left_with_a_r
 def test_a_gpu_that_onnxruntime_cannot_use_is_said_and_the_export_goes_on(
     graphs, monkeypatch, caplog
 ):
-    monkeypatch.setattr(gpu, "gpu_present", lambda: True)
+    monkeypatch.setattr(runtimes, "compute_capabilities", lambda: ("8.9",))
     assert [runtime.name for runtime in runtimes_here("fp32", graphs=graphs)] == ["onnxruntime-cpu"]
     assert (
         "not checked in onnxruntime-cuda" in caplog.text

@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 pytest.importorskip("tensorrt_rtx", reason="needs pip install tensorrt-rtx")
 
 from contract.errors import UserError
-from export.tensorrt.bindings import compute_capability, gpu_present
+from contract.gpu import compute_capabilities
 from export.tensorrt.build import (
     FLAVOURS,
     EngineOptions,
@@ -34,7 +34,9 @@ from export.tensorrt.build import (
     verify_engine,
 )
 
-without_gpu = pytest.mark.skipif(gpu_present(), reason="says what happens without a GPU")
+without_gpu = pytest.mark.skipif(
+    bool(compute_capabilities()), reason="says what happens without a GPU"
+)
 PROFILE = Profile(shapes={"image": ((1, 32, 32, 3), (2, 64, 48, 3), (4, 128, 128, 3))})
 FIXED = Profile(shapes={"image": ((1, 64, 64, 3),) * 3})
 
@@ -290,7 +292,7 @@ def test_hopper_is_refused_with_the_gpus_that_are_known(graph):
         ({"flavour": "tensorflow"}, "'tensorrt' or 'tensorrt-rtx'"),
         (
             {"compute_capabilities": ("89",)},
-            "'89' is no compute capability (write major.minor, such as 8.9)",
+            "'89' is not a compute capability (write major.minor, such as 8.9)",
         ),
         ({"compute_capabilities": ("8.9", "8.9")}, "names one twice"),
         (
@@ -357,7 +359,7 @@ def test_without_a_gpu_what_needs_one_is_refused(graph, name):
 def test_without_a_gpu_a_compute_capability_must_be_named(graph):
     message = refused(graph, PROFILE, options=EngineOptions(flavour="tensorrt-rtx"))
     assert "no GPU here" in message and "--compute-capability 8.9" in message
-    assert compute_capability() is None
+    assert compute_capabilities() == ()
 
 
 @pytest.fixture

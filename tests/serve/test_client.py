@@ -136,7 +136,7 @@ def test_answers_may_be_written_to(client, pixels):
         (7, "of type int"),
         ([{"a": 1}], "picture 0 is of type dict"),
         (b"", "empty"),
-        (b"GIF89a", "no JPEG, PNG or WEBP"),
+        (b"GIF89a", "not a JPEG, PNG or WEBP"),
         ("nowhere/cat.jpg", "nowhere/cat.jpg: No such file"),
     ],
 )

@@ -148,7 +148,7 @@ def test_a_mistake_is_one_line_and_status_2(server, pictures, tmp_path, capsys, 
 def test_a_picture_that_is_none_is_named(server, pictures, capsys):
     pictures[1].write_bytes(b"no picture")
     status, _, complaint = run(capsys, *pictures, "--url", server.grpc, "--task", "segmentation")
-    assert status == 2 and f"error: {pictures[1]}: the bytes are no JPEG" in complaint
+    assert status == 2 and f"error: {pictures[1]}: the bytes are not a JPEG" in complaint
 
 
 def test_no_server_is_said_with_the_command_that_starts_one(pictures, capsys):

@@ -279,13 +279,14 @@ def test_tls_files_that_cannot_be_read_are_named(papers):
 def fragile(small_bundle, tmp_path_factory):
     """A server without a supervisor that no other test needs."""
     need_tritonserver()
+    from serve.bundle import read_bundle
     from serve.repository.build import make_repository
     from serve.repository.settings import Settings
     from serve.server.process import Options, Server
     from serve.server.triton import find_tritonserver
 
     folder = tmp_path_factory.mktemp("fragile")
-    make_repository(small_bundle, folder / "repository", Settings(fused=False))
+    make_repository(read_bundle(small_bundle), folder / "repository", Settings(fused=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=2)
     with Server(
         find_tritonserver(None, folder), folder / "repository", options, lambda line: None

@@ -55,6 +55,7 @@ def labelled(small_bundle, tmp_path_factory):
     open_clip = pytest.importorskip(
         "open_clip", reason="the optional extra [text] is not installed"
     )
+    from serve.bundle import read_bundle
     from serve.repository.build import make_repository
     from serve.repository.settings import Settings
     from serve.server.process import Options, Server
@@ -103,7 +104,9 @@ def labelled(small_bundle, tmp_path_factory):
         command=text,
     )
     assert done.returncode == 0, done.stderr
-    make_repository(bundle, folder / "repository", Settings(fused=False, encoded=False))
+    make_repository(
+        read_bundle(bundle), folder / "repository", Settings(fused=False, encoded=False)
+    )
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
     with Server(
         find_tritonserver(None, folder), folder / "repository", options, lambda line: None
@@ -293,7 +296,7 @@ def test_what_is_no_picture_is_told_in_a_sentence(page, photo, tmp_path):
         page.wait_for_selector(f".problem:has-text('{name}')")
         said = page.inner_text(".problem")
         assert "This picture cannot be read" in said and "Traceback" not in page.content()
-        assert "no JPEG, PNG or WEBP picture" in said or "cannot be decoded" in said
+        assert "not a JPEG, PNG or WEBP picture" in said or "cannot be decoded" in said
         assert page.locator(".cards img").count() == 0
         page.click("#photograph button[aria-label='Remove Image']")
         page.wait_for_selector(".hint")

@@ -406,18 +406,8 @@ def test_the_serving_image_has_what_the_python_models_import(small_bundle):
     templates = set((ROOT / "triton_models").glob("*/1/model.py")) | set(
         (ROOT / "triton_models").glob("*.py")
     )
-    beside = {path.stem for path in templates | copied | set((ROOT / "serve").glob("*.py"))}
-    files = (
-        templates
-        | copied
-        | {
-            ROOT / "serve" / f"{name}.py"
-            for path in templates
-            for name in imports_of(path)
-            if (ROOT / "serve" / f"{name}.py").is_file()
-        }
-    )
-    modules = {name for path in files for name in imports_of(path)}
+    beside = {path.stem for path in templates | copied}
+    modules = {name for path in templates | copied for name in imports_of(path)}
     modules -= set(sys.stdlib_module_names) | beside | {"triton_python_backend_utils"}
     dists = metadata.packages_distributions()
     names = {dists[module][0].lower() for module in modules}
@@ -456,6 +446,12 @@ def test_the_container_copies_what_is_there_and_the_build_may_read_it():
     for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.MULTILINE):
         for source in line.split()[:-1]:
             assert (ROOT / source).exists() and source.partition("/")[0] in allowed, source
+    site, render = (
+        re.search(rf"^FROM \S+ AS {name}$(.*?)^FROM", text, re.MULTILINE | re.DOTALL)[1]
+        for name in ("site", "render")
+    )
+    code = re.findall(r"^COPY (contract|distill|export|serve|triton_models) ", site + render, re.M)
+    assert code == ["contract", "serve", "triton_models"], "and nothing of training"
     probe = re.search(r"^HEALTHCHECK .* CMD (\[.*\])$", text, re.MULTILINE)[1]
     assert (
         json.loads(probe)[1]
@@ -513,7 +509,7 @@ def deployed(small_bundle, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("deployed")
     found = tritonserver(folder)
-    make_repository(small_bundle, folder / "models", Settings())
+    make_repository(read_bundle(small_bundle), folder / "models", Settings())
     web, rpc, metrics = free_ports(3)
     arguments = [
         f"--backend-directory={found.backends}",

@@ -108,7 +108,7 @@ def serving(small_bundle, tmp_path_factory):
         tensors["depth_map"] = depth_map(tensors["depth"], SIZE, SIZE)
         tensors["probabilities"] = probabilities(tensors["mae_token"], ClassVectors(vectors, 5.0))
         known.append(tensors)
-    make_repository(path, folder / "repository", Settings())
+    make_repository(read_bundle(path), folder / "repository", Settings())
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
     with Server(
         find_tritonserver(None, folder), folder / "repository", options, log.append

@@ -16,17 +16,16 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from contract.errors import UserError
+from contract.golden import GOLDEN, compare, read_golden
 from contract.manifest import add_files, read_manifest
 from distill.runs import load_run
 from export import to_onnx
-from export.golden import GOLDEN as WRITTEN
 from export.golden import TF32
 from export.parity import TOLERANCE
 from export.run import main as export
 from serve.bundle import read_bundle
 from serve.client import FeatureClient
 from serve.errors import ServerError
-from serve.golden import GOLDEN, compare, read_golden
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
 from serve.server.process import Options, Server
@@ -36,17 +35,13 @@ from tests.conftest import need_tritonserver, run_here
 
 @pytest.fixture(scope="module")
 def golden(small_bundle):
-    return read_golden(read_bundle(small_bundle))
+    return read_golden(small_bundle / GOLDEN)
 
 
 @pytest.fixture
 def copy(small_bundle, tmp_path):
     """A bundle that a test may break."""
     return shutil.copytree(small_bundle, tmp_path / "bundle")
-
-
-def test_both_sides_call_the_file_the_same():
-    assert WRITTEN == GOLDEN
 
 
 def test_the_outputs_are_those_of_the_torch_student(golden, small_bundle):
@@ -145,7 +140,7 @@ def test_a_bundle_from_before_golden_sets_is_told_to_be_exported_again(copy):
     manifest["seal"] = hashlib.sha256(to_json(manifest | {"seal": ""})).hexdigest()
     (copy / "manifest.json").write_bytes(to_json(manifest, indent=1))
     with pytest.raises(UserError, match=f"lists no {GOLDEN}.*export again"):
-        read_golden(read_bundle(copy))
+        read_golden(read_bundle(copy).file(GOLDEN))
 
 
 def test_a_changed_file_is_refused(copy):
@@ -153,7 +148,7 @@ def test_a_changed_file_is_refused(copy):
     data[-1] ^= 1
     (copy / GOLDEN).write_bytes(data)
     with pytest.raises(UserError, match="sha256"):
-        read_golden(read_bundle(copy))
+        read_golden(read_bundle(copy).file(GOLDEN))
 
 
 def test_a_file_of_something_else_is_refused(copy):
@@ -168,7 +163,7 @@ def test_a_file_of_something_else_is_refused(copy):
         save_file(tensors, copy / GOLDEN, metadata)
         add_files(copy, [GOLDEN])
         with pytest.raises(UserError, match="export again"):
-            read_golden(read_bundle(copy))
+            read_golden(read_bundle(copy).file(GOLDEN))
     assert GOLDEN in read_manifest(copy).files
 
 
@@ -181,7 +176,7 @@ def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path,
     )
     assert done.returncode == 0, done.stderr
     bundle = read_bundle(tmp_path / "b")
-    make_repository(tmp_path / "b", tmp_path / "repository", Settings(encoded=False))
+    make_repository(read_bundle(tmp_path / "b"), tmp_path / "repository", Settings(encoded=False))
     version = tmp_path / "repository" / "backbone" / "1"
     listed = json.loads((version / "model.json").read_text())["sha256"]
     assert listed == {
@@ -194,7 +189,7 @@ def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path,
         Server(found, tmp_path / "repository", options, lines.append) as server,
         FeatureClient(server.grpc) as client,
     ):
-        golden = read_golden(bundle)
+        golden = read_golden(bundle.file(GOLDEN))
         for model in ("features", "fused"):
             assert compare(golden, client.features(golden.image, model=model)) == []
     with open(version / "backbone.onnx.data", "r+b") as file:

@@ -10,9 +10,11 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInput
 
 from contract.errors import UserError
+from contract.files import file_sha256
 from contract.manifest import read_manifest
 from serve.bundle import read_bundle
 from serve.repository.__main__ import main
+from serve.repository.build import make_repository
 from serve.repository.lint import lint
 from serve.repository.model_config import TEMPLATES, read_template
 from serve.repository.models import build_models, needed, served_name
@@ -62,17 +64,7 @@ def test_a_template_is_a_valid_configuration_of_its_own_name(template):
 
 
 def test_serving_reads_the_manifest_as_export_wrote_it(bundle, small_bundle):
-    written = read_manifest(small_bundle)
-    assert bundle.manifest.student.sha256 == written.student.sha256
-    assert bundle.manifest.files == written.files
-    ports = {
-        g.name: [(t.name, t.dtype, t.shape) for t in (*g.inputs, *g.outputs)]
-        for g in bundle.manifest.graphs
-    }
-    assert ports == {
-        g.name: [(t.name, t.dtype, t.shape) for t in (*g.inputs, *g.outputs)]
-        for g in written.graphs
-    }
+    assert bundle.manifest == read_manifest(small_bundle)
 
 
 def test_configurations_have_the_names_types_and_dims_of_the_graphs(repository, bundle):
@@ -192,7 +184,7 @@ def test_a_changed_byte_is_refused_and_nothing_is_written(copy, tmp_path, capsys
 def test_a_folder_that_is_no_bundle_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path), "--output", str(tmp_path / "repository")]) == 2
     assert (
-        "is no bundle: it has no manifest.json (make one with python -m export.run)"
+        "is not a bundle: manifest.json is missing. Create one with `python -m export.run`"
         in capsys.readouterr().err
     )
 
@@ -202,6 +194,40 @@ def test_an_output_that_holds_files_needs_force(small_bundle, tmp_path, capsys):
     assert main([str(small_bundle), "--output", str(tmp_path)]) == 2
     assert "--force" in capsys.readouterr().err
     assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_force_replaces_a_repository_and_nothing_else(small_bundle, repository, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    command = [str(small_bundle), "--output", str(folder), "--force"]
+    assert main(command) == 2
+    assert "holds thesis.txt, which is not part of a repository" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    shutil.rmtree(folder)
+    shutil.copytree(repository, folder)
+    (folder / "mine").mkdir()
+    assert main(command) == 2 and "holds mine" in capsys.readouterr().err
+    (folder / "mine").rmdir()
+    (folder / "decode" / "config.pbtxt").write_text("old")
+    (tmp_path / "link").symlink_to(folder)
+    command[2] = str(tmp_path / "link")
+    assert main(command) == 0
+    assert (tmp_path / "link").is_symlink() and len(configs_of(folder)) == len(
+        configs_of(repository)
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
+
+def test_a_bundle_is_hashed_once(small_bundle, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        "serve.bundle.file_sha256", lambda path: (hashed.append(path), file_sha256(path))[1]
+    )
+    bundle = read_bundle(small_bundle)
+    for name in ("one", "two"):
+        make_repository(bundle, tmp_path / name, Settings())
+    assert len(hashed) == len(set(hashed)) and small_bundle / "backbone.onnx" in hashed
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ import tritonclient.grpc as grpc
 from onnx import numpy_helper
 
 from contract.files import file_sha256
+from contract.golden import GOLDEN, read_golden
 from contract.manifest import MANIFEST, read_manifest
 from serve.bundle import read_bundle
-from serve.golden import read_golden
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
 from serve.rollout import main
@@ -85,7 +85,7 @@ def running(small_bundle, tmp_path):
     """A server of its own, whose versions a test may change."""
     need_tritonserver()
     repository = tmp_path / "repository"
-    make_repository(small_bundle, repository, Settings(fused=False, encoded=False))
+    make_repository(read_bundle(small_bundle), repository, Settings(fused=False, encoded=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
     with Server(find_tritonserver(None, tmp_path), repository, options, lambda line: None) as found:
         yield found
@@ -142,7 +142,7 @@ def cosine(one, other):
 def test_under_load_every_answer_is_of_one_version_and_none_fails(
     running, other_bundle, small_bundle
 ):
-    first, second = (read_golden(read_bundle(path)) for path in (small_bundle, other_bundle))
+    first, second = (read_golden(path / GOLDEN) for path in (small_bundle, other_bundle))
     assert cosine(first.outputs["cls_token"][0], second.outputs["cls_token"][0]) < 0.9995
     image = first.image[:1]
     with Load(running.grpc, image) as load:
@@ -203,7 +203,7 @@ KINDS = [
 def test_what_is_not_fit_to_serve_is_refused_and_the_old_version_goes_on(
     running, small_bundle, tmp_path, capsys
 ):
-    golden = read_golden(read_bundle(small_bundle))
+    golden = read_golden(small_bundle / GOLDEN)
     with Load(running.grpc, golden.image[:1], clients=1) as load:
         for number, kind in enumerate(KINDS):
             bundle = shutil.copytree(small_bundle, tmp_path / f"bundle{number}")

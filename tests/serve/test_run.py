@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc as grpc
 
+from contract.manifest import BundledEngine
 from serve.bundle import read_bundle
 from serve.errors import ServerError
 from serve.repository.build import make_repository
@@ -45,7 +46,7 @@ def tritonserver() -> None:
 def made(small_bundle, tmp_path_factory) -> Path:
     """A repository as serve.repository makes it, for tests to copy."""
     folder = tmp_path_factory.mktemp("made") / "repository"
-    make_repository(small_bundle, folder, Settings(fused=False))
+    make_repository(read_bundle(small_bundle), folder, Settings(fused=False))
     return folder
 
 
@@ -422,10 +423,10 @@ class TestMistakes:
         assert main([]) == 2
         assert "name a BUNDLE" in capsys.readouterr().err
         assert main([str(tmp_path)]) == 2
-        assert "is no bundle" in capsys.readouterr().err
+        assert "is not a bundle" in capsys.readouterr().err
         (tmp_path / "file").touch()
         assert main(["--repository", str(tmp_path)]) == 2
-        assert "is no repository of serve.repository" in capsys.readouterr().err
+        assert "is not a repository of serve.repository" in capsys.readouterr().err
 
     def test_no_tritonserver(self, small_bundle, capsys, monkeypatch):
         monkeypatch.setenv("PATH", "/nowhere")
@@ -444,19 +445,18 @@ class TestMistakes:
 
     def test_engines_of_another_gpu(self, small_bundle, monkeypatch):
         bundle = read_bundle(small_bundle)
-        engine = {
-            "graph": "backbone",
-            "flavour": "tensorrt",
-            "compute_capabilities": ["8.0"],
-            "file": "backbone.engine",
-        }
+        engine = BundledEngine.model_construct(
+            graph="backbone",
+            flavour="tensorrt",
+            compute_capabilities=("8.0",),
+            file="backbone.engine",
+        )
         bundle.manifest = bundle.manifest.model_copy(update={"engines": (engine,)})
         monkeypatch.setattr(checks, "compute_capabilities", lambda: ("9.0",))
-        monkeypatch.setattr(checks, "read_bundle", lambda path: bundle)
         with pytest.raises(
             checks.UserError, match="for GPUs of compute capability 8.0, GPU 0 has 9.0"
         ):
-            checks.check_gpus(Settings(backend="tensorrt", kind="gpu"), small_bundle)
+            checks.check_gpus(Settings(backend="tensorrt", kind="gpu"), bundle)
 
     def test_a_repository_of_another_bundle_or_other_settings(
         self, small_bundle, repository, capsys
@@ -503,7 +503,9 @@ def test_a_crash_while_it_starts_is_followed_by_another_start(
     told.
     """
     need_tritonserver()
-    make_repository(small_bundle, tmp_path / "repository", Settings(fused=False, encoded=False))
+    make_repository(
+        read_bundle(small_bundle), tmp_path / "repository", Settings(fused=False, encoded=False)
+    )
     found, count, lines = find_tritonserver(None, tmp_path), tmp_path / "count", []
     script = tmp_path / "tritonserver"
     script.write_text(

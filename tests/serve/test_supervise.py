@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tritonclient.grpc as grpc
 
+from serve.bundle import read_bundle
 from serve.errors import ServerError
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
@@ -117,7 +118,7 @@ def test_a_tritonserver_that_goes_on_dying_is_given_up(small_bundle, tmp_path, m
     need_tritonserver()
     monkeypatch.setattr("serve.server.supervise.SERVER_STARTS", 1)
     repository, said = tmp_path / "repository", []
-    make_repository(small_bundle, repository, Settings(fused=False))
+    make_repository(read_bundle(small_bundle), repository, Settings(fused=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
     server = Server(find_tritonserver(None, tmp_path), repository, options, said.append)
     with server:

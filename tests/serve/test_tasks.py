@@ -84,7 +84,7 @@ def zero_shot_client(zero_shot_bundle, tmp_path_factory):
     from serve.server.triton import find_tritonserver
 
     folder = tmp_path_factory.mktemp("zero_shot_server")
-    make_repository(zero_shot_bundle, folder / "repository", Settings(fused=False))
+    make_repository(read_bundle(zero_shot_bundle), folder / "repository", Settings(fused=False))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
     with Server(
         find_tritonserver(None, folder), folder / "repository", options, lambda line: None

@@ -157,7 +157,9 @@ def serving(tmp_path_factory):
         def start(bundle: Path) -> grpc.InferenceServerClient:
             folder = tmp_path_factory.mktemp("server")
             make_repository(
-                bundle, folder / "repository", Settings(max_batch=3, fused=False, encoded=False)
+                read_bundle(bundle),
+                folder / "repository",
+                Settings(max_batch=3, fused=False, encoded=False),
             )
             options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
             server = Server(

@@ -3,6 +3,7 @@ that fails.
 """
 
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -87,7 +88,7 @@ def test_an_interrupted_conversion_leaves_nothing_behind(tmp_path, monkeypatch, 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(packaged.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device .set VFM_DISTILL_CACHE"):
         packaged_checkpoint("toy")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from graph_model import Refused, answer_each
-from images import BadImage, Limits, read_pixels
+from images import Limits, UnreadableImage, read_pixels
 
 
 class TritonPythonModel:
@@ -41,7 +41,7 @@ class TritonPythonModel:
         for number, data in enumerate(encoded[:, 0]):
             try:
                 pictures[number] = read_pixels(bytes(data), self.height, self.width, self.limits)
-            except BadImage as error:
+            except UnreadableImage as error:
                 raise Refused(
                     f"picture {number}: {error}" if len(encoded) > 1 else str(error)
                 ) from error

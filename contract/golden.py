@@ -1,19 +1,23 @@
-"""The bundle's golden photographs: does a server say of them what the student said when it was
-exported?
+"""A bundle's golden photographs and what the torch student says of them: export writes them, a
+server compares itself with them.
+
+A rollout sends the new version these pictures before the switch. Needs numpy and safetensors only.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from contract.errors import UserError
-from serve.bundle import IMAGE, Bundle
+from contract.signature import IMAGE
 
 GOLDEN = "golden.safetensors"
-FORMAT = 2
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -30,21 +34,37 @@ class Golden:
     bounds: tuple[float, float]
     pictures: tuple[str, ...]
     allowed: dict[str, tuple[float, float]] = field(default_factory=dict)
+    precision: str = ""
+    """Of the graphs that the bounds are for."""
+
+    def to_bytes(self) -> bytes:
+        """golden.safetensors, to the byte.
+
+        Metadata: JSON under one key, for safetensors writes several in random order.
+        """
+        about = {
+            "format": _FORMAT,
+            "precision": self.precision,
+            "bounds": self.bounds,
+            "allowed": self.allowed,
+            "pictures": self.pictures,
+        }
+        tensors = {IMAGE: self.image} | {
+            name: np.ascontiguousarray(values, np.float32) for name, values in self.outputs.items()
+        }
+        return save(tensors, {"golden": json.dumps(about, sort_keys=True)})
 
 
-def read_golden(bundle: Bundle) -> Golden:
-    """The golden set of a bundle; raises UserError for a bundle without one, or whose file is not
-    the one exported.
-    """
-    path = bundle.file(GOLDEN)
+def read_golden(path: Path) -> Golden:
+    """Read golden.safetensors; raises UserError for a file of something else."""
     try:
         with safe_open(path, framework="np") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         about = json.loads(metadata["golden"]) if "golden" in metadata else metadata
-        if about["format"] != FORMAT:
+        if about["format"] != _FORMAT:
             raise UserError(
-                f"{path} is of format {about['format']}, this version reads {FORMAT}: export again"
+                f"{path} is of format {about['format']}, this version reads {_FORMAT}: export again"
             )
         least, most = about["bounds"]
         allowed = {
@@ -57,9 +77,10 @@ def read_golden(bundle: Bundle) -> Golden:
             (float(least), float(most)),
             tuple(about["pictures"]),
             allowed,
+            about["precision"],
         )
     except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is no golden set ({error}): export again") from error
+        raise UserError(f"{path} is not a golden set ({error}): export again") from error
 
 
 def compare(golden: Golden, answers: Mapping[str, np.ndarray | None]) -> list[str]:
@@ -72,18 +93,18 @@ def compare(golden: Golden, answers: Mapping[str, np.ndarray | None]) -> list[st
     return [
         message
         for name, wanted in golden.outputs.items()
-        if (message := problem(golden, name, wanted, answers.get(name)))
+        if (message := _problem(golden, name, wanted, answers.get(name)))
     ]
 
 
-def problem(golden: Golden, name: str, wanted: np.ndarray, got: np.ndarray | None) -> str:
+def _problem(golden: Golden, name: str, wanted: np.ndarray, got: np.ndarray | None) -> str:
     """What is wrong with one output, "" if nothing is."""
     if got is None:
         return f"output '{name}' is missing"
     if got.shape != wanted.shape:
         return f"output '{name}' is {list(got.shape)}, recorded {list(wanted.shape)}"
     if not np.isfinite(got).all():
-        return f"output '{name}' holds NaN or infinity{let_through(golden, name)}"
+        return f"output '{name}' holds NaN or infinity{_let_through(golden, name)}"
     a, b = (values.reshape(len(values), -1).astype(np.float64) for values in (got, wanted))
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     # a picture of zeros has no direction: it must be zeros again
@@ -101,9 +122,9 @@ def problem(golden: Golden, name: str, wanted: np.ndarray, got: np.ndarray | Non
         )
     else:
         return ""
-    return f"output '{name}' is not what was recorded: {message}{let_through(golden, name)}"
+    return f"output '{name}' is not what was recorded: {message}{_let_through(golden, name)}"
 
 
-def let_through(golden: Golden, name: str) -> str:
+def _let_through(golden: Golden, name: str) -> str:
     """That an output was wrong when it was exported, "" if it was not."""
     return " (the export let it through: --allow-parity-failure)" if name in golden.allowed else ""

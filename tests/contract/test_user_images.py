@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.images import UnreadableImage, decode_rgb
+from contract.images import TRUSTED, UnreadableImage, decode
 
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -28,7 +28,7 @@ def test_the_exif_orientation_is_applied(ramp):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned a quarter, to be turned back clockwise
     stored = encoded(upright.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
-    assert np.array_equal(np.asarray(decode_rgb(stored, "x")), ramp)
+    assert np.array_equal(np.asarray(decode(stored, TRUSTED, name="x")), ramp)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "CMYK", "YCbCr", "I;16", "RGBA"])
@@ -40,34 +40,36 @@ def test_every_mode_becomes_rgb_of_the_same_size(ramp, mode):
         else image.convert(mode)
     )
     kind = {"CMYK": "JPEG", "YCbCr": "JPEG"}.get(mode, "PNG")
-    decoded = decode_rgb(encoded(image, kind), "x")
+    decoded = decode(encoded(image, kind), TRUSTED, name="x")
     assert decoded.mode == "RGB" and decoded.size == (60, 40)
 
 
 def test_grey_and_cmyk_keep_their_colours(ramp):
-    grey = np.asarray(decode_rgb(encoded(Image.fromarray(ramp[..., 0]), "PNG"), "x"))
+    grey = np.asarray(decode(encoded(Image.fromarray(ramp[..., 0]), "PNG"), TRUSTED, name="x"))
     assert all(np.array_equal(grey[..., channel], ramp[..., 0]) for channel in range(3))
     cmyk = encoded(Image.fromarray(ramp).convert("CMYK"), "TIFF")
-    assert np.abs(np.asarray(decode_rgb(cmyk, "x")).astype(int) - ramp).max() <= 2
+    assert np.abs(np.asarray(decode(cmyk, TRUSTED, name="x")).astype(int) - ramp).max() <= 2
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped():
     values = np.linspace(0, 65535, 256).astype(np.uint16)[None].repeat(3, axis=0)
-    decoded = np.asarray(decode_rgb(encoded(Image.fromarray(values), "PNG"), "x"))
+    decoded = np.asarray(decode(encoded(Image.fromarray(values), "PNG"), TRUSTED, name="x"))
     assert np.array_equal(decoded[0, :, 0], np.arange(256))
     assert np.array_equal(
-        np.asarray(decode_rgb(encoded(Image.fromarray(values), "TIFF"), "x")), decoded
+        np.asarray(decode(encoded(Image.fromarray(values), "TIFF"), TRUSTED, name="x")), decoded
     )
 
 
 def test_transparency_is_laid_on_white():
     pixels = np.zeros((2, 2, 4), np.uint8)
     pixels[0, 0] = (255, 0, 0, 255)
-    decoded = np.asarray(decode_rgb(encoded(Image.fromarray(pixels), "PNG"), "x"))
+    decoded = np.asarray(decode(encoded(Image.fromarray(pixels), "PNG"), TRUSTED, name="x"))
     assert decoded[0, 0].tolist() == [255, 0, 0] and decoded[1, 1].tolist() == [255, 255, 255]
     palette = Image.fromarray(pixels[..., :3]).quantize(4)
     transparent = palette.getpixel((1, 1))
-    decoded = np.asarray(decode_rgb(encoded(palette, "PNG", transparency=transparent), "x"))
+    decoded = np.asarray(
+        decode(encoded(palette, "PNG", transparency=transparent), TRUSTED, name="x")
+    )
     assert decoded[1, 1].tolist() == [255, 255, 255]
 
 
@@ -86,7 +88,7 @@ def test_what_cannot_be_decoded_is_named_with_a_reason(data, tmp_path):
         if isinstance(source, Path):
             source.write_bytes(data)
         with pytest.raises(UnreadableImage, match=r"^holiday\.jpg: \S"):
-            decode_rgb(source, "holiday.jpg")
+            decode(source, TRUSTED, name="holiday.jpg")
 
 
 @pytest.mark.parametrize("side", [10_000, 20_000])
@@ -94,4 +96,4 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(side):
     bomb = encoded(Image.new("1", (side, side)), "PNG")
     assert len(bomb) < 100_000
     with pytest.raises(UnreadableImage, match="bomb: .* pixels"):
-        decode_rgb(bomb, "bomb")
+        decode(bomb, TRUSTED, name="bomb")
