@@ -16,7 +16,7 @@ from contract.manifest import ParityRecord, Precision
 from contract.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE, SPACES, layer_names
 from distill.methods.deployment import BACKBONE
 from export.graph import DPT, Part, Student
-from export.runtimes.runtime import Outputs, Runtime
+from export.runtimes.base import Outputs, Runtime
 
 TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
 """Least cosine between a graph's output and the student's, on every picture."""

@@ -26,18 +26,11 @@ from contract.signature import IMAGE
 from distill.data.pictures import PackagedPhotos
 from export.graph import build_parts, open_student
 from export.parity import TOLERANCE, compare
-from export.runtimes.runtime import (
-    LEVELS,
-    Bound,
-    CudaRuntime,
-    EngineRuntime,
-    OnnxRuntime,
-    OpenVINO,
-    Outputs,
-    Runtime,
-    as_array,
-    cpu_runtime,
-)
+from export.runtimes.available import cpu_runtime
+from export.runtimes.base import Bound, Outputs, Runtime
+from export.runtimes.engine import EngineRuntime, as_array
+from export.runtimes.onnx import LEVELS, CudaRuntime, OnnxRuntime
+from export.runtimes.openvino import OpenVINO
 
 Setting = TypeVar("Setting", str, int)
 

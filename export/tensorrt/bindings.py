@@ -256,27 +256,6 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class SignalStack(ctypes.Structure):
-    """stack_t of sigaltstack(2)."""
-
-    _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
-
-
-@contextmanager
-def signal_stack_kept() -> Iterator[None]:
-    """Give this thread its signal stack back.
-
-    OpenVINO sets its own and, once several have come and gone, leaves one that is no longer there:
-    the next signal, Ctrl-C say, would crash the process instead of stopping it.
-    """
-    libc, before = ctypes.CDLL(None), SignalStack()
-    libc.sigaltstack(None, ctypes.byref(before))
-    try:
-        yield
-    finally:
-        libc.sigaltstack(ctypes.byref(before), None)
-
-
 def progress_bars() -> Progress:
     """Bars on standard error while it is a terminal, nothing elsewhere."""
     console = Console(stderr=True)

@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from contract.manifest import MANIFEST, read_manifest
 from export.bench.__main__ import main as bench
 from export.bench.timing import Feeds, fastest
-from export.runtimes.runtime import Bound, OnnxRuntime
+from export.runtimes.base import Bound
+from export.runtimes.onnx import OnnxRuntime
 from export.tensorrt.bindings import gpu_present
 from tests.conftest import run_here
 

@@ -198,7 +198,7 @@ def test_there_is_a_bundle_at_every_moment_of_its_replacement(tmp_path, monkeypa
 EXPORT = """
 import json, os, signal, sys, time
 from pathlib import Path
-from distill.errors import exit_status
+from contract.errors import exit_status
 from export import output
 
 def export():
@@ -328,7 +328,7 @@ def test_ctrl_c_is_one_line_and_130(module, capsys):
     assert capsys.readouterr().err == "stopped\n"
 
 
-@pytest.mark.parametrize("package", ["distill", "serve"])
+@pytest.mark.parametrize("package", ["contract", "serve"])
 @pytest.mark.parametrize("lines", [3, 100_000])
 def test_a_reader_who_has_seen_enough_ends_a_command_without_a_word(package, lines):
     code = (

@@ -24,7 +24,8 @@ from export.options import parse_sizes
 from export.parity import TOLERANCE, agreement, check_sizes, compare, judge, measure
 from export.precision import DTYPES, cast_student
 from export.run import main
-from export.runtimes.runtime import OnnxRuntime, OpenVINO
+from export.runtimes.onnx import OnnxRuntime
+from export.runtimes.openvino import OpenVINO
 from tests.conftest import run_here
 
 
