@@ -631,5 +631,5 @@ def test_help_explains_precision_and_calibration(capsys):
     with pytest.raises(SystemExit):
         export(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("weights and arithmetic", "ranges of its numbers", "rare outliers"):
+    for words in ("weights and arithmetic", "ranges of activations", "rare outliers"):
         assert words in said

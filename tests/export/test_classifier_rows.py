@@ -157,9 +157,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, run, tmp_path):
 
 
 def test_both_of_its_options_are_needed(tmp_path):
-    refused(run_here("--output", tmp_path / "out", "--classifier", "cls", command=main), "no --run")
     refused(
-        run_here("--output", tmp_path / "out", "--run", tmp_path, command=main), "no --classifier"
+        run_here("--output", tmp_path / "out", "--classifier", "cls", command=main),
+        "--run is required",
+    )
+    refused(
+        run_here("--output", tmp_path / "out", "--run", tmp_path, command=main),
+        "--classifier is required",
     )
 
 
