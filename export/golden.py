@@ -1,8 +1,8 @@
-"""A few photographs and what the torch student says of them, kept in the bundle: a server compares
-itself with this.
+"""A few photographs and the torch student's outputs for them, stored in the bundle: a server compares
+itself with these.
 
-A rollout asks the new version for these pictures before the switch, and canaries ask again while it
-serves; both only need numpy and safetensors (`serve/golden.py`).
+A rollout compares the new version before the switch, and canaries compare again while it serves;
+both only need numpy and safetensors.
 """
 
 import json

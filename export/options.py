@@ -114,7 +114,7 @@ class ExportOptions(Options):
         self._check_engines()
         self._check_calibration()
         for option in ("images", "calibration"):
-            check_folder(spelled(option), getattr(self, option))
+            _check_folder(spelled(option), getattr(self, option))
         return self
 
     def _check_engines(self) -> None:
@@ -202,7 +202,7 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def check_folder(option: str, folder: Path | str | None) -> None:
+def _check_folder(option: str, folder: Path | str | None) -> None:
     """Raise UserError for pictures that are to come from a path which is not a folder."""
     if isinstance(folder, Path) and not folder.is_dir():
         problem = (

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class EngineRuntime(Runtime):
-    """Engines of one flavour on the GPU they were built for, each opened once; torch holds what
-    goes in and comes out.
+    """Engines of one flavour on the GPU they were built for, each opened once; torch holds inputs and
+    outputs.
 
     Raises UserError, before an engine is opened, for one of another GPU, without weights, or
     damaged.
@@ -60,10 +60,10 @@ class EngineRuntime(Runtime):
             self.kept += [runtime, engine]
 
     def _open_context(self, trt: Any, graph: str, engine: Any) -> Any:
-        """What executes an engine; raises UserError without the memory for it."""
+        """An engine's execution context; raises UserError if there is not enough memory."""
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-            # TensorRT-RTX would compile kernels for a shape beside the first calls, and they are
-            # what is timed
+            # by default TensorRT-RTX compiles a shape's kernels during the first calls, which are
+            # timed
             config = engine.create_runtime_config()
             config.dynamic_shapes_kernel_specialization_strategy = (
                 trt.DynamicShapesKernelSpecializationStrategy.EAGER
@@ -76,7 +76,7 @@ class EngineRuntime(Runtime):
         return context
 
     def bind(self, graph: str, feeds: Outputs) -> Bound:
-        """Copy a graph's inputs to the GPU and make room for its outputs there."""
+        """Copy a graph's inputs to the GPU and allocate its outputs there."""
         context, record = self.contexts[graph], self.records[graph]
         shapes = {name: value.shape for name, value in feeds.items()}
         profile = profile_for(record, shapes)
@@ -86,7 +86,7 @@ class EngineRuntime(Runtime):
             if feeds[tensor.name].dtype.name != tensor.dtype:
                 given = feeds[tensor.name].dtype.name
                 raise UserError(
-                    f"{self.name}: graph '{graph}': '{tensor.name}' is {given}, it takes "
+                    f"{self.name}: graph '{graph}': '{tensor.name}' is {given}, but must be "
                     f"{tensor.dtype}"
                 )
         inputs = {
@@ -123,7 +123,7 @@ class EngineRuntime(Runtime):
         return Bound(call, lambda: [as_array(outputs[tensor.name]) for tensor in record.outputs])
 
     def _place(self, graph: str, profile: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Tell a context its profile, the inputs' shapes and where everything lies."""
+        """Set a context's profile, the inputs' shapes and all addresses."""
         context, failed = self.contexts[graph], []
         self.logger.errors.clear()
         if context.active_optimization_profile != profile:

@@ -92,7 +92,6 @@ class OnnxRuntime(Runtime):
 
     @contextlib.contextmanager
     def _one_line_errors(self, graph: str) -> Iterator[None]:
-        """Turn what onnxruntime raises into a UserError."""
         try:
             yield
         except _FAILURES as error:
@@ -148,7 +147,7 @@ class CudaRuntime(OnnxRuntime):
 
 
 def no_cuda_provider() -> str:
-    """Why onnxruntime cannot use a GPU here, with the remedy; "" where it might."""
+    """Why onnxruntime cannot use a GPU here, with the remedy; "" if it may be able to."""
     if not gpu.gpu_present():
         return "no CUDA GPU is visible here (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
     if CUDA not in onnxruntime.get_available_providers():

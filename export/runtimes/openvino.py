@@ -18,10 +18,10 @@ class SignalStack(ctypes.Structure):
 
 @contextmanager
 def _signal_stack_kept() -> Iterator[None]:
-    """Give this thread its signal stack back.
+    """Restore this thread's signal stack.
 
-    OpenVINO sets its own and, once several have come and gone, leaves one that is no longer there:
-    the next signal, Ctrl-C say, would crash the process instead of stopping it.
+    OpenVINO sets its own and, once several runtimes have been opened and closed, leaves one that no
+    longer exists: the next signal, such as Ctrl-C, would crash the process instead of stopping it.
     """
     libc, before = ctypes.CDLL(None), SignalStack()
     libc.sigaltstack(None, ctypes.byref(before))
@@ -32,10 +32,9 @@ def _signal_stack_kept() -> Iterator[None]:
 
 
 class OpenVINO(Runtime):
-    """Graphs in OpenVINO on the CPU: it runs bf16 graphs, which onnxruntime's CPU provider does
-    not.
+    """Graphs in OpenVINO on the CPU, which runs bf16 graphs as onnxruntime's CPU provider does not.
 
-    `settings` are the CPU plugin's; without any it computes in float32.
+    `settings` are the CPU plugin's; the default computes in float32.
     """
 
     name = "openvino-cpu"
@@ -56,8 +55,7 @@ class OpenVINO(Runtime):
             raise UserError("OpenVINO is not installed: pip install openvino") from error
 
         core = openvino.Core()
-        # full precision of what the graph says: the check is of the graph, not of the plugin's
-        # shortcuts
+        # by itself the plugin may compute float32 graphs in bf16; parity is of the graph
         settings = {"INFERENCE_PRECISION_HINT": "f32"} if settings is None else settings
         self.models = {}
         for graph, path in files.items():
@@ -70,7 +68,6 @@ class OpenVINO(Runtime):
                     ) from error
 
     def bind(self, graph: str, feeds: Outputs) -> Bound:
-        """An infer request of its own, on the arrays as they are."""
         request = self.models[graph].create_infer_request()
         places = range(len(self.models[graph].outputs))
 

@@ -106,9 +106,7 @@ def _shape_of(
 
 
 def profile_for(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    """The number of the first optimisation profile that admits inputs of these shapes, None where
-    none does.
-    """
+    """Number of the first optimization profile that admits inputs of these shapes, or None."""
 
     def admits(ranges: dict, name: str, declared: tuple[int, ...]) -> bool:
         smallest, _, largest = ranges.get(name, (declared,) * 3)
@@ -137,7 +135,7 @@ def outside(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def not_for_here(record: EngineRecord) -> str:
-    """Why an engine cannot run on this machine, "" where it can."""
+    """Why an engine cannot run on this machine, "" if it can."""
     here, built = compute_capability(), ", ".join(record.compute_capabilities)
     if here is None:
         return f"built for GPUs of compute capability {built}, and no GPU is visible here"

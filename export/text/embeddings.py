@@ -25,10 +25,10 @@ from export.text.tower import (
 if TYPE_CHECKING:  # mistakes in labels and options must not wait for torch to load
     from torch import Tensor
 
-FORMAT = 1
+_FORMAT = 1
 """Version of class_embeddings.safetensors' metadata."""
 
-EMBEDDINGS, SIDECAR = "class_embeddings.safetensors", "text_encoder.json"
+_EMBEDDINGS, _SIDECAR = "class_embeddings.safetensors", "text_encoder.json"
 
 
 def write_embeddings(options: TextOptions) -> None:
@@ -67,7 +67,7 @@ def write_embeddings(options: TextOptions) -> None:
     about = (
         tower.about
         | {
-            "format": FORMAT,
+            "format": _FORMAT,
             "classes": [label.name for label in labels],
             "labels": [label.words for label in labels],
             "templates": templates,
@@ -75,22 +75,22 @@ def write_embeddings(options: TextOptions) -> None:
         | ({"teacher": options.teacher} if options.teacher else {})
     )
     _write_files(options.output, files, {"embeddings": embeddings}, about)
-    add_files(options.output, [EMBEDDINGS, *files])
+    add_files(options.output, [_EMBEDDINGS, *files])
     print(
         f"labels    {len(labels)}, each in {len(templates)} sentences: embeddings "
         f"{list(embeddings.shape)}"
     )
-    for name in (EMBEDDINGS, *files):
+    for name in (_EMBEDDINGS, *files):
         print(f"wrote     {options.output / name}")
-    if not files and (options.output / SIDECAR).exists():
+    if not files and (options.output / _SIDECAR).exists():
         print(
-            f"note      {SIDECAR} and its graph were kept: add --with-encoder if they are of another "
+            f"note      {_SIDECAR} and its graph were kept: add --with-encoder if they are of another "
             "model"
         )
     print("next      score a student distilled from this CLIP, in that teacher's space:")
     print(
         "  python -m distill.evaluate RUN --tasks zero-shot "
-        f"zero_shot.embeddings={options.output / EMBEDDINGS} --features clip --data ROOT"
+        f"zero_shot.embeddings={options.output / _EMBEDDINGS} --features clip --data ROOT"
     )
 
 
@@ -110,13 +110,13 @@ def _teacher_spaces(options: TextOptions) -> list[TeacherRecord]:
 
 def _write_classifier(options: TextOptions, labels: list[Label]) -> None:
     tensors, about = classifier_rows(options.run, options.classifier, labels, options.labels)
-    _write_files(options.output, {}, tensors, about | {"format": FORMAT})
-    add_files(options.output, [EMBEDDINGS])
+    _write_files(options.output, {}, tensors, about | {"format": _FORMAT})
+    add_files(options.output, [_EMBEDDINGS])
     print(
         f"classes   {len(labels)} rows of the classifier of '{options.classifier}': "
         f"{list(tensors['embeddings'].shape)}"
     )
-    print(f"wrote     {options.output / EMBEDDINGS}")
+    print(f"wrote     {options.output / _EMBEDDINGS}")
     if (options.output / MANIFEST).exists():
         print("next      serve them:")
         print(f"  python -m serve.run {options.output}")
@@ -149,4 +149,4 @@ def _write_files(
     }
     # not save_file: only the owner could read its file, and servers run as another user
     data = save(tensors, metadata | {"sha256": tensors_sha256(tensors)})
-    write_atomically(folder / EMBEDDINGS, lambda temporary: temporary.write_bytes(data))
+    write_atomically(folder / _EMBEDDINGS, lambda temporary: temporary.write_bytes(data))

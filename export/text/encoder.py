@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from contract.errors import UserError
 from export.text.tower import TextTower, quiet
 
-FORMAT = 1
+_FORMAT = 1
 """Version of text_encoder.json."""
 
-GRAPH, SIDECAR = "text_encoder.onnx", "text_encoder.json"
-INPUT, OUTPUT, OPSET = "token_ids", "text_embedding", 20
-MIN_COSINE = 0.99999
+_GRAPH, _SIDECAR = "text_encoder.onnx", "text_encoder.json"
+_INPUT, _OUTPUT, _OPSET = "token_ids", "text_embedding", 20
+_MIN_COSINE = 0.99999
 """Between the graph's and torch's embedding of one text, in float32."""
 
 
@@ -43,20 +43,20 @@ def encoder_files(tower: TextTower, tokens: Tensor) -> dict[str, bytes]:
     graph = _text_graph(tower)
     parity = _compare(tower, graph, tokens)
     vocabulary = Path(default_bpe())
-    contents = {vocabulary.name: vocabulary.read_bytes(), GRAPH: graph}
+    contents = {vocabulary.name: vocabulary.read_bytes(), _GRAPH: graph}
     sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
     tokenizer = tower.tokenizer
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
     sidecar = {
-        "format": FORMAT,
+        "format": _FORMAT,
         **tower.about,
         "torch": torch.__version__,
         "onnx": onnx.__version__,
         "parity": parity,
-        "graph": {"file": GRAPH, "sha256": sha256[GRAPH], "opset": OPSET},
-        "input": {"name": INPUT, "dtype": "int64", "shape": ["batch", tower.context]},
+        "graph": {"file": _GRAPH, "sha256": sha256[_GRAPH], "opset": _OPSET},
+        "input": {"name": _INPUT, "dtype": "int64", "shape": ["batch", tower.context]},
         "output": {
-            "name": OUTPUT,
+            "name": _OUTPUT,
             "dtype": "float32",
             "shape": ["batch", parity.pop("dim")],
             "normalized": True,
@@ -73,7 +73,7 @@ def encoder_files(tower: TextTower, tokens: Tensor) -> dict[str, bytes]:
             "end": {"token": tokenizer.decoder[end], "id": end},
         },
     }
-    return contents | {SIDECAR: json.dumps(sidecar, indent=2).encode()}
+    return contents | {_SIDECAR: json.dumps(sidecar, indent=2).encode()}
 
 
 def _text_graph(tower: TextTower) -> bytes:
@@ -93,10 +93,10 @@ def _text_graph(tower: TextTower) -> bytes:
             Normalised(tower.model).eval(),
             (example,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=_OPSET,
             verbose=False,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
+            input_names=[_INPUT],
+            output_names=[_OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
         )
     proto = program.model_proto
@@ -113,8 +113,8 @@ def _text_graph(tower: TextTower) -> bytes:
         part.ClearField("metadata_props")
         part.ClearField("doc_string")
     opsets = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
-    if opsets != [OPSET]:  # the exporter may silently write another
-        raise RuntimeError(f"torch exported opset {opsets}, but {OPSET} was requested")
+    if opsets != [_OPSET]:  # the exporter may silently write another
+        raise RuntimeError(f"torch exported opset {opsets}, but {_OPSET} was requested")
     onnx.checker.check_model(proto, full_check=True)
     return proto.SerializeToString(deterministic=True)
 
@@ -129,12 +129,12 @@ def _compare(tower: TextTower, graph: bytes, tokens: Tensor) -> dict[str, float 
     for rows in (tokens[:1], tokens[[0, len(tokens) // 2, -1]]):
         with torch.inference_mode():
             expected = F.normalize(tower.model.encode_text(rows).float(), dim=-1)
-        result = torch.from_numpy(session.run([OUTPUT], {INPUT: rows.numpy()})[0])
+        result = torch.from_numpy(session.run([_OUTPUT], {_INPUT: rows.numpy()})[0])
         cosine = min(cosine, F.cosine_similarity(result, expected).min().item())
         error, dim = max(error, (result - expected).abs().max().item()), expected.shape[1]
-    if not cosine >= MIN_COSINE:  # NaN fails too
+    if not cosine >= _MIN_COSINE:  # NaN fails too
         raise UserError(
             f"--with-encoder: the ONNX text tower differs from torch (cosine {cosine:.6f}, at least "
-            f"{MIN_COSINE} is required): leave the option out, or try other versions of torch and onnxruntime"
+            f"{_MIN_COSINE} is required): leave the option out, or try other versions of torch and onnxruntime"
         )
     return {"cosine": cosine, "max_abs_error": error, "dim": dim}

@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from contract.engine_record import EngineOptions, EngineRecord, EngineTensor, Profile
 from contract.errors import UserError
 from contract.manifest import read_manifest
 from distill.data.pictures import PackagedPhotos
@@ -25,15 +26,7 @@ from export.runtimes.onnx import CUDA, CudaRuntime, OnnxRuntime
 from export.runtimes.openvino import OpenVINO, SignalStack
 from export.tensorrt import bindings as gpu
 from export.tensorrt import engines
-from export.tensorrt.build import (
-    EngineOptions,
-    EngineRecord,
-    EngineTensor,
-    Profile,
-    build_engine,
-    read_record,
-    record_path,
-)
+from export.tensorrt.build import build_engine, read_record, record_path
 from export.tensorrt.engines import make_profile, not_for_here, outside, profile_for
 
 without_gpu = pytest.mark.skipif(gpu.gpu_present(), reason="says what happens without a GPU")

@@ -525,7 +525,7 @@ def test_an_unreachable_hub_is_one_line_with_the_remedy(labels, tmp_path):
         env=os.environ
         | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
     )
-    refused(done, "cannot be had", "--pretrained FILE and --model ViT-B-16-quickgelu")
+    refused(done, "cannot be downloaded", "--pretrained FILE and --model ViT-B-16-quickgelu")
     assert not (tmp_path / "out").exists()
 
 

@@ -19,16 +19,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("tensorrt_rtx", reason="needs pip install tensorrt-rtx")
 
+from contract.engine_record import EngineOptions, EngineTensor, Profile
 from contract.errors import UserError
-from export.tensorrt.bindings import compute_capability, gpu_present
+from export.tensorrt.bindings import FLAVOURS, compute_capability, gpu_present, load_bindings
 from export.tensorrt.build import (
-    FLAVOURS,
-    EngineOptions,
-    EngineTensor,
-    Profile,
     build_engine,
     inspect_engine,
-    load_bindings,
     read_record,
     record_path,
     verify_engine,
