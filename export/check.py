@@ -1,4 +1,4 @@
-"""`python -m export.check`: is a bundle whole, valid and what its manifest says?"""
+"""`python -m export.check`: verify that a bundle is complete, valid and as its manifest says."""
 
 import json
 import sys
@@ -19,10 +19,16 @@ EPILOG = """\
 examples:
   python -m export.check bundles/quickstart
 
-Verifies the sha256 of every file and that there are no others, each graph (onnx.checker, opset, names, types and shapes of
-inputs and outputs, types of weights, against the manifest), the text encoder against its own description, the tensors of
-golden set and class embeddings, the recorded parity, and every engine's sidecar.
-Exit status: 0 all well, 1 something is wrong, 2 no bundle.
+Verifies
+  files    the sha256 of every file, and that there are no others
+  graphs   onnx.checker, opset, and the names, types and shapes of inputs and
+           outputs and the types of weights, against the manifest; the text
+           encoder against its own description
+  tensors  the golden set and the class embeddings
+  engines  every engine's sidecar
+  parity   the recorded comparisons with the student
+
+Exit status: 0 everything is correct, 1 something is wrong, 2 not a bundle.
 """
 
 
@@ -37,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(bundle: Path) -> int:
-    """Verify and print a table; returns 0 where everything is well, else 1."""
+    """Verify a bundle and print a table; returns 0 if everything is correct, else 1."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -45,15 +51,15 @@ def check(bundle: Path) -> int:
     manifest = read_manifest(bundle)
     rows = [("file", name, problem) for name, problem in verify_files(bundle, manifest).items()]
     rows += [
-        ("graph", graph.name, graph_problem(bundle, manifest, graph)) for graph in manifest.graphs
+        ("graph", graph.name, _graph_problem(bundle, manifest, graph)) for graph in manifest.graphs
     ]
     for name in manifest.files:
         if name == "text_encoder.json":
-            rows.append(("graph", "text_encoder", encoder_problem(bundle, manifest, name)))
+            rows.append(("graph", "text_encoder", _encoder_problem(bundle, manifest, name)))
         elif name.endswith(".safetensors"):
-            rows.append(("tensors", name, tensors_problem(bundle / name, manifest)))
+            rows.append(("tensors", name, _tensors_problem(bundle / name, manifest)))
     rows += [
-        ("engine", entry.file, engine_problem(bundle, manifest, entry))
+        ("engine", entry.file, _engine_problem(bundle, manifest, entry))
         for entry in manifest.engines
     ]
     failed = [row for row in manifest.parity if not row.passed]
@@ -71,20 +77,22 @@ def check(bundle: Path) -> int:
         table.add_row(kind, shown, f"[red]{escape(problem)}[/red]" if problem else "ok")
     Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
     wrong = sum(bool(problem) for _, _, problem in rows)
-    print(f"{bundle}: {'all well' if not wrong else f'{wrong} of {len(rows)} checks failed'}")
+    print(
+        f"{bundle}: {'all checks passed' if not wrong else f'{wrong} of {len(rows)} checks failed'}"
+    )
     return 1 if wrong else 0
 
 
-def graph_problem(bundle: Path, manifest: Manifest, record: GraphRecord) -> str:
-    """What is wrong with a graph's file, "" where nothing is."""
-    model, problem = open_graph(bundle, manifest, record.file, record.opset)
+def _graph_problem(bundle: Path, manifest: Manifest, record: GraphRecord) -> str:
+    """What is wrong with a graph's file, "" if nothing is."""
+    model, problem = _open_graph(bundle, manifest, record.file, record.opset)
     if model is None:
         return problem
     for values, tensors in (
         (model.graph.input, record.inputs),
         (model.graph.output, record.outputs),
     ):
-        result = [describe(value) for value in values]
+        result = [_describe(value) for value in values]
         wanted = [(t.name, t.dtype, tuple(t.shape)) for t in tensors]
         if result != wanted:
             return f"{result} where the manifest says {wanted}"
@@ -96,10 +104,10 @@ def graph_problem(bundle: Path, manifest: Manifest, record: GraphRecord) -> str:
     return ""
 
 
-def open_graph(
+def _open_graph(
     bundle: Path, manifest: Manifest, file: str, opset: int
 ) -> "tuple[onnx.ModelProto | None, str]":
-    """A graph's model without its external weights, or None and what is wrong with its file."""
+    """A graph's model without its external weights, or None and what is wrong with the file."""
     import onnx
 
     path = bundle / file
@@ -120,7 +128,7 @@ def open_graph(
 
 
 def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
-    """Types of a graph's initialisers, sorted."""
+    """Types of a graph's initializers, sorted."""
     import onnx
 
     names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.DOUBLE: "float64"}
@@ -130,10 +138,8 @@ def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
     )
 
 
-def encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
-    """What is wrong with the text encoder that a file of `export.text` describes, "" where nothing
-    is.
-    """
+def _encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
+    """What is wrong with the text encoder that a file of `export.text` describes, "" if nothing is."""
     try:
         about = json.loads((bundle / name).read_bytes())
         graph, ports = about["graph"], [about["input"], about["output"]]
@@ -142,19 +148,19 @@ def encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
                 return f"{part['file']} is not in the manifest"
             if file_sha256(bundle / part["file"]) != part["sha256"]:
                 return f"{part['file']} is not the one that {name} describes"
-        model, problem = open_graph(bundle, manifest, graph["file"], graph["opset"])
+        model, problem = _open_graph(bundle, manifest, graph["file"], graph["opset"])
         if model is None:
             return problem
         wanted = [(port["name"], port["dtype"], tuple(port["shape"])) for port in ports]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{name} does not describe an encoder ({type(error).__name__}: {error})"
-    result = [describe(value) for value in (*model.graph.input, *model.graph.output)]
+    result = [_describe(value) for value in (*model.graph.input, *model.graph.output)]
     return "" if result == wanted else f"{result} where {name} says {wanted}"
 
 
-def tensors_problem(path: Path, manifest: Manifest) -> str:
-    """What is wrong with a file of tensors, "" where nothing is: golden set, class embeddings, or
-    any other.
+def _tensors_problem(path: Path, manifest: Manifest) -> str:
+    """What is wrong with a file of tensors (golden set, class embeddings, or another), "" if nothing
+    is.
     """
     import numpy as np
     from safetensors import SafetensorError, safe_open
@@ -167,7 +173,7 @@ def tensors_problem(path: Path, manifest: Manifest) -> str:
             classes, rows = len(json.loads(about["classes"])), len(tensors["embeddings"])
             if classes != rows:
                 return f"{rows} embeddings for {classes} classes"
-        if path.name == GOLDEN and (lacking := missing_outputs(tensors, manifest)):
+        if path.name == GOLDEN and (lacking := _missing_outputs(tensors, manifest)):
             return f"lacks {', '.join(lacking)}"
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
@@ -179,14 +185,14 @@ def tensors_problem(path: Path, manifest: Manifest) -> str:
     return f"'{odd[0]}' holds numbers that are not finite" if odd else ""
 
 
-def missing_outputs(tensors: Iterable[str], manifest: Manifest) -> list[str]:
-    """Which input and outputs of the whole student a golden set has nothing of."""
+def _missing_outputs(tensors: Iterable[str], manifest: Manifest) -> list[str]:
+    """Input and outputs of `fused` that a golden set lacks."""
     fused = manifest.graph("fused")
     return sorted({tensor.name for tensor in (*fused.inputs, *fused.outputs)} - set(tensors))
 
 
-def engine_problem(bundle: Path, manifest: Manifest, entry: BundledEngine) -> str:
-    """What is wrong with an engine and its sidecar, "" where nothing is."""
+def _engine_problem(bundle: Path, manifest: Manifest, entry: BundledEngine) -> str:
+    """What is wrong with an engine and its sidecar, "" if nothing is."""
     from export.tensorrt.build import verify_engine
 
     if entry.file not in manifest.files:
@@ -197,10 +203,10 @@ def engine_problem(bundle: Path, manifest: Manifest, entry: BundledEngine) -> st
         record = verify_engine(bundle / entry.file)
     except UserError as error:
         return str(error)
-    return "" if record == entry.record else "its sidecar says something else than the manifest"
+    return "" if record == entry.record else "its sidecar differs from the manifest"
 
 
-def describe(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int | str, ...]]:
+def _describe(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int | str, ...]]:
     """Name, element type and shape of a graph's input or output."""
     import onnx
 

@@ -1,4 +1,4 @@
-"""One graph out of several: what one gives is what the next one reads."""
+"""Several graphs in a chain, composed to one."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ from export.graph import Part
 def compose(
     signature: Signature, parts: Sequence[Part], models: dict[str, onnx.ModelProto]
 ) -> onnx.ModelProto:
-    """The graph of a `signature` made of the graphs of `parts`, in their order; inputs and outputs
-    keep their names.
+    """The graph of a `signature`, composed of the graphs of `parts` in their order.
 
-    Everything inside is called `<graph>/<name>`; weights that several graphs hold are kept once.
+    Inputs and outputs keep their names, everything inside is called `<graph>/<name>`. Weights that
+    several graphs hold are kept once.
     """
     first = models[parts[0].signature.graph]
     whole = onnx.ModelProto(ir_version=first.ir_version, opset_import=first.opset_import)
@@ -34,7 +34,7 @@ def compose(
             )
             key = (tensor.data_type, tuple(tensor.dims), hashlib.sha256(data).digest())
             same[tensor.name] = held.setdefault(key, f"{label}/{tensor.name}")
-        rename(
+        _rename(
             graph,
             lambda name, p=ports, s=same, g=label: (
                 name if name in p or not name else s.get(name, f"{g}/{name}")
@@ -51,10 +51,8 @@ def compose(
     return whole
 
 
-def rename(graph: onnx.GraphProto, name: Callable[[str], str]) -> None:
-    """Give every tensor and node of a graph another name. (No graph of ours holds others: they have
-    neither If nor Loop.)
-    """
+def _rename(graph: onnx.GraphProto, name: Callable[[str], str]) -> None:
+    """Rename every tensor and node of a graph; subgraphs (If, Loop) do not occur here."""
     for node in graph.node:
         node.name = name(node.name)
         node.input[:] = [name(value) for value in node.input]

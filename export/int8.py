@@ -1,8 +1,8 @@
-"""int8: ranges of activations from photographs, then Q/DQ nodes in every graph; `fused` is put
-together from the others.
+"""int8: ranges of activations from photographs, then Q/DQ nodes in every graph; `fused` is composed
+of the others.
 
-All is symmetric s8s8 with a scale per channel of weights, one file for all runtimes. Biases stay in
-float: TensorRT refuses onnxruntime's 32-bit ones.
+Symmetric s8s8 with one scale per channel of weights: one file for all runtimes. Biases stay in
+float because TensorRT refuses onnxruntime's 32-bit ones.
 """
 
 import contextlib
@@ -26,44 +26,44 @@ from contract.errors import Failure
 from contract.signature import FUSED, IMAGE
 from export.compose import compose
 from export.graph import Part
-from export.runtimes.runtime import OnnxRuntime, Outputs
+from export.runtimes.base import Outputs
+from export.runtimes.onnx import OnnxRuntime
 from export.to_onnx import OPSET, check, clean, save
 
 log = logging.getLogger(__name__)
 
-QUANTIZED = ["MatMul", "Gemm", "Conv"]
-"""Where int8 pays. Quantising norms, softmax or GELU costs accuracy and saves nothing."""
+_QUANTIZED = ["MatMul", "Gemm", "Conv"]
+"""Where int8 pays. Quantizing norms, softmax or GELU costs accuracy and saves nothing."""
 
 SMALLEST = 16
-"""Matrices with fewer rows or columns stay in float: kernels have no use for them."""
+"""Matrices with fewer rows or columns stay in float: int8 kernels do not speed them up."""
 
 METHODS = {
     "entropy": CalibrationMethod.Entropy,
     "percentile": CalibrationMethod.Percentile,
     "minmax": CalibrationMethod.MinMax,
 }
-OPTIONS = {
+_OPTIONS = {
     "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False,
-    # a product is added to, normalised or activated before it is read again: quantising it in
+    # a product is added to, normalised or activated before it is read again: quantizing it in
     # between only costs accuracy
-    "OpTypesToExcludeOutputQuantization": QUANTIZED,
+    "OpTypesToExcludeOutputQuantization": _QUANTIZED,
 }  # fmt: skip
 
 
 class Ranges(HistogramCollector):
-    """Ranges of tensors over pictures, onnxruntime's way: `collect` what each picture makes of
-    them, then `compute`.
+    """Ranges of tensors over pictures, as onnxruntime finds them: `collect` the tensors of each
+    picture, then `compute`.
     """
 
     def __init__(self, method: str) -> None:
-        bins = (
-            2048 if method == "percentile" else 512
-        )  # entropy looks at every range beyond 128 bins, in Python
+        # entropy tries every range beyond 128 bins, in Python
+        bins = 2048 if method == "percentile" else 512
         super().__init__(method, method == "percentile", bins, 128, 99.999, "same")
         self.seen: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def collect(self, name_to_arr: Outputs) -> None:
-        """Take in the values of one picture; raises Failure for what is not finite."""
+        """Add the values of one picture; raises Failure for values that are not finite."""
         for name, values in name_to_arr.items():
             low, high = values.min(), values.max()
             if not np.isfinite(high - low):
@@ -71,13 +71,11 @@ class Ranges(HistogramCollector):
             before = self.seen.get(name, (low, high))
             self.seen[name] = (min(low, before[0]), max(high, before[1]))
         if self.method != "minmax":
-            with quiet():
+            with _quiet():
                 super().collect(name_to_arr)
 
     def collect_absolute_value(self, name_to_arr: Outputs) -> None:
-        """Count magnitudes in bins of one width; onnxruntime's own sorts them, which takes longer
-        than the network.
-        """
+        # onnxruntime's own method sorts the magnitudes, which takes longer than the network
         for name, values in name_to_arr.items():
             magnitudes = np.abs(values).ravel()
             low, high = self.seen[name]
@@ -102,9 +100,7 @@ class Ranges(HistogramCollector):
     def merge_histogram(
         self, old_histogram: tuple, data_arr: np.ndarray, new_min, new_max, new_threshold
     ) -> tuple:
-        """Add a picture to a histogram of values; onnxruntime's own keeps the bins' width, and
-        would make millions of them.
-        """
+        # onnxruntime's own method keeps the width of the bins and would make millions of them
         counts, edges, low, high, threshold = old_histogram
         if new_threshold <= 8 * threshold:
             return super().merge_histogram(old_histogram, data_arr, new_min, new_max, new_threshold)
@@ -115,10 +111,9 @@ class Ranges(HistogramCollector):
         return result, wider, min(low, new_min), max(high, new_max), new_threshold
 
     def compute(self) -> TensorsData:
-        """The range of every tensor."""
         result = self.seen
         if self.method != "minmax" and result:
-            with quiet():
+            with _quiet():
                 result = self.compute_collection_result()
         ranges = {
             n: TensorData(lowest=np.asarray(r[0]), highest=np.asarray(r[1]))
@@ -134,17 +129,16 @@ def quantize_graphs(
     method: str,
     images: Sequence[np.ndarray],
 ) -> None:
-    """Give every graph at `paths` its int8 form, ranges taken from `images`, uint8 [1, H, W, 3]
-    each, run through all.
+    """Quantize every graph at `paths`, with ranges measured on `images`, uint8 [1, H, W, 3] each.
 
-    `fused`, with metadata `about`, is written too: it is the other graphs in one, and so says
-    exactly what they say.
+    `fused`, with metadata `about`, is written too, composed of the other graphs so that it computes
+    exactly what they compute.
     """
     own = [part for part in parts if part.signature.graph != FUSED]
     models = {part.signature.graph: onnx.load(paths[part.signature.graph]) for part in own}
     for model in models.values():
         del model.graph.value_info[:]  # onnxruntime's own shape inference trips over the exporter's
-    ranges = calibrate(own, models, method, images)
+    ranges = _calibrate(own, models, method, images)
     for part in parts:
         begun = time.perf_counter()
         graph = part.signature.graph
@@ -168,14 +162,14 @@ def quantize_graphs(
         )
 
 
-def calibrate(
+def _calibrate(
     parts: Sequence[Part],
     models: dict[str, onnx.ModelProto],
     method: str,
     images: Sequence[np.ndarray],
 ) -> dict[str, Ranges]:
-    """Ranges of what every graph's matrices and kernels read, by graph, each graph fed by those
-    before it.
+    """Ranges of the inputs of every graph's matrices and kernels, by graph; each graph is fed by
+    those before it.
     """
     begun = time.perf_counter()
     ranges, watched = {}, {}
@@ -185,13 +179,13 @@ def calibrate(
             graph = part.signature.graph
             ranges[graph], watched[graph] = Ranges(method), activations(models[graph])
             files[graph] = Path(folder) / f"{graph}.onnx"
-            answer = onnx.ModelProto()
-            answer.CopyFrom(models[graph])
-            given = {value.name for value in (*answer.graph.input, *answer.graph.output)}
-            answer.graph.output.extend(
-                onnx.ValueInfoProto(name=name) for name in watched[graph] if name not in given
+            model = onnx.ModelProto()
+            model.CopyFrom(models[graph])
+            ports = {value.name for value in (*model.graph.input, *model.graph.output)}
+            model.graph.output.extend(
+                onnx.ValueInfoProto(name=name) for name in watched[graph] if name not in ports
             )
-            save(answer, files[graph])
+            save(model, files[graph])
         runtime = OnnxRuntime(files)
         names = {
             graph: [o.name for o in session.get_outputs()]
@@ -210,13 +204,13 @@ def calibrate(
 
 
 def activations(model: onnx.ModelProto) -> list[str]:
-    """What the nodes to be quantised read, weights apart."""
+    """Inputs of the nodes to be quantized, weights excluded."""
     weights, left_out = {tensor.name for tensor in model.graph.initializer}, set(left_alone(model))
     return sorted(
         {
             name
             for node in model.graph.node
-            if node.op_type in QUANTIZED and node.name not in left_out
+            if node.op_type in _QUANTIZED and node.name not in left_out
             for name in node.input[:2]
             if name not in weights
         }
@@ -224,9 +218,9 @@ def activations(model: onnx.ModelProto) -> list[str]:
 
 
 def insert(model: onnx.ModelProto, ranges: TensorsData) -> onnx.ModelProto:
-    """A graph with Q/DQ nodes before what is quantised, and nowhere else."""
+    """A graph with Q/DQ nodes before the quantized nodes, and nowhere else."""
     left_out = left_alone(model)
-    with quiet():
+    with _quiet():
         quantizer = QDQQuantizer(
             model,
             True,
@@ -236,20 +230,20 @@ def insert(model: onnx.ModelProto, ranges: TensorsData) -> onnx.ModelProto:
             ranges,
             [],
             left_out,
-            QUANTIZED,
-            dict(OPTIONS),
+            _QUANTIZED,
+            dict(_OPTIONS),
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
     result = quantizer.model.model
-    spare(result, left_out)
+    _spare(result, left_out)
     del result.graph.value_info[:]
     return result
 
 
-def spare(model: onnx.ModelProto, left_out: Sequence[str]) -> None:
-    """Give all but the quantised nodes the float tensor again: onnxruntime hands rounded ones to
-    every reader, and so would send a CNN's shortcuts through int8 block after block.
+def _spare(model: onnx.ModelProto, left_out: Sequence[str]) -> None:
+    """Give all but the quantized nodes the float tensor back: onnxruntime hands rounded ones to every
+    reader, which would send a CNN's shortcuts through int8 block after block.
     """
     exact = {
         node.output[0]: node.input[0]
@@ -262,15 +256,13 @@ def spare(model: onnx.ModelProto, left_out: Sequence[str]) -> None:
         if node.op_type == "DequantizeLinear" and node.input[0] in exact
     }
     for node in model.graph.node:
-        if node.op_type not in QUANTIZED or node.name in left_out:
+        if node.op_type not in _QUANTIZED or node.name in left_out:
             node.input[:] = [rounded.get(name, name) for name in node.input]
 
 
 @contextlib.contextmanager
-def quiet():
-    """Keep onnxruntime from advising steps that do not apply to graphs of torch's exporter, and
-    from printing.
-    """
+def _quiet():
+    # onnxruntime advises steps that do not apply to graphs of torch's exporter, and prints
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -282,8 +274,8 @@ def quiet():
 
 
 def left_alone(model: onnx.ModelProto) -> list[str]:
-    """Nodes whose matrix or kernel is too small to be worth it, or that compute the same for every
-    picture of a size.
+    """Names of nodes that stay in float: their matrix or kernel is too small, or they compute the
+    same for every picture of a size.
     """
     sides = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     seen, result = {value.name for value in model.graph.input}, []
@@ -291,14 +283,14 @@ def left_alone(model: onnx.ModelProto) -> list[str]:
         depends = not seen.isdisjoint(node.input)
         if depends and node.op_type not in ("Shape", "Size"):
             seen.update(node.output)
-        if node.op_type in QUANTIZED and (not depends or smallest_side(node, sides) < SMALLEST):
+        if node.op_type in _QUANTIZED and (not depends or smallest_side(node, sides) < SMALLEST):
             result.append(node.name)
     return result
 
 
 def smallest_side(node: onnx.NodeProto, sides: dict[str, Sequence[int]]) -> int:
-    """The smallest side of a node's constant matrix or kernel (output and input channels), a large
-    number without one.
+    """Smallest side of a node's constant matrix or kernel (output and input channels); a large number
+    without one.
     """
     dims = next((sides[name] for name in node.input[1:2] if name in sides), None)
     if dims is None:
@@ -309,9 +301,7 @@ def smallest_side(node: onnx.NodeProto, sides: dict[str, Sequence[int]]) -> int:
 
 
 def prepare(photos: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Pictures as graphs read them, uint8 [1, H, W, 3] each, the sizes (height, width) taking
-    turns.
-    """
+    """Pictures as graphs read them, uint8 [1, H, W, 3] each, with `sizes` (height, width) in turn."""
     return [
         np.asarray(photo.resize(sizes[n % len(sizes)][::-1], Image.Resampling.BICUBIC))[None]
         for n, photo in enumerate(photos)

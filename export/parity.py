@@ -1,5 +1,5 @@
-"""Does every graph say what the torch student says? On real photographs, several batches and sizes,
-in real runtimes.
+"""Parity of every graph with the torch student: on photographs, at several batches and sizes, in real
+runtimes.
 """
 
 import itertools
@@ -16,28 +16,28 @@ from contract.manifest import ParityRecord, Precision
 from contract.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE, SPACES, layer_names
 from distill.methods.deployment import BACKBONE
 from export.graph import DPT, Part, Student
-from export.runtimes.runtime import Outputs, Runtime
+from export.runtimes.base import Outputs, Runtime
 
 TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
-"""Least cosine between a graph's output and the student's, on every picture."""
+"""Least cosine between a graph's output and the student's, for every picture."""
 
 RELATIVE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.05, "int8": 0.15}
-"""Largest error over the length of the student's output, on every picture: cosine does not see an
-output of another scale.
+"""Largest error over the length of the student's output, for every picture: cosine does not notice
+another scale.
 """
 
-CENTRED = 0.5
-TELLING: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}
-"""Outputs may be much alike on all pictures (a student that has learnt little): then another
-picture's, or a constant, has a high cosine too. So what is left without the mean over pictures is
-compared as well, and its cosine must be `CENTRED` on every picture that differs from the mean by
-this part of its length; where pictures differ less, the precision's own rounding (about 1e-5, 2e-3,
-2e-2 and 6e-2 of the length) says as much as they do, and the figure is only recorded.
+_CENTRED = 0.5
+_TELLING: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}
+"""Outputs can be similar for all pictures (a student that has learnt little); another picture's
+output, or a constant, then has a high cosine too. So the outputs are also _compared without their
+mean over pictures: that cosine must be at least `_CENTRED` for every picture that differs from the
+mean by this fraction of its length. Where pictures differ less, the rounding of the precision
+(about 1e-5, 2e-3, 2e-2 and 6e-2 of the length) is as large as the difference, and the cosine is
+only recorded.
 """
 
-GROUP = 8
-"""Pictures whose outputs are centred on their common mean, at least: as many as are held at once.
-"""
+_GROUP = 8
+"""Least number of pictures whose outputs are centred on their common mean, and held at once."""
 
 
 def run_chain(runtime: Runtime, parts: Sequence[Part], image: np.ndarray) -> dict[str, Outputs]:
@@ -113,9 +113,7 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
 
 
 def compare(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine [B] and largest absolute difference [B] of each picture's output; NaN counts as cosine
-    -1.
-    """
+    """Cosine [B] and largest absolute difference [B] of each picture's output; NaN has cosine -1."""
     a, b = (values.reshape(len(values), -1).astype(np.float64) for values in (got, wanted))
     whole = np.isfinite(a).all(1)
     a = np.where(whole[:, None], a, 0)
@@ -126,9 +124,7 @@ def compare(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def engine_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sizes (height, width) to compare engines at: those asked for and all corners of the profile
-    they make.
-    """
+    """Sizes (height, width) to compare engines at: `sizes` and all corners of the profile they make."""
     ends = [(min(sides), max(sides)) for sides in zip(*sizes, strict=True)]
     return list(dict.fromkeys([*sizes, *itertools.product(*ends)]))
 
@@ -136,12 +132,11 @@ def engine_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def check_sizes(
     stride: int, sizes: Sequence[tuple[int, int]], dynamic: bool
 ) -> list[tuple[int, int]]:
-    """Sizes (height, width) to compare graphs at: those asked for and, if sizes vary, what they
-    could hide.
+    """Sizes (height, width) to compare graphs at: `sizes` and, if they vary, those that show mistakes.
 
-    That is the corners of what is declared (the largest is one) and, as far as they lie between
-    these, a size that is not square and one with as many positions as the first in another aspect
-    ratio: a fixed embedding would get both wrong.
+    These are the corners of the declared range and, as far as they lie inside it, a size that is
+    not square and one with as many positions as the first in another aspect ratio: a fixed position
+    embedding would get both wrong.
     """
     if not dynamic:
         return list(dict.fromkeys(sizes))
@@ -156,22 +151,21 @@ def check_sizes(
 
 
 class Agreement(NamedTuple):
-    """How an output agrees with the student's: numbers of every picture [B]. What is not finite
-    agrees in nothing.
+    """How an output agrees with the student's, for every picture [B]; values that are not finite
+    never agree.
     """
 
     cosine: np.ndarray
     largest: np.ndarray
     """Absolute difference."""
     relative: np.ndarray
-    """Length of the difference over that of the student's output."""
+    """Length of the difference over the length of the student's output."""
     centred: np.ndarray
-    """Cosine without the mean over pictures; NaN where there is no mean, or no difference from it.
-    """
+    """Cosine without the mean over pictures; NaN without a mean, or without a difference from it."""
     deviation: np.ndarray
-    """How far the student's output lies from that mean, over its own length."""
+    """Distance of the student's output from that mean, over its own length."""
     position: np.ndarray
-    """Least cosine of any position of a map, NaN for what is no map."""
+    """Least cosine of any position of a map; NaN for outputs that are not maps."""
 
 
 def agreement(got: np.ndarray, wanted: np.ndarray, mean: np.ndarray | None) -> Agreement:
@@ -214,7 +208,7 @@ def judge(result: Agreement, precision: Precision) -> tuple[int, str]:
         odd = " (NaN or infinity)" if result.largest[worst] == np.finfo(np.float64).max else ""
         return (
             worst,
-            f"cosine {result.cosine[worst]:.6f}{odd}, at least {TOLERANCE[precision]} is wanted",
+            f"cosine {result.cosine[worst]:.6f}{odd}, at least {TOLERANCE[precision]} is required",
         )
     largest = int(result.relative.argmax())
     if not result.relative[largest] <= RELATIVE[precision]:
@@ -223,13 +217,13 @@ def judge(result: Agreement, precision: Precision) -> tuple[int, str]:
             f"off by {result.relative[largest]:.3g} of its length, at most {RELATIVE[precision]} is "
             "allowed",
         )
-    telling = np.where(result.deviation >= TELLING[precision], result.centred, 1.0)
+    telling = np.where(result.deviation >= _TELLING[precision], result.centred, 1.0)
     least = int(telling.argmin())
-    if telling[least] < CENTRED:
+    if telling[least] < _CENTRED:
         return (
             least,
-            f"cosine {telling[least]:.3f} of what tells it from other pictures, at least {CENTRED} "
-            "is wanted",
+            f"cosine {telling[least]:.3f} without the mean over pictures, at least {_CENTRED} is "
+            "required",
         )
     return worst, ""
 
@@ -245,9 +239,9 @@ def measure(
 ) -> list[ParityRecord]:
     """Compare every output of every graph in all runtimes.
 
-    At the first size: all pictures in batches of the largest, then the other batches; at every
-    other size the smallest and the largest batch, on pictures that take turns. Raises Failure if
-    the student itself says NaN or infinity.
+    At the first size: all pictures in batches of the largest size, then the other batch sizes. At
+    every other size: the smallest and the largest batch, on pictures in turn. Raises Failure if the
+    student itself returns NaN or infinity.
     """
     largest, turn, rows = max(batches), itertools.cycle(photos), []
     whole = -(-len(photos) // largest) * largest
@@ -260,11 +254,11 @@ def measure(
     ]
     corner = tuple(max(sides) for sides in zip(*sizes, strict=True))
     for size, batch, count in plan:
-        # at the largest size the first pictures, which the golden set is made of
+        # at the largest size the first pictures, which are the golden set
         first = size == corner != sizes[0] and batch == largest
         chosen = list(itertools.islice(itertools.cycle(photos) if first else turn, count))
         agreed: dict[tuple[str, str, str], list[Agreement]] = {}
-        for key, result in compared(
+        for key, result in _compared(
             student, parts, runtimes, [photo for _, photo in chosen], batch, size
         ):
             agreed.setdefault(key, []).append(result)
@@ -295,11 +289,10 @@ def measure(
 
 
 def least(values: np.ndarray) -> float | None:
-    """The smallest number that is one."""
     return float(np.nanmin(values)) if not np.isnan(values).all() else None
 
 
-def compared(
+def _compared(
     student: Student,
     parts: Sequence[Part],
     runtimes: Sequence[Runtime],
@@ -307,16 +300,16 @@ def compared(
     batch: int,
     size: tuple[int, int],
 ) -> Iterator[tuple[tuple[str, str, str], Agreement]]:
-    """Runtime, graph and output, and how it agrees, of one batch after the other."""
+    """Yield (runtime, graph, output) and how it agrees, one batch after the other."""
     pixels = [np.asarray(photo.resize(size[::-1], Image.Resampling.BICUBIC)) for photo in photos]
     images = [np.stack(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
-    for group in np.array_split(np.arange(len(images)), max(1, len(photos) // max(GROUP, batch))):
+    for group in np.array_split(np.arange(len(images)), max(1, len(photos) // max(_GROUP, batch))):
         wanted = [reference(student, parts, torch.from_numpy(images[n])) for n in group]
         for name, value in ((name, value) for values in wanted for name, value in values.items()):
             if not np.isfinite(value).all():
                 raise Failure(
-                    f"the student's own '{name}' holds NaN or infinity on a photograph: was it "
-                    "trained?"
+                    f"the student's own '{name}' holds NaN or infinity on a photograph: train the "
+                    "student, or check its weights"
                 )
         means: Outputs = {}
         if len({picture.tobytes() for n in group for picture in images[n]}) > 1:
@@ -324,11 +317,11 @@ def compared(
                 name: np.mean([values[name].mean(0) for values in wanted], axis=0)
                 for name in wanted[0]
             }
-        for n, student_says in zip(group, wanted, strict=True):
+        for n, expected in zip(group, wanted, strict=True):
             for runtime in runtimes:
                 for graph, outputs in run_chain(runtime, parts, images[n]).items():
                     for name, got in outputs.items():
                         yield (
                             (runtime.name, graph, name),
-                            agreement(got, student_says[name], means.get(name)),
+                            agreement(got, expected[name], means.get(name)),
                         )

@@ -1,8 +1,5 @@
-"""The photographs of an export: those its graphs are compared on and those int8's ranges are taken
-from.
-"""
+"""The photographs of an export: those its graphs are compared on and those int8 is calibrated on."""
 
-import argparse
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +16,14 @@ from export.options import PACKAGED
 Photos = list[tuple[str, Image.Image]]
 """Names and pictures."""
 
-PHOTOS = 32
+_MOST = 32
 """Pictures that are compared, at most."""
 
 
 class Chosen(NamedTuple):
-    """Pictures to compare on, pictures to calibrate on (int8) and where these are from.
+    """Pictures to compare on and, for int8, pictures to calibrate on and the name of their source.
 
-    `held_out` says whether none of them is compared on.
+    `held_out`: none of the calibration pictures is compared on.
     """
 
     compared: Photos
@@ -35,42 +32,49 @@ class Chosen(NamedTuple):
     held_out: bool = True
 
 
-def choose(args: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> Chosen:
-    """The pictures of a command line, for graphs of these sizes (height, width); raises UserError
-    for unreadable ones.
-
-    One folder for both is shared out, every other picture to each.
+def choose(images: Path | None, sizes: Sequence[tuple[int, int]]) -> Chosen:
+    """Pictures of a folder (None: packaged ones) to compare graphs of these sizes (height, width)
+    on; raises UserError for unreadable ones.
     """
-    images = open_photos("--images", args.images)
-    if args.precision != "int8":
-        return Chosen(load(images, range(len(images)), PHOTOS, sizes))
-    folder = None if args.calibration == PACKAGED else Path(args.calibration)
-    calibration = open_photos("--calibration", folder)
-    both = [path.resolve() for path in (args.images, folder) if path]
-    shared = len(images) > 1 and (not both or (len(both) == 2 and both[0] == both[1]))
+    pictures = _open_photos("--images", images)
+    return Chosen(_load(pictures, range(len(pictures)), _MOST, sizes))
+
+
+def choose_for_int8(
+    images: Path | None, calibration: Path | None, count: int, sizes: Sequence[tuple[int, int]]
+) -> Chosen:
+    """The same, with at most `count` pictures to calibrate on.
+
+    One folder for both is divided: every other picture to each.
+    """
+    pictures = _open_photos("--images", images)
+    others = _open_photos("--calibration", calibration)
+    both = [path.resolve() for path in (images, calibration) if path]
+    shared = len(pictures) > 1 and (not both or (len(both) == 2 and both[0] == both[1]))
     start, step = (1, 2) if shared else (0, 1)
-    compared = load(images, range(start, len(images), step), PHOTOS, sizes)
-    taken = load(calibration, range(0, len(calibration), step), args.calibration_images, sizes)
+    compared = _load(pictures, range(start, len(pictures), step), _MOST, sizes)
+    taken = _load(others, range(0, len(others), step), count, sizes)
     seen = {digest([np.asarray(photo)]) for _, photo in compared}
     return Chosen(
         compared,
         taken,
-        source=PACKAGED if folder is None else folder.resolve().name,
+        source=PACKAGED if calibration is None else calibration.resolve().name,
         held_out=seen.isdisjoint(digest([np.asarray(photo)]) for _, photo in taken),
     )
 
 
-def open_photos(option: str, folder: Path | None) -> Pictures:
-    """A folder of pictures (default: packaged ones); raises UserError for one without any."""
+def _open_photos(option: str, folder: Path | None) -> Pictures:
     try:
         return FolderPictures(folder) if folder else PackagedPhotos()
     except UserError as error:
-        # training's key for the same thing
+        # the message names training's key for the same folder
         raise UserError(str(error).replace("data.path =", option)) from error
 
 
-def load(pictures: Pictures, numbers: range, most: int, sizes: Sequence[tuple[int, int]]) -> Photos:
-    """At most so many of some pictures, spread evenly over them: folders are sorted by class."""
+def _load(
+    pictures: Pictures, numbers: range, most: int, sizes: Sequence[tuple[int, int]]
+) -> Photos:
+    # spread evenly: folders are sorted by class
     count = min(most, len(numbers))
     height, width = (max(sides) for sides in zip(*sizes, strict=True))
     result = []
@@ -79,26 +83,24 @@ def load(pictures: Pictures, numbers: range, most: int, sizes: Sequence[tuple[in
             picture = pictures.load(number)
         except UnreadableImage as error:
             raise UserError(
-                f"{error.name} cannot be read ({error.reason}): mend or remove it"
+                f"{error.name} cannot be read ({error.reason}): repair or remove it"
             ) from error
-        # a hundred pictures of a telephone are gigabytes
+        # a hundred photographs of a phone are gigabytes
         factor = max(1, min(picture.width // (2 * width), picture.height // (2 * height)))
-        result.append((name_of(pictures, number), picture.reduce(factor)))
+        result.append((_name_of(pictures, number), picture.reduce(factor)))
     return result
 
 
 def digest(images: Sequence[np.ndarray]) -> str:
-    """Hex sha256 over pictures: shapes and pixels, in order. (One picture may have two names.)"""
+    """Hex sha256 over pictures: shapes and pixels, in order."""
     result = hashlib.sha256()
     for image in images:
         result.update(str(image.shape).encode() + image.tobytes())
     return result.hexdigest()
 
 
-def name_of(pictures: Pictures, number: int) -> str:
-    """A picture's name, in its folder: where that is on this machine is nobody's business in a
-    bundle.
-    """
+def _name_of(pictures: Pictures, number: int) -> str:
+    # relative to the folder: a bundle does not record paths of this machine
     name = pictures.name(number)
     return (
         str(Path(name).relative_to(pictures.folder))

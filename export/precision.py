@@ -1,6 +1,4 @@
-"""Precision lives in the graph: a cast before tracing (fp16, bf16), or Q/DQ nodes after calibration
-(`int8.py`).
-"""
+"""fp16 and bf16: the student is cast before tracing. (int8: Q/DQ nodes after calibration, int8.py.)"""
 
 import copy
 from dataclasses import replace
@@ -17,8 +15,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def cast_student(student: Student, precision: str) -> Student:
     """A copy whose network, interaction and heads compute in `precision`.
 
-    What goes in and comes out stays float32, as do the picture's normalisation, the way back to the
-    teachers' units and the task heads, all of them tiny but DPT's, which is cast too.
+    Inputs and outputs stay float32, as do the picture's normalization, the conversion back to the
+    teachers' units and the task heads; these are all tiny except DPT's, which is cast too.
     """
     if precision not in ("fp16", "bf16"):
         return student
@@ -26,8 +24,8 @@ def cast_student(student: Student, precision: str) -> Student:
     for before, after in zip(student.deployment.modules(), deployment.modules(), strict=True):
         if isinstance(before, Preprocess | FeatureNormalizer):
             after.float()
-            for exact, rounded in zip(constants(before), constants(after), strict=True):
-                rounded.copy_(exact)  # the cast has rounded it
+            for exact, rounded in zip(_constants(before), _constants(after), strict=True):
+                rounded.copy_(exact)  # undo the rounding of the cast
     heads = tuple(
         replace(head, module=copy.deepcopy(head.module).to(DTYPES[precision]))
         if head.kind == DPT
@@ -37,6 +35,5 @@ def cast_student(student: Student, precision: str) -> Student:
     return replace(student, deployment=deployment, heads=heads)
 
 
-def constants(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Parameters and buffers."""
+def _constants(module: torch.nn.Module) -> list[torch.Tensor]:
     return [tensor.detach() for tensor in (*module.parameters(), *module.buffers())]

@@ -13,11 +13,11 @@ import timm.models.vision_transformer as vision_transformer
 import torch
 from torch import Tensor
 
-CUBIC = -0.5
+_CUBIC = -0.5
 """Keys' parameter, as torch's antialiased bicubic has it."""
 
 
-def cubic_weights(old: int, new: int, like: Tensor) -> Tensor:
+def _cubic_weights(old: int, new: int, like: Tensor) -> Tensor:
     """Weights [new, old] that resample a line of `old` samples to `new`, each row summing to one.
     `new` may be symbolic.
     """
@@ -26,8 +26,8 @@ def cubic_weights(old: int, new: int, like: Tensor) -> Tensor:
     centres = (torch.arange(new, device=like.device, dtype=torch.float32) + 0.5) * ratio - 0.5
     places = torch.arange(old, device=like.device, dtype=torch.float32)
     x = ((centres[:, None] - places[None, :]) / scale).abs()
-    near = ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
-    far = CUBIC * (((x - 5) * x + 8) * x - 4)
+    near = ((_CUBIC + 2) * x - (_CUBIC + 3)) * x * x + 1
+    far = _CUBIC * (((x - 5) * x + 8) * x - 4)
     weights = torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
     return weights / weights.sum(dim=1, keepdim=True)
 
@@ -48,8 +48,8 @@ def resample_grid(
     old = tuple(old_size) if old_size else (int(tokens**0.5),) * 2
     prefix, grid = posemb[:, :num_prefix_tokens], posemb[0, num_prefix_tokens:].float()
     rows, columns = (
-        cubic_weights(old[0], new_size[0], grid),
-        cubic_weights(old[1], new_size[1], grid),
+        _cubic_weights(old[0], new_size[0], grid),
+        _cubic_weights(old[1], new_size[1], grid),
     )
     grid = grid.reshape(old[0], old[1] * posemb.shape[2])
     grid = (rows @ grid).reshape(new_size[0], old[1], posemb.shape[2])

@@ -1,6 +1,4 @@
-"""From a traced module to an ONNX file: dynamic axes by name, current opset, nothing of this
-machine left inside.
-"""
+"""From a module to an ONNX file: dynamic axes by name, a known opset, nothing of this machine inside."""
 
 import stat
 import warnings
@@ -22,27 +20,27 @@ OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
 refuses in float32; before 22 ONNX has no convolution in bf16.
 """
 
-FOLDED = 64
-"""Bytes of constants that are computed at export in bf16: axes, which TensorRT wants as numbers,
-but no weights.
+_FOLDED = 64
+"""bf16: constants up to this many bytes are computed at export: axes, which TensorRT needs as
+numbers, but not weights.
 """
 
 INLINE_LIMIT = 1_800_000_000
-"""Bytes of weights up to which they lie inside the file; protobuf ends at 2 GiB."""
+"""Bytes of weights up to which they lie inside the file; protobuf's limit is 2 GiB."""
 
 
-def example(port: Port, sizes: dict[str, int]) -> torch.Tensor:
-    """Some input for tracing, with `sizes` for axes that vary."""
+def _example(port: Port, sizes: dict[str, int]) -> torch.Tensor:
+    """An input for tracing, with `sizes` for axes that vary."""
     shape = [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes]
     if port.dtype == "uint8":
         return torch.randint(256, shape, dtype=torch.uint8)
     return torch.randn(shape)
 
 
-def dynamic_axes(
+def _dynamic_axes(
     signature: Signature, stride: int, max_batch: int
 ) -> tuple[dict[int, object], ...]:
-    """What torch.export is told of every input's axes; one `Dim` an axis name."""
+    """torch.export's dynamic shapes of every input; one `Dim` per axis name."""
     dims: dict[str, object] = {
         # no upper bound below the number of examples; a batch of one is an ordinary one
         "batch": Dim("batch", min=1, max=max(2, max_batch)),
@@ -50,17 +48,17 @@ def dynamic_axes(
         "columns": Dim("columns", min=2, max=1024),
         "tokens": Dim("tokens", min=2, max=1 << 20),
     }
-    # a multiple of the stride: anything else would be cut off in silence
+    # multiples of the stride: the rest of other sides would be dropped silently
     dims["height"], dims["width"] = stride * dims["rows"], stride * dims["columns"]
-    dims |= layer_sides(signature, dims, stride)
+    dims |= _layer_sides(signature, dims, stride)
     return tuple(
         {place: dims[axis] for place, axis in enumerate(port.axes) if isinstance(axis, str)}
         for port in signature.inputs
     )
 
 
-def layer_sides(signature: Signature, known: dict, stride: int) -> dict:
-    """What `known` lacks of the inputs' axes: those of layers finer than the student's grid."""
+def _layer_sides(signature: Signature, known: dict, stride: int) -> dict:
+    """The inputs' axes that are not `known`: those of layers finer than the student's grid."""
     names = {axis for port in signature.inputs for axis in port.axes if isinstance(axis, str)}
     return {
         axis: layer_side(axis, known["rows"], known["columns"], stride)
@@ -68,18 +66,19 @@ def layer_sides(signature: Signature, known: dict, stride: int) -> dict:
     }
 
 
-def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProto:
+def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProto:
     """Trace a part with torch.export and translate it; raises UserError where torch cannot."""
     signature = part.signature
-    # two pictures, not square: a batch or side of one size could be taken for a constant
+    # two pictures, not square: the exporter could take a batch or side of 1, or equal sides, as
+    # constants
     sizes = {"batch": 2, "rows": 6, "columns": 4, "height": 6 * stride, "width": 4 * stride}
     prefix = getattr(part.module, "prefix", 0)
     sizes["tokens"] = 24 + prefix
-    sizes |= layer_sides(signature, sizes, stride)
-    arguments = tuple(example(port, sizes) for port in signature.inputs)
-    axes = dynamic_axes(signature, stride, max_batch)
-    # modules that take *inputs have one argument, a tuple, in torch.export's eyes
-    shapes = (axes,) if has_star(part.module) else axes
+    sizes |= _layer_sides(signature, sizes, stride)
+    arguments = tuple(_example(port, sizes) for port in signature.inputs)
+    axes = _dynamic_axes(signature, stride, max_batch)
+    # for torch.export, modules that take *inputs have one argument, a tuple
+    shapes = (axes,) if _has_star(part.module) else axes
     with dense_resampling(), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         try:
@@ -102,17 +101,16 @@ def trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProt
                 "not supported"
             ) from error
     if opset == OPSET["bf16"]:
-        fold_constants(program.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
+        fold_constants(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     return program.model_proto
 
 
-def has_star(module: nn.Module) -> bool:
-    """Whether a module's forward takes any number of tensors."""
+def _has_star(module: nn.Module) -> bool:
     return module.forward.__code__.co_flags & 0x04 != 0
 
 
 def clean(model: onnx.ModelProto, about: dict[str, str]) -> onnx.ModelProto:
-    """Take out stack traces and local paths, and put in what a reader should know."""
+    """Remove stack traces and local paths, and add metadata."""
     del model.metadata_props[:]
     model.doc_string = ""
     for graph in graphs(model):
@@ -137,10 +135,8 @@ def graphs(model: onnx.ModelProto) -> list[onnx.GraphProto]:
     return result + list(model.functions)  # type: ignore[operator] - functions have nodes too
 
 
-def name_axes(model: onnx.ModelProto, signature: Signature) -> None:
-    """Give the varying axes of inputs and outputs the names of the signature; torch calls them
-    s39*s94 and the like.
-    """
+def _name_axes(model: onnx.ModelProto, signature: Signature) -> None:
+    # torch calls varying axes s39*s94 and the like
     for values, ports in (
         (model.graph.input, signature.inputs),
         (model.graph.output, signature.outputs),
@@ -156,14 +152,12 @@ def name_axes(model: onnx.ModelProto, signature: Signature) -> None:
 
 
 def check(model: onnx.ModelProto, path: Path, signature: Signature, wanted: int) -> None:
-    """Raise UserError unless the file at `path` is a valid graph of this signature, at the opset
-    that was asked.
-    """
+    """Raise UserError unless the file at `path` is a valid graph of this signature and opset."""
     opset = next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
-    if opset != wanted:  # torch keeps the nearest it can do, with no more than a warning
+    if opset != wanted:  # torch only warns when it falls back to another opset
         raise UserError(
-            f"graph '{signature.graph}' came out at opset {opset}, asked was {wanted}: use another "
-            "torch"
+            f"graph '{signature.graph}': torch exported opset {opset}, but {wanted} was requested: "
+            "install newer torch and onnxscript (constraints.txt lists versions that work)"
         )
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -188,7 +182,8 @@ def check(model: onnx.ModelProto, path: Path, signature: Signature, wanted: int)
         names = [value.name for value in got]
         if names != [port.name for port in ports]:
             raise UserError(
-                f"graph '{signature.graph}' has {kind}s {names}, its signature says otherwise"
+                f"graph '{signature.graph}' has {kind}s {names}, its signature has "
+                f"{[port.name for port in ports]}"
             )
 
 
@@ -202,7 +197,7 @@ def save(model: onnx.ModelProto, path: Path) -> list[Path]:
     onnx.save(
         model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=data.name
     )
-    data.chmod(stat.S_IMODE(path.stat().st_mode))  # onnx makes it for its owner's eyes only
+    data.chmod(stat.S_IMODE(path.stat().st_mode))  # onnx makes it readable by its owner only
     return [path, data]
 
 
@@ -215,8 +210,8 @@ def export_part(
     opset: int = OPSET["fp32"],
 ) -> list[Path]:
     """Trace, clean, name, write and check one graph; returns its files."""
-    model = clean(trace(part, stride, max_batch, opset), about)
-    name_axes(model, part.signature)
+    model = clean(_trace(part, stride, max_batch, opset), about)
+    _name_axes(model, part.signature)
     files = save(model, path)
     check(model, path, part.signature, opset)
     return files

@@ -2,7 +2,6 @@
 and open-loop load.
 """
 
-import argparse
 import asyncio
 import json
 import sys
@@ -58,26 +57,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--encoded", type=Path, metavar="FILE", help="send this JPEG, PNG or WebP file as it is"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--json", dest="figures", type=Path, metavar="FILE", help="write the figures there too"
+    )
     args = parser.parse_args(arguments)
-    return exit_status(lambda: run(args))
+    return exit_status(lambda: _run(**vars(args)))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
-    for name, values in (("--concurrency", args.concurrency), ("--batch", [args.batch])):
+def _run(
+    url: str,
+    model: str | None,
+    outputs: Sequence[str] | None,
+    concurrency: Sequence[int],
+    rate: Sequence[float],
+    batch: int,
+    seconds: float,
+    encoded: Path | None,
+    figures: Path | None,
+) -> int:
+    for name, values in (("--concurrency", concurrency), ("--batch", [batch])):
         if any(value < 1 for value in values):
             raise UserError(f"{name} {min(values)}: give 1 or more")
-    for name, values in (("--rate", args.rate), ("--seconds", [args.seconds])):
+    for name, values in (("--rate", rate), ("--seconds", [seconds])):
         if any(value <= 0 for value in values):
             raise UserError(f"{name} {min(values):g}: give more than 0")
-    if args.encoded and not args.encoded.is_file():
-        raise UserError(f"--encoded {args.encoded}: no such file")
-    rows = asyncio.run(measure(args))
-    show(rows, args.batch)
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
-        print(f"figures   {args.json}")
+    if encoded and not encoded.is_file():
+        raise UserError(f"--encoded {encoded}: no such file")
+    model = model or ("features_encoded" if encoded else "features")
+    if not concurrency and not rate:
+        concurrency = (1, 8)
+    rows = asyncio.run(_measure(url, model, outputs, concurrency, rate, batch, seconds, encoded))
+    show(rows, batch)
+    if figures:
+        figures.write_text(json.dumps(rows, indent=1))
+        print(f"figures   {figures}")
     failed = {reason: count for row in rows for reason, count in row["failures"].items()}
     if failed:
         raise ServerError(
@@ -87,30 +100,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def measure(args: argparse.Namespace) -> list[dict]:
-    """All measurements of a command line, one after the other."""
+async def _measure(
+    url: str,
+    model: str,
+    outputs: Sequence[str] | None,
+    concurrency: Sequence[int],
+    rates: Sequence[float],
+    batch: int,
+    seconds: float,
+    encoded: Path | None,
+) -> list[dict]:
+    """A row for every concurrency and rate, measured one after the other."""
     import tritonclient.grpc.aio as grpc
 
     from serve.load import closed_loop, open_loop
 
-    model = args.model or ("features_encoded" if args.encoded else "features")
-    rows = []
-    async with grpc.InferenceServerClient(args.url) as client:
-        ask = await prepare(client, args.url, model, args.outputs, args.batch, args.encoded)
+    outcomes = []
+    async with grpc.InferenceServerClient(url) as client:
+        ask = await prepare(client, url, model, outputs, batch, encoded)
         await ask()
-        loads = [
-            (f"{n} at once", n, None) for n in args.concurrency or ([] if args.rate else [1, 8])
-        ]
-        loads += [(f"{rate:g}/s", None, rate) for rate in args.rate]
-        for name, concurrency, rate in loads:
-            if concurrency:
-                outcome = await closed_loop(ask, concurrency, args.seconds)
-            else:
-                outcome = await open_loop(ask, rate, args.seconds)
-            rows.append(
-                {"model": model, "load": name, **outcome.row(), "failures": outcome.failures}
-            )
-    return rows
+        for count in concurrency:
+            outcomes.append((f"{count} at once", await closed_loop(ask, count, seconds)))
+        for rate in rates:
+            outcomes.append((f"{rate:g}/s", await open_loop(ask, rate, seconds)))
+    return [
+        {"model": model, "load": load, **outcome.row(), "failures": outcome.failures}
+        for load, outcome in outcomes
+    ]
 
 
 async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Path | None):

@@ -7,7 +7,6 @@ the ensembles are switched, each in one step. The old version stays loaded, so t
 quick, until `--finish`.
 """
 
-import argparse
 import contextlib
 import fcntl
 import sys
@@ -53,37 +52,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--finish", action="store_true", help="unload and delete the versions that do not serve"
     )
     args = parser.parse_args(arguments)
-    return exit_status(lambda: run(args))
+    return exit_status(lambda: _run(args.repository, args.bundle, args.back, args.finish))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
+def _run(folder: Path, bundle: Path | None, go_back: bool, only_finish: bool) -> int:
     from serve.repository.versions import Repository
     from serve.server.admin import Admin
 
-    with locked(args.repository), Admin(args.repository) as admin:
-        repository = Repository(args.repository)
-        if args.finish:
+    with locked(folder), Admin(folder) as admin:
+        repository = Repository(folder)
+        if only_finish:
             return finish(repository, admin)
-        if args.back:
+        if go_back:
             older = [version for version in repository.versions if version < repository.serving]
             if not older:
                 raise UserError(
-                    f"{args.repository} has no version before {repository.serving}: nothing to go "
-                    "back to"
+                    f"{folder} has no version before {repository.serving}: nothing to go back to"
                 )
             newer = repository.serving
             switch(repository, admin, older[-1])
-            for model in repository.forget(
-                newer
-            ):  # requests to its models by name must not get it either
+            # requests to its models by name must not reach it either
+            for model in repository.forget(newer):
                 admin.load(model)
             print(
                 f"serving   version {repository.serving} again (the other is gone: --bundle brings "
                 "one back)"
             )
             return 0
-        return roll_out(repository, admin, args.bundle)
+        return roll_out(repository, admin, bundle)
 
 
 def roll_out(repository, admin, path: Path) -> int:

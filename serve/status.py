@@ -2,7 +2,6 @@
 and metrics.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -64,37 +63,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="of serve.run: where the server is and its key",
     )
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="for programs")
     args = parser.parse_args(arguments)
-    return exit_status(lambda: run(args))
+    return exit_status(lambda: _run(**vars(args)))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
+def _run(url: str | None, metrics: str | None, repository: Path | None, as_json: bool) -> int:
     from serve.server.state import read_state
 
     state = None
-    if args.repository:
-        if args.url or args.metrics:
+    if repository:
+        if url or metrics:
             raise UserError("--repository says where its server is: leave out --url and --metrics")
-        state = read_state(args.repository)
+        state = read_state(repository)
         if state is None:
             raise UserError(
-                f"--repository {args.repository}: no server runs on it (start one: python -m "
-                "serve.run)"
+                f"--repository {repository}: no server runs on it (start one: python -m serve.run)"
             )
-    url = state.http if state else address(args.url or "127.0.0.1:8000", "--url")
-    default = f"{url.rpartition(':')[0]}:8002"
-    metrics = Rest(state.metrics if state else address(args.metrics or default, "--metrics"))
+    url = state.http if state else address(url or "127.0.0.1:8000", "--url")
+    metrics = metrics or f"{url.rpartition(':')[0]}:8002"
+    source = Rest(state.metrics if state else address(metrics, "--metrics"))
     rest = Rest(url, state.admin_key if state else "")
     try:
-        rows = collect(rest, read_metrics(metrics), dict(state.restarts) if state else None)
+        rows = collect(rest, read_metrics(source), dict(state.restarts) if state else None)
     except (OSError, Refused) as error:
         raise ServerError(
             f"no Triton answers over HTTP at {url} ({error}): start one with python "
             "-m serve.run, or name another with --url"
         ) from error
-    if args.json:
+    if as_json:
         print(json.dumps({"ready": rest.ready(), "models": rows}, indent=1))
     else:
         print_table(rows)

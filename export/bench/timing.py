@@ -1,8 +1,8 @@
 """What `export.bench` times: a graph's module in torch, the graph in onnxruntime and OpenVINO, its
 engines in TensorRT.
 
-All do the same work on the same photographs; inputs lie where they are computed, and a call ends
-when its outputs are there.
+All do the same work on the same photographs. Inputs lie on the device that computes, and a call
+ends when its outputs are complete.
 """
 
 import copy
@@ -26,32 +26,25 @@ from contract.signature import IMAGE
 from distill.data.pictures import PackagedPhotos
 from export.graph import build_parts, open_student
 from export.parity import TOLERANCE, compare
-from export.runtimes.runtime import (
-    LEVELS,
-    Bound,
-    CudaRuntime,
-    EngineRuntime,
-    OnnxRuntime,
-    OpenVINO,
-    Outputs,
-    Runtime,
-    as_array,
-    cpu_runtime,
-)
+from export.runtimes.available import cpu_runtime
+from export.runtimes.base import Bound, Outputs, Runtime
+from export.runtimes.engine import EngineRuntime, as_array
+from export.runtimes.onnx import LEVELS, CudaRuntime, OnnxRuntime
+from export.runtimes.openvino import OpenVINO
 
-Setting = TypeVar("Setting", str, int)
+_Setting = TypeVar("_Setting", str, int)
 
-TRIES = 3
-"""Calls by which settings are compared."""
+_TRIES = 3
+"""Timed calls of each setting."""
 
-WARM_UP = {"cpu": 1, "cuda": 10}
-"""Calls that do not count, by device: a GPU has clocks to raise and convolutions to choose."""
+_WARM_UP = {"cpu": 1, "cuda": 10}
+"""Untimed calls, by device: a GPU raises its clocks and chooses convolution kernels first."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """One row to be: a graph in one runtime on one device, with the settings that were chosen for
-    it.
+    """A graph in one runtime on one device, with the settings that were chosen for it: a row of the
+    table.
     """
 
     name: str
@@ -62,16 +55,14 @@ class Work:
 
 
 class Feeds:
-    """Everything graphs read: photographs, and what a bundle's own graphs before them make of
-    these.
-    """
+    """Inputs of graphs: photographs, and what the bundle's graphs before them compute from these."""
 
     def __init__(self, bundle: Path, manifest: Manifest, graphs: list[str]) -> None:
         wanted = {tensor.name for graph in graphs for tensor in manifest.graph(graph).inputs} - {
             IMAGE
         }
         self.before = []
-        for record in reversed(manifest.graphs):  # the last first: what it reads is wanted too
+        for record in reversed(manifest.graphs):  # the last first: its inputs are needed too
             if wanted & {tensor.name for tensor in record.outputs}:
                 self.before.insert(0, record)
                 wanted |= {tensor.name for tensor in record.inputs}
@@ -100,14 +91,16 @@ class Feeds:
 
 
 class TorchStudent:
-    """The student of a run folder, as the modules that its graphs were traced from; UserError if it
-    is another's.
+    """The student of a run folder, as the modules that its graphs were traced from; raises UserError
+    if the bundle is of another student.
     """
 
     def __init__(self, run: Path, manifest: Manifest, compiled: bool) -> None:
         student = open_student(run)
         if student.sha256 != manifest.student.sha256:
-            raise UserError(f"--run {run}: its student is not the bundle's")
+            raise UserError(
+                f"--run {run}: its student is not the bundle's (give the run that was exported)"
+            )
         parts = build_parts(student, manifest.resolution.height, manifest.resolution.width)
         self.modules = {part.signature.graph: part.module.eval() for part in parts}
         self.compiled = compiled
@@ -118,18 +111,19 @@ class TorchStudent:
         if device == "cuda":
             torch.backends.cudnn.allow_tf32 = False  # float32 here as in the other runtimes
             module, where = copy.deepcopy(module).cuda(), " cuda"
-            bound = bind_torch(module, feeds, device)
+            bound = _bind_torch(module, feeds, device)
         else:
             makers = {
-                n: partial(bind_torch, module, feeds, device, threads=n)
-                for n in thread_counts(threads)
+                n: partial(_bind_torch, module, feeds, device, threads=n)
+                for n in _thread_counts(threads)
             }
             count, bound = fastest(makers)
-            settings = threads_text(count)
+            settings = _threads_text(count)
         result = [Work(f"torch eager fp32{where}", device, "fp32", bound, settings)]
         if self.compiled:
-            torch.compiler.reset()  # a module met at a second shape would be compiled for any shape, and be slower
-            bound = bind_torch(torch.compile(module, dynamic=False), feeds, device, threads=count)
+            # at its second shape a module would be compiled for any shape, which is slower
+            torch.compiler.reset()
+            bound = _bind_torch(torch.compile(module, dynamic=False), feeds, device, threads=count)
             result.append(Work(f"torch.compile fp32{where}", device, "fp32", bound, settings))
         if device == "cuda":
             result.append(
@@ -137,18 +131,16 @@ class TorchStudent:
                     "torch autocast fp16 cuda",
                     device,
                     "fp16",
-                    bind_torch(module, feeds, device, half=True),
+                    _bind_torch(module, feeds, device, half=True),
                 )
             )
         return result
 
 
-def bind_torch(
+def _bind_torch(
     module: Callable, feeds: Outputs, device: str, half: bool = False, threads: int = 0
 ) -> Bound:
-    """A module with its inputs on a device, run without gradients; in fp16 autocast or with so many
-    threads, if asked.
-    """
+    """A module with its inputs on a device, run without gradients; `threads` 0 leaves torch's number."""
     inputs = [torch.from_numpy(value).to(device) for value in feeds.values()]
     last: list[torch.Tensor] = []
 
@@ -164,32 +156,30 @@ def bind_torch(
     return Bound(call, lambda: [as_array(tensor) for tensor in last])
 
 
-def thread_counts(requested: int | None) -> list[int]:
-    """How many threads to try: as many as asked for, or one a core and half of that."""
+def _thread_counts(requested: int | None) -> list[int]:
+    """Numbers of threads to try: `requested`, or all cores and half of them."""
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return [requested] if requested else sorted({cores, max(1, cores // 2)})
 
 
-def threads_text(count: int) -> str:
-    """A number of threads in words."""
+def _threads_text(count: int) -> str:
     return f"{count} thread{'s' * (count > 1)}"
 
 
 def cpu_works(
     graph: str, path: Path, precision: Precision, feeds: Outputs, threads: int | None
 ) -> list[Work]:
-    """A graph in onnxruntime and, where it is installed, in OpenVINO, each in the fastest of a few
-    settings.
+    """A graph in onnxruntime and, if installed, in OpenVINO, each in the fastest of a few settings.
 
     onnxruntime: two optimisation levels; OpenVINO: two hints; both: all cores or half of them, or
     `threads`.
     """
-    result, files, counts = [], {graph: path}, thread_counts(threads)
+    result, files, counts = [], {graph: path}, _thread_counts(threads)
     if precision != "bf16":  # its CPU provider has no bf16 convolutions
         makers = {
-            f"optimisation {level}, {threads_text(n)}": partial(bind_onnx, files, feeds, level, n)
+            f"optimisation {level}, {_threads_text(n)}": partial(_bind_onnx, files, feeds, level, n)
             for level in LEVELS
             for n in counts
         }
@@ -199,8 +189,8 @@ def cpu_works(
         # by itself it may compute float32 graphs in bf16
         exact = {"INFERENCE_PRECISION_HINT": "f32"} if precision in ("fp32", "int8") else {}
         makers = {
-            f"hint {hint.lower()}, {threads_text(n)}": partial(
-                bind_openvino,
+            f"hint {hint.lower()}, {_threads_text(n)}": partial(
+                _bind_openvino,
                 files,
                 feeds,
                 exact | {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": n},
@@ -213,31 +203,27 @@ def cpu_works(
     return result
 
 
-def bind_onnx(files: dict[str, Path], feeds: Outputs, level: str, threads: int) -> Bound:
-    """The one graph of `files` in onnxruntime."""
+def _bind_onnx(files: dict[str, Path], feeds: Outputs, level: str, threads: int) -> Bound:
     return OnnxRuntime(files, level, threads).bind(*files, feeds)
 
 
-def bind_openvino(files: dict[str, Path], feeds: Outputs, settings: dict) -> Bound:
-    """The one graph of `files` in OpenVINO."""
+def _bind_openvino(files: dict[str, Path], feeds: Outputs, settings: dict) -> Bound:
     return OpenVINO(files, settings).bind(*files, feeds)
 
 
-def fastest(makers: dict[Setting, Callable[[], Bound]]) -> tuple[Setting, Bound]:
-    """The setting, of several, in which a few calls take least, and what is bound in it."""
+def fastest(makers: dict[_Setting, Callable[[], Bound]]) -> tuple[_Setting, Bound]:
+    """The setting whose fastest call takes least, and the graph bound in it."""
     tried = []
     for setting, make in makers.items():
         bound = make()
-        bound.call()  # does not count: allocates, fills caches
-        tried.append((min(seconds_of(bound.call) for _ in range(TRIES)), setting, bound))
-        tried = [min(tried, key=lambda entry: entry[0])]  # the others' memory is free again
+        bound.call()  # not timed: allocates, fills caches
+        tried.append((min(_seconds_of(bound.call) for _ in range(_TRIES)), setting, bound))
+        tried = [min(tried, key=lambda entry: entry[0])]  # frees the memory of the others
     return tried[0][1:]
 
 
 def gpu_runtimes(bundle: Path, manifest: Manifest, graph: str) -> tuple[list[Runtime], list[str]]:
-    """A graph in onnxruntime's CUDA provider and its engines, and in words what of these cannot run
-    here.
-    """
+    """A graph in onnxruntime's CUDA provider and its engines, and why others cannot run here."""
     makers: list[Callable[[], Runtime]] = [
         partial(CudaRuntime, {graph: bundle / manifest.graph(graph).file})
     ]
@@ -256,7 +242,7 @@ def gpu_runtimes(bundle: Path, manifest: Manifest, graph: str) -> tuple[list[Run
 def gpu_works(
     runtimes: list[Runtime], graph: str, precision: Precision, feeds: Outputs
 ) -> tuple[list[Work], list[str]]:
-    """A graph in every runtime of a GPU, and in words what does not take these inputs."""
+    """A graph in every runtime of a GPU, and why others do not take these inputs."""
     result, left_out = [], []
     for runtime in runtimes:
         try:
@@ -273,28 +259,27 @@ def gpu_works(
     return result, left_out
 
 
-def seconds_of(call: Callable[[], None]) -> float:
-    """Seconds of one call."""
+def _seconds_of(call: Callable[[], None]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
 def time_all(works: list[Work], rounds: int, batch: int) -> list[dict]:
-    """Latencies of all works, those of one device taking turns.
+    """Latencies of all works; those of one device take turns.
 
-    Ratios of medians are to torch eager on the same device; cosines, the least of any output and
-    picture, to torch eager on the first device. Both are None where torch is not among the works.
+    Ratios of medians are to torch eager on the same device. Cosines, the least of any output and
+    picture, are to torch eager on the first device. Both are None without torch among the works.
     """
     for work in works:
-        for _ in range(WARM_UP[work.device]):
+        for _ in range(_WARM_UP[work.device]):
             work.bound.call()
     times: dict[str, list[float]] = {work.name: [] for work in works}
     for device in dict.fromkeys(work.device for work in works):
         for _ in range(rounds):
             for work in works:
                 if work.device == device:
-                    times[work.name].append(seconds_of(work.bound.call))
+                    times[work.name].append(_seconds_of(work.bound.call))
     middle = {name: statistics.median(values) for name, values in times.items()}
     eager = {work.device: work for work in reversed(works) if work.name.startswith("torch eager")}
     wanted = next(
@@ -304,7 +289,7 @@ def time_all(works: list[Work], rounds: int, batch: int) -> list[dict]:
     for work in works:
         ordered = sorted(times[work.name])
         base = eager.get(work.device)
-        cosine = least_cosine(work.bound.read(), wanted) if wanted else None
+        cosine = _least_cosine(work.bound.read(), wanted) if wanted else None
         rows.append(
             {
                 "runtime": work.name,
@@ -322,6 +307,5 @@ def time_all(works: list[Work], rounds: int, batch: int) -> list[dict]:
     return rows
 
 
-def least_cosine(got: list[np.ndarray], wanted: list[np.ndarray]) -> float:
-    """The least cosine of any output of any picture."""
+def _least_cosine(got: list[np.ndarray], wanted: list[np.ndarray]) -> float:
     return min(float(compare(a, b)[0].min()) for a, b in zip(got, wanted, strict=True))

@@ -1,1 +1,1 @@
-"""What runs a bundle's graphs and engines."""
+"""Runtimes that run a bundle's graphs and engines, one file each."""

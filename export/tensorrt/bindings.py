@@ -1,6 +1,5 @@
-"""What this machine has to build engines with: TensorRT in its versions, and what it says meanwhile."""
+"""TensorRT's Python bindings: what this machine can build, flags by version, log and progress."""
 
-import ctypes
 import importlib
 import json
 import re
@@ -22,14 +21,14 @@ if TYPE_CHECKING:
     from contract.engine_record import EngineOptions
 
 FLAVOURS = ("tensorrt", "tensorrt-rtx")
-ANYWHERE = "--formats tensorrt-rtx --compute-capability 8.9"
-"""What builds on a machine without a GPU."""
+_ANYWHERE = "--formats tensorrt-rtx --compute-capability 8.9"
+"""Options that build on a machine without a GPU."""
 
-MEMORY = re.compile(
+_MEMORY = re.compile(
     r"out of memory|OutOfMemory|bad_alloc|insufficient memory|workspace limit", re.IGNORECASE
 )
-NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-"""numpy's names for TensorRT's types; the others (INT8, BOOL, …) differ in case only."""
+_NAMES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+"""numpy's names of TensorRT's types; the others (INT8, BOOL, …) differ in case only."""
 
 
 def load_bindings(flavour: str) -> ModuleType:
@@ -46,7 +45,7 @@ def load_bindings(flavour: str) -> ModuleType:
         ", or work in NVIDIA's container nvcr.io/nvidia/tensorrt" if full else ""
     )
     if blind:
-        remedy += f", on a machine with the GPU it is for; without one: {ANYWHERE}"
+        remedy += f", on a machine with the GPU it is for; without one: {_ANYWHERE}"
     try:
         trt = importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -56,18 +55,18 @@ def load_bindings(flavour: str) -> ModuleType:
     except (ImportError, OSError) as error:
         message = one_line([str(error)])
         raise UserError(
-            f"{flavour}: its bindings are here, but not its libraries: {message} ({remedy})"
+            f"{flavour}: its bindings are installed, but not its libraries: {message} ({remedy})"
         ) from error
     if blind:
         raise UserError(
             f"{flavour}: engines of full TensorRT are built on the GPU they run on: this machine "
-            f"shows none (build there, or {ANYWHERE})"
+            f"shows none (build there, or {_ANYWHERE})"
         )
     return trt
 
 
 def targets(trt: ModuleType, flavour: str, requested: tuple[str, ...]) -> tuple[str, ...]:
-    """The compute capabilities to build for, this GPU's unless others are asked for.
+    """The compute capabilities to build for: `requested`, or this GPU's.
 
     Raises UserError if `flavour` cannot build for them here.
     """
@@ -78,7 +77,7 @@ def targets(trt: ModuleType, flavour: str, requested: tuple[str, ...]) -> tuple[
             raise UserError(
                 f"tensorrt: cannot build for {', '.join(requested)}: engines of full TensorRT run on "
                 f"the GPU they are built on, here {current} (leave the compute capability out, "
-                f"build there, or {ANYWHERE})"
+                f"build there, or {_ANYWHERE})"
             )
         return requested
     known = [
@@ -87,7 +86,7 @@ def targets(trt: ModuleType, flavour: str, requested: tuple[str, ...]) -> tuple[
         if name.startswith("SM")
     ]
     if not requested:
-        raise UserError(f"tensorrt-rtx: no GPU here and no compute capability named ({ANYWHERE})")
+        raise UserError(f"tensorrt-rtx: no GPU here and no compute capability named ({_ANYWHERE})")
     for capability in requested:
         if capability not in known:
             why = (
@@ -103,8 +102,8 @@ def targets(trt: ModuleType, flavour: str, requested: tuple[str, ...]) -> tuple[
 
 
 def flags(trt: ModuleType, options: "EngineOptions") -> list[str]:
-    """Names of the builder's flags that options ask for; a UserError for those that cannot be had
-    here.
+    """Names of the builder's flags for these options; raises UserError for those that are not
+    supported here.
     """
     if options.flavour == "tensorrt-rtx":
         for name in ("strip_weights", "refit", "version_compatible"):
@@ -118,13 +117,13 @@ def flags(trt: ModuleType, options: "EngineOptions") -> list[str]:
         "REFIT": options.refit,
         "STRIP_PLAN": options.strip_weights,
         "REFIT_IDENTICAL": options.strip_weights
-        and not options.refit,  # stripped weights must come back somehow
+        and not options.refit,  # one of them is needed to put stripped weights back
     }
     names = [name for name, requested in wanted.items() if requested]
     for name in names:
         if not hasattr(trt.BuilderFlag, name):
             raise UserError(
-                f"{options.flavour} {trt.__version__}: knows no {name} (install 10.0 or later)"
+                f"{options.flavour} {trt.__version__} does not support {name} (requires TensorRT 10.0+)"
             )
     return names
 
@@ -132,7 +131,7 @@ def flags(trt: ModuleType, options: "EngineOptions") -> list[str]:
 def configure(
     trt: ModuleType, config: Any, capabilities: tuple[str, ...], options: "EngineOptions"
 ) -> None:
-    """Carry the options over to the builder's config; a flag this TensorRT lacks is a UserError."""
+    """Set the options in the builder's config; raises UserError for a flag that this TensorRT lacks."""
     wanted = flags(trt, options)
     if options.flavour == "tensorrt-rtx":
         config.num_compute_capabilities = len(capabilities)
@@ -157,18 +156,19 @@ def configure(
             cache, False
         ):  # False: refuse another GPU's or version's
             raise UserError(
-                f"{path}: no timing cache of this GPU and TensorRT {trt.__version__} (name another)"
+                f"{path} is not a timing cache of this GPU and TensorRT {trt.__version__} (name "
+                "another file)"
             )
 
 
 def failure(what: str, errors: list[str]) -> UserError:
-    """What the builder said, as one line; want of memory is named as such."""
-    # Without a GPU every complaint is followed by one about the driver, which is not the reason.
+    """The builder's messages as a one-line UserError; lack of memory is named as such."""
+    # without a GPU every message is followed by one about the driver, which is not the reason
     message = (
         one_line([e for e in errors if "CUDA driver version is insufficient" not in e] or errors)
         or "no reason given"
     )
-    if MEMORY.search(message):
+    if _MEMORY.search(message):
         return UserError(
             f"{what}: not enough memory (smaller max shapes, another workspace_gib, a bigger "
             f"machine): {message}"
@@ -177,9 +177,7 @@ def failure(what: str, errors: list[str]) -> UserError:
 
 
 def collecting_logger(trt: ModuleType) -> Any:
-    """A TensorRT logger whose `errors` lists what was said; parser and builder only return False or
-    None.
-    """
+    """A TensorRT logger that collects `errors`: parser and builder only return False or None."""
 
     class Logger(trt.ILogger):
         def __init__(self) -> None:
@@ -211,27 +209,6 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-class SignalStack(ctypes.Structure):
-    """stack_t of sigaltstack(2)."""
-
-    _fields_ = (("place", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
-
-
-@contextmanager
-def signal_stack_kept() -> Iterator[None]:
-    """Give this thread its signal stack back.
-
-    OpenVINO sets its own and, once several have come and gone, leaves one that is no longer there:
-    the next signal, Ctrl-C say, would crash the process instead of stopping it.
-    """
-    libc, before = ctypes.CDLL(None), SignalStack()
-    libc.sigaltstack(None, ctypes.byref(before))
-    try:
-        yield
-    finally:
-        libc.sigaltstack(ctypes.byref(before), None)
-
-
 def progress_bars() -> Progress:
     """Bars on standard error while it is a terminal, nothing elsewhere."""
     console = Console(stderr=True)
@@ -245,9 +222,7 @@ def progress_bars() -> Progress:
 
 
 def progress_monitor(trt: ModuleType, bars: Progress, stopped: threading.Event) -> Any:
-    """TensorRT's progress as a bar a phase; once `stopped` is set it asks the builder to give
-    up.
-    """
+    """TensorRT's progress as one bar per phase; once `stopped` is set, the builder gives up."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
@@ -270,8 +245,7 @@ def progress_monitor(trt: ModuleType, bars: Progress, stopped: threading.Event) 
 
 
 def dtype_name(dtype: Any) -> str:
-    """numpy's name of a TensorRT data type."""
-    return NAMES.get(dtype.name, dtype.name.lower())
+    return _NAMES.get(dtype.name, dtype.name.lower())
 
 
 def load_engine(
@@ -279,7 +253,7 @@ def load_engine(
 ) -> tuple[Any, Any]:
     """Load an engine on the GPU; returns it and the runtime, which must live as long.
 
-    `built` says by what and for what, for the UserError of an engine that cannot be loaded;
+    `built` (by which TensorRT, for which GPUs) is for the UserError of an engine that cannot load;
     `host_code` lets a version-compatible engine run the runtime it brings along. Never call it
     without a GPU.
     """
@@ -290,7 +264,7 @@ def load_engine(
     if loaded is None:
         here = f"{trt.__version__} on a GPU of {next(iter(compute_capabilities()), 'unknown capability')}"
         raise failure(
-            f"{engine}: built by {built}, not to be loaded by {here} (build it here)", logger.errors
+            f"{engine}: built by {built}, cannot be loaded by {here} (build it here)", logger.errors
         )
     return loaded, runtime
 

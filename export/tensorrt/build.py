@@ -28,13 +28,12 @@ from contract.errors import UserError, one_line, suggest
 from contract.files import file_sha256, write_all_atomically, write_atomically
 from contract.gpu import compute_capabilities
 from export.tensorrt import bindings as gpu
-from export.tensorrt.bindings import FLAVOURS as FLAVOURS
 from export.tensorrt.bindings import load_bindings
 
 
 class Inspection(Record):
-    """What `inspect_engine` found out: `deserialised` if the engine was opened on a GPU and agrees
-    with its record.
+    """Result of `inspect_engine`; `deserialised`: the engine was opened on a GPU and agrees with its
+    record.
     """
 
     record: EngineRecord
@@ -61,18 +60,15 @@ def build_engine(
     capabilities = gpu.targets(trt, options.flavour, options.compute_capabilities)
     for path in filter(None, (engine, options.timing_cache)):
         if not path.parent.is_dir() or path.is_dir():
-            raise UserError(
-                f"{path}: no file can be written there (name a file in a folder that exists)"
-            )
+            raise UserError(f"{path} cannot be written (name a file in a folder that exists)")
     hashes = _graph_hashes(graph)
     logger = gpu.collecting_logger(trt)
     what = f"{graph}: {options.flavour} {trt.__version__}"
 
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(
-        network, logger
-    )  # owns the weights: it must live until the engine is built
+    # the parser owns the weights: it must live until the engine is built
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
         reasons = [parser.get_error(index) for index in range(parser.num_errors)]
         why = one_line(
@@ -113,9 +109,8 @@ def build_engine(
     if options.timing_cache:
         timings = memoryview(config.get_timing_cache().serialize())
         write_atomically(options.timing_cache, lambda temporary: temporary.write_bytes(timings))
-        options = options.model_copy(
-            update={"timing_cache": Path(options.timing_cache.name)}
-        )  # no paths in records
+        # records hold no paths
+        options = options.model_copy(update={"timing_cache": Path(options.timing_cache.name)})
     layers = (network.get_layer(index) for index in range(network.num_layers))
     computed = {
         gpu.dtype_name(layer.get_output(index).dtype)
@@ -145,7 +140,7 @@ def build_engine(
 
 
 def _check_profile(what: str, profile: Profile, inputs: Sequence[EngineTensor]) -> None:
-    """Say in a user's words what TensorRT would say in its own, or only after minutes."""
+    # TensorRT would report these in its own words, some of them after minutes
     declared = {tensor.name: tensor.shape for tensor in inputs}
     for name, shapes in profile.shapes.items():
         if name not in declared:
@@ -158,7 +153,7 @@ def _check_profile(what: str, profile: Profile, inputs: Sequence[EngineTensor]) 
             given = ", ".join(f"{word} {list(shape)}" for word, shape in shapes._asdict().items())
             raise UserError(
                 f"{what}: {given} do not fit input '{name}' {list(declared[name])} "
-                "(where it says -1: 1 ≤ min ≤ opt ≤ max; the other dimensions are fixed)"
+                "(for each -1: 1 ≤ min ≤ opt ≤ max; the other dimensions are fixed)"
             )
     for name, shape in declared.items():
         if -1 in shape and name not in profile.shapes:
@@ -189,7 +184,7 @@ def _graph_hashes(graph: Path) -> dict[str, str]:
     try:
         initializers = onnx.load(graph, load_external_data=False).graph.initializer
     except DecodeError as error:
-        raise UserError(f"{graph}: no ONNX graph, or a damaged one (export it again)") from error
+        raise UserError(f"{graph} is not an ONNX graph, or is damaged (export it again)") from error
     outside = {
         ExternalDataInfo(tensor).location for tensor in initializers if uses_external_data(tensor)
     }
@@ -239,7 +234,7 @@ def inspect_engine(engine: Path) -> Inspection:
     record = verify_engine(engine)
     if not compute_capabilities():
         note = (
-            f"no GPU here: this is what {record_path(engine).name} says, the engine itself was "
+            f"no GPU here: these are the contents of {record_path(engine).name}, the engine itself was "
             "not opened"
         )
         return Inspection(record=record, deserialised=False, information={}, note=note)
@@ -256,5 +251,5 @@ def inspect_engine(engine: Path) -> Inspection:
             raise UserError(
                 f"{engine}: its {kind}s are not those of its record (build the engine again)"
             )
-    note = f"opened on a GPU: inputs and outputs are as {record_path(engine).name} says"
+    note = f"opened on a GPU: inputs and outputs agree with {record_path(engine).name}"
     return Inspection(record=record, deserialised=True, information=information, note=note)

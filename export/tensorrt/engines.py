@@ -1,10 +1,8 @@
-"""TensorRT engines of every graph of a bundle: how they are built, and which shapes and GPUs they
-are for.
-"""
+"""TensorRT engines of a bundle's graphs: how they are built, and which shapes and GPUs they accept."""
 
-import argparse
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from contract.engine_record import EngineOptions, EngineRecord, Profile
@@ -18,25 +16,34 @@ from export.tensorrt.build import build_engine
 log = logging.getLogger(__name__)
 
 
+def check_buildable(options: EngineOptions) -> None:
+    """Raise UserError for engines that cannot be built here: bindings or libraries missing, no GPU,
+    an unknown compute capability, engines that only a GPU can build.
+    """
+    trt = load_bindings(options.flavour)
+    targets(trt, options.flavour, options.compute_capabilities)
+    flags(trt, options)
+
+
 def build_all(
-    args: argparse.Namespace,
-    flavours: list[str],
-    parts: list[Part],
+    engines: Sequence[EngineOptions],
+    parts: Sequence[Part],
     paths: dict[str, Path],
-    sizes: list[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]],
     stride: int,
+    max_batch: int,
     folder: Path,
 ) -> list[BundledEngine]:
-    """Build `folder/<graph>.<flavour>.engine` for every graph and flavour; returns their
-    records.
+    """Build `folder/<graph>.<flavour>.engine` from every graph, with each of the builder's options;
+    returns the engines' records.
     """
     records = []
-    for flavour, options in engine_options(args, flavours).items():
+    for options in engines:
         for part in parts:
             begun = time.perf_counter()
             graph = part.signature.graph
-            path = folder / f"{graph}.{flavour}.engine"
-            profile = make_profile(part, args.max_batch, sizes, stride)
+            path = folder / f"{graph}.{options.flavour}.engine"
+            profile = make_profile(part, max_batch, sizes, stride)
             record = build_engine(paths[graph], path, [profile], options)
             records.append(BundledEngine(graph=graph, file=path.name, **dict(record)))
             log.info(
@@ -44,45 +51,19 @@ def build_all(
                 graph,
                 path.stat().st_size / 1e6,
                 time.perf_counter() - begun,
-                flavour,
+                options.flavour,
                 ", ".join(record.compute_capabilities),
             )
     return records
 
 
-def engine_options(args: argparse.Namespace, formats: list[str]) -> dict[str, EngineOptions]:
-    """The builder's options for every TensorRT flavour among `formats`.
+def make_profile(
+    part: Part, max_batch: int, sizes: Sequence[tuple[int, int]], stride: int
+) -> Profile:
+    """Smallest, favoured and largest shapes of a graph's inputs: batches 1 to `max_batch`, sides of
+    `sizes` (height, width).
 
-    Raises UserError for what cannot be built here: bindings or libraries missing, no GPU, an
-    unknown compute capability, engines that only a GPU can build.
-    """
-    result = {}
-    for flavour in (name for name in formats if name != "onnx"):
-        trt = load_bindings(flavour)
-        options = EngineOptions(
-            flavour=flavour,
-            compute_capabilities=tuple(args.compute_capability)
-            if flavour == "tensorrt-rtx"
-            else (),
-            workspace_gib=args.workspace,
-            optimization_level=args.optimization_level,
-            timing_cache=args.timing_cache,
-            tf32=args.precision != "fp32",  # a float32 engine says what the float32 student says
-            version_compatible=args.version_compatible,
-            strip_weights=args.strip_weights,
-            refit=args.refit,
-        )
-        targets(trt, flavour, options.compute_capabilities)
-        flags(trt, options)
-        result[flavour] = options
-    return result
-
-
-def make_profile(part: Part, max_batch: int, sizes: list[tuple[int, int]], stride: int) -> Profile:
-    """Smallest, usual and largest shapes of a graph's inputs: batches 1 to `max_batch`, sides of
-    the sizes asked for.
-
-    The usual size is the first one asked for, at the largest batch.
+    The favoured shape is the first size at the largest batch.
     """
     heights, widths = [h for h, _ in sizes], [w for _, w in sizes]
     grids = {
@@ -96,17 +77,16 @@ def make_profile(part: Part, max_batch: int, sizes: list[tuple[int, int]], strid
     return Profile(
         shapes={
             port.name: {
-                which: shape_of(port, *grid, stride, prefix) for which, grid in grids.items()
+                which: _shape_of(port, *grid, stride, prefix) for which, grid in grids.items()
             }
             for port in part.signature.inputs
         }
     )
 
 
-def shape_of(
+def _shape_of(
     port: Port, batch: int, height: int, width: int, stride: int, prefix: int
 ) -> tuple[int, ...]:
-    """An input's shape for pictures of a size."""
     rows, columns = height // stride, width // stride
     known = {
         "batch": batch,
@@ -127,9 +107,7 @@ def shape_of(
 
 
 def profile_for(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> int | None:
-    """The number of the first optimisation profile that admits inputs of these shapes, None where
-    none does.
-    """
+    """Number of the first optimization profile that admits inputs of these shapes, or None."""
 
     def admits(ranges: dict, name: str, declared: tuple[int, ...]) -> bool:
         smallest, _, largest = ranges.get(name, (declared,) * 3)
@@ -145,7 +123,7 @@ def profile_for(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> int
 
 
 def outside(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> str:
-    """What an engine takes instead of these inputs, in words."""
+    """A message: which inputs an engine takes instead of these."""
     given = ", ".join(f"'{name}' {list(shape)}" for name, shape in shapes.items())
     taken = "; ".join(
         f"'{name}' from {list(ranges.min)} to {list(ranges.max)}"
@@ -158,7 +136,7 @@ def outside(record: EngineRecord, shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def not_for_here(record: EngineRecord) -> str:
-    """Why an engine cannot run on this machine, "" where it can."""
+    """Why an engine cannot run on this machine, "" if it can."""
     here, built = compute_capabilities(), ", ".join(record.compute_capabilities)
     if not here:
         return f"built for GPUs of compute capability {built}, and no GPU is visible here"

@@ -1,11 +1,11 @@
-"""Class embeddings out of a teacher's own classifier: ImageNet's classes by name, for a student
-without a CLIP teacher.
+"""Class embeddings from a teacher's own classifier: ImageNet's classes by name, for a student without
+a CLIP teacher.
 
-Not zero-shot in CLIP's sense: the classes were learnt, the vocabulary is the classifier's, and no
-text is encoded. A row of its weights is the prototype of a class in the space of the teacher's
-image-level vector, which the student predicts. Cosines with the rows rank clearly worse than the
-classifier itself (on the packaged photographs MobileNetV2's best of 1000 classes is another in 4 of
-19), so the rows' lengths and biases go along and the score is the classifier's logit.
+This is not zero-shot in CLIP's sense: the classes were learnt, the vocabulary is the classifier's,
+and no text is encoded. A row of its weights is the prototype of a class in the space of the
+teacher's image-level vector, which the student predicts. Cosines with the rows rank clearly worse
+than the classifier itself (on the packaged photographs MobileNetV2's best of 1000 classes changes
+in 4 of 19), so the rows' lengths and biases are stored too and the score is the classifier's logit.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,11 @@ if TYPE_CHECKING:  # --help must not wait for torch to load
 def classifier_rows(
     run: Path, teacher: str, labels: Sequence[Label], source: Path
 ) -> tuple[dict[str, "Tensor"], dict]:
-    """`embeddings` [C, d] (unit rows), `norms` [C] and `bias` [C] of the classes asked for, and
-    what to say of them.
+    """`embeddings` [C, d] (unit rows), `norms` [C] and `bias` [C] of the labels' classes, and metadata.
 
     Raises UserError for a run without that teacher, a teacher without a trained classifier of
-    ImageNet or whose image-level vector is not what its classifier reads, and a label that is no
-    class, or two.
+    ImageNet or whose classifier does not read its image-level vector, and a label that matches no
+    class or two.
     """
     import torch.nn.functional as F
 
@@ -41,10 +40,12 @@ def classifier_rows(
         config.label: (index, config) for index, config in enumerate(load_run(run).recipe.teachers)
     }
     if teacher not in configs:
-        raise UserError(f"--classifier {teacher}: no teacher of {run}: {suggest(teacher, configs)}")
+        raise UserError(
+            f"--classifier {teacher}: {run} has no such teacher: {suggest(teacher, configs)}"
+        )
     index, config = configs[teacher]
     print(f"teacher   {teacher}: {config.name}, {weights_source(config)}")
-    weight, bias = read_classifier(build_teacher(config, TeacherRuntime(precision="fp32"), index))
+    weight, bias = _read_classifier(build_teacher(config, TeacherRuntime(precision="fp32"), index))
     numbers = find_classes(labels, len(weight), source)
     rows = weight[numbers].float()
     tensors = {
@@ -64,7 +65,7 @@ def classifier_rows(
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
 
 
-def read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
+def _read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
     """Weights [K, d] and biases [K] of a teacher's classifier; raises UserError unless it reads the
     teacher's summary.
     """
@@ -78,7 +79,7 @@ def read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
     random = not config.pretrained and config.checkpoint is None
     if random or not getattr(net, "classifier_loaded", True):
         raise UserError(
-            f"{wrong} has no trained classifier: its weights come without one (choose another "
+            f"{wrong} has no trained classifier: its weights do not include one (choose another "
             "teacher)"
         )
     with torch.inference_mode():
@@ -89,9 +90,8 @@ def read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
         reads = summary.shape[1] == classifier.in_features
         if not (reads and torch.allclose(classifier(summary), logits, rtol=1e-3, atol=1e-3)):
             raise UserError(
-                f"{wrong}'s classifier reads something else than what the student learns of it "
-                "(another block, other pooling, or an embedding behind it): choose another "
-                "teacher"
+                f"{wrong}'s classifier reads something else than the vector that the student learns "
+                "(another block, other pooling, or an embedding after it): choose another teacher"
             )
     weight = classifier.weight.detach()
     return weight, weight.new_zeros(
@@ -100,19 +100,19 @@ def read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
 
 
 def find_classes(labels: Sequence[Label], count: int, source: Path) -> list[int]:
-    """The class number of every label in a classifier of `count` classes, by any of its names or
+    """Class number of every label in a classifier of `count` classes, by any of the class's names or
     its WordNet id.
 
-    A name that comes first for one class is that class's, even if it is another's synonym
-    (`missile` and `projectile, missile`). Raises UserError for a label that names no class, or two
-    alike.
+    A class's first name wins over another class's synonym (`missile` and `projectile, missile`).
+    Raises UserError for a label that names no class, or two equally.
     """
     from timm.data import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset({"num_classes": count})
     if subset is None:
         raise UserError(
-            f"--classifier: its {count} classes are not ImageNet's, so nobody knows their names"
+            f"--classifier needs an ImageNet head, such as one of 1,000 classes; this one has {count}: "
+            "choose another teacher"
         )
     info = ImageNetInfo(subset)
     first: dict[str, list[int]] = {}
@@ -132,7 +132,7 @@ def find_classes(labels: Sequence[Label], count: int, source: Path) -> list[int]
         where = f"{source}:{label.line}: '{label.words}'"
         if numbers is None:
             raise UserError(
-                f"{where} is no class of {subset}: {suggest(words, first.keys() | other.keys())} "
+                f"{where} is not a class of {subset}: {suggest(words, first.keys() | other.keys())} "
                 "(or give its WordNet id)"
             )
         if len(numbers) > 1:

@@ -1,5 +1,5 @@
-"""From labels to embeddings: labels and prompt templates as text files, the CLIP text tower, and
-the prompt ensemble.
+"""From labels to embeddings: text files of labels and templates, the CLIP text tower, and the prompt
+ensemble.
 
 torch and open_clip are imported by the functions that need them: the command's --help answers
 without them.
@@ -21,7 +21,7 @@ from contract.errors import UserError, suggest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-PLACE = "{}"
+_PLACE = "{}"
 """Where the label goes in a template."""
 
 DEFAULT_TEMPLATES = (
@@ -34,35 +34,35 @@ DEFAULT_TEMPLATES = (
     "a bright photo of a {}.",
     "a picture with a {} in it.",
 )
-"""General sentences that fit most things one can photograph; a subject of its own (satellite
-images, food) wants its own.
+"""General sentences that fit most photographs; special subjects (satellite images, food) need their
+own.
 """
 
 
-OTHER_PARTS = ("visual.", "text_decoder.", "logit_bias")
-"""Of a whole CLIP or CoCa, what the text embedding does not need."""
+_OTHER_PARTS = ("visual.", "text_decoder.", "logit_bias")
+"""Parts of a CLIP or CoCa that the text embedding does not need."""
 
 
 @dataclass(frozen=True)
 class Label:
-    """A class: the name that data and answers use, and the words that stand for it in a prompt."""
+    """A class: its name in data and answers, the words for it in a prompt, and its line."""
 
     name: str
     words: str
     line: int
 
 
-def read_lines(path: Path, option: str, holds: str) -> list[tuple[int, str]]:
+def _read_lines(path: Path, option: str, holds: str) -> list[tuple[int, str]]:
     """Read the lines of a UTF-8 file that are not blank, with their numbers; raises UserError where
     there are none.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"{option} {path}: no such file (write {holds} a line into it)") from error
+        raise UserError(f"{option} {path}: no such file (it must hold {holds} per line)") from error
     except IsADirectoryError as error:
         raise UserError(
-            f"{option} {path} is a folder: give a text file with {holds} a line"
+            f"{option} {path} is a folder: give a text file with {holds} per line"
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(
@@ -75,18 +75,17 @@ def read_lines(path: Path, option: str, holds: str) -> list[tuple[int, str]]:
         if line.strip()
     ]
     if not lines:
-        raise UserError(f"{option} {path} is empty: write {holds} a line into it")
+        raise UserError(f"{option} {path} is empty: write {holds} per line into it")
     return lines
 
 
 def read_labels(path: Path) -> list[Label]:
-    """Read a class a line: its name, or `NAME<tab>WORDS` where data name it otherwise than one
-    would say it.
+    """Read a class per line: its name, or `NAME<tab>WORDS` where the words of the prompt differ.
 
-    Raises UserError for a missing or empty file, half a pair, and a name that stands there twice.
+    Raises UserError for a missing or empty file, half a pair, and a duplicate name.
     """
     labels: dict[str, Label] = {}
-    for number, line in read_lines(path, "--labels", "a label"):
+    for number, line in _read_lines(path, "--labels", "a label"):
         name, _, words = (part.strip() for part in line.partition("\t"))
         if "\t" in line and not (name and words):
             raise UserError(
@@ -103,25 +102,24 @@ def read_labels(path: Path) -> list[Label]:
 
 
 def read_templates(path: Path | None) -> list[str]:
-    """Read a template a line, or return the default ones; raises UserError for a line without
+    """Read a template per line, or return the default ones; raises UserError for a line without
     `{}`.
     """
     if path is None:
         return list(DEFAULT_TEMPLATES)
-    lines = read_lines(path, "--templates", f"a sentence with {PLACE} for the label")
+    lines = _read_lines(path, "--templates", f"a sentence with {_PLACE} for the label")
     for number, line in lines:
-        if PLACE not in line:
+        if _PLACE not in line:
             raise UserError(
-                f"{path}:{number}: template '{line}' has no {PLACE} for the label: write 'a photo "
-                f"of a {PLACE}.', say"
+                f"{path}:{number}: template '{line}' has no {_PLACE} for the label: write for example "
+                f"'a photo of a {_PLACE}.'"
             )
     return [line for _, line in lines]
 
 
-def fill(template: str, label: Label) -> str:
-    """Put a label's words into a template."""
-    # not str.format: a sentence may hold other braces, and is nobody's format string
-    return template.replace(PLACE, label.words)
+def _fill(template: str, label: Label) -> str:
+    # not str.format: a sentence may hold other braces
+    return template.replace(_PLACE, label.words)
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,7 @@ class TextTower:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep open_clip's and the exporter's logging and warnings off the screen: what matters of it
-    is said here.
-    """
+    """Suppress the logging and warnings of open_clip and the exporter."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -172,7 +168,7 @@ def open_tower(model: str, pretrained: str) -> TextTower:
 
     from distill.models.weights import tensors_sha256
 
-    name = add_configuration(Path(model)) if model.endswith(".json") else model.replace("/", "-")
+    name = _add_configuration(Path(model)) if model.endswith(".json") else model.replace("/", "-")
     config = open_clip.get_model_config(name) if name in open_clip.list_models() else None
     if config is None:
         raise UserError(
@@ -204,9 +200,8 @@ def open_tower(model: str, pretrained: str) -> TextTower:
                 name, pretrained if tag else None, force_quick_gelu=quick_gelu
             ).eval()
             tokenizer = open_clip.get_tokenizer(name)
-    except (
-        Exception
-    ) as error:  # the hub's, urllib's, torch's: whatever stopped it, the remedy is the same
+    # errors of the hub, urllib or torch: the remedy is the same for all
+    except Exception as error:
         reason = (
             (str(error).strip().splitlines() or [type(error).__name__])[-1]
             .rpartition("Last error: ")[2][:120]
@@ -214,7 +209,7 @@ def open_tower(model: str, pretrained: str) -> TextTower:
         )
         if not tag:
             raise UserError(
-                f"--model {model}: open_clip cannot build it ({reason}): mend its configuration"
+                f"--model {model}: open_clip cannot build it ({reason}): correct its configuration"
             ) from error
         source = (
             tag.get("url")
@@ -225,14 +220,14 @@ def open_tower(model: str, pretrained: str) -> TextTower:
             f" and --model {name}-quickgelu" if quick_gelu and not config.get("quick_gelu") else ""
         )
         raise UserError(
-            f"--pretrained {pretrained}: its weights cannot be had ({reason}): fetch them from "
-            f"{source} elsewhere and give --pretrained FILE{variant}"
+            f"--pretrained {pretrained}: its weights cannot be downloaded ({reason}): get them from "
+            f"{source} on another machine and give --pretrained FILE{variant}"
         ) from error
     if file:
-        load_text_weights(built, file)
+        _load_text_weights(built, file)
     del built.visual  # the larger half, which no text needs
     weights = {
-        key: value for key, value in built.state_dict().items() if not key.startswith(OTHER_PARTS)
+        key: value for key, value in built.state_dict().items() if not key.startswith(_OTHER_PARTS)
     }
     about = {
         "model": name,
@@ -248,20 +243,18 @@ def open_tower(model: str, pretrained: str) -> TextTower:
     )
     if pretrained == "random":
         print(
-            "note      random weights are for trials: these embeddings know nothing of the labels"
+            "note      random weights are for trials: these embeddings do not represent the labels"
         )
     if file and not quick_gelu and f"{name}-quickgelu" in open_clip.list_models():
         print(
-            f"note      {name} computes GELU: weights of OpenAI, DFN or MetaCLIP want --model "
+            f"note      {name} computes GELU: weights of OpenAI, DFN or MetaCLIP need --model "
             f"{name}-quickgelu"
         )
     return TextTower(built, tokenizer, tokenizer.context_length, about)
 
 
-def add_configuration(path: Path) -> str:
-    """Tell open_clip of a model described in a .json file of its kind; returns the name (the file's
-    stem).
-    """
+def _add_configuration(path: Path) -> str:
+    """Register a model described in a .json file with open_clip; returns its name, the file's stem."""
     import open_clip
 
     try:
@@ -275,18 +268,18 @@ def add_configuration(path: Path) -> str:
         isinstance(config.get(k), dict) for k in ("vision_cfg", "text_cfg")
     ):
         raise UserError(
-            f"--model {path}: no configuration of open_clip's (it has embed_dim, vision_cfg and "
+            f"--model {path} is not a configuration of open_clip (it needs embed_dim, vision_cfg and "
             "text_cfg)"
         )
     open_clip.add_model_config(path)
     return path.stem
 
 
-def load_text_weights(model: "nn.Module", path: Path) -> None:
-    """Load a file's text tower strictly, running nothing; image weights are only compared, for they
-    name the model.
+def _load_text_weights(model: "nn.Module", path: Path) -> None:
+    """Load a file's text tower strictly, without running code from it.
 
-    Raises UserError for a file that is damaged, holds code, or belongs to another architecture.
+    Shapes of image weights are compared too, because they identify the model. Raises UserError for
+    a file that is damaged, holds code, or belongs to another architecture.
     """
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
@@ -307,7 +300,7 @@ def load_text_weights(model: "nn.Module", path: Path) -> None:
         state["logit_scale"] = state["logit_scale"].reshape(expected["logit_scale"].shape)
     unfit = f"--pretrained {path} does not fit this --model"
     for name, tensor in expected.items():
-        # the grid of positions is the one thing in which a model's image sizes differ
+        # image sizes of one model differ in the grid of positions only
         if (
             name in state
             and state[name].shape != tensor.shape
@@ -317,12 +310,12 @@ def load_text_weights(model: "nn.Module", path: Path) -> None:
                 f"{unfit}: its '{name}' is {list(state[name].shape)}, the model's "
                 f"{list(tensor.shape)}"
             )
-    text = [name for name in expected if not name.startswith(OTHER_PARTS)]
+    text = [name for name in expected if not name.startswith(_OTHER_PARTS)]
     missing = [name for name in text if name not in state]
-    # single names without a dot are numbers that go along (OpenAI's context_length, say)
-    extra = [n for n in state if "." in n and n not in expected and not n.startswith(OTHER_PARTS)]
+    # names without a dot are accompanying numbers, such as OpenAI's context_length
+    extra = [n for n in state if "." in n and n not in expected and not n.startswith(_OTHER_PARTS)]
     if missing or extra:
-        wrong = f"it lacks '{missing[0]}'" if missing else f"its '{extra[0]}' has no place there"
+        wrong = f"'{missing[0]}' is missing" if missing else f"'{extra[0]}' is not in the model"
         raise UserError(
             f"{unfit}: {wrong} ({len(missing or extra)} such tensors): name the model it was saved "
             "from"
@@ -333,29 +326,27 @@ def load_text_weights(model: "nn.Module", path: Path) -> None:
 def tokenize(
     tokenizer: Callable, context: int, labels: Sequence[Label], templates: Sequence[str], path: Path
 ) -> "Tensor":
-    """Token ids [C * T, context], int64, label by label, of every label in every template, by
-    open_clip's tokenizer.
+    """Token ids [C * T, context], int64, label by label, of every label in every template.
 
-    Raises UserError for a prompt longer than `context`: the tokenizer would cut its end off without
-    a word.
+    Raises UserError for a prompt longer than `context`, which the tokenizer would truncate
+    silently.
     """
     prompts = []
     for label in labels:
         for template in templates:
-            prompt = fill(template, label)
+            prompt = _fill(template, label)
             length = len(tokenizer.encode(prompt)) + 2  # the start and end tokens
             if length > context:
                 raise UserError(
-                    f"{path}:{label.line}: label '{shorten(label.words)}' is too long: "
-                    f"'{shorten(template)}' makes it {length} tokens and the model reads "
-                    f"{context}: say it in fewer words"
+                    f"{path}:{label.line}: label '{_shorten(label.words)}' is too long: "
+                    f"'{_shorten(template)}' makes it {length} tokens and the model reads "
+                    f"{context}: use fewer words"
                 )
             prompts.append(prompt)
     return tokenizer(prompts, context_length=context)
 
 
-def shorten(text: str, most: int = 40) -> str:
-    """Cut a text for a message of one line."""
+def _shorten(text: str, most: int = 40) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -365,11 +356,10 @@ def class_embeddings(
     labels: Sequence[Label],
     batch_size: int,
 ) -> "Tensor":
-    """Embeddings [C, d], float32 on the CPU, of tokens [C * T, context]: prompt ensembling as CLIP
-    does it.
+    """Embeddings [C, d], float32 on the CPU, of tokens [C * T, context], by CLIP's prompt ensembling.
 
-    Every prompt's embedding `encode(tokens [B, context]) -> [B, d]` is normalised, their mean over
-    the T templates is normalised again. Raises UserError where the model gives NaN or infinity.
+    Every prompt's embedding `encode(tokens [B, context]) -> [B, d]` is normalized, and so is their
+    mean over the T templates. Raises UserError where the model gives NaN or infinity.
     """
     import torch
     import torch.nn.functional as F
@@ -387,7 +377,7 @@ def class_embeddings(
     if len(wrong):
         name = labels[int(wrong[0])].name
         raise UserError(
-            f"the model gives NaN or infinity for label '{name}': its weights are damaged, fetch "
-            "them again"
+            f"the model returns NaN or infinity for label '{name}': its weights are damaged, "
+            "download them again"
         )
-    return embeddings.clone()  # out of inference mode's tensors, which others may not change
+    return embeddings.clone()  # tensors of inference mode cannot be changed outside it

@@ -2,7 +2,6 @@
 there.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
 from serve.repository.build import add_settings, make_repository, read_settings
+from serve.repository.settings import Settings
 
 EPILOG = """\
 examples:
@@ -38,24 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="replace DIR if it is there")
     add_settings(parser)
     args = parser.parse_args(arguments)
-    return exit_status(lambda: run(args))
+    return exit_status(lambda: _run(args.bundle, args.output, args.force, read_settings(args)))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
+def _run(bundle: Path, output: Path, force: bool, settings: Settings) -> int:
     from serve.bundle import read_bundle
 
-    settings = read_settings(args)
-    output: Path = args.output
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not args.force:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not force:
         raise UserError(
             f"--output {output} is already there: add --force to replace it, or choose another"
         )
-    names = make_repository(read_bundle(args.bundle), output, settings)
+    names = make_repository(read_bundle(bundle), output, settings)
     print(f"repository  {output}: {', '.join(names)}")
     if settings.backend == "python":
         print("next        serve it (or serve the bundle at once: python -m serve.run BUNDLE):")
-        print(f"  python -m serve.run {args.bundle} --repository {output}")
+        print(f"  python -m serve.run {bundle} --repository {output}")
     else:
         print("next        serve it in NVIDIA's image:")
         print(

@@ -17,7 +17,8 @@ from contract.gpu import compute_capabilities
 from contract.manifest import MANIFEST, read_manifest
 from export.bench.__main__ import main as bench
 from export.bench.timing import Feeds, fastest
-from export.runtimes.runtime import Bound, OnnxRuntime
+from export.runtimes.base import Bound
+from export.runtimes.onnx import OnnxRuntime
 from tests.conftest import run_here
 
 QUICK = ("--rounds", 2, "--threads", 1, "--devices", "cpu", "--no-compile")

@@ -516,7 +516,7 @@ def test_a_text_encoder_is_opened_and_held_against_its_description(copy):
         add_files(copy, names)
         return run_here(copy, command=check).stdout
 
-    assert "all well" in said(about)
+    assert "all checks passed" in said(about)
     assert "opset" in said(about | {"graph": about["graph"] | {"opset": 7}})
     assert "where text_encoder.json says" in said(about | {"output": about["input"]})
     assert "is not the one that" in said(about | {"graph": about["graph"] | {"sha256": "0" * 64}})
@@ -628,5 +628,5 @@ def test_help_explains_precision_and_calibration(capsys):
     with pytest.raises(SystemExit):
         export(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    for words in ("weights and arithmetic", "ranges of its numbers", "rare outliers"):
+    for words in ("weights and arithmetic", "ranges of activations", "rare outliers"):
         assert words in said

@@ -133,7 +133,7 @@ def test_a_class_is_found_by_any_of_its_names_and_answers_by_the_users(run, tmp_
 BAD = {
     "unknown "
     "label": (("tabby "
-        "kat",), "cls", (), ("labels.txt:1: 'tabby kat' is no "
+        "kat",), "cls", (), ("labels.txt:1: 'tabby kat' is not a "
         "class", "did "
         "you mean 'tabby cat'?")),
     "a name of "
@@ -157,13 +157,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, run, tmp_path):
 
 
 def test_both_of_its_options_are_needed(tmp_path):
-    refused(run_here("--output", tmp_path / "out", "--classifier", "cls", command=main), "no --run")
     refused(
-        run_here("--output", tmp_path / "out", "--run", tmp_path, command=main), "no --classifier"
+        run_here("--output", tmp_path / "out", "--classifier", "cls", command=main),
+        "--run is required",
+    )
+    refused(
+        run_here("--output", tmp_path / "out", "--run", tmp_path, command=main),
+        "--classifier is required",
     )
 
 
 def test_classifiers_of_other_sizes_are_named_by_imagenets_larger_sets_or_refused():
     assert find_classes([Label("espresso", "espresso", 1)], 11821, Path("labels.txt"))
-    with pytest.raises(UserError, match="its 10 classes are not ImageNet's"):
+    with pytest.raises(UserError, match="needs an ImageNet head.*this one has 10"):
         find_classes([Label("espresso", "espresso", 1)], 10, Path("labels.txt"))

@@ -12,7 +12,8 @@ from timm.layers import resample_abs_pos_embed
 from contract.errors import UserError
 from export.graph import build_parts, open_student
 from export.resample import resample_grid
-from export.runtimes.runtime import OnnxRuntime, OpenVINO
+from export.runtimes.onnx import OnnxRuntime
+from export.runtimes.openvino import OpenVINO
 from export.to_onnx import export_part
 
 

@@ -2,7 +2,6 @@
 file, in all precisions.
 """
 
-import argparse
 import itertools
 import stat
 from pathlib import Path
@@ -30,9 +29,9 @@ from export.int8 import (
 )
 from export.options import PACKAGED
 from export.parity import run_chain
-from export.photographs import choose, digest
+from export.photographs import choose, choose_for_int8, digest
 from export.run import main
-from export.runtimes.runtime import OnnxRuntime
+from export.runtimes.onnx import OnnxRuntime
 from tests.conftest import run_here
 
 SIZES = [(64, 64)]
@@ -67,17 +66,8 @@ def bundle(run, photo_folder, tmp_path_factory) -> Path:
     return folder
 
 
-def asked(**options: object) -> argparse.Namespace:
-    return argparse.Namespace(
-        **{"images": None, "precision": "int8", "calibration": PACKAGED, "calibration_images": 64}
-        | options
-    )
-
-
 def test_one_folder_for_both_is_shared_out_and_taken_from_evenly(photo_folder):
-    found = choose(
-        asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4), SIZES
-    )
+    found = choose_for_int8(photo_folder, photo_folder, 4, SIZES)
     names = [name for name, _ in found.calibration]
     assert names == ["even/00.jpg", "even/04.jpg", "odd/01.jpg", "odd/05.jpg"], (
         "not the first class alone"
@@ -87,26 +77,24 @@ def test_one_folder_for_both_is_shared_out_and_taken_from_evenly(photo_folder):
 
 
 def test_packaged_photographs_are_shared_out_too_and_another_folder_is_not(photo_folder):
-    both = choose(asked(), SIZES)
+    both = choose_for_int8(None, None, 64, SIZES)
     assert len(both.calibration) == 10 and len(both.compared) == 9 and both.source == PACKAGED
-    apart = choose(asked(calibration=str(photo_folder)), SIZES)
+    apart = choose_for_int8(None, photo_folder, 64, SIZES)
     assert apart.held_out and len(apart.calibration) == 12 and len(apart.compared) == 19
-    inside = choose(asked(calibration=str(photo_folder / "odd"), images=photo_folder), SIZES)
+    inside = choose_for_int8(photo_folder, photo_folder / "odd", 64, SIZES)
     assert not inside.held_out
-    assert choose(asked(precision="fp32"), SIZES).calibration == []
+    assert choose(None, SIZES).calibration == []
 
 
 def test_the_same_pictures_under_other_names_are_not_held_out(photo_folder, tmp_path):
     for number, path in enumerate(sorted(photo_folder.rglob("*.jpg"))[:3]):
         (tmp_path / f"{number}.jpg").symlink_to(path)
-    assert not choose(asked(images=photo_folder, calibration=str(tmp_path)), SIZES).held_out
+    assert not choose_for_int8(photo_folder, tmp_path, 64, SIZES).held_out
 
 
 def test_large_photographs_are_not_kept_whole(tmp_path):
     Image.effect_noise((4000, 3000), 50).convert("RGB").save(tmp_path / "large.jpg")
-    ((_, picture),) = choose(
-        asked(precision="fp32", images=tmp_path), [(64, 64), (96, 64)]
-    ).compared
+    ((_, picture),) = choose(tmp_path, [(64, 64), (96, 64)]).compared
     assert picture.size == (267, 200), "twice what is asked for and more"
 
 
@@ -119,10 +107,7 @@ def test_the_manifest_says_what_it_was_calibrated_on(bundle, photo_folder):
         True,
     )
     assert record.sizes == ((64, 64), (96, 64))
-    chosen = choose(
-        asked(images=photo_folder, calibration=str(photo_folder), calibration_images=4),
-        record.sizes,
-    )
+    chosen = choose_for_int8(photo_folder, photo_folder, 4, record.sizes)
     assert record.sha256 == digest(
         prepare([photo for _, photo in chosen.calibration], record.sizes)
     )
@@ -130,7 +115,7 @@ def test_the_manifest_says_what_it_was_calibrated_on(bundle, photo_folder):
 
 
 def test_all_sizes_asked_for_take_turns(photo_folder):
-    photos = [photo for _, photo in choose(asked(precision="fp32"), SIZES).compared[:3]]
+    photos = [photo for _, photo in choose(None, SIZES).compared[:3]]
     assert [image.shape for image in prepare(photos, [(64, 64), (96, 32)])] == [
         (1, 64, 64, 3),
         (1, 96, 32, 3),

@@ -12,32 +12,22 @@ import onnx
 import onnxruntime
 import pytest
 
+from contract.engine_record import EngineOptions, EngineRecord, EngineTensor, Profile
 from contract.errors import UserError
 from contract.gpu import compute_capabilities
 from contract.manifest import read_manifest
 from distill.data.pictures import PackagedPhotos
 from export.graph import build_parts, open_student
 from export.parity import engine_sizes, run_chain
-from export.runtimes import runtime as runtimes
-from export.runtimes.runtime import (
-    CUDA,
-    CudaRuntime,
-    EngineRuntime,
-    OnnxRuntime,
-    OpenVINO,
-    runtimes_here,
-)
+from export.runtimes import onnx as runtimes
+from export.runtimes.available import runtimes_here
+from export.runtimes.base import Exported
+from export.runtimes.engine import EngineRuntime
+from export.runtimes.onnx import CUDA, CudaRuntime, OnnxRuntime
+from export.runtimes.openvino import OpenVINO, SignalStack
 from export.tensorrt import bindings as gpu
 from export.tensorrt import engines
-from export.tensorrt.build import (
-    EngineOptions,
-    EngineRecord,
-    EngineTensor,
-    Profile,
-    build_engine,
-    read_record,
-    record_path,
-)
+from export.tensorrt.build import build_engine, read_record, record_path
 from export.tensorrt.engines import make_profile, not_for_here, outside, profile_for
 
 without_gpu = pytest.mark.skipif(
@@ -239,19 +229,21 @@ def test_without_a_gpu_a_cpu_runtime_checks_graphs_and_engines_are_left_with_a_r
     graphs, engine, caplog
 ):
     with caplog.at_level(logging.INFO):
-        found = runtimes_here("fp32", graphs=graphs, engines={"tensorrt-rtx": {"backbone": engine}})
+        found = runtimes_here(
+            Exported("fp32", graphs, engines={"tensorrt-rtx": {"backbone": engine}})
+        )
     assert [runtime.name for runtime in found] == ["onnxruntime-cpu"]
     assert (
         "tensorrt-rtx engines were not run: built for GPUs of compute capability 8.6, and no GPU"
         in caplog.text
     )
-    assert [runtime.name for runtime in runtimes_here("bf16", graphs=graphs)] == [
+    assert [runtime.name for runtime in runtimes_here(Exported("bf16", graphs))] == [
         "openvino-cpu (fp32 arithmetic)"
     ]
-    assert [runtime.name for runtime in runtimes_here("fp16", graphs=graphs)] == [
+    assert [runtime.name for runtime in runtimes_here(Exported("fp16", graphs))] == [
         "onnxruntime-cpu (fp32 arithmetic)"
     ]
-    assert runtimes_here("fp32") == []
+    assert runtimes_here(Exported("fp32")) == []
 
 
 @pytest.mark.skipif(
@@ -262,7 +254,9 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_said_and_the_export_goes_on(
     graphs, monkeypatch, caplog
 ):
     monkeypatch.setattr(runtimes, "compute_capabilities", lambda: ("8.9",))
-    assert [runtime.name for runtime in runtimes_here("fp32", graphs=graphs)] == ["onnxruntime-cpu"]
+    assert [runtime.name for runtime in runtimes_here(Exported("fp32", graphs))] == [
+        "onnxruntime-cpu"
+    ]
     assert (
         "not checked in onnxruntime-cuda" in caplog.text
         and "pip install 'onnxruntime-gpu" in caplog.text
@@ -271,7 +265,7 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_said_and_the_export_goes_on(
 
 def signal_stack() -> tuple[int | None, int]:
     """Where this thread's signal stack is, and its size."""
-    found = gpu.SignalStack()
+    found = SignalStack()
     ctypes.CDLL(None).sigaltstack(None, ctypes.byref(found))
     return found.place, found.size
 

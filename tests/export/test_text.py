@@ -400,9 +400,9 @@ BAD_ARGUMENTS = {
     "missing weights": ({"--pretrained": "none.safetensors"}, ("none.safetensors: no such file",)),
     "missing labels": ({"--labels": "none.txt"}, ("none.txt: no such file",)),
     "batch 0": ({"--batch-size": "0"}, ("--batch-size 0",)),
-    "output is a file": ({"--output": __file__}, ("is no folder",)),
-    "output below a file": ({"--output": f"{__file__}/out"}, ("is no folder",)),
-    "no labels": ({"--labels": None}, ("no --labels",)),
+    "output is a file": ({"--output": __file__}, ("is not a folder",)),
+    "output below a file": ({"--output": f"{__file__}/out"}, ("is not a folder",)),
+    "no labels": ({"--labels": None}, ("--labels is required",)),
 }
 
 
@@ -525,13 +525,13 @@ def test_an_unreachable_hub_is_one_line_with_the_remedy(labels, tmp_path):
         env=os.environ
         | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "OMP_NUM_THREADS": "1"},
     )
-    refused(done, "cannot be had", "--pretrained FILE and --model ViT-B-16-quickgelu")
+    refused(done, "cannot be downloaded", "--pretrained FILE and --model ViT-B-16-quickgelu")
     assert not (tmp_path / "out").exists()
 
 
 def test_help_answers_without_loading_torch():
     code = (
-        "import sys, export.text as t\ntry: t.main(['--help'])\nfinally: print('torch' in "
+        "import sys, export.text.__main__ as t\ntry: t.main(['--help'])\nfinally: print('torch' in "
         "sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

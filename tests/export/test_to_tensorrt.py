@@ -19,16 +19,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 pytest.importorskip("tensorrt_rtx", reason="needs pip install tensorrt-rtx")
 
+from contract.engine_record import EngineOptions, EngineTensor, Profile
 from contract.errors import UserError
 from contract.gpu import compute_capabilities
+from export.tensorrt.bindings import FLAVOURS, load_bindings
 from export.tensorrt.build import (
-    FLAVOURS,
-    EngineOptions,
-    EngineTensor,
-    Profile,
     build_engine,
     inspect_engine,
-    load_bindings,
     read_record,
     record_path,
     verify_engine,

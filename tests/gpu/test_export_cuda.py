@@ -17,7 +17,8 @@ from export.check import main as check
 from export.graph import build_parts, open_student
 from export.parity import TOLERANCE, compare, run_chain
 from export.run import main as export
-from export.runtimes.runtime import CudaRuntime, EngineRuntime, OnnxRuntime, no_cuda_provider
+from export.runtimes.engine import EngineRuntime
+from export.runtimes.onnx import CudaRuntime, OnnxRuntime, no_cuda_provider
 from export.tensorrt import bindings as gpu
 from export.tensorrt.build import inspect_engine
 from tests.conftest import run_here
