@@ -21,7 +21,7 @@ def grid_of(positions: int, height: int, width: int, stride: int | None = None) 
         rows, columns = int(height / stride + 0.5), int(width / stride + 0.5)
         if rows * columns != positions:
             raise ValueError(
-                f"{positions} positions are no grid of cells of {stride} px over a picture of "
+                f"{positions} positions are no grid of cells of {stride:g} px over a picture of "
                 f"{height}x{width}"
             )
         return rows, columns
