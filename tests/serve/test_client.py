@@ -14,7 +14,7 @@ from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
 from serve.client.answers import join
-from serve.client.calls import ADMIN
+from serve.client.options import ADMIN
 from serve.client.served import Port, Served, read_answer
 from serve.client.shared_memory import Pool, Region
 from serve.errors import (

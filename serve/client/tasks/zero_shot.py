@@ -3,6 +3,7 @@ embeddings of the classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from contract.class_scores import ClassVectors, probabilities
 from contract.errors import UserError
 from serve.client.calls import Calls
 from serve.client.inputs import Images
+from serve.client.options import RequestOptions
 from serve.client.served import FRONT_DOOR, nearest
 from serve.client.steps import Steps, Work
 from serve.client.tasks import Side, check_side
@@ -30,19 +32,21 @@ def classify(
     client: Any,
     images: Images,
     labels: Sequence[str] | None = None,
+    options: RequestOptions = RequestOptions(),
     *,
     side: Side = "server",
     embeddings: Path | str | None = None,
-    **options: Any,
+    **changes: Any,
 ) -> ZeroShot:
     """Probabilities of classes by the model `zero_shot`, or here from a teacher's token and a file
     of `export.text`.
 
     `labels`: on the server any words (the bundle needs its text encoder), here a choice of the
     file's classes; None: all classes. `embeddings`: a bundle's class_embeddings.safetensors, for
-    side="client". Options are those of FeatureClient.features: timeout, request_id, size; with
-    side="client" also encoded. Raises a ClientError.
+    side="client". Fields of `options` may be given as keyword arguments (`timeout`, `request_id`,
+    `size`); `encoded` goes with side="client". Raises a ClientError.
     """
+    options = replace(options, **changes)
     return client.run(steps(client.calls, images, labels, side, embeddings, options))
 
 
@@ -52,7 +56,7 @@ def steps(
     labels: Sequence[str] | None,
     side: Side,
     embeddings: Path | str | None,
-    options: dict[str, Any],
+    options: RequestOptions,
 ) -> Steps[ZeroShot]:
     """The task in steps; see serve.client.steps."""
     check_side(side)
@@ -90,7 +94,7 @@ def check_labels(labels: Sequence[str] | None) -> list[str] | None:
 
 
 def on_server(
-    calls: Calls, images: Images, labels: list[str] | None, options: dict[str, Any]
+    calls: Calls, images: Images, labels: list[str] | None, options: RequestOptions
 ) -> Steps[ZeroShot]:
     """Ask the model `zero_shot`."""
     extra = {}
@@ -98,7 +102,7 @@ def on_server(
         extra["labels"] = np.array([label.encode() for label in labels], dtype=np.object_)
     try:
         answer = yield from calls.features(
-            images, ["probabilities", "classes"], model="zero_shot", extra=extra, **options
+            images, ["probabilities", "classes"], replace(options, model="zero_shot"), extra
         )
     except NotServed as error:
         if "zero_shot" in error.message:
@@ -122,7 +126,7 @@ def from_token(
     images: Images,
     labels: list[str] | None,
     embeddings: Path | str,
-    options: dict[str, Any],
+    options: RequestOptions,
 ) -> Steps[ZeroShot]:
     """Ask for the teacher's token and compare it with embeddings of a file."""
     try:
@@ -131,7 +135,7 @@ def from_token(
         raise BadRequest(str(error)) from error
     classes, vectors = choose(file, labels, embeddings)
     output = yield from token_of(calls, file, embeddings)
-    answer = yield from calls.features(images, [output], **options)
+    answer = yield from calls.features(images, [output], options)
     tokens = answer[output]
     if tokens.shape[1] != file.width:
         raise BadRequest(
@@ -168,7 +172,7 @@ def token_of(calls: Calls, file: ClassEmbeddings, path: Path | str) -> Steps[str
     """The output that is of the embeddings' space: the teacher they name, else the one CLIP teacher
     of their width.
     """
-    served = yield from calls.describe(FRONT_DOOR, calls.options.timeout, fresh=True)
+    served = yield from calls.describe(FRONT_DOOR, fresh=True)
     about = served.facts("about") or {}
     clips = [
         teacher["label"] for teacher in about.get("teachers", ()) if teacher.get("role") == "clip"
