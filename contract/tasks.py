@@ -23,7 +23,9 @@ class Map:
     """In contract/dense.py: takes values [B, positions, ...], height, width and cell size."""
     dtype: Literal["int32", "float32"]
     kind: Literal["classes", "scalar", "vector"]
-    """How the map is described and drawn: by a legend, by a scale, or as red, green and blue."""
+    """How clients describe and draw it: with a legend; with a scale; three components in [-1, 1] as
+    red, green and blue.
+    """
     array: str
     """Its name in the files that serve.client writes."""
     axes: tuple[int, ...] = ()

@@ -247,7 +247,7 @@ class Calls:
         request_id: str,
         hurry: bool,
     ) -> Steps[Any]:
-        """Ask with tensors in a region; a server that was started anew since it was registered is
+        """Ask with tensors in a region; a server that was restarted since it was registered is
         told of it again.
         """
         for last in (False, True):

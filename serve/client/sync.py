@@ -50,8 +50,8 @@ class FeatureClient:
     """A connection to a server; threads may share it. Keyword arguments are those of
     serve.client.options.ClientOptions.
 
-    Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are the
-    caller's to mend, Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing
+    Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are
+    the caller's mistakes; Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing
     is connected before the first call.
     """
 

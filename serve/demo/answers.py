@@ -52,33 +52,33 @@ class Offer(NamedTuple):
 
 
 def ask_offer(client: FeatureClient) -> Offer:
-    """Ask the server what it has, anew each time: another bundle may have been rolled out. Raises a
+    """What the server has now, since another bundle may have been rolled out. Raises a
     ClientError.
     """
-    front_door = describe(client, FRONT_DOOR)
+    front_door = _describe(client, FRONT_DOOR)
     result = {}
     for model in (*(task.name for task in map_tasks()), ZERO_SHOT):
         try:
-            result[model] = describe(client, model)
+            result[model] = _describe(client, model)
         except NotServed:
             continue
     zero_shot = result[ZERO_SHOT].facts("about") if ZERO_SHOT in result else None
     return Offer(front_door, tuple(result), front_door.facts("about") or {}, zero_shot or {})
 
 
-def describe(client: FeatureClient, model: str) -> Served:
+def _describe(client: FeatureClient, model: str) -> Served:
     """A model as the server has it now."""
     return client.run(client.calls.describe(model, fresh=True))
 
 
-class Asking:
-    """The requests for one picture, timed, with the models that the server ran for each."""
+class _Timed:
+    """A client and its requests for one picture: how long each took, and the models that ran."""
 
     def __init__(self, client: FeatureClient) -> None:
         self.client = client
         self.requests: list[Request] = []
 
-    def timed(self, what: str, ask: Callable[[], Result]) -> Result:
+    def call(self, what: str, ask: Callable[[], Result]) -> Result:
         """The answer to a request, which is noted."""
         before = self.executions()
         start = time.perf_counter()
@@ -117,18 +117,18 @@ def look(
 
     A request that fails becomes a sentence in its place; one that finds no server ends the matter.
     """
-    asking, cards = Asking(client), []
+    timed, cards = _Timed(client), []
     offer = ask_offer(client)
     scale = SHOWN / max(photo.size)
     small = photo.resize(
         [max(1, round(scale * side)) for side in photo.size], Image.Resampling.LANCZOS
     )
-    parts = {"Patches": lambda: _patches(asking, offer, photo)} if offer.patches else {}
+    parts = {"Patches": lambda: _patches(timed, offer, photo)} if offer.patches else {}
     for task in map_tasks():
         if task.name in offer.tasks:
-            parts[task.title] = partial(_map, asking, task.name, photo, small)
+            parts[task.title] = partial(_map, timed, task.name, photo, small)
     if ZERO_SHOT in offer.tasks:
-        parts["Zero-shot"] = lambda: _zero_shot(asking, offer, photo, labels)
+        parts["Zero-shot"] = lambda: _zero_shot(timed, offer, photo, labels)
     for title, part in parts.items():
         try:
             cards.append(part())
@@ -138,13 +138,13 @@ def look(
             cards.append(problem_card(title, sentence(error, client.url)))
         except ClientError as error:
             cards.append(problem_card(title, sentence(error, client.url)))
-        yield page_of(cards), page_of([requests_card(asking.requests)] if asking.requests else [])
+        yield page_of(cards), page_of([requests_card(timed.requests)] if timed.requests else [])
 
 
-def _patches(asking: Asking, offer: Offer, photo: Image.Image) -> str:
-    """The backbone's and every head's patches, as far as they are well."""
-    names, client = offer.patches, asking.client
-    answer = asking.timed(
+def _patches(timed: _Timed, offer: Offer, photo: Image.Image) -> str:
+    """The patches of the backbone and of every head that answers."""
+    names, client = offer.patches, timed.client
+    answer = timed.call(
         f"{FRONT_DOOR}, {len(names)} outputs", lambda: client.features(photo, names, partial=True)
     )
     maps = {name: answer[name][0].reshape(*answer.grid(name), -1) for name in answer}
@@ -155,16 +155,16 @@ def _patches(asking: Asking, offer: Offer, photo: Image.Image) -> str:
     )
 
 
-def _map(asking: Asking, task: str, photo: Image.Image, small: Image.Image) -> str:
+def _map(timed: _Timed, task: str, photo: Image.Image, small: Image.Image) -> str:
     """A value or class of every pixel."""
-    return map_card(small, asking.timed(task, lambda: predict_map(asking.client, task, photo)))
+    return map_card(small, timed.call(task, lambda: predict_map(timed.client, task, photo)))
 
 
 def _zero_shot(
-    asking: Asking, offer: Offer, photo: Image.Image, labels: Sequence[str] | None
+    timed: _Timed, offer: Offer, photo: Image.Image, labels: Sequence[str] | None
 ) -> str:
     """Probabilities of classes: of the labels, or of the bundle's own."""
-    result = asking.timed(ZERO_SHOT, lambda: classify(asking.client, photo, labels))
+    result = timed.call(ZERO_SHOT, lambda: classify(timed.client, photo, labels))
     teacher = offer.zero_shot.get("teacher")
     token = f"{teacher}_token" if teacher else "the picture"
     about = (

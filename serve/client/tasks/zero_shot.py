@@ -47,10 +47,10 @@ def classify(
     `size`); `encoded` goes with side="client". Raises a ClientError.
     """
     options = replace(options, **changes)
-    return client.run(steps(client.calls, images, labels, side, embeddings, options))
+    return client.run(_steps(client.calls, images, labels, side, embeddings, options))
 
 
-def steps(
+def _steps(
     calls: Calls,
     images: Images,
     labels: Sequence[str] | None,
@@ -60,25 +60,25 @@ def steps(
 ) -> Steps[ZeroShot]:
     """The task in steps; see serve.client.steps."""
     check_side(side)
-    labels = check_labels(labels)
+    labels = _check_labels(labels)
     if side == "server":
         if embeddings is not None:
             raise BadRequest(
                 "embeddings are compared with here: choose side='client', or leave them out"
             )
-        result = yield from on_server(calls, images, labels, options)
+        result = yield from _on_server(calls, images, labels, options)
     else:
         if embeddings is None:
             raise BadRequest(
                 "side='client' needs embeddings: give the bundle's class_embeddings.safetensors"
             )
-        result = yield from from_token(calls, images, labels, embeddings, options)
+        result = yield from _from_token(calls, images, labels, embeddings, options)
     if not np.allclose(result.probabilities.sum(1), 1, atol=1e-3):
         raise WrongAnswer("probabilities that do not sum to 1")
     return result
 
 
-def check_labels(labels: Sequence[str] | None) -> list[str] | None:
+def _check_labels(labels: Sequence[str] | None) -> list[str] | None:
     """Labels without blanks around them; raises BadRequest for none, an empty one, or one twice."""
     if labels is None:
         return None
@@ -93,7 +93,7 @@ def check_labels(labels: Sequence[str] | None) -> list[str] | None:
     return result
 
 
-def on_server(
+def _on_server(
     calls: Calls, images: Images, labels: list[str] | None, options: RequestOptions
 ) -> Steps[ZeroShot]:
     """Ask the model `zero_shot`."""
@@ -121,7 +121,7 @@ def on_server(
     return ZeroShot(answer["probabilities"], classes)
 
 
-def from_token(
+def _from_token(
     calls: Calls,
     images: Images,
     labels: list[str] | None,
@@ -133,8 +133,8 @@ def from_token(
         file = yield Work(lambda: read_class_embeddings(Path(embeddings)))
     except UserError as error:
         raise BadRequest(str(error)) from error
-    classes, vectors = choose(file, labels, embeddings)
-    output = yield from token_of(calls, file, embeddings)
+    classes, vectors = _choose(file, labels, embeddings)
+    output = yield from _token_of(calls, file, embeddings)
     answer = yield from calls.features(images, [output], options)
     tokens = answer[output]
     if tokens.shape[1] != file.width:
@@ -145,7 +145,7 @@ def from_token(
     return ZeroShot((yield Work(lambda: probabilities(tokens, vectors))), classes)
 
 
-def choose(
+def _choose(
     file: ClassEmbeddings, labels: list[str] | None, path: Path | str
 ) -> tuple[tuple[str, ...], ClassVectors]:
     """Some classes of a file, all for None; raises BadRequest for one it has not."""
@@ -168,7 +168,7 @@ def choose(
     return tuple(labels), vectors._replace(**chosen)
 
 
-def token_of(calls: Calls, file: ClassEmbeddings, path: Path | str) -> Steps[str]:
+def _token_of(calls: Calls, file: ClassEmbeddings, path: Path | str) -> Steps[str]:
     """The output that is of the embeddings' space: the teacher they name, else the one CLIP teacher
     of their width.
     """
