@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from contract import dense
-from contract.tasks import TASKS, Task
+from contract.tasks import TASKS, Task, map_tasks
 from serve.client.calls import Calls
 from serve.client.inputs import Images
 from serve.client.options import RequestOptions
@@ -52,7 +52,8 @@ def steps(
     check_side(side)
     task = TASKS.get(name)
     if task is None or task.map is None:
-        raise BadRequest(f"task '{name}' has no map")
+        known = ", ".join(task.name for task in map_tasks())
+        raise BadRequest(f"task '{name}' has no map: choose {known}")
     facts = yield from _task_facts(calls, task)
     if side == "server":
         options = replace(options, model=task.name)
