@@ -10,7 +10,9 @@ BAND = 32
 """Rows of pixels whose scores are held at a time."""
 
 
-def grid_of(positions: int, height: int, width: int, stride: int | None = None) -> tuple[int, int]:
+def grid_of(
+    positions: int, height: int, width: int, stride: float | None = None
+) -> tuple[int, int]:
     """Rows and columns of `positions` cells over a picture of height x width; ValueError if they
     are none.
 
@@ -21,7 +23,7 @@ def grid_of(positions: int, height: int, width: int, stride: int | None = None) 
         rows, columns = int(height / stride + 0.5), int(width / stride + 0.5)
         if rows * columns != positions:
             raise ValueError(
-                f"{positions} positions do not form a grid of cells of {stride} px over a picture of "
+                f"{positions} positions do not form a grid of cells of {stride:g} px over a picture of "
                 f"{height}x{width}"
             )
         return rows, columns
@@ -47,7 +49,9 @@ def interpolation(size: int, cells: int) -> np.ndarray:
     return matrix
 
 
-def upsample(values: np.ndarray, height: int, width: int, stride: int | None = None) -> np.ndarray:
+def upsample(
+    values: np.ndarray, height: int, width: int, stride: float | None = None
+) -> np.ndarray:
     """Bilinear [B, positions, C] -> float32 [B, height, width, C]."""
     batch, positions, channels = values.shape
     rows, columns = grid_of(positions, height, width, stride)
@@ -56,7 +60,9 @@ def upsample(values: np.ndarray, height: int, width: int, stride: int | None = N
     return np.einsum("wc,bhcd->bhwd", interpolation(width, columns), tall, optimize=True)
 
 
-def class_map(logits: np.ndarray, height: int, width: int, stride: int | None = None) -> np.ndarray:
+def class_map(
+    logits: np.ndarray, height: int, width: int, stride: float | None = None
+) -> np.ndarray:
     """Most likely class of every pixel: float32 [B, positions, C] -> int32 [B, height, width].
 
     Scores of all pixels and classes together would take 160 MB for one picture of 518 px and 150
@@ -75,6 +81,8 @@ def class_map(logits: np.ndarray, height: int, width: int, stride: int | None = 
     return result
 
 
-def depth_map(depth: np.ndarray, height: int, width: int, stride: int | None = None) -> np.ndarray:
+def depth_map(
+    depth: np.ndarray, height: int, width: int, stride: float | None = None
+) -> np.ndarray:
     """Metres at every pixel: float32 [B, positions] -> float32 [B, height, width]."""
     return upsample(depth[..., None], height, width, stride)[..., 0]

@@ -9,7 +9,7 @@ The dot of `<teacher>.token` is an underscore here: ONNX and Triton names.
 | backbone with a DPT head | image | all that, then layers_1, layers_1_global, … layers_4_global (for that head) |
 | interaction | features, features_global | spaces (UMT's coupled modules; methods without have no such graph) |
 | head_<teacher> | spaces, or features and features_global | <teacher>_token (if it has one), <teacher>_patches |
-| <task> | the same as a head, or features alone, or (a DPT head) the layers | classification_logits, segmentation_logits, depth |
+| <task> | the same as a head, or features alone, or (a DPT head) the layers | its task's output (contract/tasks.py) |
 | fused | image | everything a client may ask for |
 
 `features` repeats `backbone_patches` under another name and shape on purpose: in a Triton ensemble
@@ -19,6 +19,8 @@ graphs alone.
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
+
+from contract.tasks import CLASSES, POSITIONS, Task
 
 IMAGE = "image"
 FEATURES = "features"
@@ -164,18 +166,8 @@ def head_ports(
     return tuple(ports)
 
 
-def task_port(task: str, classes: int, positions: int | str, cell: str = "patch") -> Port:
+def task_port(task: Task, classes: int, positions: int | str, cell: str = "patch") -> Port:
     """The output of a task head of `distill.evaluate`; `cell` says what a position is."""
-    match task:
-        case "classification":
-            return Port("classification_logits", "float32", ("batch", classes), "a score per class")
-        case "segmentation":
-            axes = ("batch", positions, classes)
-            return Port(
-                "segmentation_logits", "float32", axes, "a score per patch and class, row-major"
-            )
-        case "depth":
-            return Port(
-                "depth", "float32", ("batch", positions), f"metres at every {cell}, row-major"
-            )
-    raise ValueError(f"no port for task '{task}'")
+    sizes = {CLASSES: classes, POSITIONS: positions}
+    axes = tuple(sizes.get(axis, axis) for axis in task.axes)
+    return Port(task.output, "float32", ("batch", *axes), task.meaning.format(cell=cell))

@@ -16,8 +16,8 @@ import urllib.error
 import urllib.request
 import zlib
 
-DOORS = ("features_encoded", "fused", "segmentation", "depth", "zero_shot", "text_encoder")
-"""Together they reach every model a repository can have."""
+DOORS = ("features_encoded", "fused", "zero_shot", "text_encoder")
+"""With the tasks that have a map, they reach every model a repository can have."""
 BUSY = (429, 503)
 
 
@@ -63,7 +63,8 @@ def probe(url: str, repository: str, timeout: float) -> str:
     ]
     # Triton takes turns between instances: one dead of eight fails every eighth request
     rounds = max([instances(url, model, timeout) for model in models], default=1)
-    for door in [door for door in DOORS if door in models] * rounds:
+    tasks = [model for model in models if f"{model}_map" in models]
+    for door in [door for door in (*tasks, *DOORS) if door in models] * rounds:
         left = end - time.monotonic()
         if left < timeout / 2:
             return ""  # slow, but everything so far was answered

@@ -28,6 +28,7 @@ from contract.signature import (
     layer_ports,
     task_port,
 )
+from contract.tasks import TASKS, Task
 from distill.evaluate.encoder import RunEncoder, dpt_blocks
 from distill.features import Features
 from distill.heads import Head, load_head, scaled
@@ -36,9 +37,6 @@ from distill.methods.losses import FEATURE_LOSS, patch_cosine, pooled_cosine
 from distill.models.student import patch_size
 from distill.models.weights import tensors_sha256
 from distill.runs import Run, load_run
-
-TASKS = ("classification", "segmentation", "depth")
-"""Task heads looked for in RUN/heads, in the order of the outputs."""
 
 DPT = "dpt-depth"
 """Kind of the head that reads four layers."""
@@ -166,22 +164,19 @@ class HeadGraph(nn.Module):
 class TaskGraph(nn.Module):
     """A task head of `distill.evaluate`, with the teacher's head in front of it if it reads one."""
 
-    def __init__(self, task: str, head: nn.Module, reader: HeadGraph | None) -> None:
+    def __init__(self, task: Task, head: nn.Module, reader: HeadGraph | None) -> None:
         super().__init__()
         self.task, self.head, self.reader = task, head, reader
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """Logits [B, C], logits [B, h*w, C] or metres [B, h*w]."""
+        """The task's output: [B, C], [B, h*w] or [B, h*w, C]."""
         if self.reader is not None:
             result = self.reader(*inputs)
-            value = result[0] if self.task == "classification" else result[-1].unsqueeze(1)
+            value = result[-1].unsqueeze(1) if self.task.dense else result[0]
         else:
-            value = inputs[0][:, 0] if self.task == "classification" else inputs[0]
+            value = inputs[0] if self.task.dense else inputs[0][:, 0]
         value = value.to(next(self.head.parameters()).dtype)
-        message = self.head(value).float()
-        if self.task == "segmentation":
-            return message.flatten(2).transpose(1, 2)
-        return message.flatten(1) if self.task == "depth" else message
+        return flatten_positions(self.head(value).float())
 
 
 class DPTGraph(nn.Module):
@@ -192,11 +187,20 @@ class DPTGraph(nn.Module):
         self.head = head
 
     def forward(self, *layers: Tensor) -> Tensor:
-        """Metres [B, positions] from maps and vectors in turn, shallow to deep."""
+        """The task's output, such as metres [B, h*w], of maps and vectors in turn, shallow to
+        deep.
+        """
         dtype = next(self.head.parameters()).dtype
         maps, vectors = ([value.to(dtype) for value in layers[start::2]] for start in (0, 1))
         pairs = [(vector[:, 0], layer) for vector, layer in zip(vectors, maps, strict=True)]
-        return self.head(pairs).flatten(1)
+        return flatten_positions(self.head(pairs))
+
+
+def flatten_positions(values: Tensor) -> Tensor:
+    """A head's [B, h, w] as [B, h*w], its [B, C, h, w] as [B, h*w, C]; scores [B, C] stay."""
+    if values.ndim == 4:
+        return values.flatten(2).transpose(1, 2)
+    return values.flatten(1) if values.ndim == 3 else values
 
 
 class FusedGraph(nn.Module):
@@ -367,17 +371,15 @@ def build_task(
 
     (Fed from the head's own output, it would make that both an ensemble output and a step's input.)
     """
-    reads, classes = head.about["reads"], head.module.settings.get("classes", 1)
+    task, reads = TASKS[head.task], head.about["reads"]
     about = describe(head)
-    if head.task != "classification":
+    if task.dense:
         grid = (features[0].axes[1], features[0].axes[2])
         about |= {"stride": stride} | ({"grid": grid} if isinstance(positions, int) else {})
     reader = None if reads == BACKBONE else readers[reads]
-    inputs = coupled if reader else (features[1] if head.task == "classification" else features[0],)
-    port = task_port(head.task, classes, positions)
-    return Part(
-        TaskGraph(head.task, head.module, reader), Signature(head.task, inputs, (port,)), about
-    )
+    inputs = coupled if reader else (features[0] if task.dense else features[1],)
+    port = task_port(task, head.module.settings.get("classes", 1), positions)
+    return Part(TaskGraph(task, head.module, reader), Signature(task.name, inputs, (port,)), about)
 
 
 def build_dpt(
@@ -391,16 +393,15 @@ def build_dpt(
     """
     scale = head.module.settings["scales"][0]
     about = describe(head) | {"stride": finest / scale}
-    positions: int | str = "depth_positions"
+    positions: int | str = f"{head.task}_positions"
     if height and width:
         about["grid"] = (scaled(height // finest, scale), scaled(width // finest, scale))
         positions = about["grid"][0] * about["grid"][1]
-    port = task_port("depth", 1, positions, f"cell of {finest / scale:g} pixels")
-    return Part(DPTGraph(head.module), Signature("depth", layers, (port,)), about)
+    port = task_port(TASKS[head.task], 1, positions, f"cell of {finest / scale:g} pixels")
+    return Part(DPTGraph(head.module), Signature(head.task, layers, (port,)), about)
 
 
 def describe(head: Head) -> dict:
     """What a client should know of a head."""
-    return {
-        key: head.about[key] for key in ("reads", "classes", "size", "unit") if key in head.about
-    }
+    names = ("reads", "size", *TASKS[head.task].facts)
+    return {name: head.about[name] for name in names if name in head.about}

@@ -14,8 +14,9 @@ from torch import Tensor
 from contract.errors import Failure
 from contract.manifest import ParityRecord, Precision
 from contract.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE, SPACES, layer_names
+from contract.tasks import TASKS
 from distill.methods.deployment import BACKBONE
-from export.graph import DPT, Part, Student
+from export.graph import DPT, Part, Student, flatten_positions
 from export.runtimes.base import Outputs, Runtime
 
 TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
@@ -29,7 +30,7 @@ another scale.
 _CENTRED = 0.5
 _TELLING: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}
 """Outputs can be similar for all pictures (a student that has learnt little); another picture's
-output, or a constant, then has a high cosine too. So the outputs are also _compared without their
+output, or a constant, then has a high cosine too. So the outputs are also compared without their
 mean over pictures: that cosine must be at least `_CENTRED` for every picture that differs from the
 mean by this fraction of its length. Where pictures differ less, the rounding of the precision
 (about 1e-5, 2e-3, 2e-2 and 6e-2 of the length) is as large as the difference, and the cosine is
@@ -96,19 +97,14 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
             for name, value in zip(layer_names(len(layers)), values, strict=True)
         }
     for head in student.heads:
-        seen = predictions[head.about["reads"]]
-        match head.task:
-            case "classification":
-                vector = seen.summary if seen.token is None else seen.token
-                result["classification_logits"] = head.module(vector).numpy()
-            case "segmentation":
-                result["segmentation_logits"] = (
-                    head.module(seen.patches).flatten(2).transpose(1, 2).numpy()
-                )
-            case "depth":
-                result["depth"] = (
-                    head.module(layers if head.kind == DPT else seen.patches).flatten(1).numpy()
-                )
+        task, seen = TASKS[head.task], predictions[head.about["reads"]]
+        if head.kind == DPT:
+            value = layers
+        elif task.dense:
+            value = seen.patches
+        else:
+            value = seen.summary if seen.token is None else seen.token
+        result[task.output] = flatten_positions(head.module(value)).numpy()
     return result
 
 

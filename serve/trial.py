@@ -10,6 +10,7 @@ from pathlib import Path
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from contract.tasks import map_tasks
 from serve.repository.build import add_settings, make_repository, read_settings
 
 EPILOG = """\
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
     from serve.bundle import read_bundle
-    from serve.client.__main__ import answer, parser
+    from serve.client import FeatureClient
+    from serve.client.commands import Command, answer
     from serve.server.checks import check_backend, check_gpus
     from serve.server.launch import Options
     from serve.server.process import Server
@@ -68,19 +70,12 @@ def run(args: argparse.Namespace) -> int:
         )
         with Server(tritonserver, repository, options, lambda line: None) as server:
             print(f"serving   {len(models)} models of {args.bundle} on {server.grpc}", flush=True)
-            offered = {"segmentation": "segmentation", "depth": "depth", "zero_shot": "zero-shot"}
-            for task in ("features", *(task for model, task in offered.items() if model in models)):
-                given = [
-                    str(args.image),
-                    "--task",
-                    task,
-                    "--url",
-                    server.grpc,
-                    "--output",
-                    str(args.output),
-                ]
-                for path in answer(parser().parse_args(given))[0]:
-                    print(f"wrote     {path}", flush=True)
+            tasks = ["features", *(task.name for task in map_tasks() if task.name in models)]
+            tasks += ["zero-shot"] if "zero_shot" in models else []
+            with FeatureClient(server.grpc) as client:
+                for task in tasks:
+                    for path in answer(client, Command([args.image], task, args.output)):
+                        print(f"wrote     {path}", flush=True)
     print("next      serve it for as long as you like, and ask it from another terminal:")
     print(f"  python -m serve.run {args.bundle}")
     print(f"  python -m serve.client {args.image} --task features")

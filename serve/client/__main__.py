@@ -1,17 +1,15 @@
 """The command line of `python -m serve.client`: pictures in; arrays, and pictures of them, out."""
 
 import argparse
-import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from contract.tasks import map_tasks
 from serve.client import FeatureClient
-from serve.client.calls import Options
+from serve.client.options import ClientOptions, RequestOptions
 from serve.client.retry import Retry
 from serve.client.sync import DEFAULT_URL
 from serve.client.tls import add_tls, asked_tls
@@ -33,28 +31,30 @@ size, whatever their shape.
 Exit status: 0 done, 2 a mistake in what was asked, 1 no server there or another failure.
 """
 
-TASKS = ("features", "segmentation", "depth", "zero-shot")
+
+def task_names() -> list[str]:
+    """What --task takes."""
+    return ["features", *(task.name for task in map_tasks()), "zero-shot"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = parser().parse_args(arguments)
-    return exit_status(lambda: run(args))
+    args = _parser().parse_args(arguments)
+    return exit_status(lambda: _run(args))
 
 
-def parser() -> argparse.ArgumentParser:
+def _parser() -> argparse.ArgumentParser:
     """The command line."""
-    defaults = Options()
+    defaults, maps = ClientOptions(), ", ".join(task.name for task in map_tasks())
     result = CommandLine(
         prog="python -m serve.client",
-        description="Ask a running server for features, segmentation, depth or zero-shot classes "
-        "of pictures.",
+        description=f"Ask a running server for features, {maps} or zero-shot classes of pictures.",
         epilog=EPILOG,
     )
     result.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files"
     )
-    result.add_argument("--task", default="features", choices=TASKS, help="(features)")
+    result.add_argument("--task", default="features", choices=task_names(), help="(features)")
     result.add_argument(
         "--outputs", nargs="+", metavar="NAME", help="features: which (default: all)"
     )
@@ -125,25 +125,41 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Carry out a parsed command line."""
-    wrote, outputs = answer(args)
+    wrote, outputs = _answer(args)
     for path in wrote:
         print(f"wrote     {path}")
-    print(f"next      {suggestion(args, outputs)}")
+    print(f"next      {_suggestion(args, outputs)}")
     return 0
 
 
-def answer(args: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
+def _answer(args: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
     """Ask and write; the files written, and the outputs that the server offers."""
-    options = check(args)
-    files = {
-        path: args.output / path_name
-        for path, path_name in zip(args.images, stems(args.images), strict=True)
+    _check(args)
+    from serve.client import commands  # matplotlib takes a second to import
+
+    command = commands.Command(
+        images=args.images,
+        task=args.task,
+        output=args.output,
+        format=args.format,
+        options=_request_options(args),
+        side=args.side,
+        outputs=args.outputs,
+        labels=args.labels,
+        embeddings=args.embeddings,
+    )
+    options = {
+        "timeout": args.timeout,
+        "retry": Retry(most=args.retries),
+        "shared_memory": args.shm,
+        "admin_key": args.admin_key,
+        "tls": asked_tls(args),
     }
     try:
         with FeatureClient(args.url, **options) as client:
-            wrote = TASK_COMMANDS[args.task](client, args, files)
+            wrote = commands.answer(client, command)
             outputs = client.describe().outputs
     except Unavailable as error:
         if "connect" in error.message or "resolving" in error.message:
@@ -158,8 +174,8 @@ def answer(args: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
     return wrote, outputs
 
 
-def check(args: argparse.Namespace) -> dict:
-    """Options of the client; raises UserError for options that do not go together."""
+def _check(args: argparse.Namespace) -> None:
+    """Raise UserError for options that do not go together."""
     for path in args.images:
         if not path.is_file():
             raise UserError(f"image {path}: no such file")
@@ -185,209 +201,26 @@ def check(args: argparse.Namespace) -> dict:
         raise UserError(f"--retries {args.retries}: give 0 or more")
     if args.output.exists() and not args.output.is_dir():
         raise UserError(f"--output {args.output} is a file: give a folder")
-    return {
-        "timeout": args.timeout,
-        "retry": Retry(most=args.retries),
-        "shared_memory": args.shm,
-        "admin_key": args.admin_key,
-        "tls": asked_tls(args),
-    }
 
 
-def call_options(args: argparse.Namespace) -> dict:
-    """What every task passes on."""
-    options = {"request_id": args.request_id, "encoded": args.encoded}
+def _request_options(args: argparse.Namespace) -> RequestOptions:
+    """How requests are made; raises UserError for a size that is none."""
+    size = None
     if args.size:
         sides = args.size.lower().split("x")
         if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
             raise UserError(f"--size {args.size}: write pixels, height x width: 448x336")
-        options["size"] = tuple(int(side) for side in sides)
-    return options
-
-
-def features(
-    client: FeatureClient, args: argparse.Namespace, files: Mapping[Path, Path]
-) -> list[Path]:
-    """Ask for outputs; write them, and their principal components where they are maps."""
-    from serve.client.pictures import features_figure, save
-
-    answer = client.features(args.images, args.outputs, partial=args.partial, **call_options(args))
-    for name, reason in answer.missing.items():
-        print(f"missing   {name}: {reason}")
-    grids = {name: answer.grid(name) for name in answer if name.endswith("_patches")}
-    for name, value in answer.items():
-        grid = f", grid {grids[name][0]}x{grids[name][1]}" if name in grids else ""
-        print(f"output    {name} {list(value.shape)}{grid}")
-    facts = {"size": list(answer.size), "grids": {name: list(grid) for name, grid in grids.items()}}
-    wrote = [write_arrays(args, "features", answer.arrays, facts)]
-    for row, (path, stem) in enumerate(files.items() if grids else ()):
-        maps = {
-            name.removesuffix("_patches"): answer[name][row].reshape(*grid, -1)
-            for name, grid in grids.items()
-        }
-        wrote.append(save(features_figure(photograph(path), maps), named(stem, "features")))
-    return wrote
-
-
-def segmentation(
-    client: FeatureClient, args: argparse.Namespace, files: Mapping[Path, Path]
-) -> list[Path]:
-    """Segment; write the class maps, alone and over the photographs."""
-    from serve.client.pictures import class_image, save, segmentation_figure
-    from serve.client.tasks.segmentation import segment
-
-    result = segment(client, args.images, side=args.side, **side_options(args))
-    wrote = [
-        write_arrays(
-            args, "segmentation", {"class_map": result.class_map}, {"classes": list(result.classes)}
-        )
-    ]
-    for path, stem, classes in zip(files, files.values(), result.class_map, strict=True):
-        shares = np.bincount(classes.ravel(), minlength=len(result.classes)) / classes.size
-        message = ", ".join(
-            f"{result.classes[n]} {shares[n]:.0%}" for n in shares.argsort()[::-1][:3] if shares[n]
-        )
-        print(f"{path.name}: {message}")
-        wrote.append(save(class_image(classes, len(result.classes)), named(stem, "classes")))
-        wrote.append(
-            save(
-                segmentation_figure(photograph(path), classes, result.classes),
-                named(stem, "segmentation"),
-            )
-        )
-    return wrote
-
-
-def depth(
-    client: FeatureClient, args: argparse.Namespace, files: Mapping[Path, Path]
-) -> list[Path]:
-    """Estimate depth; write it, and a picture with its scale."""
-    from serve.client.pictures import depth_figure, save
-    from serve.client.tasks.depth import estimate_depth
-
-    result = estimate_depth(client, args.images, side=args.side, **side_options(args))
-    wrote = [write_arrays(args, "depth", {"depth": result.depth}, {"unit": result.unit})]
-    for path, stem, values in zip(files, files.values(), result.depth, strict=True):
-        print(f"{path.name}: {values.min():.2f} to {values.max():.2f} {result.unit}s")
-        wrote.append(
-            save(depth_figure(photograph(path), values, result.unit), named(stem, "depth"))
-        )
-    return wrote
-
-
-def zero_shot(
-    client: FeatureClient, args: argparse.Namespace, files: Mapping[Path, Path]
-) -> list[Path]:
-    """Classify; write probabilities, and bars of the likeliest classes."""
-    from serve.client.pictures import save, zero_shot_figure
-    from serve.client.tasks.zero_shot import classify
-
-    result = classify(
-        client,
-        args.images,
-        args.labels,
-        side=args.side,
-        embeddings=args.embeddings,
-        **side_options(args),
-    )
-    wrote = [
-        write_arrays(
-            args,
-            "zero_shot",
-            {"probabilities": result.probabilities},
-            {"classes": list(result.classes)},
-        )
-    ]
-    for path, stem, row in zip(files, files.values(), result.probabilities, strict=True):
-        message = ", ".join(
-            f"{result.classes[n]} {row[n]:.1%}" for n in row.argsort(kind="stable")[::-1][:3]
-        )
-        print(f"{path.name}: {message}")
-        wrote.append(
-            save(zero_shot_figure(photograph(path), row, result.classes), named(stem, "zero_shot"))
-        )
-    return wrote
-
-
-TASK_COMMANDS = {
-    "features": features,
-    "segmentation": segmentation,
-    "depth": depth,
-    "zero-shot": zero_shot,
-}
-
-
-def side_options(args: argparse.Namespace) -> dict:
-    """Options of a task: on the server's side none is about features."""
-    options = call_options(args)
-    return (
-        options
-        if args.side == "client"
-        else {key: options[key] for key in options if key != "encoded"}
+        size = int(sides[0]), int(sides[1])
+    return RequestOptions(
+        encoded=args.encoded, partial=args.partial, size=size, request_id=args.request_id
     )
 
 
-def photograph(path: Path):
-    """The picture itself, for pictures of answers; it was decoded once before, or by the server."""
-    from contract.images import Limits
-    from serve.client.inputs import Picture
-
-    return Picture(path, str(path)).open(Limits())
-
-
-def stems(paths: Sequence[Path]) -> list[str]:
-    """Names of pictures' files, told apart where two are the same."""
-    result: list[str] = []
-    for path in paths:
-        name, number = path.stem, 2
-        while name in result:
-            name, number = f"{path.stem}_{number}", number + 1
-        result.append(name)
-    return result
-
-
-def named(stem: Path, what: str) -> Path:
-    """DIR/photo.1_depth.png for DIR/photo.1."""
-    return stem.with_name(f"{stem.name}_{what}.png")
-
-
-def write_arrays(
-    args: argparse.Namespace, name: str, arrays: Mapping[str, np.ndarray], facts: dict
-) -> Path:
-    """DIR/NAME.npz or .safetensors: arrays, and what they mean (in the npz as arrays, else as JSON
-    metadata).
-    """
-    facts = {"images": [str(path) for path in args.images], **facts}
-    path = args.output / f"{name}.{args.format}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if args.format == "npz":
-            texts = {
-                key: np.array(json.dumps(value) if isinstance(value, dict) else value)
-                for key, value in facts.items()
-            }
-            np.savez(path, **arrays, **texts)
-        else:
-            from safetensors.numpy import save_file
-
-            ordered = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
-            save_file(ordered, path, {key: json.dumps(value) for key, value in facts.items()})
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror} (choose another --output)"
-        ) from error
-    return path
-
-
-def suggestion(args: argparse.Namespace, outputs: Collection[str]) -> str:
+def _suggestion(args: argparse.Namespace, outputs: Collection[str]) -> str:
     """The next command to type: another task that the server has."""
-    there = {
-        "features": True,
-        "segmentation": "segmentation_logits" in outputs,
-        "depth": "depth" in outputs,
-    }
-    tasks = [task for task in there if there[task] or task == args.task]
-    place = tasks.index(args.task) if args.task in tasks else -1
+    offered = ["features", *(task.name for task in map_tasks() if task.output in outputs)]
+    tasks = [task for task in task_names() if task in (*offered, args.task)]
+    place = tasks.index(args.task)
     url = f" --url {args.url}" if args.url != DEFAULT_URL else ""
     images, output = (
         " ".join(map(str, args.images)),

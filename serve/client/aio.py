@@ -5,15 +5,17 @@ errors.
 import asyncio
 import contextlib
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from tritonclient.grpc.aio import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from serve.client.answers import Answer
-from serve.client.calls import Calls, Options
+from serve.client.calls import Calls
 from serve.client.inputs import Images
-from serve.client.served import FRONT_DOOR, Served
+from serve.client.options import ClientOptions, RequestOptions
+from serve.client.served import FRONT_DOOR, Outputs, Served
 from serve.client.steps import Rpc, Sleep, Step, Steps, Together
 from serve.client.sync import CHANNEL, DEFAULT_URL, LAST_WAIT, TIME_IS_UP
 
@@ -28,7 +30,7 @@ class AsyncFeatureClient:
 
     def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
         self.url = url
-        self.calls = Calls(Options(**options))
+        self.calls = Calls(ClientOptions(**options))
         tls = self.calls.options.tls
         self.credentials = tls.credentials() if tls else None
         self.triton: InferenceServerClient | None = None
@@ -38,32 +40,16 @@ class AsyncFeatureClient:
     async def features(
         self,
         images: Images,
-        outputs: Sequence[str] | str | None = None,
-        *,
-        model: str = FRONT_DOOR,
-        encoded: bool = False,
-        partial: bool = False,
-        size: tuple[int, int] | None = None,
-        timeout: float | None = None,
-        request_id: str | None = None,
+        outputs: Outputs = None,
+        options: RequestOptions = RequestOptions(),
+        **changes: Any,
     ) -> Answer:
         """Outputs for pictures: see FeatureClient.features."""
-        return await self.run(
-            self.calls.features(
-                images,
-                outputs,
-                model=model,
-                encoded=encoded,
-                partial=partial,
-                size=size,
-                timeout=timeout,
-                request_id=request_id,
-            )
-        )
+        return await self.run(self.calls.features(images, outputs, replace(options, **changes)))
 
     async def describe(self, model: str = FRONT_DOOR) -> Served:
         """Inputs, outputs, batch and parameters of a model."""
-        return await self.run(self.calls.describe(model, self.calls.options.timeout))
+        return await self.run(self.calls.describe(model))
 
     async def run(self, steps: Steps[Result]) -> Result:
         """Carry out a piece of work of serve.client.calls or serve.client.tasks; returns its

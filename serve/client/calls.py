@@ -3,73 +3,38 @@ head, join.
 """
 
 import contextlib
-import re
 import time
-import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial as bind
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-from contract.images import Limits
 from serve.client.answers import Answer, join
 from serve.client.breaker import Breakers
 from serve.client.heads import Found, ask_heads
-from serve.client.inputs import Images, Picture, common_size, list_pictures
-from serve.client.retry import Budget, Retry, attempt
-from serve.client.served import DECODER, ENCODED, FRONT_DOOR, Served, read_answer
-from serve.client.shared_memory import Kind, Pool, Region, lay_out
+from serve.client.inputs import (
+    Images,
+    Picture,
+    common_size,
+    list_pictures,
+    rename_picture,
+    to_tensor,
+)
+from serve.client.options import ClientOptions, RequestOptions
+from serve.client.retry import Budget, attempt, may_cancel
+from serve.client.served import DECODER, FRONT_DOOR, Outputs, Served, read_answer
+from serve.client.shared_memory import Pool, Region, lay_out
 from serve.client.steps import Rpc, Steps, Together, Work
-from serve.client.tls import Tls
 from serve.errors import BadRequest, NotAllowed, NotServed, ServerFailed, WrongAnswer
-from serve.server.rest import ADMIN_HEADER
-
-ADMIN = f"triton-grpc-protocol-{ADMIN_HEADER}"
-"""gRPC's header for the key of restricted endpoints; the part after `triton-grpc-protocol-` is the
-server's to choose.
-"""
-
-CANCELS = (2, 70)
-"""Triton's first version (container 26.06) that is told to drop a request whose time is up.
-Cancelling one while its answer is being sent crashes older servers (triton-inference-server/server
-issues 7368 and 8034; 2.51 dies within a hundred such requests): those are left to finish, and the
-client merely stops waiting.
-"""
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a client behaves; its defaults are stated here and nowhere else."""
-
-    timeout: float = 30.0
-    """Seconds for each request (of at most the model's batch), all its attempts together."""
-    retry: Retry = Retry()
-    budget: tuple[float, float] = (0.2, 100)
-    """Retries: so many a call in the long run, and so many at once (see serve.client.retry.Budget).
-    """
-    breaker: tuple[int, float] = (3, 10.0)
-    """A head is left alone after so many failures in a row, for so many seconds."""
-    concurrency: int = 4
-    """Requests of one call that are under way at the same time."""
-    shared_memory: Kind | None = None
-    device: int = 0
-    """GPU of CUDA shared memory."""
-    admin_key: str | None = field(default=None, repr=False)
-    """Key of the server's restricted endpoints; shared memory wants it where they are."""
-    admin_header: str = ADMIN
-    tls: Tls | None = None
-    limits: Limits = Limits()
-    """Of encoded pictures that are decoded here."""
 
 
 class Calls:
     """The state that a client's calls share: known models, budget, breakers, shared memory."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: ClientOptions) -> None:
         self.options = options
         self.budget, self.breakers = Budget(*options.budget), Breakers(*options.breaker)
         self.pool = Pool(options.shared_memory, options.device) if options.shared_memory else None
@@ -79,63 +44,48 @@ class Calls:
     def features(
         self,
         images: Images,
-        outputs: Sequence[str] | str | None = None,
-        *,
-        model: str = FRONT_DOOR,
-        encoded: bool = False,
-        partial: bool = False,
-        size: tuple[int, int] | None = None,
-        timeout: float | None = None,
-        request_id: str | None = None,
+        outputs: Outputs,
+        options: RequestOptions,
         extra: Mapping[str, np.ndarray] | None = None,
     ) -> Steps[Answer]:
         """Outputs of a model for pictures; see FeatureClient.features. `extra`: further inputs, the
         same for all.
         """
-        request_id = request_id or uuid.uuid4().hex
-        seconds = self.options.timeout if timeout is None else timeout
-        if seconds <= 0:
-            raise BadRequest(f"timeout={timeout}: give seconds above 0")
-        if encoded and model not in (FRONT_DOOR, ENCODED):
-            raise BadRequest(
-                f"encoded pictures are taken by '{FRONT_DOOR}' only, not by '{model}': leave "
-                "encoded out"
-            )
-        model = ENCODED if encoded else model
+        options = options.complete(self.options)
         pictures = list_pictures(images)
-        served = yield from self.describe(model, seconds, request_id)
+        about = options.timeout, options.request_id
+        served = yield from self.describe(options.model, *about)
         names = served.choose(outputs)
-        if encoded and size is not None:
-            raise BadRequest(
-                "size= and encoded=True: the server decodes to its own size; leave one of them out"
-            )
-        seen = yield from self.size_of(served, pictures, size, seconds, request_id)
+        size = yield from self.size_of(served, pictures, options)
         most = (
             served.max_batch
-            or (yield from self.describe(FRONT_DOOR, seconds, request_id)).max_batch
+            or (yield from self.describe(FRONT_DOOR, *about)).max_batch
             or len(pictures)
         )
         parts = [pictures[start : start + most] for start in range(0, len(pictures), most)]
-        ids = [
-            request_id if len(parts) == 1 else f"{request_id}-{number}"
-            for number in range(len(parts))
-        ]
+        ids = [options.request_id]
+        if len(parts) > 1:
+            ids = [f"{options.request_id}-{number}" for number in range(len(parts))]
         answers = yield Together(
             [
-                self.part(served, part, names, seen, encoded, partial, seconds, one, extra or {})
+                self.part(served, part, names, size, replace(options, request_id=one), extra or {})
                 for part, one in zip(parts, ids, strict=True)
             ]
         )
-        return join(answers, seen, request_id)
+        return join(answers, size, options.request_id)
 
     def describe(
-        self, model: str, seconds: float, request_id: str = "", fresh: bool = False
+        self,
+        model: str,
+        timeout: float | None = None,
+        request_id: str = "",
+        fresh: bool = False,
     ) -> Steps[Served]:
         """A model's inputs, outputs, batch and parameters, asked for once unless `fresh`; raises
         NotServed.
         """
         if fresh or model not in self.known:
-            deadline = time.monotonic() + seconds
+            deadline = time.monotonic() + (timeout or self.options.timeout)
             answer = yield from self.ask(
                 "get_model_config", {"model_name": model}, deadline, request_id
             )
@@ -143,19 +93,15 @@ class Calls:
         return self.known[model]
 
     def size_of(
-        self,
-        served: Served,
-        pictures: Sequence[Picture],
-        size: tuple[int, int] | None,
-        seconds: float,
-        request_id: str,
+        self, served: Served, pictures: Sequence[Picture], options: RequestOptions
     ) -> Steps[tuple[int, int]]:
         """The (height, width) pictures are brought to: the model's own, where that is fixed.
 
         Where it varies: the size asked for, else that of the arrays if they have one in common that
         the model takes, else the model's usual one.
         """
-        image = served.inputs.get("image")
+        image, size = served.inputs.get("image"), options.size
+        about = options.timeout, options.request_id
         if image is not None:
             fixed = image.dims[-3:-1]
             if min(fixed) > 0:
@@ -167,11 +113,11 @@ class Calls:
             if size is not None:
                 return size
             own = common_size(pictures)
-            if (yield from self.describe(FRONT_DOOR, seconds, request_id)).takes(own):
+            if (yield from self.describe(FRONT_DOOR, *about)).takes(own):
                 return own
         for model in (served.name, FRONT_DOOR, DECODER):
             try:
-                known = (yield from self.describe(model, seconds, request_id)).size()
+                known = (yield from self.describe(model, *about)).size()
             except NotServed:
                 continue
             if known:
@@ -186,36 +132,32 @@ class Calls:
         pictures: Sequence[Picture],
         names: Sequence[str],
         size: tuple[int, int],
-        encoded: bool,
-        partial: bool,
-        seconds: float,
-        request_id: str,
+        options: RequestOptions,
         extra: Mapping[str, np.ndarray],
     ) -> Steps[Found]:
         """Decode and ask for as many pictures as one request may hold; arrays, and what is missing
         of them.
         """
-        deadline = time.monotonic() + seconds
+        deadline, request_id = time.monotonic() + options.timeout, options.request_id
         yield from self.clean(everything=False)
-        if encoded:
-            tensors = {"encoded": (yield Work(bind(files_of, pictures, self.options.limits)))}
-        else:
-            tensors = {"image": (yield Work(bind(pixels_of, pictures, size, self.options.limits)))}
-        tensors |= extra
+        limits, encoded = self.options.limits, options.encoded
+        tensors = (yield Work(lambda: to_tensor(pictures, size, encoded, limits))) | extra
 
         def ask(wanted: Sequence[str], until: float) -> Steps[dict[str, np.ndarray]]:
-            return self.infer(
-                served, tensors, wanted, until, len(pictures), request_id, hurry=partial
-            )
+            rows, hurry = len(pictures), options.partial
+            return self.infer(served, tensors, wanted, until, rows, request_id, hurry)
 
         try:
-            return (yield from ask_heads(ask, names, self.breakers, deadline, partial, request_id))
+            return (
+                yield from ask_heads(
+                    ask, names, self.breakers, deadline, options.partial, request_id
+                )
+            )
         except BadRequest as error:
-            self.known.pop(
-                served.name, None
-            )  # if its sizes are others by now, the next call learns them
+            # if the model's sizes are others by now, the next call learns them
+            self.known.pop(served.name, None)
             if encoded:
-                error.message = named(error.message, pictures)
+                error.message = rename_picture(error.message, pictures)
             raise
 
     def ask(
@@ -225,13 +167,13 @@ class Calls:
         deadline: float,
         request_id: str,
         hurry: bool = False,
+        cancels: bool = True,
     ) -> Steps[Any]:
         """Call the server within the deadline and the budget for retries; see
         serve.client.retry.attempt.
         """
-        return attempt(
-            method, arguments, deadline, self.options.retry, self.budget, request_id, hurry
-        )
+        retry, budget = self.options.retry, self.budget
+        return attempt(method, arguments, deadline, retry, budget, request_id, hurry, cancels)
 
     def ask_to_infer(
         self, arguments: Mapping[str, Any], deadline: float, request_id: str, hurry: bool
@@ -239,20 +181,8 @@ class Calls:
         """The same for inference, which a server that cannot bear it is not told to give up."""
         if self.cancels is None:
             answer = yield from self.ask("get_server_metadata", {}, deadline, request_id)
-            match = re.match(r"(\d+)\.(\d+)", answer.version)
-            self.cancels = match is None or (int(match[1]), int(match[2])) >= CANCELS
-        return (
-            yield from attempt(
-                "infer",
-                arguments,
-                deadline,
-                self.options.retry,
-                self.budget,
-                request_id,
-                hurry,
-                self.cancels,
-            )
-        )
+            self.cancels = may_cancel(answer.version)
+        return (yield from self.ask("infer", arguments, deadline, request_id, hurry, self.cancels))
 
     def infer(
         self,
@@ -317,7 +247,7 @@ class Calls:
         request_id: str,
         hurry: bool,
     ) -> Steps[Any]:
-        """Ask with tensors in a region; a server that was started anew since it was registered is
+        """Ask with tensors in a region; a server that was restarted since it was registered is
         told of it again.
         """
         for last in (False, True):
@@ -356,7 +286,7 @@ class Calls:
         except WrongAnswer:
             # perhaps right for a version that was loaded since the model was described
             self.known.pop(served.name, None)
-            fresh = yield from self.describe(served.name, self.options.timeout, request_id)
+            fresh = yield from self.describe(served.name, request_id=request_id)
             if fresh == served:
                 raise
             return read_answer(fresh, names, rows, read, given, request_id)
@@ -377,28 +307,3 @@ class Calls:
                 with contextlib.suppress(InferenceServerException):
                     yield Rpc(call.method, arguments)
             region.destroy()
-
-
-def pixels_of(pictures: Sequence[Picture], size: tuple[int, int], limits: Limits) -> np.ndarray:
-    """uint8 [B, H, W, 3] of a size; raises BadRequest for what cannot be decoded."""
-    return np.stack([picture.pixels(*size, limits) for picture in pictures])
-
-
-def files_of(pictures: Sequence[Picture], limits: Limits) -> np.ndarray:
-    """Encoded files as an object array [B, 1] of bytes."""
-    array = np.empty((len(pictures), 1), np.object_)
-    array[:, 0] = [picture.read(limits) for picture in pictures]
-    return array
-
-
-def named(message: str, pictures: Sequence[Picture]) -> str:
-    """The server's message about `picture 2` of a request in the caller's name for it."""
-    match = re.search(r"picture (\d+): ", message)
-    if match is None:
-        return f"{pictures[0].name}: {message}" if len(pictures) == 1 else message
-    number = int(match[1])
-    return (
-        message.replace(match[0], f"{pictures[number].name}: ")
-        if number < len(pictures)
-        else message
-    )

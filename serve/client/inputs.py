@@ -3,6 +3,7 @@ a file's bytes.
 """
 
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -126,3 +127,29 @@ def common_size(pictures: Sequence[Picture]) -> tuple[int, int] | None:
     """The size of all pictures if all are arrays of one size, else None."""
     sizes = {picture.size for picture in pictures}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def to_tensor(
+    pictures: Sequence[Picture], size: tuple[int, int], encoded: bool, limits: Limits
+) -> dict[str, np.ndarray]:
+    """The input by its name: `image` uint8 [B, H, W, 3], or `encoded`, files as an object array
+    [B, 1] of bytes. Raises BadRequest for what cannot be decoded or read.
+    """
+    if not encoded:
+        return {"image": np.stack([picture.pixels(*size, limits) for picture in pictures])}
+    files = np.empty((len(pictures), 1), np.object_)
+    files[:, 0] = [picture.read(limits) for picture in pictures]
+    return {"encoded": files}
+
+
+def rename_picture(message: str, pictures: Sequence[Picture]) -> str:
+    """The server's message about `picture 2` of a request, with the caller's name for it."""
+    match = re.search(r"picture (\d+): ", message)
+    if match is None:
+        return f"{pictures[0].name}: {message}" if len(pictures) == 1 else message
+    number = int(match[1])
+    return (
+        message.replace(match[0], f"{pictures[number].name}: ")
+        if number < len(pictures)
+        else message
+    )

@@ -1,6 +1,4 @@
-"""Answers as pictures: principal components of features, class maps with a legend, depth with a
-scale, bars of classes.
-"""
+"""Answers as pictures: principal components of features, maps of every kind, bars of classes."""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -12,9 +10,13 @@ from matplotlib.patches import Patch
 from PIL import Image
 
 from contract.errors import UserError
+from serve.client.tasks.maps import TaskMap
 
 LONGEST = 1024
 """Pixels of a picture's longer side, at most."""
+
+SCALAR_COLOURS = "magma_r"
+"""Of matplotlib: small values (near ones, of depth) are bright."""
 
 NAMED_COLOURS = (
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194),
@@ -67,7 +69,7 @@ def pca_rgb(patches: np.ndarray) -> np.ndarray:
 def features_figure(photo: Image.Image, maps: Mapping[str, np.ndarray]) -> Figure:
     """A photograph beside the principal components of maps [h, w, d], stretched to its shape."""
     photo = shown(photo)
-    figure, axes = row_of(1 + len(maps), photo)
+    figure, axes = _row_of(1 + len(maps), photo)
     axes[0].imshow(photo)
     axes[0].set_title(f"{photo.width}x{photo.height}", fontsize=10)
     for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
@@ -105,13 +107,30 @@ def overlay(
     return Image.fromarray(mixed.round().astype(np.uint8))
 
 
-def segmentation_figure(
-    photo: Image.Image, class_map: np.ndarray, classes: Sequence[str]
-) -> Figure:
+def vector_image(vectors: np.ndarray) -> Image.Image:
+    """Vectors [H, W, 3] of components in [-1, 1], as surface normals have, in red, green and
+    blue.
+    """
+    return Image.fromarray((127.5 * (np.clip(vectors, -1, 1) + 1)).round().astype(np.uint8))
+
+
+def map_figure(photo: Image.Image, result: TaskMap, row: int) -> Figure:
+    """A photograph beside one map of several, drawn as its kind is."""
+    values = result.values[row]
+    match result.task.map.kind:
+        case "classes":
+            return class_figure(photo, values, result.classes)
+        case "scalar":
+            return scalar_figure(photo, values, result.unit)
+        case "vector":
+            return vector_figure(photo, values)
+
+
+def class_figure(photo: Image.Image, class_map: np.ndarray, classes: Sequence[str]) -> Figure:
     """A photograph, its classes laid over it, and a legend of those that are there with the share
     of pixels of each.
     """
-    figure, axes = row_of(2, shown(photo), legend=2.2)
+    figure, axes = _row_of(2, shown(photo), legend=2.2)
     axes[0].imshow(shown(photo))
     axes[1].imshow(overlay(photo, class_map, len(classes)))
     numbers, counts = np.unique(class_map, return_counts=True)
@@ -120,7 +139,7 @@ def segmentation_figure(
     entries = [
         Patch(
             color=colours[numbers[n]],
-            label=f"{shorten(classes[numbers[n]], 24)}  {counts[n] / class_map.size:.0%}",
+            label=f"{_shorten(classes[numbers[n]], 24)}  {counts[n] / class_map.size:.0%}",
         )
         for n in order[:12]
     ]
@@ -130,19 +149,29 @@ def segmentation_figure(
     return figure
 
 
-def depth_figure(photo: Image.Image, depth: np.ndarray, unit: str) -> Figure:
-    """A photograph beside its depth [H, W] in colours, near ones bright, with a scale."""
-    photo = shown(photo)
-    figure, axes = row_of(2, photo)
+def scalar_figure(photo: Image.Image, values: np.ndarray, unit: str) -> Figure:
+    """A photograph beside its depth (say) [H, W] in colours, small values bright, with a scale."""
+    photo, units = shown(photo), plural(unit)
+    figure, axes = _row_of(2, photo)
     axes[0].imshow(photo)
     extent = (0, photo.width, photo.height, 0)
-    image = axes[1].imshow(depth, cmap="magma_r", extent=extent, interpolation="bilinear")
+    image = axes[1].imshow(values, cmap=SCALAR_COLOURS, extent=extent, interpolation="bilinear")
     axes[1].set_title(
-        f"{depth.min():.2f} to {depth.max():.2f}, median {np.median(depth):.2f} {unit}s",
+        f"{values.min():.2f} to {values.max():.2f}, median {np.median(values):.2f} {units}",
         fontsize=10,
     )
-    bar = figure.colorbar(image, ax=axes[1], fraction=0.05, pad=0.02, label=f"{unit}s")
-    bar.ax.invert_yaxis()  # near ones above, as they are bright
+    bar = figure.colorbar(image, ax=axes[1], fraction=0.05, pad=0.02, label=units)
+    bar.ax.invert_yaxis()  # small values above, as they are bright
+    return figure
+
+
+def vector_figure(photo: Image.Image, vectors: np.ndarray) -> Figure:
+    """A photograph beside its vectors [H, W, 3] as red, green and blue."""
+    photo = shown(photo)
+    figure, axes = _row_of(2, photo)
+    axes[0].imshow(photo)
+    axes[1].imshow(vector_image(vectors), extent=(0, photo.width, photo.height, 0))
+    axes[1].set_title("x, y and z as red, green and blue", fontsize=10)
     return figure
 
 
@@ -151,7 +180,7 @@ def zero_shot_figure(
 ) -> Figure:
     """A photograph beside bars of its likeliest classes, probabilities [C]."""
     photo = shown(photo)
-    figure, axes = row_of(2, photo, ratio=1.2)
+    figure, axes = _row_of(2, photo, ratio=1.2)
     axes[0].imshow(photo)
     order = probabilities.argsort(kind="stable")[::-1][:most]
     bars = axes[1]
@@ -165,7 +194,7 @@ def zero_shot_figure(
             va="center",
             fontsize=9,
         )
-    bars.set_yticks(range(len(order)), [shorten(classes[number]) for number in order], fontsize=10)
+    bars.set_yticks(range(len(order)), [_shorten(classes[number]) for number in order], fontsize=10)
     bars.set(
         xlim=(0, 1.12),
         ylim=(max(len(order), 4) - 0.4, -0.6),
@@ -178,12 +207,17 @@ def zero_shot_figure(
     return figure
 
 
-def shorten(text: str, most: int = 28) -> str:
+def plural(unit: str) -> str:
+    """`metres` of `metre`."""
+    return f"{unit}s" if unit else ""
+
+
+def _shorten(text: str, most: int = 28) -> str:
     """Cut a name for an axis."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def row_of(
+def _row_of(
     panels: int, photo: Image.Image, legend: float = 0, ratio: float = 0
 ) -> tuple[Figure, list]:
     """A figure of panels in a photograph's shape, and a last one `legend` inches wide, or the last

@@ -35,6 +35,14 @@ REFUSED = {
 }
 
 
+_CANCELS = (2, 70)
+"""Triton's first version (container 26.06) that is told to drop a request whose time is up.
+Cancelling one while its answer is being sent crashes older servers (triton-inference-server/server
+issues 7368 and 8034; 2.51 dies within a hundred such requests): those are left to finish, and the
+client merely stops waiting.
+"""
+
+
 @dataclass(frozen=True)
 class Retry:
     """How often and after how long: waits double from `first` to `longest` seconds, each shortened
@@ -80,6 +88,12 @@ class Budget:
                 return False
             self.tokens -= 1
             return True
+
+
+def may_cancel(version: str) -> bool:
+    """Whether a server of a version may be told to give up a request; other makes may."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return match is None or (int(match[1]), int(match[2])) >= _CANCELS
 
 
 def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[ClientError, bool]:

@@ -18,6 +18,10 @@ size.
 """
 
 
+Outputs = Sequence[str] | str | None
+"""Names of outputs, or of one; None: all."""
+
+
 @dataclass(frozen=True)
 class Port:
     """An input or output: Triton's name of its type, its shape without the batch (-1 where it
@@ -63,7 +67,7 @@ class Served:
             parameters,
         )
 
-    def choose(self, outputs: Sequence[str] | str | None) -> tuple[str, ...]:
+    def choose(self, outputs: Outputs) -> tuple[str, ...]:
         """Outputs by name, all for None; raises BadRequest for one that is not there, naming the
         nearest.
         """

@@ -13,15 +13,17 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from serve.client.answers import Answer
-from serve.client.calls import Calls, Options
+from serve.client.calls import Calls
 from serve.client.inputs import Images
-from serve.client.served import FRONT_DOOR, Served
+from serve.client.options import ClientOptions, RequestOptions
+from serve.client.served import FRONT_DOOR, Outputs, Served
 from serve.client.steps import Rpc, Sleep, Step, Steps, Together
 
 Result = TypeVar("Result")
@@ -45,17 +47,17 @@ LAST_WAIT = 5.0
 
 
 class FeatureClient:
-    """A connection to a server; threads may share it. Options are those of
-    serve.client.calls.Options.
+    """A connection to a server; threads may share it. Keyword arguments are those of
+    serve.client.options.ClientOptions.
 
-    Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are the
-    caller's to mend, Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing
+    Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are
+    the caller's mistakes; Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing
     is connected before the first call.
     """
 
     def __init__(self, url: str = DEFAULT_URL, **options: Any) -> None:
         self.url = url
-        self.calls = Calls(Options(**options))
+        self.calls = Calls(ClientOptions(**options))
         tls = self.calls.options.tls
         self.triton = InferenceServerClient(
             url, creds=tls.credentials() if tls else None, channel_args=CHANNEL
@@ -67,42 +69,24 @@ class FeatureClient:
     def features(
         self,
         images: Images,
-        outputs: Sequence[str] | str | None = None,
-        *,
-        model: str = FRONT_DOOR,
-        encoded: bool = False,
-        partial: bool = False,
-        size: tuple[int, int] | None = None,
-        timeout: float | None = None,
-        request_id: str | None = None,
+        outputs: Outputs = None,
+        options: RequestOptions = RequestOptions(),
+        **changes: Any,
     ) -> Answer:
         """Outputs (None: all) for pictures, each an array with a row a picture: tokens [B, d],
         patches [B, h*w, d].
 
         `images`: paths, bytes of JPEG, PNG or WebP files, PIL pictures, uint8 arrays [H, W, 3] or
         [B, H, W, 3], or a list of any of these. They are decoded here and brought to the model's
-        size as the server would, or with `encoded` sent as files and decoded there. More than the
-        model's batch are split and joined. `partial`: heads that fail go missing (Answer.missing
-        says why) instead of failing everything. `size`: (height, width), for models that take many.
-        `timeout`: seconds for each request, all attempts together. `request_id`: goes through
-        Triton's log and is in every error; made if not given.
+        size as the server would, or with `encoded=True` sent as files and decoded there. More than
+        the model's batch are split and joined. Fields of `options` may be given as keyword
+        arguments: `model`, `encoded`, `partial`, `size`, `timeout`, `request_id`.
         """
-        return self.run(
-            self.calls.features(
-                images,
-                outputs,
-                model=model,
-                encoded=encoded,
-                partial=partial,
-                size=size,
-                timeout=timeout,
-                request_id=request_id,
-            )
-        )
+        return self.run(self.calls.features(images, outputs, replace(options, **changes)))
 
     def describe(self, model: str = FRONT_DOOR) -> Served:
         """Inputs, outputs, batch and parameters of a model."""
-        return self.run(self.calls.describe(model, self.calls.options.timeout))
+        return self.run(self.calls.describe(model))
 
     def run(self, steps: Steps[Result]) -> Result:
         """Carry out a piece of work of serve.client.calls or serve.client.tasks; returns its

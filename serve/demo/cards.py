@@ -15,13 +15,20 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from serve.client.pictures import overlay, palette, pca_rgb
+from serve.client.pictures import (
+    SCALAR_COLOURS,
+    overlay,
+    palette,
+    pca_rgb,
+    plural,
+    vector_image,
+)
+from serve.client.tasks.maps import TaskMap
 
 TILE = 256
 """Pixels that small maps are magnified to, so that a saved picture is not a stamp."""
 BARS, LEGEND = 7, 9
 """Classes that are shown at most."""
-DEPTH_COLOURS = "magma_r"
 
 CSS = """
 .gradio-container { max-width: 1320px !important; }
@@ -109,8 +116,30 @@ def tile(picture: Image.Image, kind: str, name: str, about: str) -> str:
     return f'<figure><img class="{kind}" alt="{escape(name)}" src="{embed(picture)}"><figcaption>{caption}</figcaption></figure>'
 
 
-def segmentation_card(photo: Image.Image, class_map: np.ndarray, classes: Sequence[str]) -> str:
-    """Classes [H, W] laid over the photograph, and a legend with the share of each."""
+def map_card(photo: Image.Image, result: TaskMap) -> str:
+    """The map of one photograph, drawn in its shape as the map's kind is."""
+    values = result.values[0]
+    match result.task.map.kind:
+        case "classes":
+            about = f"{len(np.unique(values))} of {len(result.classes)} classes"
+            picture = overlay(photo, values, len(result.classes))
+            legend = _legend(values, result.classes)
+        case "scalar":
+            median = f"median {np.median(values):.2f}"
+            about = ", ".join(filter(None, (plural(result.unit), median)))
+            picture, legend = _scalar_picture(photo, values), _scale(values)
+        case "vector":
+            about = "x, y and z as red, green and blue"
+            picture = vector_image(values).resize(photo.size, Image.Resampling.BILINEAR)
+            legend = ""
+    name = result.task.name
+    inside = f'<img alt="{name}" src="{embed(picture)}">{legend}'
+    title = f"{result.task.title} <small>{escape(about)}</small>"
+    return card(name, title, f'<div class="beside">{inside}</div>')
+
+
+def _legend(class_map: np.ndarray, classes: Sequence[str]) -> str:
+    """The colours of classes and the share of each."""
     numbers, counts = np.unique(class_map, return_counts=True)
     order = counts.argsort(kind="stable")[::-1]
     colours = palette(len(classes))
@@ -121,29 +150,28 @@ def segmentation_card(photo: Image.Image, class_map: np.ndarray, classes: Sequen
     ]
     if len(order) > LEGEND:
         entries.append(f"<li><span>and {len(order) - LEGEND} more</span></li>")
-    picture = embed(overlay(photo, class_map, len(classes)))
-    inside = f'<img alt="segmentation" src="{picture}"><ul class="legend">{"".join(entries)}</ul>'
-    title = f"Segmentation <small>{len(order)} of {len(classes)} classes</small>"
-    return card("segmentation", title, f'<div class="beside">{inside}</div>')
+    return f'<ul class="legend">{"".join(entries)}</ul>'
 
 
-def depth_card(photo: Image.Image, depth: np.ndarray, unit: str) -> str:
-    """Depth [H, W] in colours, in the photograph's shape, near ones bright, beside their scale."""
-    low, high = float(depth.min()), float(depth.max())
-    share = Image.fromarray(((depth - low) / max(high - low, 1e-12)).astype(np.float32))
+def _scalar_picture(photo: Image.Image, values: np.ndarray) -> Image.Image:
+    """Values [H, W] in colours, in the photograph's shape, small ones bright."""
+    low, high = float(values.min()), float(values.max())
+    share = Image.fromarray(((values - low) / max(high - low, 1e-12)).astype(np.float32))
     share = np.asarray(share.resize(photo.size, Image.Resampling.BILINEAR))
-    colours = matplotlib.colormaps[DEPTH_COLOURS]
-    picture = Image.fromarray(colours(np.clip(share, 0, 1), bytes=True)[..., :3])
+    colours = matplotlib.colormaps[SCALAR_COLOURS]
+    return Image.fromarray(colours(np.clip(share, 0, 1), bytes=True)[..., :3])
+
+
+def _scale(values: np.ndarray) -> str:
+    """The colours of values, the smallest above."""
+    low, high = float(values.min()), float(values.max())
+    colours = matplotlib.colormaps[SCALAR_COLOURS]
     stops = ", ".join(
         f"rgb{tuple(int(part) for part in colours(n / 8, bytes=True)[:3])}" for n in range(9)
     )
     marks = "".join(f"<span>{low + (high - low) * n / 4:.2f}</span>" for n in range(5))
     bar = f'<i style="background: linear-gradient(to bottom, {stops})"></i>'
-    scale = f'<div class="scale">{bar}<div>{marks}</div></div>'
-    title = f"Depth <small>{escape(unit)}s, median {np.median(depth):.2f}</small>"
-    return card(
-        "depth", title, f'<div class="beside"><img alt="depth" src="{embed(picture)}">{scale}</div>'
-    )
+    return f'<div class="scale">{bar}<div>{marks}</div></div>'
 
 
 def zero_shot_card(probabilities: np.ndarray, classes: Sequence[str], about: str) -> str:

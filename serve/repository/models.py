@@ -16,10 +16,12 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 from contract.errors import UserError
 from contract.manifest import GraphRecord
 from contract.signature import BACKBONE, FUSED, IMAGE
+from contract.tasks import TASKS, Task, map_tasks
 from serve.bundle import Bundle
 from serve.repository.model_config import (
     CONTRACT,
     TEMPLATES,
+    TYPES,
     add_port,
     add_tensor,
     join,
@@ -35,10 +37,6 @@ from serve.repository.model_config import (
 from serve.repository.settings import Settings
 from serve.repository.zero_shot import zero_shot_parts
 
-TASKS = ("classification", "segmentation", "depth")
-MAPS = {"segmentation": ("segmentation_logits", "class_map"), "depth": ("depth", "depth_map")}
-"""Tasks whose answer is a map of the picture's size: what the map is made from, what it is called.
-"""
 UNBATCHED = "unbatched"
 """Parameter of models that take no batches, as the lint wants to be told."""
 LARGE = 0.25
@@ -93,8 +91,8 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     models.append(features(bundle, settings, encoded=False))
     if settings.encoded:
         models += [decoder(bundle, settings), features(bundle, settings, encoded=True)]
-    for task in MAPS:
-        if task in bundle.graphs:
+    for task in map_tasks():
+        if task.name in bundle.graphs:
             models += [map_model(bundle, task, settings), task_ensemble(bundle, task, settings)]
     models += [Model(config, files) for config, files in zero_shot_parts(bundle, settings)]
     for model in models:
@@ -271,29 +269,32 @@ def about_bundle(bundle: Bundle) -> dict:
         "teachers": [
             {"label": t.label, "role": t.role, "licence": t.licence} for t in manifest.teachers
         ],
-        "tasks": {task: facts(bundle.graphs[task]) for task in TASKS if task in bundle.graphs},
+        "tasks": {
+            name: facts(bundle, task) for name, task in TASKS.items() if name in bundle.graphs
+        },
     }
 
 
-def facts(graph: GraphRecord) -> dict:
+def facts(bundle: Bundle, task: Task) -> dict:
     """What the answer of a task's head means: names of classes, unit, pixels of a cell's side, as
     far as it has them.
     """
-    return {
-        name: graph.about[name] for name in ("classes", "unit", "stride") if graph.about.get(name)
-    }
+    about = bundle.graphs[task.name].about
+    return {name: about[name] for name in task.facts if about.get(name)}
 
 
-def task_ensemble(bundle: Bundle, task: str, settings: Settings) -> Model:
+def task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
     """A picture in, a map of its size out: what the task's head needs, the head, the map."""
-    scores, answer = MAPS[task]
-    config = read_template(task)
+    values, answer = task.output, task.map.name
+    config = read_template("task")
+    config.name = task.name
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
-    config.output.append(read_template(f"{task}_map").output[0])
-    join_all(config, needed(bundle, task), {scores}, settings)
-    step(config, f"{task}_map", settings.version, {scores: scores, IMAGE: IMAGE}, {answer: answer})
+    add_map(config, task)
+    join_all(config, needed(bundle, task.name), {values}, settings)
+    reads = {values: values, IMAGE: IMAGE}
+    step(config, map_name(task), settings.version, reads, {answer: answer})
     size = {"height": bundle.manifest.resolution.height, "width": bundle.manifest.resolution.width}
-    for name, value in (facts(bundle.graphs[task]) | size).items():
+    for name, value in (facts(bundle, task) | size).items():
         config.parameters[name].string_value = (
             value if isinstance(value, str) else json.dumps(value)
         )
@@ -321,23 +322,31 @@ def needed(bundle: Bundle, last: str) -> list[GraphRecord]:
     return result
 
 
-def map_model(bundle: Bundle, task: str, settings: Settings) -> Model:
-    """The step that makes a map of scores."""
-    scores, _ = MAPS[task]
-    config = read_template(f"{task}_map")
-    add_tensor(
-        config.input,
-        next(tensor for tensor in bundle.graphs[task].outputs if tensor.name == scores),
-    )
+def map_name(task: Task) -> str:
+    """Triton's name of the step that makes a task's map."""
+    return f"{task.name}_map"
+
+
+def add_map(config: ModelConfig, task: Task) -> None:
+    """Append a task's map as an output."""
+    add_port(config.output, task.map.name, TYPES[task.map.dtype], (-1, -1, *task.map.axes))
+
+
+def map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
+    """The step that makes a map of a head's output."""
+    config, graph = read_template("task_map"), bundle.graphs[task.name]
+    config.name = map_name(task)
+    add_tensor(config.input, next(tensor for tensor in graph.outputs if tensor.name == task.output))
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    add_map(config, task)
     tell_sizes(config, bundle)
-    # DPT's depth is finer than the patches
-    cell = bundle.graphs[task].about.get("stride", bundle.manifest.resolution.stride)
+    # a DPT head's output is finer than the patches
+    cell = graph.about.get("stride", bundle.manifest.resolution.stride)
     config.parameters["cell"].string_value = str(cell)
+    config.parameters["function"].string_value = task.map.function
     place_on_cpu(config)
     files = {
-        "model.py": TEMPLATES / f"{task}_map" / "1" / "model.py",
-        "map_model.py": TEMPLATES / "map_model.py",
+        "model.py": TEMPLATES / "task_map" / "1" / "model.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
         "dense.py": CONTRACT / "dense.py",
     }

@@ -18,6 +18,7 @@ import pytest
 import torch
 from yaml import safe_dump
 
+from contract.dense import depth_map
 from contract.manifest import read_manifest
 from distill.data.pictures import PackagedPhotos
 from distill.evaluate.__main__ import main as evaluate
@@ -26,7 +27,7 @@ from distill.heads import load_head, save_head
 from distill.runs import load_run
 from export.check import main as check
 from export.run import main
-from tests.conftest import run_here, small_recipe
+from tests.conftest import need_tritonserver, run_here, small_recipe
 
 ONE_TEACHER = [
     {"name": "resnet10t", "role": "classification", "alias": "cls", "pretrained": False, "image_size": 64},
@@ -221,19 +222,49 @@ def test_backbone_gives_the_layers_and_the_depth_graph_reads_them_at_any_size(
     )
 
 
-def test_a_fixed_map_says_its_grid_where_it_is_no_multiple_of_the_patches(patch14, tmp_path):
-    done = call(
-        main, patch14, "--output", tmp_path / "b", "--resolutions", "42x70", "--max-batch", 2
-    )
+@pytest.fixture(scope="module")
+def fixed_bundle(patch14, tmp_path_factory) -> Path:
+    """A bundle of one size, with a DPT head on patches of 14 pixels."""
+    bundle = tmp_path_factory.mktemp("fixed") / "bundle"
+    done = call(main, patch14, "--output", bundle, "--resolutions", "42x70", "--max-batch", 2)
     assert done.returncode == 0, done.stderr
-    depth = read_manifest(tmp_path / "b").graph("depth")
+    return bundle
+
+
+def test_a_fixed_map_says_its_grid_where_it_is_no_multiple_of_the_patches(patch14, fixed_bundle):
+    depth = read_manifest(fixed_bundle).graph("depth")
     # 3 x 5 patches, 3.5 cells each, halves up
     assert depth.about["grid"] == [11, 18] and depth.about["stride"] == 4
     assert depth.outputs[0].shape == ("batch", 11 * 18)
     assert [port.shape for port in depth.inputs[:2]] == [("batch", 3, 5, 48), ("batch", 1, 48)]
     image = photographs(42, 70)
-    metres = depth_by_graphs(tmp_path / "b", image).reshape(2, *depth.about["grid"])
+    metres = depth_by_graphs(fixed_bundle, image).reshape(2, *depth.about["grid"])
     np.testing.assert_allclose(metres, metres_of(patch14, image), atol=1e-3)
+
+
+def test_a_server_makes_a_map_of_cells_that_are_finer_than_patches(fixed_bundle, tmp_path):
+    need_tritonserver()
+    from serve.client import FeatureClient
+    from serve.client.tasks.depth import estimate_depth
+    from serve.repository.build import make_repository
+    from serve.repository.settings import Settings
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
+
+    make_repository(fixed_bundle, tmp_path / "repository", Settings(fused=False, encoded=False))
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
+    image = photographs(42, 70)
+    with (
+        Server(
+            find_tritonserver(None, tmp_path), tmp_path / "repository", options, lambda line: None
+        ) as server,
+        FeatureClient(server.grpc) as client,
+    ):
+        sides = [estimate_depth(client, image, side=side) for side in ("server", "client")]
+    wanted = depth_map(depth_by_graphs(fixed_bundle, image), 42, 70, 4)
+    for result in sides:
+        assert result.unit == "metre" and result.depth.shape == (2, 42, 70)
+        np.testing.assert_allclose(result.depth, wanted, atol=1e-3)
 
 
 def test_layers_cost_one_pass_and_nothing_without_the_head(cnn, tmp_path):

@@ -14,7 +14,7 @@ from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
 from serve.client.answers import join
-from serve.client.calls import ADMIN
+from serve.client.options import ADMIN, RequestOptions
 from serve.client.served import Port, Served, read_answer
 from serve.client.shared_memory import Pool, Region
 from serve.errors import (
@@ -170,6 +170,19 @@ def test_an_unknown_model_a_wrong_size_and_no_time_are_refused(client, pixels):
         client.features(pixels[0], timeout=0)
     with pytest.raises(BadRequest, match="encoded"):
         client.features(pixels[0], model="fused", encoded=True)
+
+
+def test_options_may_be_shared_and_changed_for_one_call(client, files):
+    options = RequestOptions(encoded=True, request_id="shared")
+    assert client.features(files[0], "backbone_global", options).request_id == "shared"
+    answer = client.features(files[0], "backbone_global", options, request_id="mine")
+    assert answer.request_id == "mine" and options.request_id == "shared"
+    with pytest.raises(BadRequest, match="timeout=-1: give seconds above 0"):
+        client.features(files[0], options=options, timeout=-1)
+    with pytest.raises(BadRequest, match="leave one of them out"):
+        client.features(files[0], options=options, size=(SIZE, SIZE))
+    with pytest.raises(TypeError, match="tiemout"):
+        client.features(files[0], tiemout=1)
 
 
 def test_errors_of_the_server_carry_the_requests_id(client, files):

@@ -24,7 +24,7 @@ from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
 from serve.client.breaker import Breaker, head_of
-from serve.client.calls import ADMIN
+from serve.client.options import ADMIN
 from serve.client.retry import Budget, Retry
 from serve.client.tls import Tls
 from serve.errors import ClientError, DeadlineExceeded, NotAllowed, Unavailable

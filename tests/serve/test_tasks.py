@@ -21,14 +21,14 @@ from serve.bundle import read_bundle
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
 from serve.client.pictures import (
+    class_figure,
     class_image,
-    depth_figure,
     features_figure,
     overlay,
     palette,
     pca_rgb,
     save,
-    segmentation_figure,
+    scalar_figure,
     zero_shot_figure,
 )
 from serve.client.tasks.depth import estimate_depth
@@ -231,8 +231,8 @@ def test_figures_of_every_task_are_written(client, photos, tmp_path):
     classes, depth = segment(client, photo), estimate_depth(client, photo)
     patches = client.features(photo, "backbone_patches")["backbone_patches"].reshape(4, 4, -1)
     figures = {
-        "segmentation": segmentation_figure(photo, classes.class_map[0], classes.classes),
-        "depth": depth_figure(photo, depth.depth[0], depth.unit),
+        "segmentation": class_figure(photo, classes.class_map[0], classes.classes),
+        "depth": scalar_figure(photo, depth.depth[0], depth.unit),
         "zero_shot": zero_shot_figure(photo, row, ["cat", "dog", "x" * 90]),
         "features": features_figure(photo.resize((100, 400)), {"backbone": patches}),
     }

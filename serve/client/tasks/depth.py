@@ -1,15 +1,15 @@
 """Metric depth: metres at every pixel, from a head on the patches."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from contract.dense import depth_map
 from serve.client.calls import Calls
 from serve.client.inputs import Images
-from serve.client.steps import Steps, Work
-from serve.client.tasks import Side, check_side, task_facts
-from serve.errors import WrongAnswer
+from serve.client.options import RequestOptions
+from serve.client.steps import Steps
+from serve.client.tasks import Side, maps
 
 
 class Depth(NamedTuple):
@@ -19,28 +19,20 @@ class Depth(NamedTuple):
     unit: str
 
 
-def estimate_depth(client: Any, images: Images, *, side: Side = "server", **options: Any) -> Depth:
-    """Depth of pictures by the model `depth`, or here from the output `depth`.
-
-    Options are those of FeatureClient.features: timeout, request_id, size; with side="client" also
-    encoded. Raises a ClientError, NotServed where the bundle has no such head.
+def estimate_depth(
+    client: Any,
+    images: Images,
+    options: RequestOptions = RequestOptions(),
+    *,
+    side: Side = "server",
+    **changes: Any,
+) -> Depth:
+    """Depth of pictures by the model `depth`, or here from the output `depth`; see
+    serve.client.tasks.maps.predict_map.
     """
-    return client.run(steps(client.calls, images, side, options))
+    return client.run(_steps(client.calls, images, side, replace(options, **changes)))
 
 
-def steps(calls: Calls, images: Images, side: Side, options: dict[str, Any]) -> Steps[Depth]:
-    """The task in steps; see serve.client.steps."""
-    check_side(side)
-    facts = yield from task_facts(calls, "depth")
-    if side == "server":
-        answer = yield from calls.features(images, ["depth_map"], model="depth", **options)
-        result = answer["depth_map"]
-    else:
-        answer = yield from calls.features(images, ["depth"], **options)
-        cells = answer["depth"]
-        result = yield Work(lambda: depth_map(cells, *answer.size, facts.get("stride")))
-    if result.shape[1:] != tuple(answer.size):
-        raise WrongAnswer(
-            f"depth_map is {list(result.shape)} for pictures of {answer.size}", answer.request_id
-        )
-    return Depth(result, facts.get("unit") or "metre")
+def _steps(calls: Calls, images: Images, side: Side, options: RequestOptions) -> Steps[Depth]:
+    result = yield from maps.steps(calls, "depth", images, side, options)
+    return Depth(result.values, result.unit)

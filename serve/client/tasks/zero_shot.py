@@ -3,6 +3,7 @@ embeddings of the classes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from contract.class_scores import ClassVectors, probabilities
 from contract.errors import UserError
 from serve.client.calls import Calls
 from serve.client.inputs import Images
+from serve.client.options import RequestOptions
 from serve.client.served import FRONT_DOOR, nearest
 from serve.client.steps import Steps, Work
 from serve.client.tasks import Side, check_side
@@ -30,51 +32,53 @@ def classify(
     client: Any,
     images: Images,
     labels: Sequence[str] | None = None,
+    options: RequestOptions = RequestOptions(),
     *,
     side: Side = "server",
     embeddings: Path | str | None = None,
-    **options: Any,
+    **changes: Any,
 ) -> ZeroShot:
     """Probabilities of classes by the model `zero_shot`, or here from a teacher's token and a file
     of `export.text`.
 
     `labels`: on the server any words (the bundle needs its text encoder), here a choice of the
     file's classes; None: all classes. `embeddings`: a bundle's class_embeddings.safetensors, for
-    side="client". Options are those of FeatureClient.features: timeout, request_id, size; with
-    side="client" also encoded. Raises a ClientError.
+    side="client". Fields of `options` may be given as keyword arguments (`timeout`, `request_id`,
+    `size`); `encoded` goes with side="client". Raises a ClientError.
     """
-    return client.run(steps(client.calls, images, labels, side, embeddings, options))
+    options = replace(options, **changes)
+    return client.run(_steps(client.calls, images, labels, side, embeddings, options))
 
 
-def steps(
+def _steps(
     calls: Calls,
     images: Images,
     labels: Sequence[str] | None,
     side: Side,
     embeddings: Path | str | None,
-    options: dict[str, Any],
+    options: RequestOptions,
 ) -> Steps[ZeroShot]:
     """The task in steps; see serve.client.steps."""
     check_side(side)
-    labels = check_labels(labels)
+    labels = _check_labels(labels)
     if side == "server":
         if embeddings is not None:
             raise BadRequest(
                 "embeddings are compared with here: choose side='client', or leave them out"
             )
-        result = yield from on_server(calls, images, labels, options)
+        result = yield from _on_server(calls, images, labels, options)
     else:
         if embeddings is None:
             raise BadRequest(
                 "side='client' needs embeddings: give the bundle's class_embeddings.safetensors"
             )
-        result = yield from from_token(calls, images, labels, embeddings, options)
+        result = yield from _from_token(calls, images, labels, embeddings, options)
     if not np.allclose(result.probabilities.sum(1), 1, atol=1e-3):
         raise WrongAnswer("probabilities that do not sum to 1")
     return result
 
 
-def check_labels(labels: Sequence[str] | None) -> list[str] | None:
+def _check_labels(labels: Sequence[str] | None) -> list[str] | None:
     """Labels without blanks around them; raises BadRequest for none, an empty one, or one twice."""
     if labels is None:
         return None
@@ -89,8 +93,8 @@ def check_labels(labels: Sequence[str] | None) -> list[str] | None:
     return result
 
 
-def on_server(
-    calls: Calls, images: Images, labels: list[str] | None, options: dict[str, Any]
+def _on_server(
+    calls: Calls, images: Images, labels: list[str] | None, options: RequestOptions
 ) -> Steps[ZeroShot]:
     """Ask the model `zero_shot`."""
     extra = {}
@@ -98,7 +102,7 @@ def on_server(
         extra["labels"] = np.array([label.encode() for label in labels], dtype=np.object_)
     try:
         answer = yield from calls.features(
-            images, ["probabilities", "classes"], model="zero_shot", extra=extra, **options
+            images, ["probabilities", "classes"], replace(options, model="zero_shot"), extra
         )
     except NotServed as error:
         if "zero_shot" in error.message:
@@ -117,21 +121,21 @@ def on_server(
     return ZeroShot(answer["probabilities"], classes)
 
 
-def from_token(
+def _from_token(
     calls: Calls,
     images: Images,
     labels: list[str] | None,
     embeddings: Path | str,
-    options: dict[str, Any],
+    options: RequestOptions,
 ) -> Steps[ZeroShot]:
     """Ask for the teacher's token and compare it with embeddings of a file."""
     try:
         file = yield Work(lambda: read_class_embeddings(Path(embeddings)))
     except UserError as error:
         raise BadRequest(str(error)) from error
-    classes, vectors = choose(file, labels, embeddings)
-    output = yield from token_of(calls, file, embeddings)
-    answer = yield from calls.features(images, [output], **options)
+    classes, vectors = _choose(file, labels, embeddings)
+    output = yield from _token_of(calls, file, embeddings)
+    answer = yield from calls.features(images, [output], options)
     tokens = answer[output]
     if tokens.shape[1] != file.width:
         raise BadRequest(
@@ -141,7 +145,7 @@ def from_token(
     return ZeroShot((yield Work(lambda: probabilities(tokens, vectors))), classes)
 
 
-def choose(
+def _choose(
     file: ClassEmbeddings, labels: list[str] | None, path: Path | str
 ) -> tuple[tuple[str, ...], ClassVectors]:
     """Some classes of a file, all for None; raises BadRequest for one it has not."""
@@ -164,11 +168,11 @@ def choose(
     return tuple(labels), vectors._replace(**chosen)
 
 
-def token_of(calls: Calls, file: ClassEmbeddings, path: Path | str) -> Steps[str]:
+def _token_of(calls: Calls, file: ClassEmbeddings, path: Path | str) -> Steps[str]:
     """The output that is of the embeddings' space: the teacher they name, else the one CLIP teacher
     of their width.
     """
-    served = yield from calls.describe(FRONT_DOOR, calls.options.timeout, fresh=True)
+    served = yield from calls.describe(FRONT_DOOR, fresh=True)
     about = served.facts("about") or {}
     clips = [
         teacher["label"] for teacher in about.get("teachers", ()) if teacher.get("role") == "clip"

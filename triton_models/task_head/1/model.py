@@ -1,6 +1,4 @@
-"""A head that distil's evaluation trained (classification, segmentation, depth): scores or metres
-out.
-"""
+"""A head that distil's evaluation trained, one of contract/tasks.py: scores or metres out."""
 
 from graph_model import GraphModel
 

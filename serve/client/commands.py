@@ -1,0 +1,179 @@
+"""What `python -m serve.client` and `serve.trial` do: ask for a task, write arrays and pictures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from contract.errors import UserError
+from contract.images import Limits
+from serve.client import FeatureClient
+from serve.client.inputs import Picture
+from serve.client.options import RequestOptions
+from serve.client.pictures import (
+    class_image,
+    features_figure,
+    map_figure,
+    plural,
+    save,
+    zero_shot_figure,
+)
+from serve.client.tasks import Side
+from serve.client.tasks.maps import TaskMap, predict_map
+from serve.client.tasks.zero_shot import classify
+
+
+@dataclass(frozen=True)
+class Command:
+    """A task for some picture files, and the folder and format of what is written."""
+
+    images: Sequence[Path]
+    task: str
+    output: Path
+    format: str = "npz"
+    options: RequestOptions = RequestOptions()
+    side: Side = "server"
+    outputs: Sequence[str] | None = None
+    """Of the task `features`: which, None for all."""
+    labels: Sequence[str] | None = None
+    embeddings: Path | None = None
+    """Of the task `zero-shot`."""
+
+    @property
+    def files(self) -> list[tuple[Path, Path]]:
+        """Pictures, and beginnings of the names of what is written about each: DIR/photo."""
+        return list(zip(self.images, map(self.output.joinpath, _stems(self.images)), strict=True))
+
+
+def answer(client: FeatureClient, command: Command) -> list[Path]:
+    """Ask and write; the files written. Raises a ClientError."""
+    match command.task:
+        case "features":
+            return _features(client, command)
+        case "zero-shot":
+            return _zero_shot(client, command)
+        case _:
+            return _map(client, command)
+
+
+def _features(client: FeatureClient, command: Command) -> list[Path]:
+    """Outputs, and the principal components of those that are maps."""
+    answer = client.features(command.images, command.outputs, command.options)
+    for name, reason in answer.missing.items():
+        print(f"missing   {name}: {reason}")
+    grids = {name: answer.grid(name) for name in answer if name.endswith("_patches")}
+    for name, value in answer.items():
+        grid = f", grid {grids[name][0]}x{grids[name][1]}" if name in grids else ""
+        print(f"output    {name} {list(value.shape)}{grid}")
+    facts = {"size": list(answer.size), "grids": {name: list(grid) for name, grid in grids.items()}}
+    wrote = [_write_arrays(command, answer.arrays, facts)]
+    for row, (path, stem) in enumerate(command.files if grids else ()):
+        maps = {
+            name.removesuffix("_patches"): answer[name][row].reshape(*grid, -1)
+            for name, grid in grids.items()
+        }
+        wrote.append(save(features_figure(_photograph(path), maps), _named(stem, "features")))
+    return wrote
+
+
+def _map(client: FeatureClient, command: Command) -> list[Path]:
+    """A task's map, as numbers and beside the photograph."""
+    result = predict_map(client, command.task, command.images, command.options, side=command.side)
+    task, kind = result.task, result.task.map.kind
+    facts = {"classes": list(result.classes)} if kind == "classes" else {}
+    facts |= {"unit": result.unit} if kind == "scalar" else {}
+    wrote = [_write_arrays(command, {task.map.array: result.values}, facts)]
+    for row, (path, stem) in enumerate(command.files):
+        print(f"{path.name}: {_describe(result, row)}")
+        if kind == "classes":
+            image = class_image(result.values[row], len(result.classes))
+            wrote.append(save(image, _named(stem, "classes")))
+        wrote.append(save(map_figure(_photograph(path), result, row), _named(stem, task.name)))
+    return wrote
+
+
+def _describe(result: TaskMap, row: int) -> str:
+    """One map in a few words."""
+    values, classes = result.values[row], result.classes
+    match result.task.map.kind:
+        case "classes":
+            shares = np.bincount(values.ravel(), minlength=len(classes)) / values.size
+            most = [n for n in shares.argsort()[::-1][:3] if shares[n]]
+            return ", ".join(f"{classes[n]} {shares[n]:.0%}" for n in most)
+        case "scalar":
+            return f"{values.min():.2f} to {values.max():.2f} {plural(result.unit)}"
+        case "vector":
+            means = values.reshape(-1, values.shape[-1]).mean(0)
+            return f"mean {', '.join(f'{mean:.2f}' for mean in means)}"
+
+
+def _zero_shot(client: FeatureClient, command: Command) -> list[Path]:
+    """Probabilities, and bars of the likeliest classes."""
+    result = classify(
+        client,
+        command.images,
+        command.labels,
+        command.options,
+        side=command.side,
+        embeddings=command.embeddings,
+    )
+    arrays = {"probabilities": result.probabilities}
+    wrote = [_write_arrays(command, arrays, {"classes": list(result.classes)})]
+    for (path, stem), row in zip(command.files, result.probabilities, strict=True):
+        message = ", ".join(
+            f"{result.classes[n]} {row[n]:.1%}" for n in row.argsort(kind="stable")[::-1][:3]
+        )
+        print(f"{path.name}: {message}")
+        figure = zero_shot_figure(_photograph(path), row, result.classes)
+        wrote.append(save(figure, _named(stem, "zero_shot")))
+    return wrote
+
+
+def _photograph(path: Path) -> Image.Image:
+    """The picture itself, for pictures of answers; it was decoded once before, or by the server."""
+    return Picture(path, str(path)).open(Limits())
+
+
+def _stems(paths: Sequence[Path]) -> list[str]:
+    """Names of pictures' files, told apart where two are the same."""
+    result: list[str] = []
+    for path in paths:
+        name, number = path.stem, 2
+        while name in result:
+            name, number = f"{path.stem}_{number}", number + 1
+        result.append(name)
+    return result
+
+
+def _named(stem: Path, what: str) -> Path:
+    """DIR/photo.1_depth.png for DIR/photo.1."""
+    return stem.with_name(f"{stem.name}_{what}.png")
+
+
+def _write_arrays(command: Command, arrays: Mapping[str, np.ndarray], facts: dict) -> Path:
+    """DIR/TASK.npz or .safetensors: arrays, and what they mean (in the npz as arrays, else as JSON
+    metadata).
+    """
+    facts = {"images": [str(path) for path in command.images], **facts}
+    path = command.output / f"{command.task.replace('-', '_')}.{command.format}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if command.format == "npz":
+            texts = {
+                key: np.array(json.dumps(value) if isinstance(value, dict) else value)
+                for key, value in facts.items()
+            }
+            np.savez(path, **arrays, **texts)
+        else:
+            from safetensors.numpy import save_file
+
+            ordered = {key: np.ascontiguousarray(value) for key, value in arrays.items()}
+            save_file(ordered, path, {key: json.dumps(value) for key, value in facts.items()})
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror} (choose another --output)"
+        ) from error
+    return path

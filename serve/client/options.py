@@ -1,0 +1,86 @@
+"""How a client behaves, and how one of its calls is made; every default is stated here."""
+
+import uuid
+from dataclasses import dataclass, field, replace
+
+from contract.images import Limits
+from serve.client.retry import Retry
+from serve.client.served import ENCODED, FRONT_DOOR
+from serve.client.shared_memory import Kind
+from serve.client.tls import Tls
+from serve.errors import BadRequest
+from serve.server.rest import ADMIN_HEADER
+
+ADMIN = f"triton-grpc-protocol-{ADMIN_HEADER}"
+"""gRPC's header for the key of restricted endpoints; the part after `triton-grpc-protocol-` is the
+server's to choose.
+"""
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """How a client behaves: the keyword arguments of FeatureClient and AsyncFeatureClient."""
+
+    timeout: float = 30.0
+    """Seconds for each request (of at most the model's batch), all its attempts together."""
+    retry: Retry = Retry()
+    budget: tuple[float, float] = (0.2, 100)
+    """Retries: so many a call in the long run, and so many at once (see serve.client.retry.Budget).
+    """
+    breaker: tuple[int, float] = (3, 10.0)
+    """A head is left alone after so many failures in a row, for so many seconds."""
+    concurrency: int = 4
+    """Requests of one call that are under way at the same time."""
+    shared_memory: Kind | None = None
+    device: int = 0
+    """GPU of CUDA shared memory."""
+    admin_key: str | None = field(default=None, repr=False)
+    """Key of the server's restricted endpoints; shared memory wants it where they are."""
+    admin_header: str = ADMIN
+    tls: Tls | None = None
+    limits: Limits = Limits()
+    """Of encoded pictures that are decoded here."""
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """How one call of `features` or of a task of serve.client.tasks is made.
+
+    Raises BadRequest for values that make no sense together.
+    """
+
+    model: str = FRONT_DOOR
+    encoded: bool = False
+    """Send files as they are, to be decoded by the server at its own size."""
+    partial: bool = False
+    """Let heads that fail go missing (Answer.missing says why) instead of failing everything."""
+    size: tuple[int, int] | None = None
+    """Height and width, for models that take many; None: the pictures' own or the model's."""
+    timeout: float | None = None
+    """Seconds for each request, all its attempts together; None: the client's."""
+    request_id: str | None = None
+    """Goes through Triton's log and is in every error; None: made up."""
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and self.timeout <= 0:
+            raise BadRequest(f"timeout={self.timeout}: give seconds above 0")
+        if self.encoded and self.model not in (FRONT_DOOR, ENCODED):
+            raise BadRequest(
+                f"encoded pictures are taken by '{FRONT_DOOR}' only, not by '{self.model}': leave "
+                "encoded out"
+            )
+        if self.encoded and self.size is not None:
+            raise BadRequest(
+                "size= and encoded=True: the server decodes to its own size; leave one of them out"
+            )
+
+    def complete(self, client: ClientOptions) -> "RequestOptions":
+        """With the model that takes what is sent, the client's timeout and an id, where none was
+        given.
+        """
+        return replace(
+            self,
+            model=ENCODED if self.encoded else self.model,
+            timeout=self.timeout or client.timeout,
+            request_id=self.request_id or uuid.uuid4().hex,
+        )
