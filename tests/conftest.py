@@ -7,9 +7,10 @@ import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,6 +36,40 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def expensive() -> None:
+    """A fixture that takes more than about three seconds requests this one: its tests are slow."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "expensive" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made_once(name, make)`: a folder that `make(folder)` fills once for all of pytest-xdist's
+    processes. Tests only read it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each process has a folder of its own below
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -153,29 +189,29 @@ def recipe_file(tmp_path: Path, photo_folder: Path):
 
 
 @pytest.fixture(scope="session")
-def small_bundle(
-    photo_folder: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path]) -> Path:
     """An exported UMT student of three teachers with trained heads for three tasks, segmentation's
-    reading dino's.
+    reading dino's. Its run lies beside it, in `run`.
     """
-    folder = tmp_path_factory.mktemp("small")
-    recipe, run = folder / "recipe.yaml", folder / "run"
-    recipe.write_text(yaml.safe_dump(small_recipe(photo_folder, train={"steps": 2})))
-    done = [run_here(recipe, "--output", run)]
-    quick = (
-        "extract.workers=0",
-        "probe.epochs=2",
-        "probe.rates=2",
-        "dense.size=64",
-        "dense.steps=5",
-    )
-    for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
-        wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
-        done.append(run_here(run, *wanted, *quick, command=evaluate))
-    done.append(run_here(run, "--output", folder / "bundle", "--max-batch", 4, command=export))
-    assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
-    return folder / "bundle"
+
+    def make(folder: Path) -> None:
+        recipe, run = folder / "recipe.yaml", folder / "run"
+        recipe.write_text(yaml.safe_dump(small_recipe(photo_folder, train={"steps": 2})))
+        done = [run_here(recipe, "--output", run)]
+        quick = (
+            "extract.workers=0",
+            "probe.epochs=2",
+            "probe.rates=2",
+            "dense.size=64",
+            "dense.steps=5",
+        )
+        for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
+            wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
+            done.append(run_here(run, *wanted, *quick, command=evaluate))
+        done.append(run_here(run, "--output", folder / "bundle", "--max-batch", 4, command=export))
+        assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
+
+    return made_once("small", make) / "bundle"
 
 
 @dataclass(frozen=True)
@@ -207,7 +243,9 @@ def need_tritonserver() -> None:
 
 
 @pytest.fixture(scope="session")
-def server(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(
+    expensive: None, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """The embedded tritonserver on `small_bundle`, one instance a model, without a supervisor: it
     counts requests too.
     """
@@ -221,9 +259,9 @@ def server(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     repository = folder / "repository"
     make_repository(small_bundle, repository, Settings())
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-    with Server(find_tritonserver(None, folder), repository, options, lines.append) as found:
+    with Server(find_tritonserver(None, folder), repository, options, lines.append) as triton:
         yield Served(
-            found.grpc, found.http, found.metrics, repository, small_bundle, found.admin_key
+            triton.grpc, triton.http, triton.metrics, repository, small_bundle, triton.admin_key
         )
     (folder / "log").write_text("\n".join(lines))
 

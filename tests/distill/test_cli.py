@@ -177,6 +177,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, recipe_file, out):
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [

@@ -28,6 +28,8 @@ from export.check import main as check
 from export.run import main
 from tests.conftest import run_here, small_recipe
 
+pytestmark = pytest.mark.slow
+
 ONE_TEACHER = [
     {"name": "resnet10t", "role": "classification", "alias": "cls", "pretrained": False, "image_size": 64},
 ]  # fmt: skip

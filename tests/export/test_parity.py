@@ -256,6 +256,7 @@ def test_what_is_let_through_is_known_to_the_golden_set(prove):
     assert let_through(prove(), "fp32") == {}
 
 
+@pytest.mark.slow
 def test_an_activation_beyond_the_range_of_fp16_fails_although_onnxruntime_sees_none(
     small_bundle, tmp_path
 ):

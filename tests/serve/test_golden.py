@@ -172,6 +172,7 @@ def test_a_file_of_something_else_is_refused(copy):
     assert GOLDEN in read_manifest(copy).files
 
 
+@pytest.mark.slow
 def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path, monkeypatch):
     """As those past 2 GB do: the golden set, asked of a real server."""
     need_tritonserver()
