@@ -3,8 +3,10 @@ line.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shutil
@@ -70,6 +72,55 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return folder
 
     return made
+
+
+def identity(module: torch.nn.Module) -> bytes:
+    """A hash of all that a module's forward may depend on: classes, attributes, hooks, tensors."""
+    digest = hashlib.sha256()
+    hooks = {"_forward_hooks", "_forward_pre_hooks"}
+    for name, part in module.named_modules():
+        attributes = {k: v for k, v in vars(part).items() if not k.startswith("_") or k in hooks}
+        # of functions the repr holds the address, so others are others; of tensors it is cut short
+        known = {k: v.tolist() if torch.is_tensor(v) else v for k, v in attributes.items()}
+        digest.update(repr((name, type(part), known)).encode())
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+Traces = dict[object, torch.onnx.ONNXProgram]
+
+
+@contextlib.contextmanager
+def traced_once(known: Traces) -> Iterator[None]:
+    """Make torch.onnx.export trace a module once, however often it is exported: tracing is nearly
+    all of an export's time.
+    """
+    trace = torch.onnx.export
+
+    def once(module: torch.nn.Module, inputs: tuple, **options: object) -> torch.onnx.ONNXProgram:
+        shapes = tuple((tensor.dtype, tensor.shape) for tensor in inputs)
+        key = (identity(module), shapes, repr(sorted(options.items())))
+        if key not in known:
+            known[key] = trace(module, inputs, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def known_traces() -> Traces:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def traces(known_traces: Traces) -> Iterator[Traces]:
+    """For files that export one run in several ways; `traces.clear()` forgets."""
+    with traced_once(known_traces):
+        yield known_traces
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +240,9 @@ def recipe_file(tmp_path: Path, photo_folder: Path):
 
 
 @pytest.fixture(scope="session")
-def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path]) -> Path:
+def small_bundle(
+    photo_folder: Path, scenes: Path, made_once: Callable[..., Path], known_traces: Traces
+) -> Path:
     """An exported UMT student of three teachers with trained heads for three tasks, segmentation's
     reading dino's. Its run lies beside it, in `run`.
     """
@@ -208,7 +261,9 @@ def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path
         for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
             wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
             done.append(run_here(run, *wanted, *quick, command=evaluate))
-        done.append(run_here(run, "--output", folder / "bundle", "--max-batch", 4, command=export))
+        with traced_once(known_traces):
+            output = ("--output", folder / "bundle", "--max-batch", 4)
+            done.append(run_here(run, *output, command=export))
         assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
 
     return made_once("small", make) / "bundle"

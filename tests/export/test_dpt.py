@@ -28,7 +28,7 @@ from export.check import main as check
 from export.run import main
 from tests.conftest import run_here, small_recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traces")]
 
 ONE_TEACHER = [
     {"name": "resnet10t", "role": "classification", "alias": "cls", "pretrained": False, "image_size": 64},

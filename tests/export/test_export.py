@@ -28,6 +28,8 @@ from serve.bundle import read_bundle
 from serve.golden import read_golden
 from tests.conftest import run_here, small_recipe
 
+pytestmark = pytest.mark.usefixtures("traces")
+
 
 def call(command, *arguments: object) -> subprocess.CompletedProcess:
     """Run a command's main in this process."""
@@ -186,7 +188,7 @@ def test_graphs_carry_nothing_of_this_machine(bundle):
 )
 def test_students_of_every_kind_pass_parity(student, precision, request, tmp_path):
     run = request.getfixturevalue(student)
-    done = call(main, run, "--output", tmp_path / "b", "--precision", precision, "--max-batch", 3)
+    done = call(main, run, "--output", tmp_path / "b", "--precision", precision)
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "b")
     assert manifest.precision == precision and not manifest.resolution.dynamic
@@ -317,9 +319,10 @@ def change_weights(path: Path, change) -> None:
 
 
 @pytest.mark.slow
-def test_two_exports_are_the_same_bytes(plain, tmp_path):
+def test_two_exports_are_the_same_bytes(plain, tmp_path, traces):
     hashes = []
     for name in ("a", "b"):
+        traces.clear()
         assert call(main, plain, "--output", tmp_path / name, "--max-batch", 2).returncode == 0
         hashes.append(read_manifest(tmp_path / name).files)
     assert hashes[0] == hashes[1]

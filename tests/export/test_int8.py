@@ -35,6 +35,8 @@ from export.run import main
 from export.runtimes.runtime import OnnxRuntime
 from tests.conftest import run_here
 
+pytestmark = pytest.mark.usefixtures("traces")
+
 SIZES = [(64, 64)]
 
 
@@ -270,7 +272,7 @@ def test_weights_past_the_limit_lie_beside_the_graph_and_nothing_else_does(
         "--precision",
         precision,
         "--max-batch",
-        2,
+        4,
         *calibration,
         command=main,
     )

@@ -27,6 +27,8 @@ from export.run import main
 from export.runtimes.runtime import OnnxRuntime, OpenVINO
 from tests.conftest import run_here
 
+pytestmark = pytest.mark.usefixtures("traces")
+
 
 class Altered(OnnxRuntime):
     """The graphs' own outputs, one of them changed."""
