@@ -1,5 +1,5 @@
-# make demo: distil the offline quickstart, score it, export it, serve it.   make test: lint and all tests.   make check: lint and
-# the quick ones.   All install into .venv first.
+# make demo: distil the offline quickstart, score it, export it, serve it.
+# make test: lint and all tests.   make check: lint and the quick ones.   All install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
