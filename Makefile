@@ -1,10 +1,11 @@
-# make demo: distil the offline quickstart, score it, export it, serve it.   make test: lint and tests.   Both install into .venv first.
+# make demo: distil the offline quickstart, score it, export it, serve it.
+# make test: lint and all tests.   make check: lint and the quick ones.   All install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WANTED := --constraint constraints.txt --editable '.[dev]'
 
-.PHONY: demo test test-others test-serve test-export lint install clean
+.PHONY: demo check test lint install clean
 
 install: .venv/installed
 
@@ -23,8 +24,10 @@ install: .venv/installed
 			exit 2; }; \
 	}
 	@echo "installing into .venv (the first time a few GB: a minute with uv, some minutes with pip)"
-	@# uv is many times faster; pip is there for machines without uv, or whose index is set up for pip only
-	@if $(PIP) install --quiet uv 2>/dev/null && $(BIN)/uv pip install --python $(BIN)/python $(WANTED); then :; \
+	@# uv is many times faster; pip is there for machines without uv, or whose index is set up for pip only. Compiled here,
+	@# as pip does: otherwise every process compiles torch and timm again where PYTHONDONTWRITEBYTECODE is set
+	@if $(PIP) install --quiet uv 2>/dev/null && \
+		$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(WANTED); then :; \
 	else echo "uv does not work here, going on with pip"; $(PIP) install $(WANTED); fi
 	@touch $@
 
@@ -58,17 +61,15 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Three processes: much of the suite waits for servers, and each part has one of its own to be brought down with.
-# (Not background jobs of a shell: those, and all the servers they start, would ignore SIGINT, which is tested.)
+# Two processes: much of the suite waits for servers. Files go to them whole and in order, so that the fixtures of a
+# file are made once; those of all files are made once for both (tests/conftest.py, `made_once`).
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+check: lint
+	$(PYTEST) -m 'not slow'
+
 test: lint
-	@echo "tests/serve and tests/export run beside the others and print when they are done"
-	@$(MAKE) --no-print-directory --keep-going --jobs 3 test-others test-serve test-export
-
-test-others: install
-	@$(BIN)/python -m pytest -q --ignore tests/serve --ignore tests/export
-
-test-serve test-export: test-%: install
-	@log=$$(mktemp); $(BIN)/python -m pytest -q tests/$* > $$log 2>&1; status=$$?; cat $$log; rm $$log; exit $$status
+	$(PYTEST)
 
 # The environment and caches; runs/ holds trained models and stays.
 clean:

@@ -3,13 +3,16 @@ line.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -34,6 +38,89 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def expensive() -> None:
+    """A fixture that takes more than about three seconds requests this one: its tests are slow."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "expensive" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`made_once(name, make)`: a folder that `make(folder)` fills once for all of pytest-xdist's
+    processes. Tests only read it.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # each process has a folder of its own below
+
+    def made(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+def identity(module: torch.nn.Module) -> bytes:
+    """A hash of all that a module's forward may depend on: classes, attributes, hooks, tensors."""
+    digest = hashlib.sha256()
+    hooks = {"_forward_hooks", "_forward_pre_hooks"}
+    for name, part in module.named_modules():
+        attributes = {k: v for k, v in vars(part).items() if not k.startswith("_") or k in hooks}
+        # of functions the repr holds the address, so others are others; of tensors it is cut short
+        known = {k: v.tolist() if torch.is_tensor(v) else v for k, v in attributes.items()}
+        digest.update(repr((name, type(part), known)).encode())
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.digest()
+
+
+Traces = dict[object, torch.onnx.ONNXProgram]
+
+
+@contextlib.contextmanager
+def traced_once(known: Traces) -> Iterator[None]:
+    """Make torch.onnx.export trace a module once, however often it is exported: tracing is nearly
+    all of an export's time.
+    """
+    trace = torch.onnx.export
+
+    def once(module: torch.nn.Module, inputs: tuple, **options: object) -> torch.onnx.ONNXProgram:
+        shapes = tuple((tensor.dtype, tensor.shape) for tensor in inputs)
+        key = (identity(module), shapes, repr(sorted(options.items())))
+        if key not in known:
+            known[key] = trace(module, inputs, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def known_traces() -> Traces:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def traces(known_traces: Traces) -> Iterator[Traces]:
+    """For files that export one run in several ways; `traces.clear()` forgets."""
+    with traced_once(known_traces):
+        yield known_traces
 
 
 @pytest.fixture(scope="session")
@@ -154,28 +241,32 @@ def recipe_file(tmp_path: Path, photo_folder: Path):
 
 @pytest.fixture(scope="session")
 def small_bundle(
-    photo_folder: Path, scenes: Path, tmp_path_factory: pytest.TempPathFactory
+    photo_folder: Path, scenes: Path, made_once: Callable[..., Path], known_traces: Traces
 ) -> Path:
     """An exported UMT student of three teachers with trained heads for three tasks, segmentation's
-    reading dino's.
+    reading dino's. Its run lies beside it, in `run`.
     """
-    folder = tmp_path_factory.mktemp("small")
-    recipe, run = folder / "recipe.yaml", folder / "run"
-    recipe.write_text(yaml.safe_dump(small_recipe(photo_folder, train={"steps": 2})))
-    done = [run_here(recipe, "--output", run)]
-    quick = (
-        "extract.workers=0",
-        "probe.epochs=2",
-        "probe.rates=2",
-        "dense.size=64",
-        "dense.steps=5",
-    )
-    for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
-        wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
-        done.append(run_here(run, *wanted, *quick, command=evaluate))
-    done.append(run_here(run, "--output", folder / "bundle", "--max-batch", 4, command=export))
-    assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
-    return folder / "bundle"
+
+    def make(folder: Path) -> None:
+        recipe, run = folder / "recipe.yaml", folder / "run"
+        recipe.write_text(yaml.safe_dump(small_recipe(photo_folder, train={"steps": 2})))
+        done = [run_here(recipe, "--output", run)]
+        quick = (
+            "extract.workers=0",
+            "probe.epochs=2",
+            "probe.rates=2",
+            "dense.size=64",
+            "dense.steps=5",
+        )
+        for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
+            wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
+            done.append(run_here(run, *wanted, *quick, command=evaluate))
+        with traced_once(known_traces):
+            output = ("--output", folder / "bundle", "--max-batch", 4)
+            done.append(run_here(run, *output, command=export))
+        assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
+
+    return made_once("small", make) / "bundle"
 
 
 @dataclass(frozen=True)
@@ -207,7 +298,9 @@ def need_tritonserver() -> None:
 
 
 @pytest.fixture(scope="session")
-def server(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def server(
+    expensive: None, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """The embedded tritonserver on `small_bundle`, one instance a model, without a supervisor: it
     counts requests too.
     """
@@ -222,9 +315,9 @@ def server(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     repository = folder / "repository"
     make_repository(read_bundle(small_bundle), repository, Settings())
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-    with Server(find_tritonserver(None, folder), repository, options, lines.append) as found:
+    with Server(find_tritonserver(None, folder), repository, options, lines.append) as triton:
         yield Served(
-            found.grpc, found.http, found.metrics, repository, small_bundle, found.admin_key
+            triton.grpc, triton.http, triton.metrics, repository, small_bundle, triton.admin_key
         )
     (folder / "log").write_text("\n".join(lines))
 

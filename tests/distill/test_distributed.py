@@ -12,6 +12,8 @@ import yaml
 
 from tests.conftest import environment, metrics_of, run_command, small_recipe, weights_of
 
+pytestmark = pytest.mark.slow
+
 WORKER = """
 import sys, torch, yaml
 from distill.distributed import join_ranks, wrap, full_state

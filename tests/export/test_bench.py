@@ -50,6 +50,7 @@ def other(small_bundle, tmp_path_factory) -> Path:
     return changed(small_bundle, tmp_path_factory.mktemp("other") / "bundle", student=student)
 
 
+@pytest.mark.slow
 def test_every_runtime_is_timed_beside_torch_and_compared_with_it(small_bundle, tmp_path):
     wanted = ("--batches", 1, 6, "--graphs", "backbone", "head_dino", "segmentation", "fused")
     done = time(small_bundle, "--run", small_bundle.parent / "run", *wanted, "--output", tmp_path)

@@ -294,6 +294,7 @@ def test_a_stopped_export_says_so_and_leaves_nothing(tmp_path, number, status):
     assert list(tmp_path.iterdir()) == [], "the folders made for it are gone too"
 
 
+@pytest.mark.slow
 def test_an_export_that_is_stopped_while_it_works_leaves_nothing(small_bundle, tmp_path):
     command = [
         sys.executable,
@@ -448,6 +449,7 @@ def test_serving_opens_no_links(copy, tmp_path):
 # --- what the manifest says
 
 
+@pytest.mark.slow
 def test_a_manifest_says_what_was_trained_and_what_graphs_compute_in(run, tmp_path):
     done = run_here(
         run, "--output", run / "bundle", "--precision", "fp16", "--max-batch", 2, command=export

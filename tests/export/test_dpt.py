@@ -29,6 +29,8 @@ from export.check import main as check
 from export.run import main
 from tests.conftest import need_tritonserver, run_here, small_recipe
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traces")]
+
 ONE_TEACHER = [
     {"name": "resnet10t", "role": "classification", "alias": "cls", "pretrained": False, "image_size": 64},
 ]  # fmt: skip

@@ -27,6 +27,8 @@ from export.check import main as check
 from export.run import main
 from tests.conftest import run_here, small_recipe
 
+pytestmark = pytest.mark.usefixtures("traces")
+
 
 def call(command, *arguments: object) -> subprocess.CompletedProcess:
     """Run a command's main in this process."""
@@ -79,7 +81,7 @@ def plain(photo_folder, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(vit, tmp_path_factory) -> Path:
+def bundle(expensive, vit, tmp_path_factory) -> Path:
     """The ViT run exported for varying sizes."""
     folder = tmp_path_factory.mktemp("bundles") / "vit"
     done = call(
@@ -179,12 +181,13 @@ def test_graphs_carry_nothing_of_this_machine(bundle):
         assert not any(n.op_type == "Resize" for n in model.graph.node)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "precision"), [("cnn", "fp32"), ("plain", "fp32"), ("vit", "fp16"), ("cnn", "bf16")]
 )
 def test_students_of_every_kind_pass_parity(student, precision, request, tmp_path):
     run = request.getfixturevalue(student)
-    done = call(main, run, "--output", tmp_path / "b", "--precision", precision, "--max-batch", 3)
+    done = call(main, run, "--output", tmp_path / "b", "--precision", precision)
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "b")
     assert manifest.precision == precision and not manifest.resolution.dynamic
@@ -199,6 +202,7 @@ def test_students_of_every_kind_pass_parity(student, precision, request, tmp_pat
     assert call(check, tmp_path / "b").returncode == 0
 
 
+@pytest.mark.slow
 def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="the optional extra [tensorrt-rtx] is not installed")
     wanted = (
@@ -240,6 +244,7 @@ def test_rtx_engines_of_every_graph_are_built_for_gpus_that_are_not_here(cnn, tm
     assert found.returncode == 1 and "sha256" in found.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", ["vit", "cnn"])
 def test_int8_is_calibrated_and_the_same_alone_as_in_a_batch(
     student, photo_folder, tmp_path, request
@@ -273,6 +278,7 @@ def test_int8_is_calibrated_and_the_same_alone_as_in_a_batch(
             np.testing.assert_allclose(a[0], b[row], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_outputs_that_do_not_agree_fail_and_leave_nothing_unless_allowed(plain, tmp_path):
     """A head that says numbers beyond float16's range says infinity in fp16."""
     run = Path(shutil.copytree(plain, tmp_path / "run"))
@@ -311,9 +317,11 @@ def change_weights(path: Path, change) -> None:
     save_file(weights, path, metadata=metadata | {"sha256": tensors_sha256(weights)})
 
 
-def test_two_exports_are_the_same_bytes(plain, tmp_path):
+@pytest.mark.slow
+def test_two_exports_are_the_same_bytes(plain, tmp_path, traces):
     hashes = []
     for name in ("a", "b"):
+        traces.clear()
         assert call(main, plain, "--output", tmp_path / name, "--max-batch", 2).returncode == 0
         hashes.append(read_manifest(tmp_path / name).files)
     assert hashes[0] == hashes[1]

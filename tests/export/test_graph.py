@@ -18,7 +18,7 @@ from export.to_onnx import export_part
 
 
 @pytest.fixture(scope="module")
-def graphs(small_bundle, tmp_path_factory) -> dict[str, Path]:
+def graphs(expensive, small_bundle, tmp_path_factory) -> dict[str, Path]:
     """The backbone and the whole student for varying sizes, by name."""
     folder, student = tmp_path_factory.mktemp("graphs"), open_student(small_bundle.parent / "run")
     parts = {part.signature.graph: part for part in build_parts(student, None, None)}

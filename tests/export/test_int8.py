@@ -34,6 +34,8 @@ from export.run import main
 from export.runtimes.onnx import OnnxRuntime
 from tests.conftest import run_here
 
+pytestmark = pytest.mark.usefixtures("traces")
+
 SIZES = [(64, 64)]
 
 
@@ -43,7 +45,7 @@ def run(small_bundle) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(run, photo_folder, tmp_path_factory) -> Path:
+def bundle(expensive, run, photo_folder, tmp_path_factory) -> Path:
     """An int8 bundle of varying sizes, calibrated and compared on one folder."""
     folder = tmp_path_factory.mktemp("int8") / "b"
     pictures = ("--calibration", photo_folder, "--images", photo_folder, "--calibration-images", 4)
@@ -238,6 +240,7 @@ def test_weights_are_no_activations(small_bundle):
     assert found and not set(found) & {tensor.name for tensor in model.graph.initializer}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_weights_past_the_limit_lie_beside_the_graph_and_nothing_else_does(
     precision, run, tmp_path, monkeypatch
@@ -254,7 +257,7 @@ def test_weights_past_the_limit_lie_beside_the_graph_and_nothing_else_does(
         "--precision",
         precision,
         "--max-batch",
-        2,
+        4,
         *calibration,
         command=main,
     )

@@ -28,6 +28,8 @@ from export.runtimes.onnx import OnnxRuntime
 from export.runtimes.openvino import OpenVINO
 from tests.conftest import run_here
 
+pytestmark = pytest.mark.usefixtures("traces")
+
 
 class Altered(OnnxRuntime):
     """The graphs' own outputs, one of them changed."""
@@ -257,6 +259,7 @@ def test_what_is_let_through_is_known_to_the_golden_set(prove):
     assert let_through(prove(), "fp32") == {}
 
 
+@pytest.mark.slow
 def test_an_activation_beyond_the_range_of_fp16_fails_although_onnxruntime_sees_none(
     small_bundle, tmp_path
 ):

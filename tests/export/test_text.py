@@ -507,6 +507,7 @@ def test_without_open_clip_the_remedy_is_named(model, labels, tmp_path, monkeypa
     refused(done, "pip install 'vfm-distill[text]'")
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_one_line_with_the_remedy(labels, tmp_path):
     command = [
         sys.executable,

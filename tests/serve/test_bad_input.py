@@ -641,7 +641,7 @@ def test_bad_requests_over_http_are_refused_in_a_sentence(server, case):
 
 
 @pytest.fixture(scope="module")
-def varying(photo_folder, scenes, tmp_path_factory):
+def varying(expensive, photo_folder, scenes, tmp_path_factory):
     """A server of a student that takes any multiples of 16 up to 64 x 96, with one head and
     depth.
     """

@@ -176,6 +176,7 @@ def test_help_has_examples_of_every_task_and_loads_neither_torch_nor_training():
     )
 
 
+@pytest.mark.slow
 def test_the_module_is_the_command(server, pictures, tmp_path):
     command = [
         sys.executable,

@@ -276,7 +276,7 @@ def test_tls_files_that_cannot_be_read_are_named(papers):
 
 
 @pytest.fixture(scope="module")
-def fragile(small_bundle, tmp_path_factory):
+def fragile(expensive, small_bundle, tmp_path_factory):
     """A server without a supervisor that no other test needs."""
     need_tritonserver()
     from serve.bundle import read_bundle

@@ -49,7 +49,7 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def labelled(small_bundle, tmp_path_factory):
+def labelled(expensive, small_bundle, tmp_path_factory):
     """A server with zero-shot classes and a text encoder beside the small bundle's models."""
     need_tritonserver()
     open_clip = pytest.importorskip(

@@ -503,7 +503,7 @@ def ask(url, *, post=False, **headers):
 
 
 @pytest.fixture(scope="module")
-def deployed(small_bundle, tmp_path_factory):
+def deployed(expensive, small_bundle, tmp_path_factory):
     """triton.sh as the container starts it, on other ports and with the embedded tritonserver:
     (process, http, grpc, metrics).
     """
@@ -688,6 +688,7 @@ class Slow(http.server.BaseHTTPRequestHandler):
         """Nothing."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "status", "alive"),
     [(0, 0, False), (1, 0, True), (0, 503, True), (1, 500, False)],

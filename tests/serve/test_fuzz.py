@@ -82,7 +82,7 @@ class Serving:
 
 
 @pytest.fixture(scope="module")
-def serving(small_bundle, tmp_path_factory):
+def serving(expensive, small_bundle, tmp_path_factory):
     """The small bundle with vectors of three classes beside it, served."""
     need_tritonserver()
     from serve.repository.build import make_repository

@@ -167,12 +167,14 @@ def test_a_file_of_something_else_is_refused(copy):
     assert GOLDEN in read_manifest(copy).files
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("traces")
 def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path, monkeypatch):
     """As those past 2 GB do: the golden set, asked of a real server."""
     need_tritonserver()
     monkeypatch.setattr(to_onnx, "INLINE_LIMIT", 20_000)
     done = run_here(
-        small_bundle.parent / "run", "--output", tmp_path / "b", "--max-batch", 3, command=export
+        small_bundle.parent / "run", "--output", tmp_path / "b", "--max-batch", 4, command=export
     )
     assert done.returncode == 0, done.stderr
     bundle = read_bundle(tmp_path / "b")

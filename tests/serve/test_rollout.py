@@ -81,7 +81,7 @@ def other_bundle(small_bundle, tmp_path_factory):
 
 
 @pytest.fixture
-def running(small_bundle, tmp_path):
+def running(expensive, small_bundle, tmp_path):
     """A server of its own, whose versions a test may change."""
     need_tritonserver()
     repository = tmp_path / "repository"
@@ -218,6 +218,7 @@ def test_what_is_not_fit_to_serve_is_refused_and_the_old_version_goes_on(
         assert client.is_model_ready("features") and not client.is_model_ready("staged_features")
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(running, tmp_path, capsys):
     assert main([str(tmp_path), "--back"]) == 2
     assert "is no repository of serve.run" in capsys.readouterr().err

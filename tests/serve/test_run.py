@@ -56,7 +56,7 @@ def repository(made, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def kept(small_bundle, tmp_path_factory):
+def kept(expensive, small_bundle, tmp_path_factory):
     """A running serve.run on the bundle with a kept repository, and that repository."""
     folder = tmp_path_factory.mktemp("kept") / "repository"
     with Run(small_bundle, "--repository", folder, "--no-fused", "--instances", 1) as run:
@@ -172,6 +172,7 @@ class TestRunning:
         assert not folder.exists()
 
 
+@pytest.mark.slow
 class TestEnding:
     def test_sigterm_under_load_answers_what_was_accepted_and_leaves_nothing(
         self, small_bundle, tmp_path
@@ -225,6 +226,7 @@ class TestEnding:
             assert not left.exists()
 
 
+@pytest.mark.slow
 class TestStarting:
     def test_a_broken_new_version_does_not_keep_the_old_one_from_serving(self, repository, capsys):
         shutil.copytree(repository / "head_cls" / "1", repository / "head_cls" / "2")
@@ -495,6 +497,7 @@ def test_a_state_file_whose_process_is_gone_says_nothing(tmp_path):
     assert read_state(tmp_path) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("crashes", "starts"), [(2, 3), (9, 3)])
 def test_a_crash_while_it_starts_is_followed_by_another_start(
     small_bundle, tmp_path, crashes, starts

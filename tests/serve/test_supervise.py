@@ -33,7 +33,7 @@ def stubs_of(repository: Path, model: str) -> list[Stub]:
 
 
 @pytest.fixture(scope="module")
-def running(small_bundle, tmp_path_factory):
+def running(expensive, small_bundle, tmp_path_factory):
     """serve.run with two instances of the backbone, and its repository."""
     need_tritonserver()
     folder = tmp_path_factory.mktemp("watched") / "repository"
@@ -114,6 +114,7 @@ class TestRunning:
         assert not [region for region in regions if (SHARED_MEMORY / region).exists()]
 
 
+@pytest.mark.slow
 def test_a_tritonserver_that_goes_on_dying_is_given_up(small_bundle, tmp_path, monkeypatch):
     need_tritonserver()
     monkeypatch.setattr("serve.server.supervise.SERVER_STARTS", 1)

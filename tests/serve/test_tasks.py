@@ -75,7 +75,7 @@ def zero_shot_bundle(small_bundle, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def zero_shot_client(zero_shot_bundle, tmp_path_factory):
+def zero_shot_client(expensive, zero_shot_bundle, tmp_path_factory):
     """A client of a server on it."""
     need_tritonserver()
     from serve.repository.build import make_repository

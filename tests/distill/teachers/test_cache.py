@@ -148,6 +148,7 @@ def test_a_damaged_shard_is_named(tmp_path, dataset):
         open_at(tmp_path, dataset).read(batch_of(dataset, [(0, 0)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
@@ -174,6 +175,7 @@ def test_a_cache_of_other_teachers_or_crops_is_refused_naming_the_field(
     assert f"was made with {field} = " in refused.stderr and "teacher_cache.path" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_cached_run_starts_from_the_losses_of_an_uncached_one(recipe_file, tmp_path):
     # raw targets: random teachers hardly vary, and divided by so small a deviation half precision's
     # rounding would show
