@@ -104,12 +104,9 @@ class TeacherHead(nn.Module):
         self.patches = mlp(width, hidden, dim.patches)
 
     def forward(self, features: Features) -> Prediction:
-        """Map student features to the teacher's widths."""
-        return Prediction(
-            self.token(features.summary),
-            self.patches(features.patches),
-            self.patches(features.summary),
-        )
+        """Map student features to the teacher's widths; no token for a teacher without summary."""
+        token = None if self.token is None else self.token(features.summary)
+        return Prediction(token, self.patches(features.patches), self.patches(features.summary))
 
 
 class DeployedHead(nn.Module):
