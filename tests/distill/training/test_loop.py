@@ -247,3 +247,15 @@ def test_a_folder_with_a_corrupt_image_trains_and_names_it(recipe_file, tmp_path
         recipe_file(data=data | {"max_corrupt_fraction": 0.0}), "--output", tmp_path / "strict"
     )
     assert strict.returncode == 2 and "data.max_corrupt_fraction" in strict.stderr
+
+
+def test_a_teacher_without_a_summary_is_learnt_by_its_map_alone(recipe_file, tmp_path):
+    recipe = recipe_file(train={"steps": 2, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0})
+    words = ("teachers.1.summary=false", "teacher_cache.views=1", "targets.normalize=standardize")
+    done = run_here(recipe, *words, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    row = metrics_of(tmp_path / "run")[-1]
+    assert "loss.mae.patches" in row and "loss.mae.token" not in row and "loss.cls.token" in row
+    run = load_run(tmp_path / "run")
+    assert run.dims["mae"].summary is None
+    assert run.method.deploy()(torch.rand(1, 3, 64, 64))["mae"].token is None
