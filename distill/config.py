@@ -20,8 +20,8 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Section(BaseModel):
@@ -47,10 +47,10 @@ class StudentConfig(Section):
     )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
     mean: tuple[float, float, float] = Field(
-        IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]"
+        _IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]"
     )
     std: tuple[float, float, float] = Field(
-        IMAGENET_STD, description="RGB standard deviation divided by"
+        _IMAGENET_STD, description="RGB standard deviation divided by"
     )
 
 

@@ -32,12 +32,12 @@ from distill.models.preprocess import Preprocess
 from distill.models.student import create_timm
 from distill.models.weights import save_tensors
 
-ENCODER = "vit_tiny_patch16_224"
-KWARGS = {"embed_dim": 128, "depth": 6, "num_heads": 4}
+_ENCODER = "vit_tiny_patch16_224"
+_KWARGS = {"embed_dim": 128, "depth": 6, "num_heads": 4}
 SIZE, PATCH, MASKED = 112, 16, 0.75
-SCALE = (0.15, 1.0)
-VIEW = View(IMAGE, SIZE, scale=SCALE)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SCALE = (0.15, 1.0)
+_VIEW = View(IMAGE, SIZE, scale=_SCALE)
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 EPILOG = """\
 example (how the shipped file was made; about fifteen minutes on one core):
@@ -45,7 +45,7 @@ example (how the shipped file was made; about fifteen minutes on one core):
 """
 
 
-class TrainingHalf:
+class _TrainingHalf:
     """The left 70 % of every photograph, or (`held_out`) the right 30 %: few pictures, yet no pixel
     in both.
     """
@@ -78,7 +78,7 @@ class MaskedAutoencoder(nn.Module):
 
     def __init__(self, width: int = 96, depth: int = 2, heads: int = 3) -> None:
         super().__init__()
-        self.encoder = create_timm(ENCODER, num_classes=0, img_size=SIZE, **KWARGS)
+        self.encoder = create_timm(_ENCODER, num_classes=0, img_size=SIZE, **_KWARGS)
         patches = (SIZE // PATCH) ** 2
         self.embed = nn.Linear(self.encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
@@ -134,13 +134,13 @@ def random_order(batch: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, seed: int) -> float:
+def _validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, seed: int) -> float:
     """Loss on fixed crops of the held-out right edges of the photographs."""
-    dataset = CropDataset(TrainingHalf(pictures, held_out=True), data, [VIEW], seed + 1)
+    dataset = CropDataset(_TrainingHalf(pictures, held_out=True), data, [_VIEW], seed + 1)
     batch = collate(
         [dataset[MAIN, picture, view] for picture in range(len(pictures)) for view in range(8)]
     )
-    images = Preprocess(SIZE, MEAN, STD)(batch.views[IMAGE])
+    images = Preprocess(SIZE, _MEAN, _STD)(batch.views[IMAGE])
     painted, mask = model.eval()(
         images, random_order(len(images), torch.Generator().manual_seed(seed))
     )
@@ -148,7 +148,7 @@ def validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, see
     return masked_loss(painted, images, mask).item()
 
 
-def pretrain(
+def _pretrain(
     output: Path, steps: int, batch: int, lr: float, workers: int, seed: int, picture: Path | None
 ) -> None:
     """Train for a number of steps, report, and write the encoder to a safetensors file."""
@@ -157,14 +157,14 @@ def pretrain(
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent} (make it first)")
     torch.manual_seed(seed)
-    data = DataConfig(kind="packaged-photos", crop_scale=SCALE, repeats=batch)
+    data = DataConfig(kind="packaged-photos", crop_scale=_SCALE, repeats=batch)
     pictures = open_pictures(data)
-    model, prepare = MaskedAutoencoder(), Preprocess(SIZE, MEAN, STD)
-    dataset = CropDataset(TrainingHalf(pictures, held_out=False), data, [VIEW], seed)
+    model, prepare = MaskedAutoencoder(), Preprocess(SIZE, _MEAN, _STD)
+    dataset = CropDataset(_TrainingHalf(pictures, held_out=False), data, [_VIEW], seed)
     order = StreamBatches(len(pictures), data.repeats, {MAIN: batch}, steps, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
-    record: dict = {"val_loss_first": validate(model, pictures, data, seed)}
+    record: dict = {"val_loss_first": _validate(model, pictures, data, seed)}
     warmup, losses, began = max(1, steps // 20), [], time.perf_counter()
     for step, sample in enumerate(make_loader(dataset, order, workers, False)):
         rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -188,14 +188,14 @@ def pretrain(
     record |= {
         "train_loss_first": losses[0],
         "train_loss_last": sum(tail) / len(tail),
-        "val_loss_last": validate(model, pictures, data, seed),
+        "val_loss_last": _validate(model, pictures, data, seed),
         "steps": steps,
         "batch": batch,
         "lr": lr,
         "seed": seed,
         "photographs": len(pictures),
         "seconds": round(time.perf_counter() - began),
-        "encoder": {"name": ENCODER, "kwargs": KWARGS, "image_size": SIZE},
+        "encoder": {"name": _ENCODER, "kwargs": _KWARGS, "image_size": SIZE},
     }
     weights = {
         name: tensor.detach().half().contiguous()
@@ -203,18 +203,18 @@ def pretrain(
     }
     save_tensors(output, weights, {"record": json.dumps(record), "licence": "Apache-2.0"})
     if picture:
-        draw_reconstructions(model, pictures, picture)
+        _draw_reconstructions(model, pictures, picture)
     print(json.dumps(record, indent=2))
     print(f"weights   {output} ({output.stat().st_size / 1e6:.2f} MB)")
     print("next      python -m distill.run quickstart --output runs/with-new-mae")
 
 
 @torch.no_grad()
-def draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Path) -> None:
+def _draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Path) -> None:
     """Held-out crops, what the encoder saw of them, and what the decoder painted in, as one PNG."""
-    held_out = TrainingHalf(pictures, held_out=True)
+    held_out = _TrainingHalf(pictures, held_out=True)
     crops = torch.stack([centre_crop(held_out.load(i), SIZE) for i in range(min(6, len(held_out)))])
-    images = Preprocess(SIZE, MEAN, STD)(crops)
+    images = Preprocess(SIZE, _MEAN, _STD)(crops)
     order = random_order(len(images), torch.Generator().manual_seed(0))
     painted, mask = model.eval()(images, order)
     pixels = patchify(crops.float() / 255)
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    return exit_status(lambda: pretrain(**vars(args)))
+    return exit_status(lambda: _pretrain(**vars(args)))
 
 
 if __name__ == "__main__":

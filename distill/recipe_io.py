@@ -17,7 +17,7 @@ from contract.errors import UserError, first_line, suggest
 from distill.config import Recipe, with_sections
 from distill.methods import METHODS
 
-EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
+_EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 """Setting one of a pair on the command line clears the other, which a recipe may have set."""
 
 PLAIN_WORDS = {
@@ -50,9 +50,9 @@ class RecipeDumper(yaml.SafeDumper):
     """Its counterpart, which quotes a string that RecipeLoader would take for a number."""
 
 
-EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for yaml_class in (RecipeLoader, RecipeDumper):
-    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -129,9 +129,9 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
         raise UserError(f"{place}: not valid YAML ({problem})") from error
     if not isinstance(values, dict):
         raise UserError(f"{source}: a recipe is a mapping of keys, got {show(values)}")
-    keys = [apply_override(values, override) for override in overrides]
+    keys = [_apply_override(values, override) for override in overrides]
     for key in keys:
-        other = EXCLUSIVE.get(key)
+        other = _EXCLUSIVE.get(key)
         if other and other not in keys:
             section, name = other.split(".")
             values[section][name] = None
@@ -140,17 +140,17 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error)}") from error
+        raise UserError(f"{source}: {_explain(error)}") from error
 
 
-def apply_override(values: dict, override: str) -> str:
+def _apply_override(values: dict, override: str) -> str:
     """Set one dotted `key=value` in nested `values`, the value read as YAML; returns the key."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UserError(f"'{override}' is no override: write key=value, e.g. train.steps=100")
     parts = key.split(".")
-    check_key(key, len(values["teachers"]) if isinstance(values.get("teachers"), list) else 0)
+    _check_key(key, len(values["teachers"]) if isinstance(values.get("teachers"), list) else 0)
     try:
         value = yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
@@ -173,14 +173,14 @@ def apply_override(values: dict, override: str) -> str:
     return key
 
 
-def check_key(key: str, teachers: int) -> None:
+def _check_key(key: str, teachers: int) -> None:
     """Raise UserError, naming the nearest key, unless `key` is a field, a section, or lies in a
     free mapping.
     """
     parts = key.split(".")
     if parts[0] == "teachers" and len(parts) > 1:
         if not parts[1].isdecimal() or int(parts[1]) >= teachers:
-            hint = suggest_key(key)
+            hint = _suggest_key(key)
             if "'teacher_" in hint:  # the cache and the runtime are sections of their own
                 raise UserError(f"unknown key '{key}': {hint}")
             count = "1 teacher" if teachers == 1 else f"{teachers} teachers"
@@ -193,10 +193,10 @@ def check_key(key: str, teachers: int) -> None:
         inside = pattern.startswith(f"{field}.") and kind == "mapping"
         if pattern == field or field.startswith(f"{pattern}.") or inside:
             return
-    raise UserError(f"unknown key '{key}': {suggest_key(key)}")
+    raise UserError(f"unknown key '{key}': {_suggest_key(key)}")
 
 
-def suggest_key(key: str) -> str:
+def _suggest_key(key: str) -> str:
     """Name the nearest dotted key: a like one, one with the same last part, or what its section
     holds.
     """
@@ -213,21 +213,23 @@ def suggest_key(key: str) -> str:
     return f"known: {', '.join(section or list(_any_recipe().model_fields))}"
 
 
-def explain(error: ValidationError) -> str:
+def _explain(error: ValidationError) -> str:
     """The first problem of a validation in one line: dotted key, value, what is wrong with it."""
     problems = error.errors()
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
     if unknown:  # first of all: a misspelt key also leaves the right one missing
-        key = dotted(unknown[0]["loc"])
-        return f"unknown key '{key}': {suggest_key(key)}"
-    first = dotted(problems[0]["loc"])
+        key = _dotted(unknown[0]["loc"])
+        return f"unknown key '{key}': {_suggest_key(key)}"
+    first = _dotted(problems[0]["loc"])
     # A field of several types (int | 'auto') has one problem for each; the deepest says most ([a,
     # 3]: item 1).
     problems = [
-        p for p in problems if dotted(p["loc"]) == first or dotted(p["loc"]).startswith(f"{first}.")
+        p
+        for p in problems
+        if _dotted(p["loc"]) == first or _dotted(p["loc"]).startswith(f"{first}.")
     ]
-    key = max((dotted(problem["loc"]) for problem in problems), key=lambda k: k.count("."))
-    problems = [problem for problem in problems if dotted(problem["loc"]) == key]
+    key = max((_dotted(problem["loc"]) for problem in problems), key=lambda k: k.count("."))
+    problems = [problem for problem in problems if _dotted(problem["loc"]) == key]
     problem = problems[0]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing" and key[-1].isdigit():
@@ -246,7 +248,7 @@ def explain(error: ValidationError) -> str:
     return f"{key} = {show(problem['input'])}: {wanted}"
 
 
-def dotted(location: Sequence[str | int]) -> str:
+def _dotted(location: Sequence[str | int]) -> str:
     """The recipe's key of a pydantic location, which also names the members of a union it tried."""
     parts: list[str] = []
     section: type[BaseModel] | None = _any_recipe()
@@ -256,14 +258,14 @@ def dotted(location: Sequence[str | int]) -> str:
         elif section:
             parts.append(part)
             section = (
-                section_of(section.model_fields[part].annotation)
+                _section_of(section.model_fields[part].annotation)
                 if part in section.model_fields
                 else None
             )
     return ".".join(parts)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The model of a nested section or of a list of sections; None for a plain field."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -315,7 +317,7 @@ def recipe_fields(
     rows = []
     for name, field in (model or _any_recipe()).model_fields.items():
         key = f"{prefix}{name}"
-        section = section_of(field.annotation)
+        section = _section_of(field.annotation)
         if section:
             several = "" if section is field.annotation else "N."
             rows += recipe_fields(section, f"{key}.{several}")
@@ -324,23 +326,23 @@ def recipe_fields(
         if not field.is_required():
             value = field.get_default(call_default_factory=True)
             default = value if isinstance(value, str) else show(value)
-        rows.append((key, type_text(field.annotation), default, field.description or ""))
+        rows.append((key, _type_text(field.annotation), default, field.description or ""))
     return rows
 
 
-def type_text(annotation: Any) -> str:
+def _type_text(annotation: Any) -> str:
     """A field's type in YAML's words: "int | auto", "[float, float]", "mapping"."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return type_text(inner[0])
+        return _type_text(inner[0])
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (Union, types.UnionType):
-        return " | ".join(type_text(kind) for kind in inner)
+        return " | ".join(_type_text(kind) for kind in inner)
     if origin is tuple:
-        return f"[{', '.join(type_text(kind) for kind in inner)}]"
+        return f"[{', '.join(_type_text(kind) for kind in inner)}]"
     if origin is list:
-        return f"[{type_text(inner[0])}, …]"
+        return f"[{_type_text(inner[0])}, …]"
     if origin is dict:
         return "mapping"
     return "null" if annotation is type(None) else annotation.__name__

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     name = args.recipe or "quickstart"
     folder = args.output or Path("runs") / Path(name).stem
     if args.resume:
-        recipe = recipe_to_resume(folder, args.recipe, args.overrides)
+        recipe = _recipe_to_resume(folder, args.recipe, args.overrides)
     else:
         recipe = load_recipe(name, args.overrides)
     if args.dry_run:
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
+def _recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
     """The recipe stored in `folder`; raises UserError naming the first field a given recipe or
     override changes.
     """
@@ -118,7 +118,7 @@ def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
         changed = [
             (key, old, new)
             for key, old, new in differing_fields(before, now)
-            if key not in FREE_TO_CHANGE
+            if key not in _FREE_TO_CHANGE
         ]
         if changed:
             key, old, new = changed[0]
@@ -131,7 +131,7 @@ def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
     return before
 
 
-FREE_TO_CHANGE = {
+_FREE_TO_CHANGE = {
     "data.workers",
     "train.log_every",
     "train.tensorboard",

@@ -29,7 +29,7 @@ after a block. Pictures are centre crops at each teacher's own size. The estimat
 the plain one (--biased, the paper's) overstates every likeness.
 """
 
-LOW, BEST_FROM, BEST_TO, HIGH = 0.45, 0.50, 0.54, 0.555
+_LOW, _BEST_FROM, _BEST_TO, _HIGH = 0.45, 0.50, 0.54, 0.555
 """SeFA labels 0.40 low, 0.507-0.540 moderate (0.50-0.54 best) and 0.57 high (Tables 8, 9); LOW and
 HIGH lie between.
 """
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         encoder.to(place)
         encoder.image_size = encoder.fit(args.size or encoder.image_size)
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
-    cka, spreads = look(encoders, deployment, pictures, numbers, args.on, args.batch_size)
+    cka, spreads = _look(encoders, deployment, pictures, numbers, args.on, args.batch_size)
     matrix = cka.matrix(debiased=not args.biased)
     rows = teacher_variance(
         {
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         }
     )
     estimator = "plain" if args.biased else "debiased"
-    print_matrix(names, matrix, f"linear CKA, {estimator}, {args.on} of {len(numbers)} pictures")
+    _print_matrix(names, matrix, f"linear CKA, {estimator}, {args.on} of {len(numbers)} pictures")
     advice = [
         judge(names[i], names[j], matrix[i, j])
         for i in range(len(teachers))
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
             f"note      {len(numbers)} pictures tell little; 1000 or more of your own data make "
             "these numbers firm"
         )
-    print_spreads(teachers, rows)
+    _print_spreads(teachers, rows)
     result = {
         "names": names,
         "cka": matrix.tolist(),
@@ -176,11 +176,11 @@ def run(args: argparse.Namespace) -> int:
     path = args.output / "similarity.json"
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
     print(f"matrix    {path}")
-    print(f"picture   {draw(args.output / 'similarity.png', names, matrix)}")
+    print(f"picture   {_draw(args.output / 'similarity.png', names, matrix)}")
     return 0
 
 
-def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):
+def _look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):
     """CKA sums and feature spreads of all encoders over the same pictures, in one pass.
 
     Maps are brought to the coarsest of their grids, so that row i of every network is the same
@@ -236,24 +236,24 @@ def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batc
 
 def judge(first: str, second: str, value: float) -> str:
     """One line of advice on a pair by SeFA's regimes."""
-    if value < LOW:
+    if value < _LOW:
         message = (
             "low: they pull the student apart; the paper's students then fall behind the better "
             "teacher"
         )
-    elif value > HIGH:
+    elif value > _HIGH:
         message = (
             "high: one adds little to the other; keep the better, or add a third of moderate "
             "likeness"
         )
-    elif BEST_FROM <= value <= BEST_TO:
+    elif _BEST_FROM <= value <= _BEST_TO:
         message = "moderate, in the paper's best range (0.50-0.54): combine them"
     else:
         message = "moderate, near the paper's best range (0.50-0.54): a good pair"
     return f"advice    {first} + {second}: {value:.3f}, {message}"
 
 
-def print_matrix(names: list[str], matrix, title: str) -> None:
+def _print_matrix(names: list[str], matrix, title: str) -> None:
     """The matrix as a table."""
     from rich.console import Console
     from rich.table import Table
@@ -267,14 +267,14 @@ def print_matrix(names: list[str], matrix, title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
 
-def print_spreads(names: list[str], rows: list[dict]) -> None:
+def _print_spreads(names: list[str], rows: list[dict]) -> None:
     """Feature spreads a line each: KPU's measure of how unlike in scale the teachers are."""
     for row in rows:
         listed = ", ".join(f"{name} {row[name]:.3g}" for name in names)
         print(f"spread    {row['space']}: {listed}; largest over smallest {row['max/min']:.2f}")
 
 
-def draw(path: Path, names: list[str], matrix) -> Path:
+def _draw(path: Path, names: list[str], matrix) -> Path:
     """The matrix as a picture."""
     import matplotlib
 

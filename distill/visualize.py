@@ -71,22 +71,22 @@ def visualize(args: argparse.Namespace) -> None:
         if name not in known:
             raise UserError(f"--outputs {name}: this student has {', '.join(known)}")
     outputs = args.outputs or known
-    photos = [read_image(path) for path in args.images]
+    photos = [_read_image(path) for path in args.images]
     folder = args.output or args.run / "plots"
     for path, photo in zip(args.images, photos, strict=True):
         pixels, predictions = [], []
         for size in args.sizes:
-            square = square_pixels(photo, size)
+            square = _square_pixels(photo, size)
             pixels.append(square)
             with torch.inference_mode():
                 result = model(torch.from_numpy(square).permute(2, 0, 1).unsqueeze(0).float() / 255)
             predictions.append({name: result[name] for name in outputs})
         target = folder / f"{path.stem}_features.png"
-        draw(target, pixels, predictions)
+        _draw(target, pixels, predictions)
         print(f"features  {target}")
 
 
-def read_image(path: Path) -> Image.Image:
+def _read_image(path: Path) -> Image.Image:
     """Decode a photograph; raises UserError."""
     if not path.is_file():
         raise UserError(f"image {path}: no such file")
@@ -96,7 +96,7 @@ def read_image(path: Path) -> Image.Image:
         raise UserError(f"image {path} cannot be read: {error.reason}") from error
 
 
-def square_pixels(photo: Image.Image, size: int) -> np.ndarray:
+def _square_pixels(photo: Image.Image, size: int) -> np.ndarray:
     """The largest centred square of a photograph as uint8 [size, size, 3]."""
     short = min(photo.size)
     left, top = (photo.width - short) / 2, (photo.height - short) / 2
@@ -104,7 +104,7 @@ def square_pixels(photo: Image.Image, size: int) -> np.ndarray:
     return np.array(photo.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Prediction]]) -> Path:
+def _draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Prediction]]) -> Path:
     """Write one figure: for every size a row of PCA pictures and a row of cosine maps, a column an
     output.
     """

@@ -22,7 +22,7 @@ from distill.data.crops import MAIN, CropDataset, Sample, Skipped
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, int, int]
+_Key = tuple[str, int, int]
 """Stream, picture, number of the view: what `CropDataset` is indexed by."""
 
 
@@ -57,7 +57,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-class StreamBatches(Sampler[list[Key]]):
+class StreamBatches(Sampler[list[_Key]]):
     """The keys of every micro-batch of this rank, from optimizer step `start` up to `steps`.
 
     Epoch e of a stream is one permutation of all pictures x repeats; what is left after the last
@@ -91,12 +91,12 @@ class StreamBatches(Sampler[list[Key]]):
     def __len__(self) -> int:
         return max(0, self.steps - self.start) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[_Key]]:
         for step in range(self.start, self.steps):
             for part in range(self.accumulate):
                 yield [key for stream in self.batch_sizes for key in self._keys(stream, step, part)]
 
-    def _keys(self, stream: str, step: int, part: int) -> Iterator[Key]:
+    def _keys(self, stream: str, step: int, part: int) -> Iterator[_Key]:
         size = self.batch_sizes[stream]
         epoch, within = divmod(step, self.pictures * self.repeats // size)
         if self._epoch_orders.get(stream, (None,))[0] != epoch:

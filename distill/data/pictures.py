@@ -119,7 +119,7 @@ class WebDatasetPictures:
     """
 
     def __init__(self, patterns: str | list[str]) -> None:
-        self.tars = expand_shards([patterns] if isinstance(patterns, str) else patterns)
+        self.tars = _expand_shards([patterns] if isinstance(patterns, str) else patterns)
         self.members: list[tuple[int, str, int, int]] = []  # tar file, name, offset, size
         for number, path in enumerate(self.tars):
             try:
@@ -166,7 +166,7 @@ class WebDatasetPictures:
         return digest(self.members)
 
 
-def expand_shards(patterns: list[str]) -> list[str]:
+def _expand_shards(patterns: list[str]) -> list[str]:
     """Expand braces (`{0000..0146}`) and globs to sorted tar files; raises UserError for a pattern
     without any.
     """

@@ -34,7 +34,7 @@ NAMES = (
 )  # fmt: skip
 """Of the tasks; a copy for --help, which must not wait for torch to load (a test compares it)."""
 
-LAYOUTS = """\
+_LAYOUTS = """\
 data layouts (--data ROOT; ROOT/classification, ROOT/dense, … go before ROOT itself where they exist):
   classification  {train,val}/CLASS/*.jpg
   dense           {train,val}/{images,masks,depth}/*;  images/{training,validation}/* with annotations/… (ADE20K);
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("tasks:")
         print("\n".join(f"  {name:15} {task.does}" for name, task in TASKS.items()))
-        print(f"\n{LAYOUTS}\nsettings (key, type, default, meaning):\n{describe_settings()}")
+        print(f"\n{_LAYOUTS}\nsettings (key, type, default, meaning):\n{describe_settings()}")
         return 0
     if not args.model or "=" in args.model.partition("@")[0]:
         raise UserError(
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         if name not in TASKS:
             raise UserError(f"--tasks {name}: {suggest(name, TASKS, show=len(TASKS))}")
     config = load_settings(args.settings)
-    roots = data_roots(args.data or [], tasks)
+    roots = _data_roots(args.data or [], tasks)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("timm").setLevel(logging.WARNING)
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
     from distill.evaluate.tasks import Context
 
-    output = args.output or default_output(args.model)
+    output = args.output or _default_output(args.model)
     read_scores(output / "evaluation.json")  # a damaged file is said before the work, not after
     rows = open_rows(
         args.model,
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
+def _data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     """The data root of every task from `ROOT` and `TASK=ROOT`; raises UserError where one is
     missing.
     """
@@ -196,7 +196,7 @@ def data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     return roots
 
 
-def default_output(model: str) -> Path:
+def _default_output(model: str) -> Path:
     """RUN/evaluation for a run folder, runs/evaluation/NAME for a timm name."""
     if Path(model).is_dir():
         return Path(model) / "evaluation"

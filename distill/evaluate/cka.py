@@ -18,10 +18,10 @@ from torch import Tensor
 
 from contract.errors import UserError
 
-MIN_BIASED, MIN_DEBIASED = 2, 4
+_MIN_BIASED, _MIN_DEBIASED = 2, 4
 """Fewest pictures each estimator is defined for."""
 
-CONSTANT = 1e-24
+_CONSTANT = 1e-24
 """Share of the squared norm below which the variance is float64's rounding."""
 
 
@@ -65,15 +65,15 @@ class CKAMatrix:
         centred = {name: x - self._shift[name] for name, x in rows.items()}
         squares = {name: x.square().sum(dim=1) for name, x in centred.items()}
         for index, (a, x) in enumerate(centred.items()):
-            accumulate(self._raw_square, a, rows[a].square().sum())
-            accumulate(self._sum, a, x.sum(dim=0))
-            accumulate(self._square, a, squares[a].sum())
+            _accumulate(self._raw_square, a, rows[a].square().sum())
+            _accumulate(self._sum, a, x.sum(dim=0))
+            _accumulate(self._square, a, squares[a].sum())
             for b in self.names[index:]:
-                accumulate(self._cross, (a, b), x.T @ centred[b])
-                accumulate(self._squares, (a, b), squares[a] @ squares[b])
-                accumulate(self._weighted, (a, b), x.T @ squares[b])
+                _accumulate(self._cross, (a, b), x.T @ centred[b])
+                _accumulate(self._squares, (a, b), squares[a] @ squares[b])
+                _accumulate(self._weighted, (a, b), x.T @ squares[b])
                 if a != b:
-                    accumulate(self._weighted, (b, a), centred[b].T @ squares[a])
+                    _accumulate(self._weighted, (b, a), centred[b].T @ squares[a])
 
     def matrix(self, debiased: bool = False) -> np.ndarray:
         """CKA [M, M] of everything added; debiased values may fall a little below 0.
@@ -81,7 +81,7 @@ class CKAMatrix:
         Raises UserError for too few pictures (2; 4 debiased) and for features without variance,
         whose CKA is 0 / 0.
         """
-        least = MIN_DEBIASED if debiased else MIN_BIASED
+        least = _MIN_DEBIASED if debiased else _MIN_BIASED
         if self.count < least:
             kind = "debiased CKA" if debiased else "CKA"
             raise UserError(f"{kind} of {self.count} pictures is undefined: give at least {least}")
@@ -90,7 +90,7 @@ class CKAMatrix:
         for name in self.names:
             variance = self._square[name] - self._sum[name].square().sum() / self.count
             alone[name] = hsic(name, name)
-            if variance <= CONSTANT * self._raw_square[name] or alone[
+            if variance <= _CONSTANT * self._raw_square[name] or alone[
                 name
             ] <= 1e-12 * self._biased_hsic(name, name):
                 raise UserError(
@@ -166,6 +166,6 @@ class LinearCKA:
         return float(self._matrix.matrix(debiased)[0, 1])
 
 
-def accumulate(sums: dict, key: object, value: Tensor) -> None:
+def _accumulate(sums: dict, key: object, value: Tensor) -> None:
     """Add `value` to `sums[key]`."""
     sums[key] = sums[key] + value if key in sums else value

@@ -10,8 +10,8 @@ from pydantic import Field
 
 from distill.config import NonNegative, Positive, Section
 
-Above0 = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+_Above0 = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class ExtractConfig(Section):
@@ -36,8 +36,8 @@ class KNNConfig(Section):
     """Weighted nearest neighbours (DINO's protocol)."""
 
     k: Positive = Field(20, description="neighbours that vote")
-    temperature: Above0 = Field(0.07, description="votes weigh exp(cosine / temperature)")
-    block_gib: Above0 = Field(
+    temperature: _Above0 = Field(0.07, description="votes weigh exp(cosine / temperature)")
+    block_gib: _Above0 = Field(
         4.0, description="memory that one block of similarities may take, GiB"
     )
 
@@ -48,12 +48,12 @@ class ProbeConfig(Section):
     """
 
     rates: Positive = Field(45, description="learning rates, evenly spaced on a log scale")
-    lowest: Above0 = Field(1e-4, description="smallest learning rate")
-    highest: Above0 = Field(10.0, description="largest learning rate")
+    lowest: _Above0 = Field(1e-4, description="smallest learning rate")
+    highest: _Above0 = Field(10.0, description="largest learning rate")
     epochs: Positive = Field(100, description="passes over the features (SeFA Table 12)")
     batch_size: Positive = Field(1024, description="features a step")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
-    held_out: Share = Field(
+    held_out: _Share = Field(
         0.1, description="share of the training split that chooses the learning rate"
     )
     runs: Positive = Field(
@@ -70,7 +70,7 @@ class FinetuneConfig(Section):
     epochs: Positive = 10
     warmup_epochs: NonNegative = 1
     batch_size: Positive = 512
-    lr: Above0 = 1e-4
+    lr: _Above0 = 1e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8, description="rate of a layer over that of the next"
     )
@@ -99,14 +99,14 @@ class DenseConfig(Section):
     )
     steps: Positive = Field(2000, description="optimizer steps of the head")
     batch_size: Positive = Field(16, description="windows a step")
-    lr: Above0 = Field(1e-3, description="peak rate of AdamW")
+    lr: _Above0 = Field(1e-3, description="peak rate of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     loss_stride: Positive = Field(
         4,
         description="pixels between two points the training loss looks at; scores are taken at "
         "every pixel",
     )
-    warmup: Share = Field(
+    warmup: _Share = Field(
         0.05, description="share of the steps that warm up; a polynomial falls afterwards"
     )
 
@@ -132,9 +132,9 @@ class DepthConfig(Section):
         "linear", description="linear on the last patches, or DPT on four layers"
     )
     bins: Positive = Field(256, description="depth candidates, evenly spaced")
-    min_depth: Above0 = Field(1e-3, description="metres; nearer pixels do not count")
-    max_depth: Above0 = Field(10.0, description="metres; farther pixels do not count")
-    scale: Above0 = Field(1000.0, description="integer depth files hold metres times this")
+    min_depth: _Above0 = Field(1e-3, description="metres; nearer pixels do not count")
+    max_depth: _Above0 = Field(10.0, description="metres; farther pixels do not count")
+    scale: _Above0 = Field(1000.0, description="integer depth files hold metres times this")
     crop: Literal["none", "eigen"] = Field(
         "none", description="eigen: NYUv2's customary inner rectangle"
     )
@@ -165,7 +165,7 @@ class VideoConfig(Section):
     radius: NonNegative = Field(
         12, description="patches searched in every direction; 0: everywhere"
     )
-    temperature: Above0 = Field(0.1, description="neighbours weigh exp(cosine / temperature)")
+    temperature: _Above0 = Field(0.1, description="neighbours weigh exp(cosine / temperature)")
 
 
 class RobustnessConfig(Section):
@@ -185,7 +185,7 @@ class RepresentationConfig(Section):
         10_000, description="pictures of the validation split that are looked at"
     )
     tsne_images: Positive = Field(2_000, description="of these, points in the t-SNE picture")
-    perplexity: Above0 = 30.0
+    perplexity: _Above0 = 30.0
 
 
 class EvaluationConfig(Section):

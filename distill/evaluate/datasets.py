@@ -17,12 +17,12 @@ from contract.errors import UserError, first_line
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 """Folder names that stand for the two splits."""
 
-PICTURES = ("images", "image", "rgb")
-MASKS = ("masks", "annotations", "labels")
-DEPTHS = ("depth", "depths")
+_PICTURES = ("images", "image", "rgb")
+_MASKS = ("masks", "annotations", "labels")
+_DEPTHS = ("depth", "depths")
 
 
 def family_root(data: Path, family: str) -> Path:
@@ -33,12 +33,12 @@ def family_root(data: Path, family: str) -> Path:
     return own if own.is_dir() else data
 
 
-def split_folder(root: Path, split: str) -> Path | None:
+def _split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split below `root`, by any of its usual names."""
-    return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+    return next((root / name for name in _SPLITS[split] if (root / name).is_dir()), None)
 
 
-def files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+def _files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Every file below a folder with one of the suffixes, sorted; hidden ones left out."""
     result = (
         path
@@ -100,7 +100,7 @@ def open_classes(
     Raises UserError for a missing or empty split, one class only, or a class that `classes` lacks.
     """
     root = family_root(data, "classification")
-    folder = split_folder(root, split)
+    folder = _split_folder(root, split)
     if folder is None:
         raise UserError(f"--data {root} has no {split} split: make {root / split}/CLASS/*.jpg")
     names = sorted(
@@ -122,7 +122,7 @@ def open_classes(
         )
     files, labels = [], []
     for name in names:
-        result = files_below(folder / name)
+        result = _files_below(folder / name)
         files += map(str, result)
         labels += [numbering.index(name)] * len(result)
     if not files:
@@ -168,16 +168,16 @@ def open_pairs(
     unmatched files.
     """
     root = family_root(data, "dense")
-    wanted = MASKS if kind == "masks" else DEPTHS
-    folder = split_folder(root, split)
+    wanted = _MASKS if kind == "masks" else _DEPTHS
+    folder = _split_folder(root, split)
     for above, below in ((folder, None), (root, split)):
         if above is None:
             continue
-        pictures = subfolder(above, PICTURES, below)
-        maps = subfolder(above, wanted, below)
+        pictures = _subfolder(above, _PICTURES, below)
+        maps = _subfolder(above, wanted, below)
         if pictures and maps:
-            return match(root, pictures, maps, ade=below is not None and is_ade(maps))
-    if folder and kind == "depth" and (result := files_below_pattern(folder, "rgb_*")):
+            return _match(root, pictures, maps, ade=below is not None and _is_ade(maps))
+    if folder and kind == "depth" and (result := _files_below_pattern(folder, "rgb_*")):
         maps = [
             path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png")
             for path in result
@@ -192,35 +192,35 @@ def open_pairs(
     )
 
 
-def is_ade(maps: Path) -> bool:
+def _is_ade(maps: Path) -> bool:
     """Whether a folder of maps lies as in ADE20K: annotations/training and
     annotations/validation.
     """
     return maps.parent.name == "annotations" and maps.name in ("training", "validation")
 
 
-def files_below_pattern(folder: Path, pattern: str) -> list[Path]:
+def _files_below_pattern(folder: Path, pattern: str) -> list[Path]:
     """Image files below a folder whose names match a pattern, sorted."""
     return sorted(path for path in folder.rglob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | None:
+def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | None:
     """The first of several folder names (and its split folder, if one is asked) that exists."""
     for name in names:
         folder = above / name
         if folder.is_dir():
-            return folder if split is None else split_folder(folder, split)
+            return folder if split is None else _split_folder(folder, split)
     return None
 
 
-def match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
+def _match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
     """Pair files of two folders by their relative names without suffix."""
-    files = files_below(pictures)
+    files = _files_below(pictures)
     if not files:
         raise UserError(f"{pictures} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … in it")
     by_name = {
         path.relative_to(maps).with_suffix(""): path
-        for path in files_below(maps, (".png", ".npy", ".tif"))
+        for path in _files_below(maps, (".png", ".npy", ".tif"))
     }
     result = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
     lacking = [path for path, other in zip(files, result, strict=True) if other is None]
@@ -287,7 +287,7 @@ def read_matched(pairs: Pairs, number: int) -> Image.Image:
     return picture
 
 
-def read_map(path: Path) -> np.ndarray:
+def _read_map(path: Path) -> np.ndarray:
     """A mask or depth file as stored, [H, W]; raises UserError for a damaged one or one with
     channels.
     """
@@ -321,7 +321,7 @@ def read_mask(
     Raises UserError for labels that are no integers, or not below `classes`.
     """
     path = pairs.maps[number]
-    values = read_map(path)
+    values = _read_map(path)
     if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
         raise UserError(f"{path} holds {values.dtype} values: labels are integers")
     stored = values.astype(np.int64)
@@ -343,7 +343,7 @@ def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.nd
     Integer files hold metres times `scale`, float files metres. Raises UserError for a map without
     one depth in (0, largest].
     """
-    values = read_map(pairs.maps[number])
+    values = _read_map(pairs.maps[number])
     metres = values.astype(np.float32) / (scale if np.issubdtype(values.dtype, np.integer) else 1)
     metres = np.nan_to_num(metres, nan=0.0, posinf=0.0, neginf=0.0)
     if not ((metres > 0) & (metres <= largest)).any():

@@ -32,7 +32,7 @@ from distill.teachers import AUTOCAST
 
 log = logging.getLogger(__name__)
 
-SUMMARIES_A_SHARD = 8
+_SUMMARIES_A_SHARD = 8
 """How many times more views a shard of summaries alone holds than one with patches."""
 
 
@@ -89,7 +89,7 @@ class Extracted:
         """float32 [n, d]."""
         result = None
         for shard in range(-(-self.n // self.shard_size)):
-            part = torch.from_numpy(np.load(shard_path(self.folder, shard, "summary")))
+            part = torch.from_numpy(np.load(_shard_path(self.folder, shard, "summary")))
             # filled in place: ImageNet's are 4 GB, and joining a list of parts would need twice
             # that
             result = torch.empty(self.n, part.shape[1]) if result is None else result
@@ -103,7 +103,7 @@ class Extracted:
             shard, row = divmod(int(number), self.shard_size)
             if shard not in self._maps:
                 self._maps[shard] = np.load(
-                    shard_path(self.folder, shard, "patches"), mmap_mode="r"
+                    _shard_path(self.folder, shard, "patches"), mmap_mode="r"
                 )
             rows.append(self._maps[shard][row])
         return torch.from_numpy(np.stack(rows)).float()
@@ -128,7 +128,7 @@ def extract(
         precision = "bf16" if encoder.device.type == "cuda" else "fp32"
     # summaries are small: with as few files as patches need, a GPU would wait for the disk's
     # confirmations
-    size = config.shard_size if patches else SUMMARIES_A_SHARD * config.shard_size
+    size = config.shard_size if patches else _SUMMARIES_A_SHARD * config.shard_size
     key = hashlib.sha256()
     for part in (encoder.fingerprint(), views.fingerprint(), str(patches), precision, str(size)):
         key.update(part.encode())
@@ -146,22 +146,24 @@ def extract(
         raise UserError(
             f"cannot make {folder}: {error.strerror} (choose another --output)"
         ) from error
-    numbers = [n for shard in missing for n in shard_range(shard, len(views), size)]
+    numbers = [n for shard in missing for n in _shard_range(shard, len(views), size)]
     start, done = time.perf_counter(), 0
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     queue = iter(missing)
     shard = next(queue)
-    for batch in follow(
-        batches(encoder, views, numbers, kinds, precision, size, config),
+    for batch in _follow(
+        _batches(encoder, views, numbers, kinds, precision, size, config),
         len(numbers),
         f"{what}, {encoder.name}",
     ):
         for kind in kinds:
-            parts[kind].append(fits(batch[kind], kind, encoder.name))
+            parts[kind].append(_fits(batch[kind], kind, encoder.name))
         done += len(batch["summary"])
         # the loader's batches never straddle two shards
-        if sum(len(part) for part in parts["summary"]) == len(shard_range(shard, len(views), size)):
-            keep(folder, shard, {kind: np.concatenate(parts[kind]) for kind in kinds})
+        if sum(len(part) for part in parts["summary"]) == len(
+            _shard_range(shard, len(views), size)
+        ):
+            _keep(folder, shard, {kind: np.concatenate(parts[kind]) for kind in kinds})
             parts = {kind: [] for kind in kinds}
             shard = next(queue, None)
     rate = done / (time.perf_counter() - start)
@@ -169,7 +171,7 @@ def extract(
     return result
 
 
-def batches(
+def _batches(
     encoder: Encoder,
     views: Views,
     numbers: list[int],
@@ -223,7 +225,7 @@ def batches(
         yield {kind: values.cpu() for kind, values in result.items()}
 
 
-def fits(values: Tensor, kind: str, name: str) -> np.ndarray:
+def _fits(values: Tensor, kind: str, name: str) -> np.ndarray:
     """The array to keep; raises UserError for patches that float16 cannot hold (they were finite
     before).
     """
@@ -234,28 +236,28 @@ def fits(values: Tensor, kind: str, name: str) -> np.ndarray:
     return values.numpy()
 
 
-def shard_range(shard: int, views: int, size: int) -> range:
+def _shard_range(shard: int, views: int, size: int) -> range:
     """Numbers of the views in a shard."""
     return range(shard * size, min(views, (shard + 1) * size))
 
 
-def shard_path(folder: Path, shard: int, kind: str) -> Path:
+def _shard_path(folder: Path, shard: int, kind: str) -> Path:
     """File of one kind of features in a shard."""
     return folder / f"shard_{shard:06d}.{kind}.npy"
 
 
-def keep(folder: Path, shard: int, arrays: dict[str, np.ndarray]) -> None:
+def _keep(folder: Path, shard: int, arrays: dict[str, np.ndarray]) -> None:
     """Write a shard, its marker last."""
     hashes = {}
     for kind, array in arrays.items():
-        path = shard_path(folder, shard, kind)
-        write_atomically(path, lambda temporary, a=array: save_array(temporary, a))
+        path = _shard_path(folder, shard, kind)
+        write_atomically(path, lambda temporary, a=array: _save_array(temporary, a))
         hashes[kind] = file_sha256(path)
     marker = folder / f"shard_{shard:06d}.json"
     write_atomically(marker, lambda temporary: temporary.write_text(json.dumps(hashes)))
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
+def _save_array(path: Path, array: np.ndarray) -> None:
     """np.save under exactly this name."""
     with open(path, "wb") as file:
         np.save(file, array)
@@ -265,7 +267,7 @@ def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
     """Whether a shard's files are there and match their hashes."""
     try:
         hashes = json.loads((folder / f"shard_{shard:06d}.json").read_text())
-        good = all(file_sha256(shard_path(folder, shard, kind)) == hashes[kind] for kind in kinds)
+        good = all(file_sha256(_shard_path(folder, shard, kind)) == hashes[kind] for kind in kinds)
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError):
@@ -277,7 +279,7 @@ def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
     return good
 
 
-def follow(items, total: int, what: str):
+def _follow(items, total: int, what: str):
     """Pass batches through with a progress bar of pictures on a terminal."""
     columns = (
         TextColumn("{task.description}"),

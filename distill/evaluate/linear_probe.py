@@ -47,7 +47,7 @@ def evaluate(
     output it reads.
     """
     probe = config.probe
-    shift, scale = channel_statistics(splits.train, probe.standardize)
+    shift, scale = _channel_statistics(splits.train, probe.standardize)
     train, val = splits.train, splits.val
     if probe.standardize:  # otherwise nothing is copied: ImageNet's features are gigabytes
         train, val = (train - shift) / scale, (val - shift) / scale
@@ -114,7 +114,7 @@ def imagenet_probe(encoder: Encoder, path: Path) -> Classifier:
     return head.module.to(encoder.device)
 
 
-def channel_statistics(features: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
+def _channel_statistics(features: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
     """Mean and deviation [d] of every channel, or zeros and ones; channels without spread stay as
     they are.
     """

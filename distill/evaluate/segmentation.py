@@ -29,8 +29,8 @@ from distill.heads import LinearSegmenter, save_head
 
 log = logging.getLogger(__name__)
 
-ADE_CLASSES = 150
-SHOWN = 4
+_ADE_CLASSES = 150
+_SHOWN = 4
 """Pictures in the figure."""
 
 
@@ -42,7 +42,7 @@ def evaluate(
     Writes `heads/segmentation.safetensors` and `segmentation.png`.
     """
     train, val = open_pairs(data, "train", "masks"), open_pairs(data, "val", "masks")
-    labels = Labelling(train, val, config)
+    labels = _Labelling(train, val, config)
     size = encoder.fit(config.dense.size)
     views = {split: WindowViews(pairs, size) for split, pairs in (("train", train), ("val", val))}
     features = {
@@ -85,7 +85,7 @@ def evaluate(
         metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
         valid = truth != IGNORED
         right, counted = right + int((predicted == truth)[valid].sum()), counted + int(valid.sum())
-        if len(shown) < SHOWN:
+        if len(shown) < _SHOWN:
             shown.append((np.asarray(picture), truth.cpu().numpy(), predicted.cpu().numpy()))
     per_class = metric.compute().tolist()
     present = [value for value in per_class if not np.isnan(value)]
@@ -119,14 +119,14 @@ def segment(
     return merge_windows(logits, [views.windows[n] for n in numbers], *size).argmax(0)
 
 
-class Labelling:
+class _Labelling:
     """What labels mean in this data set: how many classes, and whether 0 is one."""
 
     def __init__(self, train: Pairs, val: Pairs, config: EvaluationConfig) -> None:
         settings = config.segmentation
         self.ignore = settings.ignore
         self.shift = settings.zero == "ignore" or (settings.zero == "auto" and train.ade)
-        self.classes = settings.classes or (ADE_CLASSES if train.ade else None)
+        self.classes = settings.classes or (_ADE_CLASSES if train.ade else None)
         known = self.classes is not None
         result: set[int] = set()
         for number in range(len(train)):

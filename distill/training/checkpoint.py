@@ -19,7 +19,7 @@ from distill.recipe_io import dump_recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+_FORMAT = 1
 """Version of the file; raise it with a named `_upgrade_` function when it changes."""
 
 
@@ -43,7 +43,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
     write_atomically(
-        path, lambda temporary: torch.save({"format": FORMAT, "step": step, **state}, temporary)
+        path, lambda temporary: torch.save({"format": _FORMAT, "step": step, **state}, temporary)
     )
     sidecar = json.dumps({"step": step, "sha256": file_sha256(path), "torch": torch.__version__})
     write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(sidecar))

@@ -130,13 +130,13 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         counters.copy_(saved["counters"])
         if average:
             average.load_state_dict(saved["average"])
-        set_rng(saved["rng"][ranks.rank], device)
+        _set_rng(saved["rng"][ranks.rank], device)
         log.info("resumed from step %d of %d", start, steps)
     compiled = torch.compile(model) if settings.compile else model
 
     def save(step: int) -> None:
         weights, optim = full_state(model, optimizer)
-        rng = ranks.gather(get_rng(device))
+        rng = ranks.gather(_get_rng(device))
         if ranks.first:
             state = {
                 "model": weights,
@@ -189,7 +189,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                     sums[name] = sums[name] + value if name in sums else value
 
             scaler.unscale_(optimizer)
-            norm = clip_gradients(parameters, settings)
+            norm = _clip_gradients(parameters, settings)
             # Gradients are summed over ranks, so every rank reaches the same verdict.
             bad = ~torch.isfinite(norm)
             for group in optimizer.param_groups:
@@ -208,7 +208,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
             done = step + 1
             log_due = done % settings.log_every == 0 or done == steps
             if device.type == "cpu" or log_due:  # reading a counter waits for a GPU
-                stop_if_diverged(counters, settings, done, losses)
+                _stop_if_diverged(counters, settings, done, losses)
             if log_due:
                 span, now = done - since_step, time.perf_counter()
                 values = ranks.mean(torch.stack([*sums.values(), norm * span]) / span).tolist()
@@ -288,7 +288,7 @@ def build_optimizer(
     )
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], settings: TrainConfig) -> Tensor:
+def _clip_gradients(parameters: Sequence[nn.Parameter], settings: TrainConfig) -> Tensor:
     """Clip gradients to `settings.clip_grad` and return their norm before that, over all of them
     (and over all ranks' shards).
     """
@@ -316,7 +316,7 @@ def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ba
         optimizer.step()
 
 
-def stop_if_diverged(
+def _stop_if_diverged(
     counters: Tensor, settings: TrainConfig, step: int, losses: dict[str, Tensor]
 ) -> None:
     """Raise Failure after `max_bad_steps` steps in a row without finite gradients, naming the
@@ -356,14 +356,14 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def get_rng(device: torch.device) -> dict[str, Tensor]:
+def _get_rng(device: torch.device) -> dict[str, Tensor]:
     """Random state of this process (crops are seeded per picture and need none)."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_rng(state: dict[str, Tensor], device: torch.device) -> None:
-    """Inverse of `get_rng`."""
+def _set_rng(state: dict[str, Tensor], device: torch.device) -> None:
+    """Inverse of `_get_rng`."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -24,10 +24,10 @@ class MetricsLog:
 
     def __init__(self, folder: Path, steps: int, start: int, tensorboard: bool) -> None:
         self.path, self.steps = folder / "metrics.jsonl", steps
-        truncate(self.path, start)
+        _truncate(self.path, start)
         self.file = open(self.path, "a")
         self.began, self.start = time.perf_counter(), start
-        self.board = open_tensorboard(folder / "tensorboard", start) if tensorboard else None
+        self.board = _open_tensorboard(folder / "tensorboard", start) if tensorboard else None
         self.progress = None
         if sys.stdout.isatty():
             text = TextColumn("{task.description}")
@@ -82,7 +82,7 @@ class MetricsLog:
             self.progress.stop()
 
 
-def open_tensorboard(folder: Path, start: int):
+def _open_tensorboard(folder: Path, start: int):
     """A TensorBoard writer that hides steps after `start` from an earlier, killed attempt."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -94,7 +94,7 @@ def open_tensorboard(folder: Path, start: int):
     return SummaryWriter(folder, purge_step=start + 1)
 
 
-def truncate(path: Path, step: int) -> None:
+def _truncate(path: Path, step: int) -> None:
     """Drop lines after `step`, and a last line that a kill left half-written; atomic."""
     if not path.exists():
         return
