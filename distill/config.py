@@ -33,8 +33,6 @@ class Section(BaseModel):
 
 
 class StudentConfig(Section):
-    """The network being trained."""
-
     name: str = Field(
         "vit_base_patch16_224", description="timm architecture with spatial features (ViT or CNN)"
     )
@@ -55,8 +53,6 @@ class StudentConfig(Section):
 
 
 class TeacherConfig(Section):
-    """One frozen teacher."""
-
     name: str = Field(
         description="timm model name, with its pretrained tag; or 'run' for a student of this "
         "project"
@@ -116,8 +112,6 @@ class TeacherConfig(Section):
 
 
 class TeacherRuntime(Section):
-    """How teachers are executed."""
-
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on CUDA, fp32 on CPU"
     )

@@ -57,11 +57,9 @@ class _TrainingHalf:
         return len(self.pictures)
 
     def name(self, number: int) -> str:
-        """Name of the photograph."""
         return self.pictures.name(number)
 
     def load(self, number: int) -> Image.Image:
-        """The half's pixels."""
         image = self.pictures.load(number)
         edge = round(0.7 * image.width)
         return image.crop(
@@ -69,7 +67,6 @@ class _TrainingHalf:
         )
 
     def fingerprint(self) -> str:
-        """Digest of the photographs and the half."""
         return f"{self.pictures.fingerprint()}-{self.held_out}"
 
 
@@ -242,7 +239,6 @@ def _draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Pa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.pretrain_mae",
         description="Pretrain the quickstart's small masked autoencoder on packaged photographs.",

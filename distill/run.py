@@ -25,7 +25,6 @@ Exit status: 0 done (or stopped by SIGTERM after a checkpoint), 2 a mistake in w
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.run",
         description="Distil several frozen vision teachers into one student.",
@@ -60,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
     # Imported here so that --help answers at once: torch and timm take seconds to load.
     from distill.recipe_io import describe_recipes, load_recipe
 

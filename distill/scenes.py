@@ -99,7 +99,6 @@ def _hit_box(o: np.ndarray, d: np.ndarray) -> _Hit:
 
 
 def _disc(o: np.ndarray, d: np.ndarray, height: float, radius: float) -> _Hit:
-    """A horizontal disc."""
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (height - o[:, 1]) / d[:, 1]
     point = _at(o, d, t)
@@ -286,7 +285,6 @@ DIR/scenes.json                                 names of classes and labels, see
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.scenes",
         description="Draw procedural scenes with class, mask and depth, for offline "

@@ -36,7 +36,6 @@ HIGH lie between.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.similarity",
         description="Linear CKA between teachers, with the papers' advice on which to combine.",
@@ -86,7 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
     import torch
 
     from contract.files import write_atomically
@@ -254,7 +252,6 @@ def judge(first: str, second: str, value: float) -> str:
 
 
 def _print_matrix(names: list[str], matrix, title: str) -> None:
-    """The matrix as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -275,7 +272,6 @@ def _print_spreads(names: list[str], rows: list[dict]) -> None:
 
 
 def _draw(path: Path, names: list[str], matrix) -> Path:
-    """The matrix as a picture."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -34,7 +34,6 @@ multiple of the student's stride works; memory grows with its square (a ViT's at
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.visualize",
         description="Picture the features of a trained student.",
@@ -56,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def visualize(args: argparse.Namespace) -> None:
-    """Draw every image of a parsed command line."""
     run = load_run(args.run)
     model = run.method.deploy()
     stride = model.student.stride

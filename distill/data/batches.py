@@ -37,13 +37,11 @@ class Batch(NamedTuple):
     skipped: list[Skipped]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its views on `device`."""
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
         return self._replace(views=views)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put the samples of every stream together."""
     views, pictures, numbers = {}, {}, {}
     for stream in dict.fromkeys(sample.stream for sample in samples):
         own = [sample for sample in samples if sample.stream == stream]

@@ -146,7 +146,6 @@ class CropDataset(Dataset):
         )
 
     def _cut(self, image: Image.Image, view: View, picture: int, number: int) -> dict[str, Tensor]:
-        """Every crop of one view of a decoded picture."""
         crops, boxes = [], []
         for crop in range(view.crops):
             rng = self._generator(view, picture, number, crop)

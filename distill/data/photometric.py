@@ -17,7 +17,7 @@ _Operation = Callable[[Tensor, np.random.Generator], Tensor]
 
 def photometric(crop: Tensor, recipe: str, rng: np.random.Generator) -> Tensor:
     """Apply the operations of `RECIPES[recipe]` to a uint8 crop [3, S, S], in their order."""
-    for operation in _RECIPES[recipe]:
+    for operation in RECIPES[recipe]:
         crop = operation(crop, rng)
     return crop
 
@@ -81,7 +81,7 @@ def _solarize(probability: float, threshold: int = 128) -> _Operation:
 _COLOUR = (_jitter(0.8, (0.4, 0.4, 0.2, 0.1)), _grayscale(0.2))
 _DINO_BLUR = (0.1, 2.0)
 
-_RECIPES: dict[str, tuple[_Operation, ...]] = {
+RECIPES: dict[str, tuple[_Operation, ...]] = {
     "none": (),
     # DINO's two global crops and its local ones (Caron et al. 2021, their released configuration)
     "dino_global_1": (*_COLOUR, _blur(1.0, _DINO_BLUR)),

@@ -95,11 +95,9 @@ class FolderPictures:
         return len(self.files)
 
     def name(self, number: int) -> str:
-        """Path of the file."""
         return self.files[number]
 
     def load(self, number: int) -> Image.Image:
-        """Decode the file."""
         return decode(Path(self.files[number]), TRUSTED, name=self.files[number])
 
     def fingerprint(self) -> str:
@@ -143,12 +141,10 @@ class WebDatasetPictures:
         return len(self.members)
 
     def name(self, number: int) -> str:
-        """Tar file and member."""
         tar, member, _, _ = self.members[number]
         return f"{self.tars[tar]}:{member}"
 
     def load(self, number: int) -> Image.Image:
-        """Decode the member's bytes."""
         tar, _, offset, size = self.members[number]
         # Keyed by process: a file descriptor shared with a forked worker is fine for pread, yet a
         # copy is tidier
@@ -158,11 +154,10 @@ class WebDatasetPictures:
         return decode(os.pread(self._open[key], size, offset), TRUSTED, name=self.name(number))
 
     def __getstate__(self) -> dict:
-        """Leave open files behind when sent to another process."""
+        # open files stay behind when the source is sent to another process
         return self.__dict__ | {"_open": {}}
 
     def fingerprint(self) -> str:
-        """Digest of the index."""
         return digest(self.members)
 
 
@@ -212,11 +207,9 @@ class PackagedPhotos:
         return len(self.files)
 
     def name(self, number: int) -> str:
-        """File name of the photograph."""
         return self.files[number].name
 
     def load(self, number: int) -> Image.Image:
-        """Decode the photograph, once in each process."""
         if number not in self._decoded:
             self._decoded[number] = decode(self.files[number], TRUSTED, name=self.name(number))
         return self._decoded[number]
@@ -227,7 +220,6 @@ class PackagedPhotos:
 
 
 def open_pictures(config: DataConfig) -> Pictures:
-    """Open the recipe's source of pictures."""
     match config.kind:
         case "packaged-photos":
             return PackagedPhotos()

@@ -46,7 +46,6 @@ data layouts (--data ROOT; ROOT/classification, ROOT/dense, … go before ROOT i
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.evaluate",
         description="Score a student, its heads and its teachers by the papers' protocols.",
@@ -99,7 +98,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
     # Imported here so that --help answers at once: torch and timm take seconds to load.
     from distill.evaluate.settings import describe_settings, load_settings
     from distill.evaluate.tasks import TASKS

@@ -167,5 +167,4 @@ class LinearCKA:
 
 
 def _accumulate(sums: dict, key: object, value: Tensor) -> None:
-    """Add `value` to `sums[key]`."""
     sums[key] = sums[key] + value if key in sums else value

@@ -82,8 +82,6 @@ class FinetuneConfig(Section):
 
 
 class ZeroShotConfig(Section):
-    """Classification by the nearest class embedding."""
-
     embeddings: str | None = Field(
         None,
         description="safetensors file: `embeddings` [C, d], and class names in its metadata as "
@@ -147,8 +145,6 @@ class DepthConfig(Section):
 
 
 class RetrievalConfig(Section):
-    """Instance retrieval with the revisited protocol."""
-
     size: Positive = Field(
         224, description="square input in pixels; rounded to the network's stride"
     )
@@ -179,8 +175,6 @@ class RobustnessConfig(Section):
 
 
 class RepresentationConfig(Section):
-    """Clusters and pictures of the features."""
-
     images: Positive = Field(
         10_000, description="pictures of the validation split that are looked at"
     )
@@ -189,8 +183,6 @@ class RepresentationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Everything a run of `distill.evaluate` can be told."""
-
     seed: int = 0
     extract: ExtractConfig = Field(default_factory=ExtractConfig)
     knn: KNNConfig = Field(default_factory=KNNConfig)

@@ -88,7 +88,6 @@ class ClassFolders:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Changes when the pictures do."""
         return stamp(self.root, self.files)
 
 

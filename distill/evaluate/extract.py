@@ -237,28 +237,26 @@ def _fits(values: Tensor, kind: str, name: str) -> np.ndarray:
 
 
 def _shard_range(shard: int, views: int, size: int) -> range:
-    """Numbers of the views in a shard."""
     return range(shard * size, min(views, (shard + 1) * size))
 
 
 def _shard_path(folder: Path, shard: int, kind: str) -> Path:
-    """File of one kind of features in a shard."""
     return folder / f"shard_{shard:06d}.{kind}.npy"
 
 
 def _keep(folder: Path, shard: int, arrays: dict[str, np.ndarray]) -> None:
-    """Write a shard, its marker last."""
     hashes = {}
     for kind, array in arrays.items():
         path = _shard_path(folder, shard, kind)
         write_atomically(path, lambda temporary, a=array: _save_array(temporary, a))
         hashes[kind] = file_sha256(path)
+    # written last: a shard without its marker does not count
     marker = folder / f"shard_{shard:06d}.json"
     write_atomically(marker, lambda temporary: temporary.write_text(json.dumps(hashes)))
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
-    """np.save under exactly this name."""
+    # a file object: given a path, np.save appends .npy to it
     with open(path, "wb") as file:
         np.save(file, array)
 

@@ -50,7 +50,6 @@ def depth_figure(
 
 
 def _grid(rows: list, titles: tuple[str, ...]) -> tuple[plt.Figure, np.ndarray]:
-    """A figure with a line of axes for every row."""
     size = (2.8 * len(titles), 2.7 * len(rows))
     figure, axes = plt.subplots(
         len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"

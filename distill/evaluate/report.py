@@ -71,12 +71,10 @@ def print_table(results: _Results) -> None:
 
 
 def _lower(name: str) -> bool:
-    """Whether smaller values of a score are better."""
     return any(word in name for word in _LOWER_IS_BETTER)
 
 
 def _best(results: _Results, task: str, name: str) -> float:
-    """The best value of a column."""
     values = [
         o[task].scores[name] for o in results.values() if task in o and name in o[task].scores
     ]

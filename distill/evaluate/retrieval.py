@@ -153,7 +153,6 @@ class _SquareViews:
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
     def fingerprint(self) -> str:
-        """Changes when the files do, or how they are cut."""
         files = stamp(self.root, [path for path, _ in self.pictures])
         return f"{files} square {self.side} {digest((box,) for _, box in self.pictures)}"
 
@@ -241,7 +240,6 @@ def _read_query(path: Path, name: str, entry: Any, size: int) -> _Query:
 
 
 def _read_json(path: Path) -> Any:
-    """Parse a JSON ground truth."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

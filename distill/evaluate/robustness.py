@@ -106,7 +106,6 @@ def mean_corruption_error(
 
 
 def _check_finite(logits: Tensor) -> None:
-    """Raise UserError where a logit is NaN or infinite."""
     if not logits.isfinite().all():
         raise UserError(
             "the classifier gives logits that are not finite: check its weights and precision"
@@ -165,7 +164,6 @@ class Pictures(Dataset):
         return centre_view(image, self.size, self.crop)
 
     def fingerprint(self) -> str:
-        """Changes when the files do, or how they are cut."""
         return f"{stamp(self.root, self.files)} centre {self.size} {self.crop}"
 
 

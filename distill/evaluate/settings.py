@@ -45,7 +45,6 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
 
 
 def describe_settings() -> str:
-    """Every key with its type, default and meaning."""
     rows = recipe_fields(EvaluationConfig)
     return "\n".join(
         f"  {key:28} {kind:22} {default:10} {meaning}".rstrip()

@@ -57,49 +57,40 @@ class Context:
 
     @cached_property
     def splits(self) -> FrozenSplits:
-        """Summaries and labels of both splits of the class folders."""
         return frozen_splits(self.encoder, self.data, self.config, self.cache)
 
 
 def _run_knn(c: Context) -> Outcome:
-    """k nearest neighbours."""
     return knn.evaluate(c.splits, c.config)
 
 
 def _run_linear(c: Context) -> Outcome:
-    """Linear probe; saves heads/classification.safetensors."""
     return linear_probe.evaluate(c.splits, c.config, c.folder, {**c.binding, "output": "summary"})
 
 
 def _run_finetune(c: Context) -> Outcome:
-    """Fine-tuning with layer decay."""
     return finetune.evaluate(c.encoder, c.data, c.config)
 
 
 def _run_zero_shot(c: Context) -> Outcome:
-    """Nearest class embedding."""
     return zero_shot.evaluate(c.encoder, c.data, c.config, c.cache)
 
 
 def _run_segmentation(c: Context) -> Outcome:
-    """Linear segmentation; saves heads/segmentation.safetensors."""
     return segmentation.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
 
 
 def _run_depth(c: Context) -> Outcome:
-    """Linear or DPT depth; saves heads/depth.safetensors."""
     return depth.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
 
 
 def _run_retrieval(c: Context) -> Outcome:
-    """Revisited Oxford and Paris."""
     return retrieval.evaluate(
         c.encoder, family_root(c.data, "retrieval"), c.config, c.folder, c.cache
     )
 
 
 def _run_video(c: Context) -> Outcome:
-    """DAVIS label propagation."""
     return video.evaluate(c.encoder, family_root(c.data, "video"), c.config, c.folder)
 
 

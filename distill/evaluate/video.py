@@ -103,7 +103,6 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
 
 
 def _average(rows: list[dict]) -> dict[str, float]:
-    """Mean of each measure over objects."""
     return {key: float(np.mean([row[key] for row in rows])) for key in ("J", "F", "J recall")}
 
 

@@ -108,7 +108,6 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
-    """Find the state dict inside what a training script saved."""
     for _ in range(len(_CONTAINERS)):
         if not isinstance(loaded, dict):
             break
@@ -221,6 +220,5 @@ def load_into(
 
 
 def _classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of a timm model's classifier parameters."""
     names = getattr(model, "default_cfg", {}).get("classifier") or "head"
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

@@ -53,7 +53,6 @@ class Teacher(nn.Module):
 
     @property
     def label(self) -> str:
-        """Name in outputs and logs."""
         return self.config.label
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -148,7 +147,6 @@ class Teacher(nn.Module):
         return patches if prefix is None else torch.cat((prefix, patches), dim=1)
 
     def fingerprint(self) -> str:
-        """Hex digest of the weights."""
         return tensors_sha256(self.net.state_dict())
 
 

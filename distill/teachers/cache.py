@@ -62,7 +62,6 @@ class TeacherCache:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
         return -(-self.slots // self.shard_size)
 
     def size_of(self, shard: int) -> int:
@@ -70,7 +69,6 @@ class TeacherCache:
         return min(self.shard_size, self.slots - shard * self.shard_size)
 
     def missing(self) -> list[int]:
-        """Shards without a marker."""
         return [shard for shard in range(self.shards) if not self._path(shard, "ok").exists()]
 
     def claim(self, key: dict) -> None:

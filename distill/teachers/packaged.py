@@ -170,7 +170,6 @@ def _check_name(name: str) -> None:
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("VFM_DISTILL_CACHE") or Path(home) / "vfm-distill")
 

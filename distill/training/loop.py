@@ -363,7 +363,6 @@ def _get_rng(device: torch.device) -> dict[str, Tensor]:
 
 
 def _set_rng(state: dict[str, Tensor], device: torch.device) -> None:
-    """Inverse of `_get_rng`."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -236,7 +236,6 @@ def _compare(
 def _print_schedule(
     console: Console, recipe: Recipe, schedule: Schedule, images: int | None
 ) -> None:
-    """Print steps and epochs."""
     train = recipe.train
     if images is None:
         console.print(f"steps        {train.steps or 'unknown: the number of images is'}")
