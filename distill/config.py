@@ -279,7 +279,7 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """Resumable state, written beside the final weights."""
+    """Resumable state; the final weights are a file of their own."""
 
     every_steps: Positive = Field(1000, description="steps between two checkpoints")
     keep: Positive = Field(2, description="newest checkpoints kept")

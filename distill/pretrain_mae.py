@@ -1,9 +1,9 @@
-"""`python -m distill.pretrain_mae`: make the small masked-autoencoder teacher of the quickstart
+"""`python -m distill.pretrain_mae`: train the small masked-autoencoder teacher of the quickstart
 from real photographs.
 
 MAE (He et al., 2022): three quarters of the patches are hidden, the encoder sees the rest, a light
-decoder paints the hidden ones, and the loss is the squared error of their normalised pixels. The
-decoder is thrown away.
+decoder predicts the hidden ones, and the loss is the squared error of their normalised pixels. The
+decoder is discarded.
 """
 
 import json
@@ -46,9 +46,7 @@ example (how the shipped file was made; about fifteen minutes on one core):
 
 
 class _TrainingHalf:
-    """The left 70 % of every photograph, or (`held_out`) the right 30 %: few pictures, yet no pixel
-    in both.
-    """
+    """The left 70 % of every photograph, or (`held_out`) the right 30 %: no pixel is in both."""
 
     def __init__(self, pictures: Pictures, held_out: bool) -> None:
         self.pictures, self.held_out = pictures, held_out
@@ -71,7 +69,7 @@ class _TrainingHalf:
 
 
 class MaskedAutoencoder(nn.Module):
-    """A timm ViT encoder that skips hidden patches, and a two-block decoder that paints them."""
+    """A timm ViT encoder that skips hidden patches, and a two-block decoder that predicts them."""
 
     def __init__(self, width: int = 96, depth: int = 2, heads: int = 3) -> None:
         super().__init__()
@@ -150,9 +148,11 @@ def _pretrain(
 ) -> None:
     """Train for a number of steps, report, and write the encoder to a safetensors file."""
     if steps < 1:
-        raise UserError(f"--steps {steps}: at least one")
+        raise UserError(f"--steps {steps} is too small: use 1 or more")
     if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent} (make it first)")
+        raise UserError(
+            f"--output {output}: folder {output.parent} does not exist (create it first)"
+        )
     torch.manual_seed(seed)
     data = DataConfig(kind="packaged-photos", crop_scale=_SCALE, repeats=batch)
     pictures = open_pictures(data)
@@ -208,7 +208,7 @@ def _pretrain(
 
 @torch.no_grad()
 def _draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Path) -> None:
-    """Held-out crops, what the encoder saw of them, and what the decoder painted in, as one PNG."""
+    """Write held-out crops, their visible patches and their reconstructions as one PNG."""
     held_out = _TrainingHalf(pictures, held_out=True)
     crops = torch.stack([centre_crop(held_out.load(i), SIZE) for i in range(min(6, len(held_out)))])
     images = Preprocess(SIZE, _MEAN, _STD)(crops)
@@ -217,8 +217,8 @@ def _draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Pa
     pixels = patchify(crops.float() / 255)
     mean, deviation = pixels.mean(-1, keepdim=True), pixels.std(-1, keepdim=True)
     shown = torch.where(mask[..., None] > 0, 0.5 * torch.ones_like(pixels), pixels)
-    # The target is normalised per patch: its own mean and deviation are lent to the prediction for
-    # display.
+    # The target is normalised per patch: the prediction is shown with the patch's own mean and
+    # deviation.
     filled = torch.where(mask[..., None] > 0, painted * deviation + mean, pixels)
     figure, axes = plt.subplots(3, len(crops), figsize=(2 * len(crops), 6.4), layout="constrained")
     side = SIZE // PATCH

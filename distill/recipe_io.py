@@ -26,16 +26,16 @@ PLAIN_WORDS = {
     "tuple_type": "Input should be a list",
     "too_long": "too many values",
 }
-"""What pydantic says in Python's words, in YAML's."""
+"""Pydantic's messages about Python types, reworded for YAML."""
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given
-    twice.
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 requires 1.0e-4) and refuses
+    duplicate keys.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Build a mapping; YAML itself would let the last of two equal keys win in silence."""
+        """Build a mapping; YAML itself would silently use the last of two equal keys."""
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -47,7 +47,7 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Its counterpart, which quotes a string that RecipeLoader would take for a number."""
+    """Safe YAML that quotes a string which `RecipeLoader` would read as a number."""
 
 
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
@@ -74,7 +74,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise UserError(
-            f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or give a .yaml "
+            f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or use a .yaml "
             "file)"
         )
     try:
@@ -87,7 +87,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"recipe {path} is no text file: give a .yaml file or a shipped name"
+            f"recipe {path} is not a text file: use a .yaml file or a shipped name"
         ) from error
     return parse_recipe(text, str(path), overrides)
 
@@ -148,7 +148,7 @@ def _apply_override(values: dict, override: str) -> str:
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"'{override}' is no override: write key=value, e.g. train.steps=100")
+        raise UserError(f"'{override}' is not an override: write key=value, e.g. train.steps=100")
     parts = key.split(".")
     _check_key(key, len(values["teachers"]) if isinstance(values.get("teachers"), list) else 0)
     try:
@@ -174,7 +174,7 @@ def _apply_override(values: dict, override: str) -> str:
 
 
 def _check_key(key: str, teachers: int) -> None:
-    """Raise UserError, naming the nearest key, unless `key` is a field, a section, or lies in a
+    """Raise UserError, naming the nearest key, unless `key` is a field, a section, or inside a
     free mapping.
     """
     parts = key.split(".")
@@ -185,7 +185,7 @@ def _check_key(key: str, teachers: int) -> None:
                 raise UserError(f"unknown key '{key}': {hint}")
             count = "1 teacher" if teachers == 1 else f"{teachers} teachers"
             raise UserError(
-                f"{key}: the recipe has {count}, numbered from 0; '{parts[1]}' is none of them"
+                f"{key}: the recipe has {count}, numbered from 0; '{parts[1]}' is not one of them"
             )
         parts[1] = "N"
     pattern = ".".join(parts)
@@ -197,8 +197,8 @@ def _check_key(key: str, teachers: int) -> None:
 
 
 def _suggest_key(key: str) -> str:
-    """Name the nearest dotted key: a like one, one with the same last part, or what its section
-    holds.
+    """Name the nearest dotted key: a similar one, one with the same last part, or those of its
+    section.
     """
     parts = key.split(".")
     number = parts[1] if parts[0] == "teachers" and len(parts) > 1 else "N"
@@ -217,12 +217,12 @@ def _explain(error: ValidationError) -> str:
     """The first problem of a validation in one line: dotted key, value, what is wrong with it."""
     problems = error.errors()
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    if unknown:  # first of all: a misspelt key also leaves the right one missing
+    if unknown:  # first, because a misspelt key also leaves the right one missing
         key = _dotted(unknown[0]["loc"])
         return f"unknown key '{key}': {_suggest_key(key)}"
     first = _dotted(problems[0]["loc"])
-    # A field of several types (int | 'auto') has one problem for each; the deepest says most ([a,
-    # 3]: item 1).
+    # A field of several types (int | 'auto') has one problem for each; the deepest is the most
+    # specific ([a, 3]: item 1).
     problems = [
         p
         for p in problems
@@ -242,10 +242,10 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key and not message.startswith(key) else message
     text = [PLAIN_WORDS.get(p["type"], p["msg"]).split(", unable to")[0] for p in problems]
-    wanted = " or ".join(
+    expected = " or ".join(
         dict.fromkeys([text[0], *(words.removeprefix("Input should be ") for words in text[1:])])
     )
-    return f"{key} = {show(problem['input'])}: {wanted}"
+    return f"{key} = {show(problem['input'])}: {expected}"
 
 
 def _dotted(location: Sequence[str | int]) -> str:
@@ -274,7 +274,7 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def show(value: Any, limit: int = 80) -> str:
-    """A value as YAML would have it, on one line and not too long."""
+    """A value as YAML on one line, cut to `limit` characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -331,7 +331,7 @@ def recipe_fields(
 
 
 def _type_text(annotation: Any) -> str:
-    """A field's type in YAML's words: "int | auto", "[float, float]", "mapping"."""
+    """A field's type in YAML's terms: "int | auto", "[float, float]", "mapping"."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type_text(inner[0])

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if not args.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder} already holds files: add --resume to continue that run, or choose another "
+            f"{folder} already has files: add --resume to continue that run, or choose another "
             "--output"
         )
 
@@ -107,7 +107,7 @@ def _recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
     stored = folder / "recipe.yaml"
     if not stored.is_file():
         raise UserError(
-            f"{folder} holds no run to resume (no recipe.yaml): leave out --resume, or check "
+            f"{folder} has no run to resume (recipe.yaml is missing): remove --resume, or check "
             "--output"
         )
     before = load_recipe(str(stored), [])
@@ -122,8 +122,8 @@ def _recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
             key, old, new = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
-                f"{key} is {old} in {stored}, {new} was asked{more}: a resumed run keeps its "
-                "recipe (drop the change, or start anew in another --output)"
+                f"{key} is {old} in {stored}, but {new} was given{more}: a resumed run keeps its "
+                "recipe (remove the change, or start a new run in another --output)"
             )
         return now
     return before
@@ -136,7 +136,7 @@ _FREE_TO_CHANGE = {
     "checkpoint.every_steps",
     "checkpoint.keep",
 }
-"""Keys that do not touch the result, so a resumed run may set them anew."""
+"""Keys that do not affect the result, so a resumed run may change them."""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Procedural scenes with exact labels: textured solids on a floor, with class, mask and metric
 depth.
 
-`python -m distill.scenes --output DIR` writes them. They let dense heads be trained and dense tasks
-be tested where no labelled photographs are at hand. They are drawings, never a stand-in for real
-data in a result.
+`python -m distill.scenes --output DIR` writes them. They serve to train dense heads and to test dense
+tasks without labelled photographs. They are drawings: results need real data.
 
 Every scene is a pure function of (seed, number, size). One ray a sample, cast from a camera 1.2-1.8
 m above the floor; the ray's parameter is the depth along the optical axis, in metres, as depth
@@ -287,8 +286,7 @@ DIR/scenes.json                                 names of classes and labels, see
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandLine(
         prog="python -m distill.scenes",
-        description="Draw procedural scenes with class, mask and depth, for offline "
-        "demonstrations and tests.",
+        description="Draw procedural scenes with class, mask and depth, for demos and tests.",
         epilog=EPILOG,
     )
     parser.add_argument(
@@ -315,9 +313,9 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
         ("--seed", seed, 0),
     ):
         if value < least:
-            raise UserError(f"{name} {value} is too small: give {least} or more")
+            raise UserError(f"{name} {value} is too small: use {least} or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds files: choose another --output")
+        raise UserError(f"{folder} already has files: choose another --output")
     with new_folder(folder, f"--output {folder}") as aside:
         for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
             for number in track(
@@ -347,7 +345,7 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, making its folder; light compression, these files are read more than kept."""
+    """Write a PNG, making its folder; light compression, as reading speed matters more than size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, compress_level=1)
 

@@ -1,7 +1,7 @@
-"""`python -m distill.similarity`: how alike teachers are, by linear CKA, before a GPU day is spent
-on distilling them.
+"""`python -m distill.similarity`: compare teachers by linear CKA before spending a GPU day on
+distilling them.
 
-SeFA finds that students surpass their teachers where these agree moderately (linear CKA of about
+SeFA reports that students surpass their teachers where these agree moderately (linear CKA of about
 0.5, best 0.50-0.54), and fall behind where they agree too much (0.8: nothing to add) or too little
 (0.2: conflicting signals); its Tables 8, 9.
 """
@@ -102,9 +102,9 @@ def run(args: argparse.Namespace) -> int:
         ("--size", args.size or 32, 32),
     ):
         if value < least:
-            raise UserError(f"{name} {value} is too small: give {least} or more")
+            raise UserError(f"{name} {value} is too small: use {least} or more")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here (use --device cpu)")
+        raise UserError("--device cuda: no CUDA device is available (use --device cpu)")
     deployment = finished = None
     if args.teachers:
         names = args.teachers
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         deployment = finished.method.deploy() if finished else None
         names = [teacher.label for teacher in recipe.teachers]
     if len(set(names)) < 2 or len(set(names)) < len(names):
-        raise UserError(f"--teachers {' '.join(names)}: give two or more different networks")
+        raise UserError(f"--teachers {' '.join(names)}: choose at least two different networks")
     kind = {"kind": "folder", "path": str(args.data)} if args.data else {"kind": "packaged-photos"}
     pictures = open_pictures(DataConfig(**kind))
     count = min(args.images, len(pictures))
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         encoder.to(place)
         encoder.image_size = encoder.fit(args.size or encoder.image_size)
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
-    cka, spreads = _look(encoders, deployment, pictures, numbers, args.on, args.batch_size)
+    cka, spreads = _compare(encoders, deployment, pictures, numbers, args.on, args.batch_size)
     matrix = cka.matrix(debiased=not args.biased)
     rows = teacher_variance(
         {
@@ -152,8 +152,7 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(advice))
     if len(numbers) < 1000:
         print(
-            f"note      {len(numbers)} pictures tell little; 1000 or more of your own data make "
-            "these numbers firm"
+            f"note      {len(numbers)} pictures give a rough estimate: use 1000 or more of your own data"
         )
     _print_spreads(teachers, rows)
     result = {
@@ -169,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make {args.output}: {error.strerror} (choose another --output)"
+            f"cannot create {args.output}: {error.strerror} (choose another --output)"
         ) from error
     path = args.output / "similarity.json"
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
@@ -178,7 +177,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):
+def _compare(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):
     """CKA sums and feature spreads of all encoders over the same pictures, in one pass.
 
     Maps are brought to the coarsest of their grids, so that row i of every network is the same
@@ -197,12 +196,12 @@ def _look(encoders: dict, deployment, pictures, numbers: list[int], on: str, bat
 
     cka, spreads = CKAMatrix(), defaultdict(lambda: defaultdict(Spread))
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    for batch in track(batches, description="looking", disable=not sys.stdout.isatty()):
+    for batch in track(batches, description="features", disable=not sys.stdout.isatty()):
         try:
             photos = [pictures.load(number) for number in batch]
         except UnreadableImage as error:
             raise UserError(
-                f"{error.name} cannot be read ({error.reason}): mend or remove it"
+                f"{error.name} cannot be read ({error.reason}): repair or remove it"
             ) from error
         result = {}
         with torch.inference_mode():
@@ -236,13 +235,12 @@ def judge(first: str, second: str, value: float) -> str:
     """One line of advice on a pair by SeFA's regimes."""
     if value < _LOW:
         message = (
-            "low: they pull the student apart; the paper's students then fall behind the better "
-            "teacher"
+            "low: their signals conflict; in the paper such students fall behind the better teacher"
         )
     elif value > _HIGH:
         message = (
             "high: one adds little to the other; keep the better, or add a third of moderate "
-            "likeness"
+            "similarity"
         )
     elif _BEST_FROM <= value <= _BEST_TO:
         message = "moderate, in the paper's best range (0.50-0.54): combine them"
@@ -265,7 +263,7 @@ def _print_matrix(names: list[str], matrix, title: str) -> None:
 
 
 def _print_spreads(names: list[str], rows: list[dict]) -> None:
-    """Feature spreads a line each: KPU's measure of how unlike in scale the teachers are."""
+    """Feature spreads a line each: KPU's measure of how much the teachers' scales differ."""
     for row in rows:
         listed = ", ".join(f"{name} {row[name]:.3g}" for name in names)
         print(f"spread    {row['space']}: {listed}; largest over smallest {row['max/min']:.2f}")

@@ -1,4 +1,4 @@
-"""`python -m distill.visualize`: what a student sees, as pictures (UMT Figures 1, 3 and 4)."""
+"""`python -m distill.visualize`: pictures of a student's features (UMT Figures 1, 3 and 4)."""
 
 import argparse
 import sys

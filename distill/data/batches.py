@@ -27,7 +27,7 @@ _Key = tuple[str, int, int]
 
 
 class Batch(NamedTuple):
-    """`views` by name: uint8 [crops * B, 3, S, S], crop by crop, and what else a view asked for;
+    """`views` by name: uint8 [crops * B, 3, S, S], crop by crop, and what else a view requests;
     `pictures` and `numbers` [B] (which view of them) by stream; and what was skipped.
     """
 
@@ -109,8 +109,8 @@ class StreamBatches(Sampler[list[_Key]]):
         entropy = [self.seed, epoch]
         if stream != MAIN:
             entropy.insert(1, zlib.crc32(stream.encode()))
-        # Two words of entropy mixed into one seed, so that neighbouring seeds and epochs share no
-        # permutation
+        # Two words of entropy mixed into one seed, so that neighbouring seeds and epochs never have
+        # the same permutation
         mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
         return torch.randperm(self.pictures * self.repeats, generator=generator)
@@ -135,7 +135,7 @@ def _check_batch_size(
 
 
 def prepare_worker(worker: int) -> None:
-    """One thread a worker; Ctrl-C is the parent's to answer, SIGTERM means what it always does."""
+    """Use one thread per worker, leave Ctrl-C to the parent and keep the default SIGTERM."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -186,5 +186,5 @@ class CorruptLedger:
             raise UserError(
                 f"{len(self.reasons)} of {self.pictures} pictures are unreadable, more than "
                 f"data.max_corrupt_fraction = {self.max_fraction:g}; the first is {name} "
-                f"({reason}): mend them or raise the limit"
+                f"({reason}): repair them or raise the limit"
             )

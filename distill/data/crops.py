@@ -1,7 +1,7 @@
 """From pictures to crops: every crop is a pure function of (seed, picture, view, crop).
 
-A method declares the `View`s it needs; whoever looks at a view, student or teacher, resizes and
-normalises its crops for itself, on the device.
+A method declares the `View`s it needs; the student and the teachers that use a view resize and
+normalise its crops themselves, on the device.
 """
 
 import math
@@ -99,7 +99,7 @@ class View(NamedTuple):
 
 class Sample(NamedTuple):
     """The crops of one picture of one stream: `views` by name, each [crops, …]; the picture and the
-    number of the view that were requested; what had to be skipped on the way.
+    number of the view that were requested; what had to be skipped.
     """
 
     stream: str

@@ -1,7 +1,7 @@
 """Where pictures come from: a folder, WebDataset tar files, or the photographs that Python packages
 carry.
 
-A source knows how many pictures it has, names each, loads each as RGB by number, and has a
+A source has a length, names each picture, loads each as RGB by number, and has a
 fingerprint. Random access by number is what lets a run resume in the middle of an epoch with the
 very same pictures to come.
 """
@@ -88,7 +88,7 @@ class FolderPictures:
         self.files = sorted(result)
         if not self.files:
             raise UserError(
-                f"data.path = {self.folder} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+                f"data.path = {self.folder} has no images ({', '.join(IMAGE_SUFFIXES)})"
             )
 
     def __len__(self) -> int:
@@ -146,8 +146,8 @@ class WebDatasetPictures:
 
     def load(self, number: int) -> Image.Image:
         tar, _, offset, size = self.members[number]
-        # Keyed by process: a file descriptor shared with a forked worker is fine for pread, yet a
-        # copy is tidier
+        # Keyed by process: a file descriptor shared with a forked worker would work with pread, but
+        # each process opens its own
         key = (os.getpid(), tar)
         if key not in self._open:
             self._open[key] = os.open(self.tars[tar], os.O_RDONLY)
@@ -228,7 +228,7 @@ def open_pictures(config: DataConfig) -> Pictures:
         case "folder":
             if isinstance(config.path, list):
                 raise UserError(
-                    "data.path is a list, data.kind = folder takes one folder (or set "
+                    "data.path is a list, but data.kind = folder takes one folder (or set "
                     "data.kind=webdataset)"
                 )
             return FolderPictures(config.path)

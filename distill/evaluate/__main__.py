@@ -1,6 +1,4 @@
-"""`python -m distill.evaluate`: the papers' protocols, on a student or any teacher, in the same
-way.
-"""
+"""`python -m distill.evaluate`: the papers' protocols, applied to a student or any teacher."""
 
 import argparse
 import logging
@@ -32,7 +30,7 @@ Exit status: 0 done, 2 a mistake in what was asked, 1 a failure.
 NAMES = (
     "knn", "linear", "finetune", "zero-shot", "segmentation", "depth", "retrieval", "video", "robustness", "clusters",
 )  # fmt: skip
-"""Of the tasks; a copy for --help, which must not wait for torch to load (a test compares it)."""
+"""Names of the tasks: a copy, because --help must not wait for torch (a test compares them)."""
 
 _LAYOUTS = """\
 data layouts (--data ROOT; ROOT/classification, ROOT/dense, … go before ROOT itself where they exist):
@@ -125,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     from distill.evaluate.tasks import Context
 
     output = args.output or _default_output(args.model)
-    read_scores(output / "evaluation.json")  # a damaged file is said before the work, not after
+    read_scores(output / "evaluation.json")  # report a damaged file before the work, not after
     rows = open_rows(
         args.model,
         args.features.split(","),
@@ -149,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
             )
             outcome = TASKS[task].run(context)
             about["network"] = context.binding | {"device": str(row.encoder.device)}
-            # after every task: a long evaluation that is stopped keeps what it has found
+            # after every task, so that an interrupted evaluation keeps its results so far
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)
             results[row.name][task] = outcome
     picture = draw_scores(output / "scores.png", results)
@@ -161,9 +159,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"scores    {written}")
     print(f"picture   {picture}")
     if Path(args.model).is_dir():
-        print(
-            "next      see how alike its teachers are, or score it on your own labelled pictures:"
-        )
+        print("next      compare its teachers, or score it on your own labelled pictures:")
         print(f"  python -m distill.similarity --run {args.model}")
         print(
             f"  python -m distill.evaluate {args.model} --data ROOT --tasks knn,linear    "

@@ -101,7 +101,7 @@ class DenseConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     loss_stride: Positive = Field(
         4,
-        description="pixels between two points the training loss looks at; scores are taken at "
+        description="pixels between two points of the training loss; scores are computed at "
         "every pixel",
     )
     warmup: _Share = Field(
@@ -115,7 +115,9 @@ class SegmentationConfig(Section):
     classes: Positive | None = Field(
         None, description="number of classes; default: the largest label + 1"
     )
-    ignore: NonNegative = Field(255, description="label that is neither learnt nor counted")
+    ignore: NonNegative = Field(
+        255, description="label of pixels that are neither trained on nor scored"
+    )
     zero: Literal["auto", "class", "ignore"] = Field(
         "auto",
         description="meaning of label 0; auto: ignored in ADE20K's layout (its classes start at "
@@ -130,9 +132,9 @@ class DepthConfig(Section):
         "linear", description="linear on the last patches, or DPT on four layers"
     )
     bins: Positive = Field(256, description="depth candidates, evenly spaced")
-    min_depth: _Above0 = Field(1e-3, description="metres; nearer pixels do not count")
-    max_depth: _Above0 = Field(10.0, description="metres; farther pixels do not count")
-    scale: _Above0 = Field(1000.0, description="integer depth files hold metres times this")
+    min_depth: _Above0 = Field(1e-3, description="metres; nearer pixels are ignored")
+    max_depth: _Above0 = Field(10.0, description="metres; farther pixels are ignored")
+    scale: _Above0 = Field(1000.0, description="integer depth files contain metres times this")
     crop: Literal["none", "eigen"] = Field(
         "none", description="eigen: NYUv2's customary inner rectangle"
     )
@@ -140,7 +142,7 @@ class DepthConfig(Section):
     backbone_lr: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="DPT: the backbone's rate over the head's (the papers' source uses 0.1); "
-        "0 keeps it frozen, without which the head cannot be served beside others",
+        "0 keeps it frozen; a head on a trained backbone cannot be served with other heads",
     )
 
 
@@ -156,7 +158,7 @@ class VideoConfig(Section):
     size: Positive = Field(
         480, description="shorter side in pixels; rounded to the network's stride"
     )
-    frames: Positive = Field(7, description="previous frames looked at, beside the first")
+    frames: Positive = Field(7, description="previous frames used, in addition to the first")
     neighbours: Positive = Field(5, description="source patches that give a patch its label")
     radius: NonNegative = Field(
         12, description="patches searched in every direction; 0: everywhere"
@@ -175,9 +177,7 @@ class RobustnessConfig(Section):
 
 
 class RepresentationConfig(Section):
-    images: Positive = Field(
-        10_000, description="pictures of the validation split that are looked at"
-    )
+    images: Positive = Field(10_000, description="pictures of the validation split that are used")
     tsne_images: Positive = Field(2_000, description="of these, points in the t-SNE picture")
     perplexity: _Above0 = 30.0
 

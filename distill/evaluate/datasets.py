@@ -1,7 +1,7 @@
 """Labelled data on disk: class folders, and pictures paired with masks or depth maps.
 
 `--data PATH` is one root for all tasks; a task family's own subfolder (`classification`, `dense`,
-`retrieval`, `video`, `robustness`) goes before the root itself where it exists.
+`retrieval`, `video`, `robustness`) is used instead of the root itself if it exists.
 """
 
 import os
@@ -26,7 +26,7 @@ _DEPTHS = ("depth", "depths")
 
 
 def family_root(data: Path, family: str) -> Path:
-    """`data/family` where there is one, else `data`; raises UserError where `data` is no folder."""
+    """`data/family` if it exists, else `data`; raises UserError if `data` is not a folder."""
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
     own = data / family
@@ -57,14 +57,12 @@ def stamp(root: Path, files: Sequence[Path | str]) -> str:
 
 
 def read_picture(path: Path | str) -> Image.Image:
-    """Decode a picture; a score over less than the whole data set would be wrong, so raises
-    UserError if it fails.
-    """
+    """Decode a picture; raises UserError if it fails, as a score over part of a data set is wrong."""
     try:
         return decode(Path(path), TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(
-            f"{path} cannot be read ({error.reason}): mend or remove it, scores need every picture"
+            f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every picture"
         ) from error
 
 
@@ -96,7 +94,7 @@ def open_classes(
 ) -> ClassFolders:
     """Open `DATA/split/CLASS/*`; `classes` fixes the numbering (that of the training split, say).
 
-    Raises UserError for a missing or empty split, one class only, or a class that `classes` lacks.
+    Raises UserError for a missing or empty split, one class only, or a class that is not in `classes`.
     """
     root = family_root(data, "classification")
     folder = _split_folder(root, split)
@@ -112,18 +110,18 @@ def open_classes(
         if unknown:
             raise UserError(
                 f"{folder / unknown[0]}: the training split has no class '{unknown[0]}' (remove "
-                "one of them)"
+                "the folder, or add it to the training split)"
             )
     numbering = tuple(classes or names)
     if len(numbering) < 2:
         raise UserError(
-            f"{folder} has {len(numbering)} class folders: classification needs two or more"
+            f"{folder} has {len(numbering)} class folders: classification needs at least two"
         )
     files, labels = [], []
     for name in names:
-        result = _files_below(folder / name)
-        files += map(str, result)
-        labels += [numbering.index(name)] * len(result)
+        pictures = _files_below(folder / name)
+        files += map(str, pictures)
+        labels += [numbering.index(name)] * len(pictures)
     if not files:
         raise UserError(
             f"{folder} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … below its class folders"
@@ -131,7 +129,7 @@ def open_classes(
     present = len(set(labels))
     if split == "train" and present < 2:
         raise UserError(
-            f"{folder} has pictures of {present} class only: classification needs two or more"
+            f"{folder} has pictures of only {present} class: classification needs at least two"
         )
     return ClassFolders(root, tuple(files), np.array(labels, np.int64), numbering)
 
@@ -161,40 +159,38 @@ def open_pairs(
 
     - `SPLIT/images/*` with `SPLIT/masks/*` or `SPLIT/depth/*`
     - `images/SPLIT/*` with `annotations/SPLIT/*` (ADE20K) or `depth/SPLIT/*`
-    - `SPLIT/SCENE/rgb_*.jpg` beside `SPLIT/SCENE/sync_depth_*.png` (NYUv2's official splits)
+    - `SPLIT/SCENE/rgb_*.jpg` with `SPLIT/SCENE/sync_depth_*.png` (NYUv2's official splits)
 
     A map has its picture's name, with .png or .npy. Raises UserError for a missing split or
     unmatched files.
     """
     root = family_root(data, "dense")
-    wanted = _MASKS if kind == "masks" else _DEPTHS
+    map_folders = _MASKS if kind == "masks" else _DEPTHS
     folder = _split_folder(root, split)
     for above, below in ((folder, None), (root, split)):
         if above is None:
             continue
         pictures = _subfolder(above, _PICTURES, below)
-        maps = _subfolder(above, wanted, below)
+        maps = _subfolder(above, map_folders, below)
         if pictures and maps:
             return _match(root, pictures, maps, ade=below is not None and _is_ade(maps))
-    if folder and kind == "depth" and (result := _files_below_pattern(folder, "rgb_*")):
+    if folder and kind == "depth" and (pictures := _files_below_pattern(folder, "rgb_*")):
         maps = [
             path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png")
-            for path in result
+            for path in pictures
         ]
         missing = [path for path in maps if not path.is_file()]
         if missing:
             raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
-        return Pairs(root, tuple(result), tuple(maps), ade=False)
+        return Pairs(root, tuple(pictures), tuple(maps), ade=False)
     raise UserError(
         f"--data {root} has no {split} split of pictures with {kind}: make {root / split}/images/* "
-        f"and {root / split}/{wanted[0]}/*.png"
+        f"and {root / split}/{map_folders[0]}/*.png"
     )
 
 
 def _is_ade(maps: Path) -> bool:
-    """Whether a folder of maps lies as in ADE20K: annotations/training and
-    annotations/validation.
-    """
+    """Whether a folder of maps has ADE20K's layout: annotations/{training,validation}."""
     return maps.parent.name == "annotations" and maps.name in ("training", "validation")
 
 
@@ -204,7 +200,7 @@ def _files_below_pattern(folder: Path, pattern: str) -> list[Path]:
 
 
 def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | None:
-    """The first of several folder names (and its split folder, if one is asked) that exists."""
+    """The first of several folder names (and its split folder, if `split` is given) that exists."""
     for name in names:
         folder = above / name
         if folder.is_dir():
@@ -221,21 +217,21 @@ def _match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
         path.relative_to(maps).with_suffix(""): path
         for path in _files_below(maps, (".png", ".npy", ".tif"))
     }
-    result = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
-    lacking = [path for path, other in zip(files, result, strict=True) if other is None]
-    if lacking:
+    matches = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
+    unmatched = [path for path, other in zip(files, matches, strict=True) if other is None]
+    if unmatched:
         raise UserError(
-            f"{lacking[0]} has no map of its name in {maps} (.png or .npy): {len(lacking)} of "
-            f"{len(files)} lack one"
+            f"{unmatched[0]} has no map of the same name in {maps} (.png or .npy): "
+            f"{len(unmatched)} of {len(files)} are missing"
         )
-    return Pairs(root, tuple(files), tuple(result), ade)
+    return Pairs(root, tuple(files), tuple(matches), ade)
 
 
 def label_names(pairs: Pairs, classes: int) -> list[str]:
-    """Names of the labels from `classes.txt` (a line each) or ADE20K's objectInfo150.txt beside the
-    data, else numbers.
+    """Names of the labels from `classes.txt` (a line each) or ADE20K's objectInfo150.txt in the
+    data root, else numbers.
 
-    Raises UserError where the names are not as many as the classes.
+    Raises UserError if the number of names is not the number of classes.
     """
     for name in ("classes.txt", "objectInfo150.txt"):
         path = pairs.root / name
@@ -249,7 +245,7 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
             names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
         if len(names) != classes:
             raise UserError(
-                f"{path} names {len(names)} classes, the masks have {classes}: mend it, or set "
+                f"{path} names {len(names)} classes, but the masks have {classes}: correct it, or set "
                 "segmentation.classes"
             )
         return names
@@ -270,18 +266,18 @@ def map_size(path: Path) -> tuple[int, int]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}): mend or remove it"
+            f"{path} cannot be read ({first_line(error)}): repair or remove it"
         ) from error
 
 
 def read_matched(pairs: Pairs, number: int) -> Image.Image:
-    """Picture `number`; raises UserError where its size is not its map's."""
+    """Picture `number`; raises UserError if its size differs from its map's."""
     picture, path = read_picture(pairs.pictures[number]), pairs.maps[number]
     width, height = map_size(path)
     if (width, height) != picture.size:
         raise UserError(
-            f"{path} is {width}x{height}, its picture {picture.width}x{picture.height}: they must "
-            "be of one size"
+            f"{path} is {width}x{height}, but its picture is {picture.width}x{picture.height}: "
+            "resize one of them"
         )
     return picture
 
@@ -298,7 +294,7 @@ def _read_map(path: Path) -> np.ndarray:
             values = np.asarray(image)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}): mend or remove it"
+            f"{path} cannot be read ({first_line(error)}): repair or remove it"
         ) from error
     if values.ndim != 2:
         raise UserError(
@@ -308,28 +304,28 @@ def _read_map(path: Path) -> np.ndarray:
 
 
 IGNORED = -1
-"""What pixels that do not count hold after reading, whatever the files put there."""
+"""Label of ignored pixels after reading, whatever their label in the file."""
 
 
 def read_mask(
     pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: int
 ) -> np.ndarray:
-    """Labels [H, W] int64, `IGNORED` where the file holds `ignore`; with `shift` also where it
-    holds 0, and one less elsewhere (ADE20K).
+    """Labels [H, W] int64, `IGNORED` where the file has `ignore`; with `shift` also where it
+    has 0, and one less elsewhere (ADE20K).
 
-    Raises UserError for labels that are no integers, or not below `classes`.
+    Raises UserError for labels that are not integers, or not below `classes`.
     """
     path = pairs.maps[number]
     values = _read_map(path)
     if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
-        raise UserError(f"{path} holds {values.dtype} values: labels are integers")
+        raise UserError(f"{path} has {values.dtype} values: labels must be integers")
     stored = values.astype(np.int64)
     dropped = (stored == ignore) | (stored == 0 if shift else False)
     labels = np.where(dropped, IGNORED, stored - shift)
     wrong = labels[~dropped & ((labels < 0) | (labels >= (classes or np.inf)))]
     if len(wrong):
         raise UserError(
-            f"{path} has label {wrong[0] + shift}, segmentation.classes is {classes}: mend the "
+            f"{path} has label {wrong[0] + shift}, but segmentation.classes is {classes}: correct the "
             f"mask, or set segmentation.classes={wrong.max() + 1} or "
             f"segmentation.ignore={wrong[0] + shift}"
         )
@@ -339,8 +335,8 @@ def read_mask(
 def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.ndarray:
     """Depth [H, W] float32 in metres, 0 where unknown.
 
-    Integer files hold metres times `scale`, float files metres. Raises UserError for a map without
-    one depth in (0, largest].
+    Integer files have metres times `scale`, float files metres. Raises UserError for a map without
+    any depth in (0, largest].
     """
     values = _read_map(pairs.maps[number])
     metres = values.astype(np.float32) / (scale if np.issubdtype(values.dtype, np.integer) else 1)
@@ -352,7 +348,7 @@ def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.nd
             else f"has no depth in (0, {largest:g}] m (largest {metres.max():g} m)"
         )
         raise UserError(
-            f"{pairs.maps[number]} {what}: mend or remove it, or set depth.scale (units a metre) "
+            f"{pairs.maps[number]} {what}: correct or remove it, or set depth.scale (units a metre) "
             "or depth.max_depth"
         )
     return metres

@@ -28,8 +28,8 @@ def train_head(
     """Fit `head` to map `inputs(window numbers)` to `labels`, by AdamW with warm-up and a
     polynomial decay.
 
-    `loss(output of the head, labels [B, p, p])` is a scalar. `backbone` holds parameters to train
-    along and their rate over the head's. Raises Failure for a loss that is no number.
+    `loss(output of the head, labels [B, p, p])` is a scalar. `backbone` is parameters to train
+    with the head and their rate over the head's. Raises Failure for a loss that is not finite.
     """
     dense = config.dense
     head.to(device).train()
@@ -67,7 +67,7 @@ def train_head(
 
 
 class _Numbered:
-    """A data set that says which item it gives."""
+    """A data set whose items come with their numbers."""
 
     def __init__(self, items) -> None:
         self.items = items

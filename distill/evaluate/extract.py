@@ -1,8 +1,8 @@
 """One pass of a frozen network over a data set, kept on disk, resumed where it stopped.
 
 Views are cut into shards; a shard is one array of summaries and one of patches (float16), and a
-marker with their sha256, written last. Whatever is there already and whole is not computed again; a
-file that does not match its hash is.
+marker with their sha256, written last. Shards that exist and match
+their hashes are not computed again.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ class Extracted:
         return result
 
     def patches(self, numbers: Sequence[int]) -> Tensor:
-        """float32 [len(numbers), h, w, d] of the views asked for."""
+        """float32 [len(numbers), h, w, d] of the requested views."""
         rows = []
         for number in numbers:
             shard, row = divmod(int(number), self.shard_size)
@@ -117,8 +117,7 @@ def extract(
     patches: bool = False,
     what: str = "features",
 ) -> Extracted:
-    """Compute what `cache` does not hold yet of the encoder's features of `views`; `patches` keeps
-    the maps too.
+    """Compute the encoder's features of `views` that `cache` lacks; `patches` keeps the maps too.
 
     Raises UserError for features that are not finite or exceed float16, and for pictures that
     cannot be read.
@@ -144,7 +143,7 @@ def extract(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make {folder}: {error.strerror} (choose another --output)"
+            f"cannot create {folder}: {error.strerror} (choose another --output)"
         ) from error
     numbers = [n for shard in missing for n in _shard_range(shard, len(views), size)]
     start, done = time.perf_counter(), 0
@@ -180,7 +179,7 @@ def _batches(
     size: int,
     config: ExtractConfig,
 ):
-    """The wanted kinds of features of the views asked for, as dicts of tensors on the CPU, batch by
+    """The given kinds of features of the requested views, as dicts of tensors on the CPU, batch by
     batch.
 
     A batch never straddles two shards of `size` views. Patches leave the device in half precision,
@@ -202,7 +201,7 @@ def _batches(
         generator=torch.Generator(),
     )
     for images in loader:
-        # entered anew for every batch: a mode held across a yield would leak into the caller
+        # entered again for every batch: a mode held across a yield would leak into the caller
         cast = (
             torch.autocast(device.type, AUTOCAST[precision])
             if precision in AUTOCAST
@@ -219,7 +218,7 @@ def _batches(
         for kind, verdict in bad.items():
             if verdict:
                 raise UserError(
-                    f"{encoder.name}: its {kind} features hold NaN or infinity: check its weights "
+                    f"{encoder.name}: its {kind} features contain NaN or infinity: check its weights "
                     "(and extract.precision)"
                 )
         yield {kind: values.cpu() for kind, values in result.items()}
@@ -231,7 +230,7 @@ def _fits(values: Tensor, kind: str, name: str) -> np.ndarray:
     """
     if kind == "patches" and torch.isinf(values).any():
         raise UserError(
-            f"{name}: its patches exceed float16's 65504: standardise the network's output"
+            f"{name}: its patches exceed float16's maximum of 65504: standardise the network's output"
         )
     return values.numpy()
 

@@ -46,7 +46,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
     epoch.
 
     Raises UserError for a teacher's head (only backbones are fine-tuned) and Failure for a loss
-    that is no number.
+    that is not finite.
     """
     if encoder.read_out != BACKBONE:
         raise UserError(
@@ -89,7 +89,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
         weight_decay=settings.weight_decay,
         layer_decay=settings.layer_decay,
     )
-    # timm's schedulers, not torch's, know of the per-layer scale that layer decay puts into the
+    # timm's schedulers, unlike torch's, apply the per-layer scale that layer decay sets in the
     # groups
     schedule, _ = create_scheduler_v2(
         optimizer,

@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a table on the terminal, `evaluation.json`, and `scores.png`."""
+"""Output of an evaluation: a table on the terminal, `evaluation.json` and `scores.png`."""
 
 import datetime
 import json
@@ -30,9 +30,9 @@ _LOWER_IS_BETTER = ("rmse", "abs_rel", "mCE", "gap")
 
 
 def _shown_scores(task: str, outcome: Outcome) -> dict[str, float]:
-    """The scores of an outcome that the table shows; all of them for tasks without a chosen few."""
-    wanted = TASKS[task].shown
-    return {name: value for name, value in outcome.scores.items() if not wanted or name in wanted}
+    """The scores of an outcome that the table shows; all of them if the task selects none."""
+    shown = TASKS[task].shown
+    return {name: value for name, value in outcome.scores.items() if not shown or name in shown}
 
 
 def _columns(results: _Results) -> list[tuple[str, str]]:
@@ -82,7 +82,7 @@ def _best(results: _Results, task: str, name: str) -> float:
 
 
 def read_scores(path: Path) -> dict[str, dict]:
-    """The rows of an earlier `evaluation.json`, none where there is no file; raises UserError for a
+    """The rows of an earlier `evaluation.json`, none if there is no file; raises UserError for a
     damaged one.
     """
     if not path.exists():
@@ -121,7 +121,7 @@ def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[st
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make {path.parent}: {error.strerror} (choose another --output)"
+            f"cannot create {path.parent}: {error.strerror} (choose another --output)"
         ) from error
     text = json.dumps({"format": 1, "rows": rows}, indent=1, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text))

@@ -53,7 +53,7 @@ class _Query:
     labels: dict[str, list[int]]
 
     def at(self, level: str) -> tuple[list[int], list[int]]:
-        """Positives and ignored indices in a setup of LEVELS."""
+        """Positives and ignored indices in a setup of `_LEVELS`."""
         positives, ignored = (
             [index for key in keys for index in self.labels[key]] for keys in _LEVELS[level]
         )
@@ -87,9 +87,9 @@ def evaluate(
             f"no query of {data} has a positive: its ground truth lists no easy and no hard picture"
         )
     side = encoder.fit(config.retrieval.size)
-    # Queries first: a box that does not fit its picture is said before the long pass.
+    # Queries first: a box outside its picture is reported before the long pass.
     cut_out = [(path, query.box) for path, query in zip(query_paths, queries, strict=True)]
-    requested, database = (
+    query_features, features = (
         F.normalize(
             extract(
                 encoder, views, cache or folder / "cache", config.extract, what=what
@@ -101,7 +101,7 @@ def evaluate(
             ("retrieval database", _SquareViews(data, [(path, None) for path in paths], side)),
         )
     )
-    rankings = (requested @ database.T).argsort(dim=1, descending=True, stable=True).numpy()
+    rankings = (query_features @ features.T).argsort(dim=1, descending=True, stable=True).numpy()
     per_query: list[dict[str, Any]] = []
     for query, ranking in zip(queries, rankings, strict=True):
         row: dict[str, Any] = {"query": query.name}
@@ -111,9 +111,9 @@ def evaluate(
         per_query.append(row)
     means = {}
     for level in _LEVELS:
-        result = [row[level] for row in per_query if row[level] is not None]
-        if result:
-            means[f"mAP {level}"] = float(np.mean(result))
+        values = [row[level] for row in per_query if row[level] is not None]
+        if values:
+            means[f"mAP {level}"] = float(np.mean(values))
     scores = {key: means[key] for key in ("mAP medium", "mAP hard") if key in means}
     details = {"mAP easy": means.get("mAP easy"), "images": len(names), "queries": per_query}
     return Outcome(
@@ -132,9 +132,9 @@ def average_precision(ranking: np.ndarray, positives: list[int], ignored: list[i
     ranks = np.flatnonzero(np.isin(kept, positives))
     if not len(ranks):
         raise ValueError("average precision needs a positive")
-    result = np.arange(len(ranks))
-    before = np.where(ranks > 0, result / np.maximum(ranks, 1), 1.0)
-    return float(np.mean((before + (result + 1) / (ranks + 1)) / 2))
+    hits = np.arange(len(ranks))
+    before = np.where(ranks > 0, hits / np.maximum(ranks, 1), 1.0)
+    return float(np.mean((before + (hits + 1) / (ranks + 1)) / 2))
 
 
 class _SquareViews:
@@ -172,39 +172,39 @@ def _cut(picture: tuple[Path, _Box | None]) -> Image.Image:
     inside = max(0, x1), max(0, y1), min(image.width, x2), min(image.height, y2)
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
         raise UserError(
-            f"the box {list(box)} of query {path.stem} holds no pixel of its "
-            f"{image.width}x{image.height} picture"
+            f"the box {list(box)} of query {path.stem} is outside its "
+            f"{image.width}x{image.height} picture: correct the ground truth"
         )
     return image.crop(inside)
 
 
 def _read_ground_truth(data: Path) -> tuple[list[str], list[_Query]]:
     """Database names and queries of the one gnd_*.pkl or gnd_*.json in a folder; raises UserError
-    for anything odd.
+    for anything malformed.
     """
     files = sorted([*data.glob("gnd_*.pkl"), *data.glob("gnd_*.json")])
     if len(files) != 1:
-        result = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{data} needs exactly one gnd_*.pkl or gnd_*.json, found: {result}")
+        names = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"{data} needs exactly one gnd_*.pkl or gnd_*.json; it has {names}")
     path = files[0]
     content = read_pickle(path) if path.suffix == ".pkl" else _read_json(path)
     if not isinstance(content, dict) or not all(
         isinstance(content.get(k), list) for k in ("imlist", "qimlist", "gnd")
     ):
-        raise UserError(f"{path} must hold a dict with the lists imlist, qimlist and gnd")
-    names, requested, truth = content["imlist"], content["qimlist"], content["gnd"]
-    for key, values in (("imlist", names), ("qimlist", requested)):
+        raise UserError(f"{path} must be a dict with the lists imlist, qimlist and gnd")
+    names, query_names, truth = content["imlist"], content["qimlist"], content["gnd"]
+    for key, values in (("imlist", names), ("qimlist", query_names)):
         if not values or not all(
             isinstance(name, str) and not Path(name).is_absolute() for name in values
         ):
             raise UserError(f"{path}: {key} must list at least one picture, by name without .jpg")
-    if len(requested) != len(truth):
+    if len(query_names) != len(truth):
         raise UserError(
-            f"{path}: qimlist has {len(requested)} queries, gnd {len(truth)} entries: they must pair up"
+            f"{path}: qimlist has {len(query_names)} queries, gnd {len(truth)} entries: they must pair up"
         )
     return names, [
         _read_query(path, name, entry, len(names))
-        for name, entry in zip(requested, truth, strict=True)
+        for name, entry in zip(query_names, truth, strict=True)
     ]
 
 
@@ -247,13 +247,13 @@ def _read_json(path: Path) -> Any:
 
 
 def read_pickle(path: Path) -> Any:
-    """Load a pickle of plain containers and numpy arrays, arrays as nested lists; nothing in the
-    file is run.
+    """Load a pickle of plain containers and numpy arrays, arrays as nested lists; no code in
+    the file is run.
 
-    Raises UserError for a damaged file, and for one that asks for any other global.
+    Raises UserError for a damaged file, and for one that needs any other global.
     """
     try:
-        # Python 2's strings, which hold arrays' bytes too, are read as latin-1
+        # Python 2's strings, which also carry arrays' bytes, are read as latin-1
         return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except UserError as error:
         raise UserError(f"{path} {error}") from error
@@ -338,7 +338,7 @@ class _PlainUnpickler(pickle.Unpickler):
         result = self.known.get(f"{modern}.{name}")
         if result is None:
             raise UserError(
-                f"asks for {module}.{name}, which ground truth does not need: use the official "
+                f"refers to {module}.{name}, which ground truth does not need: use the official "
                 "file or JSON"
             )
         return result

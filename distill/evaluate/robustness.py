@@ -72,7 +72,7 @@ def accuracy(
         outside = set(labels.tolist()) - place.keys()
         if outside:
             raise UserError(
-                f"label {min(outside)} is not among the {len(place)} classes looked at: remove its "
+                f"label {min(outside)} is not among the {len(place)} classes of this data set: remove its "
                 "pictures"
             )
         logits = logits[:, list(among)]
@@ -108,14 +108,14 @@ def mean_corruption_error(
 def _check_finite(logits: Tensor) -> None:
     if not logits.isfinite().all():
         raise UserError(
-            "the classifier gives logits that are not finite: check its weights and precision"
+            "the classifier returns logits that are not finite: check its weights and precision"
         )
 
 
 def own_classifier(encoder: Encoder) -> _Classifier:
     """A timm network's own ImageNet head as a classifier.
 
-    Raises UserError unless it has 1000 classes, and for one that no weights came for: random, or
+    Raises UserError unless it has 1000 classes, and for one without trained weights: random, or
     not in the checkpoint.
     """
     net = encoder.net
@@ -129,7 +129,7 @@ def own_classifier(encoder: Encoder) -> _Classifier:
     random = config is not None and not config.pretrained and config.checkpoint is None
     if random or not getattr(net, "classifier_loaded", True):
         raise UserError(
-            f"{encoder.name} has no trained classifier (its weights come without one): set "
+            f"{encoder.name} has no trained classifier (its weights do not include one): set "
             "robustness.classifier=probe"
         )
 
@@ -144,7 +144,7 @@ def own_classifier(encoder: Encoder) -> _Classifier:
 
 class Pictures(Dataset):
     """Files below `root` as uint8 [3, size, size]; raises UserError for one that cannot be read.
-    `name` is for people.
+    `name` is shown to users.
     """
 
     def __init__(self, root: Path, files: list[Path], size: int, crop: float, name: str) -> None:
@@ -159,7 +159,7 @@ class Pictures(Dataset):
             image = decode(path, TRUSTED, name=str(path))
         except UnreadableImage as error:
             raise UserError(
-                f"picture {path} cannot be read: {error.reason} (fetch it again)"
+                f"picture {path} cannot be read: {error.reason} (download it again)"
             ) from error
         return centre_view(image, self.size, self.crop)
 
@@ -206,7 +206,7 @@ def cached(head: nn.Module, encoder: Encoder, cache: Path, config: EvaluationCon
 
 @dataclass(frozen=True)
 class _Reader:
-    """What gives logits, with what it needs to look at files."""
+    """A source of logits, with what it needs to read files."""
 
     logits_of: _LogitsOf
     image_size: int
@@ -214,14 +214,14 @@ class _Reader:
     config: EvaluationConfig
 
     def logits(self, folder: Path, files: list[Path], crop: float) -> Tensor:
-        """Logits [n, 1000] of `folder`'s pictures, of which the centred square of `crop` times the
-        shorter side is seen.
+        """Logits [n, 1000] of `folder`'s pictures, each cut to the centred square of `crop` times the
+        shorter side.
         """
         name = folder.relative_to(self.data).as_posix()
         result = self.logits_of(Pictures(self.data, files, self.image_size, crop, name))
         if result.shape != (len(files), _CLASSES):
             raise UserError(
-                f"the classifier gives {list(result.shape[1:])} logits a picture: it must give "
+                f"the classifier returns {list(result.shape[1:])} logits a picture, expected "
                 f"[{_CLASSES}]"
             )
         return result
@@ -230,7 +230,7 @@ class _Reader:
 def evaluate_variants(
     logits_of: _LogitsOf, image_size: int, data: Path, config: EvaluationConfig
 ) -> Outcome:
-    """Read every variant that lies in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c,
+    """Score every variant in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c,
     imagenet-9.
 
     `logits_of` is `live(…)` or `cached(…)`. Pictures are centre crops of `config.extract.crop`,
@@ -238,17 +238,17 @@ def evaluate_variants(
     pixels, are seen whole, as their authors do. Scores are top-1 accuracies in [0, 1], mCE (1 is
     AlexNet) and BG-gap = accuracy(mixed_same) - accuracy(mixed_rand).
 
-    Raises UserError for a folder with no variant, a class folder that is none, missing severities,
+    Raises UserError for a folder with no variant, a folder that is not a class, missing severities,
     ImageNet-9 without its authors' class map, an unreadable picture, and logits that are not finite
     or not 1000.
     """
     present = [name for name in _VARIANTS if (data / name).is_dir()]
     if not present:
         raise UserError(
-            f"--data {data} holds no variant of ImageNet: give a folder with any of "
+            f"--data {data} has no variant of ImageNet: use a folder with any of "
             f"{', '.join(_VARIANTS)}"
         )
-    # What is missing must show before hours go into what is there.
+    # Report missing files before spending hours on the others.
     if "imagenet-c" in present:
         _corruption_folders(data / "imagenet-c")
     if "imagenet-9" in present:
@@ -311,9 +311,7 @@ def _read_backgrounds(reader: _Reader, folder: Path) -> tuple[dict, dict]:
         scores[name] = coarse_accuracy(reader.logits(folder / name, files, 1.0), labels, coarse)
         images[name] = len(files)
     if not scores:
-        raise UserError(
-            f"{folder} holds no set of backgrounds: give any of {', '.join(_BACKGROUNDS)}"
-        )
+        raise UserError(f"{folder} has no set of backgrounds: add any of {', '.join(_BACKGROUNDS)}")
     if "mixed_same" in scores and "mixed_rand" in scores:
         scores["BG-gap"] = scores["mixed_same"] - scores["mixed_rand"]
     return scores, {
@@ -352,21 +350,21 @@ def _corruption_folders(folder: Path) -> dict[str, Path]:
     children = [child for child in _subfolders(folder) if child.name not in _GROUPS]
     for group in _GROUPS:
         children += _subfolders(folder / group) if (folder / group).is_dir() else []
-    result = {child.name: child for child in children}
-    for name in result:
+    by_name = {child.name: child for child in children}
+    for name in by_name:
         if name not in ALEXNET and name not in _EXTRA:
             raise UserError(
-                f"{result[name]}: '{name}' is no corruption of ImageNet-C: {suggest(name, ALEXNET)}"
+                f"{by_name[name]}: '{name}' is not a corruption of ImageNet-C: {suggest(name, ALEXNET)}"
             )
-    result = {name: result[name] for name in ALEXNET if name in result}
+    result = {name: by_name[name] for name in ALEXNET if name in by_name}
     if not result:
-        raise UserError(f"{folder} holds no corruption: give any of {', '.join(ALEXNET)}")
+        raise UserError(f"{folder} has no corruption: add any of {', '.join(ALEXNET)}")
     for place in result.values():
         missing = [severity for severity in SEVERITIES if not (place / severity).is_dir()]
         if missing:
             raise UserError(
-                f"{place} lacks severity {', '.join(missing)}: mCE needs the folders 1 to 5, fetch "
-                "them"
+                f"{place} lacks severity {', '.join(missing)}: download it, as mCE needs the folders "
+                "1 to 5"
             )
     return result
 
@@ -386,7 +384,7 @@ def _coarse_classes(folder: Path) -> Tensor:
         return torch.tensor([table[index] for index in range(_CLASSES)])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} does not give each of {_CLASSES} classes a number: copy the authors' again"
+            f"{path} does not give each of {_CLASSES} classes a number: copy the authors' file again"
         ) from error
 
 
@@ -396,16 +394,16 @@ def _is_coarse(name: str) -> bool:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """Folders in `folder`, by name, without hidden ones; raises UserError where it is none."""
+    """Folders in `folder`, by name, without hidden ones; raises UserError if it is not a folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (fetch it, or remove the one above)")
+        raise UserError(f"{folder}: no such folder (download it, or remove its parent)")
     return sorted(
         child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
     )
 
 
 def _labelled_files(
-    folder: Path, known: Mapping[str, int], wanted: str
+    folder: Path, known: Mapping[str, int], naming: str
 ) -> tuple[list[Path], Tensor]:
     """Pictures in `folder`'s class folders, and their labels [n]; `known` is the label of every
     legal folder name.
@@ -413,10 +411,10 @@ def _labelled_files(
     files, labels = [], []
     for place in _subfolders(folder):
         if place.name not in known:
-            raise UserError(f"{place}: '{place.name}' is no class: name the folder by {wanted}")
+            raise UserError(f"{place}: '{place.name}' is not a class: name the folder by {naming}")
         here = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         files += here
         labels += [known[place.name]] * len(here)
     if not files:
-        raise UserError(f"{folder} holds no pictures: put them into folders named by {wanted}")
+        raise UserError(f"{folder} has no pictures: put them into folders named by {naming}")
     return files, torch.tensor(labels)

@@ -58,7 +58,7 @@ def evaluate(
 
     def loss(logits: Tensor, truth: Tensor) -> Tensor:
         logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
-        # a batch may hold ignored pixels only: the mean over none would be NaN
+        # a batch may have ignored pixels only: the mean over none would be NaN
         total = F.cross_entropy(logits, truth.long(), ignore_index=IGNORED, reduction="sum")
         return total / (truth != IGNORED).sum().clamp_min(1)
 
@@ -120,7 +120,7 @@ def segment(
 
 
 class _Labelling:
-    """What labels mean in this data set: how many classes, and whether 0 is one."""
+    """Meaning of the labels in a data set: the number of classes, and whether 0 is one."""
 
     def __init__(self, train: Pairs, val: Pairs, config: EvaluationConfig) -> None:
         settings = config.segmentation
@@ -128,30 +128,30 @@ class _Labelling:
         self.shift = settings.zero == "ignore" or (settings.zero == "auto" and train.ade)
         self.classes = settings.classes or (_ADE_CLASSES if train.ade else None)
         known = self.classes is not None
-        result: set[int] = set()
+        labels: set[int] = set()
         for number in range(len(train)):
-            result |= set(np.unique(self.read(train, number)).tolist()) - {IGNORED}
-            if known and len(result) > 1:
+            labels |= set(np.unique(self.read(train, number)).tolist()) - {IGNORED}
+            if known and len(labels) > 1:
                 break
-        if len(result) < 2:
+        if len(labels) < 2:
             raise UserError(
-                f"{train.maps[0].parent}: the training masks hold {len(result)} class only "
-                f"({sorted(result)}): segmentation needs two or more (check segmentation.zero and "
+                f"{train.maps[0].parent}: the training masks have only {len(labels)} class "
+                f"({sorted(labels)}): segmentation needs at least two (check segmentation.zero and "
                 "segmentation.ignore)"
             )
         if not known:
-            self.classes = max(result) + 1
+            self.classes = max(labels) + 1
         if not any((self.read(val, number) != IGNORED).any() for number in range(len(val))):
             raise UserError(
-                f"{val.maps[0].parent}: every pixel of the validation masks is ignored: nothing "
-                "can be scored"
+                f"{val.maps[0].parent}: every pixel of the validation masks is ignored, so there "
+                "is nothing to score (check segmentation.zero and segmentation.ignore)"
             )
         self.names = label_names(train, self.classes)
         log.info(
             "masks     %d classes (%s), label 0 is %s",
             self.classes,
             train.maps[0].parent,
-            "not counted, as in ADE20K" if self.shift else "the first",
+            "ignored, as in ADE20K" if self.shift else "the first",
         )
 
     def read(self, pairs: Pairs, number: int) -> np.ndarray:

@@ -20,7 +20,7 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"'{override}' is no setting: write key=value, e.g. probe.epochs=20")
+            raise UserError(f"'{override}' is not a setting: write key=value, e.g. probe.epochs=20")
         if key not in known:
             same = [field for field in known if field.split(".")[-1] == key.split(".")[-1]]
             hint = f"did you mean '{same[0]}'?" if same else suggest(key, known)

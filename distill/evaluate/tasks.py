@@ -32,10 +32,9 @@ from distill.evaluate.representation import cluster_scores, tsne_picture
 
 @dataclass
 class Context:
-    """One encoder on one data root: what every task is given.
+    """Input of every task: one encoder and one data root.
 
-    `cache` holds extracted features, `folder` takes pictures and `heads/`; `binding` goes into
-    every head's metadata.
+    Extracted features are kept in `cache`; pictures and `heads/` are written to `folder`.
     """
 
     encoder: Encoder
@@ -46,7 +45,7 @@ class Context:
 
     @property
     def binding(self) -> dict:
-        """What a head must know of the network under it."""
+        """Metadata that binds a head to the network it was trained on."""
         encoder = self.encoder
         return {
             "network": encoder.name,

@@ -63,7 +63,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     objects) and the list ImageSets/2017/val.txt; without that file every sequence counts. As in
     DAVIS's semi-supervised track, the first and last frames are not scored, J and F are means over
     frames, then over all objects. Writes video_SEQ.png of the first sequence. Raises UserError for
-    a folder that is not laid out so, or holds unreadable or ill-fitting files.
+    a folder with another layout, or with unreadable files or files of the wrong size.
     """
     sequences = [_read_sequence(data, name) for name in _sequence_names(data)]
     per_sequence, rows, picture = {}, [], None
@@ -121,7 +121,7 @@ def region_similarity(prediction: np.ndarray, truth: np.ndarray) -> float:
 def boundary_f(prediction: np.ndarray, truth: np.ndarray, tolerance: int) -> float:
     """DAVIS's F: F-measure of the boundaries of two boolean masks [H, W].
 
-    A boundary pixel is matched when one of the other mask's lies within a disk of `tolerance`
+    A boundary pixel is matched when one of the other mask's is within a disk of `tolerance`
     pixels. 1 when neither mask has a boundary, 0 when only one has.
     """
     ours, theirs = boundary(prediction), boundary(truth)
@@ -237,15 +237,15 @@ def _frame_features(encoder: Encoder, path: Path, shape: tuple[int, int], size: 
     image = _read_frame(path)
     if (image.height, image.width) != shape:
         raise UserError(
-            f"{path} is {image.width}x{image.height}, its first mask {shape[1]}x{shape[0]}: sizes "
-            "must agree"
+            f"{path} is {image.width}x{image.height}, but the first mask is {shape[1]}x{shape[0]}: "
+            "resize one of them"
         )
     height, width = (encoder.fit(side * size / min(shape)) for side in shape)
     pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     patches = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(encoder.device)).patches[0]
     if not patches.isfinite().all():
         raise UserError(
-            f"{encoder.name} gives features that are not finite for {path}: check its weights"
+            f"{encoder.name} returns features that are not finite for {path}: check its weights"
         )
     return F.normalize(patches, dim=-1)
 
@@ -262,7 +262,9 @@ def _sequence_names(data: Path) -> list[str]:
     """Names of the videos to score, from val.txt or else every folder of frames."""
     for part in (_FRAMES, _MASKS):
         if not (data / part).is_dir():
-            raise UserError(f"{data} has no folder {part}: name the folder of DAVIS-2017 at 480p")
+            raise UserError(
+                f"{data} has no folder {part}: --data must be DAVIS-2017's folder at 480p"
+            )
     split = data / _SPLIT
     if split.is_file():
         names = list(
@@ -273,16 +275,16 @@ def _sequence_names(data: Path) -> list[str]:
         names = sorted(entry.name for entry in (data / _FRAMES).iterdir() if entry.is_dir())
         source = data / _FRAMES
     if not names:
-        raise UserError(f"{source} lists no sequence: name at least one")
+        raise UserError(f"{source} lists no sequence: add at least one")
     return names
 
 
 def _read_sequence(data: Path, name: str) -> _Sequence:
-    """Look a video's files up and read its first mask; raises UserError for anything missing."""
+    """List a video's files and read its first mask; raises UserError for anything missing."""
     folder = data / _FRAMES / name
     if not folder.is_dir():
         raise UserError(
-            f"sequence {name} has no folder {folder}: add its frames or take it off {_SPLIT}"
+            f"sequence {name} has no folder {folder}: add its frames or remove it from {_SPLIT}"
         )
     frames = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")
@@ -305,7 +307,7 @@ def _read_sequence(data: Path, name: str) -> _Sequence:
     first = _read_mask(masks[0], (image.height, image.width))
     objects = [int(label) for label in np.unique(first) if label]
     if not objects:
-        raise UserError(f"{masks[0]} shows no object: 0 is background, 1 to 254 are objects")
+        raise UserError(f"{masks[0]} has no object: 0 is background, 1 to 254 are objects")
     return _Sequence(name, frames, masks, first, objects)
 
 
@@ -324,8 +326,8 @@ def _read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
         )
     if mask.shape != shape:
         raise UserError(
-            f"the mask {path} is {mask.shape[1]}x{mask.shape[0]}, its frame {shape[1]}x{shape[0]}: "
-            "sizes must agree"
+            f"the mask {path} is {mask.shape[1]}x{mask.shape[0]}, but its frame is {shape[1]}x{shape[0]}: "
+            "resize one of them"
         )
     return np.where(mask == _VOID, 0, mask).astype(np.uint8)
 

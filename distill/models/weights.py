@@ -33,7 +33,7 @@ _PREFIXES = (
     "encoder.",
     "net.",
 )
-"""What stands before the names of a backbone: DDP, DINO's full checkpoints, SparK's masked wrapper.
+"""Prefixes of a backbone's names: DDP, DINO's full checkpoints, SparK's masked wrapper.
 """
 
 _POOLED_NORM = "head.norm."
@@ -69,7 +69,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or half-written ({error}): {remedy}") from error
+        raise UserError(f"{path} is damaged or incomplete ({error}): {remedy}") from error
     if "sha256" in metadata and tensors_sha256(tensors) != metadata["sha256"]:
         raise UserError(f"{path} does not match its recorded sha256: it is damaged; {remedy}")
     return tensors, metadata
@@ -79,30 +79,29 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors file or a weights-only .pth file on the CPU, without its containers and
     prefixes.
 
-    Raises UserError for a missing or damaged file, and for a pickle that holds anything but tensors
+    Raises UserError for a missing or damaged file, and for a pickle that contains anything but tensors
     and plain data: loading that would run its code.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file (fetch it, or correct the path)")
+        raise UserError(f"checkpoint {path}: no such file (download it, or correct the path)")
     try:
         if path.suffix == ".safetensors":
             return _strip_prefixes(load_file(path))
-        # DINO, MAE and DeiT keep their command line beside the weights: a Namespace is plain data,
+        # DINO, MAE and DeiT store their command line with the weights: a Namespace is plain data,
         # and not used.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # foreign pickles make torch warn on standard error; what matters is whether it refuses
-            # them
+            # foreign pickles make torch warn on standard error, but only a refusal matters
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint {path} is refused: its pickle is damaged or holds code, not only tensors "
-            "(save the state dict as .safetensors where you trust the file)"
+            f"checkpoint {path} is refused: its pickle is damaged or contains code, not only tensors "
+            "(if you trust the file, save its state dict as .safetensors)"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"checkpoint {path} is damaged or half-written ({first_line(error)}): fetch it again"
+            f"checkpoint {path} is damaged or incomplete ({first_line(error)}): download it again"
         ) from error
     return _strip_prefixes(_unwrap(loaded, path))
 
@@ -123,13 +122,13 @@ def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
             break
         loaded = inner
     raise UserError(
-        f"checkpoint {path} holds no state dict (looked under {', '.join(_CONTAINERS)})"
+        f"checkpoint {path} has no state dict (searched under {', '.join(_CONTAINERS)})"
     )
 
 
 def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop wrappers' prefixes; where some keys carry one, the others (decoders, projection heads)
-    go.
+    are dropped.
     """
     for _ in range(len(_PREFIXES)):
         prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None)
@@ -146,12 +145,12 @@ def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_into(
     model: nn.Module, state: dict[str, Tensor], source: str, needs_head: bool = False
 ) -> None:
-    """Load a state dict into a timm model, strictly, except for a classifier nobody reads (unless
+    """Load a state dict into a timm model, strictly, except for the classifier (unless
     `needs_head`).
 
-    Official layouts that timm knows (ConvNeXt's, CLIP's, DINOv2's) are renamed by timm's own
+    Official layouts that timm supports (ConvNeXt's, CLIP's, DINOv2's) are renamed by timm's own
     converters, which also resample position embeddings to the model's grid. A file without the norm
-    of pooled features (SparK's ConvNeXts) takes it out of the model: the summary is then the pooled
+    of pooled features (SparK's ConvNeXts) removes it from the model: the summary is then the pooled
     map itself. Raises UserError naming the first tensor that is missing or of another shape.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -166,7 +165,7 @@ def load_into(
             AssertionError,
             TypeError,
         ) as error:
-            # a converter trips over foreign names or shapes; the comparison below says which
+            # a converter fails on foreign names or shapes; the comparison below names them
             log.debug(
                 "%s: timm's converter for %s failed (%s)", source, type(model).__name__, error
             )
@@ -179,7 +178,7 @@ def load_into(
                 del state[name]
                 continue
             raise UserError(
-                f"{source}: '{name}' has shape {list(state[name].shape)}, the model wants "
+                f"{source}: '{name}' has shape {list(state[name].shape)}, but the model expects "
                 f"{list(tensor.shape)}: the file belongs to another architecture or size (check "
                 "teachers' name and kwargs)"
             )
@@ -210,12 +209,12 @@ def load_into(
         )
     if extra:
         log.debug(
-            "%s: %d tensors beside the backbone are not used (%s, …)", source, len(extra), extra[0]
+            "%s: %d tensors outside the backbone are not used (%s, …)", source, len(extra), extra[0]
         )
     model.load_state_dict(
         {name: state[name].to(expected[name].dtype) for name in expected if name in state}, False
     )
-    # whoever wants to read classes must know that nobody trained them
+    # tasks that read classes must not use a classifier without trained weights
     model.classifier_loaded = any(name in state for name in expected if name.startswith(classifier))
 
 

@@ -1,11 +1,11 @@
-"""Teacher features computed once, over K fixed augmented views a picture; later epochs cost the
-student alone.
+"""Teacher features computed once, over K fixed augmented views a picture; later epochs cost only
+the student.
 
-Slot p * K + k holds what each teacher sees of picture p the k-th time, all crops of its view. Slots
+Slot p * K + k has each teacher's features of view k of picture p, all crops of it. Slots
 are cut into shards; a shard is one memory-mapped float16 array per teacher and kind of feature, and
 a marker, written last, that makes it count.
-Shards are always computed whole and in the same small chunks, so what a slot holds never depends on
-when or after which interruption it was computed.
+Shards are always computed whole and in the same small chunks, so the content of a slot does not depend
+on interruptions.
 """
 
 import json
@@ -72,7 +72,7 @@ class TeacherCache:
         return [shard for shard in range(self.shards) if not self._path(shard, "ok").exists()]
 
     def claim(self, key: dict) -> None:
-        """Make the folder for features that `key` describes; raises UserError if it holds others,
+        """Make the folder for features that `key` describes; raises UserError if it has others,
         naming what differs.
         """
         manifest = self.folder / "manifest.json"
@@ -82,7 +82,7 @@ class TeacherCache:
             if different:
                 name = different[0]
                 raise UserError(
-                    f"teacher cache {self.folder} was made with {name} = {held.get(name)}, this "
+                    f"teacher cache {self.folder} was made with {name} = {held.get(name)}, but this "
                     f"run has {key.get(name)}: set another teacher_cache.path, or delete the "
                     "folder"
                 )
@@ -141,7 +141,7 @@ class TeacherCache:
                     half = self._by_slot(label, values).half()
                     if torch.isinf(half).any():
                         raise UserError(
-                            f"teacher '{label}': its {kind} exceed float16's 65504 and cannot be "
+                            f"teacher '{label}': its {kind} exceed float16's maximum of 65504 and cannot be "
                             "cached: set teacher_cache.views=0"
                         )
                     rows.setdefault((label, kind), []).append(half.cpu().numpy())
@@ -191,7 +191,7 @@ class TeacherCache:
                 ) from error
             if loaded.shape != shape:
                 raise UserError(
-                    f"teacher cache: {path} holds {loaded.shape}, expected {shape}: delete "
+                    f"teacher cache: {path} has shape {loaded.shape}, expected {shape}: delete "
                     f"{self.folder}"
                 )
             self._maps[key] = loaded
@@ -208,7 +208,7 @@ class TeacherCache:
             with open(temporary, "wb") as file:
                 write(file)
 
-        write_atomically(path, write_file, remedy="set teacher_cache.path elsewhere")
+        write_atomically(path, write_file, remedy="set another teacher_cache.path")
 
 
 def open_cache(
@@ -262,7 +262,7 @@ def _cache_key(
     }
     for teacher in teachers:
         label, view = teacher.label, specs[teacher.label].view
-        # the one view of UMT and plain has the names it had when there was no other
+        # the single view of UMT and plain keeps the names of caches from before there were several
         prefix = "" if view.name == IMAGE else f"{label}."
         key |= {f"{prefix}image_size": view.size, f"{prefix}crop_scale": list(view.scale)}
         if view != View(IMAGE, view.size, scale=view.scale):

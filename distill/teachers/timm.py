@@ -22,7 +22,7 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
         known = timm.list_models(f"{architecture}.*", include_tags=True)
         if config.name not in known:
             raise UserError(
-                f"teacher '{config.label}': '{config.name}' has no such tag: "
+                f"teacher '{config.label}': '{config.name}' does not have this tag: "
                 f"{suggest(config.name, known)}"
             )
     with torch.device("meta"):
@@ -37,14 +37,14 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
     blocks = len(getattr(probe, "blocks", None) or getattr(probe, "feature_info", None) or ())
     if config.block is not None and not -blocks <= config.block < blocks:
         raise UserError(
-            f"teacher '{config.label}': teachers.{index}.block = {config.block}, it has blocks 0 "
+            f"teacher '{config.label}': teachers.{index}.block = {config.block} does not exist: it has blocks 0 "
             f"to {blocks - 1}"
         )
     arguments = {"img_size": size, **config.kwargs}
     if config.checkpoint is None and config.pretrained:
         return _fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch
-    # Random weights (`pretrained: false`) are the same in every process: a resumed run must meet
-    # the teacher it had.
+    # Random weights (`pretrained: false`) are the same in every process: a resumed run must use
+    # the same teacher.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(index)
         net = create_timm(config.name, **arguments)

@@ -44,19 +44,19 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     """Train `recipe` into `folder`, from its newest checkpoint if `resume`.
 
     Returns whether training reached its last step; False means `stop` was requested and a
-    checkpoint written. Raises UserError for what a user can mend and Failure where training itself
-    fails.
+    checkpoint written. Raises UserError for mistakes a user can correct and Failure if training
+    itself fails.
     """
     settings, device = recipe.train, ranks.device
     checkpoints = folder / "checkpoint"
     saved = load_checkpoint(checkpoints) if resume else None
     if saved and saved["world"] != ranks.world:
         raise UserError(
-            f"{folder} was trained with {saved['world']} processes, now {ranks.world}: start as "
-            "many"
+            f"{folder} was trained with {saved['world']} processes, but there are now {ranks.world}: start "
+            f"{saved['world']}"
         )
 
-    # ---- the cast: pictures, teachers, method ----------------------------------------------------
+    # ---- pictures, teachers, method -------------------------------------------------------------
     pictures = open_pictures(recipe.data)
     teachers = [
         build_teacher(t, recipe.teacher_runtime, i).to(device)
@@ -96,8 +96,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
 
     start = saved["step"] if saved else 0
     batches = step_batches(start, steps)
-    # Everything a user may have got wrong has been looked at by now: only from here on are files
-    # written.
+    # All user input has been checked by now: files are only written from here on.
     if ranks.first and not saved:
         claim_folder(folder, recipe)
     ranks.barrier()
@@ -190,12 +189,12 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
 
             scaler.unscale_(optimizer)
             norm = _clip_gradients(parameters, settings)
-            # Gradients are summed over ranks, so every rank reaches the same verdict.
+            # Gradients are summed over ranks, so every rank gets the same result.
             bad = ~torch.isfinite(norm)
             for group in optimizer.param_groups:
                 if step < group["frozen_epochs"] * per_epoch:
                     for parameter in group["params"]:
-                        parameter.grad = None  # AdamW passes over it: no step, moments or decay
+                        parameter.grad = None  # AdamW skips it: no step, moments or decay
             take_step(optimizer, scaler, bad)
             optimizer.zero_grad(set_to_none=True)
             method.after_step(progress)
@@ -225,8 +224,8 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                     }
                     metrics.write(row | {"skipped_images": len(ledger)})
                 sums, since, since_step = {}, now, done
-            # With several ranks they must stop at the same step, and asking is a collective: only
-            # where a line is due.
+            # Several ranks must stop at the same step, and checking is a collective: only where a
+            # line is due.
             stopping = stop.requested if ranks.world == 1 else log_due and ranks.any(stop.requested)
             if done % recipe.checkpoint.every_steps == 0 or stopping or done == steps:
                 save(done)
@@ -256,8 +255,8 @@ def teacher_features(
                 teacher.label: teacher(batch.views[teacher_views[teacher.label]].to(device))
                 for teacher in teachers
             }
-        # Autograd refuses to keep inference tensors for a backward pass; a copy outside the mode is
-        # an ordinary one.
+        # Autograd cannot keep inference tensors for a backward pass; a copy made outside the mode
+        # is an ordinary tensor.
         return {label: f.map(Tensor.clone) for label, f in features.items()}
 
     return look
@@ -303,8 +302,8 @@ def _clip_gradients(parameters: Sequence[nn.Parameter], settings: TrainConfig) -
 
 
 def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
-    """Step unless gradients are `bad`, without asking a GPU: fused AdamW takes the verdict as a
-    tensor.
+    """Step unless gradients are `bad`, without waiting for a GPU: fused AdamW takes the flag as
+    a tensor.
     """
     if scaler.is_enabled():
         scaler.step(optimizer)  # skips by its own count of non-finite gradients

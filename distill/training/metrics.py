@@ -36,7 +36,7 @@ class MetricsLog:
             self.progress.start()
 
     def write(self, row: dict) -> None:
-        """Append a line; a value that is not finite becomes null, which JSON can hold."""
+        """Append a line; a value that is not finite becomes null, which is valid JSON."""
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -95,7 +95,7 @@ def _open_tensorboard(folder: Path, start: int):
 
 
 def _truncate(path: Path, step: int) -> None:
-    """Drop lines after `step`, and a last line that a kill left half-written; atomic."""
+    """Drop lines after `step`, and a last line that a kill left incomplete; atomic."""
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= step]
@@ -104,7 +104,7 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a half-written last one is left out."""
+    """The lines of a metrics.jsonl; an incomplete last one is left out."""
     rows = []
     for line in path.read_text().splitlines():
         try:

@@ -25,7 +25,7 @@ from distill.training.schedule import Schedule, resolve_views
 _GIGA = 1e9
 
 _UNKNOWN = 10**9
-"""Pictures that are assumed where nobody knows their number, so that no batch is too large."""
+"""Pictures assumed if their number is unknown, so that no batch is too large."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cost:
 
 
 def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
-    """A teacher without weights, for its shapes and costs (a teacher that is a run is loaded, it is
+    """A teacher without weights, for its shapes and costs (a run as a teacher is loaded: it is
     small).
     """
     if config.name == "run":
@@ -133,16 +133,16 @@ def _count_parameters(module: nn.Module) -> tuple[int, int]:
 
 
 def _count_images(recipe: Recipe) -> tuple[int | None, str]:
-    """Number of pictures, and where the number comes from; falls back on `data.images` where there
-    are no files.
+    """Number of pictures, and where the number comes from; falls back on `data.images` without
+    files.
     """
     try:
         number = len(open_pictures(recipe.data))
     except UserError as error:
         if recipe.data.images is None:
             return None, f"not readable here ({error})"
-        return recipe.data.images, f"as the recipe says; not readable here ({error})"
-    return number, f"found ({recipe.data.kind})"
+        return recipe.data.images, f"from data.images; not readable here ({error})"
+    return number, f"counted ({recipe.data.kind})"
 
 
 def print_plan(recipe: Recipe) -> None:
@@ -220,13 +220,13 @@ def _compare(
     cost: Cost,
     teachers: list[Teacher],
 ) -> Table:
-    """Cost of a part of the method in variants of the recipe, beside the student's forward."""
+    """Cost of a part of the method in variants of the recipe, compared with the student's forward pass."""
     table = Table(title=f"alternatives: cost of the {part}")
     for column in ("recipe", "parameters", "forward GFLOP", "of the student's"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
     for name, variant in variants.items():
-        found = cost if variant == recipe else method_cost(variant, teachers)
-        parts = {p.name: p for p in found.parts}
+        result = cost if variant == recipe else method_cost(variant, teachers)
+        parts = {p.name: p for p in result.parts}
         share = f"{100 * parts[part].gflop / parts['student'].gflop:.0f} %"
         name += " (this recipe)" if variant == recipe else ""
         table.add_row(name, f"{parts[part].parameters:,}", f"{parts[part].gflop:.2f}", share)
@@ -238,7 +238,7 @@ def _print_schedule(
 ) -> None:
     train = recipe.train
     if images is None:
-        console.print(f"steps        {train.steps or 'unknown: the number of images is'}")
+        console.print(f"steps        {train.steps or 'unknown, as is the number of images'}")
         return
     for size in schedule.batch_sizes.values():
         if images * recipe.data.repeats < size:

@@ -1,4 +1,4 @@
-"""What a user reads before and after training: the cast, the files made, the next command."""
+"""Printed before and after training: the networks, the files written, the next command."""
 
 import logging
 from pathlib import Path
@@ -29,7 +29,7 @@ _ZOOM = 3
 
 
 def show_start(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
-    """Say who learns from whom, and where it will be written."""
+    """Log the student, its teachers and the run folder."""
     log.info(
         "student   %s at %d px, method %s",
         recipe.student.name,
@@ -48,7 +48,7 @@ def show_start(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
 
 
 def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
-    """Draw the pictures of a run and say what to open and what to type next."""
+    """Draw the pictures of a run and print its files and the next command."""
     if not complete:
         print(
             f"stopped before the last step; the checkpoint in {folder / 'checkpoint'} is complete. "
@@ -68,7 +68,7 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
     print(f"student   {folder / 'student.safetensors'}")
     print(f"losses    {plot}")
     print(f"features  {picture}")
-    print("next      look closer at one photograph:")
+    print("next      inspect one photograph:")
     print(f"  python -m distill.visualize {folder} IMAGE.jpg --sizes 224 448")
 
 
@@ -98,11 +98,11 @@ def _draw_pca(recipe: Recipe, folder: Path) -> Path:
         torch.stack([centre_crop(p, side) for p in photos]).float() / 255
     )
     student = {"student backbone": predictions[BACKBONE].patches}
-    seen = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
-    compared = {f"teacher {config.label}": _unit_scale(seen)}
+    target = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
+    compared = {f"teacher {config.label}": _unit_scale(target)}
     if config.label in predictions:
-        # Both live in the teacher's space, so they share one set of colours: where they agree, the
-        # student has learnt it.
+        # Both live in the teacher's space, so they share one set of colours: equal colours mean that
+        # the student predicts the teacher well.
         head = _unit_scale(predictions[config.label].patches)
         compared = {f"student's {config.label} head": head} | compared
     shown = [centre_crop(p, side).permute(1, 2, 0).numpy() for p in photos]
