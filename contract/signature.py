@@ -6,6 +6,7 @@ The dot of `<teacher>.token` is an underscore here: ONNX and Triton names.
 | graph | reads | gives |
 |---|---|---|
 | backbone | image | backbone_global, backbone_patches (for clients); features, features_global (for the other graphs) |
+| backbone with further maps | image | all that, and of each backbone_s<stride> (for clients), features_s<stride> |
 | backbone with a DPT head | image | all that, then layers_1, layers_1_global, … layers_4_global (for that head) |
 | interaction | features, features_global | spaces (UMT's coupled modules; methods without have no such graph) |
 | head_<teacher> | spaces, or features and features_global | <teacher>_token (if it has one), <teacher>_patches |
@@ -17,6 +18,7 @@ a tensor must not be both an output and another step's input. For the same reaso
 graphs alone.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -26,6 +28,8 @@ IMAGE = "image"
 FEATURES = "features"
 FEATURES_GLOBAL = "features_global"
 SPACES = "spaces"
+MAP_OF_STRIDE = "features_s"
+"""Before the stride, in the name of a further map of the student."""
 BACKBONE = "backbone"
 INTERACTION = "interaction"
 FUSED = "fused"
@@ -92,6 +96,33 @@ def feature_ports(width: int, rows: int | str, columns: int | str) -> tuple[Port
             FEATURES_GLOBAL, "float32", ("batch", 1, width), "the image-level vector, for the same"
         ),
     )
+
+
+def map_ports(stride: int, dim: int, height: int | None, width: int | None) -> tuple[Port, Port]:
+    """A further map of the student, a position every `stride` pixels: for clients, and for heads.
+
+    `height` and `width` are pixels, None where they vary.
+    """
+    rows, columns, positions = f"rows_{stride}", f"columns_{stride}", f"positions_{stride}"
+    if height and width:
+        rows, columns = height // stride, width // stride
+        positions = rows * columns
+    name = f"{MAP_OF_STRIDE}{stride}"
+    cell = f"a position every {stride} pixels"
+    return (
+        Port(
+            f"backbone_s{stride}",
+            "float32",
+            ("batch", positions, dim),
+            f"the student's map of {cell}, row-major",
+        ),
+        Port(name, "float32", ("batch", rows, columns, dim), f"the map of {cell}, for heads"),
+    )
+
+
+def is_internal(name: str) -> bool:
+    """Whether an output is for other graphs, not for clients."""
+    return bool(re.fullmatch(r"features(_global|_s\d+)?|spaces|layers_\d+(_global)?", name))
 
 
 def layer_names(count: int) -> list[str]:

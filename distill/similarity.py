@@ -133,6 +133,12 @@ def run(args: argparse.Namespace) -> int:
     for encoder in encoders.values():
         encoder.to(place)
         encoder.image_size = encoder.fit(args.size or encoder.image_size)
+    if args.on == "summary":
+        for name, encoder in encoders.items():
+            if encoder.dims.summary is None:
+                raise UserError(
+                    f"--on summary: '{name}' has no image-level vector: use --on patches"
+                )
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
     cka, spreads = _compare(encoders, deployment, pictures, numbers, args.on, args.batch_size)
     matrix = cka.matrix(debiased=not args.biased)

@@ -129,6 +129,9 @@ def _draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Pred
             top[column].imshow(colours, interpolation="nearest")
             grid = "x".join(str(side) for side in prediction.patches.shape[1:3])
             top[column].set_title(f"{name}, {grid}")
+            if prediction.summary is None:
+                bottom[column].text(0.5, 0.5, "no image-level vector", ha="center", va="center")
+                continue
             cosine = cosine_map(prediction.summary[0], prediction.patches[0])
             bottom[column].imshow(cosine, interpolation="nearest", cmap="viridis")
             bottom[column].set_title(f"{cosine.min():.2f} … {cosine.max():.2f}", fontsize=9)

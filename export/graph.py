@@ -16,6 +16,7 @@ from contract.signature import (
     FEATURES_GLOBAL,
     FUSED,
     INTERACTION,
+    MAP_OF_STRIDE,
     SPACES,
     Port,
     Signature,
@@ -24,17 +25,16 @@ from contract.signature import (
     head_graph,
     head_ports,
     image_port,
-    layer_names,
     layer_ports,
+    map_ports,
     task_port,
 )
 from contract.tasks import TASKS, Task
-from distill.evaluate.encoder import RunEncoder, dpt_blocks
+from distill.evaluate.encoder import RunEncoder
 from distill.features import Features
 from distill.heads import Head, load_head, scaled
-from distill.methods.deployment import BACKBONE, Deployment
-from distill.methods.losses import FEATURE_LOSS, patch_cosine, pooled_cosine
-from distill.models.student import patch_size
+from distill.methods.deployment import BACKBONE, COUPLING, Deployment, ShippedHead
+from distill.methods.losses import Prediction
 from distill.models.weights import tensors_sha256
 from distill.runs import Run, load_run
 
@@ -59,7 +59,8 @@ class BackboneGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """backbone_global [B, d], backbone_patches [B, h*w, d], features [B, h, w, d],
-        features_global [B, 1, d].
+        features_global [B, 1, d]; of a student with further maps, of each also
+        backbone_s<stride> [B, h_l*w_l, d_l] and features_s<stride> [B, h_l, w_l, d_l].
         """
         return self.tell(self.student(self.normalize(image)))
 
@@ -82,9 +83,10 @@ class BackboneGraph(nn.Module):
         return pixels.to(next(self.student.parameters()).dtype)
 
     def tell(self, result: Features) -> tuple[Tensor, ...]:
-        """The four outputs of the student's features."""
+        """The outputs of the student's features."""
         summary, patches = result.summary.float(), result.patches.float()
-        return summary, patches.flatten(1, 2), patches, summary.unsqueeze(1)
+        maps = (value for m in result.maps for value in (m.float().flatten(1, 2), m.float()))
+        return summary, patches.flatten(1, 2), patches, summary.unsqueeze(1), *maps
 
 
 class LayersGraph(BackboneGraph):
@@ -94,34 +96,13 @@ class LayersGraph(BackboneGraph):
         """The backbone's outputs, then layers_k [B, h_k, w_k, d_k] and layers_k_global [B, 1, d_k],
         shallow to deep.
         """
-        pixels, net = self.normalize(image), self.student.net
-        if patch_size(net) is None:
-            final, result = net.forward_intermediates(pixels, indices=4, output_fmt="NCHW")
-            maps = [layer.permute(0, 2, 3, 1) for layer in result]
-            vectors = [layer.mean(dim=(1, 2)) for layer in maps]
-        else:
-            final, result = net.forward_intermediates(
-                pixels,
-                indices=dpt_blocks(len(net.blocks)),
-                norm=True,
-                output_fmt="NLC",
-                return_prefix_tokens=True,
-            )
-            # without prefix tokens timm gives the patches alone
-            tokens = [layer if isinstance(layer, tuple) else (layer, None) for layer in result]
-            vectors = [
-                patches.mean(1) if prefix is None else prefix[:, 0] for patches, prefix in tokens
-            ]
-            grid = (
-                pixels.shape[-2] // self.student.stride,
-                pixels.shape[-1] // self.student.stride,
-            )
-            maps = [patches.unflatten(1, grid) for patches, _ in tokens]
-        pairs = zip(maps, vectors, strict=True)
-        layers = tuple(
-            value.float() for layer, vector in pairs for value in (layer, vector.unsqueeze(1))
+        features, layers = self.student.layers(self.normalize(image))
+        flat = (
+            value.float()
+            for layer in layers
+            for value in (layer.patches, layer.summary.unsqueeze(1))
         )
-        return self.tell(self.student.read(final, pixels)) + layers
+        return (*self.tell(features), *flat)
 
 
 class InteractionGraph(nn.Module):
@@ -138,27 +119,36 @@ class InteractionGraph(nn.Module):
 
 
 class HeadGraph(nn.Module):
-    """One teacher's head, on spaces or (without a coupling part) on features."""
+    """One teacher's head, on spaces or on those of the student's features that it reads.
 
-    def __init__(self, head: nn.Module, coupled: bool, prefix: int, has_token: bool) -> None:
+    `maps` are the strides of the student's further maps.
+    """
+
+    def __init__(self, head: ShippedHead, prefix: int, maps: Sequence[int]) -> None:
         super().__init__()
-        self.head, self.coupled, self.prefix, self.has_token = head, coupled, prefix, has_token
+        self.head, self.reads, self.has_token = head.module, head.reads, head.has_token
+        self.prefix, self.maps = prefix, tuple(maps)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The token [B, g] if the method predicts one, and patches [B, h*w, d]."""
-        dtype = next((p.dtype for p in self.head.parameters()), torch.float32)
-        inputs = tuple(value.to(dtype) for value in inputs)
-        if self.coupled:
-            # a head asks for the grid to tell the class position from patches: one row of all of
-            # them says as much
-            result = self.head(inputs[0], (1, inputs[0].shape[1] - self.prefix))
-        else:
-            features, features_global = inputs
-            result = self.head(
-                Features(features_global[:, 0], features), tuple(features.shape[1:3])
-            )
+        """The token [B, g] if the head predicts one, and patches [B, h*w, d]."""
+        result = self.predict(*inputs)
         patches = result.patches.flatten(1, 2).float()
         return (result.token.float(), patches) if self.has_token else (patches,)
+
+    def predict(self, *inputs: Tensor) -> Prediction:
+        """The head's own prediction; behind a coupling part its map is a single row."""
+        dtype = next((p.dtype for p in self.head.parameters()), torch.float32)
+        inputs = tuple(value.to(dtype) for value in inputs)
+        if COUPLING in self.reads:
+            # a head asks for the grid to tell the class position from patches: one row of all of
+            # them says as much
+            return self.head(inputs[0], (1, inputs[0].shape[1] - self.prefix))
+        given = dict(zip(self.reads, inputs, strict=True))
+        summary = given["summary"][:, 0] if "summary" in given else None
+        maps = tuple(given.get(f"maps.{stride}") for stride in self.maps)
+        finest = next(value for value in given.values() if value.ndim == 4)
+        features = Features(summary, given.get("patches"), maps)
+        return self.head(features, tuple(finest.shape[1:3]))
 
 
 class TaskGraph(nn.Module):
@@ -171,8 +161,10 @@ class TaskGraph(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """The task's output: [B, C], [B, h*w] or [B, h*w, C]."""
         if self.reader is not None:
-            result = self.reader(*inputs)
-            value = result[-1].unsqueeze(1) if self.task.dense else result[0]
+            seen = self.reader.predict(*inputs)
+            # without a token the map's own vector stands for the picture
+            vector = seen.summary if seen.token is None else seen.token
+            value = seen.patches if self.task.dense else vector
         else:
             value = inputs[0] if self.task.dense else inputs[0][:, 0]
         value = value.to(next(self.head.parameters()).dtype)
@@ -207,21 +199,25 @@ class FusedGraph(nn.Module):
     """Everything a client may ask for in one graph."""
 
     def __init__(
-        self, backbone: nn.Module, interaction: nn.Module | None, parts: Sequence["Part"]
+        self,
+        backbone: "Part",
+        interaction: nn.Module | None,
+        parts: Sequence["Part"],
+        client: Sequence[Port],
     ) -> None:
         super().__init__()
-        self.backbone, self.interaction = backbone, interaction
+        self.backbone, self.interaction = backbone.module, interaction
+        self.backbone_names = [port.name for port in backbone.signature.outputs]
+        self.client_names = [port.name for port in client]
         self.parts = nn.ModuleList(part.module for part in parts)
         self.reads = [[port.name for port in part.signature.inputs] for part in parts]
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """backbone_global, backbone_patches, then the outputs of every head and task."""
-        summary, flat, features, features_global, *layers = self.backbone(image)
-        known = {FEATURES: features, FEATURES_GLOBAL: features_global}
-        known |= dict(zip(layer_names(len(layers) // 2), layers, strict=True))
+        """What clients get of the backbone, then the outputs of every head and task."""
+        known = dict(zip(self.backbone_names, self.backbone(image), strict=True))
         if self.interaction is not None:
-            known[SPACES] = self.interaction(features, features_global)
-        result = [summary, flat]
+            known[SPACES] = self.interaction(known[FEATURES], known[FEATURES_GLOBAL])
+        result = [known[name] for name in self.client_names]
         for module, reads in zip(self.parts, self.reads, strict=True):
             message = module(*(known[name] for name in reads))
             result += message if isinstance(message, tuple) else (message,)
@@ -297,7 +293,7 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
     `height` and `width` are pixels, None where they vary.
     """
     deployment, stride = student.deployment, student.stride
-    d = deployment.student.width
+    d, maps = deployment.student.width, deployment.student.map_strides
     rows, columns = (height // stride, width // stride) if height and width else ("rows", "columns")
     positions = rows * columns if height and width else "positions"
     image = image_port(height or "height", width or "width")
@@ -307,15 +303,29 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
             layers = layer_ports(
                 head.module.settings["widths"], student.layer_strides, stride, height, width
             )
+    if any(pixels > stride for pixels in maps) and not (height and width):
+        raise UserError(
+            f"--resolutions: the student's maps of a position every {max(maps)} pixels are coarser "
+            f"than its stride {stride}, so sizes cannot vary: give one"
+        )
+    client = backbone_ports(d, positions)
+    inputs = feature_ports(d, rows, columns)
+    by_read = dict(zip(("patches", "summary"), inputs, strict=True))
+    map_outputs: tuple[Port, ...] = ()
+    for pixels, width_of_map in zip(maps, deployment.student.map_widths, strict=True):
+        pair = map_ports(pixels, width_of_map, height, width)
+        client += pair[:1]
+        map_outputs += pair
+        by_read[f"maps.{pixels}"] = pair[1]
     backbone = Part(
         (LayersGraph if layers else BackboneGraph)(deployment, varying=not (height and width)),
         Signature(
             BACKBONE,
             (image,),
-            backbone_ports(d, positions) + feature_ports(d, rows, columns) + layers,
+            backbone_ports(d, positions) + inputs + map_outputs + layers,
         ),
     )
-    parts, interaction, inputs = [backbone], None, feature_ports(d, rows, columns)
+    parts, interaction = [backbone], None
     prefix = int(deployment.student.has_class_token)
     coupled = not isinstance(deployment.coupling, nn.Identity)
     if coupled:
@@ -329,45 +339,58 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
         )
         interaction = Part(InteractionGraph(coupling), Signature(INTERACTION, inputs, (spaces,)))
         parts.append(interaction)
-        inputs = (spaces,)
+        by_read[COUPLING] = spaces
     readers: dict[str, HeadGraph] = {}
+    read: dict[str, tuple[Port, ...]] = {}
     heads = []
-    for teacher in student.run.recipe.teachers:
-        label, dims = teacher.label, student.run.dims[teacher.label]
-        has_token = student.run.recipe.method != "umt" or student.run.recipe.umt.model_token
-        readers[label] = HeadGraph(deployment.heads[label], coupled, prefix, has_token)
-        by_direction = FEATURE_LOSS[teacher.role] in (pooled_cosine, patch_cosine)
+    for label, head in deployment.shipped.items():
+        dims = student.run.dims[label]
+        readers[label] = HeadGraph(head, prefix, maps)
+        reads = read[label] = tuple(by_read[name] for name in head.reads)
         ports = head_ports(
-            label, dims.summary if has_token else None, dims.patches, positions, not by_direction
+            label,
+            dims.summary if head.has_token else None,
+            dims.patches,
+            _positions_of(reads, positions),
+            not head.free_length,
         )
         heads.append(
-            Part(readers[label], Signature(head_graph(label), inputs, ports), {"teacher": label})
+            Part(readers[label], Signature(head_graph(label), reads, ports), {"teacher": label})
         )
     tasks = [
         build_dpt(head, layers, student.layer_strides[0], height, width)
         if head.kind == DPT
-        else build_task(head, readers, inputs, feature_ports(d, rows, columns), positions, stride)
+        else build_task(head, readers, read, inputs, positions, stride)
         for head in student.heads
     ]
     fused = FusedGraph(
-        backbone.module, interaction.module if interaction else None, [*heads, *tasks]
+        backbone, interaction.module if interaction else None, [*heads, *tasks], client
     )
-    outputs = backbone_ports(d, positions) + tuple(
-        p for part in [*heads, *tasks] for p in part.signature.outputs
-    )
+    outputs = client + tuple(p for part in [*heads, *tasks] for p in part.signature.outputs)
     return [*parts, *heads, *tasks, Part(fused, Signature(FUSED, (image,), outputs))]
+
+
+def _positions_of(reads: Sequence[Port], positions: int | str) -> int | str:
+    """Positions of a head's map: the student's, unless it reads nothing but a further map."""
+    grids = [port.axes[1:3] for port in reads if port.name.startswith(MAP_OF_STRIDE)]
+    if not grids or any(port.name in (FEATURES, SPACES) for port in reads):
+        return positions
+    rows, columns = grids[0]
+    if isinstance(rows, int) and isinstance(columns, int):
+        return rows * columns
+    return str(rows).replace("rows", "positions")
 
 
 def build_task(
     head: Head,
     readers: dict[str, HeadGraph],
-    coupled: tuple[Port, ...],
+    read: dict[str, tuple[Port, ...]],
     features: tuple[Port, ...],
     positions: int | str,
     stride: int,
 ) -> Part:
     """The graph of one task head; one that reads a teacher's output carries that teacher's head
-    inside.
+    inside, whose inputs are `read[label]`.
 
     (Fed from the head's own output, it would make that both an ensemble output and a step's input.)
     """
@@ -377,7 +400,7 @@ def build_task(
         grid = (features[0].axes[1], features[0].axes[2])
         about |= {"stride": stride} | ({"grid": grid} if isinstance(positions, int) else {})
     reader = None if reads == BACKBONE else readers[reads]
-    inputs = coupled if reader else (features[0] if task.dense else features[1],)
+    inputs = read[reads] if reader else (features[0] if task.dense else features[1],)
     port = task_port(task, head.module.settings.get("classes", 1), positions)
     return Part(TaskGraph(task, head.module, reader), Signature(task.name, inputs, (port,)), about)
 

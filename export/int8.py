@@ -223,15 +223,17 @@ def insert(model: onnx.ModelProto, ranges: TensorsData) -> onnx.ModelProto:
     with _quiet():
         quantizer = QDQQuantizer(
             model,
-            True,
-            False,
-            QuantType.QInt8,
-            QuantType.QInt8,
-            ranges,
-            [],
-            left_out,
-            _QUANTIZED,
-            dict(_OPTIONS),
+            per_channel=True,
+            # Weights of seven bits: without VNNI, x86 CPUs add pairs of products in 16 bits, which
+            # eight bits overflow (least cosine of UMT's spaces in onnxruntime: 0.97).
+            reduce_range=True,
+            weight_qType=QuantType.QInt8,
+            activation_qType=QuantType.QInt8,
+            tensors_range=ranges,
+            nodes_to_quantize=[],
+            nodes_to_exclude=left_out,
+            op_types_to_quantize=_QUANTIZED,
+            extra_options=dict(_OPTIONS),
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from contract.errors import Failure
 from contract.manifest import ParityRecord, Precision
-from contract.signature import FEATURES, FEATURES_GLOBAL, FUSED, IMAGE, SPACES, layer_names
+from contract.signature import (
+    FEATURES,
+    FEATURES_GLOBAL,
+    FUSED,
+    IMAGE,
+    MAP_OF_STRIDE,
+    SPACES,
+    layer_names,
+)
 from contract.tasks import TASKS
 from distill.methods.deployment import BACKBONE
 from export.graph import DPT, Part, Student, flatten_positions
@@ -85,6 +93,9 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
             )
             result[FEATURES] = prediction.patches.numpy()
             result[FEATURES_GLOBAL] = prediction.token.unsqueeze(1).numpy()
+            for stride, level in zip(deployment.student.map_strides, prediction.maps, strict=True):
+                result[f"backbone_s{stride}"] = level.flatten(1, 2).numpy()
+                result[f"{MAP_OF_STRIDE}{stride}"] = level.numpy()
             continue
         if prediction.token is not None:
             result[f"{label}_token"] = prediction.token.numpy()

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from contract.errors import UserError
 from contract.files import file_sha256
 from contract.manifest import MANIFEST, GraphRecord, Manifest, TensorRecord, read_manifest
-from contract.signature import FUSED
+from contract.signature import FUSED, is_internal
 
 
 class Bundle:
@@ -33,12 +33,12 @@ class Bundle:
     @cached_property
     def outputs(self) -> tuple[TensorRecord, ...]:
         """What a client may ask for: the outputs that no other graph reads."""
-        internal = {tensor.name for graph in self.parts for tensor in graph.inputs}
+        read = {tensor.name for graph in self.parts for tensor in graph.inputs}
         return tuple(
             tensor
             for graph in self.parts
             for tensor in graph.outputs
-            if tensor.name not in internal
+            if tensor.name not in read and not is_internal(tensor.name)
         )
 
     @property

@@ -99,7 +99,9 @@ def client(bundle, tmp_path_factory):
     from serve.server.triton import find_tritonserver
 
     folder = tmp_path_factory.mktemp("normals_server")
-    make_repository(bundle, folder / "repository", Settings(fused=False, encoded=False))
+    make_repository(
+        read_bundle(bundle), folder / "repository", Settings(fused=False, encoded=False)
+    )
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
     with Server(
         find_tritonserver(None, folder), folder / "repository", options, lambda line: None

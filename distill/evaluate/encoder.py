@@ -2,7 +2,6 @@
 teacher, behind one call.
 """
 
-import inspect
 import json
 import re
 from functools import cached_property
@@ -15,10 +14,11 @@ from contract.errors import UserError
 from distill.config import TeacherConfig, TeacherRuntime
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import BACKBONE, Deployment
-from distill.models.student import map_stride, patch_size
+from distill.models.student import Layer, dpt_layers, map_stride, patch_size
 from distill.models.weights import tensors_sha256
 from distill.runs import Run
 from distill.teachers import Teacher, build_teacher
+from distill.teachers.run import StudentNet
 
 
 class Encoder(nn.Module):
@@ -71,39 +71,21 @@ class Encoder(nn.Module):
         settings["normalization"] = [round(value, 6) for value in mean + std]
         return self.weights_sha256 + json.dumps(settings, sort_keys=True)
 
-    def layers(self, images: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """(summary [B, d], map [B, h, w, d]) of the four layers a DPT head reads, shallow to deep
-        (UMT A.1).
+    def layers(self, images: Tensor) -> list[Layer]:
+        """Four layers for a DPT head, shallow to deep, as float32 (see `dpt_layers`)."""
+        _, layers = self._layers(self.normalize(images))
+        return [Layer(*(values.float() for values in layer)) for layer in layers]
 
-        ViT of n blocks: after blocks n/3, n/2, 2n/3 and n (ViT-B 3, 5, 7, 11 and ViT-L 7, 11, 15,
-        23, from 0), normalised, with the class token as summary. CNN: the last four stages, each
-        with its spatial mean.
-        """
-        net, pixels = self.net, self.normalize(images)
-        if patch_size(net) is None:
-            stages = net.forward_intermediates(
-                pixels, indices=4, intermediates_only=True, output_fmt="NCHW"
+    def _layers(self, pixels: Tensor) -> tuple[object, list[Layer]]:
+        raise NotImplementedError
+
+    def need_summary(self, what: str) -> None:
+        """Raise UserError where the network has no image-level vector, which `what` reads."""
+        if self.dims.summary is None:
+            raise UserError(
+                f"{self.name}: '{self.read_out}' has no image-level vector, which {what} needs: "
+                "choose a task on patches (segmentation, depth, video) or other --features"
             )
-            maps = [stage.permute(0, 2, 3, 1) for stage in stages]
-            return [(m.mean(dim=(1, 2)).float(), m.float()) for m in maps]
-        if "return_prefix_tokens" not in inspect.signature(net.forward_intermediates).parameters:
-            raise UserError(f"{self.name} does not give its blocks' tokens: set depth.head=linear")
-        results = net.forward_intermediates(
-            pixels,
-            indices=dpt_blocks(len(net.blocks)),
-            norm=True,
-            intermediates_only=True,
-            output_fmt="NLC",
-            return_prefix_tokens=True,
-        )
-        grid = (pixels.shape[-2] // self.stride, pixels.shape[-1] // self.stride)
-        result = []
-        for layer in results:
-            # without prefix tokens timm gives the patches alone
-            tokens, prefix = layer if isinstance(layer, tuple) else (layer, None)
-            summary = tokens.mean(1) if prefix is None else prefix[:, 0]
-            result.append((summary.float(), tokens.unflatten(1, grid).float()))
-        return result
 
     def fit(self, pixels: int) -> int:
         """The multiple of `stride` nearest to `pixels`; raises UserError if the network takes its
@@ -130,13 +112,6 @@ class Encoder(nn.Module):
         return True
 
 
-def dpt_blocks(blocks: int) -> list[int]:
-    """Indices of the four blocks of a ViT that DPT reads: the paper's for 12 and 24 blocks, in
-    proportion otherwise.
-    """
-    return [max(0, round(blocks * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
-
-
 class RunEncoder(Encoder):
     """The student of a run, read at its backbone or at one teacher's head (UMT A.6 reads the DINO
     one).
@@ -151,7 +126,7 @@ class RunEncoder(Encoder):
                 f"--features {read_out}: this student has {', '.join((BACKBONE, *whole.heads))}"
             )
         self.name, self.read_out = run.folder.name, read_out
-        heads = {} if read_out == BACKBONE else {read_out: whole.heads[read_out]}
+        heads = {} if read_out == BACKBONE else {read_out: whole.shipped[read_out]}
         coupling = whole.coupling if heads else nn.Identity()
         self.deployment = Deployment(whole.preprocess, whole.student, coupling, heads)
         self.preprocess = whole.preprocess
@@ -169,7 +144,12 @@ class RunEncoder(Encoder):
         result = self.deployment(images.float().div(255))[self.read_out]
         # Without a model token (Table 3's ablation) the map's own vector stands for the picture.
         summary = result.summary if result.token is None else result.token
-        return Features(summary.float(), result.patches.float())
+        if self.dims.summary is None:  # the head of a teacher without
+            summary = None
+        return Features(summary, result.patches).map(Tensor.float)
+
+    def _layers(self, pixels: Tensor) -> tuple[Features, list[Layer]]:
+        return self.deployment.student.layers(pixels)
 
 
 class TeacherEncoder(Encoder):
@@ -196,15 +176,16 @@ class TeacherEncoder(Encoder):
 
     @property
     def net(self) -> nn.Module:
-        return (
-            self.teacher.net.student.net
-            if hasattr(self.teacher.net, "student")
-            else self.teacher.net
-        )
+        net = self.teacher.net
+        return net.student.net if isinstance(net, StudentNet) else net
 
     def forward(self, images: Tensor) -> Features:
-        result = self.teacher.encode(self.normalize(images))
-        return Features(result.summary.float(), result.patches.float())
+        return self.teacher.encode(self.normalize(images)).map(Tensor.float)
+
+    def _layers(self, pixels: Tensor) -> tuple[object, list[Layer]]:
+        if isinstance(self.teacher.net, StudentNet):
+            return self.teacher.net.student.layers(pixels)
+        return dpt_layers(self.net, pixels, self.stride)
 
 
 def teacher_encoder(

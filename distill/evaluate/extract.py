@@ -132,7 +132,11 @@ def extract(
     for part in (encoder.fingerprint(), views.fingerprint(), str(patches), precision, str(size)):
         key.update(part.encode())
     folder = cache / f"{encoder.name}-{encoder.read_out}-{key.hexdigest()[:16]}"
-    kinds = ("summary", "patches") if patches else ("summary",)
+    if patches:
+        kinds = ("patches",) if encoder.dims.summary is None else ("summary", "patches")
+    else:
+        encoder.need_summary(what)
+        kinds = ("summary",)
     shards = -(-len(views) // size)
     missing = [shard for shard in range(shards) if not whole(folder, shard, kinds)]
     result = Extracted(folder, len(views), size)
@@ -157,11 +161,9 @@ def extract(
     ):
         for kind in kinds:
             parts[kind].append(_fits(batch[kind], kind, encoder.name))
-        done += len(batch["summary"])
+        done += len(batch[kinds[0]])
         # the loader's batches never straddle two shards
-        if sum(len(part) for part in parts["summary"]) == len(
-            _shard_range(shard, len(views), size)
-        ):
+        if sum(len(part) for part in parts[kinds[0]]) == len(_shard_range(shard, len(views), size)):
             _keep(folder, shard, {kind: np.concatenate(parts[kind]) for kind in kinds})
             parts = {kind: [] for kind in kinds}
             shard = next(queue, None)
@@ -288,4 +290,4 @@ def _follow(items, total: int, what: str):
         bar = progress.add_task(what, total=total)
         for item in items:
             yield item
-            progress.advance(bar, len(item["summary"]))
+            progress.advance(bar, len(next(iter(item.values()))))

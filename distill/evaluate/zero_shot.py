@@ -40,6 +40,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path
             "zero-shot needs class embeddings: set zero_shot.embeddings=FILE.safetensors (tensor "
             "`embeddings` [C, d], metadata `classes`: a JSON list of the class folders' names)"
         )
+    encoder.need_summary("zero-shot")
     val = open_classes(data, "val")
     classes = read_classes(Path(config.zero_shot.embeddings), val.classes)
     width, expected = classes.embeddings.shape[1], encoder.dims.summary

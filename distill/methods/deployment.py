@@ -3,35 +3,55 @@ pictures see.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from distill.methods.losses import Prediction
 from distill.models.preprocess import Preprocess
-from distill.models.student import Student
+from distill.models.student import StudentLike
 
 BACKBONE = "backbone"
 """Name of the student's own outputs beside the teachers' labels."""
 
 
-class Deployment(nn.Module):
-    """A frozen student with one head per teacher.
+COUPLING = "coupling"
+"""What a head reads that reads the output of the coupling part."""
 
-    `student` encodes; `coupling` prepares what all heads read (UMT's interaction; identity for
-    plain heads); `heads[label]` maps that and the grid to a `Prediction` in the teacher's own
-    units.
+
+class ShippedHead(NamedTuple):
+    """A teacher's head, and what its outputs mean.
+
+    `module(features, grid)` returns a `Prediction` in the teacher's own units; `features` are the
+    coupling part's output, or the student's `Features` of which it reads `reads`: "summary",
+    "patches", "maps.<stride>". `grid` is the (h, w) of the student's map.
+    """
+
+    module: nn.Module
+    reads: tuple[str, ...] = ("summary", "patches")
+    has_token: bool = True
+    free_length: bool = False
+    """Whether only the direction of its patches means something (trained by cosine)."""
+
+
+class Deployment(nn.Module):
+    """A frozen student with its heads, one for a teacher; there may be none.
+
+    `student` encodes; `coupling` prepares what heads read that read "coupling" (UMT's interaction;
+    identity for a method without); `shipped[label]` is the head of teacher `label`.
     """
 
     def __init__(
         self,
         preprocess: Preprocess,
-        student: Student,
+        student: StudentLike,
         coupling: nn.Module,
-        heads: Mapping[str, nn.Module],
+        shipped: Mapping[str, ShippedHead],
     ) -> None:
         super().__init__()
         self.preprocess, self.student, self.coupling = preprocess, student, coupling
-        self.heads = nn.ModuleDict(heads)
+        self.shipped = dict(shipped)
+        self.heads = nn.ModuleDict({label: head.module for label, head in shipped.items()})
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> dict[str, Prediction]:
@@ -44,8 +64,12 @@ class Deployment(nn.Module):
         features = self.student(self.preprocess.normalize(pixels))
         coupled = self.coupling(features)
         grid = tuple(features.patches.shape[1:3])
-        backbone = Prediction(features.summary, features.patches, features.summary)
-        return {
-            BACKBONE: backbone,
-            **{label: head(coupled, grid) for label, head in self.heads.items()},
+        results = {
+            BACKBONE: Prediction(
+                features.summary, features.patches, features.summary, features.maps
+            )
         }
+        for label, head in self.heads.items():
+            reads_coupling = COUPLING in self.shipped[label].reads
+            results[label] = head(coupled if reads_coupling else features, grid)
+        return results

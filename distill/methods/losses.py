@@ -25,14 +25,17 @@ from distill.features import Features, resize_map
 class Prediction(NamedTuple):
     """What the student says in one teacher's space.
 
-    `token` [B, d_summary] predicts the teacher's summary (None in the ablation without a model
-    token); `patches` [B, h, w, d] predicts its map; `summary` [B, d] is the map's own image-level
-    vector (class position of a ViT student, mean of a CNN's), in the space of `patches`.
+    `token` [B, d_summary] predicts the teacher's summary (None for a teacher without one, and in
+    the ablation without a model token); `patches` [B, h, w, d] predicts its map; `summary` [B, d]
+    is the map's own image-level vector (class position of a ViT student, mean of a CNN's), in the
+    space of `patches`, None where the student has none; `maps` [B, h_l, w_l, d_l] predict the
+    teacher's further maps, finest first.
     """
 
     token: Tensor | None
     patches: Tensor
-    summary: Tensor
+    summary: Tensor | None
+    maps: tuple[Tensor, ...] = ()
 
 
 def token_mse(token: Tensor, summary: Tensor) -> Tensor:
@@ -66,6 +69,13 @@ FEATURE_LOSS: dict[Role, Callable[[Tensor, Tensor], Tensor]] = {
     "mae": patch_mse,
     "dino": patch_cosine,
 }
+
+
+def has_free_length(role: Role) -> bool:
+    """Whether the feature loss of a role compares directions only, so that the length of what a
+    head predicts is free.
+    """
+    return FEATURE_LOSS[role] in (pooled_cosine, patch_cosine)
 
 
 def align_maps(
@@ -102,7 +112,7 @@ def alignment_losses(
         weighted = teacher.weight * teacher.feature_weight * feature
         parts[f"loss.{teacher.label}.patches"] = feature.detach()
         feature_sum = feature.detach() if feature_sum is None else feature_sum + feature.detach()
-        if prediction.token is not None:
+        if prediction.token is not None and target.summary is not None:
             token = token_mse(prediction.token.float(), target.summary.float())
             weighted = weighted + teacher.weight * teacher.token_weight * token
             parts[f"loss.{teacher.label}.token"] = token.detach()

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from distill.config import Auto, Positive, Recipe, Section
 from distill.data.crops import IMAGE, View
 from distill.features import FeatureDims, Features
-from distill.methods.deployment import Deployment
-from distill.methods.losses import Prediction, alignment_loss_names, alignment_losses
+from distill.methods.deployment import Deployment, ShippedHead
+from distill.methods.losses import (
+    Prediction,
+    alignment_loss_names,
+    alignment_losses,
+    has_free_length,
+)
 from distill.methods.method import Method
 from distill.methods.targets import FeatureNormalizer
 from distill.models.preprocess import Preprocess
@@ -72,7 +77,12 @@ class Plain(Method):
     def deploy(self) -> Deployment:
         """What ships: the backbone and one head per teacher, which read it directly."""
         heads = {
-            label: DeployedHead(head, self.normalizers[label]) for label, head in self.heads.items()
+            teacher.label: ShippedHead(
+                DeployedHead(self.heads[teacher.label], self.normalizers[teacher.label]),
+                has_token=self.heads[teacher.label].token is not None,
+                free_length=has_free_length(teacher.role),
+            )
+            for teacher in self.teachers
         }
         return Deployment(self.preprocess, self.student, nn.Identity(), heads)
 
@@ -90,16 +100,13 @@ class TeacherHead(nn.Module):
 
     def __init__(self, width: int, hidden: int, dim: FeatureDims) -> None:
         super().__init__()
-        self.token = mlp(width, hidden, dim.summary)
+        self.token = None if dim.summary is None else mlp(width, hidden, dim.summary)
         self.patches = mlp(width, hidden, dim.patches)
 
     def forward(self, features: Features) -> Prediction:
-        """Map student features to the teacher's widths."""
-        return Prediction(
-            self.token(features.summary),
-            self.patches(features.patches),
-            self.patches(features.summary),
-        )
+        """Map student features to the teacher's widths; no token for a teacher without summary."""
+        token = None if self.token is None else self.token(features.summary)
+        return Prediction(token, self.patches(features.patches), self.patches(features.summary))
 
 
 class DeployedHead(nn.Module):

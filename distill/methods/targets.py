@@ -126,25 +126,31 @@ class FeatureNormalizer(nn.Module):
 
     def __init__(self, label: str, dims: FeatureDims, mode: str) -> None:
         super().__init__()
-        for width in dims[:2]:
+        kinds = {"patches": dims.patches}
+        if dims.summary is not None:
+            kinds = {"summary": dims.summary} | kinds
+        for width in kinds.values():
             if mode == "phi-s" and not has_hadamard(width):
                 raise UserError(
                     f"teacher '{label}': targets.normalize = phi-s needs a Hadamard matrix of its "
                     f"width {width}, and none is known (set targets.normalize=standardize)"
                 )
-        self.summary, self.patches = (TargetNormalizer(width, mode) for width in dims[:2])
+        for kind, width in kinds.items():
+            setattr(self, kind, TargetNormalizer(width, mode))
 
     def forward(self, features: Features) -> Features:
-        """Normalise a teacher's features."""
-        return Features(self.summary(features.summary), self.patches(features.patches))
+        """Normalise a teacher's features; further maps stay as they are."""
+        summary = None if features.summary is None else self.summary(features.summary)
+        return features._replace(summary=summary, patches=self.patches(features.patches))
 
     def restore(self, prediction: Prediction) -> Prediction:
         """Bring a student's prediction back to the teacher's units."""
         token = None if prediction.token is None else self.summary.inverse(prediction.token)
-        return Prediction(
-            token,
-            self.patches.inverse(prediction.patches),
-            self.patches.inverse(prediction.summary),
+        summary = prediction.summary
+        return prediction._replace(
+            token=token,
+            patches=self.patches.inverse(prediction.patches),
+            summary=None if summary is None else self.patches.inverse(summary),
         )
 
 
@@ -158,10 +164,10 @@ def fit_normalizers(
     where none are needed.
     """
     parts = {
-        (label, kind): getattr(normalizer, kind)
+        (label, kind): part
         for label, normalizer in normalizers.items()
-        for kind in Features._fields[:2]
-        if getattr(normalizer, kind).needs_fit
+        for kind, part in normalizer.named_children()
+        if part.needs_fit
     }
     if not parts:
         return

@@ -26,7 +26,7 @@ from contract.errors import UserError
 from distill.config import Auto, Positive, Recipe, Section
 from distill.data.crops import IMAGE, View
 from distill.features import FeatureDims, Features
-from distill.methods.deployment import Deployment
+from distill.methods.deployment import COUPLING, Deployment, ShippedHead
 from distill.methods.interaction import (
     AttentionInteraction,
     ConvInteraction,
@@ -37,7 +37,12 @@ from distill.methods.interaction import (
     default_heads,
     gcd_groups,
 )
-from distill.methods.losses import Prediction, alignment_loss_names, alignment_losses
+from distill.methods.losses import (
+    Prediction,
+    alignment_loss_names,
+    alignment_losses,
+    has_free_length,
+)
 from distill.methods.method import Method
 from distill.methods.targets import FeatureNormalizer
 from distill.models.preprocess import Preprocess
@@ -153,8 +158,13 @@ class UMT(Method):
         heads.
         """
         heads = {
-            label: SpaceHead(self.read_out, label, self.normalizers[label])
-            for label in self.teacher_views
+            teacher.label: ShippedHead(
+                SpaceHead(self.read_out, teacher.label, self.normalizers[teacher.label]),
+                reads=(COUPLING,),
+                has_token=self.read_out.predicts_token(teacher.label),
+                free_length=has_free_length(teacher.role),
+            )
+            for teacher in self.teachers
         }
         return Deployment(self.preprocess, self.student, self.interaction, heads)
 
@@ -240,15 +250,18 @@ class ReadOut(nn.Module):
         )
         if token_dim:
             self.token_norm = LayerNorm(token_dim)
-            shared = share_token_head(config, dims)
-            names = ["shared"] if shared else list(dims)
-            self.token_heads = nn.ModuleDict(
-                {
-                    name: nn.Linear(token_dim, dim.summary)
-                    for name, dim in zip(names, dims.values(), strict=False)
-                }
-            )
-        self.has_token = token_dim > 0
+            widths = {k: dim.summary for k, dim in dims.items() if dim.summary is not None}
+            if widths and share_token_head(config, widths):
+                self.token_heads = nn.ModuleDict(
+                    {"shared": nn.Linear(token_dim, next(iter(widths.values())))}
+                )
+            else:
+                self.token_heads = nn.ModuleDict(
+                    {label: nn.Linear(token_dim, width) for label, width in widths.items()}
+                )
+            self.with_token = frozenset(widths)
+        else:
+            self.with_token = frozenset()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -263,11 +276,12 @@ class ReadOut(nn.Module):
         prefix = space.shape[1] - grid[0] * grid[1]
         patches = features[:, prefix:].unflatten(1, grid)
         summary = features[:, 0] if prefix else features.mean(dim=1)
-        return Prediction(self._token(label, space) if self.has_token else None, patches, summary)
+        token = self._token(label, space) if self.predicts_token(label) else None
+        return Prediction(token, patches, summary)
 
     def predicts_token(self, label: str) -> bool:
-        """Whether teacher `label` has a token head."""
-        return self.has_token
+        """Whether teacher `label` has a token head: it has a summary, and there is a model token."""
+        return label in self.with_token
 
     def _token(self, label: str, space: Tensor) -> Tensor:
         head = self.token_heads["shared" if "shared" in self.token_heads else label]
@@ -309,9 +323,10 @@ def resolve_token_dim(config: Config, cnn: bool, space_dim: int) -> int:
     return config.token_dim
 
 
-def share_token_head(config: Config, dims: Mapping[str, FeatureDims]) -> bool:
-    """Whether one Linear serves all teachers (A.3 shares it, which needs equal widths)."""
-    widths = {label: dim.summary for label, dim in dims.items()}
+def share_token_head(config: Config, widths: Mapping[str, int]) -> bool:
+    """Whether one Linear serves all teachers that have a summary, of these `widths` (A.3 shares
+    it, which needs equal widths).
+    """
     equal = len(set(widths.values())) == 1
     if config.share_token_head is True and not equal:
         listed = ", ".join(f"{label} {width}" for label, width in widths.items())

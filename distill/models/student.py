@@ -2,8 +2,9 @@
 output.
 """
 
+import inspect
 import re
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol
 
 import timm
 import torch
@@ -59,6 +60,43 @@ def nearest_multiples(value: int, unit: int) -> str:
     return f"{below} or {below + unit}" if below else str(unit)
 
 
+class Layer(NamedTuple):
+    """An intermediate layer: `summary` [B, d], its class token or spatial mean, and `patches`
+    [B, h, w, d].
+    """
+
+    summary: Tensor
+    patches: Tensor
+
+
+class StudentLike(Protocol):
+    """What methods, export and evaluation know of a student: a timm backbone (`Student`), or a
+    network of a method's own.
+    """
+
+    family: Literal["vit", "cnn"]
+    width: int
+    stride: int
+    prefix: int
+    has_class_token: bool
+    net: nn.Module
+    map_strides: tuple[int, ...]
+    """Pixels per position of `Features.maps`, finest first."""
+    map_widths: tuple[int, ...]
+
+    def forward(self, images: Tensor) -> Features:
+        """Encode normalised images [B, 3, H, W]."""
+        ...
+
+    def layers(self, images: Tensor) -> tuple[Features, list[Layer]]:
+        """The features and, from the same pass, four layers for a dense head, shallow to deep."""
+        ...
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that stay out of weight decay."""
+        ...
+
+
 class Student(nn.Module):
     """A randomly initialised (UMT A.1) timm backbone giving F_S.
 
@@ -67,6 +105,8 @@ class Student(nn.Module):
     """
 
     family: Literal["vit", "cnn"]
+    map_strides: tuple[int, ...] = ()
+    map_widths: tuple[int, ...] = ()
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
@@ -129,12 +169,60 @@ class Student(nn.Module):
         patches = output[:, self.prefix :].unflatten(1, grid)
         return Features(output[:, 0] if self.has_class_token else patches.mean(dim=(1, 2)), patches)
 
+    def layers(self, images: Tensor) -> tuple[Features, list[Layer]]:
+        """The features, as `forward` gives them, and the four layers of `dpt_layers` from the same
+        pass. The only way to intermediate layers: a student that is more than its timm network
+        overrides it.
+        """
+        output, layers = dpt_layers(self.net, images, self.stride)
+        return self.read(output, images), layers
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters (position embedding, class token) that timm keeps out of weight
         decay.
         """
         skip = self.net.no_weight_decay() if hasattr(self.net, "no_weight_decay") else set()
         return {f"net.{name}" for name in skip}
+
+
+def dpt_layers(net: nn.Module, pixels: Tensor, stride: int) -> tuple[Tensor, list[Layer]]:
+    """Output of a timm network's `forward_features` and, from the same pass, the four layers that a
+    DPT head reads, shallow to deep (UMT A.1).
+
+    ViT of n blocks: after blocks n/3, n/2, 2n/3 and n (ViT-B 3, 5, 7, 11 and ViT-L 7, 11, 15, 23,
+    from 0), normalised, with the class token as summary. CNN: the last four stages, each with its
+    spatial mean. Raises UserError for a ViT that does not return its blocks' tokens.
+    """
+    if patch_size(net) is None:
+        output, stages = net.forward_intermediates(pixels, indices=4, output_fmt="NCHW")
+        maps = [stage.permute(0, 2, 3, 1) for stage in stages]
+        return output, [Layer(m.mean(dim=(1, 2)), m) for m in maps]
+    if "return_prefix_tokens" not in inspect.signature(net.forward_intermediates).parameters:
+        raise UserError(
+            f"{type(net).__name__} does not return its blocks' tokens: set depth.head=linear"
+        )
+    output, blocks = net.forward_intermediates(
+        pixels,
+        indices=dpt_blocks(len(net.blocks)),
+        norm=True,
+        output_fmt="NLC",
+        return_prefix_tokens=True,
+    )
+    grid = (pixels.shape[-2] // stride, pixels.shape[-1] // stride)
+    layers = []
+    for block in blocks:
+        # without prefix tokens timm returns the patches alone
+        tokens, prefix = block if isinstance(block, tuple) else (block, None)
+        summary = tokens.mean(1) if prefix is None else prefix[:, 0]
+        layers.append(Layer(summary, tokens.unflatten(1, grid)))
+    return output, layers
+
+
+def dpt_blocks(blocks: int) -> list[int]:
+    """Indices of the four blocks of a ViT that DPT reads: the paper's for 12 and 24 blocks, in
+    proportion otherwise.
+    """
+    return [max(0, round(blocks * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
 
 
 def map_stride(net: nn.Module, size: int, height: int) -> int:

@@ -27,6 +27,7 @@ from distill.heads import load_head, save_head
 from distill.runs import load_run
 from export.check import main as check
 from export.run import main
+from serve.bundle import read_bundle
 from tests.conftest import need_tritonserver, run_here, small_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traces")]
@@ -253,7 +254,9 @@ def test_a_server_makes_a_map_of_cells_that_are_finer_than_patches(fixed_bundle,
     from serve.server.process import Options, Server
     from serve.server.triton import find_tritonserver
 
-    make_repository(fixed_bundle, tmp_path / "repository", Settings(fused=False, encoded=False))
+    make_repository(
+        read_bundle(fixed_bundle), tmp_path / "repository", Settings(fused=False, encoded=False)
+    )
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
     image = photographs(42, 70)
     with (

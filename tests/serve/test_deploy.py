@@ -327,7 +327,7 @@ def test_the_job_calls_commands_as_they_are(place, command, capsys):
     arguments = of_kind(read("kubernetes/engines/job.yaml"), "Job")["spec"]["template"]["spec"][
         place
     ][0]["args"]
-    assert arguments[0] == command.__name__
+    assert arguments[0] == command.__name__.removesuffix(".__main__")
     assert command.main(arguments[1:]) == 2  # nothing lies in /runs and /repository
     assert capsys.readouterr().err.startswith("error: "), "argparse would have left with SystemExit"
 
@@ -364,7 +364,7 @@ def requirements(name):
 
 def test_the_render_stage_has_what_rendering_imports(small_bundle, tmp_path):
     code = (
-        "import json, sys; from serve.repository import main\nstatus = main([sys.argv[1], "
+        "import json, sys; from serve.repository.__main__ import main\nstatus = main([sys.argv[1], "
         "'--output', sys.argv[2], '--backend', 'onnxruntime', '--kind', "
         "'gpu'])\nprint(json.dumps(sorted({name.partition('.')[0] for name in "
         "sys.modules})))\nsys.exit(status)"
@@ -406,6 +406,12 @@ def test_the_serving_image_has_what_the_python_models_import(small_bundle):
     templates = set((ROOT / "triton_models").glob("*/1/model.py")) | set(
         (ROOT / "triton_models").glob("*.py")
     )
+    copied |= {
+        ROOT / "contract" / f"{name}.py"
+        for path in templates
+        for name in imports_of(path)
+        if (ROOT / "contract" / f"{name}.py").is_file()
+    }
     beside = {path.stem for path in templates | copied}
     modules = {name for path in templates | copied for name in imports_of(path)}
     modules -= set(sys.stdlib_module_names) | beside | {"triton_python_backend_utils"}

@@ -152,7 +152,7 @@ def test_silog_by_its_formula_and_blind_to_invalid_pixels():
 
 
 def test_dpt_reads_the_papers_blocks():
-    from distill.evaluate.encoder import dpt_blocks
+    from distill.models.student import dpt_blocks
 
     assert dpt_blocks(12) == [3, 5, 7, 11]
     assert dpt_blocks(24) == [7, 11, 15, 23]

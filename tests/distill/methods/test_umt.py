@@ -238,3 +238,18 @@ def test_a_patch_that_does_not_divide_the_crop_names_the_nearest_sizes():
 def test_an_unknown_student_suggests_the_nearest_name():
     with pytest.raises(UserError, match="did you mean 'resnet50'"):
         build_method(recipe({"name": "resnet_50", "image_size": 64}), DIMS)
+
+
+@pytest.mark.parametrize("method", ["umt", "plain"])
+def test_a_teacher_without_a_summary_gets_no_token(method):
+    dims = DIMS | {"dino": FeatureDims(None, 32)}
+    model = build_method(recipe(method=method), dims)
+    views, targets = batch()
+    targets["dino"] = targets["dino"]._replace(summary=None)
+    losses = model(views, targets)
+    assert "loss.dino.token" not in losses and "loss.mae.token" in losses
+    assert {"loss", *model.describe()["losses"]} == set(losses)
+    shipped = model.deploy()
+    assert [label for label, head in shipped.shipped.items() if head.has_token] == ["cls", "mae"]
+    predictions = shipped(torch.rand(1, 3, 64, 64))
+    assert predictions["dino"].token is None and predictions["cls"].token is not None

@@ -22,7 +22,7 @@ from distill.config import Positive, Recipe, Section
 from distill.data.crops import View
 from distill.features import FeatureDims, Features
 from distill.methods import METHODS
-from distill.methods.deployment import Deployment
+from distill.methods.deployment import Deployment, ShippedHead
 from distill.methods.losses import Prediction, pooled_cosine
 from distill.methods.method import Method, ParameterGroup, Progress, decay_groups
 from distill.models.preprocess import Preprocess
@@ -111,7 +111,11 @@ class Toy(Method):
         return {f"student.{name}": tensor for name, tensor in self.momentum.state_dict().items()}
 
     def deploy(self) -> Deployment:
-        return Deployment(self.preprocess, self.student, nn.Identity(), dict(self.heads))
+        heads = {
+            label: ShippedHead(head, has_token=head.token is not None, free_length=True)
+            for label, head in self.heads.items()
+        }
+        return Deployment(self.preprocess, self.student, nn.Identity(), heads)
 
     def describe(self) -> dict[str, list[str]]:
         kinds = [f"{self.shared}.token", f"{self.shared}.patches", f"{self.own}.patches"]
