@@ -40,8 +40,9 @@ _VIEW = View(IMAGE, SIZE, scale=_SCALE)
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 EPILOG = """\
-example (how the shipped file was made; about fifteen minutes on one core):
-  OMP_NUM_THREADS=1 python -m distill.pretrain_mae --output distill/teachers/weights/photo_mae.safetensors --steps 3000
+example (the shipped file; about fifteen minutes on one core):
+  OMP_NUM_THREADS=1 python -m distill.pretrain_mae --steps 3000 \\
+      --output distill/teachers/weights/photo_mae.safetensors
 """
 
 
@@ -250,11 +251,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--picture", type=Path, metavar="PNG", help="also draw reconstructions of held-out crops"
     )
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--steps", type=int, default=3000, metavar="N", help="training steps (default: 3000)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="crops per step (default: 64)"
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=1.5e-3,
+        metavar="RATE",
+        help="peak learning rate (default: 1.5e-3)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="decoding processes (default: 1)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of weights, crops and masks (default: 0)",
+    )
     args = parser.parse_args(arguments)
     return exit_status(lambda: _pretrain(**vars(args)))
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -354,13 +355,29 @@ def describe_recipes() -> str:
     """
     lines = ["shipped recipes:"]
     for name, text in sorted(shipped_recipes().items()):
-        lines.append(f"  {name:26} {text.splitlines()[0].lstrip('# ')}")
-    lines += [
-        "",
-        "keys (set any with key=value; N is a teacher's number from 0), default and meaning:",
-    ]
-    lines += [
-        f"  {key:30} {default:22} {meaning or kind}"
-        for key, kind, default, meaning in recipe_fields()
-    ]
+        lines.append(f"  {name}")
+        lines.append(_wrap(text.splitlines()[0].lstrip("# "), indent=6))
+    lines += ["", "keys (N is a teacher's number, from 0), with default, type and meaning:"]
+    return "\n".join([*lines, describe_fields(recipe_fields())])
+
+
+def describe_fields(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """Rows of `recipe_fields` for a terminal of 80 columns: key, default and type on one line, the
+    meaning below.
+    """
+    lines = []
+    for key, kind, default, meaning in rows:
+        required = default == "required"
+        lines.append(
+            f"  {key}  ({kind}, required)" if required else f"  {key} = {default}  ({kind})"
+        )
+        if meaning:
+            lines.append(_wrap(meaning, indent=6))
     return "\n".join(lines)
+
+
+def _wrap(text: str, indent: int) -> str:
+    margin = " " * indent
+    return textwrap.fill(
+        text, 80, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    )

@@ -274,12 +274,17 @@ def render(seed: int, number: int, size: int) -> Scene:
 EPILOG = """\
 examples:
   python -m distill.scenes --output runs/scenes
-  python -m distill.scenes --output runs/scenes --train 2000 --val 500 --size 224 --seed 3
+  python -m distill.scenes --output runs/scenes --train 2000 --val 500 --seed 3
 
-DIR/classification/{train,val}/CLASS/*.png      class = the largest solid
-DIR/dense/{train,val}/{images,masks,depth}/*.png   the same pictures; masks 0-6, depth in millimetres (16 bit)
-DIR/dense/classes.txt                           names of the labels, a line each
-DIR/scenes.json                                 names of classes and labels, seed and size
+writes:
+  DIR/classification/{train,val}/CLASS/*.png
+      the class is the largest solid
+  DIR/dense/{train,val}/{images,masks,depth}/*.png
+      the same pictures, masks (0-6) and depth in millimetres (16 bit)
+  DIR/dense/classes.txt
+      names of the labels, one per line
+  DIR/scenes.json
+      names of classes and labels, seed and size
 """
 
 
@@ -292,12 +297,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="where to write; must not exist"
     )
-    parser.add_argument("--train", type=int, default=400, metavar="N", help="training scenes (400)")
-    parser.add_argument("--val", type=int, default=100, metavar="N", help="validation scenes (100)")
     parser.add_argument(
-        "--size", type=int, default=224, metavar="PIXELS", help="side of a picture (224)"
+        "--train", type=int, default=400, metavar="N", help="training scenes (default: 400)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (0)")
+    parser.add_argument(
+        "--val", type=int, default=100, metavar="N", help="validation scenes (default: 100)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, metavar="PIXELS", help="side of a picture (default: 224)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)"
+    )
     args = parser.parse_args(arguments)
     return exit_status(lambda: write(args.output, args.train, args.val, args.size, args.seed))
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from contract.errors import UserError, suggest
 from distill.evaluate.config import EvaluationConfig
-from distill.recipe_io import PLAIN_WORDS, RecipeLoader, recipe_fields, show
+from distill.recipe_io import PLAIN_WORDS, RecipeLoader, describe_fields, recipe_fields, show
 
 
 def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
@@ -45,8 +45,4 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
 
 
 def describe_settings() -> str:
-    rows = recipe_fields(EvaluationConfig)
-    return "\n".join(
-        f"  {key:28} {kind:22} {default:10} {meaning}".rstrip()
-        for key, kind, default, meaning in rows
-    )
+    return describe_fields(recipe_fields(EvaluationConfig))
