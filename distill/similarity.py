@@ -43,6 +43,9 @@ HIGH lie between.
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandLine(
         prog="python -m distill.similarity",
+        # argparse does not wrap a required group
+        usage="%(prog)s [options]\n"
+        "           (--teachers NAME [NAME ...] | --recipe RECIPE | --run RUN)",
         description="Linear CKA between teachers, with the papers' advice on which to combine.",
         epilog=EPILOG,
     )

@@ -69,7 +69,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or incomplete ({error}): {remedy}") from error
+        raise UserError(f"{path} is damaged or half-written ({error}): {remedy}") from error
     if "sha256" in metadata and tensors_sha256(tensors) != metadata["sha256"]:
         raise UserError(f"{path} does not match its recorded sha256: it is damaged; {remedy}")
     return tensors, metadata
@@ -101,7 +101,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"checkpoint {path} is damaged or incomplete ({first_line(error)}): download it again"
+            f"checkpoint {path} is damaged or half-written ({first_line(error)}): download it again"
         ) from error
     return _strip_prefixes(_unwrap(loaded, path))
 
