@@ -74,7 +74,7 @@ def save_student(
             "format": str(FORMAT),
             "sha256": tensors_sha256(tensors),
             "recipe": dump_recipe(recipe),
-            "teacher_dims": json.dumps({label: list(dim) for label, dim in dims.items()}),
+            "teacher_dims": json.dumps({label: _widths(dim) for label, dim in dims.items()}),
             "step": str(step),
             "commit": git_commit(),
         }
@@ -113,7 +113,10 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
         raise UserError(f"{path} was not written by distill.run: its metadata has no recipe")
     metadata = _upgraded(path, metadata)
     recipe = parse_recipe(metadata["recipe"], str(path))
-    dims = {label: FeatureDims(*dim) for label, dim in json.loads(metadata["teacher_dims"]).items()}
+    dims = {
+        label: FeatureDims(summary, patches, tuple(maps))
+        for label, (summary, patches, *maps) in json.loads(metadata["teacher_dims"]).items()
+    }
     # The file holds every weight: nothing is to be fetched, whatever the recipe started from.
     student = recipe.student.model_copy(update={"pretrained": False})
     offline = recipe.model_copy(update={"student": student})
@@ -126,6 +129,11 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
         ) from error
     step = metadata.get("step", "")
     return Run(folder, recipe, dims, method.eval(), int(step) if step.isdecimal() else None)
+
+
+def _widths(dims: FeatureDims) -> list[int | None]:
+    """Widths of the summary, of the patches, and of each further map."""
+    return [dims.summary, dims.patches, *dims.maps]
 
 
 def _why_missing(folder: Path, name: str) -> str:

@@ -1,8 +1,9 @@
 """int8: ranges of activations from photographs, then Q/DQ nodes in every graph; `fused` is composed
 of the others.
 
-Symmetric s8s8 with one scale per channel of weights: one file for all runtimes. Biases stay in
-float because TensorRT refuses onnxruntime's 32-bit ones.
+Static symmetric s8s8 with one scale per channel of weights: one file for all runtimes, and a
+picture's result does not depend on its batch. Biases stay in float because TensorRT refuses
+onnxruntime's 32-bit ones.
 """
 
 import contextlib

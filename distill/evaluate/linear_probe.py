@@ -54,6 +54,8 @@ def evaluate(
     results = []
     for run in range(probe.runs):
         seed = config.seed + run
+        # The papers choose the rate on the validation split, which is also the one they report. Here
+        # the scored pictures choose nothing.
         learn, choose = hold_out(splits.train_labels, probe.held_out, seed)
         sweep = train_sweep(train, splits.train_labels, len(splits.classes), probe, seed, learn)
         chosen = best_rate(sweep, train[choose], splits.train_labels[choose])

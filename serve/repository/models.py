@@ -243,6 +243,8 @@ def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
     """The front door: an ensemble of all parts, of which Triton runs those that the asked-for
     outputs need.
     """
+    # An ensemble rather than a Python model that calls the others: Triton leaves out the steps whose
+    # outputs are not needed, batches every step over requests, and runs steps side by side.
     config = read_template("features_encoded" if encoded else "features")
     if encoded:
         add_port(config.input, "encoded", "TYPE_STRING", [1])

@@ -1,0 +1,72 @@
+"""What a run ships: equal bytes for equal weights, files of earlier versions, damaged files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from contract.errors import UserError
+from distill.methods import METHODS
+from distill.models.weights import save_tensors, tensors_sha256
+from distill.runs import STUDENT, load_run, save_student
+
+OLD = Path(__file__).parents[1] / "data" / "run_format_1"
+"""A run of two steps, written when recipes had the sections of every method."""
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
+def test_a_run_of_format_1_is_rebuilt_with_the_section_of_its_own_method():
+    before = metadata_of(OLD / STUDENT)
+    assert (
+        before["format"] == "1" and "\numt:" in before["recipe"] and "\nplain:" in before["recipe"]
+    )
+    run = load_run(OLD)
+    assert run.step == 2 and run.dims == {"mae": (8, 8, ())}
+    assert set(METHODS) & set(type(run.recipe).model_fields) == {"plain"}
+    assert tensors_sha256(run.method.state_dict()) == before["sha256"]
+    with torch.inference_mode():
+        predictions = run.method.deploy()(torch.rand(1, 3, 32, 32))
+    assert predictions["mae"].token.shape == (1, 8) and predictions["mae"].patches.shape[-1] == 8
+
+
+def test_a_student_file_is_the_same_to_the_byte_each_time_it_is_written(tmp_path):
+    run = load_run(OLD)
+    files = []
+    for number in range(4):  # the library draws the order of metadata anew for every file
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save_student(folder, run.method.state_dict(), run.method, run.recipe, run.dims, 2)
+        files.append((folder / STUDENT).read_bytes())
+    assert len(set(files)) == 1
+    about = metadata_of(tmp_path / "0" / STUDENT)
+    assert about["format"] == "2" and "\numt:" not in about["recipe"]
+    again = load_run(tmp_path / "0")
+    assert again.recipe == run.recipe and again.dims == run.dims
+
+
+def test_a_file_of_a_later_version_is_refused_with_its_number(tmp_path):
+    with safe_open(OLD / STUDENT, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    save_tensors(tmp_path / STUDENT, tensors, metadata_of(OLD / STUDENT) | {"format": "9"})
+    with pytest.raises(UserError, match="has format 9, but this version reads 1 to 2: update"):
+        load_run(tmp_path)
+
+
+def test_metadata_are_kept_and_sorted(tmp_path):
+    words = {"zeta": json.dumps({"ü": '\n\t"\\'}), "alpha": "\x01 and / and 日本"}
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.arange(3.0)}, words)
+    assert metadata_of(tmp_path / "a.safetensors") == words
+    data = (tmp_path / "a.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    assert list(header["__metadata__"]) == ["alpha", "zeta"]
+
+
+def test_a_run_without_a_momentum_network_has_no_ema_weights():
+    with pytest.raises(UserError, match="has no ema.safetensors: its method trains no momentum"):
+        load_run(OLD, "ema")
