@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=EPILOG,
     )
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--teachers", nargs="+", metavar="NAME", help="two or more networks")
+    who.add_argument("--teachers", nargs="+", metavar="NAME", help="at least two networks")
     who.add_argument(
         "--recipe", metavar="RECIPE", help="the teachers of a shipped recipe or YAML file"
     )
@@ -163,7 +163,7 @@ def compare(
     print("\n".join(advice))
     if len(numbers) < 1000:
         print(
-            f"note      {len(numbers)} pictures give a rough estimate: use 1000 or more of your own data"
+            f"note      {len(numbers)} pictures are a rough estimate: use 1000 or more of your own data"
         )
     _print_spreads(names, rows)
     result = {

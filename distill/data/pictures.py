@@ -56,7 +56,7 @@ def digest(entries: Iterable[tuple]) -> str:
 class FolderPictures:
     """Every image file below a folder, flat or in (class) subfolders, in sorted order.
 
-    Raises UserError if the folder is missing, unreadable or holds no images.
+    Raises UserError if the folder is missing, unreadable or without images.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -76,7 +76,7 @@ class FolderPictures:
         except OSError as error:
             refuse(error)
         if not stat.S_ISDIR(kind):
-            raise UserError(f"data.path = {self.folder} is a file: give the folder it is in")
+            raise UserError(f"data.path = {self.folder} is a file: use its folder")
         result = []
         for root, folders, files in os.walk(self.folder, onerror=refuse, followlinks=True):
             folders.sort()

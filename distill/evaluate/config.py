@@ -17,7 +17,7 @@ _Share = Annotated[float, Field(gt=0, lt=1)]
 class ExtractConfig(Section):
     """One pass of the frozen network over a data set."""
 
-    batch_size: Positive = Field(64, description="pictures a forward pass")
+    batch_size: Positive = Field(64, description="pictures per forward pass")
     workers: NonNegative = Field(2, description="decoding processes; 0 decodes in this one")
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         0.875,
@@ -28,7 +28,7 @@ class ExtractConfig(Section):
         "auto", description="auto: bf16 on CUDA, fp32 on CPU"
     )
     shard_size: Positive = Field(
-        512, description="pictures between two points an interrupted pass resumes from"
+        512, description="pictures per shard; an interrupted pass resumes at a shard"
     )
 
 
@@ -36,7 +36,9 @@ class KNNConfig(Section):
     """Weighted nearest neighbours (DINO's protocol)."""
 
     k: Positive = Field(20, description="neighbours that vote")
-    temperature: _Above0 = Field(0.07, description="votes weigh exp(cosine / temperature)")
+    temperature: _Above0 = Field(
+        0.07, description="votes are weighted by exp(cosine / temperature)"
+    )
     block_gib: _Above0 = Field(
         4.0, description="memory that one block of similarities may take, GiB"
     )
@@ -51,8 +53,8 @@ class ProbeConfig(Section):
     lowest: _Above0 = Field(1e-4, description="smallest learning rate")
     highest: _Above0 = Field(10.0, description="largest learning rate")
     epochs: Positive = Field(100, description="passes over the features (SeFA Table 12)")
-    batch_size: Positive = Field(1024, description="features a step")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
+    batch_size: Positive = Field(1024, description="features per step")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
     held_out: _Share = Field(
         0.1, description="share of the training split that chooses the learning rate"
     )
@@ -60,7 +62,7 @@ class ProbeConfig(Section):
         1, description="repetitions with other seeds; the papers' tables average five"
     )
     standardize: bool = Field(
-        False, description="give every channel zero mean and unit deviation first"
+        False, description="scale every channel to zero mean and unit deviation first"
     )
 
 
@@ -96,7 +98,7 @@ class DenseConfig(Section):
         512, description="shorter side in pixels; rounded to the network's stride"
     )
     steps: Positive = Field(2000, description="optimizer steps of the head")
-    batch_size: Positive = Field(16, description="windows a step")
+    batch_size: Positive = Field(16, description="windows per step")
     lr: _Above0 = Field(1e-3, description="peak rate of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     loss_stride: Positive = Field(
@@ -105,7 +107,7 @@ class DenseConfig(Section):
         "every pixel",
     )
     warmup: _Share = Field(
-        0.05, description="share of the steps that warm up; a polynomial falls afterwards"
+        0.05, description="share of the steps for warm-up; the rate then follows a polynomial"
     )
 
 
@@ -163,7 +165,9 @@ class VideoConfig(Section):
     radius: NonNegative = Field(
         12, description="patches searched in every direction; 0: everywhere"
     )
-    temperature: _Above0 = Field(0.1, description="neighbours weigh exp(cosine / temperature)")
+    temperature: _Above0 = Field(
+        0.1, description="neighbours are weighted by exp(cosine / temperature)"
+    )
 
 
 class RobustnessConfig(Section):

@@ -99,7 +99,7 @@ def open_classes(
     root = family_root(data, "classification")
     folder = _split_folder(root, split)
     if folder is None:
-        raise UserError(f"--data {root} has no {split} split: make {root / split}/CLASS/*.jpg")
+        raise UserError(f"--data {root} has no {split} split: create {root / split}/CLASS/*.jpg")
     names = sorted(
         entry.name
         for entry in folder.iterdir()
@@ -184,7 +184,7 @@ def open_pairs(
             raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
         return Pairs(root, tuple(pictures), tuple(maps), ade=False)
     raise UserError(
-        f"--data {root} has no {split} split of pictures with {kind}: make {root / split}/images/* "
+        f"--data {root} has no {split} split of pictures with {kind}: create {root / split}/images/* "
         f"and {root / split}/{map_folders[0]}/*.png"
     )
 
@@ -348,7 +348,7 @@ def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.nd
             else f"has no depth in (0, {largest:g}] m (largest {metres.max():g} m)"
         )
         raise UserError(
-            f"{pairs.maps[number]} {what}: correct or remove it, or set depth.scale (units a metre) "
+            f"{pairs.maps[number]} {what}: correct or remove it, or set depth.scale (units per metre) "
             "or depth.max_depth"
         )
     return metres

@@ -221,14 +221,14 @@ def _read_query(path: Path, name: str, entry: Any, size: int) -> _Query:
         or not all(isinstance(v, int | float) and abs(v) < 1e9 for v in box)
     ):
         raise UserError(
-            f"{path}: bbx of query {name} is {box!r:.80}: give [x1, y1, x2, y2] in pixels"
+            f"{path}: bbx of query {name} is {box!r:.80}, expected [x1, y1, x2, y2] in pixels"
         )
     labels = {}
     for key in ("easy", "hard", "junk"):
         labels[key] = entry.get(key)
         if not isinstance(labels[key], list):
             raise UserError(
-                f"{path}: query {name} has no list {key}: give indices into imlist, or []"
+                f"{path}: query {name} has no list {key}: add indices into imlist, or []"
             )
         for index in labels[key]:
             if not isinstance(index, int) or not 0 <= index < size:

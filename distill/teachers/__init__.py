@@ -42,12 +42,12 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
         self._encode = torch.compile(self.encode) if runtime.compile else self.encode
         with torch.no_grad():
-            look = self.probe()
-        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in look.named().items()}
+            features = self.probe()
+        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in features.named().items()}
         self.dims = FeatureDims(
-            None if look.summary is None else look.summary.shape[-1],
-            look.patches.shape[-1],
-            tuple(level.shape[-1] for level in look.maps),
+            None if features.summary is None else features.summary.shape[-1],
+            features.patches.shape[-1],
+            tuple(level.shape[-1] for level in features.maps),
         )
         self.grid = self.shapes["patches"][:2]
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 _CHUNK = 16
 """Views a forward pass of the teachers while filling."""
 
-_Look = Callable[[Batch], dict[str, Features]]
+_ComputeFeatures = Callable[[Batch], dict[str, Features]]
 
 
 class Spec(NamedTuple):
@@ -89,8 +89,10 @@ class TeacherCache:
             return
         self._write(manifest, lambda file: file.write(json.dumps(key, indent=2).encode()))
 
-    def fill(self, dataset: CropDataset, look: _Look, ranks: Ranks, workers: int) -> None:
-        """Compute missing shards, every rank its share, and log the hit rate; `look` gives a
+    def fill(
+        self, dataset: CropDataset, compute: _ComputeFeatures, ranks: Ranks, workers: int
+    ) -> None:
+        """Compute missing shards, every rank its share, and log the hit rate; `compute` gives a
         batch's features.
         """
         missing = self.missing()
@@ -114,7 +116,7 @@ class TeacherCache:
         ]
         batches = iter(make_loader(dataset, chunks, workers, False))
         for done, shard in enumerate(mine, start=1):
-            self._fill_shard(shard, batches, look)
+            self._fill_shard(shard, batches, compute)
             spent = time.perf_counter() - start
             log.info(
                 "teacher cache: shard %d of %d, %.0f s left",
@@ -133,10 +135,10 @@ class TeacherCache:
             time.perf_counter() - start,
         )
 
-    def _fill_shard(self, shard: int, batches, look: _Look) -> None:
+    def _fill_shard(self, shard: int, batches, compute: _ComputeFeatures) -> None:
         rows: dict[tuple[str, str], list[np.ndarray]] = {}
         for _ in range(-(-self.size_of(shard) // _CHUNK)):
-            for label, features in look(next(batches)).items():
+            for label, features in compute(next(batches)).items():
                 for kind, values in features.named().items():
                     half = self._by_slot(label, values).half()
                     if torch.isinf(half).any():
@@ -217,7 +219,7 @@ def open_cache(
     dataset: CropDataset,
     teachers: Sequence[Teacher],
     teacher_views: Mapping[str, str],
-    look: _Look,
+    compute: _ComputeFeatures,
     ranks: Ranks,
 ) -> TeacherCache:
     """Open the recipe's cache (by default inside the run folder), refuse a foreign one, and fill
@@ -239,7 +241,7 @@ def open_cache(
     if ranks.first:
         cache.claim(_cache_key(recipe, dataset, teachers, specs))
     ranks.barrier()
-    cache.fill(dataset, look, ranks, recipe.data.workers)
+    cache.fill(dataset, compute, ranks, recipe.data.workers)
     return cache
 
 

@@ -82,7 +82,7 @@ def _checkpoint_path(config: TeacherConfig, index: int) -> Path:
     path = Path(config.checkpoint)
     if path.is_dir():
         raise UserError(
-            f"teacher '{config.label}': checkpoint {path} is a folder (give a file; for the "
+            f"teacher '{config.label}': checkpoint {path} is a folder (use a file; for the "
             f"student of a run, set teachers.{index}.name=run)"
         )
     return path

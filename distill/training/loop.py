@@ -101,13 +101,18 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         claim_folder(folder, recipe)
     ranks.barrier()
     dataset = CropDataset(pictures, recipe.data, schedule.views, settings.seed)
-    look = teacher_features(teachers, method.teacher_views, device)
+    compute = teacher_features(teachers, method.teacher_views, device)
     if recipe.teacher_cache.views:
-        look = open_cache(recipe, folder, dataset, teachers, method.teacher_views, look, ranks).read
+        compute = open_cache(
+            recipe, folder, dataset, teachers, method.teacher_views, compute, ranks
+        ).read
     if not saved:
         few = min(recipe.targets.batches, steps)
         fit_normalizers(
-            method.normalizers, make_loader(dataset, step_batches(0, few), 0, False), look, device
+            method.normalizers,
+            make_loader(dataset, step_batches(0, few), 0, False),
+            compute,
+            device,
         )
 
     # ---- optimizer, averaging, state -------------------------------------------------------------
@@ -178,7 +183,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                 batch = next(loader)
                 ledger.add(batch.skipped)
                 batch = batch.to(device)
-                targets = look(batch)
+                targets = compute(batch)
                 with without_sync(model, last=micro == settings.accumulate - 1):
                     with autocast:
                         losses = compiled(batch.views, targets)
@@ -249,7 +254,7 @@ def teacher_features(
     `inference_mode`.
     """
 
-    def look(batch: Batch) -> dict[str, Features]:
+    def compute(batch: Batch) -> dict[str, Features]:
         with torch.inference_mode():
             features = {
                 teacher.label: teacher(batch.views[teacher_views[teacher.label]].to(device))
@@ -259,7 +264,7 @@ def teacher_features(
         # is an ordinary tensor.
         return {label: f.map(Tensor.clone) for label, f in features.items()}
 
-    return look
+    return compute
 
 
 def build_optimizer(

@@ -81,17 +81,17 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
         crops |= {
             f"{name}.box": torch.empty(view.crops, 4) for name, view in views.items() if view.boxes
         }
-        looks = {}
+        features = {}
         for teacher in teachers:
             count = views[method.teacher_views[teacher.label]].crops
             shapes = teacher.shapes.items()
-            looks[teacher.label] = features_of(
+            features[teacher.label] = features_of(
                 {name: torch.empty(count, *shape) for name, shape in shapes}
             )
         method.before_step(Progress(0, recipe.train.steps or 1, 1))
         kept = _KeptBytes(method)
         with FlopCounterMode(display=False) as counter, kept.hooks():
-            method(crops, looks)
+            method(crops, features)
     flops = counter.get_flop_counts()
     parts = [
         Part(

@@ -73,7 +73,7 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
 
 
 def _dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig]:
-    """Index and config of the teacher whose patches mean most: a DINO one, else the first."""
+    """Index and config of the teacher for the PCA picture: a DINO one, else the first."""
     for index, teacher in enumerate(recipe.teachers):
         if teacher.role == "dino":
             return index, teacher

@@ -129,5 +129,5 @@ def test_wrong_batches_are_refused_and_leave_no_trace() -> None:
     assert cka.value() == value
     matrix = CKAMatrix()
     matrix.add({"a": x, "b": y})
-    with pytest.raises(UserError, match="CKA got features of a: give a, b"):
+    with pytest.raises(UserError, match="CKA got features of a, expected a, b"):
         matrix.add({"a": x})
