@@ -20,8 +20,8 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Section(BaseModel):
@@ -33,8 +33,6 @@ class Section(BaseModel):
 
 
 class StudentConfig(Section):
-    """The network being trained."""
-
     name: str = Field(
         "vit_base_patch16_224", description="timm architecture with spatial features (ViT or CNN)"
     )
@@ -47,16 +45,14 @@ class StudentConfig(Section):
     )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
     mean: tuple[float, float, float] = Field(
-        IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]"
+        _IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]"
     )
     std: tuple[float, float, float] = Field(
-        IMAGENET_STD, description="RGB standard deviation divided by"
+        _IMAGENET_STD, description="RGB standard deviation divided by"
     )
 
 
 class TeacherConfig(Section):
-    """One frozen teacher."""
-
     name: str = Field(
         description="timm model name, with its pretrained tag; or 'run' for a student of this "
         "project"
@@ -96,7 +92,7 @@ class TeacherConfig(Section):
     )
     batch_size: Positive | None = Field(
         None,
-        description="pictures of its own stream a step, over all ranks; for methods whose teachers "
+        description="pictures of its own stream per step, over all ranks; for methods whose teachers "
         "see pictures of their own (default: train.batch_size)",
     )
     weight: Annotated[float, Field(ge=0)] = Field(
@@ -116,8 +112,6 @@ class TeacherConfig(Section):
 
 
 class TeacherRuntime(Section):
-    """How teachers are executed."""
-
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on CUDA, fp32 on CPU"
     )
@@ -128,7 +122,7 @@ class TeacherCacheConfig(Section):
     """Teacher features computed once over a finite set of augmented views (0 views: no cache)."""
 
     views: NonNegative = Field(
-        0, description="K fixed augmented views a picture; 0 switches the cache off"
+        0, description="fixed augmented views per picture; 0 disables the cache"
     )
     path: str | None = Field(None, description="folder of the cache; default: RUN/teacher_cache")
     shard_size: Positive = Field(256, description="views in one memory-mapped shard")
@@ -146,7 +140,7 @@ class TargetConfig(Section):
 
 
 class AlignConfig(Section):
-    """What happens where student and teacher grids differ (UMT is silent)."""
+    """What happens where student and teacher grids differ (UMT does not specify it)."""
 
     grid: Literal["teacher", "student"] = Field(
         "teacher",
@@ -261,7 +255,7 @@ class TrainConfig(Section):
     def _one_length(self) -> "TrainConfig":
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
-                "give exactly one of train.steps and train.epochs (set the other to null)"
+                "set exactly one of train.steps and train.epochs (and the other to null)"
             )
         return self
 
@@ -269,8 +263,8 @@ class TrainConfig(Section):
     def _average_is_whole(self) -> "TrainConfig":
         if self.ema_decay and self.parallel == "fsdp":
             raise ValueError(
-                "train.ema_decay keeps whole weights and train.parallel = fsdp shards them: set "
-                "one otherwise"
+                "train.ema_decay needs unsharded weights, but train.parallel = fsdp shards them: "
+                "set train.ema_decay=0 or train.parallel=ddp"
             )
         return self
 
@@ -278,14 +272,14 @@ class TrainConfig(Section):
     def _clipped_whole(self) -> "TrainConfig":
         if self.clip_mode == "parameter" and self.parallel == "fsdp":
             raise ValueError(
-                "train.clip_mode = parameter needs whole gradients and train.parallel = fsdp "
+                "train.clip_mode = parameter needs unsharded gradients, but train.parallel = fsdp "
                 "shards them: set train.parallel=ddp"
             )
         return self
 
 
 class CheckpointConfig(Section):
-    """Resumable state, written beside the final weights."""
+    """Resumable state; the final weights are a file of their own."""
 
     every_steps: Positive = Field(1000, description="steps between two checkpoints")
     keep: Positive = Field(2, description="newest checkpoints kept")
@@ -317,11 +311,11 @@ class Recipe(Section):
         for label in labels:
             if labels.count(label) > 1:
                 raise ValueError(
-                    f"two teachers are called '{label}': give each an alias of its own"
+                    f"two teachers are called '{label}': set a different alias for each"
                 )
             if label in ("backbone", "main"):
                 what = "the student's own outputs" if label == "backbone" else "the shared pictures"
-                raise ValueError(f"'{label}' names {what}: give the teacher another alias")
+                raise ValueError(f"'{label}' names {what}: choose another alias for the teacher")
         return teachers
 
 

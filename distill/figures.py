@@ -17,8 +17,7 @@ from contract.errors import UserError
 
 
 def pca_figure(path: Path, photos: list[np.ndarray], groups: list[dict[str, Tensor]]) -> Path:
-    """Photographs, a row each, beside PCA pictures of several models' maps [n, h, w, d], a column
-    each.
+    """A row per photograph: the photograph, then PCA pictures of several models' maps [n, h, w, d].
 
     The columns of a group have features in one space and share its components, so their colours
     compare; colours of different groups do not.

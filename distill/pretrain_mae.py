@@ -1,9 +1,9 @@
-"""`python -m distill.pretrain_mae`: make the small masked-autoencoder teacher of the quickstart
+"""`python -m distill.pretrain_mae`: train the small masked-autoencoder teacher of the quickstart
 from real photographs.
 
 MAE (He et al., 2022): three quarters of the patches are hidden, the encoder sees the rest, a light
-decoder paints the hidden ones, and the loss is the squared error of their normalised pixels. The
-decoder is thrown away.
+decoder predicts the hidden ones, and the loss is the squared error of their normalised pixels. The
+decoder is discarded.
 """
 
 import json
@@ -32,23 +32,22 @@ from distill.models.preprocess import Preprocess
 from distill.models.student import create_timm
 from distill.models.weights import save_tensors
 
-ENCODER = "vit_tiny_patch16_224"
-KWARGS = {"embed_dim": 128, "depth": 6, "num_heads": 4}
+_ENCODER = "vit_tiny_patch16_224"
+_KWARGS = {"embed_dim": 128, "depth": 6, "num_heads": 4}
 SIZE, PATCH, MASKED = 112, 16, 0.75
-SCALE = (0.15, 1.0)
-VIEW = View(IMAGE, SIZE, scale=SCALE)
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SCALE = (0.15, 1.0)
+_VIEW = View(IMAGE, SIZE, scale=_SCALE)
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 EPILOG = """\
-example (how the shipped file was made; about fifteen minutes on one core):
-  OMP_NUM_THREADS=1 python -m distill.pretrain_mae --output distill/teachers/weights/photo_mae.safetensors --steps 3000
+example (the shipped file; about fifteen minutes on one core):
+  OMP_NUM_THREADS=1 python -m distill.pretrain_mae --steps 3000 \\
+      --output distill/teachers/weights/photo_mae.safetensors
 """
 
 
-class TrainingHalf:
-    """The left 70 % of every photograph, or (`held_out`) the right 30 %: few pictures, yet no pixel
-    in both.
-    """
+class _TrainingHalf:
+    """The left 70 % of every photograph, or (`held_out`) the right 30 %: no pixel is in both."""
 
     def __init__(self, pictures: Pictures, held_out: bool) -> None:
         self.pictures, self.held_out = pictures, held_out
@@ -57,11 +56,9 @@ class TrainingHalf:
         return len(self.pictures)
 
     def name(self, number: int) -> str:
-        """Name of the photograph."""
         return self.pictures.name(number)
 
     def load(self, number: int) -> Image.Image:
-        """The half's pixels."""
         image = self.pictures.load(number)
         edge = round(0.7 * image.width)
         return image.crop(
@@ -69,16 +66,15 @@ class TrainingHalf:
         )
 
     def fingerprint(self) -> str:
-        """Digest of the photographs and the half."""
         return f"{self.pictures.fingerprint()}-{self.held_out}"
 
 
 class MaskedAutoencoder(nn.Module):
-    """A timm ViT encoder that skips hidden patches, and a two-block decoder that paints them."""
+    """A timm ViT encoder that skips hidden patches, and a two-block decoder that predicts them."""
 
     def __init__(self, width: int = 96, depth: int = 2, heads: int = 3) -> None:
         super().__init__()
-        self.encoder = create_timm(ENCODER, num_classes=0, img_size=SIZE, **KWARGS)
+        self.encoder = create_timm(_ENCODER, num_classes=0, img_size=SIZE, **_KWARGS)
         patches = (SIZE // PATCH) ** 2
         self.embed = nn.Linear(self.encoder.embed_dim, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
@@ -134,13 +130,13 @@ def random_order(batch: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, seed: int) -> float:
+def _validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, seed: int) -> float:
     """Loss on fixed crops of the held-out right edges of the photographs."""
-    dataset = CropDataset(TrainingHalf(pictures, held_out=True), data, [VIEW], seed + 1)
+    dataset = CropDataset(_TrainingHalf(pictures, held_out=True), data, [_VIEW], seed + 1)
     batch = collate(
         [dataset[MAIN, picture, view] for picture in range(len(pictures)) for view in range(8)]
     )
-    images = Preprocess(SIZE, MEAN, STD)(batch.views[IMAGE])
+    images = Preprocess(SIZE, _MEAN, _STD)(batch.views[IMAGE])
     painted, mask = model.eval()(
         images, random_order(len(images), torch.Generator().manual_seed(seed))
     )
@@ -148,23 +144,25 @@ def validate(model: MaskedAutoencoder, pictures: Pictures, data: DataConfig, see
     return masked_loss(painted, images, mask).item()
 
 
-def pretrain(
+def _pretrain(
     output: Path, steps: int, batch: int, lr: float, workers: int, seed: int, picture: Path | None
 ) -> None:
     """Train for a number of steps, report, and write the encoder to a safetensors file."""
     if steps < 1:
-        raise UserError(f"--steps {steps}: at least one")
+        raise UserError(f"--steps {steps} is too small: use 1 or more")
     if not output.parent.is_dir():
-        raise UserError(f"--output {output}: there is no folder {output.parent} (make it first)")
+        raise UserError(
+            f"--output {output}: folder {output.parent} does not exist (create it first)"
+        )
     torch.manual_seed(seed)
-    data = DataConfig(kind="packaged-photos", crop_scale=SCALE, repeats=batch)
+    data = DataConfig(kind="packaged-photos", crop_scale=_SCALE, repeats=batch)
     pictures = open_pictures(data)
-    model, prepare = MaskedAutoencoder(), Preprocess(SIZE, MEAN, STD)
-    dataset = CropDataset(TrainingHalf(pictures, held_out=False), data, [VIEW], seed)
+    model, prepare = MaskedAutoencoder(), Preprocess(SIZE, _MEAN, _STD)
+    dataset = CropDataset(_TrainingHalf(pictures, held_out=False), data, [_VIEW], seed)
     order = StreamBatches(len(pictures), data.repeats, {MAIN: batch}, steps, seed=seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
-    record: dict = {"val_loss_first": validate(model, pictures, data, seed)}
+    record: dict = {"val_loss_first": _validate(model, pictures, data, seed)}
     warmup, losses, began = max(1, steps // 20), [], time.perf_counter()
     for step, sample in enumerate(make_loader(dataset, order, workers, False)):
         rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -188,14 +186,14 @@ def pretrain(
     record |= {
         "train_loss_first": losses[0],
         "train_loss_last": sum(tail) / len(tail),
-        "val_loss_last": validate(model, pictures, data, seed),
+        "val_loss_last": _validate(model, pictures, data, seed),
         "steps": steps,
         "batch": batch,
         "lr": lr,
         "seed": seed,
         "photographs": len(pictures),
         "seconds": round(time.perf_counter() - began),
-        "encoder": {"name": ENCODER, "kwargs": KWARGS, "image_size": SIZE},
+        "encoder": {"name": _ENCODER, "kwargs": _KWARGS, "image_size": SIZE},
     }
     weights = {
         name: tensor.detach().half().contiguous()
@@ -203,25 +201,25 @@ def pretrain(
     }
     save_tensors(output, weights, {"record": json.dumps(record), "licence": "Apache-2.0"})
     if picture:
-        draw_reconstructions(model, pictures, picture)
+        _draw_reconstructions(model, pictures, picture)
     print(json.dumps(record, indent=2))
     print(f"weights   {output} ({output.stat().st_size / 1e6:.2f} MB)")
     print("next      python -m distill.run quickstart --output runs/with-new-mae")
 
 
 @torch.no_grad()
-def draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Path) -> None:
-    """Held-out crops, what the encoder saw of them, and what the decoder painted in, as one PNG."""
-    held_out = TrainingHalf(pictures, held_out=True)
+def _draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Path) -> None:
+    """Write held-out crops, their visible patches and their reconstructions as one PNG."""
+    held_out = _TrainingHalf(pictures, held_out=True)
     crops = torch.stack([centre_crop(held_out.load(i), SIZE) for i in range(min(6, len(held_out)))])
-    images = Preprocess(SIZE, MEAN, STD)(crops)
+    images = Preprocess(SIZE, _MEAN, _STD)(crops)
     order = random_order(len(images), torch.Generator().manual_seed(0))
     painted, mask = model.eval()(images, order)
     pixels = patchify(crops.float() / 255)
     mean, deviation = pixels.mean(-1, keepdim=True), pixels.std(-1, keepdim=True)
     shown = torch.where(mask[..., None] > 0, 0.5 * torch.ones_like(pixels), pixels)
-    # The target is normalised per patch: its own mean and deviation are lent to the prediction for
-    # display.
+    # The target is normalised per patch: the prediction is shown with the patch's own mean and
+    # deviation.
     filled = torch.where(mask[..., None] > 0, painted * deviation + mean, pixels)
     figure, axes = plt.subplots(3, len(crops), figsize=(2 * len(crops), 6.4), layout="constrained")
     side = SIZE // PATCH
@@ -242,7 +240,6 @@ def draw_reconstructions(model: MaskedAutoencoder, pictures: Pictures, path: Pat
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.pretrain_mae",
         description="Pretrain the quickstart's small masked autoencoder on packaged photographs.",
@@ -254,13 +251,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--picture", type=Path, metavar="PNG", help="also draw reconstructions of held-out crops"
     )
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--steps", type=int, default=3000, metavar="N", help="training steps (default: 3000)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=64, metavar="N", help="crops per step (default: 64)"
+    )
+    parser.add_argument(
+        "--lr",
+        type=float,
+        default=1.5e-3,
+        metavar="RATE",
+        help="peak learning rate (default: 1.5e-3)",
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="decoding processes (default: 1)"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of weights, crops and masks (default: 0)",
+    )
     args = parser.parse_args(arguments)
-    return exit_status(lambda: pretrain(**vars(args)))
+    return exit_status(lambda: _pretrain(**vars(args)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -17,7 +18,7 @@ from contract.errors import UserError, first_line, suggest
 from distill.config import Recipe, with_sections
 from distill.methods import METHODS
 
-EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
+_EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 """Setting one of a pair on the command line clears the other, which a recipe may have set."""
 
 PLAIN_WORDS = {
@@ -26,16 +27,16 @@ PLAIN_WORDS = {
     "tuple_type": "Input should be a list",
     "too_long": "too many values",
 }
-"""What pydantic says in Python's words, in YAML's."""
+"""Pydantic's messages about Python types, reworded for YAML."""
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4) and refuses a key given
-    twice.
+    """Safe YAML that reads 1e-4 as a number (YAML 1.1 requires 1.0e-4) and refuses
+    duplicate keys.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Build a mapping; YAML itself would let the last of two equal keys win in silence."""
+        """Build a mapping; YAML itself would silently use the last of two equal keys."""
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
@@ -47,12 +48,12 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Its counterpart, which quotes a string that RecipeLoader would take for a number."""
+    """Safe YAML that quotes a string which `RecipeLoader` would read as a number."""
 
 
-EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 for yaml_class in (RecipeLoader, RecipeDumper):
-    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -74,7 +75,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise UserError(
-            f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or give a .yaml "
+            f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or use a .yaml "
             "file)"
         )
     try:
@@ -87,7 +88,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(
-            f"recipe {path} is no text file: give a .yaml file or a shipped name"
+            f"recipe {path} is not a text file: use a .yaml file or a shipped name"
         ) from error
     return parse_recipe(text, str(path), overrides)
 
@@ -129,9 +130,9 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
         raise UserError(f"{place}: not valid YAML ({problem})") from error
     if not isinstance(values, dict):
         raise UserError(f"{source}: a recipe is a mapping of keys, got {show(values)}")
-    keys = [apply_override(values, override) for override in overrides]
+    keys = [_apply_override(values, override) for override in overrides]
     for key in keys:
-        other = EXCLUSIVE.get(key)
+        other = _EXCLUSIVE.get(key)
         if other and other not in keys:
             section, name = other.split(".")
             values[section][name] = None
@@ -140,17 +141,17 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except ValidationError as error:
-        raise UserError(f"{source}: {explain(error)}") from error
+        raise UserError(f"{source}: {_explain(error)}") from error
 
 
-def apply_override(values: dict, override: str) -> str:
+def _apply_override(values: dict, override: str) -> str:
     """Set one dotted `key=value` in nested `values`, the value read as YAML; returns the key."""
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
-        raise UserError(f"'{override}' is no override: write key=value, e.g. train.steps=100")
+        raise UserError(f"'{override}' is not an override: write key=value, e.g. train.steps=100")
     parts = key.split(".")
-    check_key(key, len(values["teachers"]) if isinstance(values.get("teachers"), list) else 0)
+    _check_key(key, len(values["teachers"]) if isinstance(values.get("teachers"), list) else 0)
     try:
         value = yaml.load(text, Loader=RecipeLoader)
     except yaml.YAMLError as error:
@@ -173,19 +174,19 @@ def apply_override(values: dict, override: str) -> str:
     return key
 
 
-def check_key(key: str, teachers: int) -> None:
-    """Raise UserError, naming the nearest key, unless `key` is a field, a section, or lies in a
+def _check_key(key: str, teachers: int) -> None:
+    """Raise UserError, naming the nearest key, unless `key` is a field, a section, or inside a
     free mapping.
     """
     parts = key.split(".")
     if parts[0] == "teachers" and len(parts) > 1:
         if not parts[1].isdecimal() or int(parts[1]) >= teachers:
-            hint = suggest_key(key)
+            hint = _suggest_key(key)
             if "'teacher_" in hint:  # the cache and the runtime are sections of their own
                 raise UserError(f"unknown key '{key}': {hint}")
             count = "1 teacher" if teachers == 1 else f"{teachers} teachers"
             raise UserError(
-                f"{key}: the recipe has {count}, numbered from 0; '{parts[1]}' is none of them"
+                f"{key}: the recipe has {count}, numbered from 0; '{parts[1]}' is not one of them"
             )
         parts[1] = "N"
     pattern = ".".join(parts)
@@ -193,12 +194,12 @@ def check_key(key: str, teachers: int) -> None:
         inside = pattern.startswith(f"{field}.") and kind == "mapping"
         if pattern == field or field.startswith(f"{pattern}.") or inside:
             return
-    raise UserError(f"unknown key '{key}': {suggest_key(key)}")
+    raise UserError(f"unknown key '{key}': {_suggest_key(key)}")
 
 
-def suggest_key(key: str) -> str:
-    """Name the nearest dotted key: a like one, one with the same last part, or what its section
-    holds.
+def _suggest_key(key: str) -> str:
+    """Name the nearest dotted key: a similar one, one with the same last part, or those of its
+    section.
     """
     parts = key.split(".")
     number = parts[1] if parts[0] == "teachers" and len(parts) > 1 else "N"
@@ -213,21 +214,23 @@ def suggest_key(key: str) -> str:
     return f"known: {', '.join(section or list(_any_recipe().model_fields))}"
 
 
-def explain(error: ValidationError) -> str:
+def _explain(error: ValidationError) -> str:
     """The first problem of a validation in one line: dotted key, value, what is wrong with it."""
     problems = error.errors()
     unknown = [problem for problem in problems if problem["type"] == "extra_forbidden"]
-    if unknown:  # first of all: a misspelt key also leaves the right one missing
-        key = dotted(unknown[0]["loc"])
-        return f"unknown key '{key}': {suggest_key(key)}"
-    first = dotted(problems[0]["loc"])
-    # A field of several types (int | 'auto') has one problem for each; the deepest says most ([a,
-    # 3]: item 1).
+    if unknown:  # first, because a misspelt key also leaves the right one missing
+        key = _dotted(unknown[0]["loc"])
+        return f"unknown key '{key}': {_suggest_key(key)}"
+    first = _dotted(problems[0]["loc"])
+    # A field of several types (int | 'auto') has one problem for each; the deepest is the most
+    # specific ([a, 3]: item 1).
     problems = [
-        p for p in problems if dotted(p["loc"]) == first or dotted(p["loc"]).startswith(f"{first}.")
+        p
+        for p in problems
+        if _dotted(p["loc"]) == first or _dotted(p["loc"]).startswith(f"{first}.")
     ]
-    key = max((dotted(problem["loc"]) for problem in problems), key=lambda k: k.count("."))
-    problems = [problem for problem in problems if dotted(problem["loc"]) == key]
+    key = max((_dotted(problem["loc"]) for problem in problems), key=lambda k: k.count("."))
+    problems = [problem for problem in problems if _dotted(problem["loc"]) == key]
     problem = problems[0]
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "missing" and key[-1].isdigit():
@@ -240,13 +243,13 @@ def explain(error: ValidationError) -> str:
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key and not message.startswith(key) else message
     text = [PLAIN_WORDS.get(p["type"], p["msg"]).split(", unable to")[0] for p in problems]
-    wanted = " or ".join(
+    expected = " or ".join(
         dict.fromkeys([text[0], *(words.removeprefix("Input should be ") for words in text[1:])])
     )
-    return f"{key} = {show(problem['input'])}: {wanted}"
+    return f"{key} = {show(problem['input'])}: {expected}"
 
 
-def dotted(location: Sequence[str | int]) -> str:
+def _dotted(location: Sequence[str | int]) -> str:
     """The recipe's key of a pydantic location, which also names the members of a union it tried."""
     parts: list[str] = []
     section: type[BaseModel] | None = _any_recipe()
@@ -256,14 +259,14 @@ def dotted(location: Sequence[str | int]) -> str:
         elif section:
             parts.append(part)
             section = (
-                section_of(section.model_fields[part].annotation)
+                _section_of(section.model_fields[part].annotation)
                 if part in section.model_fields
                 else None
             )
     return ".".join(parts)
 
 
-def section_of(annotation: Any) -> type[BaseModel] | None:
+def _section_of(annotation: Any) -> type[BaseModel] | None:
     """The model of a nested section or of a list of sections; None for a plain field."""
     for kind in (annotation, *get_args(annotation)):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -272,7 +275,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def show(value: Any, limit: int = 80) -> str:
-    """A value as YAML would have it, on one line and not too long."""
+    """A value as YAML on one line, cut to `limit` characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= limit else f"{text[:limit]}…"
 
@@ -315,7 +318,7 @@ def recipe_fields(
     rows = []
     for name, field in (model or _any_recipe()).model_fields.items():
         key = f"{prefix}{name}"
-        section = section_of(field.annotation)
+        section = _section_of(field.annotation)
         if section:
             several = "" if section is field.annotation else "N."
             rows += recipe_fields(section, f"{key}.{several}")
@@ -324,23 +327,23 @@ def recipe_fields(
         if not field.is_required():
             value = field.get_default(call_default_factory=True)
             default = value if isinstance(value, str) else show(value)
-        rows.append((key, type_text(field.annotation), default, field.description or ""))
+        rows.append((key, _type_text(field.annotation), default, field.description or ""))
     return rows
 
 
-def type_text(annotation: Any) -> str:
-    """A field's type in YAML's words: "int | auto", "[float, float]", "mapping"."""
+def _type_text(annotation: Any) -> str:
+    """A field's type in YAML's terms: "int | auto", "[float, float]", "mapping"."""
     origin, inner = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
-        return type_text(inner[0])
+        return _type_text(inner[0])
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (Union, types.UnionType):
-        return " | ".join(type_text(kind) for kind in inner)
+        return " | ".join(_type_text(kind) for kind in inner)
     if origin is tuple:
-        return f"[{', '.join(type_text(kind) for kind in inner)}]"
+        return f"[{', '.join(_type_text(kind) for kind in inner)}]"
     if origin is list:
-        return f"[{type_text(inner[0])}, …]"
+        return f"[{_type_text(inner[0])}, …]"
     if origin is dict:
         return "mapping"
     return "null" if annotation is type(None) else annotation.__name__
@@ -352,13 +355,29 @@ def describe_recipes() -> str:
     """
     lines = ["shipped recipes:"]
     for name, text in sorted(shipped_recipes().items()):
-        lines.append(f"  {name:26} {text.splitlines()[0].lstrip('# ')}")
-    lines += [
-        "",
-        "keys (set any with key=value; N is a teacher's number from 0), default and meaning:",
-    ]
-    lines += [
-        f"  {key:30} {default:22} {meaning or kind}"
-        for key, kind, default, meaning in recipe_fields()
-    ]
+        lines.append(f"  {name}")
+        lines.append(_wrap(text.splitlines()[0].lstrip("# "), indent=6))
+    lines += ["", "keys (N is a teacher's number, from 0), with default, type and meaning:"]
+    return "\n".join([*lines, describe_fields(recipe_fields())])
+
+
+def describe_fields(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """Rows of `recipe_fields` for a terminal of 80 columns: key, default and type on one line, the
+    meaning below.
+    """
+    lines = []
+    for key, kind, default, meaning in rows:
+        required = default == "required"
+        lines.append(
+            f"  {key}  ({kind}, required)" if required else f"  {key} = {default}  ({kind})"
+        )
+        if meaning:
+            lines.append(_wrap(meaning, indent=6))
     return "\n".join(lines)
+
+
+def _wrap(text: str, indent: int) -> str:
+    margin = " " * indent
+    return textwrap.fill(
+        text, 80, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+    )

@@ -1,6 +1,5 @@
 """`python -m distill.run`: train a student from a recipe."""
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,21 +10,24 @@ from contract.errors import UserError, exit_status
 
 EPILOG = """\
 examples:
-  python -m distill.run                                         the offline quickstart, about three minutes on two cores
-  python -m distill.run umt_vit_base --dry-run                  what a paper recipe would train, without training
-  python -m distill.run umt_vit_base data.path=/data/in1k/train train.batch_size=256
-  torchrun --nproc-per-node 8 -m distill.run umt_vit_base       on eight GPUs
+  python -m distill.run
+  python -m distill.run umt_vit_base --dry-run
+  python -m distill.run umt_vit_base data.path=/data/in1k/train train.lr=2e-4
+  torchrun --nproc-per-node 8 -m distill.run umt_vit_base
   python -m distill.run my.yaml teachers.0.weight=2 --output runs/heavier
-  python -m distill.run --output runs/heavier --resume          continue a run that was stopped or killed
-  python -m distill.run --list                                  shipped recipes, and every key a recipe can set
+  python -m distill.run --output runs/heavier --resume
+  python -m distill.run --list
 
-A run folder holds recipe.yaml, metrics.jsonl, checkpoint/, plots/ and, at the end, student.safetensors.
-Exit status: 0 done (or stopped by SIGTERM after a checkpoint), 2 a mistake in what was asked, 1 a failure.
+The default recipe is the offline quickstart, about three minutes on two cores.
+--dry-run prints what a recipe would train, --resume continues an interrupted
+run, torchrun starts a process per GPU. The run folder contains recipe.yaml,
+metrics.jsonl, checkpoint/, plots/ and, at the end, student.safetensors.
+Exit status: 0 done (or stopped by SIGTERM after a checkpoint), 1 a failure,
+2 a mistake in the command line or its input.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.run",
         description="Distil several frozen vision teachers into one student.",
@@ -38,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="shipped recipe or YAML file (default: quickstart)",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="set any key of the recipe"
+        "overrides", nargs="*", metavar="key=value", help="change a key of the recipe (see --list)"
     )
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE)"
@@ -47,40 +49,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--resume", action="store_true", help="continue from the newest checkpoint in --output"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the plan (parts, FLOPs, memory) and stop"
+        "--dry-run", action="store_true", help="print the plan (parts, FLOPs, memory), then exit"
     )
     parser.add_argument(
-        "--list", action="store_true", help="list shipped recipes and all keys, and stop"
+        "--list", action="store_true", help="list shipped recipes and all keys, then exit"
     )
     args = parser.parse_intermixed_args(arguments)
-    if args.recipe and "=" in args.recipe:  # only overrides were given
-        args.overrides.insert(0, args.recipe)
-        args.recipe = None
-    return exit_status(lambda: run(args))
-
-
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
-    # Imported here so that --help answers at once: torch and timm take seconds to load.
-    from distill.recipe_io import describe_recipes, load_recipe
-
     if args.list:
-        print(describe_recipes())
-        return 0
-    name = args.recipe or "quickstart"
-    folder = args.output or Path("runs") / Path(name).stem
-    if args.resume:
-        recipe = recipe_to_resume(folder, args.recipe, args.overrides)
+        return exit_status(_print_list)
+    recipe, overrides = args.recipe, args.overrides
+    if recipe and "=" in recipe:  # only overrides were given
+        recipe, overrides = None, [recipe, *overrides]
+    return exit_status(lambda: distil(recipe, overrides, args.output, args.resume, args.dry_run))
+
+
+def _print_list() -> None:
+    # Imported here and below so that --help answers at once: torch and timm take seconds to load.
+    from distill.recipe_io import describe_recipes
+
+    print(describe_recipes())
+
+
+def distil(
+    name: str | None,
+    overrides: Sequence[str],
+    output: Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Train the recipe `name` (default: quickstart) with `overrides` into `output`.
+
+    `resume` continues the run in `output`; `dry_run` prints the plan instead. Raises UserError for
+    a mistake in the recipe, or an `output` with files of something else.
+    """
+    from distill.recipe_io import load_recipe
+
+    folder = output or Path("runs") / Path(name or "quickstart").stem
+    if resume:
+        recipe = _recipe_to_resume(folder, name, overrides)
     else:
-        recipe = load_recipe(name, args.overrides)
-    if args.dry_run:
+        recipe = load_recipe(name or "quickstart", overrides)
+    if dry_run:
         from distill.training.plan import print_plan
 
         print_plan(recipe)
-        return 0
-    if not args.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        return
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(
-            f"{folder} already holds files: add --resume to continue that run, or choose another "
+            f"{folder} already has files: add --resume to continue that run, or choose another "
             "--output"
         )
 
@@ -94,13 +110,12 @@ def run(args: argparse.Namespace) -> int:
         if not ranks.first:
             logging.getLogger().setLevel(logging.ERROR)
         show_start(recipe, folder, ranks)
-        complete = train(recipe, folder, ranks, args.resume, stop)
+        complete = train(recipe, folder, ranks, resume, stop)
         if ranks.first:
             finish(recipe, folder, complete)
-    return 0
 
 
-def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
+def _recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
     """The recipe stored in `folder`; raises UserError naming the first field a given recipe or
     override changes.
     """
@@ -109,7 +124,7 @@ def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
     stored = folder / "recipe.yaml"
     if not stored.is_file():
         raise UserError(
-            f"{folder} holds no run to resume (no recipe.yaml): leave out --resume, or check "
+            f"{folder} has no run to resume (recipe.yaml is missing): remove --resume, or check "
             "--output"
         )
     before = load_recipe(str(stored), [])
@@ -118,27 +133,27 @@ def recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
         changed = [
             (key, old, new)
             for key, old, new in differing_fields(before, now)
-            if key not in FREE_TO_CHANGE
+            if key not in _FREE_TO_CHANGE
         ]
         if changed:
             key, old, new = changed[0]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise UserError(
-                f"{key} is {old} in {stored}, {new} was asked{more}: a resumed run keeps its "
-                "recipe (drop the change, or start anew in another --output)"
+                f"{key} is {old} in {stored}, but {new} was given{more}: a resumed run keeps its "
+                "recipe (remove the change, or start a new run in another --output)"
             )
         return now
     return before
 
 
-FREE_TO_CHANGE = {
+_FREE_TO_CHANGE = {
     "data.workers",
     "train.log_every",
     "train.tensorboard",
     "checkpoint.every_steps",
     "checkpoint.keep",
 }
-"""Keys that do not touch the result, so a resumed run may set them anew."""
+"""Keys that do not affect the result, so a resumed run may change them."""
 
 
 if __name__ == "__main__":

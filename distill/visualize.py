@@ -1,6 +1,5 @@
-"""`python -m distill.visualize`: what a student sees, as pictures (UMT Figures 1, 3 and 4)."""
+"""`python -m distill.visualize`: pictures of a student's features (UMT Figures 1, 3 and 4)."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,17 +23,19 @@ from distill.runs import load_run
 EPILOG = """\
 examples:
   python -m distill.visualize runs/quickstart photo.jpg
-  python -m distill.visualize runs/quickstart a.jpg b.jpg --sizes 224 448 896 --output pictures
   python -m distill.visualize runs/quickstart photo.jpg --outputs backbone dino
+  python -m distill.visualize runs/quickstart a.jpg b.jpg \\
+      --sizes 224 448 896 --output pictures
 
-One PNG an image: a pair of rows a size, PCA of the features above, cosine of the image-level vector (class position of a
-ViT student, mean of a CNN's) to every patch below; a column for the backbone and each teacher's head. Any size that is a
-multiple of the student's stride works; memory grows with its square (a ViT's attention with its fourth power).
+Writes one PNG per image, with two rows per size: PCA of the features, and the
+cosine of the image-level vector (a ViT's class token, a CNN's mean) to every
+patch; a column for the backbone and for each teacher's head. A size may be any
+multiple of the student's stride; memory grows with its square, or for a ViT's
+attention with its fourth power.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.visualize",
         description="Picture the features of a trained student.",
@@ -43,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of distill.run")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="photographs")
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[224, 448], metavar="PIXELS", help="sides (224 448)"
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[224, 448],
+        metavar="PIXELS",
+        help="sides (default: 224 448)",
     )
     parser.add_argument(
         "--outputs", nargs="+", metavar="NAME", help="backbone and teacher labels (default: all)"
@@ -52,41 +58,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, metavar="DIR", help="where to write (default: RUN/plots)"
     )
     args = parser.parse_args(arguments)
-    return exit_status(lambda: visualize(args))
+    return exit_status(
+        lambda: visualize(args.run, args.images, args.sizes, args.outputs, args.output)
+    )
 
 
-def visualize(args: argparse.Namespace) -> None:
-    """Draw every image of a parsed command line."""
-    run = load_run(args.run)
+def visualize(
+    folder: Path,
+    images: Sequence[Path],
+    sizes: Sequence[int],
+    outputs: Sequence[str] | None = None,
+    target: Path | None = None,
+) -> None:
+    """Draw every image's features by the run in `folder` at every size.
+
+    `outputs` default to all, `target` to RUN/plots. Raises UserError for a size the stride does not
+    divide, an unknown output or an unreadable image.
+    """
+    run = load_run(folder)
     model = run.method.deploy()
     stride = model.student.stride
-    for size in args.sizes:
+    for size in sizes:
         if size <= 0 or size % stride:
             raise UserError(
                 f"--sizes {size} is not a multiple of the student's stride {stride}: use "
                 f"{nearest_multiples(size, stride)}"
             )
     known = ["backbone", *run.dims]
-    for name in args.outputs or []:
+    for name in outputs or []:
         if name not in known:
-            raise UserError(f"--outputs {name}: this student has {', '.join(known)}")
-    outputs = args.outputs or known
-    photos = [read_image(path) for path in args.images]
-    folder = args.output or args.run / "plots"
-    for path, photo in zip(args.images, photos, strict=True):
+            raise UserError(f"--outputs {name}: choose from {', '.join(known)}")
+    outputs = outputs or known
+    photos = [_read_image(path) for path in images]
+    target = target or folder / "plots"
+    for path, photo in zip(images, photos, strict=True):
         pixels, predictions = [], []
-        for size in args.sizes:
-            square = square_pixels(photo, size)
+        for size in sizes:
+            square = _square_pixels(photo, size)
             pixels.append(square)
             with torch.inference_mode():
                 result = model(torch.from_numpy(square).permute(2, 0, 1).unsqueeze(0).float() / 255)
             predictions.append({name: result[name] for name in outputs})
-        target = folder / f"{path.stem}_features.png"
-        draw(target, pixels, predictions)
-        print(f"features  {target}")
+        picture = _draw(target / f"{path.stem}_features.png", pixels, predictions)
+        print(f"features  {picture}")
 
 
-def read_image(path: Path) -> Image.Image:
+def _read_image(path: Path) -> Image.Image:
     """Decode a photograph; raises UserError."""
     if not path.is_file():
         raise UserError(f"image {path}: no such file")
@@ -96,7 +113,7 @@ def read_image(path: Path) -> Image.Image:
         raise UserError(f"image {path} cannot be read: {error.reason}") from error
 
 
-def square_pixels(photo: Image.Image, size: int) -> np.ndarray:
+def _square_pixels(photo: Image.Image, size: int) -> np.ndarray:
     """The largest centred square of a photograph as uint8 [size, size, 3]."""
     short = min(photo.size)
     left, top = (photo.width - short) / 2, (photo.height - short) / 2
@@ -104,7 +121,7 @@ def square_pixels(photo: Image.Image, size: int) -> np.ndarray:
     return np.array(photo.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
-def draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Prediction]]) -> Path:
+def _draw(path: Path, pixels: list[np.ndarray], predictions: list[dict[str, Prediction]]) -> Path:
     """Write one figure: for every size a row of PCA pictures and a row of cosine maps, a column an
     output.
     """

@@ -22,12 +22,12 @@ from distill.data.crops import MAIN, CropDataset, Sample, Skipped
 
 log = logging.getLogger(__name__)
 
-Key = tuple[str, int, int]
+_Key = tuple[str, int, int]
 """Stream, picture, number of the view: what `CropDataset` is indexed by."""
 
 
 class Batch(NamedTuple):
-    """`views` by name: uint8 [crops * B, 3, S, S], crop by crop, and what else a view asked for;
+    """`views` by name: uint8 [crops * B, 3, S, S], crop by crop, and what else a view requests;
     `pictures` and `numbers` [B] (which view of them) by stream; and what was skipped.
     """
 
@@ -37,13 +37,11 @@ class Batch(NamedTuple):
     skipped: list[Skipped]
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its views on `device`."""
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
         return self._replace(views=views)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Put the samples of every stream together."""
     views, pictures, numbers = {}, {}, {}
     for stream in dict.fromkeys(sample.stream for sample in samples):
         own = [sample for sample in samples if sample.stream == stream]
@@ -57,7 +55,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-class StreamBatches(Sampler[list[Key]]):
+class StreamBatches(Sampler[list[_Key]]):
     """The keys of every micro-batch of this rank, from optimizer step `start` up to `steps`.
 
     Epoch e of a stream is one permutation of all pictures x repeats; what is left after the last
@@ -91,12 +89,12 @@ class StreamBatches(Sampler[list[Key]]):
     def __len__(self) -> int:
         return max(0, self.steps - self.start) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[list[_Key]]:
         for step in range(self.start, self.steps):
             for part in range(self.accumulate):
                 yield [key for stream in self.batch_sizes for key in self._keys(stream, step, part)]
 
-    def _keys(self, stream: str, step: int, part: int) -> Iterator[Key]:
+    def _keys(self, stream: str, step: int, part: int) -> Iterator[_Key]:
         size = self.batch_sizes[stream]
         epoch, within = divmod(step, self.pictures * self.repeats // size)
         if self._epoch_orders.get(stream, (None,))[0] != epoch:
@@ -111,8 +109,8 @@ class StreamBatches(Sampler[list[Key]]):
         entropy = [self.seed, epoch]
         if stream != MAIN:
             entropy.insert(1, zlib.crc32(stream.encode()))
-        # Two words of entropy mixed into one seed, so that neighbouring seeds and epochs share no
-        # permutation
+        # Two words of entropy mixed into one seed, so that neighbouring seeds and epochs never have
+        # the same permutation
         mixed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(mixed) & (2**63 - 1))
         return torch.randperm(self.pictures * self.repeats, generator=generator)
@@ -137,7 +135,7 @@ def _check_batch_size(
 
 
 def prepare_worker(worker: int) -> None:
-    """One thread a worker; Ctrl-C is the parent's to answer, SIGTERM means what it always does."""
+    """Use one thread per worker, leave Ctrl-C to the parent and keep the default SIGTERM."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -188,5 +186,5 @@ class CorruptLedger:
             raise UserError(
                 f"{len(self.reasons)} of {self.pictures} pictures are unreadable, more than "
                 f"data.max_corrupt_fraction = {self.max_fraction:g}; the first is {name} "
-                f"({reason}): mend them or raise the limit"
+                f"({reason}): repair them or raise the limit"
             )

@@ -1,7 +1,7 @@
 """From pictures to crops: every crop is a pure function of (seed, picture, view, crop).
 
-A method declares the `View`s it needs; whoever looks at a view, student or teacher, resizes and
-normalises its crops for itself, on the device.
+A method declares the `View`s it needs; the student and the teachers that use a view resize and
+normalise its crops themselves, on the device.
 """
 
 import math
@@ -99,7 +99,7 @@ class View(NamedTuple):
 
 class Sample(NamedTuple):
     """The crops of one picture of one stream: `views` by name, each [crops, …]; the picture and the
-    number of the view that were requested; what had to be skipped on the way.
+    number of the view that were requested; what had to be skipped.
     """
 
     stream: str
@@ -146,7 +146,6 @@ class CropDataset(Dataset):
         )
 
     def _cut(self, image: Image.Image, view: View, picture: int, number: int) -> dict[str, Tensor]:
-        """Every crop of one view of a decoded picture."""
         crops, boxes = [], []
         for crop in range(view.crops):
             rng = self._generator(view, picture, number, crop)

@@ -12,7 +12,7 @@ import numpy as np
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-Operation = Callable[[Tensor, np.random.Generator], Tensor]
+_Operation = Callable[[Tensor, np.random.Generator], Tensor]
 
 
 def photometric(crop: Tensor, recipe: str, rng: np.random.Generator) -> Tensor:
@@ -22,7 +22,7 @@ def photometric(crop: Tensor, recipe: str, rng: np.random.Generator) -> Tensor:
     return crop
 
 
-def _jitter(probability: float, strengths: tuple[float, float, float, float]) -> Operation:
+def _jitter(probability: float, strengths: tuple[float, float, float, float]) -> _Operation:
     """Brightness, contrast, saturation (factors in 1 +- strength) and hue (+- strength, in turns),
     in random order.
     """
@@ -47,14 +47,14 @@ def _jitter(probability: float, strengths: tuple[float, float, float, float]) ->
     return apply
 
 
-def _grayscale(probability: float) -> Operation:
+def _grayscale(probability: float) -> _Operation:
     def apply(crop: Tensor, rng: np.random.Generator) -> Tensor:
         return TF.rgb_to_grayscale(crop, 3) if rng.random() < probability else crop
 
     return apply
 
 
-def _blur(probability: float, sigmas: tuple[float, float], kernel: int | None = None) -> Operation:
+def _blur(probability: float, sigmas: tuple[float, float], kernel: int | None = None) -> _Operation:
     """Gaussian blur of a random deviation in pixels; without `kernel` as wide as four deviations a
     side, as Pillow's filter is.
     """
@@ -71,7 +71,7 @@ def _blur(probability: float, sigmas: tuple[float, float], kernel: int | None = 
     return apply
 
 
-def _solarize(probability: float, threshold: int = 128) -> Operation:
+def _solarize(probability: float, threshold: int = 128) -> _Operation:
     def apply(crop: Tensor, rng: np.random.Generator) -> Tensor:
         return TF.solarize(crop, threshold) if rng.random() < probability else crop
 
@@ -81,7 +81,7 @@ def _solarize(probability: float, threshold: int = 128) -> Operation:
 _COLOUR = (_jitter(0.8, (0.4, 0.4, 0.2, 0.1)), _grayscale(0.2))
 _DINO_BLUR = (0.1, 2.0)
 
-RECIPES: dict[str, tuple[Operation, ...]] = {
+RECIPES: dict[str, tuple[_Operation, ...]] = {
     "none": (),
     # DINO's two global crops and its local ones (Caron et al. 2021, their released configuration)
     "dino_global_1": (*_COLOUR, _blur(1.0, _DINO_BLUR)),

@@ -1,7 +1,7 @@
 """Where pictures come from: a folder, WebDataset tar files, or the photographs that Python packages
 carry.
 
-A source knows how many pictures it has, names each, loads each as RGB by number, and has a
+A source has a length, names each picture, loads each as RGB by number, and has a
 fingerprint. Random access by number is what lets a run resume in the middle of an epoch with the
 very same pictures to come.
 """
@@ -56,7 +56,7 @@ def digest(entries: Iterable[tuple]) -> str:
 class FolderPictures:
     """Every image file below a folder, flat or in (class) subfolders, in sorted order.
 
-    Raises UserError if the folder is missing, unreadable or holds no images.
+    Raises UserError if the folder is missing, unreadable or without images.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -76,7 +76,7 @@ class FolderPictures:
         except OSError as error:
             refuse(error)
         if not stat.S_ISDIR(kind):
-            raise UserError(f"data.path = {self.folder} is a file: give the folder it is in")
+            raise UserError(f"data.path = {self.folder} is a file: use its folder")
         result = []
         for root, folders, files in os.walk(self.folder, onerror=refuse, followlinks=True):
             folders.sort()
@@ -88,18 +88,16 @@ class FolderPictures:
         self.files = sorted(result)
         if not self.files:
             raise UserError(
-                f"data.path = {self.folder} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+                f"data.path = {self.folder} has no images ({', '.join(IMAGE_SUFFIXES)})"
             )
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, number: int) -> str:
-        """Path of the file."""
         return self.files[number]
 
     def load(self, number: int) -> Image.Image:
-        """Decode the file."""
         return decode(Path(self.files[number]), TRUSTED, name=self.files[number])
 
     def fingerprint(self) -> str:
@@ -119,7 +117,7 @@ class WebDatasetPictures:
     """
 
     def __init__(self, patterns: str | list[str]) -> None:
-        self.tars = expand_shards([patterns] if isinstance(patterns, str) else patterns)
+        self.tars = _expand_shards([patterns] if isinstance(patterns, str) else patterns)
         self.members: list[tuple[int, str, int, int]] = []  # tar file, name, offset, size
         for number, path in enumerate(self.tars):
             try:
@@ -143,30 +141,27 @@ class WebDatasetPictures:
         return len(self.members)
 
     def name(self, number: int) -> str:
-        """Tar file and member."""
         tar, member, _, _ = self.members[number]
         return f"{self.tars[tar]}:{member}"
 
     def load(self, number: int) -> Image.Image:
-        """Decode the member's bytes."""
         tar, _, offset, size = self.members[number]
-        # Keyed by process: a file descriptor shared with a forked worker is fine for pread, yet a
-        # copy is tidier
+        # Keyed by process: a file descriptor shared with a forked worker would work with pread, but
+        # each process opens its own
         key = (os.getpid(), tar)
         if key not in self._open:
             self._open[key] = os.open(self.tars[tar], os.O_RDONLY)
         return decode(os.pread(self._open[key], size, offset), TRUSTED, name=self.name(number))
 
     def __getstate__(self) -> dict:
-        """Leave open files behind when sent to another process."""
+        # open files stay behind when the source is sent to another process
         return self.__dict__ | {"_open": {}}
 
     def fingerprint(self) -> str:
-        """Digest of the index."""
         return digest(self.members)
 
 
-def expand_shards(patterns: list[str]) -> list[str]:
+def _expand_shards(patterns: list[str]) -> list[str]:
     """Expand braces (`{0000..0146}`) and globs to sorted tar files; raises UserError for a pattern
     without any.
     """
@@ -212,11 +207,9 @@ class PackagedPhotos:
         return len(self.files)
 
     def name(self, number: int) -> str:
-        """File name of the photograph."""
         return self.files[number].name
 
     def load(self, number: int) -> Image.Image:
-        """Decode the photograph, once in each process."""
         if number not in self._decoded:
             self._decoded[number] = decode(self.files[number], TRUSTED, name=self.name(number))
         return self._decoded[number]
@@ -227,7 +220,6 @@ class PackagedPhotos:
 
 
 def open_pictures(config: DataConfig) -> Pictures:
-    """Open the recipe's source of pictures."""
     match config.kind:
         case "packaged-photos":
             return PackagedPhotos()
@@ -236,7 +228,7 @@ def open_pictures(config: DataConfig) -> Pictures:
         case "folder":
             if isinstance(config.path, list):
                 raise UserError(
-                    "data.path is a list, data.kind = folder takes one folder (or set "
+                    "data.path is a list, but data.kind = folder takes one folder (or set "
                     "data.kind=webdataset)"
                 )
             return FolderPictures(config.path)

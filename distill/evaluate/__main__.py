@@ -1,8 +1,5 @@
-"""`python -m distill.evaluate`: the papers' protocols, on a student or any teacher, in the same
-way.
-"""
+"""`python -m distill.evaluate`: the papers' protocols, applied to a student or any teacher."""
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -13,70 +10,84 @@ from contract.errors import UserError, exit_status, suggest
 
 EPILOG = """\
 examples:
-  python -m distill.scenes --output runs/scenes                 drawn data, where there is no other
-  python -m distill.evaluate runs/quickstart --data runs/scenes --tasks knn,segmentation,depth --with-teachers
-  python -m distill.evaluate runs/mine --data /data/imagenet --tasks knn,linear probe.runs=5
-  python -m distill.evaluate runs/mine --data /data/imagenet --tasks linear --features backbone,dino
-  python -m distill.evaluate runs/mine --data ADEChallengeData2016 --tasks segmentation dense.steps=80000
-  python -m distill.evaluate runs/mine --data /data/nyu --tasks depth depth.head=dpt depth.crop=eigen
-  python -m distill.evaluate vit_base_patch16_dinov3 --data /data/imagenet --tasks knn
-  python -m distill.evaluate mobilenetv2_100@package:mobilenet-v2 --data runs/scenes --tasks knn
-  python -m distill.evaluate --list                             tasks, data layouts, and every setting
+  python -m distill.scenes --output runs/scenes
+  python -m distill.evaluate runs/quickstart --data runs/scenes \\
+      --tasks knn,segmentation,depth --with-teachers
+  python -m distill.evaluate runs/mine --data /data/imagenet \\
+      --tasks knn,linear --features backbone,dino probe.runs=5
+  python -m distill.evaluate runs/mine --data ADEChallengeData2016 \\
+      --tasks segmentation dense.steps=80000
+  python -m distill.evaluate runs/mine --data /data/nyu \\
+      --tasks depth depth.head=dpt depth.crop=eigen
+  python -m distill.evaluate vit_base_patch16_dinov3 --data /data/imagenet
+  python -m distill.evaluate mobilenetv2_100@package:mobilenet-v2 \\
+      --data runs/scenes --tasks knn
+  python -m distill.evaluate --list
 
-MODEL is a run folder, or NAME[@CHECKPOINT][:BLOCK]: a timm name (weights from its hub), weights from a file or
-package:NAME instead (@random: none), features read after a block. Heads that tasks train go to RUN/heads for export
-(those of the first of --features; of other rows, below --output). Extracted features are kept and reused.
-Exit status: 0 done, 2 a mistake in what was asked, 1 a failure.
+MODEL is a run folder, or NAME[@CHECKPOINT][:BLOCK]: a timm name with weights
+from its hub, or from a file or package:NAME (@random: none), its features read
+after a block. Trained heads are written to RUN/heads for export (those of the
+first of --features; others below --output). Extracted features are kept and
+reused. distill.scenes draws data to try the tasks on.
+Exit status: 0 done, 1 a failure, 2 a mistake in the command line or its input.
 """
 
 NAMES = (
     "knn", "linear", "finetune", "zero-shot", "segmentation", "depth", "retrieval", "video", "robustness", "clusters",
 )  # fmt: skip
-"""Of the tasks; a copy for --help, which must not wait for torch to load (a test compares it)."""
+"""Names of the tasks: a copy, because --help must not wait for torch (a test compares them)."""
 
-LAYOUTS = """\
-data layouts (--data ROOT; ROOT/classification, ROOT/dense, … go before ROOT itself where they exist):
+_LAYOUTS = """\
+data layouts of --data ROOT (ROOT/classification, ROOT/dense, … come first):
   classification  {train,val}/CLASS/*.jpg
-  dense           {train,val}/{images,masks,depth}/*;  images/{training,validation}/* with annotations/… (ADE20K);
-                  {train,test}/SCENE/rgb_*.jpg with sync_depth_*.png (NYUv2's official splits)
-  retrieval       gnd_*.pkl or gnd_*.json, jpg/NAME.jpg (revisited Oxford and Paris)
-  video           JPEGImages/480p/SEQ/*.jpg, Annotations/480p/SEQ/*.png, ImageSets/2017/val.txt (DAVIS-2017)
-  robustness      imagenet-a, imagenet-r, imagenet-v2, imagenet-c, imagenet-9: any of them
+  dense           {train,val}/{images,masks,depth}/*
+                  images/{training,validation}/* with annotations/… (ADE20K)
+                  {train,test}/SCENE/rgb_*.jpg with sync_depth_*.png (NYUv2)
+  retrieval       gnd_*.pkl or gnd_*.json, jpg/NAME.jpg (revisited Oxford and
+                  Paris)
+  video           JPEGImages/480p/SEQ/*.jpg, Annotations/480p/SEQ/*.png,
+                  ImageSets/2017/val.txt (DAVIS-2017)
+  robustness      any of imagenet-a, imagenet-r, imagenet-v2, imagenet-c,
+                  imagenet-9
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m distill.evaluate",
         description="Score a student, its heads and its teachers by the papers' protocols.",
         epilog=EPILOG,
     )
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder, or timm name")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="set any key of --list")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder or timm name")
+    parser.add_argument(
+        "settings", nargs="*", metavar="key=value", help="change a setting (see --list)"
+    )
     parser.add_argument(
         "--tasks",
         metavar="A,B",
         default="knn,linear",
-        help=f"of {', '.join(NAMES)} (default: knn,linear)",
+        help=f"any of {', '.join(NAMES)} (default: knn,linear)",
     )
     parser.add_argument(
-        "--data", action="append", metavar="[TASK=]ROOT", help="data; may be given per task"
+        "--data",
+        action="append",
+        metavar="[TASK=]ROOT",
+        help="data folder, for all tasks or for one; may be repeated",
     )
     parser.add_argument(
         "--features",
         default="backbone",
         metavar="A,B",
-        help="backbone, or teachers' labels (backbone)",
+        help="backbone or labels of teachers (default: backbone)",
     )
     parser.add_argument(
         "--weights",
         default="student",
         choices=("student", "ema"),
-        help="a run's student, or its momentum network where the method has one (student)",
+        help="a run's student, or its momentum network if the method has one (default: student)",
     )
     parser.add_argument(
-        "--with-teachers", action="store_true", help="score the run's teachers too, in the same way"
+        "--with-teachers", action="store_true", help="also score the run's teachers"
     )
     parser.add_argument(
         "--size",
@@ -90,35 +101,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="DIR",
         help="default: RUN/evaluation, or runs/evaluation/NAME",
     )
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="(auto)")
     parser.add_argument(
-        "--list", action="store_true", help="list tasks, layouts and settings, and stop"
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: auto"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list tasks, data layouts and settings, then exit"
     )
     args = parser.parse_intermixed_args(arguments)
-    return exit_status(lambda: run(args))
+    if args.list:
+        return exit_status(_print_list)
+    return exit_status(
+        lambda: evaluate(
+            args.model,
+            args.settings,
+            tasks=[name.strip() for name in args.tasks.split(",")],
+            data=args.data or [],
+            features=args.features.split(","),
+            weights=args.weights,
+            with_teachers=args.with_teachers,
+            size=args.size,
+            output=args.output,
+            device=args.device,
+        )
+    )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
-    # Imported here so that --help answers at once: torch and timm take seconds to load.
-    from distill.evaluate.settings import describe_settings, load_settings
+def _print_list() -> None:
+    # Imported here and below so that --help answers at once: torch and timm take seconds to load.
+    from distill.evaluate.settings import describe_settings
     from distill.evaluate.tasks import TASKS
 
-    if args.list:
-        print("tasks:")
-        print("\n".join(f"  {name:15} {task.does}" for name, task in TASKS.items()))
-        print(f"\n{LAYOUTS}\nsettings (key, type, default, meaning):\n{describe_settings()}")
-        return 0
-    if not args.model or "=" in args.model.partition("@")[0]:
+    print("tasks:")
+    print("\n".join(f"  {name:15} {task.does}" for name, task in TASKS.items()))
+    print(f"\n{_LAYOUTS}\nsettings, with default, type and meaning:\n{describe_settings()}")
+
+
+def evaluate(
+    model: str | None,
+    settings: Sequence[str],
+    *,
+    tasks: Sequence[str],
+    data: Sequence[str],
+    features: list[str],
+    weights: str,
+    with_teachers: bool,
+    size: int | None,
+    output: Path | None,
+    device: str,
+) -> None:
+    """Score a run or timm network on `tasks` and write evaluation.json and scores.png to `output`.
+
+    Raises UserError for an unknown model, task or setting, and for missing data.
+    """
+    from distill.evaluate.settings import load_settings
+    from distill.evaluate.tasks import TASKS
+
+    if not model or "=" in model.partition("@")[0]:
         raise UserError(
-            "no MODEL: give a run folder or a timm name (python -m distill.evaluate --help)"
+            "MODEL is missing: add a run folder or a timm name (python -m distill.evaluate --help)"
         )
-    tasks = [name.strip() for name in args.tasks.split(",")]
     for name in tasks:
         if name not in TASKS:
             raise UserError(f"--tasks {name}: {suggest(name, TASKS, show=len(TASKS))}")
-    config = load_settings(args.settings)
-    roots = data_roots(args.data or [], tasks)
+    config = load_settings(settings)
+    roots = _data_roots(data, tasks)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("timm").setLevel(logging.WARNING)
 
@@ -126,19 +172,19 @@ def run(args: argparse.Namespace) -> int:
     from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
     from distill.evaluate.tasks import Context
 
-    output = args.output or default_output(args.model)
-    read_scores(output / "evaluation.json")  # a damaged file is said before the work, not after
+    output = output or _default_output(model)
+    read_scores(output / "evaluation.json")  # report a damaged file before the work, not after
     rows = open_rows(
-        args.model,
-        args.features.split(","),
-        args.with_teachers,
-        args.size,
-        args.device,
+        model,
+        features,
+        with_teachers,
+        size,
+        device,
         output,
-        args.weights,
+        weights,
     )
     about = {
-        "model": args.model,
+        "model": model,
         "settings": config.model_dump(mode="json"),
         "data": {task: str(root) for task, root in roots.items()},
     }
@@ -151,7 +197,7 @@ def run(args: argparse.Namespace) -> int:
             )
             outcome = TASKS[task].run(context)
             about["network"] = context.binding | {"device": str(row.encoder.device)}
-            # after every task: a long evaluation that is stopped keeps what it has found
+            # after every task, so that an interrupted evaluation keeps its results so far
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)
             results[row.name][task] = outcome
     picture = draw_scores(output / "scores.png", results)
@@ -162,19 +208,16 @@ def run(args: argparse.Namespace) -> int:
                 print(f"wrote     {file}")
     print(f"scores    {written}")
     print(f"picture   {picture}")
-    if Path(args.model).is_dir():
+    if Path(model).is_dir():
+        print("next      compare its teachers, or score it on your own labelled pictures:")
+        print(f"  python -m distill.similarity --run {model}")
         print(
-            "next      see how alike its teachers are, or score it on your own labelled pictures:"
-        )
-        print(f"  python -m distill.similarity --run {args.model}")
-        print(
-            f"  python -m distill.evaluate {args.model} --data ROOT --tasks knn,linear    "
+            f"  python -m distill.evaluate {model} --data ROOT --tasks knn,linear    "
             "(layouts: --list)"
         )
-    return 0
 
 
-def data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
+def _data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     """The data root of every task from `ROOT` and `TASK=ROOT`; raises UserError where one is
     missing.
     """
@@ -196,7 +239,7 @@ def data_roots(given: Sequence[str], tasks: Sequence[str]) -> dict[str, Path]:
     return roots
 
 
-def default_output(model: str) -> Path:
+def _default_output(model: str) -> Path:
     """RUN/evaluation for a run folder, runs/evaluation/NAME for a timm name."""
     if Path(model).is_dir():
         return Path(model) / "evaluation"

@@ -1,5 +1,5 @@
-"""Where a ViT's last block looks: attention maps of the class token, as DINO's authors draw them
-(Caron et al. 2021).
+"""Attention maps of the class token in a ViT's last block, as DINO's authors draw them (Caron et
+al. 2021).
 """
 
 from pathlib import Path
@@ -18,20 +18,20 @@ from distill.models.student import patch_size
 def attention_maps(encoder: Encoder, images: Tensor) -> Tensor:
     """Attention of the last block to every patch: [B, heads, h, w] for uint8 images [B, 3, H, W].
 
-    The class token's, or the mean of all patches' where there is no class token. What goes to class
-    and register tokens is left out, so a map sums to 1 at most. Raises UserError as
+    The class token's, or the mean of all patches' for networks without a class token. Attention to
+    class and register tokens is left out, so a map sums to 1 at most. Raises UserError as
     `last_attention` does.
     """
     attention = last_attention(encoder, images)
     net, patch = encoder.net, patch_size(encoder.net)
     prefix = net.num_prefix_tokens
     has_class_token = getattr(net, "cls_token", None) is not None
-    looks = attention[:, :, 0] if has_class_token else attention[:, :, prefix:].mean(dim=2)
-    return looks[..., prefix:].unflatten(-1, (images.shape[-2] // patch, images.shape[-1] // patch))
+    rows = attention[:, :, 0] if has_class_token else attention[:, :, prefix:].mean(dim=2)
+    return rows[..., prefix:].unflatten(-1, (images.shape[-2] // patch, images.shape[-1] // patch))
 
 
 def has_attention(encoder: Encoder) -> bool:
-    """Whether the network is a plain ViT whose last block's attention can be looked at."""
+    """Whether the network is a plain ViT whose last block's attention can be read."""
     side = encoder.stride * 2
     try:
         last_attention(
@@ -58,14 +58,12 @@ def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
         or not isinstance(getattr(attention, "attn_drop", None), nn.Module)
     ):
         raise UserError(
-            f"{encoder.name} has no attention of a class token or patches to all patches: choose a "
-            "plain ViT"
+            f"{encoder.name} has no global attention in its last block: choose a plain ViT"
         )
     height, width = images.shape[-2:]
     if height % patch or width % patch:
         raise UserError(
-            f"images of {height}x{width} pixels do not fit {encoder.name}: give multiples of "
-            f"{patch}"
+            f"images of {height}x{width} pixels do not fit {encoder.name}: use multiples of {patch}"
         )
     # Fused kernels never hold the map. timm's AttentionExtract would leave its hooks in the
     # network.
@@ -82,14 +80,14 @@ def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
     tokens = net.num_prefix_tokens + (height // patch) * (width // patch)
     if not result or result[0].shape != (len(images), attention.num_heads, tokens, tokens):
         raise UserError(
-            f"{encoder.name}'s last block does not look from all patches to all: choose a plain ViT"
+            f"{encoder.name}'s last block does not attend from all patches to all: choose a plain ViT"
         )
     return result[0].float()
 
 
 def attention_figure(path: Path, photos: list[np.ndarray], maps: Tensor) -> Path:
-    """Write photographs [H, W, 3], a row each, beside the mean of their maps [B, heads, h, w] and
-    every head's.
+    """Write a row per photograph [H, W, 3]: the photograph, the mean of its maps [B, heads, h, w],
+    and every head's map.
     """
     heads = maps.shape[1]
     figure, axes = plt.subplots(
@@ -107,6 +105,6 @@ def attention_figure(path: Path, photos: list[np.ndarray], maps: Tensor) -> Path
         axis.set_title(title, fontsize=9)
     for row, photo, result in zip(axes, photos, maps.cpu().numpy(), strict=True):
         row[0].imshow(photo)
-        for axis, look in zip(row[1:], (result.mean(axis=0), *result), strict=True):
-            axis.imshow(look, interpolation="nearest", cmap="inferno")
+        for axis, attention in zip(row[1:], (result.mean(axis=0), *result), strict=True):
+            axis.imshow(attention, interpolation="nearest", cmap="inferno")
     return save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Who is evaluated: the outputs of a student, and beside them its teachers."""
+"""What is evaluated: the outputs of a student and, on request, its teachers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +30,13 @@ def open_rows(
     output: Path,
     weights: Literal["student", "ema"] = "student",
 ) -> list[Row]:
-    """Open what was asked for. The first of a run's `features` writes into the run folder itself,
-    where export looks, unless the `weights` are those of the momentum network.
+    """Open the requested encoders. The first of a run's `features` writes into the run folder itself,
+    where export reads it, unless the `weights` are those of the momentum network.
 
-    Raises UserError for a model, output or device that is not there.
+    Raises UserError for a model, output or device that does not exist.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device here (use --device cpu)")
+        raise UserError("--device cuda: no CUDA device is available (use --device cpu)")
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     rows = []
     if Path(model).is_dir():
@@ -57,13 +57,15 @@ def open_rows(
             )
     else:
         if with_teachers:
-            raise UserError(f"--with-teachers: '{model}' is no run folder, it has no teachers")
+            raise UserError(f"--with-teachers needs a run folder; got '{model}'")
         if features != [BACKBONE]:
             raise UserError(
-                f"--features {','.join(features)}: a timm network has its backbone only"
+                f"--features {','.join(features)}: a timm network has only its backbone (use --features backbone)"
             )
         if weights != "student":
-            raise UserError(f"--weights {weights}: a timm network has no momentum network")
+            raise UserError(
+                f"--weights {weights}: a timm network has no momentum network (use --weights student)"
+            )
         encoder = named_encoder(model, size)
         rows.append(Row(model, encoder, output))
     for row in rows:

@@ -3,7 +3,7 @@ space.
 
 Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited": with X [n, d1] and
 Y [n, d2] two networks' features of the same n pictures, K = X X^T and L = Y Y^T, CKA = HSIC(K, L) /
-sqrt(HSIC(K, K) HSIC(L, L)). Plain HSIC overstates the likeness where n is not much larger than the
+sqrt(HSIC(K, K) HSIC(L, L)). Plain HSIC overstates the similarity where n is not much larger than the
 widths; the debiased value takes Song et al.'s (2012) unbiased estimator HSIC_1, as Nguyen et al.
 2021 do ("Do Wide and Deep Networks Learn the Same Things?"). That paper averages HSIC over
 minibatches; here every sum over pairs of pictures is written as sums over pictures, so one pass
@@ -18,17 +18,17 @@ from torch import Tensor
 
 from contract.errors import UserError
 
-MIN_BIASED, MIN_DEBIASED = 2, 4
+_MIN_BIASED, _MIN_DEBIASED = 2, 4
 """Fewest pictures each estimator is defined for."""
 
-CONSTANT = 1e-24
+_CONSTANT = 1e-24
 """Share of the squared norm below which the variance is float64's rounding."""
 
 
 class CKAMatrix:
     """CKA between every two of M networks, from batches of their features of the same pictures.
 
-    Keeps float64 sums on the features' device: d_a x d_b numbers for every pair, O(d) beside.
+    Keeps float64 sums on the features' device: d_a x d_b numbers for every pair, plus O(d) per network.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class CKAMatrix:
         return tuple(self._shift)
 
     def add(self, features: Mapping[str, Tensor]) -> None:
-        """Take in a batch: each network's features [n, d] of the same n pictures, in the same
+        """Add a batch: each network's features [n, d] of the same n pictures, in the same
         order.
 
         Raises UserError for other names or widths than before, unequal n, or values that are not
@@ -65,15 +65,15 @@ class CKAMatrix:
         centred = {name: x - self._shift[name] for name, x in rows.items()}
         squares = {name: x.square().sum(dim=1) for name, x in centred.items()}
         for index, (a, x) in enumerate(centred.items()):
-            accumulate(self._raw_square, a, rows[a].square().sum())
-            accumulate(self._sum, a, x.sum(dim=0))
-            accumulate(self._square, a, squares[a].sum())
+            _accumulate(self._raw_square, a, rows[a].square().sum())
+            _accumulate(self._sum, a, x.sum(dim=0))
+            _accumulate(self._square, a, squares[a].sum())
             for b in self.names[index:]:
-                accumulate(self._cross, (a, b), x.T @ centred[b])
-                accumulate(self._squares, (a, b), squares[a] @ squares[b])
-                accumulate(self._weighted, (a, b), x.T @ squares[b])
+                _accumulate(self._cross, (a, b), x.T @ centred[b])
+                _accumulate(self._squares, (a, b), squares[a] @ squares[b])
+                _accumulate(self._weighted, (a, b), x.T @ squares[b])
                 if a != b:
-                    accumulate(self._weighted, (b, a), centred[b].T @ squares[a])
+                    _accumulate(self._weighted, (b, a), centred[b].T @ squares[a])
 
     def matrix(self, debiased: bool = False) -> np.ndarray:
         """CKA [M, M] of everything added; debiased values may fall a little below 0.
@@ -81,21 +81,21 @@ class CKAMatrix:
         Raises UserError for too few pictures (2; 4 debiased) and for features without variance,
         whose CKA is 0 / 0.
         """
-        least = MIN_DEBIASED if debiased else MIN_BIASED
+        least = _MIN_DEBIASED if debiased else _MIN_BIASED
         if self.count < least:
             kind = "debiased CKA" if debiased else "CKA"
-            raise UserError(f"{kind} of {self.count} pictures is undefined: give at least {least}")
+            raise UserError(f"{kind} of {self.count} pictures is undefined: use at least {least}")
         hsic = self._unbiased_hsic if debiased else self._biased_hsic
         alone = {}
         for name in self.names:
             variance = self._square[name] - self._sum[name].square().sum() / self.count
             alone[name] = hsic(name, name)
-            if variance <= CONSTANT * self._raw_square[name] or alone[
+            if variance <= _CONSTANT * self._raw_square[name] or alone[
                 name
             ] <= 1e-12 * self._biased_hsic(name, name):
                 raise UserError(
                     f"CKA of '{name}' is undefined: its features of all {self.count} pictures are "
-                    "alike (check its weights, or give other pictures)"
+                    "equal (check its weights, or use other pictures)"
                 )
         result = np.eye(len(self.names))
         for i, a in enumerate(self.names):
@@ -106,20 +106,20 @@ class CKAMatrix:
     def _check(self, rows: Mapping[str, Tensor]) -> None:
         if not rows or (self._shift and tuple(rows) != self.names):
             raise UserError(
-                f"CKA got features of {', '.join(rows) or 'nothing'}: give "
+                f"CKA got features of {', '.join(rows) or 'nothing'}, expected "
                 f"{', '.join(self.names) or 'some'}"
             )
         lengths = {name: len(x) for name, x in rows.items()}
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise UserError(
-                f"CKA got unequal numbers of pictures ({listed}): give every network the same ones"
+                f"CKA got unequal numbers of pictures ({listed}): use the same pictures for every network"
             )
         for name, x in rows.items():
             if x.ndim != 2 or (self._shift and x.shape[1] != len(self._shift[name])):
                 width = len(self._shift[name]) if self._shift else "d"
                 raise UserError(
-                    f"CKA got features {list(x.shape)} of '{name}': give [pictures, {width}]"
+                    f"CKA got features {list(x.shape)} of '{name}', expected [pictures, {width}]"
                 )
             if not x.isfinite().all():
                 raise UserError(
@@ -156,7 +156,7 @@ class LinearCKA:
         self._matrix = CKAMatrix()
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in features [n, d1] and [n, d2] of the same n pictures; raises UserError as
+        """Add features [n, d1] and [n, d2] of the same n pictures; raises UserError as
         `CKAMatrix.add` does.
         """
         self._matrix.add({"x": x, "y": y})
@@ -166,6 +166,5 @@ class LinearCKA:
         return float(self._matrix.matrix(debiased)[0, 1])
 
 
-def accumulate(sums: dict, key: object, value: Tensor) -> None:
-    """Add `value` to `sums[key]`."""
+def _accumulate(sums: dict, key: object, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value

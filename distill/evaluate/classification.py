@@ -61,12 +61,12 @@ def accuracy(
     """Top-1, top-5 (where there are more than five classes), and precision, recall, F1 and support
     of every class.
 
-    `scores` [n, C] are logits or votes, `labels` [n]. Raises UserError for scores that are no
-    numbers.
+    `scores` [n, C] are logits or votes, `labels` [n]. Raises UserError for scores that are not
+    finite.
     """
     if not torch.isfinite(scores).all():
         raise UserError(
-            "the classifier's scores hold NaN or infinity: lower the learning rate or check the "
+            "the classifier's scores contain NaN or infinity: lower the learning rate or check the "
             "features"
         )
     scores, labels = scores.float().cpu(), labels.cpu()

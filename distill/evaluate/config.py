@@ -10,14 +10,14 @@ from pydantic import Field
 
 from distill.config import NonNegative, Positive, Section
 
-Above0 = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, lt=1)]
+_Above0 = Annotated[float, Field(gt=0)]
+_Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class ExtractConfig(Section):
     """One pass of the frozen network over a data set."""
 
-    batch_size: Positive = Field(64, description="pictures a forward pass")
+    batch_size: Positive = Field(64, description="pictures per forward pass")
     workers: NonNegative = Field(2, description="decoding processes; 0 decodes in this one")
     crop: Annotated[float, Field(gt=0, le=1)] = Field(
         0.875,
@@ -28,7 +28,7 @@ class ExtractConfig(Section):
         "auto", description="auto: bf16 on CUDA, fp32 on CPU"
     )
     shard_size: Positive = Field(
-        512, description="pictures between two points an interrupted pass resumes from"
+        512, description="pictures per shard; an interrupted pass resumes at a shard"
     )
 
 
@@ -36,8 +36,10 @@ class KNNConfig(Section):
     """Weighted nearest neighbours (DINO's protocol)."""
 
     k: Positive = Field(20, description="neighbours that vote")
-    temperature: Above0 = Field(0.07, description="votes weigh exp(cosine / temperature)")
-    block_gib: Above0 = Field(
+    temperature: _Above0 = Field(
+        0.07, description="votes are weighted by exp(cosine / temperature)"
+    )
+    block_gib: _Above0 = Field(
         4.0, description="memory that one block of similarities may take, GiB"
     )
 
@@ -48,19 +50,19 @@ class ProbeConfig(Section):
     """
 
     rates: Positive = Field(45, description="learning rates, evenly spaced on a log scale")
-    lowest: Above0 = Field(1e-4, description="smallest learning rate")
-    highest: Above0 = Field(10.0, description="largest learning rate")
+    lowest: _Above0 = Field(1e-4, description="smallest learning rate")
+    highest: _Above0 = Field(10.0, description="largest learning rate")
     epochs: Positive = Field(100, description="passes over the features (SeFA Table 12)")
-    batch_size: Positive = Field(1024, description="features a step")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="of SGD")
-    held_out: Share = Field(
+    batch_size: Positive = Field(1024, description="features per step")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of SGD")
+    held_out: _Share = Field(
         0.1, description="share of the training split that chooses the learning rate"
     )
     runs: Positive = Field(
         1, description="repetitions with other seeds; the papers' tables average five"
     )
     standardize: bool = Field(
-        False, description="give every channel zero mean and unit deviation first"
+        False, description="scale every channel to zero mean and unit deviation first"
     )
 
 
@@ -70,7 +72,7 @@ class FinetuneConfig(Section):
     epochs: Positive = 10
     warmup_epochs: NonNegative = 1
     batch_size: Positive = 512
-    lr: Above0 = 1e-4
+    lr: _Above0 = 1e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8, description="rate of a layer over that of the next"
     )
@@ -82,8 +84,6 @@ class FinetuneConfig(Section):
 
 
 class ZeroShotConfig(Section):
-    """Classification by the nearest class embedding."""
-
     embeddings: str | None = Field(
         None,
         description="safetensors file: `embeddings` [C, d], and class names in its metadata as "
@@ -98,16 +98,16 @@ class DenseConfig(Section):
         512, description="shorter side in pixels; rounded to the network's stride"
     )
     steps: Positive = Field(2000, description="optimizer steps of the head")
-    batch_size: Positive = Field(16, description="windows a step")
-    lr: Above0 = Field(1e-3, description="peak rate of AdamW")
+    batch_size: Positive = Field(16, description="windows per step")
+    lr: _Above0 = Field(1e-3, description="peak rate of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     loss_stride: Positive = Field(
         4,
-        description="pixels between two points the training loss looks at; scores are taken at "
+        description="pixels between two points of the training loss; scores are computed at "
         "every pixel",
     )
-    warmup: Share = Field(
-        0.05, description="share of the steps that warm up; a polynomial falls afterwards"
+    warmup: _Share = Field(
+        0.05, description="share of the steps for warm-up; the rate then follows a polynomial"
     )
 
 
@@ -117,7 +117,9 @@ class SegmentationConfig(Section):
     classes: Positive | None = Field(
         None, description="number of classes; default: the largest label + 1"
     )
-    ignore: NonNegative = Field(255, description="label that is neither learnt nor counted")
+    ignore: NonNegative = Field(
+        255, description="label of pixels that are neither trained on nor scored"
+    )
     zero: Literal["auto", "class", "ignore"] = Field(
         "auto",
         description="meaning of label 0; auto: ignored in ADE20K's layout (its classes start at "
@@ -132,9 +134,9 @@ class DepthConfig(Section):
         "linear", description="linear on the last patches, or DPT on four layers"
     )
     bins: Positive = Field(256, description="depth candidates, evenly spaced")
-    min_depth: Above0 = Field(1e-3, description="metres; nearer pixels do not count")
-    max_depth: Above0 = Field(10.0, description="metres; farther pixels do not count")
-    scale: Above0 = Field(1000.0, description="integer depth files hold metres times this")
+    min_depth: _Above0 = Field(1e-3, description="metres; nearer pixels are ignored")
+    max_depth: _Above0 = Field(10.0, description="metres; farther pixels are ignored")
+    scale: _Above0 = Field(1000.0, description="integer depth files contain metres times this")
     crop: Literal["none", "eigen"] = Field(
         "none", description="eigen: NYUv2's customary inner rectangle"
     )
@@ -142,13 +144,11 @@ class DepthConfig(Section):
     backbone_lr: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="DPT: the backbone's rate over the head's (the papers' source uses 0.1); "
-        "0 keeps it frozen, without which the head cannot be served beside others",
+        "0 keeps it frozen; a head on a trained backbone cannot be served with other heads",
     )
 
 
 class RetrievalConfig(Section):
-    """Instance retrieval with the revisited protocol."""
-
     size: Positive = Field(
         224, description="square input in pixels; rounded to the network's stride"
     )
@@ -160,12 +160,14 @@ class VideoConfig(Section):
     size: Positive = Field(
         480, description="shorter side in pixels; rounded to the network's stride"
     )
-    frames: Positive = Field(7, description="previous frames looked at, beside the first")
+    frames: Positive = Field(7, description="previous frames used, in addition to the first")
     neighbours: Positive = Field(5, description="source patches that give a patch its label")
     radius: NonNegative = Field(
         12, description="patches searched in every direction; 0: everywhere"
     )
-    temperature: Above0 = Field(0.1, description="neighbours weigh exp(cosine / temperature)")
+    temperature: _Above0 = Field(
+        0.1, description="neighbours are weighted by exp(cosine / temperature)"
+    )
 
 
 class RobustnessConfig(Section):
@@ -179,18 +181,12 @@ class RobustnessConfig(Section):
 
 
 class RepresentationConfig(Section):
-    """Clusters and pictures of the features."""
-
-    images: Positive = Field(
-        10_000, description="pictures of the validation split that are looked at"
-    )
+    images: Positive = Field(10_000, description="pictures of the validation split that are used")
     tsne_images: Positive = Field(2_000, description="of these, points in the t-SNE picture")
-    perplexity: Above0 = 30.0
+    perplexity: _Above0 = 30.0
 
 
 class EvaluationConfig(Section):
-    """Everything a run of `distill.evaluate` can be told."""
-
     seed: int = 0
     extract: ExtractConfig = Field(default_factory=ExtractConfig)
     knn: KNNConfig = Field(default_factory=KNNConfig)

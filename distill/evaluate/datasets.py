@@ -1,7 +1,7 @@
 """Labelled data on disk: class folders, and pictures paired with masks or depth maps.
 
 `--data PATH` is one root for all tasks; a task family's own subfolder (`classification`, `dense`,
-`retrieval`, `video`, `robustness`) goes before the root itself where it exists.
+`retrieval`, `video`, `robustness`) is used instead of the root itself if it exists.
 """
 
 import os
@@ -17,28 +17,28 @@ from contract.errors import UserError, first_line
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 
-SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
+_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 """Folder names that stand for the two splits."""
 
-PICTURES = ("images", "image", "rgb")
-MASKS = ("masks", "annotations", "labels")
-DEPTHS = ("depth", "depths")
+_PICTURES = ("images", "image", "rgb")
+_MASKS = ("masks", "annotations", "labels")
+_DEPTHS = ("depth", "depths")
 
 
 def family_root(data: Path, family: str) -> Path:
-    """`data/family` where there is one, else `data`; raises UserError where `data` is no folder."""
+    """`data/family` if it exists, else `data`; raises UserError if `data` is not a folder."""
     if not data.is_dir():
         raise UserError(f"--data {data}: no such folder")
     own = data / family
     return own if own.is_dir() else data
 
 
-def split_folder(root: Path, split: str) -> Path | None:
+def _split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split below `root`, by any of its usual names."""
-    return next((root / name for name in SPLITS[split] if (root / name).is_dir()), None)
+    return next((root / name for name in _SPLITS[split] if (root / name).is_dir()), None)
 
 
-def files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
+def _files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Every file below a folder with one of the suffixes, sorted; hidden ones left out."""
     result = (
         path
@@ -57,14 +57,12 @@ def stamp(root: Path, files: Sequence[Path | str]) -> str:
 
 
 def read_picture(path: Path | str) -> Image.Image:
-    """Decode a picture; a score over less than the whole data set would be wrong, so raises
-    UserError if it fails.
-    """
+    """Decode a picture; raises UserError if it fails, as a score over part of a data set is wrong."""
     try:
         return decode(Path(path), TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(
-            f"{path} cannot be read ({error.reason}): mend or remove it, scores need every picture"
+            f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every picture"
         ) from error
 
 
@@ -88,7 +86,6 @@ class ClassFolders:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Changes when the pictures do."""
         return stamp(self.root, self.files)
 
 
@@ -97,12 +94,12 @@ def open_classes(
 ) -> ClassFolders:
     """Open `DATA/split/CLASS/*`; `classes` fixes the numbering (that of the training split, say).
 
-    Raises UserError for a missing or empty split, one class only, or a class that `classes` lacks.
+    Raises UserError for a missing or empty split, one class only, or a class that is not in `classes`.
     """
     root = family_root(data, "classification")
-    folder = split_folder(root, split)
+    folder = _split_folder(root, split)
     if folder is None:
-        raise UserError(f"--data {root} has no {split} split: make {root / split}/CLASS/*.jpg")
+        raise UserError(f"--data {root} has no {split} split: create {root / split}/CLASS/*.jpg")
     names = sorted(
         entry.name
         for entry in folder.iterdir()
@@ -113,18 +110,18 @@ def open_classes(
         if unknown:
             raise UserError(
                 f"{folder / unknown[0]}: the training split has no class '{unknown[0]}' (remove "
-                "one of them)"
+                "the folder, or add it to the training split)"
             )
     numbering = tuple(classes or names)
     if len(numbering) < 2:
         raise UserError(
-            f"{folder} has {len(numbering)} class folders: classification needs two or more"
+            f"{folder} has {len(numbering)} class folders: classification needs at least two"
         )
     files, labels = [], []
     for name in names:
-        result = files_below(folder / name)
-        files += map(str, result)
-        labels += [numbering.index(name)] * len(result)
+        pictures = _files_below(folder / name)
+        files += map(str, pictures)
+        labels += [numbering.index(name)] * len(pictures)
     if not files:
         raise UserError(
             f"{folder} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … below its class folders"
@@ -132,7 +129,7 @@ def open_classes(
     present = len(set(labels))
     if split == "train" and present < 2:
         raise UserError(
-            f"{folder} has pictures of {present} class only: classification needs two or more"
+            f"{folder} has pictures of only {present} class: classification needs at least two"
         )
     return ClassFolders(root, tuple(files), np.array(labels, np.int64), numbering)
 
@@ -162,81 +159,79 @@ def open_pairs(
 
     - `SPLIT/images/*` with `SPLIT/masks/*` or `SPLIT/depth/*`
     - `images/SPLIT/*` with `annotations/SPLIT/*` (ADE20K) or `depth/SPLIT/*`
-    - `SPLIT/SCENE/rgb_*.jpg` beside `SPLIT/SCENE/sync_depth_*.png` (NYUv2's official splits)
+    - `SPLIT/SCENE/rgb_*.jpg` with `SPLIT/SCENE/sync_depth_*.png` (NYUv2's official splits)
 
     A map has its picture's name, with .png or .npy. Raises UserError for a missing split or
     unmatched files.
     """
     root = family_root(data, "dense")
-    wanted = MASKS if kind == "masks" else DEPTHS
-    folder = split_folder(root, split)
+    map_folders = _MASKS if kind == "masks" else _DEPTHS
+    folder = _split_folder(root, split)
     for above, below in ((folder, None), (root, split)):
         if above is None:
             continue
-        pictures = subfolder(above, PICTURES, below)
-        maps = subfolder(above, wanted, below)
+        pictures = _subfolder(above, _PICTURES, below)
+        maps = _subfolder(above, map_folders, below)
         if pictures and maps:
-            return match(root, pictures, maps, ade=below is not None and is_ade(maps))
-    if folder and kind == "depth" and (result := files_below_pattern(folder, "rgb_*")):
+            return _match(root, pictures, maps, ade=below is not None and _is_ade(maps))
+    if folder and kind == "depth" and (pictures := _files_below_pattern(folder, "rgb_*")):
         maps = [
             path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png")
-            for path in result
+            for path in pictures
         ]
         missing = [path for path in maps if not path.is_file()]
         if missing:
             raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
-        return Pairs(root, tuple(result), tuple(maps), ade=False)
+        return Pairs(root, tuple(pictures), tuple(maps), ade=False)
     raise UserError(
-        f"--data {root} has no {split} split of pictures with {kind}: make {root / split}/images/* "
-        f"and {root / split}/{wanted[0]}/*.png"
+        f"--data {root} has no {split} split of pictures with {kind}: create {root / split}/images/* "
+        f"and {root / split}/{map_folders[0]}/*.png"
     )
 
 
-def is_ade(maps: Path) -> bool:
-    """Whether a folder of maps lies as in ADE20K: annotations/training and
-    annotations/validation.
-    """
+def _is_ade(maps: Path) -> bool:
+    """Whether a folder of maps has ADE20K's layout: annotations/{training,validation}."""
     return maps.parent.name == "annotations" and maps.name in ("training", "validation")
 
 
-def files_below_pattern(folder: Path, pattern: str) -> list[Path]:
+def _files_below_pattern(folder: Path, pattern: str) -> list[Path]:
     """Image files below a folder whose names match a pattern, sorted."""
     return sorted(path for path in folder.rglob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | None:
-    """The first of several folder names (and its split folder, if one is asked) that exists."""
+def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | None:
+    """The first of several folder names (and its split folder, if `split` is given) that exists."""
     for name in names:
         folder = above / name
         if folder.is_dir():
-            return folder if split is None else split_folder(folder, split)
+            return folder if split is None else _split_folder(folder, split)
     return None
 
 
-def match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
+def _match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
     """Pair files of two folders by their relative names without suffix."""
-    files = files_below(pictures)
+    files = _files_below(pictures)
     if not files:
         raise UserError(f"{pictures} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … in it")
     by_name = {
         path.relative_to(maps).with_suffix(""): path
-        for path in files_below(maps, (".png", ".npy", ".tif"))
+        for path in _files_below(maps, (".png", ".npy", ".tif"))
     }
-    result = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
-    lacking = [path for path, other in zip(files, result, strict=True) if other is None]
-    if lacking:
+    matches = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
+    unmatched = [path for path, other in zip(files, matches, strict=True) if other is None]
+    if unmatched:
         raise UserError(
-            f"{lacking[0]} has no map of its name in {maps} (.png or .npy): {len(lacking)} of "
-            f"{len(files)} lack one"
+            f"{unmatched[0]} has no map of the same name in {maps} (.png or .npy): "
+            f"{len(unmatched)} of {len(files)} are missing"
         )
-    return Pairs(root, tuple(files), tuple(result), ade)
+    return Pairs(root, tuple(files), tuple(matches), ade)
 
 
 def label_names(pairs: Pairs, classes: int) -> list[str]:
-    """Names of the labels from `classes.txt` (a line each) or ADE20K's objectInfo150.txt beside the
-    data, else numbers.
+    """Names of the labels from `classes.txt` (a line each) or ADE20K's objectInfo150.txt in the
+    data root, else numbers.
 
-    Raises UserError where the names are not as many as the classes.
+    Raises UserError if the number of names is not the number of classes.
     """
     for name in ("classes.txt", "objectInfo150.txt"):
         path = pairs.root / name
@@ -250,7 +245,7 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
             names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
         if len(names) != classes:
             raise UserError(
-                f"{path} names {len(names)} classes, the masks have {classes}: mend it, or set "
+                f"{path} names {len(names)} classes, but the masks have {classes}: correct it, or set "
                 "segmentation.classes"
             )
         return names
@@ -271,23 +266,23 @@ def map_size(path: Path) -> tuple[int, int]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}): mend or remove it"
+            f"{path} cannot be read ({first_line(error)}): repair or remove it"
         ) from error
 
 
 def read_matched(pairs: Pairs, number: int) -> Image.Image:
-    """Picture `number`; raises UserError where its size is not its map's."""
+    """Picture `number`; raises UserError if its size differs from its map's."""
     picture, path = read_picture(pairs.pictures[number]), pairs.maps[number]
     width, height = map_size(path)
     if (width, height) != picture.size:
         raise UserError(
-            f"{path} is {width}x{height}, its picture {picture.width}x{picture.height}: they must "
-            "be of one size"
+            f"{path} is {width}x{height}, but its picture is {picture.width}x{picture.height}: "
+            "resize one of them"
         )
     return picture
 
 
-def read_map(path: Path) -> np.ndarray:
+def _read_map(path: Path) -> np.ndarray:
     """A mask or depth file as stored, [H, W]; raises UserError for a damaged one or one with
     channels.
     """
@@ -299,7 +294,7 @@ def read_map(path: Path) -> np.ndarray:
             values = np.asarray(image)
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise UserError(
-            f"{path} cannot be read ({first_line(error)}): mend or remove it"
+            f"{path} cannot be read ({first_line(error)}): repair or remove it"
         ) from error
     if values.ndim != 2:
         raise UserError(
@@ -309,28 +304,28 @@ def read_map(path: Path) -> np.ndarray:
 
 
 IGNORED = -1
-"""What pixels that do not count hold after reading, whatever the files put there."""
+"""Label of ignored pixels after reading, whatever their label in the file."""
 
 
 def read_mask(
     pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: int
 ) -> np.ndarray:
-    """Labels [H, W] int64, `IGNORED` where the file holds `ignore`; with `shift` also where it
-    holds 0, and one less elsewhere (ADE20K).
+    """Labels [H, W] int64, `IGNORED` where the file has `ignore`; with `shift` also where it
+    has 0, and one less elsewhere (ADE20K).
 
-    Raises UserError for labels that are no integers, or not below `classes`.
+    Raises UserError for labels that are not integers, or not below `classes`.
     """
     path = pairs.maps[number]
-    values = read_map(path)
+    values = _read_map(path)
     if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
-        raise UserError(f"{path} holds {values.dtype} values: labels are integers")
+        raise UserError(f"{path} has {values.dtype} values: labels must be integers")
     stored = values.astype(np.int64)
     dropped = (stored == ignore) | (stored == 0 if shift else False)
     labels = np.where(dropped, IGNORED, stored - shift)
     wrong = labels[~dropped & ((labels < 0) | (labels >= (classes or np.inf)))]
     if len(wrong):
         raise UserError(
-            f"{path} has label {wrong[0] + shift}, segmentation.classes is {classes}: mend the "
+            f"{path} has label {wrong[0] + shift}, but segmentation.classes is {classes}: correct the "
             f"mask, or set segmentation.classes={wrong.max() + 1} or "
             f"segmentation.ignore={wrong[0] + shift}"
         )
@@ -340,10 +335,10 @@ def read_mask(
 def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.ndarray:
     """Depth [H, W] float32 in metres, 0 where unknown.
 
-    Integer files hold metres times `scale`, float files metres. Raises UserError for a map without
-    one depth in (0, largest].
+    Integer files have metres times `scale`, float files metres. Raises UserError for a map without
+    any depth in (0, largest].
     """
-    values = read_map(pairs.maps[number])
+    values = _read_map(pairs.maps[number])
     metres = values.astype(np.float32) / (scale if np.issubdtype(values.dtype, np.integer) else 1)
     metres = np.nan_to_num(metres, nan=0.0, posinf=0.0, neginf=0.0)
     if not ((metres > 0) & (metres <= largest)).any():
@@ -353,7 +348,7 @@ def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.nd
             else f"has no depth in (0, {largest:g}] m (largest {metres.max():g} m)"
         )
         raise UserError(
-            f"{pairs.maps[number]} {what}: mend or remove it, or set depth.scale (units a metre) "
+            f"{pairs.maps[number]} {what}: correct or remove it, or set depth.scale (units per metre) "
             "or depth.max_depth"
         )
     return metres

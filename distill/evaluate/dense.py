@@ -13,14 +13,14 @@ from distill.data.batches import prepare_worker
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.windows import WindowLabels
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+_Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def train_head(
     head: nn.Module,
     inputs: Callable[[list[int]], object],
     labels: WindowLabels,
-    loss: Loss,
+    loss: _Loss,
     config: EvaluationConfig,
     device: torch.device,
     backbone: tuple[list[nn.Parameter], float] = ([], 0.0),
@@ -28,8 +28,8 @@ def train_head(
     """Fit `head` to map `inputs(window numbers)` to `labels`, by AdamW with warm-up and a
     polynomial decay.
 
-    `loss(output of the head, labels [B, p, p])` is a scalar. `backbone` holds parameters to train
-    along and their rate over the head's. Raises Failure for a loss that is no number.
+    `loss(output of the head, labels [B, p, p])` is a scalar. `backbone` is parameters to train
+    with the head and their rate over the head's. Raises Failure for a loss that is not finite.
     """
     dense = config.dense
     head.to(device).train()
@@ -41,7 +41,7 @@ def train_head(
     batches = list(draw_batches(len(labels), dense.batch_size, dense.steps, generator))
     workers = 0 if labels.keep else config.extract.workers
     loader = DataLoader(
-        Numbered(labels),
+        _Numbered(labels),
         batch_sampler=batches,
         num_workers=workers,
         generator=torch.Generator(),
@@ -66,8 +66,8 @@ def train_head(
     return head.eval()
 
 
-class Numbered:
-    """A data set that says which item it gives."""
+class _Numbered:
+    """A data set whose items come with their numbers."""
 
     def __init__(self, items) -> None:
         self.items = items

@@ -1,8 +1,8 @@
 """One pass of a frozen network over a data set, kept on disk, resumed where it stopped.
 
 Views are cut into shards; a shard is one array of summaries and one of patches (float16), and a
-marker with their sha256, written last. Whatever is there already and whole is not computed again; a
-file that does not match its hash is.
+marker with their sha256, written last. Shards that exist and match
+their hashes are not computed again.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ from distill.teachers import AUTOCAST
 
 log = logging.getLogger(__name__)
 
-SUMMARIES_A_SHARD = 8
+_SUMMARIES_A_SHARD = 8
 """How many times more views a shard of summaries alone holds than one with patches."""
 
 
@@ -89,7 +89,7 @@ class Extracted:
         """float32 [n, d]."""
         result = None
         for shard in range(-(-self.n // self.shard_size)):
-            part = torch.from_numpy(np.load(shard_path(self.folder, shard, "summary")))
+            part = torch.from_numpy(np.load(_shard_path(self.folder, shard, "summary")))
             # filled in place: ImageNet's are 4 GB, and joining a list of parts would need twice
             # that
             result = torch.empty(self.n, part.shape[1]) if result is None else result
@@ -97,13 +97,13 @@ class Extracted:
         return result
 
     def patches(self, numbers: Sequence[int]) -> Tensor:
-        """float32 [len(numbers), h, w, d] of the views asked for."""
+        """float32 [len(numbers), h, w, d] of the requested views."""
         rows = []
         for number in numbers:
             shard, row = divmod(int(number), self.shard_size)
             if shard not in self._maps:
                 self._maps[shard] = np.load(
-                    shard_path(self.folder, shard, "patches"), mmap_mode="r"
+                    _shard_path(self.folder, shard, "patches"), mmap_mode="r"
                 )
             rows.append(self._maps[shard][row])
         return torch.from_numpy(np.stack(rows)).float()
@@ -117,8 +117,7 @@ def extract(
     patches: bool = False,
     what: str = "features",
 ) -> Extracted:
-    """Compute what `cache` does not hold yet of the encoder's features of `views`; `patches` keeps
-    the maps too.
+    """Compute the encoder's features of `views` that `cache` lacks; `patches` keeps the maps too.
 
     Raises UserError for features that are not finite or exceed float16, and for pictures that
     cannot be read.
@@ -128,7 +127,7 @@ def extract(
         precision = "bf16" if encoder.device.type == "cuda" else "fp32"
     # summaries are small: with as few files as patches need, a GPU would wait for the disk's
     # confirmations
-    size = config.shard_size if patches else SUMMARIES_A_SHARD * config.shard_size
+    size = config.shard_size if patches else _SUMMARIES_A_SHARD * config.shard_size
     key = hashlib.sha256()
     for part in (encoder.fingerprint(), views.fingerprint(), str(patches), precision, str(size)):
         key.update(part.encode())
@@ -148,24 +147,24 @@ def extract(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make {folder}: {error.strerror} (choose another --output)"
+            f"cannot create {folder}: {error.strerror} (choose another --output)"
         ) from error
-    numbers = [n for shard in missing for n in shard_range(shard, len(views), size)]
+    numbers = [n for shard in missing for n in _shard_range(shard, len(views), size)]
     start, done = time.perf_counter(), 0
     parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     queue = iter(missing)
     shard = next(queue)
-    for batch in follow(
-        batches(encoder, views, numbers, kinds, precision, size, config),
+    for batch in _follow(
+        _batches(encoder, views, numbers, kinds, precision, size, config),
         len(numbers),
         f"{what}, {encoder.name}",
     ):
         for kind in kinds:
-            parts[kind].append(fits(batch[kind], kind, encoder.name))
+            parts[kind].append(_fits(batch[kind], kind, encoder.name))
         done += len(batch[kinds[0]])
         # the loader's batches never straddle two shards
-        if sum(len(part) for part in parts[kinds[0]]) == len(shard_range(shard, len(views), size)):
-            keep(folder, shard, {kind: np.concatenate(parts[kind]) for kind in kinds})
+        if sum(len(part) for part in parts[kinds[0]]) == len(_shard_range(shard, len(views), size)):
+            _keep(folder, shard, {kind: np.concatenate(parts[kind]) for kind in kinds})
             parts = {kind: [] for kind in kinds}
             shard = next(queue, None)
     rate = done / (time.perf_counter() - start)
@@ -173,7 +172,7 @@ def extract(
     return result
 
 
-def batches(
+def _batches(
     encoder: Encoder,
     views: Views,
     numbers: list[int],
@@ -182,7 +181,7 @@ def batches(
     size: int,
     config: ExtractConfig,
 ):
-    """The wanted kinds of features of the views asked for, as dicts of tensors on the CPU, batch by
+    """The given kinds of features of the requested views, as dicts of tensors on the CPU, batch by
     batch.
 
     A batch never straddles two shards of `size` views. Patches leave the device in half precision,
@@ -204,7 +203,7 @@ def batches(
         generator=torch.Generator(),
     )
     for images in loader:
-        # entered anew for every batch: a mode held across a yield would leak into the caller
+        # entered again for every batch: a mode held across a yield would leak into the caller
         cast = (
             torch.autocast(device.type, AUTOCAST[precision])
             if precision in AUTOCAST
@@ -221,46 +220,44 @@ def batches(
         for kind, verdict in bad.items():
             if verdict:
                 raise UserError(
-                    f"{encoder.name}: its {kind} features hold NaN or infinity: check its weights "
+                    f"{encoder.name}: its {kind} features contain NaN or infinity: check its weights "
                     "(and extract.precision)"
                 )
         yield {kind: values.cpu() for kind, values in result.items()}
 
 
-def fits(values: Tensor, kind: str, name: str) -> np.ndarray:
+def _fits(values: Tensor, kind: str, name: str) -> np.ndarray:
     """The array to keep; raises UserError for patches that float16 cannot hold (they were finite
     before).
     """
     if kind == "patches" and torch.isinf(values).any():
         raise UserError(
-            f"{name}: its patches exceed float16's 65504: standardise the network's output"
+            f"{name}: its patches exceed float16's maximum of 65504: standardise the network's output"
         )
     return values.numpy()
 
 
-def shard_range(shard: int, views: int, size: int) -> range:
-    """Numbers of the views in a shard."""
+def _shard_range(shard: int, views: int, size: int) -> range:
     return range(shard * size, min(views, (shard + 1) * size))
 
 
-def shard_path(folder: Path, shard: int, kind: str) -> Path:
-    """File of one kind of features in a shard."""
+def _shard_path(folder: Path, shard: int, kind: str) -> Path:
     return folder / f"shard_{shard:06d}.{kind}.npy"
 
 
-def keep(folder: Path, shard: int, arrays: dict[str, np.ndarray]) -> None:
-    """Write a shard, its marker last."""
+def _keep(folder: Path, shard: int, arrays: dict[str, np.ndarray]) -> None:
     hashes = {}
     for kind, array in arrays.items():
-        path = shard_path(folder, shard, kind)
-        write_atomically(path, lambda temporary, a=array: save_array(temporary, a))
+        path = _shard_path(folder, shard, kind)
+        write_atomically(path, lambda temporary, a=array: _save_array(temporary, a))
         hashes[kind] = file_sha256(path)
+    # written last: a shard without its marker does not count
     marker = folder / f"shard_{shard:06d}.json"
     write_atomically(marker, lambda temporary: temporary.write_text(json.dumps(hashes)))
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """np.save under exactly this name."""
+def _save_array(path: Path, array: np.ndarray) -> None:
+    # a file object: given a path, np.save appends .npy to it
     with open(path, "wb") as file:
         np.save(file, array)
 
@@ -269,7 +266,7 @@ def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
     """Whether a shard's files are there and match their hashes."""
     try:
         hashes = json.loads((folder / f"shard_{shard:06d}.json").read_text())
-        good = all(file_sha256(shard_path(folder, shard, kind)) == hashes[kind] for kind in kinds)
+        good = all(file_sha256(_shard_path(folder, shard, kind)) == hashes[kind] for kind in kinds)
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError):
@@ -281,7 +278,7 @@ def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
     return good
 
 
-def follow(items, total: int, what: str):
+def _follow(items, total: int, what: str):
     """Pass batches through with a progress bar of pictures on a terminal."""
     columns = (
         TextColumn("{task.description}"),

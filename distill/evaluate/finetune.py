@@ -26,7 +26,7 @@ from distill.evaluate.outcome import Outcome
 from distill.methods.deployment import BACKBONE
 
 
-class AugmentedPictures(Dataset):
+class _AugmentedPictures(Dataset):
     """Randomly cropped and mirrored pictures, normalised for one network, with their labels."""
 
     def __init__(self, folders: ClassFolders, transform) -> None:
@@ -46,7 +46,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
     epoch.
 
     Raises UserError for a teacher's head (only backbones are fine-tuned) and Failure for a loss
-    that is no number.
+    that is not finite.
     """
     if encoder.read_out != BACKBONE:
         raise UserError(
@@ -73,7 +73,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
     )
     batch = min(settings.batch_size, len(train))
     loader = DataLoader(
-        AugmentedPictures(train, transform),
+        _AugmentedPictures(train, transform),
         batch_size=batch,
         shuffle=True,
         drop_last=True,
@@ -89,7 +89,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
         weight_decay=settings.weight_decay,
         layer_decay=settings.layer_decay,
     )
-    # timm's schedulers, not torch's, know of the per-layer scale that layer decay puts into the
+    # timm's schedulers, unlike torch's, apply the per-layer scale that layer decay sets in the
     # groups
     schedule, _ = create_scheduler_v2(
         optimizer,
@@ -121,7 +121,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
                 f"finetune: the loss is {value.item()} in epoch {epoch + 1}; lower finetune.lr = "
                 f"{settings.lr:g}"
             )
-    logits = predict(net.eval(), encoder, val, config)
+    logits = _predict(net.eval(), encoder, val, config)
     scores, report = accuracy(logits, torch.from_numpy(val.labels), train.classes)
     return Outcome(
         scores, {"per_class": report, "epochs": settings.epochs, "last_loss": value.item()}
@@ -136,7 +136,7 @@ def build_classifier(encoder: Encoder, classes: int) -> nn.Module:
 
 
 @torch.inference_mode()
-def predict(
+def _predict(
     net: nn.Module, encoder: Encoder, folders: ClassFolders, config: EvaluationConfig
 ) -> Tensor:
     """Logits [n, C] of centre crops."""

@@ -31,8 +31,8 @@ def knn_votes(
 ) -> Tensor:
     """Votes [q, classes] for every query [q, d] from its `k` most similar training features [n, d].
 
-    Neighbour j votes exp((cosine_j - cosine_1) / T) for its class; taking the nearest's cosine off
-    scales a query's votes alike and keeps small temperatures from overflowing. Similarities are
+    Neighbour j votes exp((cosine_j - cosine_1) / T) for its class; subtracting the nearest's cosine
+    scales all votes of a query equally and keeps small temperatures from overflowing. Similarities are
     computed in blocks of at most `block_gib`, and only each query's best k so far are kept:
     ImageNet's 50 000 x 1 281 167 never exist at once.
     """
@@ -45,13 +45,13 @@ def knn_votes(
     for some, out in zip(queries.split(rows), votes.split(rows), strict=True):
         some = F.normalize(some.float(), dim=1)
         best = torch.empty(len(some), 0, device=queries.device)
-        whose = torch.empty(len(some), 0, dtype=torch.long, device=queries.device)
-        for block, names in zip(train.split(columns), labels.split(columns), strict=True):
+        voters = torch.empty(len(some), 0, dtype=torch.long, device=queries.device)
+        for block, their_labels in zip(train.split(columns), labels.split(columns), strict=True):
             similarity = some @ F.normalize(block.to(queries.device).float(), dim=1).T
             near, index = similarity.topk(min(k, similarity.shape[1]), dim=1)
             best = torch.cat((best, near), dim=1)
-            whose = torch.cat((whose, names.to(queries.device)[index]), dim=1)
+            voters = torch.cat((voters, their_labels.to(queries.device)[index]), dim=1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)
-            whose = whose.gather(1, order)
-        out.scatter_add_(1, whose, ((best - best[:, :1]) / config.temperature).exp())
+            voters = voters.gather(1, order)
+        out.scatter_add_(1, voters, ((best - best[:, :1]) / config.temperature).exp())
     return votes

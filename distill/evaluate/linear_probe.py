@@ -43,11 +43,11 @@ def evaluate(
     """Top-1 and top-5 of the classifier whose rate did best on a held-out part of the *training*
     split.
 
-    Writes `heads/classification.safetensors` (of the first run). `binding` says which network and
+    Writes `heads/classification.safetensors` (of the first run). `binding` names the network and the
     output it reads.
     """
     probe = config.probe
-    shift, scale = channel_statistics(splits.train, probe.standardize)
+    shift, scale = _channel_statistics(splits.train, probe.standardize)
     train, val = splits.train, splits.val
     if probe.standardize:  # otherwise nothing is copied: ImageNet's features are gigabytes
         train, val = (train - shift) / scale, (val - shift) / scale
@@ -93,34 +93,34 @@ def evaluate(
 def imagenet_probe(encoder: Encoder, path: Path) -> Classifier:
     """The trained probe of an encoder: summaries [B, d] to ImageNet logits [B, 1000].
 
-    Raises UserError where there is no probe, it was trained on other features, or not on ImageNet's
+    Raises UserError if there is no probe, it was trained on other features, or not on ImageNet's
     1000 classes.
     """
     if not path.is_file():
         raise UserError(
-            f"{path}: no such head; robustness reads ImageNet's linear probe: run --tasks linear "
+            f"{path}: no such head; robustness needs ImageNet's linear probe: run --tasks linear "
             "first"
         )
     head = load_head(path, encoder.weights_sha256)
     for key, here in (("reads", encoder.read_out), ("image_size", encoder.image_size)):
         if head.about.get(key) != here:
             raise UserError(
-                f"{path} was trained with {key} = {head.about.get(key)}, now it is {here}: run "
+                f"{path} was trained with {key} = {head.about.get(key)}, but it is now {here}: run "
                 "--tasks linear again"
             )
     names = head.about["classes"]
     if list(names) != ImageNetInfo().label_names():
         raise UserError(
-            f"{path} has {len(names)} classes that are not ImageNet's 1000 WordNet ids in order"
+            f"{path} has {len(names)} classes, not ImageNet's 1000 WordNet ids in order: train it on ImageNet"
         )
     return head.module.to(encoder.device)
 
 
-def channel_statistics(features: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-    """Mean and deviation [d] of every channel, or zeros and ones; channels without spread stay as
-    they are.
+def _channel_statistics(features: Tensor, standardize: bool) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [d] of every channel, or zeros and ones; constant channels are left
+    unchanged.
     """
-    if not wanted:
+    if not standardize:
         return torch.zeros_like(features[0]), torch.ones_like(features[0])
     deviation = features.std(0)
     return features.mean(0), torch.where(
@@ -146,7 +146,7 @@ def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def sweep_rates(config: ProbeConfig) -> Tensor:
-    """Learning rates, evenly spaced on a log scale; the highest alone if one is asked."""
+    """Learning rates, evenly spaced on a log scale; only the highest if there is one."""
     if config.rates == 1:
         return torch.tensor([config.highest])
     return torch.logspace(math.log10(config.lowest), math.log10(config.highest), config.rates)

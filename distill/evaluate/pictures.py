@@ -11,7 +11,7 @@ import numpy as np
 from distill.figures import save_figure
 
 
-def palette(classes: int) -> np.ndarray:
+def _palette(classes: int) -> np.ndarray:
     """Distinct RGB colours [classes, 3] in [0, 1]; the golden angle keeps neighbours apart."""
     hues = (np.arange(classes) * 0.61803) % 1
     values = 0.95 - 0.35 * (np.arange(classes) // 6 % 2)
@@ -22,12 +22,12 @@ def map_figure(
     path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], classes: int, ignore: int
 ) -> Path:
     """Photograph, true labels, predicted labels; ignored pixels are black."""
-    colours = np.concatenate([palette(classes), np.zeros((1, 3))])
+    colours = np.concatenate([_palette(classes), np.zeros((1, 3))])
 
     def paint(labels: np.ndarray) -> np.ndarray:
         return colours[np.where(labels == ignore, classes, labels)]
 
-    figure, axes = grid(rows, ("picture", "truth", "prediction"))
+    figure, axes = _grid(rows, ("picture", "truth", "prediction"))
     for line, (picture, truth, predicted) in zip(axes, rows, strict=True):
         for axis, image in zip(line, (picture, paint(truth), paint(predicted)), strict=True):
             axis.imshow(image, interpolation="nearest")
@@ -38,7 +38,7 @@ def depth_figure(
     path: Path, rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]], largest: float
 ) -> Path:
     """Photograph, true and predicted depth on one scale of metres; unknown depth is white."""
-    figure, axes = grid(rows, ("picture", "truth, m", "prediction, m"))
+    figure, axes = _grid(rows, ("picture", "truth, m", "prediction, m"))
     for line, (picture, truth, metres) in zip(axes, rows, strict=True):
         known = np.where((truth > 0) & (truth <= largest), truth, np.nan)
         low, high = np.nanmin(known), np.nanmax(known)
@@ -49,8 +49,7 @@ def depth_figure(
     return save_figure(figure, path)
 
 
-def grid(rows: list, titles: tuple[str, ...]) -> tuple[plt.Figure, np.ndarray]:
-    """A figure with a line of axes for every row."""
+def _grid(rows: list, titles: tuple[str, ...]) -> tuple[plt.Figure, np.ndarray]:
     size = (2.8 * len(titles), 2.7 * len(rows))
     figure, axes = plt.subplots(
         len(rows), len(titles), figsize=size, squeeze=False, layout="constrained"

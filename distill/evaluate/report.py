@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a table on the terminal, `evaluation.json`, and `scores.png`."""
+"""Output of an evaluation: a table on the terminal, `evaluation.json` and `scores.png`."""
 
 import datetime
 import json
@@ -23,36 +23,38 @@ from distill.evaluate.tasks import TASKS
 from distill.figures import save_figure
 from distill.runs import git_commit
 
-Results = dict[str, dict[str, Outcome]]
+_Results = dict[str, dict[str, Outcome]]
 """Outcomes by row (a network and the output read) and task."""
 
-LOWER_IS_BETTER = ("rmse", "abs_rel", "mCE", "gap")
+_LOWER_IS_BETTER = ("rmse", "abs_rel", "mCE", "gap")
 
 
-def shown_scores(task: str, outcome: Outcome) -> dict[str, float]:
-    """The scores of an outcome that the table shows; all of them for tasks without a chosen few."""
-    wanted = TASKS[task].shown
-    return {name: value for name, value in outcome.scores.items() if not wanted or name in wanted}
+def _shown_scores(task: str, outcome: Outcome) -> dict[str, float]:
+    """The scores of an outcome that the table shows; all of them if the task selects none."""
+    shown = TASKS[task].shown
+    return {name: value for name, value in outcome.scores.items() if not shown or name in shown}
 
 
-def columns(results: Results) -> list[tuple[str, str]]:
+def _columns(results: _Results) -> list[tuple[str, str]]:
     """(task, score) of every column, in the order of the tasks."""
     result: dict[tuple[str, str], None] = {}
     for task in TASKS:
         for outcomes in results.values():
             if task in outcomes:
-                result |= dict.fromkeys((task, name) for name in shown_scores(task, outcomes[task]))
+                result |= dict.fromkeys(
+                    (task, name) for name in _shown_scores(task, outcomes[task])
+                )
     return list(result)
 
 
-def print_table(results: Results) -> None:
+def print_table(results: _Results) -> None:
     """A line per network, a column per score; the best of a column in bold."""
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    heads = columns(results)
+    heads = _columns(results)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("features")
     for task, name in heads:
-        arrow = "lower is better" if lower(name) else ""
+        arrow = "lower is better" if _lower(name) else ""
         table.add_column("\n".join(filter(None, (task, name, arrow))), justify="right")
     for row, outcomes in results.items():
         cells = [row]
@@ -61,28 +63,26 @@ def print_table(results: Results) -> None:
             text = "" if value is None else f"{value:.3f}"
             cells.append(
                 f"[bold]{text}[/bold]"
-                if value is not None and value == best(results, task, name)
+                if value is not None and value == _best(results, task, name)
                 else text
             )
         table.add_row(*cells)
     console.print(table)
 
 
-def lower(name: str) -> bool:
-    """Whether smaller values of a score are better."""
-    return any(word in name for word in LOWER_IS_BETTER)
+def _lower(name: str) -> bool:
+    return any(word in name for word in _LOWER_IS_BETTER)
 
 
-def best(results: Results, task: str, name: str) -> float:
-    """The best value of a column."""
+def _best(results: _Results, task: str, name: str) -> float:
     values = [
         o[task].scores[name] for o in results.values() if task in o and name in o[task].scores
     ]
-    return min(values) if lower(name) else max(values)
+    return min(values) if _lower(name) else max(values)
 
 
 def read_scores(path: Path) -> dict[str, dict]:
-    """The rows of an earlier `evaluation.json`, none where there is no file; raises UserError for a
+    """The rows of an earlier `evaluation.json`, none if there is no file; raises UserError for a
     damaged one.
     """
     if not path.exists():
@@ -121,16 +121,16 @@ def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[st
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make {path.parent}: {error.strerror} (choose another --output)"
+            f"cannot create {path.parent}: {error.strerror} (choose another --output)"
         ) from error
     text = json.dumps({"format": 1, "rows": rows}, indent=1, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(text))
     return path
 
 
-def draw_scores(path: Path, results: Results) -> Path:
+def draw_scores(path: Path, results: _Results) -> Path:
     """Bars of every column of the table, a panel each."""
-    heads = columns(results)
+    heads = _columns(results)
     wide = min(4, len(heads))
     high = -(-len(heads) // wide)
     size = (3.4 * wide + 1.2, (0.8 + 0.34 * len(results)) * high + 0.3)
@@ -145,12 +145,14 @@ def draw_scores(path: Path, results: Results) -> Path:
             results[row][task].scores.get(name, 0.0) if task in results[row] else 0.0
             for row in names
         ]
-        marked = best(results, task, name)
+        marked = _best(results, task, name)
         axis.barh(
             names, values, color=["#1f77b4" if value == marked else "#b8cbe0" for value in values]
         )
         axis.bar_label(axis.containers[0], fmt="%.3f", padding=3, fontsize=8)
         axis.margins(x=0.25)
-        axis.set_title(f"{task}: {name}" + (", lower is better" if lower(name) else ""), fontsize=9)
+        axis.set_title(
+            f"{task}: {name}" + (", lower is better" if _lower(name) else ""), fontsize=9
+        )
     axes[0, 0].invert_yaxis()
     return save_figure(figure, path)

@@ -30,9 +30,9 @@ from distill.evaluate.extract import extract
 from distill.evaluate.outcome import Outcome
 from distill.figures import save_figure
 
-Box = tuple[float, float, float, float]
+_Box = tuple[float, float, float, float]
 
-LEVELS = {
+_LEVELS = {
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),
     "hard": (("hard",), ("junk", "easy")),
@@ -43,19 +43,19 @@ setups.
 
 
 @dataclass(frozen=True)
-class Query:
+class _Query:
     """One query: its picture, the box (x1, y1, x2, y2) in pixels, and database indices under easy,
     hard and junk.
     """
 
     name: str
-    box: Box
+    box: _Box
     labels: dict[str, list[int]]
 
     def at(self, level: str) -> tuple[list[int], list[int]]:
-        """Positives and ignored indices in a setup of LEVELS."""
+        """Positives and ignored indices in a setup of `_LEVELS`."""
         positives, ignored = (
-            [index for key in keys for index in self.labels[key]] for keys in LEVELS[level]
+            [index for key in keys for index in self.labels[key]] for keys in _LEVELS[level]
         )
         return positives, ignored
 
@@ -73,7 +73,7 @@ def evaluate(
     UserError for missing or damaged files, indices or boxes outside what they point into, and
     features that are not finite.
     """
-    names, queries = read_ground_truth(data)
+    names, queries = _read_ground_truth(data)
     paths = [data / "jpg" / f"{name}.jpg" for name in names]
     query_paths = [data / "jpg" / f"{query.name}.jpg" for query in queries]
     missing = [path for path in dict.fromkeys(paths + query_paths) if not path.is_file()]
@@ -87,9 +87,9 @@ def evaluate(
             f"no query of {data} has a positive: its ground truth lists no easy and no hard picture"
         )
     side = encoder.fit(config.retrieval.size)
-    # Queries first: a box that does not fit its picture is said before the long pass.
+    # Queries first: a box outside its picture is reported before the long pass.
     cut_out = [(path, query.box) for path, query in zip(query_paths, queries, strict=True)]
-    requested, database = (
+    query_features, features = (
         F.normalize(
             extract(
                 encoder, views, cache or folder / "cache", config.extract, what=what
@@ -97,27 +97,27 @@ def evaluate(
             dim=1,
         )
         for what, views in (
-            ("retrieval queries", SquareViews(data, cut_out, side)),
-            ("retrieval database", SquareViews(data, [(path, None) for path in paths], side)),
+            ("retrieval queries", _SquareViews(data, cut_out, side)),
+            ("retrieval database", _SquareViews(data, [(path, None) for path in paths], side)),
         )
     )
-    rankings = (requested @ database.T).argsort(dim=1, descending=True, stable=True).numpy()
+    rankings = (query_features @ features.T).argsort(dim=1, descending=True, stable=True).numpy()
     per_query: list[dict[str, Any]] = []
     for query, ranking in zip(queries, rankings, strict=True):
         row: dict[str, Any] = {"query": query.name}
-        for level in LEVELS:
+        for level in _LEVELS:
             positives, ignored = query.at(level)
             row[level] = average_precision(ranking, positives, ignored) if positives else None
         per_query.append(row)
     means = {}
-    for level in LEVELS:
-        result = [row[level] for row in per_query if row[level] is not None]
-        if result:
-            means[f"mAP {level}"] = float(np.mean(result))
+    for level in _LEVELS:
+        values = [row[level] for row in per_query if row[level] is not None]
+        if values:
+            means[f"mAP {level}"] = float(np.mean(values))
     scores = {key: means[key] for key in ("mAP medium", "mAP hard") if key in means}
     details = {"mAP easy": means.get("mAP easy"), "images": len(names), "queries": per_query}
     return Outcome(
-        scores, details, (draw(folder / "retrieval.png", paths, query_paths, queries, rankings),)
+        scores, details, (_draw(folder / "retrieval.png", paths, query_paths, queries, rankings),)
     )
 
 
@@ -132,31 +132,32 @@ def average_precision(ranking: np.ndarray, positives: list[int], ignored: list[i
     ranks = np.flatnonzero(np.isin(kept, positives))
     if not len(ranks):
         raise ValueError("average precision needs a positive")
-    result = np.arange(len(ranks))
-    before = np.where(ranks > 0, result / np.maximum(ranks, 1), 1.0)
-    return float(np.mean((before + (result + 1) / (ranks + 1)) / 2))
+    hits = np.arange(len(ranks))
+    before = np.where(ranks > 0, hits / np.maximum(ranks, 1), 1.0)
+    return float(np.mean((before + (hits + 1) / (ranks + 1)) / 2))
 
 
-class SquareViews:
+class _SquareViews:
     """Pictures below `root`, each cut to its box (if it has one) and squared to `side` pixels."""
 
-    def __init__(self, root: Path, pictures: list[tuple[Path, Box | None]], side: int) -> None:
+    def __init__(self, root: Path, pictures: list[tuple[Path, _Box | None]], side: int) -> None:
         self.root, self.pictures, self.side = root, pictures, side
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, number: int) -> Tensor:
-        square = cut(self.pictures[number]).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        square = _cut(self.pictures[number]).resize(
+            (self.side, self.side), Image.Resampling.BICUBIC
+        )
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
     def fingerprint(self) -> str:
-        """Changes when the files do, or how they are cut."""
         files = stamp(self.root, [path for path, _ in self.pictures])
         return f"{files} square {self.side} {digest((box,) for _, box in self.pictures)}"
 
 
-def cut(picture: tuple[Path, Box | None]) -> Image.Image:
+def _cut(picture: tuple[Path, _Box | None]) -> Image.Image:
     """Decode a picture and cut its box out; raises UserError for a damaged file or a box outside
     it.
     """
@@ -171,43 +172,43 @@ def cut(picture: tuple[Path, Box | None]) -> Image.Image:
     inside = max(0, x1), max(0, y1), min(image.width, x2), min(image.height, y2)
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
         raise UserError(
-            f"the box {list(box)} of query {path.stem} holds no pixel of its "
-            f"{image.width}x{image.height} picture"
+            f"the box {list(box)} of query {path.stem} is outside its "
+            f"{image.width}x{image.height} picture: correct the ground truth"
         )
     return image.crop(inside)
 
 
-def read_ground_truth(data: Path) -> tuple[list[str], list[Query]]:
+def _read_ground_truth(data: Path) -> tuple[list[str], list[_Query]]:
     """Database names and queries of the one gnd_*.pkl or gnd_*.json in a folder; raises UserError
-    for anything odd.
+    for anything malformed.
     """
     files = sorted([*data.glob("gnd_*.pkl"), *data.glob("gnd_*.json")])
     if len(files) != 1:
-        result = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"{data} needs exactly one gnd_*.pkl or gnd_*.json, found: {result}")
+        names = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"{data} needs exactly one gnd_*.pkl or gnd_*.json; it has {names}")
     path = files[0]
-    content = read_pickle(path) if path.suffix == ".pkl" else read_json(path)
+    content = read_pickle(path) if path.suffix == ".pkl" else _read_json(path)
     if not isinstance(content, dict) or not all(
         isinstance(content.get(k), list) for k in ("imlist", "qimlist", "gnd")
     ):
-        raise UserError(f"{path} must hold a dict with the lists imlist, qimlist and gnd")
-    names, requested, truth = content["imlist"], content["qimlist"], content["gnd"]
-    for key, values in (("imlist", names), ("qimlist", requested)):
+        raise UserError(f"{path} must be a dict with the lists imlist, qimlist and gnd")
+    names, query_names, truth = content["imlist"], content["qimlist"], content["gnd"]
+    for key, values in (("imlist", names), ("qimlist", query_names)):
         if not values or not all(
             isinstance(name, str) and not Path(name).is_absolute() for name in values
         ):
             raise UserError(f"{path}: {key} must list at least one picture, by name without .jpg")
-    if len(requested) != len(truth):
+    if len(query_names) != len(truth):
         raise UserError(
-            f"{path}: qimlist has {len(requested)} queries, gnd {len(truth)} entries: they must pair up"
+            f"{path}: qimlist has {len(query_names)} queries, gnd {len(truth)} entries: they must pair up"
         )
     return names, [
-        read_query(path, name, entry, len(names))
-        for name, entry in zip(requested, truth, strict=True)
+        _read_query(path, name, entry, len(names))
+        for name, entry in zip(query_names, truth, strict=True)
     ]
 
 
-def read_query(path: Path, name: str, entry: Any, size: int) -> Query:
+def _read_query(path: Path, name: str, entry: Any, size: int) -> _Query:
     """Check one entry of gnd against a database of `size` pictures."""
     if not isinstance(entry, dict):
         raise UserError(
@@ -220,14 +221,14 @@ def read_query(path: Path, name: str, entry: Any, size: int) -> Query:
         or not all(isinstance(v, int | float) and abs(v) < 1e9 for v in box)
     ):
         raise UserError(
-            f"{path}: bbx of query {name} is {box!r:.80}: give [x1, y1, x2, y2] in pixels"
+            f"{path}: bbx of query {name} is {box!r:.80}, expected [x1, y1, x2, y2] in pixels"
         )
     labels = {}
     for key in ("easy", "hard", "junk"):
         labels[key] = entry.get(key)
         if not isinstance(labels[key], list):
             raise UserError(
-                f"{path}: query {name} has no list {key}: give indices into imlist, or []"
+                f"{path}: query {name} has no list {key}: add indices into imlist, or []"
             )
         for index in labels[key]:
             if not isinstance(index, int) or not 0 <= index < size:
@@ -235,11 +236,10 @@ def read_query(path: Path, name: str, entry: Any, size: int) -> Query:
                     f"{path}: index {index!r:.40} under {key} of query {name} is not in "
                     f"0..{size - 1}"
                 )
-    return Query(name, tuple(box), labels)
+    return _Query(name, tuple(box), labels)
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON ground truth."""
+def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -247,14 +247,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_pickle(path: Path) -> Any:
-    """Load a pickle of plain containers and numpy arrays, arrays as nested lists; nothing in the
-    file is run.
+    """Load a pickle of plain containers and numpy arrays, arrays as nested lists; no code in
+    the file is run.
 
-    Raises UserError for a damaged file, and for one that asks for any other global.
+    Raises UserError for a damaged file, and for one that needs any other global.
     """
     try:
-        # Python 2's strings, which hold arrays' bytes too, are read as latin-1
-        return PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        # Python 2's strings, which also carry arrays' bytes, are read as latin-1
+        return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except UserError as error:
         raise UserError(f"{path} {error}") from error
     # A damaged pickle fails in any way its opcodes can
@@ -264,7 +264,7 @@ def read_pickle(path: Path) -> Any:
         ) from error
 
 
-class DType:
+class _DType:
     """Stands in for numpy.dtype: a simple type's code, with the byte order that its pickled state
     adds.
     """
@@ -295,7 +295,7 @@ class DType:
         )
 
 
-class Array(list):
+class _Array(list):
     """Stands in for numpy.ndarray: a list that its pickled state fills."""
 
     def __setstate__(self, state: tuple) -> None:
@@ -303,14 +303,14 @@ class Array(list):
         self[:] = dtype.values(raw, shape, "F" if fortran else "C")
 
 
-def encode(text: str, encoding: str) -> bytes:
+def _encode(text: str, encoding: str) -> bytes:
     """Stands in for _codecs.encode, by which old protocols write bytes."""
     if encoding not in ("latin1", "latin-1"):
         raise ValueError(f"encoding {encoding!r}")
     return text.encode("latin1")
 
 
-class PlainUnpickler(pickle.Unpickler):
+class _PlainUnpickler(pickle.Unpickler):
     """Unpickler whose globals are all stand-ins of this file: numpy's own would trust shapes and
     flags in the file.
     """
@@ -319,10 +319,10 @@ class PlainUnpickler(pickle.Unpickler):
         "builtins.set": set,
         "builtins.frozenset": frozenset,
         "builtins.bytes": lambda: b"",
-        "_codecs.encode": encode,
-        "numpy.dtype": DType,
-        "numpy.ndarray": Array,
-        "numpy._core.multiarray._reconstruct": lambda *_: Array(),
+        "_codecs.encode": _encode,
+        "numpy.dtype": _DType,
+        "numpy.ndarray": _Array,
+        "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
         "numpy._core.multiarray.scalar": lambda dtype, raw: dtype.values(raw, (1,))[0],
         "numpy._core.numeric._frombuffer": lambda raw, dtype, shape, order, *_: dtype.values(
             raw, shape, order
@@ -338,17 +338,17 @@ class PlainUnpickler(pickle.Unpickler):
         result = self.known.get(f"{modern}.{name}")
         if result is None:
             raise UserError(
-                f"asks for {module}.{name}, which ground truth does not need: use the official "
+                f"refers to {module}.{name}, which ground truth does not need: use the official "
                 "file or JSON"
             )
         return result
 
 
-def draw(
+def _draw(
     path: Path,
     paths: list[Path],
     query_paths: list[Path],
-    queries: list[Query],
+    queries: list[_Query],
     rankings: np.ndarray,
     top: int = 5,
 ) -> Path:
@@ -370,7 +370,7 @@ def draw(
         for axis in row[len(pictures) :]:
             axis.set_axis_off()
         for axis, picture, colour in zip(row, pictures, ["black", *colours], strict=False):
-            axis.imshow(cut(picture))
+            axis.imshow(_cut(picture))
             axis.set(xticks=[], yticks=[])
             for spine in axis.spines.values():
                 spine.set(color=colour, linewidth=4)

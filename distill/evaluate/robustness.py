@@ -30,18 +30,18 @@ from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import centre_view, extract
 from distill.evaluate.outcome import Outcome
 
-Classifier = Callable[[Tensor], Tensor]
+_Classifier = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, H, W] on the CPU in, logits [B, 1000] out."""
 
-LogitsOf = Callable[["Pictures"], Tensor]
+_LogitsOf = Callable[["Pictures"], Tensor]
 """Pictures in, their logits [n, 1000] on the CPU out: `live(…)` or `cached(…)`."""
 
-CLASSES = 1000
-CHUNK = 8192
+_CLASSES = 1000
+_CHUNK = 8192
 """Summaries that a head reads at once."""
 SEVERITIES = ("1", "2", "3", "4", "5")
-GROUPS = ("noise", "blur", "weather", "digital", "extra")
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
+_GROUPS = ("noise", "blur", "weather", "digital", "extra")
+_EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")
 """Corruptions that ImageNet-C's authors keep for validation; mCE leaves them out."""
 
 ALEXNET = {
@@ -52,10 +52,10 @@ ALEXNET = {
 }  # fmt: skip
 """AlexNet's top-1 error on each corruption, mean over severities (hendrycks/robustness)."""
 
-BACKGROUNDS = (
+_BACKGROUNDS = (
     "original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t",
 )  # fmt: skip
-COARSE_MAP = "in_to_in9.json"
+_COARSE_MAP = "in_to_in9.json"
 
 
 def accuracy(
@@ -66,13 +66,13 @@ def accuracy(
 
     Raises UserError for logits that are not finite, or a label outside `among`.
     """
-    check_finite(logits)
+    _check_finite(logits)
     if among is not None:
         place = {label: position for position, label in enumerate(among)}
         outside = set(labels.tolist()) - place.keys()
         if outside:
             raise UserError(
-                f"label {min(outside)} is not among the {len(place)} classes looked at: remove its "
+                f"label {min(outside)} is not among the {len(place)} classes of this data set: remove its "
                 "pictures"
             )
         logits = logits[:, list(among)]
@@ -87,7 +87,7 @@ def coarse_accuracy(logits: Tensor, labels: Tensor, coarse: Tensor) -> float:
 
     `coarse` [C] is each class's coarse class, -1 for none; such a prediction is wrong.
     """
-    check_finite(logits)
+    _check_finite(logits)
     return (coarse[logits.argmax(dim=1)] == labels).double().mean().item()
 
 
@@ -105,32 +105,31 @@ def mean_corruption_error(
     return name, sum(relative.values()) / len(relative), relative
 
 
-def check_finite(logits: Tensor) -> None:
-    """Raise UserError where a logit is NaN or infinite."""
+def _check_finite(logits: Tensor) -> None:
     if not logits.isfinite().all():
         raise UserError(
-            "the classifier gives logits that are not finite: check its weights and precision"
+            "the classifier returns logits that are not finite: check its weights and precision"
         )
 
 
-def own_classifier(encoder: Encoder) -> Classifier:
+def own_classifier(encoder: Encoder) -> _Classifier:
     """A timm network's own ImageNet head as a classifier.
 
-    Raises UserError unless it has 1000 classes, and for one that no weights came for: random, or
+    Raises UserError unless it has 1000 classes, and for one without trained weights: random, or
     not in the checkpoint.
     """
     net = encoder.net
     classes = getattr(net, "num_classes", 0)
-    if classes != CLASSES:
+    if classes != _CLASSES:
         raise UserError(
-            f"{encoder.name} has a head of {classes} classes, not ImageNet's {CLASSES}: set "
+            f"{encoder.name} has a head of {classes} classes, not ImageNet's {_CLASSES}: set "
             "robustness.classifier=probe"
         )
     config = encoder.teacher.config if hasattr(encoder, "teacher") else None
     random = config is not None and not config.pretrained and config.checkpoint is None
     if random or not getattr(net, "classifier_loaded", True):
         raise UserError(
-            f"{encoder.name} has no trained classifier (its weights come without one): set "
+            f"{encoder.name} has no trained classifier (its weights do not include one): set "
             "robustness.classifier=probe"
         )
 
@@ -145,7 +144,7 @@ def own_classifier(encoder: Encoder) -> Classifier:
 
 class Pictures(Dataset):
     """Files below `root` as uint8 [3, size, size]; raises UserError for one that cannot be read.
-    `name` is for people.
+    `name` is shown to users.
     """
 
     def __init__(self, root: Path, files: list[Path], size: int, crop: float, name: str) -> None:
@@ -160,16 +159,15 @@ class Pictures(Dataset):
             image = decode(path, TRUSTED, name=str(path))
         except UnreadableImage as error:
             raise UserError(
-                f"picture {path} cannot be read: {error.reason} (fetch it again)"
+                f"picture {path} cannot be read: {error.reason} (download it again)"
             ) from error
         return centre_view(image, self.size, self.crop)
 
     def fingerprint(self) -> str:
-        """Changes when the files do, or how they are cut."""
         return f"{stamp(self.root, self.files)} centre {self.size} {self.crop}"
 
 
-def live(classify: Classifier, config: EvaluationConfig) -> LogitsOf:
+def live(classify: _Classifier, config: EvaluationConfig) -> _LogitsOf:
     """Logits by running a classifier over every picture, with nothing kept; a progress bar on a
     terminal.
     """
@@ -190,7 +188,7 @@ def live(classify: Classifier, config: EvaluationConfig) -> LogitsOf:
     return logits
 
 
-def cached(head: nn.Module, encoder: Encoder, cache: Path, config: EvaluationConfig) -> LogitsOf:
+def cached(head: nn.Module, encoder: Encoder, cache: Path, config: EvaluationConfig) -> _LogitsOf:
     """Logits by a head [B, d] to [B, 1000] on the encoder's summaries, which `extract` keeps in
     `cache` and resumes.
     """
@@ -200,39 +198,39 @@ def cached(head: nn.Module, encoder: Encoder, cache: Path, config: EvaluationCon
         result = extract(encoder, pictures, cache, config.extract, what=pictures.name).summaries()
         with torch.inference_mode():
             return torch.cat(
-                [head(part.to(encoder.device)).float().cpu() for part in result.split(CHUNK)]
+                [head(part.to(encoder.device)).float().cpu() for part in result.split(_CHUNK)]
             )
 
     return logits
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What gives logits, with what it needs to look at files."""
+class _Reader:
+    """A source of logits, with what it needs to read files."""
 
-    logits_of: LogitsOf
+    logits_of: _LogitsOf
     image_size: int
     data: Path
     config: EvaluationConfig
 
     def logits(self, folder: Path, files: list[Path], crop: float) -> Tensor:
-        """Logits [n, 1000] of `folder`'s pictures, of which the centred square of `crop` times the
-        shorter side is seen.
+        """Logits [n, 1000] of `folder`'s pictures, each cut to the centred square of `crop` times the
+        shorter side.
         """
         name = folder.relative_to(self.data).as_posix()
         result = self.logits_of(Pictures(self.data, files, self.image_size, crop, name))
-        if result.shape != (len(files), CLASSES):
+        if result.shape != (len(files), _CLASSES):
             raise UserError(
-                f"the classifier gives {list(result.shape[1:])} logits a picture: it must give "
-                f"[{CLASSES}]"
+                f"the classifier returns {list(result.shape[1:])} logits a picture, expected "
+                f"[{_CLASSES}]"
             )
         return result
 
 
 def evaluate_variants(
-    logits_of: LogitsOf, image_size: int, data: Path, config: EvaluationConfig
+    logits_of: _LogitsOf, image_size: int, data: Path, config: EvaluationConfig
 ) -> Outcome:
-    """Read every variant that lies in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c,
+    """Score every variant in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c,
     imagenet-9.
 
     `logits_of` is `live(…)` or `cached(…)`. Pictures are centre crops of `config.extract.crop`,
@@ -240,54 +238,54 @@ def evaluate_variants(
     pixels, are seen whole, as their authors do. Scores are top-1 accuracies in [0, 1], mCE (1 is
     AlexNet) and BG-gap = accuracy(mixed_same) - accuracy(mixed_rand).
 
-    Raises UserError for a folder with no variant, a class folder that is none, missing severities,
+    Raises UserError for a folder with no variant, a folder that is not a class, missing severities,
     ImageNet-9 without its authors' class map, an unreadable picture, and logits that are not finite
     or not 1000.
     """
-    present = [name for name in VARIANTS if (data / name).is_dir()]
+    present = [name for name in _VARIANTS if (data / name).is_dir()]
     if not present:
         raise UserError(
-            f"--data {data} holds no variant of ImageNet: give a folder with any of "
-            f"{', '.join(VARIANTS)}"
+            f"--data {data} has no variant of ImageNet: use a folder with any of "
+            f"{', '.join(_VARIANTS)}"
         )
-    # What is missing must show before hours go into what is there.
+    # Report missing files before spending hours on the others.
     if "imagenet-c" in present:
-        corruption_folders(data / "imagenet-c")
+        _corruption_folders(data / "imagenet-c")
     if "imagenet-9" in present:
-        coarse_classes(data / "imagenet-9")
-    reader, scores, details = Reader(logits_of, image_size, data, config), {}, {}
+        _coarse_classes(data / "imagenet-9")
+    reader, scores, details = _Reader(logits_of, image_size, data, config), {}, {}
     for name in present:
-        result, details[name] = VARIANTS[name](reader, data / name)
+        result, details[name] = _VARIANTS[name](reader, data / name)
         scores |= {f"{name} {metric}": value for metric, value in result.items()}
     return Outcome(scores, details)
 
 
-def read_subset(reader: Reader, folder: Path) -> tuple[dict, dict]:
+def _read_subset(reader: _Reader, folder: Path) -> tuple[dict, dict]:
     """ImageNet-A or -R: top-1 among its 200 classes."""
     among = subset_indices(folder.name.replace("-", "_"))
     allowed = {wnid: index for wnid, index in class_index().items() if index in among}
-    files, labels = labelled_files(
+    files, labels = _labelled_files(
         folder, allowed, f"one of its {len(allowed)} classes' WordNet ids"
     )
     score = accuracy(reader.logits(folder, files, reader.config.extract.crop), labels, among=among)
     return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
 
 
-def read_v2(reader: Reader, folder: Path) -> tuple[dict, dict]:
+def _read_v2(reader: _Reader, folder: Path) -> tuple[dict, dict]:
     """ImageNet-V2: top-1; its authors name the folders by class number."""
-    known = class_index() | {str(index): index for index in range(CLASSES)}
-    files, labels = labelled_files(folder, known, "a class number from 0 to 999 or a WordNet id")
+    known = class_index() | {str(index): index for index in range(_CLASSES)}
+    files, labels = _labelled_files(folder, known, "a class number from 0 to 999 or a WordNet id")
     score = accuracy(reader.logits(folder, files, reader.config.extract.crop), labels)
     return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
 
 
-def read_corruptions(reader: Reader, folder: Path) -> tuple[dict, dict]:
+def _read_corruptions(reader: _Reader, folder: Path) -> tuple[dict, dict]:
     """ImageNet-C: mCE."""
     errors: dict[str, list[float]] = {}
-    for corruption, place in corruption_folders(folder).items():
+    for corruption, place in _corruption_folders(folder).items():
         errors[corruption] = []
         for severity in SEVERITIES:
-            files, labels = labelled_files(place / severity, class_index(), "a WordNet id")
+            files, labels = _labelled_files(place / severity, class_index(), "a WordNet id")
             errors[corruption].append(
                 1 - accuracy(reader.logits(place / severity, files, 1.0), labels)
             )
@@ -296,40 +294,38 @@ def read_corruptions(reader: Reader, folder: Path) -> tuple[dict, dict]:
     return {name: value}, {"corruption_errors": relative, "errors": errors, "missing": missing}
 
 
-def read_backgrounds(reader: Reader, folder: Path) -> tuple[dict, dict]:
+def _read_backgrounds(reader: _Reader, folder: Path) -> tuple[dict, dict]:
     """ImageNet-9: accuracy on every set of backgrounds, and BG-gap where both of its sets are
     there.
     """
-    coarse, scores, images = coarse_classes(folder), {}, {}
-    for name in BACKGROUNDS:
+    coarse, scores, images = _coarse_classes(folder), {}, {}
+    for name in _BACKGROUNDS:
         if not (folder / name).is_dir():
             continue
         known = {
             child.name: int(child.name[:2])
-            for child in subfolders(folder / name / "val")
-            if is_coarse(child.name)
+            for child in _subfolders(folder / name / "val")
+            if _is_coarse(child.name)
         }
-        files, labels = labelled_files(folder / name / "val", known, "a coarse class like 00_dog")
+        files, labels = _labelled_files(folder / name / "val", known, "a coarse class like 00_dog")
         scores[name] = coarse_accuracy(reader.logits(folder / name, files, 1.0), labels, coarse)
         images[name] = len(files)
     if not scores:
-        raise UserError(
-            f"{folder} holds no set of backgrounds: give any of {', '.join(BACKGROUNDS)}"
-        )
+        raise UserError(f"{folder} has no set of backgrounds: add any of {', '.join(_BACKGROUNDS)}")
     if "mixed_same" in scores and "mixed_rand" in scores:
         scores["BG-gap"] = scores["mixed_same"] - scores["mixed_rand"]
     return scores, {
         "images": images,
-        "missing": [name for name in BACKGROUNDS if name not in images],
+        "missing": [name for name in _BACKGROUNDS if name not in images],
     }
 
 
-VARIANTS = {
-    "imagenet-a": read_subset,
-    "imagenet-r": read_subset,
-    "imagenet-v2": read_v2,
-    "imagenet-c": read_corruptions,
-    "imagenet-9": read_backgrounds,
+_VARIANTS = {
+    "imagenet-a": _read_subset,
+    "imagenet-r": _read_subset,
+    "imagenet-v2": _read_v2,
+    "imagenet-c": _read_corruptions,
+    "imagenet-9": _read_backgrounds,
 }
 
 
@@ -347,78 +343,78 @@ def subset_indices(name: str) -> tuple[int, ...]:
     )
 
 
-def corruption_folders(folder: Path) -> dict[str, Path]:
+def _corruption_folders(folder: Path) -> dict[str, Path]:
     """The folder of each of mCE's corruptions in `folder`, directly or in its group's; raises
     UserError.
     """
-    children = [child for child in subfolders(folder) if child.name not in GROUPS]
-    for group in GROUPS:
-        children += subfolders(folder / group) if (folder / group).is_dir() else []
-    result = {child.name: child for child in children}
-    for name in result:
-        if name not in ALEXNET and name not in EXTRA:
+    children = [child for child in _subfolders(folder) if child.name not in _GROUPS]
+    for group in _GROUPS:
+        children += _subfolders(folder / group) if (folder / group).is_dir() else []
+    by_name = {child.name: child for child in children}
+    for name in by_name:
+        if name not in ALEXNET and name not in _EXTRA:
             raise UserError(
-                f"{result[name]}: '{name}' is no corruption of ImageNet-C: {suggest(name, ALEXNET)}"
+                f"{by_name[name]}: '{name}' is not a corruption of ImageNet-C: {suggest(name, ALEXNET)}"
             )
-    result = {name: result[name] for name in ALEXNET if name in result}
+    result = {name: by_name[name] for name in ALEXNET if name in by_name}
     if not result:
-        raise UserError(f"{folder} holds no corruption: give any of {', '.join(ALEXNET)}")
+        raise UserError(f"{folder} has no corruption: add any of {', '.join(ALEXNET)}")
     for place in result.values():
         missing = [severity for severity in SEVERITIES if not (place / severity).is_dir()]
         if missing:
             raise UserError(
-                f"{place} lacks severity {', '.join(missing)}: mCE needs the folders 1 to 5, fetch "
-                "them"
+                f"{place} lacks severity {', '.join(missing)}: download it, as mCE needs the folders "
+                "1 to 5"
             )
     return result
 
 
-def coarse_classes(folder: Path) -> Tensor:
+def _coarse_classes(folder: Path) -> Tensor:
     """Coarse class [1000] of every ImageNet class, -1 for none, from the authors' file; raises
     UserError.
     """
-    path = folder / COARSE_MAP
+    path = folder / _COARSE_MAP
     if not path.is_file():
         raise UserError(
-            f"{path} is missing: copy {COARSE_MAP} from the repository "
+            f"{path} is missing: copy {_COARSE_MAP} from the repository "
             "MadryLab/backgrounds_challenge"
         )
     try:
         table = {int(index): int(coarse) for index, coarse in json.loads(path.read_text()).items()}
-        return torch.tensor([table[index] for index in range(CLASSES)])
+        return torch.tensor([table[index] for index in range(_CLASSES)])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} does not give each of {CLASSES} classes a number: copy the authors' again"
+            f"{path} does not give each of {_CLASSES} classes a number: copy the authors' file again"
         ) from error
 
 
-def is_coarse(name: str) -> bool:
+def _is_coarse(name: str) -> bool:
     """Whether a folder's name starts with a coarse class, as in 00_dog."""
     return name[:2].isdecimal() and int(name[:2]) < 9 and name[2:3] == "_"
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """Folders in `folder`, by name, without hidden ones; raises UserError where it is none."""
+def _subfolders(folder: Path) -> list[Path]:
+    """Folders in `folder`, by name, without hidden ones; raises UserError if it is not a folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder (fetch it, or remove the one above)")
+        raise UserError(f"{folder}: no such folder (download it, or remove its parent)")
     return sorted(
         child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
     )
 
 
-def labelled_files(
-    folder: Path, known: Mapping[str, int], wanted: str
+def _labelled_files(
+    folder: Path, known: Mapping[str, int], naming: str
 ) -> tuple[list[Path], Tensor]:
     """Pictures in `folder`'s class folders, and their labels [n]; `known` is the label of every
     legal folder name.
     """
     files, labels = [], []
-    for place in subfolders(folder):
+    for place in _subfolders(folder):
         if place.name not in known:
-            raise UserError(f"{place}: '{place.name}' is no class: name the folder by {wanted}")
+            raise UserError(f"{place}: '{place.name}' is not a class: name the folder by {naming}")
         here = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
         files += here
         labels += [known[place.name]] * len(here)
     if not files:
-        raise UserError(f"{folder} holds no pictures: put them into folders named by {wanted}")
+        raise UserError(f"{folder} has no pictures: put them into folders named by {naming}")
     return files, torch.tensor(labels)

@@ -29,8 +29,8 @@ from distill.heads import LinearSegmenter, save_head
 
 log = logging.getLogger(__name__)
 
-ADE_CLASSES = 150
-SHOWN = 4
+_ADE_CLASSES = 150
+_SHOWN = 4
 """Pictures in the figure."""
 
 
@@ -42,7 +42,7 @@ def evaluate(
     Writes `heads/segmentation.safetensors` and `segmentation.png`.
     """
     train, val = open_pairs(data, "train", "masks"), open_pairs(data, "val", "masks")
-    labels = Labelling(train, val, config)
+    labels = _Labelling(train, val, config)
     size = encoder.fit(config.dense.size)
     views = {split: WindowViews(pairs, size) for split, pairs in (("train", train), ("val", val))}
     features = {
@@ -58,7 +58,7 @@ def evaluate(
 
     def loss(logits: Tensor, truth: Tensor) -> Tensor:
         logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
-        # a batch may hold ignored pixels only: the mean over none would be NaN
+        # a batch may have ignored pixels only: the mean over none would be NaN
         total = F.cross_entropy(logits, truth.long(), ignore_index=IGNORED, reduction="sum")
         return total / (truth != IGNORED).sum().clamp_min(1)
 
@@ -85,7 +85,7 @@ def evaluate(
         metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
         valid = truth != IGNORED
         right, counted = right + int((predicted == truth)[valid].sum()), counted + int(valid.sum())
-        if len(shown) < SHOWN:
+        if len(shown) < _SHOWN:
             shown.append((np.asarray(picture), truth.cpu().numpy(), predicted.cpu().numpy()))
     per_class = metric.compute().tolist()
     present = [value for value in per_class if not np.isnan(value)]
@@ -119,39 +119,39 @@ def segment(
     return merge_windows(logits, [views.windows[n] for n in numbers], *size).argmax(0)
 
 
-class Labelling:
-    """What labels mean in this data set: how many classes, and whether 0 is one."""
+class _Labelling:
+    """Meaning of the labels in a data set: the number of classes, and whether 0 is one."""
 
     def __init__(self, train: Pairs, val: Pairs, config: EvaluationConfig) -> None:
         settings = config.segmentation
         self.ignore = settings.ignore
         self.shift = settings.zero == "ignore" or (settings.zero == "auto" and train.ade)
-        self.classes = settings.classes or (ADE_CLASSES if train.ade else None)
+        self.classes = settings.classes or (_ADE_CLASSES if train.ade else None)
         known = self.classes is not None
-        result: set[int] = set()
+        labels: set[int] = set()
         for number in range(len(train)):
-            result |= set(np.unique(self.read(train, number)).tolist()) - {IGNORED}
-            if known and len(result) > 1:
+            labels |= set(np.unique(self.read(train, number)).tolist()) - {IGNORED}
+            if known and len(labels) > 1:
                 break
-        if len(result) < 2:
+        if len(labels) < 2:
             raise UserError(
-                f"{train.maps[0].parent}: the training masks hold {len(result)} class only "
-                f"({sorted(result)}): segmentation needs two or more (check segmentation.zero and "
+                f"{train.maps[0].parent}: the training masks have only {len(labels)} class "
+                f"({sorted(labels)}): segmentation needs at least two (check segmentation.zero and "
                 "segmentation.ignore)"
             )
         if not known:
-            self.classes = max(result) + 1
+            self.classes = max(labels) + 1
         if not any((self.read(val, number) != IGNORED).any() for number in range(len(val))):
             raise UserError(
-                f"{val.maps[0].parent}: every pixel of the validation masks is ignored: nothing "
-                "can be scored"
+                f"{val.maps[0].parent}: every pixel of the validation masks is ignored, so there "
+                "is nothing to score (check segmentation.zero and segmentation.ignore)"
             )
         self.names = label_names(train, self.classes)
         log.info(
             "masks     %d classes (%s), label 0 is %s",
             self.classes,
             train.maps[0].parent,
-            "not counted, as in ADE20K" if self.shift else "the first",
+            "ignored, as in ADE20K" if self.shift else "the first",
         )
 
     def read(self, pairs: Pairs, number: int) -> np.ndarray:

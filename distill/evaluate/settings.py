@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from contract.errors import UserError, suggest
 from distill.evaluate.config import EvaluationConfig
-from distill.recipe_io import PLAIN_WORDS, RecipeLoader, recipe_fields, show
+from distill.recipe_io import PLAIN_WORDS, RecipeLoader, describe_fields, recipe_fields, show
 
 
 def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
@@ -20,7 +20,7 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise UserError(f"'{override}' is no setting: write key=value, e.g. probe.epochs=20")
+            raise UserError(f"'{override}' is not a setting: write key=value, e.g. probe.epochs=20")
         if key not in known:
             same = [field for field in known if field.split(".")[-1] == key.split(".")[-1]]
             hint = f"did you mean '{same[0]}'?" if same else suggest(key, known)
@@ -45,9 +45,4 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
 
 
 def describe_settings() -> str:
-    """Every key with its type, default and meaning."""
-    rows = recipe_fields(EvaluationConfig)
-    return "\n".join(
-        f"  {key:28} {kind:22} {default:10} {meaning}".rstrip()
-        for key, kind, default, meaning in rows
-    )
+    return describe_fields(recipe_fields(EvaluationConfig))

@@ -32,10 +32,9 @@ from distill.evaluate.representation import cluster_scores, tsne_picture
 
 @dataclass
 class Context:
-    """One encoder on one data root: what every task is given.
+    """Input of every task: one encoder and one data root.
 
-    `cache` holds extracted features, `folder` takes pictures and `heads/`; `binding` goes into
-    every head's metadata.
+    Extracted features are kept in `cache`; pictures and `heads/` are written to `folder`.
     """
 
     encoder: Encoder
@@ -46,7 +45,7 @@ class Context:
 
     @property
     def binding(self) -> dict:
-        """What a head must know of the network under it."""
+        """Metadata that binds a head to the network it was trained on."""
         encoder = self.encoder
         return {
             "network": encoder.name,
@@ -57,53 +56,44 @@ class Context:
 
     @cached_property
     def splits(self) -> FrozenSplits:
-        """Summaries and labels of both splits of the class folders."""
         return frozen_splits(self.encoder, self.data, self.config, self.cache)
 
 
-def run_knn(c: Context) -> Outcome:
-    """k nearest neighbours."""
+def _run_knn(c: Context) -> Outcome:
     return knn.evaluate(c.splits, c.config)
 
 
-def run_linear(c: Context) -> Outcome:
-    """Linear probe; saves heads/classification.safetensors."""
+def _run_linear(c: Context) -> Outcome:
     return linear_probe.evaluate(c.splits, c.config, c.folder, {**c.binding, "output": "summary"})
 
 
-def run_finetune(c: Context) -> Outcome:
-    """Fine-tuning with layer decay."""
+def _run_finetune(c: Context) -> Outcome:
     return finetune.evaluate(c.encoder, c.data, c.config)
 
 
-def run_zero_shot(c: Context) -> Outcome:
-    """Nearest class embedding."""
+def _run_zero_shot(c: Context) -> Outcome:
     return zero_shot.evaluate(c.encoder, c.data, c.config, c.cache)
 
 
-def run_segmentation(c: Context) -> Outcome:
-    """Linear segmentation; saves heads/segmentation.safetensors."""
+def _run_segmentation(c: Context) -> Outcome:
     return segmentation.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
 
 
-def run_depth(c: Context) -> Outcome:
-    """Linear or DPT depth; saves heads/depth.safetensors."""
+def _run_depth(c: Context) -> Outcome:
     return depth.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
 
 
-def run_retrieval(c: Context) -> Outcome:
-    """Revisited Oxford and Paris."""
+def _run_retrieval(c: Context) -> Outcome:
     return retrieval.evaluate(
         c.encoder, family_root(c.data, "retrieval"), c.config, c.folder, c.cache
     )
 
 
-def run_video(c: Context) -> Outcome:
-    """DAVIS label propagation."""
+def _run_video(c: Context) -> Outcome:
     return video.evaluate(c.encoder, family_root(c.data, "video"), c.config, c.folder)
 
 
-def run_robustness(c: Context) -> Outcome:
+def _run_robustness(c: Context) -> Outcome:
     """ImageNet's variants, by the linear probe of this encoder or the network's own classifier."""
     if c.config.robustness.classifier == "own":
         logits_of = robustness.live(robustness.own_classifier(c.encoder), c.config)
@@ -117,7 +107,7 @@ def run_robustness(c: Context) -> Outcome:
     )
 
 
-def run_clusters(c: Context) -> Outcome:
+def _run_clusters(c: Context) -> Outcome:
     """NMI and silhouette of the validation split, a t-SNE picture, and attention maps where the
     network is a ViT.
     """
@@ -151,7 +141,7 @@ def run_clusters(c: Context) -> Outcome:
 
 
 @dataclass(frozen=True)
-class Task:
+class _Task:
     """`shown`: scores in the printed table; `does`: a line of help."""
 
     run: Callable[[Context], Outcome]
@@ -159,15 +149,17 @@ class Task:
     does: str
 
 
-TASKS: dict[str, Task] = {
-    "knn": Task(run_knn, ("top1",), "k-NN by cosine, weighted votes"),
-    "linear": Task(run_linear, ("top1",), "linear probe, 45 rates at once"),
-    "finetune": Task(run_finetune, ("top1",), "all weights, layer decay 0.8"),
-    "zero-shot": Task(run_zero_shot, ("top1",), "nearest class embedding"),
-    "segmentation": Task(run_segmentation, ("mIoU",), "linear head on patches, mIoU"),
-    "depth": Task(run_depth, ("rmse", "delta1"), "linear or DPT head, RMSE in metres"),
-    "retrieval": Task(run_retrieval, ("mAP medium", "mAP hard"), "revisited Oxford and Paris"),
-    "video": Task(run_video, ("J&F",), "DAVIS-2017 label propagation"),
-    "robustness": Task(run_robustness, (), "ImageNet-A, -R, -V2, -C and -9"),
-    "clusters": Task(run_clusters, ("NMI", "silhouette"), "NMI, silhouette, t-SNE, attention maps"),
+TASKS: dict[str, _Task] = {
+    "knn": _Task(_run_knn, ("top1",), "k-NN by cosine, weighted votes"),
+    "linear": _Task(_run_linear, ("top1",), "linear probe, 45 rates at once"),
+    "finetune": _Task(_run_finetune, ("top1",), "all weights, layer decay 0.8"),
+    "zero-shot": _Task(_run_zero_shot, ("top1",), "nearest class embedding"),
+    "segmentation": _Task(_run_segmentation, ("mIoU",), "linear head on patches, mIoU"),
+    "depth": _Task(_run_depth, ("rmse", "delta1"), "linear or DPT head, RMSE in metres"),
+    "retrieval": _Task(_run_retrieval, ("mAP medium", "mAP hard"), "revisited Oxford and Paris"),
+    "video": _Task(_run_video, ("J&F",), "DAVIS-2017 label propagation"),
+    "robustness": _Task(_run_robustness, (), "ImageNet-A, -R, -V2, -C and -9"),
+    "clusters": _Task(
+        _run_clusters, ("NMI", "silhouette"), "NMI, silhouette, t-SNE, attention maps"
+    ),
 }

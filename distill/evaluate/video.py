@@ -29,22 +29,22 @@ from distill.evaluate.encoder import Encoder
 from distill.evaluate.outcome import Outcome
 from distill.figures import save_figure
 
-FRAMES = Path("JPEGImages", "480p")
-MASKS = Path("Annotations", "480p")
-SPLIT = Path("ImageSets", "2017", "val.txt")
+_FRAMES = Path("JPEGImages", "480p")
+_MASKS = Path("Annotations", "480p")
+_SPLIT = Path("ImageSets", "2017", "val.txt")
 
-BOUND = 0.008
+_BOUND = 0.008
 """Tolerance of the boundary measure, as a share of the picture's diagonal (DAVIS)."""
 
-VOID = 255
+_VOID = 255
 """Label that DAVIS's own evaluation turns into background."""
 
-SIMILARITIES = 2**26
+_SIMILARITIES = 2**26
 """Cosines that one chunk of `propagate` may hold at once (256 MiB in float32)."""
 
 
 @dataclass(frozen=True)
-class Sequence:
+class _Sequence:
     """One video: its frames in order, the mask of each (which may be missing), the first mask and
     its objects.
     """
@@ -63,23 +63,23 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     objects) and the list ImageSets/2017/val.txt; without that file every sequence counts. As in
     DAVIS's semi-supervised track, the first and last frames are not scored, J and F are means over
     frames, then over all objects. Writes video_SEQ.png of the first sequence. Raises UserError for
-    a folder that is not laid out so, or holds unreadable or ill-fitting files.
+    a folder with another layout, or with unreadable files or files of the wrong size.
     """
-    sequences = [read_sequence(data, name) for name in sequence_names(data)]
+    sequences = [_read_sequence(data, name) for name in _sequence_names(data)]
     per_sequence, rows, picture = {}, [], None
     for sequence in track(sequences, "video", disable=not sys.stdout.isatty()):
         shown = set(np.linspace(0, len(sequence.frames) - 1, 5).round().astype(int).tolist())
         kept, scores = {}, []
-        for index, mask in enumerate(segment(encoder, sequence, config.video)):
+        for index, mask in enumerate(_segment(encoder, sequence, config.video)):
             if picture is None and index in shown:
                 kept[index] = mask
             if 0 < index < len(sequence.frames) - 1:
-                truth = read_mask(sequence.masks[index], mask.shape)
+                truth = _read_mask(sequence.masks[index], mask.shape)
                 scores.append(
-                    [measure(mask == label, truth == label) for label in sequence.objects]
+                    [_measure(mask == label, truth == label) for label in sequence.objects]
                 )
         if picture is None:
-            picture = draw(folder / f"video_{sequence.name}.png", sequence, kept)
+            picture = _draw(folder / f"video_{sequence.name}.png", sequence, kept)
         table = np.array(scores)  # [frames, objects, (J, F)]
         objects = [
             {"object": label, "J": j, "F": f, "J recall": recall}
@@ -91,21 +91,24 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
             )
         ]
         rows += objects
-        per_sequence[sequence.name] = {"frames": len(table), **average(objects), "objects": objects}
-    total = average(rows)
+        per_sequence[sequence.name] = {
+            "frames": len(table),
+            **_average(objects),
+            "objects": objects,
+        }
+    total = _average(rows)
     scores = {"J&F": (total["J"] + total["F"]) / 2, "J": total["J"], "F": total["F"]}
     details = {"J recall": total["J recall"], "objects": len(rows), "sequences": per_sequence}
     return Outcome(scores, details, (picture,))
 
 
-def average(rows: list[dict]) -> dict[str, float]:
-    """Mean of each measure over objects."""
+def _average(rows: list[dict]) -> dict[str, float]:
     return {key: float(np.mean([row[key] for row in rows])) for key in ("J", "F", "J recall")}
 
 
-def measure(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+def _measure(prediction: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     """J and F of one object in one frame, at DAVIS's tolerance."""
-    tolerance = math.ceil(BOUND * math.hypot(*truth.shape))
+    tolerance = math.ceil(_BOUND * math.hypot(*truth.shape))
     return region_similarity(prediction, truth), boundary_f(prediction, truth, tolerance)
 
 
@@ -118,7 +121,7 @@ def region_similarity(prediction: np.ndarray, truth: np.ndarray) -> float:
 def boundary_f(prediction: np.ndarray, truth: np.ndarray, tolerance: int) -> float:
     """DAVIS's F: F-measure of the boundaries of two boolean masks [H, W].
 
-    A boundary pixel is matched when one of the other mask's lies within a disk of `tolerance`
+    A boundary pixel is matched when one of the other mask's is within a disk of `tolerance`
     pixels. 1 when neither mask has a boundary, 0 when only one has.
     """
     ours, theirs = boundary(prediction), boundary(truth)
@@ -149,7 +152,7 @@ def propagate(
     neighbours: int,
     radius: int,
     temperature: float,
-    limit: int = SIMILARITIES,
+    limit: int = _SIMILARITIES,
 ) -> Tensor:
     """Give every patch of a frame the labels of its nearest source patches (DINO's protocol).
 
@@ -187,7 +190,7 @@ def propagate(
 
 
 @torch.inference_mode()
-def segment(encoder: Encoder, sequence: Sequence, config: VideoConfig) -> Iterator[np.ndarray]:
+def _segment(encoder: Encoder, sequence: _Sequence, config: VideoConfig) -> Iterator[np.ndarray]:
     """Yield the mask [H, W] of each frame of a video in the labels of its first mask, which comes
     out unchanged.
 
@@ -199,7 +202,7 @@ def segment(encoder: Encoder, sequence: Sequence, config: VideoConfig) -> Iterat
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.frames)
     first = None
     for path in sequence.frames:
-        patches = frame_features(encoder, path, shape, config.size)
+        patches = _frame_features(encoder, path, shape, config.size)
         if first is None:
             channels = torch.from_numpy(sequence.first == names[:, None, None])[None].float()
             small = F.interpolate(channels, size=patches.shape[:2], mode="nearest-exact")[0]
@@ -227,27 +230,27 @@ def hard_mask(soft: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.where(high > low, (maps - low) / (high - low).clamp_min(1e-12), maps).argmax(0)
 
 
-def frame_features(encoder: Encoder, path: Path, shape: tuple[int, int], size: int) -> Tensor:
+def _frame_features(encoder: Encoder, path: Path, shape: tuple[int, int], size: int) -> Tensor:
     """L2-normalised patches [h, w, d] of a frame whose shorter side becomes `size`, both rounded to
     the stride.
     """
-    image = read_frame(path)
+    image = _read_frame(path)
     if (image.height, image.width) != shape:
         raise UserError(
-            f"{path} is {image.width}x{image.height}, its first mask {shape[1]}x{shape[0]}: sizes "
-            "must agree"
+            f"{path} is {image.width}x{image.height}, but the first mask is {shape[1]}x{shape[0]}: "
+            "resize one of them"
         )
     height, width = (encoder.fit(side * size / min(shape)) for side in shape)
     pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
     patches = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(encoder.device)).patches[0]
     if not patches.isfinite().all():
         raise UserError(
-            f"{encoder.name} gives features that are not finite for {path}: check its weights"
+            f"{encoder.name} returns features that are not finite for {path}: check its weights"
         )
     return F.normalize(patches, dim=-1)
 
 
-def read_frame(path: Path) -> Image.Image:
+def _read_frame(path: Path) -> Image.Image:
     """Decode a frame; raises UserError naming it."""
     try:
         return decode(path, TRUSTED, name=str(path))
@@ -255,31 +258,33 @@ def read_frame(path: Path) -> Image.Image:
         raise UserError(f"cannot read the frame {error}: restore the file") from error
 
 
-def sequence_names(data: Path) -> list[str]:
+def _sequence_names(data: Path) -> list[str]:
     """Names of the videos to score, from val.txt or else every folder of frames."""
-    for part in (FRAMES, MASKS):
+    for part in (_FRAMES, _MASKS):
         if not (data / part).is_dir():
-            raise UserError(f"{data} has no folder {part}: name the folder of DAVIS-2017 at 480p")
-    split = data / SPLIT
+            raise UserError(
+                f"{data} has no folder {part}: --data must be DAVIS-2017's folder at 480p"
+            )
+    split = data / _SPLIT
     if split.is_file():
         names = list(
             dict.fromkeys(line.strip() for line in split.read_text().splitlines() if line.strip())
         )
         source = split
     else:
-        names = sorted(entry.name for entry in (data / FRAMES).iterdir() if entry.is_dir())
-        source = data / FRAMES
+        names = sorted(entry.name for entry in (data / _FRAMES).iterdir() if entry.is_dir())
+        source = data / _FRAMES
     if not names:
-        raise UserError(f"{source} lists no sequence: name at least one")
+        raise UserError(f"{source} lists no sequence: add at least one")
     return names
 
 
-def read_sequence(data: Path, name: str) -> Sequence:
-    """Look a video's files up and read its first mask; raises UserError for anything missing."""
-    folder = data / FRAMES / name
+def _read_sequence(data: Path, name: str) -> _Sequence:
+    """List a video's files and read its first mask; raises UserError for anything missing."""
+    folder = data / _FRAMES / name
     if not folder.is_dir():
         raise UserError(
-            f"sequence {name} has no folder {folder}: add its frames or take it off {SPLIT}"
+            f"sequence {name} has no folder {folder}: add its frames or remove it from {_SPLIT}"
         )
     frames = sorted(
         path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")
@@ -288,7 +293,7 @@ def read_sequence(data: Path, name: str) -> Sequence:
         raise UserError(
             f"{folder} has {len(frames)} frames: 3 are needed, as the first and last are not scored"
         )
-    masks = [data / MASKS / name / f"{path.stem}.png" for path in frames]
+    masks = [data / _MASKS / name / f"{path.stem}.png" for path in frames]
     if not masks[0].is_file():
         raise UserError(
             f"sequence {name} has no annotation of its first frame: {masks[0]} is missing"
@@ -298,15 +303,15 @@ def read_sequence(data: Path, name: str) -> Sequence:
             raise UserError(
                 f"sequence {name} lacks the annotation {mask}: every frame but the last needs one"
             )
-    image = read_frame(frames[0])
-    first = read_mask(masks[0], (image.height, image.width))
+    image = _read_frame(frames[0])
+    first = _read_mask(masks[0], (image.height, image.width))
     objects = [int(label) for label in np.unique(first) if label]
     if not objects:
-        raise UserError(f"{masks[0]} shows no object: 0 is background, 1 to 254 are objects")
-    return Sequence(name, frames, masks, first, objects)
+        raise UserError(f"{masks[0]} has no object: 0 is background, 1 to 254 are objects")
+    return _Sequence(name, frames, masks, first, objects)
 
 
-def read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
+def _read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
     """Read the labels [H, W] of a palette or grey PNG; raises UserError unless it is one of that
     shape.
     """
@@ -321,19 +326,19 @@ def read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
         )
     if mask.shape != shape:
         raise UserError(
-            f"the mask {path} is {mask.shape[1]}x{mask.shape[0]}, its frame {shape[1]}x{shape[0]}: "
-            "sizes must agree"
+            f"the mask {path} is {mask.shape[1]}x{mask.shape[0]}, but its frame is {shape[1]}x{shape[0]}: "
+            "resize one of them"
         )
-    return np.where(mask == VOID, 0, mask).astype(np.uint8)
+    return np.where(mask == _VOID, 0, mask).astype(np.uint8)
 
 
-def draw(path: Path, sequence: Sequence, masks: dict[int, np.ndarray]) -> Path:
+def _draw(path: Path, sequence: _Sequence, masks: dict[int, np.ndarray]) -> Path:
     """Picture of some frames with their predicted masks laid over them."""
     figure, axes = plt.subplots(
         1, len(masks), figsize=(3.2 * len(masks), 2.6), squeeze=False, layout="constrained"
     )
     for axis, (index, mask) in zip(axes.flat, sorted(masks.items()), strict=True):
-        axis.imshow(read_frame(sequence.frames[index]))
+        axis.imshow(_read_frame(sequence.frames[index]))
         order = np.searchsorted(sequence.objects, mask)
         axis.imshow(
             plt.get_cmap("tab10")(order % 10), alpha=0.6 * (mask > 0), interpolation="nearest"

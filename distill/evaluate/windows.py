@@ -18,8 +18,8 @@ from distill.data.crops import take_crop
 from distill.data.pictures import digest
 from distill.evaluate.datasets import Pairs, map_size, read_matched, stamp
 
-MEMORY = 2 * 2**30
-"""Bytes of label windows that are kept instead of read anew every step."""
+_MEMORY = 2 * 2**30
+"""Bytes of label windows that are kept in memory instead of read again every step."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,7 @@ class WindowViews:
         return take_crop(picture, window.box, self.size, flip=False)
 
     def fingerprint(self) -> str:
-        """Changes when the pictures, their windows or the size do; not with what kind of map is
-        paired.
-        """
+        """Changes when the pictures, their windows or the size do; not with the kind of map."""
         boxes = digest((window.picture, window.box) for window in self.windows)
         return f"{stamp(self.pairs.root, self.pairs.pictures)} {boxes} windows {self.size}"
 
@@ -82,7 +80,7 @@ class WindowLabels:
 
     def __init__(self, views: WindowViews, read, points: int) -> None:
         self.views, self.read, self.points = views, read, points
-        self.keep = len(views) * points * points * 4 <= MEMORY
+        self.keep = len(views) * points * points * 4 <= _MEMORY
         self._kept: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -102,8 +100,8 @@ class WindowLabels:
 
 
 def merge_windows(maps: Tensor, windows: list[Window], width: int, height: int) -> Tensor:
-    """Lay maps [n, C, h, w] of a picture's windows over it and average overlaps: [C, height,
-    width].
+    """Map [C, height, width] of a picture from the maps [n, C, h, w] of its windows, overlaps
+    averaged.
     """
     if len(windows) == 1:
         return F.interpolate(maps, size=(height, width), mode="bilinear", align_corners=False)[0]

@@ -43,12 +43,12 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path
     encoder.need_summary("zero-shot")
     val = open_classes(data, "val")
     classes = read_classes(Path(config.zero_shot.embeddings), val.classes)
-    width, wanted = classes.embeddings.shape[1], encoder.dims.summary
-    if width != wanted:
+    width, expected = classes.embeddings.shape[1], encoder.dims.summary
+    if width != expected:
         raise UserError(
-            f"{config.zero_shot.embeddings} holds {width}-d embeddings, {encoder.name}'s "
-            f"'{encoder.read_out}' features are {wanted}-d: choose the head of the teacher they "
-            "come from (--features clip, say)"
+            f"{config.zero_shot.embeddings} has {width}-d embeddings, but {encoder.name}'s "
+            f"'{encoder.read_out}' features are {expected}-d: choose the head of the teacher they "
+            "come from (for example --features clip)"
         )
     views = CentreViews(val, encoder.image_size, config.extract.crop)
     features = extract(encoder, views, cache, config.extract, what="val split").summaries()
@@ -67,8 +67,8 @@ def class_scores(features: Tensor, classes: Classes) -> Tensor:
 
 
 def read_classes(path: Path, classes: tuple[str, ...]) -> Classes:
-    """Embeddings in the order of `classes`; raises UserError for a damaged file or classes it
-    lacks.
+    """Embeddings in the order of `classes`; raises UserError for a damaged file or missing
+    classes.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -77,7 +77,9 @@ def read_classes(path: Path, classes: tuple[str, ...]) -> Classes:
     except FileNotFoundError as error:
         raise UserError(f"zero_shot.embeddings = {path}: no such file") from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error})") from error
+        raise UserError(
+            f"{path} is not a complete safetensors file ({error}): create it again"
+        ) from error
     embeddings = tensors.get("embeddings")
     if embeddings is None or embeddings.ndim != 2:
         raise UserError(f"{path} has no tensor `embeddings` of shape [C, d]")
@@ -86,15 +88,14 @@ def read_classes(path: Path, classes: tuple[str, ...]) -> Classes:
         result = Classes(embeddings, tensors.get("norms"), tensors.get("bias"))
         if result.norms is None or result.bias is None:
             raise UserError(
-                f"{path} should hold a classifier's rows and lacks their `norms` or `bias`: make "
-                "it again"
+                f"{path} has a classifier's rows without their `norms` or `bias`: create it again"
             )
     if not all(torch.isfinite(tensor).all() for tensor in result if tensor is not None):
-        raise UserError(f"{path} holds NaN or infinity: make the embeddings again")
+        raise UserError(f"{path} contains NaN or infinity: create the embeddings again")
     if "classes" not in metadata:
         if len(embeddings) != len(classes):
             raise UserError(
-                f"{path} holds {len(embeddings)} embeddings without names, the data has "
+                f"{path} has {len(embeddings)} embeddings without names, but the data has "
                 f"{len(classes)} classes: put the names into its metadata as `classes`"
             )
         return result
@@ -106,12 +107,12 @@ def read_classes(path: Path, classes: tuple[str, ...]) -> Classes:
         ) from error
     if not isinstance(names, list) or len(names) != len(embeddings):
         raise UserError(
-            f"{path}: `classes` must be a list of {len(embeddings)} names, one an embedding"
+            f"{path}: `classes` must be a list of {len(embeddings)} names, one per embedding"
         )
-    lacking = [name for name in classes if name not in names]
-    if lacking:
+    missing = [name for name in classes if name not in names]
+    if missing:
         raise UserError(
-            f"{path} has no embedding of class '{lacking[0]}' ({len(lacking)} of {len(classes)} "
+            f"{path} has no embedding of class '{missing[0]}' ({len(missing)} of {len(classes)} "
             "are missing)"
         )
     order = [names.index(name) for name in classes]

@@ -19,12 +19,12 @@ from contract.files import sort_safetensors_metadata
 
 log = logging.getLogger(__name__)
 
-CONTAINERS = ("teacher", "state_dict", "model", "module", "student")
+_CONTAINERS = ("teacher", "state_dict", "model", "module", "student")
 """Keys under which published files keep the weights; of DINO's two networks the teacher is the one
 to use.
 """
 
-PREFIXES = (
+_PREFIXES = (
     "module.",
     "teacher.",
     "backbone.",
@@ -33,10 +33,10 @@ PREFIXES = (
     "encoder.",
     "net.",
 )
-"""What stands before the names of a backbone: DDP, DINO's full checkpoints, SparK's masked wrapper.
+"""Prefixes of a backbone's names: DDP, DINO's full checkpoints, SparK's masked wrapper.
 """
 
-POOLED_NORM = "head.norm."
+_POOLED_NORM = "head.norm."
 """timm's norm between a CNN's pooling and its classifier; SparK trains and publishes its ConvNeXts
 without it.
 """
@@ -79,57 +79,59 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors file or a weights-only .pth file on the CPU, without its containers and
     prefixes.
 
-    Raises UserError for a missing or damaged file, and for a pickle that holds anything but tensors
+    Raises UserError for a missing or damaged file, and for a pickle that contains anything but tensors
     and plain data: loading that would run its code.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file (fetch it, or correct the path)")
+        raise UserError(f"checkpoint {path}: no such file (download it, or correct the path)")
     try:
         if path.suffix == ".safetensors":
-            return strip_prefixes(load_file(path))
-        # DINO, MAE and DeiT keep their command line beside the weights: a Namespace is plain data,
+            return _strip_prefixes(load_file(path))
+        # DINO, MAE and DeiT store their command line with the weights: a Namespace is plain data,
         # and not used.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # foreign pickles make torch warn on standard error; what matters is whether it refuses
-            # them
+            # foreign pickles make torch warn on standard error, but only a refusal matters
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint {path} is refused: its pickle is damaged or holds code, not only tensors "
-            "(save the state dict as .safetensors where you trust the file)"
+            f"checkpoint {path} is refused: its pickle is damaged or contains code, not only tensors "
+            "(if you trust the file, save its state dict as .safetensors)"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(
-            f"checkpoint {path} is damaged or half-written ({first_line(error)}): fetch it again"
+            f"checkpoint {path} is damaged or half-written ({first_line(error)}): download it again"
         ) from error
-    return strip_prefixes(unwrap(loaded, path))
+    return _strip_prefixes(_unwrap(loaded, path))
 
 
-def unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
-    """Find the state dict inside what a training script saved."""
-    for _ in range(len(CONTAINERS)):
+def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
+    for _ in range(len(_CONTAINERS)):
         if not isinstance(loaded, dict):
             break
         if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
             return loaded
-        inner = next((loaded[key] for key in CONTAINERS if isinstance(loaded.get(key), dict)), None)
+        inner = next(
+            (loaded[key] for key in _CONTAINERS if isinstance(loaded.get(key), dict)), None
+        )
         if inner is None:
             tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
             if tensors:
                 return tensors
             break
         loaded = inner
-    raise UserError(f"checkpoint {path} holds no state dict (looked under {', '.join(CONTAINERS)})")
+    raise UserError(
+        f"checkpoint {path} has no state dict (searched under {', '.join(_CONTAINERS)})"
+    )
 
 
-def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Drop wrappers' prefixes; where some keys carry one, the others (decoders, projection heads)
-    go.
+    are dropped.
     """
-    for _ in range(len(PREFIXES)):
-        prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), None)
+    for _ in range(len(_PREFIXES)):
+        prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None)
         if prefix is None:
             break
         state = {
@@ -143,12 +145,12 @@ def strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_into(
     model: nn.Module, state: dict[str, Tensor], source: str, needs_head: bool = False
 ) -> None:
-    """Load a state dict into a timm model, strictly, except for a classifier nobody reads (unless
+    """Load a state dict into a timm model, strictly, except for the classifier (unless
     `needs_head`).
 
-    Official layouts that timm knows (ConvNeXt's, CLIP's, DINOv2's) are renamed by timm's own
+    Official layouts that timm supports (ConvNeXt's, CLIP's, DINOv2's) are renamed by timm's own
     converters, which also resample position embeddings to the model's grid. A file without the norm
-    of pooled features (SparK's ConvNeXts) takes it out of the model: the summary is then the pooled
+    of pooled features (SparK's ConvNeXts) removes it from the model: the summary is then the pooled
     map itself. Raises UserError naming the first tensor that is missing or of another shape.
     """
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -163,12 +165,12 @@ def load_into(
             AssertionError,
             TypeError,
         ) as error:
-            # a converter trips over foreign names or shapes; the comparison below says which
+            # a converter fails on foreign names or shapes; the comparison below names them
             log.debug(
                 "%s: timm's converter for %s failed (%s)", source, type(model).__name__, error
             )
     expected = model.state_dict()
-    classifier = classifier_names(model)
+    classifier = _classifier_names(model)
     optional = () if needs_head else classifier
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:
@@ -176,7 +178,7 @@ def load_into(
                 del state[name]
                 continue
             raise UserError(
-                f"{source}: '{name}' has shape {list(state[name].shape)}, the model wants "
+                f"{source}: '{name}' has shape {list(state[name].shape)}, but the model expects "
                 f"{list(tensor.shape)}: the file belongs to another architecture or size (check "
                 "teachers' name and kwargs)"
             )
@@ -185,7 +187,7 @@ def load_into(
         for n in expected
         if n not in state and not n.startswith(optional) and "num_batches" not in n
     ]
-    if missing and not needs_head and all(name.startswith(POOLED_NORM) for name in missing):
+    if missing and not needs_head and all(name.startswith(_POOLED_NORM) for name in missing):
         log.info(
             "weights   %s has no norm after pooling: its pooled features stay as they are", source
         )
@@ -207,16 +209,15 @@ def load_into(
         )
     if extra:
         log.debug(
-            "%s: %d tensors beside the backbone are not used (%s, …)", source, len(extra), extra[0]
+            "%s: %d tensors outside the backbone are not used (%s, …)", source, len(extra), extra[0]
         )
     model.load_state_dict(
         {name: state[name].to(expected[name].dtype) for name in expected if name in state}, False
     )
-    # whoever wants to read classes must know that nobody trained them
+    # tasks that read classes must not use a classifier without trained weights
     model.classifier_loaded = any(name in state for name in expected if name.startswith(classifier))
 
 
-def classifier_names(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of a timm model's classifier parameters."""
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
     names = getattr(model, "default_cfg", {}).get("classifier") or "head"
     return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))

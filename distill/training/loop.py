@@ -44,19 +44,19 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     """Train `recipe` into `folder`, from its newest checkpoint if `resume`.
 
     Returns whether training reached its last step; False means `stop` was requested and a
-    checkpoint written. Raises UserError for what a user can mend and Failure where training itself
-    fails.
+    checkpoint written. Raises UserError for mistakes a user can correct and Failure if training
+    itself fails.
     """
     settings, device = recipe.train, ranks.device
     checkpoints = folder / "checkpoint"
     saved = load_checkpoint(checkpoints) if resume else None
     if saved and saved["world"] != ranks.world:
         raise UserError(
-            f"{folder} was trained with {saved['world']} processes, now {ranks.world}: start as "
-            "many"
+            f"{folder} was trained with {saved['world']} processes, but there are now {ranks.world}: start "
+            f"{saved['world']}"
         )
 
-    # ---- the cast: pictures, teachers, method ----------------------------------------------------
+    # ---- pictures, teachers, method -------------------------------------------------------------
     pictures = open_pictures(recipe.data)
     teachers = [
         build_teacher(t, recipe.teacher_runtime, i).to(device)
@@ -96,19 +96,23 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
 
     start = saved["step"] if saved else 0
     batches = step_batches(start, steps)
-    # Everything a user may have got wrong has been looked at by now: only from here on are files
-    # written.
+    # All user input has been checked by now: files are only written from here on.
     if ranks.first and not saved:
         claim_folder(folder, recipe)
     ranks.barrier()
     dataset = CropDataset(pictures, recipe.data, schedule.views, settings.seed)
-    look = teacher_features(teachers, method.teacher_views, device)
+    compute = teacher_features(teachers, method.teacher_views, device)
     if recipe.teacher_cache.views:
-        look = open_cache(recipe, folder, dataset, teachers, method.teacher_views, look, ranks).read
+        compute = open_cache(
+            recipe, folder, dataset, teachers, method.teacher_views, compute, ranks
+        ).read
     if not saved:
         few = min(recipe.targets.batches, steps)
         fit_normalizers(
-            method.normalizers, make_loader(dataset, step_batches(0, few), 0, False), look, device
+            method.normalizers,
+            make_loader(dataset, step_batches(0, few), 0, False),
+            compute,
+            device,
         )
 
     # ---- optimizer, averaging, state -------------------------------------------------------------
@@ -130,13 +134,13 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         counters.copy_(saved["counters"])
         if average:
             average.load_state_dict(saved["average"])
-        set_rng(saved["rng"][ranks.rank], device)
+        _set_rng(saved["rng"][ranks.rank], device)
         log.info("resumed from step %d of %d", start, steps)
     compiled = torch.compile(model) if settings.compile else model
 
     def save(step: int) -> None:
         weights, optim = full_state(model, optimizer)
-        rng = ranks.gather(get_rng(device))
+        rng = ranks.gather(_get_rng(device))
         if ranks.first:
             state = {
                 "model": weights,
@@ -179,7 +183,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                 batch = next(loader)
                 ledger.add(batch.skipped)
                 batch = batch.to(device)
-                targets = look(batch)
+                targets = compute(batch)
                 with without_sync(model, last=micro == settings.accumulate - 1):
                     with autocast:
                         losses = compiled(batch.views, targets)
@@ -189,13 +193,13 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                     sums[name] = sums[name] + value if name in sums else value
 
             scaler.unscale_(optimizer)
-            norm = clip_gradients(parameters, settings)
-            # Gradients are summed over ranks, so every rank reaches the same verdict.
+            norm = _clip_gradients(parameters, settings)
+            # Gradients are summed over ranks, so every rank gets the same result.
             bad = ~torch.isfinite(norm)
             for group in optimizer.param_groups:
                 if step < group["frozen_epochs"] * per_epoch:
                     for parameter in group["params"]:
-                        parameter.grad = None  # AdamW passes over it: no step, moments or decay
+                        parameter.grad = None  # AdamW skips it: no step, moments or decay
             take_step(optimizer, scaler, bad)
             optimizer.zero_grad(set_to_none=True)
             method.after_step(progress)
@@ -208,7 +212,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
             done = step + 1
             log_due = done % settings.log_every == 0 or done == steps
             if device.type == "cpu" or log_due:  # reading a counter waits for a GPU
-                stop_if_diverged(counters, settings, done, losses)
+                _stop_if_diverged(counters, settings, done, losses)
             if log_due:
                 span, now = done - since_step, time.perf_counter()
                 values = ranks.mean(torch.stack([*sums.values(), norm * span]) / span).tolist()
@@ -225,8 +229,8 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                     }
                     metrics.write(row | {"skipped_images": len(ledger)})
                 sums, since, since_step = {}, now, done
-            # With several ranks they must stop at the same step, and asking is a collective: only
-            # where a line is due.
+            # Several ranks must stop at the same step, and checking is a collective: only where a
+            # line is due.
             stopping = stop.requested if ranks.world == 1 else log_due and ranks.any(stop.requested)
             if done % recipe.checkpoint.every_steps == 0 or stopping or done == steps:
                 save(done)
@@ -250,17 +254,17 @@ def teacher_features(
     `inference_mode`.
     """
 
-    def look(batch: Batch) -> dict[str, Features]:
+    def compute(batch: Batch) -> dict[str, Features]:
         with torch.inference_mode():
             features = {
                 teacher.label: teacher(batch.views[teacher_views[teacher.label]].to(device))
                 for teacher in teachers
             }
-        # Autograd refuses to keep inference tensors for a backward pass; a copy outside the mode is
-        # an ordinary one.
+        # Autograd cannot keep inference tensors for a backward pass; a copy made outside the mode
+        # is an ordinary tensor.
         return {label: f.map(Tensor.clone) for label, f in features.items()}
 
-    return look
+    return compute
 
 
 def build_optimizer(
@@ -288,7 +292,7 @@ def build_optimizer(
     )
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], settings: TrainConfig) -> Tensor:
+def _clip_gradients(parameters: Sequence[nn.Parameter], settings: TrainConfig) -> Tensor:
     """Clip gradients to `settings.clip_grad` and return their norm before that, over all of them
     (and over all ranks' shards).
     """
@@ -303,8 +307,8 @@ def clip_gradients(parameters: Sequence[nn.Parameter], settings: TrainConfig) ->
 
 
 def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
-    """Step unless gradients are `bad`, without asking a GPU: fused AdamW takes the verdict as a
-    tensor.
+    """Step unless gradients are `bad`, without waiting for a GPU: fused AdamW takes the flag as
+    a tensor.
     """
     if scaler.is_enabled():
         scaler.step(optimizer)  # skips by its own count of non-finite gradients
@@ -316,7 +320,7 @@ def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, ba
         optimizer.step()
 
 
-def stop_if_diverged(
+def _stop_if_diverged(
     counters: Tensor, settings: TrainConfig, step: int, losses: dict[str, Tensor]
 ) -> None:
     """Raise Failure after `max_bad_steps` steps in a row without finite gradients, naming the
@@ -356,14 +360,13 @@ class StopSignal:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def get_rng(device: torch.device) -> dict[str, Tensor]:
+def _get_rng(device: torch.device) -> dict[str, Tensor]:
     """Random state of this process (crops are seeded per picture and need none)."""
     state = {"cpu": torch.get_rng_state()}
     return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_rng(state: dict[str, Tensor], device: torch.device) -> None:
-    """Inverse of `get_rng`."""
+def _set_rng(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -24,10 +24,10 @@ class MetricsLog:
 
     def __init__(self, folder: Path, steps: int, start: int, tensorboard: bool) -> None:
         self.path, self.steps = folder / "metrics.jsonl", steps
-        truncate(self.path, start)
+        _truncate(self.path, start)
         self.file = open(self.path, "a")
         self.began, self.start = time.perf_counter(), start
-        self.board = open_tensorboard(folder / "tensorboard", start) if tensorboard else None
+        self.board = _open_tensorboard(folder / "tensorboard", start) if tensorboard else None
         self.progress = None
         if sys.stdout.isatty():
             text = TextColumn("{task.description}")
@@ -36,7 +36,7 @@ class MetricsLog:
             self.progress.start()
 
     def write(self, row: dict) -> None:
-        """Append a line; a value that is not finite becomes null, which JSON can hold."""
+        """Append a line; a value that is not finite becomes null, which is valid JSON."""
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }
@@ -82,7 +82,7 @@ class MetricsLog:
             self.progress.stop()
 
 
-def open_tensorboard(folder: Path, start: int):
+def _open_tensorboard(folder: Path, start: int):
     """A TensorBoard writer that hides steps after `start` from an earlier, killed attempt."""
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -94,8 +94,8 @@ def open_tensorboard(folder: Path, start: int):
     return SummaryWriter(folder, purge_step=start + 1)
 
 
-def truncate(path: Path, step: int) -> None:
-    """Drop lines after `step`, and a last line that a kill left half-written; atomic."""
+def _truncate(path: Path, step: int) -> None:
+    """Drop lines after `step`, and a last line that a kill left incomplete; atomic."""
     if not path.exists():
         return
     kept = [row for row in read_metrics(path) if row["step"] <= step]
@@ -104,7 +104,7 @@ def truncate(path: Path, step: int) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a half-written last one is left out."""
+    """The lines of a metrics.jsonl; an incomplete last one is left out."""
     rows = []
     for line in path.read_text().splitlines():
         try:

@@ -22,10 +22,10 @@ from distill.methods.method import Method, Progress
 from distill.teachers import Teacher, build_teacher, weights_source
 from distill.training.schedule import Schedule, resolve_views
 
-GIGA = 1e9
+_GIGA = 1e9
 
-UNKNOWN = 10**9
-"""Pictures that are assumed where nobody knows their number, so that no batch is too large."""
+_UNKNOWN = 10**9
+"""Pictures assumed if their number is unknown, so that no batch is too large."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Cost:
 
 
 def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
-    """A teacher without weights, for its shapes and costs (a teacher that is a run is loaded, it is
+    """A teacher without weights, for its shapes and costs (a run as a teacher is loaded: it is
     small).
     """
     if config.name == "run":
@@ -81,31 +81,31 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
         crops |= {
             f"{name}.box": torch.empty(view.crops, 4) for name, view in views.items() if view.boxes
         }
-        looks = {}
+        features = {}
         for teacher in teachers:
             count = views[method.teacher_views[teacher.label]].crops
             shapes = teacher.shapes.items()
-            looks[teacher.label] = features_of(
+            features[teacher.label] = features_of(
                 {name: torch.empty(count, *shape) for name, shape in shapes}
             )
         method.before_step(Progress(0, recipe.train.steps or 1, 1))
-        kept = KeptBytes(method)
+        kept = _KeptBytes(method)
         with FlopCounterMode(display=False) as counter, kept.hooks():
-            method(crops, looks)
+            method(crops, features)
     flops = counter.get_flop_counts()
     parts = [
         Part(
             name,
-            *count_parameters(child),
-            sum(flops.get(f"{type(method).__name__}.{name}", {}).values()) / GIGA,
+            *_count_parameters(child),
+            sum(flops.get(f"{type(method).__name__}.{name}", {}).values()) / _GIGA,
         )
         for name, child in method.named_children()
-        if count_parameters(child)[0]
+        if _count_parameters(child)[0]
     ]
     return Cost(parts, kept.total, method)
 
 
-class KeptBytes:
+class _KeptBytes:
     """Adds up the distinct tensors autograd keeps for the backward pass, parameters aside."""
 
     def __init__(self, method: nn.Module) -> None:
@@ -126,23 +126,23 @@ class KeptBytes:
         return tensor
 
 
-def count_parameters(module: nn.Module) -> tuple[int, int]:
+def _count_parameters(module: nn.Module) -> tuple[int, int]:
     """Number of parameters, and of those that train."""
     sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
     return sum(n for n, _ in sizes), sum(n for n, trains in sizes if trains)
 
 
-def count_images(recipe: Recipe) -> tuple[int | None, str]:
-    """Number of pictures, and where the number comes from; falls back on `data.images` where there
-    are no files.
+def _count_images(recipe: Recipe) -> tuple[int | None, str]:
+    """Number of pictures, and where the number comes from; falls back on `data.images` without
+    files.
     """
     try:
         number = len(open_pictures(recipe.data))
     except UserError as error:
         if recipe.data.images is None:
             return None, f"not readable here ({error})"
-        return recipe.data.images, f"as the recipe says; not readable here ({error})"
-    return number, f"found ({recipe.data.kind})"
+        return recipe.data.images, f"from data.images; not readable here ({error})"
+    return number, f"counted ({recipe.data.kind})"
 
 
 def print_plan(recipe: Recipe) -> None:
@@ -150,8 +150,8 @@ def print_plan(recipe: Recipe) -> None:
     console = Console()
     teachers = [meta_teacher(t, recipe, i) for i, t in enumerate(recipe.teachers)]
     cost = method_cost(recipe, teachers)
-    images, origin = count_images(recipe)
-    schedule = Schedule(recipe, cost.method, teachers, images or UNKNOWN)
+    images, origin = _count_images(recipe)
+    schedule = Schedule(recipe, cost.method, teachers, images or _UNKNOWN)
     _print_parts(console, recipe, cost, teachers, schedule)
     part, variants = METHODS[recipe.method].variants(recipe)
     if variants:
@@ -192,7 +192,7 @@ def _print_parts(
         gflop = crops[cost.method.teacher_views[teacher.label]] * teacher_gflop(teacher)
         table.add_row(
             f"teacher {teacher.label} ({config.role})",
-            f"{count_parameters(teacher)[0]:,}",
+            f"{_count_parameters(teacher)[0]:,}",
             "0",
             f"{gflop:.2f}",
             " + ".join(shapes),
@@ -210,7 +210,7 @@ def teacher_gflop(teacher: Teacher) -> float:
                 1, 3, teacher.image_size, teacher.image_size, dtype=torch.uint8, device=device
             )
         )
-    return counter.get_total_flops() / GIGA
+    return counter.get_total_flops() / _GIGA
 
 
 def _compare(
@@ -220,13 +220,13 @@ def _compare(
     cost: Cost,
     teachers: list[Teacher],
 ) -> Table:
-    """Cost of a part of the method in variants of the recipe, beside the student's forward."""
+    """Cost of a part of the method in variants of the recipe, compared with the student's forward pass."""
     table = Table(title=f"alternatives: cost of the {part}")
     for column in ("recipe", "parameters", "forward GFLOP", "of the student's"):
         table.add_column(column, justify="left" if column == "recipe" else "right")
     for name, variant in variants.items():
-        found = cost if variant == recipe else method_cost(variant, teachers)
-        parts = {p.name: p for p in found.parts}
+        result = cost if variant == recipe else method_cost(variant, teachers)
+        parts = {p.name: p for p in result.parts}
         share = f"{100 * parts[part].gflop / parts['student'].gflop:.0f} %"
         name += " (this recipe)" if variant == recipe else ""
         table.add_row(name, f"{parts[part].parameters:,}", f"{parts[part].gflop:.2f}", share)
@@ -236,10 +236,9 @@ def _compare(
 def _print_schedule(
     console: Console, recipe: Recipe, schedule: Schedule, images: int | None
 ) -> None:
-    """Print steps and epochs."""
     train = recipe.train
     if images is None:
-        console.print(f"steps        {train.steps or 'unknown: the number of images is'}")
+        console.print(f"steps        {train.steps or 'unknown, as is the number of images'}")
         return
     for size in schedule.batch_sizes.values():
         if images * recipe.data.repeats < size:
@@ -271,7 +270,7 @@ def _print_cache(
     )
     views = images * recipe.teacher_cache.views
     console.print(
-        f"cache        {views:,} views, {views * numbers * 2 / GIGA:.2f} GB on disk; teachers run "
+        f"cache        {views:,} views, {views * numbers * 2 / _GIGA:.2f} GB on disk; teachers run "
         "on each view once"
     )
 
@@ -289,17 +288,17 @@ def _print_memory(
     """
     train = recipe.train
     trainable = sum(part.trainable for part in cost.parts)
-    frozen = sum(count_parameters(teacher)[0] for teacher in teachers)
+    frozen = sum(_count_parameters(teacher)[0] for teacher in teachers)
     shards = world if train.parallel == "fsdp" else 1
     # weights, gradients and two moments of AdamW, 4 bytes each
-    state = trainable * 16 / shards / GIGA
+    state = trainable * 16 / shards / _GIGA
     micro = max(1, max(schedule.batch_sizes.values()) // (world * train.accumulate))
     half = train.precision != "fp32"
-    activations = micro * cost.activation_bytes * (0.6 if half else 1.0) / GIGA
-    total = state + frozen * 4 / GIGA + activations
+    activations = micro * cost.activation_bytes * (0.6 if half else 1.0) / _GIGA
+    total = state + frozen * 4 / _GIGA + activations
     console.print(
         f"memory       about {total:.1f} GB a rank: {state:.1f} weights, gradients and moments, "
-        f"{frozen * 4 / GIGA:.1f} teachers, {activations:.1f} activations of {micro} images "
+        f"{frozen * 4 / _GIGA:.1f} teachers, {activations:.1f} activations of {micro} images "
         f"({world} rank{'s' if world > 1 else ''}"
         f"{', autocast keeps some in fp32' if half else ''})"
     )

@@ -1,4 +1,4 @@
-"""What a user reads before and after training: the cast, the files made, the next command."""
+"""Printed before and after training: the networks, the files written, the next command."""
 
 import logging
 from pathlib import Path
@@ -21,15 +21,15 @@ from distill.training.plots import plot_losses
 
 log = logging.getLogger(__name__)
 
-PICTURES = 4
+_PICTURES = 4
 """Photographs in the closing PCA picture."""
 
-ZOOM = 3
+_ZOOM = 3
 """Their size over the training sizes; a multiple of a multiple of the patch is one too."""
 
 
 def show_start(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
-    """Say who learns from whom, and where it will be written."""
+    """Log the student, its teachers and the run folder."""
     log.info(
         "student   %s at %d px, method %s",
         recipe.student.name,
@@ -48,7 +48,7 @@ def show_start(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
 
 
 def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
-    """Draw the pictures of a run and say what to open and what to type next."""
+    """Draw the pictures of a run and print its files and the next command."""
     if not complete:
         print(
             f"stopped before the last step; the checkpoint in {folder / 'checkpoint'} is complete. "
@@ -58,7 +58,7 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
         return
     rows = read_metrics(folder / "metrics.jsonl")
     plot = plot_losses(folder)
-    picture = draw_pca(recipe, folder)
+    picture = _draw_pca(recipe, folder)
     if rows:
         print(
             f"loss      {rows[0]['loss']:.4f} at step {rows[0]['step']} -> {rows[-1]['loss']:.4f} "
@@ -68,12 +68,12 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
     print(f"student   {folder / 'student.safetensors'}")
     print(f"losses    {plot}")
     print(f"features  {picture}")
-    print("next      look closer at one photograph:")
+    print("next      inspect one photograph:")
     print(f"  python -m distill.visualize {folder} IMAGE.jpg --sizes 224 448")
 
 
-def dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig]:
-    """Index and config of the teacher whose patches mean most: a DINO one, else the first."""
+def _dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig]:
+    """Index and config of the teacher for the PCA picture: a DINO one, else the first."""
     for index, teacher in enumerate(recipe.teachers):
         if teacher.role == "dino":
             return index, teacher
@@ -81,35 +81,35 @@ def dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig]:
 
 
 @torch.no_grad()
-def draw_pca(recipe: Recipe, folder: Path) -> Path:
+def _draw_pca(recipe: Recipe, folder: Path) -> Path:
     """Write plots/pca.png: photographs, the student's features, its prediction of the dense
     teacher, that teacher.
 
     Whole photographs at ZOOM times the training sizes, so that maps are fine enough to look at.
     """
     run = load_run(folder)
-    index, config = dense_teacher(recipe)
+    index, config = _dense_teacher(recipe)
     usual = build_teacher(config, recipe.teacher_runtime, index).image_size
-    wide = config.model_copy(update={"image_size": ZOOM * usual})
+    wide = config.model_copy(update={"image_size": _ZOOM * usual})
     teacher = build_teacher(wide, recipe.teacher_runtime, index)
-    side = ZOOM * recipe.student.image_size
-    photos = some_photographs(open_pictures(recipe.data))
+    side = _ZOOM * recipe.student.image_size
+    photos = _some_photographs(open_pictures(recipe.data))
     predictions = run.method.deploy()(
         torch.stack([centre_crop(p, side) for p in photos]).float() / 255
     )
     student = {"student backbone": predictions[BACKBONE].patches}
-    seen = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
-    compared = {f"teacher {config.label}": unit_scale(seen)}
+    target = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
+    compared = {f"teacher {config.label}": _unit_scale(target)}
     if config.label in predictions:
-        # Both live in the teacher's space, so they share one set of colours: where they agree, the
-        # student has learnt it.
-        head = unit_scale(predictions[config.label].patches)
+        # Both live in the teacher's space, so they share one set of colours: equal colours mean that
+        # the student predicts the teacher well.
+        head = _unit_scale(predictions[config.label].patches)
         compared = {f"student's {config.label} head": head} | compared
     shown = [centre_crop(p, side).permute(1, 2, 0).numpy() for p in photos]
     return pca_figure(folder / "plots" / "pca.png", shown, [student, compared])
 
 
-def unit_scale(maps: Tensor) -> Tensor:
+def _unit_scale(maps: Tensor) -> Tensor:
     """Centre maps [n, h, w, d] and give them one overall deviation: a cosine loss leaves a head's
     scale free.
     """
@@ -117,10 +117,10 @@ def unit_scale(maps: Tensor) -> Tensor:
     return centred / centred.std()
 
 
-def some_photographs(pictures: Pictures) -> list[Image.Image]:
+def _some_photographs(pictures: Pictures) -> list[Image.Image]:
     """A few readable pictures, spread over the data set."""
     result = []
-    for number in torch.linspace(0, len(pictures) - 1, PICTURES).long().unique().tolist():
+    for number in torch.linspace(0, len(pictures) - 1, _PICTURES).long().unique().tolist():
         try:
             result.append(pictures.load(number))
         except UnreadableImage as error:  # training has named and replaced it already

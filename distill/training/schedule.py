@@ -13,7 +13,7 @@ from distill.teachers import Teacher
 class Schedule:
     """How a recipe's method, teachers and pictures become views, streams and steps.
 
-    Raises UserError for a teacher with pictures of its own where the method has no stream for them.
+    Raises UserError for a teacher with a batch size of its own if the method has no stream for it.
     """
 
     def __init__(
@@ -25,8 +25,8 @@ class Schedule:
         for number, (label, size) in enumerate(own.items()):
             if size and label not in streams:
                 raise UserError(
-                    f"teachers.{number}.batch_size = {size}: method {recipe.method} shows teacher "
-                    f"'{label}' the pictures of the others: remove it, and set train.batch_size"
+                    f"teachers.{number}.batch_size = {size}: method {recipe.method} gives teacher "
+                    f"'{label}' the same pictures as the others: remove it, and set train.batch_size"
                 )
         self.batch_sizes = {
             stream: own.get(stream) or recipe.train.batch_size for stream in streams

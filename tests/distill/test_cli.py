@@ -126,7 +126,7 @@ def test_an_output_folder_that_holds_another_run_is_left_alone(capsys, recipe_fi
 
 def test_resume_of_an_empty_folder_is_refused(capsys, tmp_path):
     assert main(["--output", str(tmp_path), "--resume"]) == 2
-    assert f"{tmp_path} holds no run to resume" in capsys.readouterr().err
+    assert f"{tmp_path} has no run to resume" in capsys.readouterr().err
 
 
 def test_resume_with_a_changed_recipe_names_the_field(capsys, photo_folder, tmp_path):

@@ -265,10 +265,10 @@ MISTAKES = [
     ("train.steps.x=2", "unknown key 'train.steps.x'"),
     ("zzz=1", "unknown key 'zzz': known: method, student, teachers"),
     ("teachers.3.weight=2", "teachers.3.weight: the recipe has 3 teachers, numbered from 0"),
-    ("teachers.-1.weight=2", "3 teachers, numbered from 0; '-1' is none of them"),
-    ("teachers.mae.weight=2", "3 teachers, numbered from 0; 'mae' is none of them"),
-    ("train.steps", "'train.steps' is no override: write key=value"),
-    ("=3", "'=3' is no override: write key=value"),
+    ("teachers.-1.weight=2", "3 teachers, numbered from 0; '-1' is not one of them"),
+    ("teachers.mae.weight=2", "3 teachers, numbered from 0; 'mae' is not one of them"),
+    ("train.steps", "'train.steps' is not an override: write key=value"),
+    ("=3", "'=3' is not an override: write key=value"),
     ("train.betas=[0.9", "train.betas: '[0.9' is not valid YAML"),
     ("student.kwargs.depth.x=3", "'student.kwargs.depth' is 6, a single value without parts"),
     ("train.lr=-1", "train.lr = -1: Input should be greater than 0"),
@@ -330,7 +330,7 @@ def test_a_shipped_name_means_the_shipped_recipe_whatever_lies_in_the_folder(tmp
 def test_a_file_that_is_no_recipe_is_named(tmp_path):
     path = tmp_path / "picture.yaml"
     path.write_bytes(b"\xff\xd8\xff\xe0")
-    assert f"recipe {path} is no text file" in error_loading(str(path))
+    assert f"recipe {path} is not a text file" in error_loading(str(path))
     path.unlink()
     path.mkdir()
     assert f"recipe {path} cannot be read" in error_loading(str(path))

@@ -77,7 +77,7 @@ def test_command_writes_both_layouts_and_refuses_to_overwrite(tmp_path, capsys):
     np.testing.assert_allclose(depth / 1000, render(0, 3, 32).depth, atol=6e-4)
     assert json.loads((folder / "scenes.json").read_text())["masks"] == list(MASK_NAMES)
     assert main(wanted) == 2
-    assert "already holds files" in capsys.readouterr().err
+    assert "already has files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

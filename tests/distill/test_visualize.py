@@ -84,9 +84,9 @@ def test_wrong_arguments_are_one_line_and_status_two(run_folder, photo_folder, t
     cases = {
         "no such file": [str(run_folder), "gone.jpg"],
         "cannot be read": [str(run_folder), str(tmp_path / "broken.jpg")],
-        "it is no run folder": [str(tmp_path), photo],
+        "it is not a run folder": [str(tmp_path), photo],
         "use 64 or 80": [str(run_folder), photo, "--sizes", "70"],
-        "this student has backbone, cls, mae, dino": [str(run_folder), photo, "--outputs", "clip"],
+        "choose from backbone, cls, mae, dino": [str(run_folder), photo, "--outputs", "clip"],
     }
     for expected, arguments in cases.items():
         assert main([*arguments, "--output", str(tmp_path / "out")]) == 2

@@ -58,7 +58,7 @@ def test_a_folders_fingerprint_follows_its_files(tmp_path):
 def test_missing_and_empty_folders_and_files_are_errors(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         FolderPictures(tmp_path / "gone")
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match="has no images"):
         FolderPictures(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):

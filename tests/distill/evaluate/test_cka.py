@@ -100,7 +100,7 @@ def test_matrix_holds_every_pair() -> None:
 def test_too_few_pictures() -> None:
     x, y = random_features(3, 5, 5)
     assert 0 < streamed(x, y, 3) <= 1
-    with pytest.raises(UserError, match="debiased CKA of 3 pictures is undefined: give at least 4"):
+    with pytest.raises(UserError, match="debiased CKA of 3 pictures is undefined: use at least 4"):
         streamed(x, y, 3, debiased=True)
     with pytest.raises(UserError, match="CKA of 0 pictures"):
         LinearCKA().value()
@@ -110,7 +110,7 @@ def test_too_few_pictures() -> None:
 def test_constant_features_are_named(debiased: bool) -> None:
     x, _ = random_features(20, 5, 5)
     with pytest.raises(
-        UserError, match="CKA of 'y' is undefined: its features of all 20 pictures are alike"
+        UserError, match="CKA of 'y' is undefined: its features of all 20 pictures are equal"
     ):
         streamed(x, torch.full((20, 7), 0.1), 6, debiased)
 
@@ -122,12 +122,12 @@ def test_wrong_batches_are_refused_and_leave_no_trace() -> None:
     value = cka.value()
     with pytest.raises(UserError, match="unequal numbers of pictures"):
         cka.add(x, y[:5])
-    with pytest.raises(UserError, match=r"features \[10, 4\] of 'x': give \[pictures, 5\]"):
+    with pytest.raises(UserError, match=r"features \[10, 4\] of 'x', expected \[pictures, 5\]"):
         cka.add(y, y)
     with pytest.raises(UserError, match="of 'y' that are not finite"):
         cka.add(x, y / 0)
     assert cka.value() == value
     matrix = CKAMatrix()
     matrix.add({"a": x, "b": y})
-    with pytest.raises(UserError, match="CKA got features of a: give a, b"):
+    with pytest.raises(UserError, match="CKA got features of a, expected a, b"):
         matrix.add({"a": x})

@@ -95,7 +95,7 @@ def test_zero_shot_takes_the_nearest_embedding_whatever_its_length(
     ("shape", "classes", "words"),
     [
         ((2, 7), None, "48-d"),
-        ((3, 48), None, "holds 3 embeddings without names"),
+        ((3, 48), None, "has 3 embeddings without names"),
         ((2, 48), ["chelsea", "dog"], "no embedding of class 'coins'"),
         (None, None, "no such file"),
         ("nan", None, "NaN or infinity"),
@@ -126,7 +126,7 @@ def test_embeddings_that_do_not_fit_are_one_line(
         ("no val", "has no val split"),
         ("unknown class", "no class 'dog'"),
         ("truncated", "cannot be read"),
-        ("one class with pictures", "of 1 class only"),
+        ("one class with pictures", "of only 1 class"),
     ],
 )
 def test_broken_class_folders_are_one_line(tiny_vit, class_folders, tmp_path, how, words):

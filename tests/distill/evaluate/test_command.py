@@ -189,13 +189,16 @@ def test_every_task_has_its_own_data_root(run, scenes, class_folders):
             "unknown key 'epochs': did you mean 'probe.epochs'?",
         ),
         (("RUN", "--data", "DATA", "probe.epochs=-3"), "probe.epochs = -3"),
-        (("RUN", "--data", "DATA", "probe"), "'probe' is no setting"),
+        (("RUN", "--data", "DATA", "probe"), "'probe' is not a setting"),
         (("RUN", "--data", "DATA", "--size", "70"), "--size 70 is not a multiple"),
         (("no_such_model", "--data", "DATA"), "model 'no_such_model' is not a timm architecture"),
-        (("resnet10t@random", "--data", "DATA", "--with-teachers"), "is no run folder"),
-        (("resnet10t@random", "--data", "DATA", "--features", "dino"), "has its backbone only"),
+        (
+            ("resnet10t@random", "--data", "DATA", "--with-teachers"),
+            "--with-teachers needs a run folder; got 'resnet10t@random'",
+        ),
+        (("resnet10t@random", "--data", "DATA", "--features", "dino"), "has only its backbone"),
         (("resnet10t@missing.pth", "--data", "DATA"), "missing.pth"),
-        ((), "no MODEL"),
+        ((), "MODEL is missing"),
         (
             ("RUN", "--data", "DATA", "--tasks", "finetune", "--features", "dino"),
             "finetune trains the backbone",
@@ -305,8 +308,8 @@ def test_similarity_reads_the_teachers_of_a_run_and_its_shared_space(run, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--teachers", "resnet10t@random"), "two or more different networks"),
-        (("--teachers", "resnet10t@random", "resnet10t@random"), "two or more different networks"),
+        (("--teachers", "resnet10t@random"), "at least two different networks"),
+        (("--teachers", "resnet10t@random", "resnet10t@random"), "at least two different networks"),
         (("--teachers", "resnet10t@random", "resnet99"), "resnet99"),
         (("--recipe", "quickstrat"), "did you mean"),
         (("--run", "nowhere"), "nowhere"),

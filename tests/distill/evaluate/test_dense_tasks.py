@@ -234,7 +234,7 @@ def test_ade20k_names_come_from_its_own_table(tmp_path):
     (tmp_path / "objectInfo150.txt").write_text("\n".join(rows))
     pairs = open_pairs(tmp_path, "train", "masks")
     assert label_names(pairs, 2) == ["wall", "building"]
-    with pytest.raises(UserError, match="names 2 classes, the masks have 3"):
+    with pytest.raises(UserError, match="names 2 classes, but the masks have 3"):
         label_names(pairs, 3)
 
 
@@ -311,11 +311,11 @@ def broken_masks(folder, how):
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("size", "is 32x20, its picture 32x32"),
-        ("one class", "1 class only"),
+        ("size", "is 32x20, but its picture is 32x32"),
+        ("one class", "only 1 class"),
         ("too large", "has label 9"),
         ("colour", "has 3 channels"),
-        ("missing mask", "1 of 2 lack one"),
+        ("missing mask", "1 of 2 are missing"),
         ("empty", "is empty"),
         ("no split", "has no val split"),
         ("truncated", "cannot be read"),

@@ -110,7 +110,7 @@ def test_features_that_are_no_numbers_are_refused(tiny_vit, views, tmp_path, kin
             getattr(found, kind)[0] = float("nan")
             return found
 
-    with pytest.raises(UserError, match=f"{kind} features hold NaN"):
+    with pytest.raises(UserError, match=f"{kind} features contain NaN"):
         extract(Broken(tiny_vit), views, tmp_path, CONFIG, patches=True)
     assert not list(tmp_path.glob("*/*.json")), "nothing half-written counts"
 

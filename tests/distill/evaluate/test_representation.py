@@ -208,10 +208,10 @@ def test_without_class_token_all_patches_look():
 
 def test_what_attention_refuses(tiny_vit, tiny_cnn):
     images = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    with pytest.raises(UserError, match="tiny-cnn has no attention"):
+    with pytest.raises(UserError, match="tiny-cnn has no global attention"):
         attention_maps(tiny_cnn, images)
     with pytest.raises(
-        UserError, match="images of 64x50 pixels do not fit tiny-vit: give multiples of 16"
+        UserError, match="images of 64x50 pixels do not fit tiny-vit: use multiples of 16"
     ):
         attention_maps(tiny_vit, images[..., :50])
 

@@ -242,7 +242,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(call, name: str, photographs, t
     arguments = (f"touch {mark}",) if call is os.system else (f"open({str(mark)!r}, 'w')",)
     truth = {**ground_truth(), "extra": Hostile(call, *arguments)}
     (photographs / "gnd_test.pkl").write_bytes(pickle.dumps(truth))
-    with pytest.raises(UserError, match=f"asks for {name}") as error:
+    with pytest.raises(UserError, match=f"refers to {name}") as error:
         evaluate(tiny_vit, photographs, CONFIG, tmp_path / "out")
     assert not mark.exists() and "\n" not in str(error.value)
 
@@ -254,7 +254,7 @@ def test_a_hostile_pickle_is_refused_and_not_run(call, name: str, photographs, t
 def test_no_other_name_passes(name: bytes, tmp_path):
     path = tmp_path / "gnd_test.pkl"
     path.write_bytes(b"c" + name + b"\n.")
-    with pytest.raises(UserError, match="asks for"):
+    with pytest.raises(UserError, match="refers to"):
         read_pickle(path)
 
 
@@ -281,7 +281,7 @@ MISTAKES = {
     "box": (with_entry(bbx=[1, 2, 3]), r"bbx of query astronaut is \[1, 2, 3\]"),
     "box outside": (
         with_entry(bbx=[600, 0, 700, 50]),
-        "of query astronaut holds no pixel of its 512x512",
+        "of query astronaut is outside its 512x512 picture",
     ),
     "missing": (
         lambda d, t: (d / "jpg" / "coffee_2.jpg").unlink(),
@@ -296,7 +296,7 @@ MISTAKES = {
         lambda d, t: [e.update(easy=[], hard=[]) for e in t["gnd"]],
         "no query of .* has a positive",
     ),
-    "no key": (lambda d, t: t.pop("imlist"), "must hold a dict with the lists"),
+    "no key": (lambda d, t: t.pop("imlist"), "must be a dict with the lists"),
     "absolute": (
         lambda d, t: t["qimlist"].__setitem__(0, "/etc/a"),
         "qimlist must list at least one picture, by name",
@@ -321,7 +321,7 @@ def test_mistakes_are_one_line(mistake: str, tiny_vit, photographs, tmp_path):
 
 
 def test_missing_and_broken_ground_truth(tiny_vit, photographs, tmp_path):
-    with pytest.raises(UserError, match="found: none"):
+    with pytest.raises(UserError, match="exactly one .*; it has none"):
         evaluate(tiny_vit, photographs, CONFIG, tmp_path / "out")
     (photographs / "gnd_test.json").write_text("{")
     with pytest.raises(UserError, match="gnd_test.json is not JSON"):
@@ -334,7 +334,7 @@ def test_features_that_are_not_finite_are_named(
     write(photographs, ground_truth())
     bias = tiny_vit.net.norm.bias
     monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
-    with pytest.raises(UserError, match="tiny-vit: its summary features hold NaN or infinity"):
+    with pytest.raises(UserError, match="tiny-vit: its summary features contain NaN or infinity"):
         evaluate(tiny_vit, photographs, CONFIG, tmp_path / "out")
 
 

@@ -114,7 +114,7 @@ def test_subset_is_read_among_its_classes(tmp_path):
     paint(tmp_path / "imagenet-a" / WNIDS[stranger] / "a.png", 0)
     with pytest.raises(
         UserError,
-        match=f"'{WNIDS[stranger]}' is no class: name the folder by one of its 200 classes",
+        match=f"'{WNIDS[stranger]}' is not a class: name the folder by one of its 200 classes",
     ):
         run(tmp_path)
 
@@ -125,7 +125,7 @@ def test_v2_folders_are_numbers_or_wordnet_ids(tmp_path):
     assert run(tmp_path).scores == {"imagenet-v2 top1": pytest.approx(0.8)}
     paint(tmp_path / "imagenet-v2" / "1000" / "a.png", 0)
     with pytest.raises(
-        UserError, match="'1000' is no class: name the folder by a class number from 0 to 999"
+        UserError, match="'1000' is not a class: name the folder by a class number from 0 to 999"
     ):
         run(tmp_path)
 
@@ -177,15 +177,17 @@ def test_all_corruptions_make_mce(tmp_path):
 def test_corruptions_that_lack_something(tmp_path):
     folder = tmp_path / "imagenet-c"
     (folder / "noise").mkdir(parents=True)
-    with pytest.raises(UserError, match="holds no corruption: give any of gaussian_noise"):
+    with pytest.raises(UserError, match="has no corruption: add any of gaussian_noise"):
         run(tmp_path)
     for severity in "123":
         paint(folder / "fog" / severity / WNIDS[0] / "a.png", 0)
-    with pytest.raises(UserError, match="fog lacks severity 4, 5: mCE needs the folders 1 to 5"):
+    with pytest.raises(
+        UserError, match="fog lacks severity 4, 5: download it, as mCE needs the folders 1 to 5"
+    ):
         run(tmp_path)
     (folder / "gausian_noise").mkdir()
     with pytest.raises(
-        UserError, match="'gausian_noise' is no corruption .* did you mean 'gaussian_noise'"
+        UserError, match="'gausian_noise' is not a corruption .* did you mean 'gaussian_noise'"
     ):
         run(tmp_path)
 
@@ -224,7 +226,7 @@ def test_backgrounds_and_their_gap(tmp_path):
     }
     paint(folder / "original" / "val" / "dog" / "a.png", 0)
     with pytest.raises(
-        UserError, match="'dog' is no class: name the folder by a coarse class like 00_dog"
+        UserError, match="'dog' is not a class: name the folder by a coarse class like 00_dog"
     ):
         run(tmp_path)
 
@@ -258,19 +260,19 @@ def test_centre_crop_keeps_the_share_of_the_shorter_side(tmp_path):
 def test_what_variants_refuse(tmp_path):
     with pytest.raises(
         UserError,
-        match="holds no variant of ImageNet: give a folder with any of imagenet-a, imagenet-r",
+        match="has no variant of ImageNet: use a folder with any of imagenet-a, imagenet-r",
     ):
         run(tmp_path)
     place = tmp_path / "imagenet-v2" / "3"
     place.mkdir(parents=True)
-    with pytest.raises(UserError, match="imagenet-v2 holds no pictures"):
+    with pytest.raises(UserError, match="imagenet-v2 has no pictures"):
         run(tmp_path)
     (place / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(UserError, match="picture .*torn.jpg cannot be read"):
         run(tmp_path)
     (place / "torn.jpg").unlink()
     paint(place / "a.png", 3)
-    with pytest.raises(UserError, match=r"gives \[10\] logits a picture: it must give \[1000\]"):
+    with pytest.raises(UserError, match=r"returns \[10\] logits a picture, expected \[1000\]"):
         evaluate_variants(
             live(lambda images: torch.zeros(len(images), 10), CONFIG), 16, tmp_path, CONFIG
         )
@@ -319,7 +321,7 @@ def test_a_second_pass_does_not_run_the_encoder(tiny_vit, tmp_path):
 def test_cached_logits_are_checked_like_live_ones(tiny_vit, tmp_path):
     paint(tmp_path / "imagenet-v2" / "3" / "a.png", 3)
     head = torch.nn.Linear(48, 10)
-    with pytest.raises(UserError, match=r"gives \[10\] logits a picture: it must give \[1000\]"):
+    with pytest.raises(UserError, match=r"returns \[10\] logits a picture, expected \[1000\]"):
         evaluate_variants(cached(head, tiny_vit, tmp_path / "cache", CONFIG), 64, tmp_path, CONFIG)
     head = torch.nn.Linear(48, 1000)
     torch.nn.init.constant_(head.bias, torch.inf)
@@ -345,7 +347,7 @@ def test_own_head_must_be_imagenets():
 
 
 def test_own_head_must_be_trained(tiny_vit, tiny_cnn, tmp_path):
-    untrained = r"{} has no trained classifier \(its weights come without one\): set robustness.classifier=probe"
+    untrained = r"{} has no trained classifier \(its weights do not include one\): set robustness.classifier=probe"
     with pytest.raises(UserError, match=untrained.format("tiny-vit")):
         own_classifier(tiny_vit)
     state = {name: tensor.contiguous() for name, tensor in tiny_cnn.net.state_dict().items()}

@@ -275,13 +275,16 @@ MISTAKES = {
         lambda d: [drop(d, "JPEGImages", "480p", "squares", f"{i:05d}.png") for i in range(5)],
         "has 2 frames: 3 are needed",
     ),
-    "size": (lambda d: spoil_mask(d, np.ones((64, 96), np.uint8)), "is 96x64, its frame 192x128"),
+    "size": (
+        lambda d: spoil_mask(d, np.ones((64, 96), np.uint8)),
+        "is 96x64, but its frame is 192x128",
+    ),
     "size later": (
         lambda d: spoil_mask(d, np.ones((64, 96), np.uint8), 2),
-        "is 96x64, its frame 192x128",
+        "is 96x64, but its frame is 192x128",
     ),
-    "no object": (lambda d: spoil_mask(d, np.zeros((128, 192), np.uint8)), "shows no object"),
-    "void": (lambda d: spoil_mask(d, np.full((128, 192), 255, np.uint8)), "shows no object"),
+    "no object": (lambda d: spoil_mask(d, np.zeros((128, 192), np.uint8)), "has no object"),
+    "void": (lambda d: spoil_mask(d, np.full((128, 192), 255, np.uint8)), "has no object"),
     "colour": (lambda d: spoil_mask(d, np.ones((128, 192, 3), np.uint8)), "has mode RGB"),
     "mask damaged": (
         lambda d: truncate(d / "Annotations" / "480p" / "squares" / "00000.png"),
@@ -295,7 +298,7 @@ MISTAKES = {
         lambda d: Image.new("RGB", (96, 64)).save(
             d / "JPEGImages" / "480p" / "squares" / "00002.png"
         ),
-        "is 96x64, its first mask 192x128",
+        "is 96x64, but the first mask is 192x128",
     ),
 }
 
@@ -313,6 +316,6 @@ def test_features_that_are_not_finite_are_named(tiny_vit, davis, tmp_path, monke
     bias = tiny_vit.net.norm.bias
     monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
     with pytest.raises(
-        UserError, match="tiny-vit gives features that are not finite for .*00000.png"
+        UserError, match="tiny-vit returns features that are not finite for .*00000.png"
     ):
         evaluate(tiny_vit, davis, CONFIG, tmp_path / "out")

@@ -141,7 +141,7 @@ def test_files_of_another_architecture_name_the_first_tensor():
     state = dict(resnet().state_dict())
     with pytest.raises(
         UserError,
-        match=r"f\.pth: 'conv1.0.weight' has shape \[1\], the model wants \[24, 3, 3, 3\]",
+        match=r"f\.pth: 'conv1.0.weight' has shape \[1\], but the model expects \[24, 3, 3, 3\]",
     ):
         load_into(resnet(), state | {"conv1.0.weight": torch.ones(1)}, "f.pth")
     with pytest.raises(
@@ -199,7 +199,7 @@ def test_half_written_missing_and_empty_files_are_named(tmp_path, suffix):
 
 def test_a_file_without_weights_is_refused(tmp_path):
     torch.save({"epoch": 3, "args": {"lr": 1.0}}, tmp_path / "log.pth")
-    with pytest.raises(UserError, match=r"^checkpoint \S+log\.pth holds no state dict"):
+    with pytest.raises(UserError, match=r"^checkpoint \S+log\.pth has no state dict"):
         read_state_dict(tmp_path / "log.pth")
 
 

@@ -144,7 +144,7 @@ def test_a_damaged_shard_is_named(tmp_path, dataset):
     cache = open_at(tmp_path, dataset)
     cache.fill(dataset, Counting(), ALONE, workers=0)
     np.save(tmp_path / "shard_000000.a.summary.npy", np.zeros((1, 1), np.float16))
-    with pytest.raises(UserError, match="shard_000000.a.summary.npy holds"):
+    with pytest.raises(UserError, match="shard_000000.a.summary.npy has shape"):
         open_at(tmp_path, dataset).read(batch_of(dataset, [(0, 0)]))
 
 

@@ -83,7 +83,7 @@ def test_a_named_block_is_read_with_the_final_norm():
         last.encode(pixels).patches,
         build("vit_tiny_patch16_224", kwargs=VIT, image_size=64).encode(pixels).patches,
     )
-    with pytest.raises(UserError, match=r"block = 9, it has blocks 0 to 2"):
+    with pytest.raises(UserError, match=r"block = 9 does not exist: it has blocks 0 to 2"):
         build("vit_tiny_patch16_224", kwargs=VIT, image_size=64, block=9)
 
 
@@ -146,7 +146,7 @@ def test_wrong_names_sizes_and_widths_are_errors():
         build("vit_small_patch14_dinov2", kwargs=VIT, image_size=60)
     with pytest.raises(
         UserError,
-        match=r"teacher 'dino': has 512-d features, recipe says 99 \(set teachers.0.dim=512",
+        match=r"teacher 'dino': has 512-d features, but the recipe has 99 \(set teachers.0.dim=512",
     ):
         build("resnet10t", image_size=64, dim=99)
 
@@ -164,7 +164,8 @@ def test_networks_without_one_final_map_are_refused_by_name(name):
 
 def test_an_unknown_tag_names_the_nearest_known_one():
     with pytest.raises(
-        UserError, match=r"'resnet50.a9_in1k' has no such tag: did you mean 'resnet50\.\w+_in1k'"
+        UserError,
+        match=r"'resnet50.a9_in1k' does not have this tag: did you mean 'resnet50\.\w+_in1k'",
     ):
         build("resnet50.a9_in1k")
 
