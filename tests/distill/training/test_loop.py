@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distill.config import TrainConfig
+from distill.features import FeatureDims
 from distill.runs import load_run
 from distill.training.checkpoint import load_checkpoint
 from distill.training.loop import take_step
@@ -229,7 +230,7 @@ def test_a_students_run_can_teach_another_student(recipe_file, tmp_path):
     listed = [{"name": "run", "checkpoint": str(teacher), "role": "dino", "image_size": 64}]
     done = run_here(recipe_file(teachers=listed), "--output", out)
     assert done.returncode == 0, done.stderr
-    assert load_run(out).dims["dino"] == (48, 48)
+    assert load_run(out).dims["dino"] == FeatureDims(48, 48)
 
 
 def test_a_folder_with_a_corrupt_image_trains_and_names_it(recipe_file, tmp_path, photo_folder):
