@@ -55,7 +55,6 @@ from serve.server.triton import find_tritonserver  # noqa: E402
 
 
 def main() -> None:
-    """Measure and print Markdown tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -121,8 +120,6 @@ def load(
     concurrency: int,
     seconds: float,
 ) -> Outcome:
-    """Closed-loop load of one kind of request."""
-
     async def run() -> Outcome:
         async with grpc.InferenceServerClient(address) as client:
             kind = ("encoded", "BYTES") if values.dtype == np.object_ else ("image", "UINT8")
@@ -154,8 +151,7 @@ def photograph(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def default_settings(runtime: str = "auto") -> Settings:
-    """What serve.run would choose."""
+def _default_settings(runtime: str = "auto") -> Settings:
     instances, threads = instances_and_threads(None, None, cores())
     runtime = choose_runtime(runtime, "cpu")
     return Settings(
@@ -166,7 +162,6 @@ def default_settings(runtime: str = "auto") -> Settings:
 def in_process(
     bundle: Bundle, graph: str, runtime: str, pixels: np.ndarray, seconds: float
 ) -> list[float]:
-    """Latencies of direct calls on all cores."""
     return latencies(
         open_graph(bundle.path / bundle.graphs[graph].file, runtime, cores()), pixels, seconds
     )
@@ -200,7 +195,6 @@ def search(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
 
 
 def compare(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
-    """The figures (a) to (f)."""
     pixels, jpeg = photograph(bundle)
     every = [tensor.name for tensor in bundle.outputs]
     teacher = next(name for name in every if name.endswith("_token"))
@@ -215,7 +209,7 @@ def compare(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
         return {"this": one, "that": other}
 
     for runtime in dict.fromkeys(("onnxruntime", choose_runtime("auto", "cpu"))):
-        settings = default_settings(runtime)
+        settings = _default_settings(runtime)
         with served(args.bundle, settings) as address:
             for batch in (1, min(8, bundle.manifest.max_batch)):
                 several = np.repeat(pixels, batch, 0)
@@ -229,7 +223,7 @@ def compare(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
                     "in-process, pictures/s"
                 )
                 rows.append(row(what, *map(list, zip(*pairs, strict=True))))
-            if runtime != default_settings().runtime:
+            if runtime != _default_settings().runtime:
                 continue
             alone = ("backbone", ["backbone_global"], pixels)
             result = rates(address, ("features", ["backbone_global"], pixels), alone)
@@ -273,7 +267,7 @@ def batching(
     for _ in range(args.rounds):
         for result, on in ((one, True), (other, False)):
             with served(
-                args.bundle, default_settings().model_copy(update={"batching": on})
+                args.bundle, _default_settings().model_copy(update={"batching": on})
             ) as address:
                 result.append(
                     load(address, FUSED, every, pixels, args.concurrency, args.seconds).rate

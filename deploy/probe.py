@@ -16,13 +16,12 @@ import urllib.error
 import urllib.request
 import zlib
 
-DOORS = ("features_encoded", "fused", "zero_shot", "text_encoder")
+_DOORS = ("features_encoded", "fused", "zero_shot", "text_encoder")
 """With the tasks that have a map, they reach every model a repository can have."""
-BUSY = (429, 503)
+_BUSY = (429, 503)
 
 
 def main() -> int:
-    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Liveness of a Triton: one small question at every front door."
     )
@@ -62,29 +61,29 @@ def probe(url: str, repository: str, timeout: float) -> str:
         if os.path.isdir(os.path.join(repository, model))
     ]
     # Triton takes turns between instances: one dead of eight fails every eighth request
-    rounds = max([instances(url, model, timeout) for model in models], default=1)
+    rounds = max([_instances(url, model, timeout) for model in models], default=1)
     tasks = [model for model in models if f"{model}_map" in models]
-    for door in [door for door in (*tasks, *DOORS) if door in models] * rounds:
+    for door in [door for door in (*tasks, *_DOORS) if door in models] * rounds:
         left = end - time.monotonic()
         if left < timeout / 2:
             return ""  # slow, but everything so far was answered
-        before = answered(url, left)
+        before = _answered(url, left)
         try:
             status, message = request(
-                f"{url}/v2/models/{door}/infer", left, *question(door, height, width)
+                f"{url}/v2/models/{door}/infer", left, *_question(door, height, width)
             )
         except TimeoutError:
-            if answered(url, timeout) > before:
+            if _answered(url, timeout) > before:
                 return ""
             return (
                 f"'{door}' did not answer in {left:.0f} s, nor was anything else answered meanwhile"
             )
-        if status != 200 and status not in BUSY:
+        if status != 200 and status not in _BUSY:
             return f"'{door}' says {status} {message[:300].decode(errors='replace')}"
     return ""
 
 
-def instances(url: str, model: str, timeout: float) -> int:
+def _instances(url: str, model: str, timeout: float) -> int:
     """How many a model has, 1 where its configuration does not say."""
     groups = json.loads(request(f"{url}/v2/models/{model}/config", timeout)[1]).get(
         "instance_group", ()
@@ -92,13 +91,13 @@ def instances(url: str, model: str, timeout: float) -> int:
     return max(1, sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups))
 
 
-def answered(url: str, timeout: float) -> int:
+def _answered(url: str, timeout: float) -> int:
     """Requests answered by any model since the server's start."""
     stats = json.loads(request(f"{url}/v2/models/stats", timeout)[1])["model_stats"]
     return sum(int(model["inference_stats"]["success"].get("count", 0)) for model in stats)
 
 
-def question(door: str, height: int, width: int) -> tuple[bytes, int]:
+def _question(door: str, height: int, width: int) -> tuple[bytes, int]:
     """A request's body, and how much of it is JSON: a black picture as a file or as pixels, or a
     label.
     """
@@ -119,8 +118,6 @@ def question(door: str, height: int, width: int) -> tuple[bytes, int]:
 
 
 def png(side: int) -> bytes:
-    """A black picture as a PNG file."""
-
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

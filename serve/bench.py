@@ -26,7 +26,6 @@ Batches of a request are counted as pictures. Exit status: 0 done, 1 requests fa
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.bench",
         description="Measure a running server.",
@@ -117,7 +116,7 @@ async def _measure(
 
     outcomes = []
     async with grpc.InferenceServerClient(url) as client:
-        ask = await prepare(client, url, model, outputs, batch, encoded)
+        ask = await _prepare(client, url, model, outputs, batch, encoded)
         await ask()
         for count in concurrency:
             outcomes.append((f"{count} at once", await closed_loop(ask, count, seconds)))
@@ -129,7 +128,7 @@ async def _measure(
     ]
 
 
-async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Path | None):
+async def _prepare(client, url: str, model: str, outputs, batch: int, encoded: Path | None):
     """A function that asks once; raises UserError for a server, model, output or batch that is not
     there.
     """
@@ -176,7 +175,6 @@ async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Pa
 
 
 def show(rows: list[dict], batch: int) -> None:
-    """The table."""
     from rich.console import Console
     from rich.table import Table
 

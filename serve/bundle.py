@@ -22,7 +22,6 @@ class Bundle:
 
     @cached_property
     def graphs(self) -> dict[str, GraphRecord]:
-        """Graphs by name."""
         return {graph.name: graph for graph in self.manifest.graphs}
 
     @cached_property

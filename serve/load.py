@@ -26,7 +26,6 @@ class Outcome:
 
     @property
     def rate(self) -> float:
-        """Answered requests a second."""
         return len(self.latencies) / self.seconds
 
     def percentile(self, percent: float) -> float:
@@ -38,7 +37,6 @@ class Outcome:
         )
 
     def row(self) -> dict[str, float]:
-        """Figures for a table."""
         return {
             "requests_per_second": self.rate,
             "p50_ms": self.percentile(50),
@@ -49,7 +47,6 @@ class Outcome:
         }
 
     def failed(self, error: Exception) -> None:
-        """Count a failure by its kind."""
         status = getattr(error, "status", None)
         reason = str(status() if callable(status) else "") or type(error).__name__
         self.failures[reason] = self.failures.get(reason, 0) + 1

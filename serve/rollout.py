@@ -32,7 +32,6 @@ Exit status: 0 done, 2 a mistake in what was asked, 1 the new version is not fit
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.rollout",
         description="Switch a running server to a new bundle, or back.",
@@ -59,7 +58,7 @@ def _run(folder: Path, bundle: Path | None, go_back: bool, only_finish: bool) ->
     from serve.repository.versions import Repository
     from serve.server.admin import Admin
 
-    with locked(folder), Admin(folder) as admin:
+    with _locked(folder), Admin(folder) as admin:
         repository = Repository(folder)
         if only_finish:
             return finish(repository, admin)
@@ -79,10 +78,10 @@ def _run(folder: Path, bundle: Path | None, go_back: bool, only_finish: bool) ->
                 "one back)"
             )
             return 0
-        return roll_out(repository, admin, bundle)
+        return _roll_out(repository, admin, bundle)
 
 
-def roll_out(repository, admin, path: Path) -> int:
+def _roll_out(repository, admin, path: Path) -> int:
     """Try a bundle under other names, then switch to it."""
     from contract.golden import GOLDEN, read_golden
     from serve.bundle import read_bundle
@@ -145,7 +144,7 @@ def finish(repository, admin) -> int:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """One rollout at a time; raises UserError for a folder that is no repository or is being
     changed.
     """

@@ -40,7 +40,7 @@ Exit status: 0 stopped as told, 2 a mistake in what was asked, 1 the server fail
 WORKSPACE = "serve-run-"
 """Prefix of temporary folders."""
 
-OURS = ("model-repository", "model-store", "model-control-mode", "load-model", "allow-http", "allow-grpc", "allow-metrics",
+_OURS = ("model-repository", "model-store", "model-control-mode", "load-model", "allow-http", "allow-grpc", "allow-metrics",
         "strict-readiness", "exit-on-error", "exit-timeout-secs", "disable-auto-complete-config", "backend-directory",
         "grpc-port", "grpc-address", "http-port", "http-address", "metrics-port", "metrics-address", "http-restricted-api",
         "grpc-restricted-protocol", "log-file")  # fmt: skip
@@ -48,7 +48,6 @@ OURS = ("model-repository", "model-store", "model-control-mode", "load-model", "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     split = given.index("--") if "--" in given else len(given)
     args = parser().parse_args(given[:split])
@@ -56,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
     result = CommandLine(
         prog="python -m serve.run",
         description="Start a Triton Inference Server on a bundle and look after it.",
@@ -115,7 +113,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    """Carry out a parsed command line."""
     from serve.bundle import read_bundle
     from serve.server.checks import check_backend, check_gpus, check_repository
     from serve.server.process import Server
@@ -123,9 +120,9 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     from serve.server.supervise import Supervisor
     from serve.server.triton import find_tritonserver
 
-    options = read_options(args, extra)
+    options = _read_options(args, extra)
     settings = read_settings(args)
-    with Signals() as signals, make_workspace() as workspace:
+    with Signals() as signals, _make_workspace() as workspace:
         result = find_tritonserver(args.tritonserver, workspace)
         kept = args.repository is not None
         repository = args.repository if kept else workspace / "repository"
@@ -161,7 +158,7 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def make_workspace() -> Iterator[Path]:
+def _make_workspace() -> Iterator[Path]:
     """A temporary folder that is gone afterwards, as are those of runs that were killed: nobody
     holds their lock.
     """
@@ -210,7 +207,7 @@ class Signals:
             signal.signal(number, handler)
 
 
-def read_options(args: argparse.Namespace, extra: Sequence[str]):
+def _read_options(args: argparse.Namespace, extra: Sequence[str]):
     """How to listen; raises UserError for what makes no sense."""
     from serve.server.launch import RESTRICTED, Options, Tls
 
@@ -239,7 +236,7 @@ def read_options(args: argparse.Namespace, extra: Sequence[str]):
             raise UserError(f"{name} is missing: TLS takes --ssl-certificate and --ssl-key")
     for flag in extra:
         name = flag.removeprefix("--").split("=")[0]
-        if flag.startswith("--") and name in OURS:
+        if flag.startswith("--") and name in _OURS:
             raise UserError(f"-- {flag}: serve.run sets --{name} itself (see its own options)")
     tls = (
         Tls(certificate=args.ssl_certificate, key=args.ssl_key, root=args.ssl_root)
@@ -278,12 +275,12 @@ def show(server, seconds: float, kept: bool) -> None:
     say(f"http      http://{server.http}")
     say(f"metrics   http://{server.metrics}/metrics")
     say("next      ask it for the features of a picture, look how it is, or stop it with Ctrl-C:")
-    say(f"  python -m serve.client {sample_picture()}{options}")
+    say(f"  python -m serve.client {_sample_picture()}{options}")
     say(f"  python -m serve.status {where}")
     say("")
 
 
-def sample_picture() -> str:
+def _sample_picture() -> str:
     """A photograph that is at hand: scikit-image brings some."""
     spec = importlib.util.find_spec("skimage")
     for folder in spec.submodule_search_locations or () if spec else ():

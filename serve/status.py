@@ -27,7 +27,7 @@ requests are those to it, its steps have their own rows. Triton counts a request
 and one of a wrong type or shape nowhere. Exit status: 0 the server is ready, 1 it is not, 2 a mistake.
 """
 
-SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")
+_SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 COLUMNS = (
     "model",
@@ -44,12 +44,11 @@ COLUMNS = (
     "restarts",
 )
 
-Metrics = dict[tuple[str, str, str, str], float]
+_Metrics = dict[tuple[str, str, str, str], float]
 """Value by metric, model, version and quantile ("" if it has none)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.status",
         description="Show what the models of a running server have done.",
@@ -85,7 +84,7 @@ def _run(url: str | None, metrics: str | None, repository: Path | None, as_json:
     source = Rest(state.metrics if state else address(metrics, "--metrics"))
     rest = Rest(url, state.admin_key if state else "")
     try:
-        rows = collect(rest, read_metrics(source), dict(state.restarts) if state else None)
+        rows = _collect(rest, _read_metrics(source), dict(state.restarts) if state else None)
     except (OSError, Refused) as error:
         raise ServerError(
             f"no Triton answers over HTTP at {url} ({error}): start one with python "
@@ -109,7 +108,9 @@ def address(text: str, option: str) -> str:
     return result
 
 
-def collect(rest: Rest, metrics: Metrics, restarts: dict[str, int] | None) -> list[dict[str, Any]]:
+def _collect(
+    rest: Rest, metrics: _Metrics, restarts: dict[str, int] | None
+) -> list[dict[str, Any]]:
     """A row for every version; `restarts` None: not known. With the key, versions that are not
     loaded have rows too.
     """
@@ -142,10 +143,10 @@ def collect(rest: Rest, metrics: Metrics, restarts: dict[str, int] | None) -> li
                 "restarts": None if restarts is None else restarts.get(model, 0),
             }
         )
-    return rows + (not_loaded(rest, rows) if rest.key else [])
+    return rows + (_not_loaded(rest, rows) if rest.key else [])
 
 
-def not_loaded(rest: Rest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+def _not_loaded(rest: Rest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows for versions that were asked for and failed; versions that were unloaded in order are
     left out.
     """
@@ -179,7 +180,7 @@ def latency(duration: dict[str, Any], median_us: float | None) -> dict[str, Any]
     )
 
 
-def read_metrics(metrics: Rest) -> Metrics:
+def _read_metrics(metrics: Rest) -> _Metrics:
     """Prometheus' text as numbers; none where that port is not reachable, the statistics say
     enough.
     """
@@ -187,9 +188,9 @@ def read_metrics(metrics: Rest) -> Metrics:
         text = metrics.call("GET", "/metrics").decode()
     except (OSError, Refused):
         return {}
-    result: Metrics = {}
+    result: _Metrics = {}
     for line in text.splitlines():
-        sample = SAMPLE.match(line)
+        sample = _SAMPLE.match(line)
         if sample:
             labels = dict(LABEL.findall(sample["labels"]))
             key = (
@@ -222,7 +223,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def shown(value: Any) -> str:
-    """A cell's text."""
     if value is None:
         return "-"
     if isinstance(value, dict):

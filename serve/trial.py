@@ -24,7 +24,6 @@ head for. To go on asking, start it with python -m serve.run. Exit status: 0 all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     result = CommandLine(
         prog="python -m serve.trial",
         description="Serve a bundle for the time of one picture.",
@@ -46,7 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
     from serve.bundle import read_bundle
     from serve.client import FeatureClient
     from serve.client.commands import Command, answer

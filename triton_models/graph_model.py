@@ -56,7 +56,7 @@ class GraphModel:
             feeds = [
                 pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs
             ]
-            refused = no_batch(self.inputs, feeds, self.about["largest"])
+            refused = _no_batch(self.inputs, feeds, self.about["largest"])
             if not refused:
                 feeds = [
                     feed[:, 0] for feed in feeds
@@ -145,7 +145,7 @@ class ImageGraph(GraphModel):
         return wrong_size(feeds[0].shape, self.about)
 
 
-def no_batch(
+def _no_batch(
     names: Sequence[str], feeds: Sequence[np.ndarray], dims: Sequence[Sequence[int]]
 ) -> str:
     """Why inputs [B, 1, *dims] are not taken, "" if they are: Triton passes a batch of 0 on without
@@ -210,7 +210,6 @@ def answer_each(requests: list, answer) -> list:
 
 
 def failed(message: str, code: int):
-    """An answer that says what is wrong."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 

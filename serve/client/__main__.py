@@ -33,18 +33,15 @@ Exit status: 0 done, 2 a mistake in what was asked, 1 no server there or another
 
 
 def task_names() -> list[str]:
-    """What --task takes."""
     return ["features", *(task.name for task in map_tasks()), "zero-shot"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     args = _parser().parse_args(arguments)
     return exit_status(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The command line."""
     defaults, maps = ClientOptions(), ", ".join(task.name for task in map_tasks())
     result = CommandLine(
         prog="python -m serve.client",
@@ -126,7 +123,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
     wrote, outputs = _answer(args)
     for path in wrote:
         print(f"wrote     {path}")

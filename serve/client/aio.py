@@ -70,7 +70,6 @@ class AsyncFeatureClient:
             steps.close()  # a cancelled task is thrown out of its step: what was lent to it is given back now
 
     async def carry_out(self, step: Step) -> Any:
-        """The result of one step."""
         if isinstance(step, Rpc):
             if self.triton is None:  # gRPC's channel belongs to the event loop it is made in
                 self.triton = InferenceServerClient(
@@ -118,7 +117,6 @@ class AsyncFeatureClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Give back shared memory, close the connection."""
         if self.left:
             await asyncio.wait(self.left, timeout=LAST_WAIT)  # closing cancels them
         await self.run(self.calls.clean(everything=True))

@@ -292,7 +292,6 @@ class Calls:
             return read_answer(fresh, names, rows, read, given, request_id)
 
     def headers(self) -> dict[str, str] | None:
-        """What restricted endpoints want to see."""
         return (
             {self.options.admin_header: self.options.admin_key} if self.options.admin_key else None
         )

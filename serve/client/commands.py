@@ -96,7 +96,6 @@ def _map(client: FeatureClient, command: Command) -> list[Path]:
 
 
 def _describe(result: TaskMap, row: int) -> str:
-    """One map in a few words."""
     values, classes = result.values[row], result.classes
     match result.task.map.kind:
         case "classes":
@@ -111,7 +110,6 @@ def _describe(result: TaskMap, row: int) -> str:
 
 
 def _zero_shot(client: FeatureClient, command: Command) -> list[Path]:
-    """Probabilities, and bars of the likeliest classes."""
     result = classify(
         client,
         command.images,

@@ -18,7 +18,7 @@ Ask = Callable[[Sequence[str], float], Steps[dict[str, np.ndarray]]]
 Found = tuple[dict[str, np.ndarray], dict[str, ClientError]]
 """Arrays, and why those that are not there are missing."""
 
-FAILURES = (Unavailable, ServerFailed, DeadlineExceeded, WrongAnswer)
+_FAILURES = (Unavailable, ServerFailed, DeadlineExceeded, WrongAnswer)
 """What speaks against a head. A bad request or a missing model does not."""
 
 
@@ -64,15 +64,15 @@ def ask_heads(
             try:
                 result = yield from ask([name for name in names if head_of(name) in left], until)
                 failed: dict[str, ClientError] = {}
-            except FAILURES as error:
-                failed = dict.fromkeys(blame(error, {head: heads[head] for head in left}), error)
+            except _FAILURES as error:
+                failed = dict.fromkeys(_blame(error, {head: heads[head] for head in left}), error)
                 for head in failed:
                     breakers[head].failed()
                 undecided -= set(failed)
                 if not partial or len(left) == 1 or (everywhere(error) and not failed):
                     raise
                 if not failed:  # it may be any of them
-                    result, failed = yield from ask_each(
+                    result, failed = yield from _ask_each(
                         ask, {head: heads[head] for head in left}, deadline
                     )
                     for head in failed:
@@ -93,7 +93,7 @@ def ask_heads(
     return {name: result[name] for name in names if name in result}, missing
 
 
-def ask_each(
+def _ask_each(
     ask: Ask, heads: dict[str, list[str]], deadline: float
 ) -> Steps[tuple[dict[str, np.ndarray], dict[str, ClientError]]]:
     """Every head by itself, all at once; arrays, and the failures by head. Raises if none answers:
@@ -103,7 +103,7 @@ def ask_each(
     def alone(outputs: Sequence[str]) -> Steps[dict[str, np.ndarray] | ClientError]:
         try:
             return (yield from ask(outputs, deadline))
-        except FAILURES as error:
+        except _FAILURES as error:
             return error
 
     answers = yield Together([alone(outputs) for outputs in heads.values()], at_once=True)
@@ -122,7 +122,7 @@ def ask_each(
     }, failed
 
 
-def blame(error: ClientError, heads: dict[str, list[str]]) -> list[str]:
+def _blame(error: ClientError, heads: dict[str, list[str]]) -> list[str]:
     """Heads whose failure this is, as far as its text says: it quotes a model, one of its
     processes, or an output.
     """

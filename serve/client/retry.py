@@ -23,8 +23,8 @@ from serve.errors import (
     Unavailable,
 )
 
-NOT_TRUSTED = ("handshake failed", "certificate", "ssl_error", "peer name")
-REFUSED = {
+_NOT_TRUSTED = ("handshake failed", "certificate", "ssl_error", "peer name")
+_REFUSED = {
     "INVALID_ARGUMENT": BadRequest,
     "RESOURCE_EXHAUSTED": BadRequest,  # a message larger than gRPC takes
     "OUT_OF_RANGE": BadRequest,
@@ -77,7 +77,6 @@ class Budget:
         self.lock = threading.Lock()
 
     def add(self) -> None:
-        """Note a call."""
         with self.lock:
             self.tokens = min(self.burst, self.tokens + self.ratio)
 
@@ -96,7 +95,7 @@ def may_cancel(version: str) -> bool:
     return match is None or (int(match[1]), int(match[2])) >= _CANCELS
 
 
-def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[ClientError, bool]:
+def _typed_error(error: InferenceServerException, request_id: str = "") -> tuple[ClientError, bool]:
     """A failure of tritonclient's as one of ours, and whether the same request may be sent again.
 
     Sending again is for failures that say "not now": every status UNAVAILABLE (starting, stopping,
@@ -119,7 +118,7 @@ def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[
     if status == "UNAVAILABLE":
         if "protocol is restricted" in lower:
             return NotAllowed(f"{message} (give the server's admin key)", request_id), False
-        if any(word in lower for word in NOT_TRUSTED):
+        if any(word in lower for word in _NOT_TRUSTED):
             return NotAllowed(f"no TLS connection: {message}", request_id), False
         return Unavailable(message, request_id), True
     # so Triton ends some newcomers while it drains; a caller's own cancelling never comes here
@@ -131,8 +130,8 @@ def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[
         return Unavailable(message, request_id), True
     if status == "UNIMPLEMENTED":
         return NotServed(f"whatever listens there is no Triton: {message}", request_id), False
-    if status in REFUSED:
-        return REFUSED[status](message, request_id), False
+    if status in _REFUSED:
+        return _REFUSED[status](message, request_id), False
     return ServerFailed(f"{status}: {message}" if status else message, request_id), False
 
 
@@ -165,7 +164,7 @@ def attempt(
                 return (yield Rpc(method, {**arguments, "client_timeout": left}))
             return (yield Rpc(method, dict(arguments), patience=left))
         except InferenceServerException as raised:
-            error, again = typed_error(raised, request_id)
+            error, again = _typed_error(raised, request_id)
             wait = retry.wait(tries)
             if isinstance(error, DeadlineExceeded):
                 error.message = f"no answer in {time.monotonic() - began:.1f} s"

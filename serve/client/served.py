@@ -47,8 +47,6 @@ class Served:
 
     @classmethod
     def read(cls, config: ModelConfig) -> "Served":
-        """From the server's configuration of a model."""
-
         def ports(listed: Iterable[Any]) -> dict[str, Port]:
             kinds = {
                 port.name: DataType.Name(port.data_type).removeprefix("TYPE_") for port in listed
@@ -125,7 +123,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f": did you mean '{result[0]}'?" if result else ""
 
 
-Reader = Callable[[str], np.ndarray | None]
+_Reader = Callable[[str], np.ndarray | None]
 """Gives an output of an answer as an array."""
 
 
@@ -133,7 +131,7 @@ def read_answer(
     served: Served,
     names: Sequence[str],
     rows: int,
-    read: Reader,
+    read: _Reader,
     given: Sequence[str],
     request_id: str,
 ) -> dict[str, np.ndarray]:

@@ -107,7 +107,6 @@ class FeatureClient:
             steps.close()  # what was lent to a piece of work that was interrupted is given back now, not when it is collected
 
     def carry_out(self, step: Step) -> Any:
-        """The result of one step."""
         if isinstance(step, Rpc):
             if step.patience is not None:
                 return self.wait_for(step.arguments, step.patience)

@@ -32,7 +32,7 @@ server, and sends nothing anywhere else. Ctrl-C ends it; pictures that were drop
 Exit status: 0 stopped as told, 2 a mistake in what was asked, 1 no server there.
 """
 
-ENVIRONMENT = {
+_ENVIRONMENT = {
     "GRADIO_ANALYTICS_ENABLED": "False",  # no telemetry, no look for a newer version
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_RUN_HISTORY": "False",  # nothing is kept in the browser
@@ -42,7 +42,6 @@ ENVIRONMENT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.demo",
         description="Show on a web page what a running server makes of a photograph.",
@@ -67,7 +66,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
     for package in ("gradio", "tritonclient"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -79,20 +77,20 @@ def run(args: argparse.Namespace) -> int:
     from serve.client.sync import DEFAULT_URL
     from serve.client.tls import asked_tls
 
-    check_port(args.host, args.port)
+    _check_port(args.host, args.port)
     with (
         FeatureClient(
             args.url or DEFAULT_URL, timeout=20.0, retry=Retry(most=2), tls=asked_tls(args)
         ) as client,
         tempfile.TemporaryDirectory(prefix="serve-demo-") as folder,
     ):
-        check_server(client, args.labels)
-        os.environ.update(ENVIRONMENT, GRADIO_TEMP_DIR=folder)  # read when gradio is imported
+        _check_server(client, args.labels)
+        os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=folder)  # read when gradio is imported
         show(client, args)
     return 0
 
 
-def check_port(host: str, port: int) -> None:
+def _check_port(host: str, port: int) -> None:
     """Raise UserError if the page cannot listen there."""
     if not 1 <= port <= 65535:
         raise UserError(f"--port {port}: ports are 1 to 65535")
@@ -109,7 +107,7 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
+def _check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
     """Raise an error that names the remedy if there is no server, or it has no use for labels."""
     try:
         client.describe()
@@ -135,7 +133,6 @@ def check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
 
 
 def show(client: "FeatureClient", args: argparse.Namespace) -> None:
-    """Serve the page until SIGINT or SIGTERM."""
     import gradio
 
     from serve.demo.cards import CSS

@@ -25,7 +25,6 @@ Exit status: 0 done, 2 a mistake in what was asked.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.repository",
         description="Render a Triton model repository from a bundle of export.run.",

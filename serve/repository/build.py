@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CONFIG = "config.pbtxt"
 
 
-MADE_WITH = "made_with.json"
+_MADE_WITH = "made_with.json"
 """In the repository's folder: the bundle and the settings it was rendered from."""
 
 
@@ -161,7 +161,7 @@ def make_repository(
         for model in models:
             write_model(aside / model.name, model, settings.version)
         made_with = {"bundle": bundle.version, "settings": settings.model_dump(mode="json")}
-        (aside / MADE_WITH).write_text(json.dumps(made_with, indent=1))
+        (aside / _MADE_WITH).write_text(json.dumps(made_with, indent=1))
     return [model.name for model in models]
 
 
@@ -179,9 +179,9 @@ def _check_replaceable(output: Path, place: Path) -> None:
 def _stranger(repository: Path) -> str:
     """The first thing in a folder that a repository does not hold, "" where there is none."""
     names = sorted(path.name for path in repository.iterdir() if not path.name.startswith("."))
-    if names and MADE_WITH not in names:
+    if names and _MADE_WITH not in names:
         return names[0]
-    models = (name for name in names if name != MADE_WITH)
+    models = (name for name in names if name != _MADE_WITH)
     return next((name for name in models if not (repository / name / CONFIG).is_file()), "")
 
 
@@ -216,7 +216,7 @@ def read_made_with(repository: Path) -> tuple[str, Settings]:
     other folder.
     """
     try:
-        content = json.loads((repository / MADE_WITH).read_text(encoding="utf-8"))
+        content = json.loads((repository / _MADE_WITH).read_text(encoding="utf-8"))
         return content["bundle"], Settings.model_validate(content["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -6,22 +6,22 @@ from collections.abc import Callable, Iterator, Mapping
 
 from tritonclient.grpc.model_config_pb2 import TYPE_STRING, ModelConfig
 
-Configs = Mapping[str, ModelConfig]
+_Configs = Mapping[str, ModelConfig]
 
 
-def lint(configs: Configs) -> list[str]:
+def lint(configs: _Configs) -> list[str]:
     """What is wrong with the models of a repository, a sentence each; an empty list if nothing
     is.
     """
     return [
         f"{name}: {message}"
-        for rule in RULES
+        for rule in _RULES
         for name, config in configs.items()
         for message in rule(config, configs)
     ]
 
 
-def shared_output(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _shared_output(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """A tensor is for a client or for a step, never both."""
     outputs = {port.name for port in config.output}
     for step in config.ensemble_scheduling.step:
@@ -32,7 +32,7 @@ def shared_output(config: ModelConfig, configs: Configs) -> Iterator[str]:
             )
 
 
-def side_input(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _side_input(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Whatever a client sends goes into the first step."""
     steps = config.ensemble_scheduling.step
     for port in config.input if steps else ():
@@ -43,7 +43,7 @@ def side_input(config: ModelConfig, configs: Configs) -> Iterator[str]:
             )
 
 
-def response_cache(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def response_cache(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Triton's cache knows an answer by its input's bytes alone."""
     if not config.response_cache.enable:
         return
@@ -63,7 +63,7 @@ def response_cache(config: ModelConfig, configs: Configs) -> Iterator[str]:
         )
 
 
-def explicit_batch(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _explicit_batch(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Left out, Triton's auto-complete picks 4, and an ensemble cannot pass larger batches to its
     steps.
     """
@@ -81,7 +81,7 @@ def explicit_batch(config: ModelConfig, configs: Configs) -> Iterator[str]:
             )
 
 
-def bounded_queue(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _bounded_queue(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Without a limit a server that falls behind takes requests until memory ends."""
     if (
         config.HasField("dynamic_batching")
@@ -90,7 +90,7 @@ def bounded_queue(config: ModelConfig, configs: Configs) -> Iterator[str]:
         yield "dynamic_batching without max_queue_size: an overloaded server would never say so"
 
 
-def strings_alone(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _strings_alone(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """A python model gets strings one request at a time."""
     if config.HasField("dynamic_batching") and any(
         port.data_type == TYPE_STRING for port in config.input
@@ -101,7 +101,7 @@ def strings_alone(config: ModelConfig, configs: Configs) -> Iterator[str]:
         )
 
 
-def warm_up_data(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _warm_up_data(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Random bytes are NaN where floats are read."""
     for sample in config.model_warmup:
         for name, data in sample.inputs.items():
@@ -112,7 +112,7 @@ def warm_up_data(config: ModelConfig, configs: Configs) -> Iterator[str]:
                 )
 
 
-def joined_steps(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _joined_steps(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Every step exists, all of one version, and each tensor it reads is given before it in the
     same type and dims.
     """
@@ -145,6 +145,6 @@ def joined_steps(config: ModelConfig, configs: Configs) -> Iterator[str]:
                 yield f"output '{port.name}' is given by no step in its type and dims"
 
 
-RULES: tuple[Callable[[ModelConfig, Configs], Iterator[str]], ...] = (
-    shared_output, side_input, response_cache, explicit_batch, bounded_queue, strings_alone, warm_up_data, joined_steps,
+_RULES: tuple[Callable[[ModelConfig, _Configs], Iterator[str]], ...] = (
+    _shared_output, _side_input, response_cache, _explicit_batch, _bounded_queue, _strings_alone, _warm_up_data, _joined_steps,
 )  # fmt: skip

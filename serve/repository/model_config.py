@@ -28,7 +28,6 @@ TYPES = {
 
 
 def read_template(folder: str) -> ModelConfig:
-    """A template of triton_models/ as a configuration."""
     return text_format.Parse(
         (TEMPLATES / folder / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig()
     )

@@ -37,9 +37,9 @@ from serve.repository.model_config import (
 from serve.repository.settings import Settings
 from serve.repository.zero_shot import zero_shot_parts
 
-UNBATCHED = "unbatched"
+_UNBATCHED = "unbatched"
 """Parameter of models that take no batches, as the lint wants to be told."""
-LARGE = 0.25
+_LARGE = 0.25
 """Graphs of at least this part of the backbone's bytes get as many instances and threads as that:
 UMT's interaction is one.
 """
@@ -56,7 +56,6 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The model's name, which is its folder's."""
         return self.config.name
 
 
@@ -67,7 +66,7 @@ def served_name(graph: str) -> str:
     return f"{graph}_head" if graph in TASKS else graph
 
 
-def template_of(graph: str) -> str:
+def _template_of(graph: str) -> str:
     """The folder of triton_models/ a graph is rendered from."""
     if graph in TASKS:
         return "task_head"
@@ -93,10 +92,10 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
         models += [decoder(bundle, settings), features(bundle, settings, encoded=True)]
     for task in map_tasks():
         if task.name in bundle.graphs:
-            models += [map_model(bundle, task, settings), task_ensemble(bundle, task, settings)]
+            models += [_map_model(bundle, task, settings), _task_ensemble(bundle, task, settings)]
     models += [Model(config, files) for config, files in zero_shot_parts(bundle, settings)]
     for model in models:
-        if UNBATCHED not in model.config.parameters:
+        if _UNBATCHED not in model.config.parameters:
             model.config.max_batch_size = most
         if model.config.platform == "ensemble":
             pin(model.config, settings.version)
@@ -113,20 +112,20 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
 
 def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model:
     """One graph: in the python backend with its code beside it, or in a backend of Triton's own."""
-    folder = template_of(graph.name)
+    folder = _template_of(graph.name)
     config = read_template(folder)
     config.name = served_name(graph.name)
     for tensor in graph.inputs:
         add_tensor(config.input, tensor)
     for tensor in graph.outputs:
         add_tensor(config.output, tensor)
-    files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
-    large = weight(bundle, graph) >= LARGE * weight(bundle, bundle.graphs[BACKBONE])
+    files = {name: bundle.file(listed) for name, listed in _graph_files(bundle, graph).items()}
+    large = weight(bundle, graph) >= _LARGE * weight(bundle, bundle.graphs[BACKBONE])
     threads = str(settings.threads if large else 1)
     place(config, settings, settings.instances if large else 1)
     tune_batching(config, settings)
     if settings.warmup:
-        warm_up(config, graph.inputs, usual_sizes(bundle))
+        warm_up(config, graph.inputs, _usual_sizes(bundle))
     else:
         config.ClearField("model_warmup")
     if settings.backend == "python":
@@ -154,10 +153,10 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
     config.optimization.cuda.graphs = True
     for group in config.instance_group:
         group.profile.append("0")
-    return Model(config, {"model.plan": engine_of(bundle, graph)})
+    return Model(config, {"model.plan": _engine_of(bundle, graph)})
 
 
-def usual_sizes(bundle: Bundle) -> dict[str, int]:
+def _usual_sizes(bundle: Bundle) -> dict[str, int]:
     """The axes that vary, at the largest size the bundle was checked at."""
     resolution = bundle.manifest.resolution
     rows, columns = resolution.height // resolution.stride, resolution.width // resolution.stride
@@ -182,7 +181,7 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
     return result
 
 
-def graph_files(bundle: Bundle, graph: GraphRecord) -> dict[str, str]:
+def _graph_files(bundle: Bundle, graph: GraphRecord) -> dict[str, str]:
     """Names in the bundle of a graph's files, by those in a repository: its weights may lie beside
     it, where it names them.
     """
@@ -194,16 +193,16 @@ def graph_files(bundle: Bundle, graph: GraphRecord) -> dict[str, str]:
 
 def weight(bundle: Bundle, graph: GraphRecord) -> int:
     """Bytes of a graph."""
-    return sum((bundle.path / name).stat().st_size for name in graph_files(bundle, graph).values())
+    return sum((bundle.path / name).stat().st_size for name in _graph_files(bundle, graph).values())
 
 
 def about(bundle: Bundle, graph: GraphRecord) -> bytes:
     """model.json: what the python model must know of its graph."""
-    sizes = usual_sizes(bundle)
+    sizes = _usual_sizes(bundle)
     facts = {
         "sha256": {
             name: bundle.manifest.files[listed]
-            for name, listed in graph_files(bundle, graph).items()
+            for name, listed in _graph_files(bundle, graph).items()
         },
         "bundle": bundle.version,
         "student": bundle.manifest.student.sha256,
@@ -218,7 +217,7 @@ def about(bundle: Bundle, graph: GraphRecord) -> bytes:
     return json.dumps(facts, indent=1).encode()
 
 
-def engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
+def _engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
     """The engine of full TensorRT for a graph; UserError if there is none, or only
     TensorRT-RTX's.
     """
@@ -251,12 +250,12 @@ def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
         add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     for tensor in bundle.outputs:
         add_tensor(config.output, tensor)
-    join_all(config, bundle.parts, {tensor.name for tensor in bundle.outputs}, settings)
-    config.parameters["about"].string_value = json.dumps(about_bundle(bundle))
+    _join_all(config, bundle.parts, {tensor.name for tensor in bundle.outputs}, settings)
+    config.parameters["about"].string_value = json.dumps(_about_bundle(bundle))
     return Model(config)
 
 
-def about_bundle(bundle: Bundle) -> dict:
+def _about_bundle(bundle: Bundle) -> dict:
     """What a client may want to know of the bundle behind the front door."""
     manifest, resolution = bundle.manifest, bundle.manifest.resolution
     return {
@@ -283,16 +282,16 @@ def facts(bundle: Bundle, task: Task) -> dict:
     return {name: about[name] for name in task.facts if about.get(name)}
 
 
-def task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
+def _task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
     """A picture in, a map of its size out: what the task's head needs, the head, the map."""
     values, answer = task.output, task.map.name
     config = read_template("task")
     config.name = task.name
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
-    add_map(config, task)
-    join_all(config, needed(bundle, task.name), {values}, settings)
+    _add_map(config, task)
+    _join_all(config, needed(bundle, task.name), {values}, settings)
     reads = {values: values, IMAGE: IMAGE}
-    step(config, map_name(task), settings.version, reads, {answer: answer})
+    step(config, _map_name(task), settings.version, reads, {answer: answer})
     size = {"height": bundle.manifest.resolution.height, "width": bundle.manifest.resolution.width}
     for name, value in (facts(bundle, task) | size).items():
         config.parameters[name].string_value = (
@@ -301,7 +300,7 @@ def task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
     return Model(config)
 
 
-def join_all(
+def _join_all(
     config: ModelConfig, graphs: Sequence[GraphRecord], outputs: Set[str], settings: Settings
 ) -> None:
     """Append graphs to an ensemble, each with those of its outputs that the others read or that are
@@ -322,24 +321,23 @@ def needed(bundle: Bundle, last: str) -> list[GraphRecord]:
     return result
 
 
-def map_name(task: Task) -> str:
+def _map_name(task: Task) -> str:
     """Triton's name of the step that makes a task's map."""
     return f"{task.name}_map"
 
 
-def add_map(config: ModelConfig, task: Task) -> None:
-    """Append a task's map as an output."""
+def _add_map(config: ModelConfig, task: Task) -> None:
     add_port(config.output, task.map.name, TYPES[task.map.dtype], (-1, -1, *task.map.axes))
 
 
-def map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
+def _map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
     """The step that makes a map of a head's output."""
     config, graph = read_template("task_map"), bundle.graphs[task.name]
-    config.name = map_name(task)
+    config.name = _map_name(task)
     add_tensor(config.input, next(tensor for tensor in graph.outputs if tensor.name == task.output))
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
-    add_map(config, task)
-    tell_sizes(config, bundle)
+    _add_map(config, task)
+    _tell_sizes(config, bundle)
     # a DPT head's output is finer than the patches
     cell = graph.about.get("stride", bundle.manifest.resolution.stride)
     config.parameters["cell"].string_value = str(cell)
@@ -354,10 +352,9 @@ def map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
 
 
 def decoder(bundle: Bundle, settings: Settings) -> Model:
-    """The step that decodes picture files."""
     config = read_template("decode")
     add_port(config.output, IMAGE, "TYPE_UINT8", bundle.graphs[BACKBONE].inputs[0].dims)
-    tell_sizes(config, bundle)
+    _tell_sizes(config, bundle)
     for name, value in {
         "max_bytes": settings.max_image_bytes,
         "max_pixels": settings.max_image_pixels,
@@ -372,7 +369,7 @@ def decoder(bundle: Bundle, settings: Settings) -> Model:
     return Model(config, files)
 
 
-def tell_sizes(config: ModelConfig, bundle: Bundle) -> None:
+def _tell_sizes(config: ModelConfig, bundle: Bundle) -> None:
     """Write down the bundle's largest and smallest sides, and what they are multiples of, for a
     model that reads pictures.
     """

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from contract.errors import UserError
 
-Backend = Literal["python", "onnxruntime", "tensorrt"]
+_Backend = Literal["python", "onnxruntime", "tensorrt"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
 
 
@@ -19,7 +19,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backend: Backend = "python"
+    backend: _Backend = "python"
     """`python` runs everywhere; `onnxruntime` and `tensorrt` are Triton's own backends, in NVIDIA's
     image.
     """
@@ -52,7 +52,6 @@ class Settings(BaseModel):
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

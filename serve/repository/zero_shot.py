@@ -28,8 +28,8 @@ from serve.repository.settings import Settings
 EMBEDDINGS, ENCODER = "class_embeddings.safetensors", "text_encoder.json"
 """What `export.text` writes into a bundle."""
 
-FORMAT = "1"
-SCALE = 100.0
+_FORMAT = "1"
+_SCALE = 100.0
 """CLIP's own temperature, for embeddings that name none."""
 
 
@@ -46,7 +46,6 @@ class ClassEmbeddings(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Length of the vectors."""
         return self.vectors.embeddings.shape[1]
 
 
@@ -59,11 +58,11 @@ def read_class_embeddings(path: Path) -> ClassEmbeddings:
         with safe_open(path, framework="np") as file:
             message = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if message.get("format") != FORMAT:
+        if message.get("format") != _FORMAT:
             raise UserError(
-                f"{path} is of format {message.get('format')}, this version reads {FORMAT}: {again}"
+                f"{path} is of format {message.get('format')}, this version reads {_FORMAT}: {again}"
             )
-        scale = float(message.get("logit_scale", SCALE))
+        scale = float(message.get("logit_scale", _SCALE))
         vectors = ClassVectors(
             tensors["embeddings"], scale, tensors.get("norms"), tensors.get("bias")
         )
@@ -101,12 +100,12 @@ def zero_shot_parts(bundle: Bundle, settings: Settings) -> list[tuple]:
     if EMBEDDINGS not in bundle.manifest.files:
         return []
     result = read_class_embeddings(bundle.file(EMBEDDINGS))
-    encoder, missing = read_encoder(bundle, result)
+    encoder, missing = _read_encoder(bundle, result)
     parts = [text_encoder(bundle, result, encoder, settings)] if encoder else []
     return [*parts, zero_shot(bundle, result, missing, settings)]
 
 
-def teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
+def _teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
     """Label of the teacher whose image embeddings the classes are compared with; UserError if that
     is nobody, or anybody.
 
@@ -138,7 +137,7 @@ def teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
     )
 
 
-def read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, str]:
+def _read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, str]:
     """The text encoder's description if it is of the embeddings' model, else None and why new
     labels cannot be asked.
     """
@@ -160,7 +159,6 @@ def read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, 
 
 
 def text_encoder(bundle: Bundle, result: ClassEmbeddings, about: dict, settings: Settings) -> tuple:
-    """The model that makes embeddings of labels."""
     config = read_template("text_encoder")
     add_port(config.output, "embeddings", "TYPE_FP32", [-1, result.width])
     config.parameters["threads"].string_value = str(settings.threads)
@@ -184,7 +182,7 @@ def zero_shot(bundle: Bundle, result: ClassEmbeddings, missing: str, settings: S
     image = bundle.graphs[BACKBONE].inputs[0]
     add_tensor(config.input, image)
     config.input[-1].dims.insert(0, -1)  # the batch: written out where Triton does not batch
-    teacher = teacher_of(bundle, result)
+    teacher = _teacher_of(bundle, result)
     vectors = {
         name: value
         for name, value in result.vectors._asdict().items()

@@ -32,8 +32,6 @@ class Tls(BaseModel):
 
 
 class Options(BaseModel):
-    """How a server listens and ends."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = "127.0.0.1"
@@ -97,12 +95,12 @@ def command_line(
             f"--grpc-server-key={options.tls.key}",
         ]
         line += [f"--grpc-root-cert={options.tls.root}"] if options.tls.root else []
-    if caches_answers(repository):
+    if _caches_answers(repository):
         line.append(f"--cache-config=local,size={options.cache_bytes}")
     return [*line, *options.extra]
 
 
-def caches_answers(repository: Path) -> bool:
+def _caches_answers(repository: Path) -> bool:
     """Whether a model of the repository wants Triton's response cache."""
     return any(read_config(path).response_cache.enable for path in repository.glob(f"*/{CONFIG}"))
 

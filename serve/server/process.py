@@ -26,33 +26,33 @@ from serve.server.triton import Tritonserver
 
 __all__ = ["RESTRICTED", "Options", "Server", "Tls"]
 
-NOISE = re.compile(
+_NOISE = re.compile(
     "CUDA driver version is insufficient|CUDA memory pool disabled|CudaDriverHelper has not been "
     "initialized|[Pp]inned (system )?memory|unable to create stream for|Failed to initialize "
     "NVML|DCGM|GPU metrics|Unable to get number of CUDA devices"
 )
 """What tritonserver says on every machine without a GPU."""
 
-DRAINED = "All models are stopped"
+_DRAINED = "All models are stopped"
 """Triton's log when every request that it accepted has been answered; what follows is unloading."""
 
-STARTS = 3
-CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
+_STARTS = 3
+_CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 """On a machine that is very busy, Triton 2.51's python backend now and then aborts while it starts
 its processes (boost's lock_exception; server#8882): another start is made then, as the supervisor
 does later.
 """
 
-UNLOAD_SECONDS = 5.0
+_UNLOAD_SECONDS = 5.0
 """For unloading, which never ends where a backend was killed."""
 
-MESSAGE = re.compile(
+_MESSAGE = re.compile(
     r"^((?P<level>[EWIF])\d{4} [\d:.]+|\d{4}-\d\d-\d\dT[\d:.]+Z (?P<iso>[EWIF])) +\d+ [\w.]+:\d+\] +"
     r'"?(?P<text>.*?)"? *$'
 )
 """A line of Triton's log in either of its formats: level and time, thread, place, message."""
 
-LAUNCH = """\
+_LAUNCH = """\
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: however the parent ends, tritonserver drains and ends
 os.getppid() == int(sys.argv[1]) or sys.exit(1)
@@ -104,12 +104,10 @@ class Server:
 
     @property
     def http(self) -> str:
-        """Where HTTP is answered."""
         return self.address("http")
 
     @property
     def metrics(self) -> str:
-        """Where Prometheus reads."""
         return self.address("metrics")
 
     def address(self, name: str) -> str:
@@ -125,12 +123,10 @@ class Server:
 
     @property
     def rest(self) -> Rest:
-        """The HTTP endpoints, restricted ones included."""
         return Rest(self.http, self.admin_key)
 
     @property
     def command(self) -> list[str]:
-        """tritonserver's command line."""
         listening = {name: (self.host_of(name), port) for name, port in self.ports.items()}
         return command_line(self.found, self.repository, self.options, listening, self.admin_key)
 
@@ -142,7 +138,7 @@ class Server:
         """
         self.check_ports()
         began = time.monotonic()
-        for left in reversed(range(STARTS)):
+        for left in reversed(range(_STARTS)):
             try:
                 self.start_once()
                 break
@@ -154,7 +150,7 @@ class Server:
                         self.process.wait(2)
                 status = self.process.poll()
                 self.kill()
-                if status not in CRASHES or self.stopping or not left:
+                if status not in _CRASHES or self.stopping or not left:
                     raise
                 self.log(
                     f"tritonserver crashed while it started (signal {-status}): starting it again"
@@ -166,7 +162,7 @@ class Server:
     def start_once(self) -> None:
         """Launch tritonserver and wait until every model answers."""
         self._errors, self._complaints = [], []
-        launch = [sys.executable, "-I", "-S", "-c", LAUNCH, str(os.getpid()), *self.command]
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self.command]
         self.process = subprocess.Popen(
             launch,
             env={**os.environ, **self.found.environment},
@@ -214,14 +210,14 @@ class Server:
         begun = False
         with stream:
             for line in map(str.rstrip, stream):
-                message = MESSAGE.match(line)
+                message = _MESSAGE.match(line)
                 begun = begun or message is not None
                 if not begun:  # before its log begins there can only be a complaint about flags, and pages of help
                     self._complaints.append(line)
                     continue
-                if not self.options.gpu and NOISE.search(line):
+                if not self.options.gpu and _NOISE.search(line):
                     continue
-                if DRAINED in line:
+                if _DRAINED in line:
                     self._drained = time.monotonic()
                 if message and (message["level"] or message["iso"]) in "EF":
                     self._errors.append(message["text"])
@@ -282,7 +278,7 @@ class Server:
         deadline = time.monotonic() + self.options.exit_seconds + 5
         while self.process.poll() is None and time.monotonic() < deadline:
             if self._drained:
-                deadline = min(deadline, self._drained + UNLOAD_SECONDS)
+                deadline = min(deadline, self._drained + _UNLOAD_SECONDS)
             time.sleep(0.05)
         self.kill()
         remove_state(self.repository)

@@ -26,20 +26,20 @@ from serve.server.process import Server
 from serve.server.rest import Refused, Tensor
 from serve.server.stubs import Stub, find_stubs, remove_regions
 
-LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 0.5
 """Between two looks at the processes."""
-SURVEY_SECONDS = 2.0
+_SURVEY_SECONDS = 2.0
 """Between two looks at what was answered; a model that answered nothing in between gets a canary.
 """
 CANARY_SHARE, CANARY_SECONDS = 0.05, 10.0
 """Canaries of a model take at most this share of the time, but there is one in so many seconds."""
-PATIENCE_SECONDS = 20.0
+_PATIENCE_SECONDS = 20.0
 """A model that gives no answer to anybody for so long (and for as long as many canaries take)
 hangs.
 """
-GRACE_SECONDS = 10.0
+_GRACE_SECONDS = 10.0
 """What a replaced backend gets to finish what it has taken."""
-STEADY_SECONDS = 60.0
+_STEADY_SECONDS = 60.0
 """A model that stayed up so long is replaced at once when it dies; one that did not waits twice as
 long each time.
 """
@@ -55,7 +55,7 @@ and so is alive.
 
 
 @dataclass
-class Backend:
+class _Backend:
     """What is known of one version of a model."""
 
     model: str
@@ -91,7 +91,7 @@ class Supervisor:
 
     def __init__(self, server: Server, log: Callable[[str], None]) -> None:
         self.server, self.log = server, log
-        self.backends: dict[tuple[str, str], Backend] = {}
+        self.backends: dict[tuple[str, str], _Backend] = {}
         self.counting = threading.Lock()
         self.pool = ThreadPoolExecutor(8, "canary")
         self.seen: set[Stub] = set()
@@ -112,18 +112,17 @@ class Supervisor:
                     # a server that stops or dies in the middle of a look is the next look's matter
                     with suppress(OSError, Refused):
                         self.look(time.monotonic())
-                time.sleep(LOOK_SECONDS)
+                time.sleep(_LOOK_SECONDS)
         finally:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
     def look(self, now: float) -> None:
-        """One look at everything that is due."""
         stubs = find_stubs(self.server.process.pid)
         self.seen.update(stubs)
         self.server.regions.update(stub.region for stub in stubs)
         if now >= self.survey_due:
             self.survey(now)
-            self.survey_due = now + SURVEY_SECONDS
+            self.survey_due = now + _SURVEY_SECONDS
         for backend in self.backends.values():
             self.count(backend, stubs)
             if backend.canary is not None and backend.canary.done():
@@ -152,7 +151,7 @@ class Supervisor:
                 backend.canary, backend.asked = self.pool.submit(self.ask, backend), answered
         self.backends = result
 
-    def count(self, backend: Backend, stubs: list[Stub]) -> None:
+    def count(self, backend: _Backend, stubs: list[Stub]) -> None:
         """Give a backend a reason to be replaced if processes of it are missing."""
         alive = sum(
             (s.model, s.version) == (backend.model, backend.version) and s.pid not in backend.old
@@ -166,12 +165,12 @@ class Supervisor:
                 f"{backend.instances - alive} of {backend.instances} backend processes died"
             )
 
-    def ask(self, backend: Backend) -> tuple[str, float]:
+    def ask(self, backend: _Backend) -> tuple[str, float]:
         """Send a canary; returns what is wrong ("" for nothing) and the seconds it took. Any
         sensible answer will do.
         """
         began, wrong = time.monotonic(), ""
-        patience = max(PATIENCE_SECONDS, 100 * backend.canary_seconds)
+        patience = max(_PATIENCE_SECONDS, 100 * backend.canary_seconds)
         try:
             self.server.rest.infer(
                 backend.model, backend.version, backend.inputs, backend.output, patience
@@ -187,7 +186,7 @@ class Supervisor:
             pass  # the server is gone, which its process will show
         return wrong, time.monotonic() - began
 
-    def judge(self, backend: Backend, now: float) -> None:
+    def judge(self, backend: _Backend, now: float) -> None:
         """Draw the conclusion of a canary that came back."""
         wrong, seconds = backend.canary.result()
         backend.canary = None
@@ -204,7 +203,7 @@ class Supervisor:
         ):
             backend.reason = wrong
 
-    def replace(self, backend: Backend, stubs: list[Stub]) -> None:
+    def replace(self, backend: _Backend, stubs: list[Stub]) -> None:
         """Load a model anew beside what is left of it; the old processes are ended when they had
         time to finish.
         """
@@ -219,7 +218,7 @@ class Supervisor:
             end(
                 [stub for stub in mine if stub in stubs]
             )  # they hang, and whoever waits for them would for ever
-        backend.quick = backend.quick + 1 if began - backend.replaced < STEADY_SECONDS else 0
+        backend.quick = backend.quick + 1 if began - backend.replaced < _STEADY_SECONDS else 0
         backend.retry = began + min(60, 2**backend.quick if backend.quick > 1 else 0)
         try:
             # Triton loads what has changed
@@ -243,7 +242,7 @@ class Supervisor:
             self.server.save()
         self.log(f"supervisor: {model} is back after {now - began:.1f} s (restart {count})")
         backend.old |= {stub.pid for stub in mine}
-        self.dismissed |= {stub: now + GRACE_SECONDS for stub in mine}
+        self.dismissed |= {stub: now + _GRACE_SECONDS for stub in mine}
         backend.replaced, backend.reason, backend.canary = now, "", None
         backend.complete, backend.short, backend.strikes = False, 0, 0
 
@@ -304,18 +303,17 @@ class Supervisor:
 
 
 def end(stubs: list[Stub]) -> None:
-    """Kill stub processes."""
     for stub in stubs:
         with suppress(ProcessLookupError):
             os.kill(stub.pid, signal.SIGKILL)
 
 
-def describe(config: dict[str, Any], model: str, version: str) -> Backend:
+def describe(config: dict[str, Any], model: str, version: str) -> _Backend:
     """What a model's configuration says of how to watch it. An ensemble has no backend; its steps
     are watched.
     """
     if config.get("platform") == "ensemble":
-        return Backend(model, version, (), "", 0)
+        return _Backend(model, version, (), "", 0)
     warm_up = {
         name: data["dims"]
         for sample in config.get("model_warmup", ())
@@ -337,4 +335,4 @@ def describe(config: dict[str, Any], model: str, version: str) -> Backend:
         if stubs
         else 0
     )
-    return Backend(model, version, tuple(inputs), config["output"][0]["name"], instances)
+    return _Backend(model, version, tuple(inputs), config["output"][0]["name"], instances)

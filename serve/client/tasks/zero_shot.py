@@ -96,7 +96,6 @@ def _check_labels(labels: Sequence[str] | None) -> list[str] | None:
 def _on_server(
     calls: Calls, images: Images, labels: list[str] | None, options: RequestOptions
 ) -> Steps[ZeroShot]:
-    """Ask the model `zero_shot`."""
     extra = {}
     if labels is not None:
         extra["labels"] = np.array([label.encode() for label in labels], dtype=np.object_)

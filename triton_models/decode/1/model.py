@@ -16,7 +16,6 @@ class TritonPythonModel:
     """
 
     def initialize(self, args: dict) -> None:
-        """Read sizes and limits from config.pbtxt."""
         settings = {
             key: int(value["string_value"])
             for key, value in json.loads(args["model_config"])["parameters"].items()

@@ -12,8 +12,6 @@ from graph_model import Refused, answer_each, is_finite, wrong_size
 
 
 class TritonPythonModel:
-    """The last step of a task's ensemble."""
-
     def initialize(self, args: dict) -> None:
         """Read names, the function and the sizes of pictures that are served from config.pbtxt."""
         config = json.loads(args["model_config"])

@@ -12,7 +12,7 @@ import triton_python_backend_utils as pb_utils
 from clip_text import BadLabel, ClipTokenizer, embed
 from graph_model import failed, first_line, open_graph
 
-KEPT = 4096
+_KEPT = 4096
 """Labels whose embeddings are kept: clients ask for the same few with every picture."""
 
 
@@ -114,6 +114,6 @@ class TritonPythonModel:
         for label in labels:
             self.known.move_to_end(label)
         result = np.stack([self.known[label] for label in labels])
-        while len(self.known) > KEPT:
+        while len(self.known) > _KEPT:
             self.known.popitem(last=False)
         return result

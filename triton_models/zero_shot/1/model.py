@@ -13,8 +13,8 @@ import triton_python_backend_utils as pb_utils
 from class_scores import ClassVectors, probabilities
 from graph_model import failed, first_line, wrong_size
 
-LATEST = -1
-MARK = "refused: "
+_LATEST = -1
+_MARK = "refused: "
 """Before the sentences of `text_encoder`'s refusals: Triton gives a model that calls another its
 words, not its code.
 """
@@ -84,7 +84,7 @@ class TritonPythonModel:
         self.check(image.shape())
         if given is not None and not self.about["encoder"]:
             vectors, classes = self.choose(given), given
-        requested = [self.ask("features", LATEST, image, self.about["output"], request)]
+        requested = [self.ask("features", _LATEST, image, self.about["output"], request)]
         if given is not None and self.about["encoder"]:
             requested.append(self.ask("text_encoder", self.version, labels, "embeddings", request))
         tokens, *embeddings = await asyncio.gather(*requested)
@@ -140,7 +140,7 @@ class TritonPythonModel:
             inputs=[tensor],
             requested_output_names=[output],
             request_id=request.request_id(),
-            parameters={"refusal_mark": MARK},
+            parameters={"refusal_mark": _MARK},
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         try:
@@ -154,8 +154,8 @@ class TritonPythonModel:
 
 def refusal(message: str) -> Refused:
     """The code that belongs to the words of another model."""
-    if message.startswith(MARK):
-        return Refused(message.removeprefix(MARK), pb_utils.TritonError.INVALID_ARG)
+    if message.startswith(_MARK):
+        return Refused(message.removeprefix(_MARK), pb_utils.TritonError.INVALID_ARG)
     busy = any(words in message for words in BUSY)
     return Refused(
         message, pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INTERNAL
