@@ -1,5 +1,5 @@
-"""`python -m serve.status`: what every model of a running server has done, from Triton's statistics
-and metrics.
+"""`python -m serve.status`: requests, latencies and failures of every model of a running server, from
+Triton's statistics and metrics.
 """
 
 import json
@@ -16,15 +16,24 @@ from serve.server.rest import Refused, Rest
 
 EPILOG = """\
 examples:
-  python -m serve.status                                        the server on this machine
-  python -m serve.status --repository repository                with restarts, and versions that did not load
+  python -m serve.status
+  python -m serve.status --repository repository
   python -m serve.status --url 10.0.0.5:8000 --metrics 10.0.0.5:8002
   watch -n 2 python -m serve.status
 
-Counts since a version was loaded, the supervisor's canaries among them; requests are answered requests, batch is pictures an
-execution, queue and compute are milliseconds (median of the last minute; with ~, mean since it was loaded). An ensemble's
-requests are those to it, its steps have their own rows. Triton counts a request that a step refused as failed at the ensemble,
-and one of a wrong type or shape nowhere. Exit status: 0 the server is ready, 1 it is not, 2 a mistake.
+--repository also shows restarts, and versions that did not load.
+
+Columns, counted since a version was loaded and including the supervisor's own
+test requests:
+  requests        answered requests; those of an ensemble's steps have rows
+                  of their own
+  batch           pictures per execution
+  queue, compute  milliseconds: median of the last minute, or with ~ the mean
+                  since the version was loaded
+  failed          a request that a step refused counts for the ensemble; Triton
+                  does not count requests of a wrong type or shape
+
+Exit status: 0 the server is ready, 1 it is not, 2 usage error.
 """
 
 _SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")
@@ -51,18 +60,24 @@ _Metrics = dict[tuple[str, str, str, str], float]
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandLine(
         prog="python -m serve.status",
-        description="Show what the models of a running server have done.",
+        description="Show requests, latencies and failures of a running server's models.",
         epilog=EPILOG,
     )
-    parser.add_argument("--url", metavar="HOST:PORT", help="HTTP, not gRPC (127.0.0.1:8000)")
-    parser.add_argument("--metrics", metavar="HOST:PORT", help="(the same host, port 8002)")
+    parser.add_argument(
+        "--url", metavar="HOST:PORT", help="HTTP, not gRPC (default: 127.0.0.1:8000)"
+    )
+    parser.add_argument(
+        "--metrics", metavar="HOST:PORT", help="metrics (default: the same host, port 8002)"
+    )
     parser.add_argument(
         "--repository",
         type=Path,
         metavar="DIR",
-        help="of serve.run: where the server is and its key",
+        help="of serve.run: holds the server's address and key",
     )
-    parser.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="print JSON instead of a table"
+    )
     args = parser.parse_args(arguments)
     return exit_status(lambda: _run(**vars(args)))
 
@@ -73,7 +88,7 @@ def _run(url: str | None, metrics: str | None, repository: Path | None, as_json:
     state = None
     if repository:
         if url or metrics:
-            raise UserError("--repository says where its server is: leave out --url and --metrics")
+            raise UserError("--repository already names the server: leave out --url and --metrics")
         state = read_state(repository)
         if state is None:
             raise UserError(
@@ -95,7 +110,7 @@ def _run(url: str | None, metrics: str | None, repository: Path | None, as_json:
     else:
         print_table(rows)
         if state and state.server_restarts:
-            print(f"tritonserver was started again {state.server_restarts} times")
+            print(f"tritonserver was restarted {state.server_restarts} times")
     return 0 if rest.ready() and all(row["state"] == "READY" for row in rows) else 1
 
 
@@ -147,9 +162,7 @@ def _collect(
 
 
 def _not_loaded(rest: Rest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for versions that were asked for and failed; versions that were unloaded in order are
-    left out.
-    """
+    """Rows for versions that failed to load; versions that were unloaded normally are left out."""
     known, result = {(row["model"], row["version"]) for row in rows}, []
     for entry in rest.index():
         key, reason = (entry["name"], entry.get("version", "")), entry.get("reason", "")
@@ -181,8 +194,8 @@ def latency(duration: dict[str, Any], median_us: float | None) -> dict[str, Any]
 
 
 def _read_metrics(metrics: Rest) -> _Metrics:
-    """Prometheus' text as numbers; none where that port is not reachable, the statistics say
-    enough.
+    """Prometheus' text as numbers; empty where the port is not reachable, since the
+    statistics suffice.
     """
     try:
         text = metrics.call("GET", "/metrics").decode()

@@ -67,13 +67,13 @@ class Breaker:
 
 
 class Breakers:
-    """The breakers of a client, made as heads are asked for."""
+    """The breakers of a client, created on first use."""
 
     def __init__(self, failures: int = 3, rest: float = 10.0) -> None:
         self.failures, self.rest = failures, rest
-        self.found: dict[str, Breaker] = {}
+        self.breakers: dict[str, Breaker] = {}
         self.lock = threading.Lock()
 
     def __getitem__(self, head: str) -> Breaker:
         with self.lock:
-            return self.found.setdefault(head, Breaker(self.failures, self.rest))
+            return self.breakers.setdefault(head, Breaker(self.failures, self.rest))

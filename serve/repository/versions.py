@@ -26,7 +26,7 @@ from serve.repository.settings import Settings
 _DOOR = "features"
 STAGED = "staged_"
 """Prefix of the names under which a rollout tries a version."""
-_ROOM = "free some space beside the repository"
+_ROOM = "free some space on the disk of the repository"
 
 
 class Repository:
@@ -64,21 +64,19 @@ class Repository:
 
     def render(self, bundle: Bundle, version: int) -> list[Model]:
         """The models of another bundle with this repository's settings; raises UserError if Triton
-        would serve them wrongly.
+        would not serve them correctly.
         """
         models = build_models(bundle, self.settings.model_copy(update={"version": version}))
         wrong = lint({model.name: model.config for model in models})
         if wrong:
             raise UserError(
-                f"{bundle.path} makes a repository that Triton would serve wrongly: "
+                f"{bundle.path} makes a repository that Triton would not serve correctly: "
                 f"{'; '.join(wrong)}"
             )
         return models
 
     def check_interface(self, models: Sequence[Model]) -> None:
-        """Raise UserError unless clients will find the models, inputs, outputs and batches they
-        know.
-        """
+        """Raise UserError if models, inputs, outputs or batch sizes differ from those now served."""
         new, old = (
             {model.name: model.config for model in models},
             {name: self.config(name) for name in self.models},
@@ -110,21 +108,21 @@ class Repository:
             for step in config.ensemble_scheduling.step:
                 step.model_name = prefix + step.model_name
             write_model(self.path / config.name, Model(config, model.files), _version_of(models))
-        # Triton loads an ensemble's steps with it, but the models beside them must be tried too
+        # Triton loads an ensemble's steps with it, but the other models must be tried too
         return [prefix + model.name for model in models]
 
     def unstage(self, prefix: str) -> None:
-        """Delete what was staged, also what a killed rollout left behind."""
+        """Delete what was staged, also left by a killed rollout behind."""
         for folder in self.path.glob(f"{prefix}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def add(self, models: Sequence[Model], version: int) -> Iterator[str]:
-        """Put a version's files beside the others; yields each model that must be loaded now, its
-        files being whole.
+        """Put a version's files beside the others; yields each model that must be loaded now that
+        its files are complete.
         """
         for model in models:
             place = self.path / model.name / str(version)
-            tidy(place, lambda old: False)  # what a killed rollout left
+            tidy(place, lambda old: False)  # left by a killed rollout
             with new_folder(place, str(place)) as aside:
                 write_version(aside, model)
             if model.config.platform != "ensemble":

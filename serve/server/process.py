@@ -1,4 +1,4 @@
-"""A tritonserver on a model repository: started, waited for, its log passed on, drained and gone at
+"""A tritonserver on a model repository: start, wait until ready, pass on its log, drain, and stop at
 the end.
 """
 
@@ -69,10 +69,14 @@ class Server:
     """
 
     def __init__(
-        self, result: Tritonserver, repository: Path, options: Options, log: Callable[[str], None]
+        self,
+        tritonserver: Tritonserver,
+        repository: Path,
+        options: Options,
+        log: Callable[[str], None],
     ) -> None:
-        self.found, self.repository, self.options, self.log = (
-            result,
+        self.tritonserver, self.repository, self.options, self.log = (
+            tritonserver,
             repository.absolute(),
             options,
             log,
@@ -99,7 +103,7 @@ class Server:
 
     @property
     def grpc(self) -> str:
-        """Where gRPC is answered, as clients on this machine write it."""
+        """Where gRPC is answered, as an address for clients on this machine."""
         return self.address("grpc")
 
     @property
@@ -128,7 +132,9 @@ class Server:
     @property
     def command(self) -> list[str]:
         listening = {name: (self.host_of(name), port) for name, port in self.ports.items()}
-        return command_line(self.found, self.repository, self.options, listening, self.admin_key)
+        return command_line(
+            self.tritonserver, self.repository, self.options, listening, self.admin_key
+        )
 
     def start(self) -> float:
         """Start and wait until every model answers; returns the seconds it took.
@@ -143,9 +149,7 @@ class Server:
                 self.start_once()
                 break
             except BaseException as error:
-                if isinstance(
-                    error, OSError
-                ):  # a connection that broke off: its process is about to end
+                if isinstance(error, OSError):  # the connection broke: the process is about to end
                     with suppress(subprocess.TimeoutExpired):
                         self.process.wait(2)
                 status = self.process.poll()
@@ -165,7 +169,7 @@ class Server:
         launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self.command]
         self.process = subprocess.Popen(
             launch,
-            env={**os.environ, **self.found.environment},
+            env={**os.environ, **self.tritonserver.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -206,13 +210,13 @@ class Server:
             time.sleep(0.05)
 
     def pass_on(self, stream: TextIO) -> None:
-        """Pass the log on line by line, without the lines that mean nothing on this machine."""
+        """Pass the log on line by line, without GPU complaints on machines without one."""
         begun = False
         with stream:
             for line in map(str.rstrip, stream):
                 message = _MESSAGE.match(line)
                 begun = begun or message is not None
-                if not begun:  # before its log begins there can only be a complaint about flags, and pages of help
+                if not begun:  # before the log begins: an error about flags, then its help
                     self._complaints.append(line)
                     continue
                 if not self.options.gpu and _NOISE.search(line):
@@ -224,7 +228,7 @@ class Server:
                 self.log(line.replace(self.admin_key, "…"))
 
     def explain_end(self) -> Exception:
-        """Why tritonserver ended before it was ready, as it said itself."""
+        """The reason that tritonserver logged for ending before it was ready."""
         self._reader.join(5)
         if self._errors:
             return ServerError(f"tritonserver ended: {one_line(self._errors[0])}")
@@ -232,9 +236,9 @@ class Server:
             message = next(
                 (line for line in self._complaints if "option" in line), self._complaints[0]
             )
-            message = message.removeprefix(f"{self.found.executable}: ")
+            message = message.removeprefix(f"{self.tritonserver.executable}: ")
             return UserError(
-                f"tritonserver refuses what follows -- ({' '.join(self.options.extra)}): {message}"
+                f"tritonserver rejects the arguments after -- ({' '.join(self.options.extra)}): {message}"
             )
         status = self.process.returncode
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
@@ -258,7 +262,7 @@ class Server:
         write_state(self.repository, state)
 
     def drain(self) -> None:
-        """Tell tritonserver to take no more and to end when what it has is answered. Safe in a
+        """Stop accepting requests, and end when the accepted ones are answered. Safe in a
         signal handler.
         """
         self.stopping = True
@@ -285,7 +289,7 @@ class Server:
         return not self._ready or bool(self._drained) or self.process.returncode == 0
 
     def kill(self) -> None:
-        """End whatever is left of tritonserver and its stub processes, at once."""
+        """Kill tritonserver and its stub processes."""
         if self.process is None:
             return
         with suppress(ProcessLookupError, PermissionError):

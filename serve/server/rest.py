@@ -80,11 +80,11 @@ class Rest:
         return True
 
     def index(self) -> list[dict[str, Any]]:
-        """Name, version, state and reason of every version that was asked for; restricted."""
+        """Name, version, state and reason of every requested version; restricted."""
         return self.json("POST", "/v2/repository/index", b"{}")
 
     def load(self, model: str, config: str = "", timeout: float = 120.0) -> None:
-        """Load a model whose files have changed, beside the old one until it is ready; restricted.
+        """Load a model whose files have changed, next to the old one until it is ready; restricted.
 
         `config`: a configuration as JSON, in place of the model's file.
         """

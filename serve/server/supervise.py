@@ -38,7 +38,7 @@ _PATIENCE_SECONDS = 20.0
 hangs.
 """
 _GRACE_SECONDS = 10.0
-"""What a replaced backend gets to finish what it has taken."""
+"""Seconds a replaced backend has to finish its requests."""
 _STEADY_SECONDS = 60.0
 """A model that stayed up so long is replaced at once when it dies; one that did not waits twice as
 long each time.
@@ -56,14 +56,14 @@ and so is alive.
 
 @dataclass
 class _Backend:
-    """What is known of one version of a model."""
+    """State of one version of a model."""
 
     model: str
     version: str
     inputs: tuple[Tensor, ...]
     output: str
     instances: int
-    """Stub processes that it ought to have; 0 for other backends than python."""
+    """Expected stub processes; 0 for backends other than python."""
     answered: int = -1
     """Requests answered at the last look."""
     complete: bool = False
@@ -72,7 +72,7 @@ class _Backend:
     """Looks in a row that missed some of them."""
     due: float = 0.0
     canary: Future | None = None
-    asked: int = 0
+    canary_baseline: int = 0
     """Requests answered when the canary was sent."""
     canary_seconds: float = 0.0
     strikes: int = 0
@@ -87,7 +87,7 @@ class _Backend:
 
 
 class Supervisor:
-    """Looks after one server; `run` returns when it was told to stop."""
+    """Looks after one server; `run` returns when it is stopped."""
 
     def __init__(self, server: Server, log: Callable[[str], None]) -> None:
         self.server, self.log = server, log
@@ -101,7 +101,7 @@ class Supervisor:
         self.survey_due = 0.0
 
     def run(self) -> None:
-        """Look until the server is told to stop; raises ServerError if tritonserver cannot be kept
+        """Look until the server is stopped; raises ServerError if tritonserver cannot be kept
         up.
         """
         try:
@@ -109,7 +109,7 @@ class Supervisor:
                 if self.server.process.poll() is not None:
                     self.revive()
                 else:
-                    # a server that stops or dies in the middle of a look is the next look's matter
+                    # a server that stops or dies during a look is handled in the next look
                     with suppress(OSError, Refused):
                         self.look(time.monotonic())
                 time.sleep(_LOOK_SECONDS)
@@ -134,13 +134,13 @@ class Supervisor:
         list(self.pool.map(lambda backend: self.replace(backend, stubs), dead))
 
     def survey(self, now: float) -> None:
-        """Learn which models there are and what they answered; send canaries to those that answered
+        """List the models and what they answered; send canaries to those that answered
         nothing.
         """
         result = {}
         for entry in self.server.rest.statistics():
             key = entry["name"], entry["version"]
-            if key[0].startswith(STAGED):  # a rollout tries it, and deals with what it finds
+            if key[0].startswith(STAGED):  # a rollout tries it and handles its failures
                 continue
             backend = result[key] = self.backends.get(key) or describe(
                 self.server.rest.config(*key), *key
@@ -148,7 +148,10 @@ class Supervisor:
             answered = int(entry["inference_stats"]["success"]["count"])
             progress, backend.answered = answered != backend.answered, answered
             if backend.output and not progress and backend.canary is None and now >= backend.due:
-                backend.canary, backend.asked = self.pool.submit(self.ask, backend), answered
+                backend.canary, backend.canary_baseline = (
+                    self.pool.submit(self.ask, backend),
+                    answered,
+                )
         self.backends = result
 
     def count(self, backend: _Backend, stubs: list[Stub]) -> None:
@@ -183,11 +186,11 @@ class Supervisor:
         except TimeoutError:
             wrong = f"no answer for {patience:.0f} s"
         except OSError:
-            pass  # the server is gone, which its process will show
+            pass  # the server is gone, which the next look at its process shows
         return wrong, time.monotonic() - began
 
     def judge(self, backend: _Backend, now: float) -> None:
-        """Draw the conclusion of a canary that came back."""
+        """Evaluate a finished canary."""
         wrong, seconds = backend.canary.result()
         backend.canary = None
         if not wrong:
@@ -196,7 +199,7 @@ class Supervisor:
             return
         backend.strikes += 1
         certain = "is not healthy" in wrong or (
-            wrong.startswith("no answer") and backend.answered == backend.asked
+            wrong.startswith("no answer") and backend.answered == backend.canary_baseline
         )
         if (certain or backend.strikes > 1) and self.server.rest.model_ready(
             backend.model, backend.version
@@ -204,7 +207,7 @@ class Supervisor:
             backend.reason = wrong
 
     def replace(self, backend: _Backend, stubs: list[Stub]) -> None:
-        """Load a model anew beside what is left of it; the old processes are ended when they had
+        """Load a model again next to what is left of it; the old processes are ended when they had
         time to finish.
         """
         model, began = backend.model, time.monotonic()
@@ -217,7 +220,7 @@ class Supervisor:
         if backend.reason.startswith("no answer"):
             end(
                 [stub for stub in mine if stub in stubs]
-            )  # they hang, and whoever waits for them would for ever
+            )  # they hang, and their clients would wait for ever
         backend.quick = backend.quick + 1 if began - backend.replaced < _STEADY_SECONDS else 0
         backend.retry = began + min(60, 2**backend.quick if backend.quick > 1 else 0)
         try:
@@ -233,7 +236,7 @@ class Supervisor:
         if wrong:
             backend.quick, backend.retry = backend.quick + 1, now + min(60, 2**backend.quick)
             self.log(
-                f"supervisor: {model} is not back: {wrong} (trying again in "
+                f"supervisor: {model} did not recover: {wrong} (next attempt in "
                 f"{backend.retry - now:.0f} s)"
             )
             return

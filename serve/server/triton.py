@@ -31,16 +31,16 @@ class Tritonserver:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def find_tritonserver(given: Path | None, workspace: Path) -> Tritonserver:
+def find_tritonserver(path: Path | None, workspace: Path) -> Tritonserver:
     """The server named, else NVIDIA's image's, else one on PATH, else the wheel's (prepared in
     `workspace`).
 
     Raises UserError if there is none, naming what to install.
     """
-    if given is not None:
-        if not os.access(given, os.X_OK) or given.is_dir():
-            raise UserError(f"--tritonserver {given}: no executable file there")
-        return _native(given)
+    if path is not None:
+        if not os.access(path, os.X_OK) or path.is_dir():
+            raise UserError(f"--tritonserver {path}: not an executable file")
+        return _native(path)
     if os.access(IMAGE_PATH, os.X_OK):
         return _native(IMAGE_PATH)
     on_path = shutil.which("tritonserver")
@@ -55,7 +55,7 @@ def find_tritonserver(given: Path | None, workspace: Path) -> Tritonserver:
 
 
 def _native(executable: Path) -> Tritonserver:
-    """A server with its backends beside it, as NVIDIA lays them out."""
+    """A server with the backends folder of NVIDIA's layout."""
     root = executable.resolve().parent.parent
     backends, caches = root / "backends", root / "caches"
     return Tritonserver(
