@@ -1,8 +1,8 @@
-"""Liveness: one small question at every front door. Exit status 0 alive, 1 not; standard library
+"""Liveness: one small request to every front door. Exit status 0 alive, 1 not; standard library
 only.
 
-Triton goes on saying READY when a python backend's process has died, and it never starts that
-process again. So a probe has to ask for an answer. A server that is merely busy is alive:
+Triton still reports READY when a python backend's process has died, and it never starts that
+process again. So a probe has to send a request. A server that is merely busy is alive:
 restarting it would only move its load to the others.
 """
 
@@ -23,18 +23,22 @@ _BUSY = (429, 503)
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Liveness of a Triton: one small question at every front door."
+        description="Liveness of a Triton: one small request to every front door."
     )
     parser.add_argument(
         "--url",
         default="http://127.0.0.1:8000",
-        help="Triton's HTTP address (http://127.0.0.1:8000)",
+        help="Triton's HTTP address (default: http://127.0.0.1:8000)",
     )
     repository = os.environ.get("MODEL_REPOSITORY", "/models")
     parser.add_argument(
-        "--repository", default=repository, help=f"the models it should serve ({repository})"
+        "--repository",
+        default=repository,
+        help=f"the models it should serve (default: {repository})",
     )
-    parser.add_argument("--timeout", type=float, default=20, help="seconds for all of it (20)")
+    parser.add_argument(
+        "--timeout", type=float, default=20, help="time limit in seconds (default: 20)"
+    )
     args = parser.parse_args()
     try:
         problem = probe(args.url, args.repository, args.timeout)
@@ -50,7 +54,7 @@ def probe(url: str, repository: str, timeout: float) -> str:
     end = time.monotonic() + timeout
     status, message = request(f"{url}/v2/health/live", timeout)
     if status != 200:
-        return f"{url}/v2/health/live says {status} {message[:300].decode(errors='replace')}"
+        return f"{url}/v2/health/live answered {status} {message[:300].decode(errors='replace')}"
     settings = json.loads(request(f"{url}/v2/models/decode/config", timeout)[1])["parameters"]
     height, width = (int(settings[side]["string_value"]) for side in ("height", "width"))
     # from the files, because a model that is gone and one that never was look alike over the
@@ -79,7 +83,7 @@ def probe(url: str, repository: str, timeout: float) -> str:
                 f"'{door}' did not answer in {left:.0f} s, nor was anything else answered meanwhile"
             )
         if status != 200 and status not in _BUSY:
-            return f"'{door}' says {status} {message[:300].decode(errors='replace')}"
+            return f"'{door}' answered {status} {message[:300].decode(errors='replace')}"
     return ""
 
 

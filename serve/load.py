@@ -1,5 +1,5 @@
-"""Load for a server, and what came of it: so many requests at once (closed loop), or so many a
-second (open loop).
+"""Load for a server and its results: a fixed number of requests at once (closed loop), or a rate
+per second (open loop).
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class Outcome:
 
 
 async def closed_loop(ask: Ask, concurrency: int, seconds: float) -> Outcome:
-    """`concurrency` clients, each of which asks again as soon as it is answered."""
+    """`concurrency` clients, each of which sends its next request once answered."""
     outcome = Outcome(seconds)
     start = time.perf_counter()
     end = start + seconds
@@ -66,9 +66,7 @@ async def closed_loop(ask: Ask, concurrency: int, seconds: float) -> Outcome:
                 Exception
             ) as error:  # whatever a server or client raises is a request not answered
                 outcome.failed(error)
-                await asyncio.sleep(
-                    0.01
-                )  # a server that refuses at once must not be asked in a spin
+                await asyncio.sleep(0.01)  # do not spin on a server that rejects at once
             else:
                 outcome.latencies.append(time.perf_counter() - begun)
 

@@ -2,7 +2,7 @@
 vector a label.
 
 `export.text` does the same in torch when a bundle is made; this is for labels that come later.
-Copied beside the model `text_encoder` in a repository, so it must not import anything of this
+Copied next to the model `text_encoder` in a repository, so it must not import anything of this
 package.
 """
 
@@ -29,7 +29,7 @@ _PROMPTS = 64
 
 
 class BadLabel(ValueError):
-    """A label that no embedding can be made of; the message is a sentence for whoever sent it."""
+    """A label that no embedding can be made of; the message goes to the sender."""
 
 
 class ClipTokenizer:
@@ -101,7 +101,7 @@ def _byte_letters() -> dict[int, str]:
     }
 
 
-def mend(text: str) -> str:
+def fix_text(text: str) -> str:
     """Undo wrong decoding and HTML entities, and make every run of whitespace one space."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
@@ -115,8 +115,8 @@ def canonicalize(text: str) -> str:
 
 
 _CLEAN: dict[str, Callable[[str], str]] = {
-    "lower": lambda text: mend(text).lower(),
-    "whitespace": mend,
+    "lower": lambda text: fix_text(text).lower(),
+    "whitespace": fix_text,
     "canonicalize": canonicalize,
 }
 """open_clip's ways of cleaning a text, by the sidecar's names."""
@@ -128,10 +128,10 @@ def prompts(label: str, templates: Sequence[str], tokenizer: ClipTokenizer) -> l
     """
     sentences = [template.replace(_PLACE, label) for template in templates]
     longest = max(len(tokenizer.encode(sentence)) for sentence in sentences) + 2
-    if longest > tokenizer.context:  # its end would be cut off without a word
+    if longest > tokenizer.context:  # its end would be cut off silently
         raise BadLabel(
             f"label '{label[:40]}…' makes a sentence of {longest} tokens, the model reads "
-            f"{tokenizer.context}: say it in fewer words"
+            f"{tokenizer.context}: use fewer words"
         )
     return sentences
 

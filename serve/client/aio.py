@@ -84,7 +84,7 @@ class AsyncFeatureClient:
         return await asyncio.to_thread(step.function)
 
     async def wait_for(self, call: Coroutine[Any, Any, Any], seconds: float) -> Any:
-        """An inference that is not cancelled when nobody waits for it any more."""
+        """An inference that keeps running when its caller stops waiting."""
         task = asyncio.create_task(call)
         self.left.add(task)
         task.add_done_callback(self.forget)

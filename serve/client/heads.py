@@ -1,4 +1,4 @@
-"""Asking for several heads at once when one of them may be failing: breakers first, then partial
+"""Request several heads at once when one of them may be failing: breakers first, then partial
 answers.
 """
 
@@ -19,7 +19,7 @@ Found = tuple[dict[str, np.ndarray], dict[str, ClientError]]
 """Arrays, and why those that are not there are missing."""
 
 _FAILURES = (Unavailable, ServerFailed, DeadlineExceeded, WrongAnswer)
-"""What speaks against a head. A bad request or a missing model does not."""
+"""Failures that count against a head; a bad request or a missing model does not."""
 
 
 def ask_heads(
@@ -34,7 +34,7 @@ def ask_heads(
 
     Without `partial` the first failure is raised, and a head whose breaker is open fails the whole
     at once. With it, a head that fails goes missing: Triton fails an ensemble's whole request for
-    one failing head, so the others are asked again without it (each alone, if the failure does not
+    one failing head, so the others are requested again without it (each alone, if the failure does not
     say whose it was). Raises if nothing at all could be answered.
     """
     heads: dict[str, list[str]] = {}
@@ -59,7 +59,7 @@ def ask_heads(
     try:
         while left:
             now = time.monotonic()
-            # a head that hangs must leave the others time to be asked without it
+            # a head that hangs must leave time to request the others without it
             until = now + (deadline - now) / 2 if partial and len(left) > 1 else deadline
             try:
                 result = yield from ask([name for name in names if head_of(name) in left], until)
@@ -135,5 +135,5 @@ def _blame(error: ClientError, heads: dict[str, list[str]]) -> list[str]:
 
 
 def everywhere(error: ClientError) -> bool:
-    """Whether the server as a whole does not answer, so that asking for less would not help."""
+    """Whether the server as a whole does not answer, so that requesting less would not help."""
     return isinstance(error, Unavailable) and "in ensemble" not in error.message

@@ -74,7 +74,7 @@ class Picture:
 
 
 def list_pictures(images: Images) -> list[Picture]:
-    """Every picture of whatever was given, in order; raises BadRequest for none, or for what is no
+    """Every picture, in order; raises BadRequest for none, or for what is not a
     picture.
     """
     result = list(each(images, ""))

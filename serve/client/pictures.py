@@ -25,7 +25,7 @@ _NAMED_COLOURS = (
 
 
 def palette(classes: int) -> np.ndarray:
-    """A colour for each class, uint8 [classes, 3]: the same for the same number, easily told apart
+    """A colour for each class, uint8 [classes, 3]: the same for the same number, easy to distinguish
     for the first dozen.
     """
     colours = list(_NAMED_COLOURS[:classes])

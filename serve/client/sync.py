@@ -118,7 +118,7 @@ class FeatureClient:
         return step.function()
 
     def wait_for(self, arguments: dict[str, Any], seconds: float) -> Any:
-        """An inference that is not cancelled when nobody waits for it any more."""
+        """An inference that keeps running when its caller stops waiting."""
         future: Future[Any] = Future()
 
         def settle(result: Any, error: Exception | None) -> None:

@@ -75,7 +75,7 @@ footer { display: none !important; }
 
 
 class Request(NamedTuple):
-    """A request as the page lists it: what was asked, of which model, milliseconds, and the models
+    """A request as the page lists it: its task, its model, milliseconds, and the models
     the server ran for it.
     """
 
@@ -186,7 +186,7 @@ def zero_shot_card(probabilities: np.ndarray, classes: Sequence[str], about: str
 
 
 def requests_card(requests: Iterable[Request]) -> str:
-    """What was asked, how long it took, and what ran for it."""
+    """Requests, their latencies, and the models that ran."""
     rows = "".join(
         f'<dt>{escape(one.what)}</dt><dd>{one.milliseconds:.1f} ms</dd><dd class="ran">{escape(", ".join(one.ran))}</dd>'
         for one in requests

@@ -93,15 +93,15 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
                 answers = gradio.HTML(_HINT, elem_id="answers")
         # the file is decoded by `answer`, which says in a sentence what is wrong with it
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        given = {
+        event = {
             "fn": answer,
             "inputs": [image, words],
             "outputs": [answers, requests],
             "preprocess": False,
             **quiet,
         }
-        image.change(**given, trigger_mode="always_last")
-        again.click(**given)
+        image.change(**event, trigger_mode="always_last")
+        again.click(**event)
         for part in (words, again):
             page.load(labels_box, None, [part], **quiet)
     return page
@@ -116,7 +116,7 @@ _HINT = hint(
 def _open_upload(file: Mapping[str, Any], folder: Path) -> Image.Image:
     """A picture that was dropped on the page; raises BadRequest for one that cannot be read.
 
-    Gradio lets whoever writes requests by hand name any file of this machine: only those of its own
+    Gradio accepts handwritten requests with any path of this machine, so only files of its own
     folder are read.
     """
     path = Path(file.get("path") or "").resolve()

@@ -1,5 +1,5 @@
-"""Traps of Triton that configurations can be written into, found before a server is: each rule says
-what would happen.
+"""Rules for configurations that Triton loads but serves wrongly; each message says what would
+happen.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -10,9 +10,7 @@ _Configs = Mapping[str, ModelConfig]
 
 
 def lint(configs: _Configs) -> list[str]:
-    """What is wrong with the models of a repository, a sentence each; an empty list if nothing
-    is.
-    """
+    """Problems of a repository's models, one sentence each."""
     return [
         f"{name}: {message}"
         for rule in _RULES
@@ -44,7 +42,7 @@ def _side_input(config: ModelConfig, configs: _Configs) -> Iterator[str]:
 
 
 def response_cache(config: ModelConfig, configs: _Configs) -> Iterator[str]:
-    """Triton's cache knows an answer by its input's bytes alone."""
+    """Triton's cache uses only the bytes of the inputs as its key."""
     if not config.response_cache.enable:
         return
     if config.platform == "ensemble":
@@ -52,7 +50,7 @@ def response_cache(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     if len(config.output) != 1:
         yield (
             f"response_cache on a model of {len(config.output)} outputs: the key leaves out which "
-            "were asked for, so that a request would get another's"
+            "were requested, so a request would get another's answer"
         )
     if any(size < 0 for port in config.input for size in port.dims):
         yield "response_cache on inputs whose shape varies: the key leaves out the shape"
@@ -69,8 +67,8 @@ def _explicit_batch(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """
     if config.max_batch_size < 1 and "unbatched" not in config.parameters:
         yield (
-            "max_batch_size is not set: write it down (parameter `unbatched` says that a model "
-            "takes no batches)"
+            "max_batch_size is not set: set it (or the parameter `unbatched` for a model without "
+            "batches)"
         )
     for step in config.ensemble_scheduling.step:
         part = configs.get(step.model_name)
@@ -87,7 +85,7 @@ def _bounded_queue(config: ModelConfig, configs: _Configs) -> Iterator[str]:
         config.HasField("dynamic_batching")
         and not config.dynamic_batching.default_queue_policy.max_queue_size
     ):
-        yield "dynamic_batching without max_queue_size: an overloaded server would never say so"
+        yield "dynamic_batching without max_queue_size: an overloaded server would never reject requests"
 
 
 def _strings_alone(config: ModelConfig, configs: _Configs) -> Iterator[str]:
@@ -97,7 +95,7 @@ def _strings_alone(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     ):
         yield (
             "dynamic_batching of strings: Triton fails all requests of a batch for one whose "
-            "strings are packed wrongly (take dynamic_batching away)"
+            "strings are malformed (remove dynamic_batching)"
         )
 
 
@@ -113,7 +111,7 @@ def _warm_up_data(config: ModelConfig, configs: _Configs) -> Iterator[str]:
 
 
 def _joined_steps(config: ModelConfig, configs: _Configs) -> Iterator[str]:
-    """Every step exists, all of one version, and each tensor it reads is given before it in the
+    """Every step exists, all of one version, and each tensor it reads is made before it with the
     same type and dims.
     """
     versions = {step.model_version for step in config.ensemble_scheduling.step}
@@ -122,27 +120,27 @@ def _joined_steps(config: ModelConfig, configs: _Configs) -> Iterator[str]:
             f"its steps are of versions {sorted(versions)}: name one, or a rollout joins parts of "
             "two students"
         )
-    given = {port.name: (port.data_type, tuple(port.dims)) for port in config.input}
+    available = {port.name: (port.data_type, tuple(port.dims)) for port in config.input}
     for step in config.ensemble_scheduling.step:
         part = configs.get(step.model_name)
         if part is None:
-            yield f"step '{step.model_name}' is no model of this repository"
+            yield f"step '{step.model_name}' is not a model of this repository"
             continue
         reads = {port.name: (port.data_type, tuple(port.dims)) for port in part.input}
         gives = {port.name: (port.data_type, tuple(port.dims)) for port in part.output}
         for inner in sorted(set(reads) - set(step.input_map)):
             yield f"step '{step.model_name}' gets no '{inner}'"
         for inner, outer in sorted(step.input_map.items()):
-            if given.get(outer) != reads.get(inner):
+            if available.get(outer) != reads.get(inner):
                 yield (
                     f"step '{step.model_name}' reads '{inner}' {reads.get(inner)}, '{outer}' is "
-                    f"{given.get(outer)}"
+                    f"{available.get(outer)}"
                 )
-        given |= {outer: gives.get(inner) for inner, outer in step.output_map.items()}
+        available |= {outer: gives.get(inner) for inner, outer in step.output_map.items()}
     if config.platform == "ensemble":
         for port in config.output:
-            if given.get(port.name) != (port.data_type, tuple(port.dims)):
-                yield f"output '{port.name}' is given by no step in its type and dims"
+            if available.get(port.name) != (port.data_type, tuple(port.dims)):
+                yield f"output '{port.name}' is not made by any step with its type and dims"
 
 
 _RULES: tuple[Callable[[ModelConfig, _Configs], Iterator[str]], ...] = (

@@ -38,7 +38,7 @@ from serve.repository.settings import Settings
 from serve.repository.zero_shot import zero_shot_parts
 
 _UNBATCHED = "unbatched"
-"""Parameter of models that take no batches, as the lint wants to be told."""
+"""Parameter of models that take no batches, read by the lint."""
 _LARGE = 0.25
 """Graphs of at least this part of the backbone's bytes get as many instances and threads as that:
 UMT's interaction is one.
@@ -76,8 +76,7 @@ def _template_of(graph: str) -> str:
 def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     """Every model of a repository, in an order in which each follows those it is made of.
 
-    Raises UserError for files that do not match their hashes, engines that are not there, batches
-    never checked.
+    Raises UserError for files that do not match their hashes, missing engines, unchecked batch sizes.
     """
     most = settings.max_batch or bundle.manifest.max_batch
     if most > bundle.manifest.max_batch:
@@ -106,12 +105,12 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     unknown = sorted(set(settings.response_cache) - {model.name for model in models})
     if unknown:
         names = ", ".join(model.name for model in models)
-        raise UserError(f"--response-cache {unknown[0]}: no such model (there are {names})")
+        raise UserError(f"--response-cache {unknown[0]}: no such model (choose from {names})")
     return models
 
 
 def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model:
-    """One graph: in the python backend with its code beside it, or in a backend of Triton's own."""
+    """One graph: in the python backend with its code, or in a native backend of Triton."""
     folder = _template_of(graph.name)
     config = read_template(folder)
     config.name = served_name(graph.name)
@@ -182,8 +181,8 @@ def _usual_sizes(bundle: Bundle) -> dict[str, int]:
 
 
 def _graph_files(bundle: Bundle, graph: GraphRecord) -> dict[str, str]:
-    """Names in the bundle of a graph's files, by those in a repository: its weights may lie beside
-    it, where it names them.
+    """Names in the bundle of a graph's files, by those in a repository: its weights may be in a file
+    of their own.
     """
     weights = f"{graph.file}.data"
     return {"model.onnx": graph.file} | (
@@ -239,7 +238,7 @@ def _engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
 
 
 def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
-    """The front door: an ensemble of all parts, of which Triton runs those that the asked-for
+    """The front door: an ensemble of all parts, of which Triton runs those that the requested
     outputs need.
     """
     config = read_template("features_encoded" if encoded else "features")
@@ -306,18 +305,18 @@ def _join_all(
     """Append graphs to an ensemble, each with those of its outputs that the others read or that are
     `outputs`.
     """
-    wanted = outputs | {tensor.name for graph in graphs for tensor in graph.inputs}
+    kept = outputs | {tensor.name for graph in graphs for tensor in graph.inputs}
     for graph in graphs:
-        join(config, served_name(graph.name), graph, settings.version, wanted)
+        join(config, served_name(graph.name), graph, settings.version, kept)
 
 
 def needed(bundle: Bundle, last: str) -> list[GraphRecord]:
     """The graphs that one graph needs, itself included, in order."""
-    wanted, result = {tensor.name for tensor in bundle.graphs[last].inputs}, [bundle.graphs[last]]
+    missing, result = {tensor.name for tensor in bundle.graphs[last].inputs}, [bundle.graphs[last]]
     for graph in reversed(bundle.parts):
-        if graph.name != last and wanted & {tensor.name for tensor in graph.outputs}:
+        if graph.name != last and missing & {tensor.name for tensor in graph.outputs}:
             result.insert(0, graph)
-            wanted |= {tensor.name for tensor in graph.inputs}
+            missing |= {tensor.name for tensor in graph.inputs}
     return result
 
 
@@ -337,7 +336,7 @@ def _map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
     add_tensor(config.input, next(tensor for tensor in graph.outputs if tensor.name == task.output))
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     _add_map(config, task)
-    _tell_sizes(config, bundle)
+    _set_sizes(config, bundle)
     # a DPT head's output is finer than the patches
     cell = graph.about.get("stride", bundle.manifest.resolution.stride)
     config.parameters["cell"].string_value = str(cell)
@@ -354,7 +353,7 @@ def _map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
 def decoder(bundle: Bundle, settings: Settings) -> Model:
     config = read_template("decode")
     add_port(config.output, IMAGE, "TYPE_UINT8", bundle.graphs[BACKBONE].inputs[0].dims)
-    _tell_sizes(config, bundle)
+    _set_sizes(config, bundle)
     for name, value in {
         "max_bytes": settings.max_image_bytes,
         "max_pixels": settings.max_image_pixels,
@@ -369,9 +368,7 @@ def decoder(bundle: Bundle, settings: Settings) -> Model:
     return Model(config, files)
 
 
-def _tell_sizes(config: ModelConfig, bundle: Bundle) -> None:
-    """Write down the bundle's largest and smallest sides, and what they are multiples of, for a
-    model that reads pictures.
-    """
+def _set_sizes(config: ModelConfig, bundle: Bundle) -> None:
+    """Set the parameters of the bundle's largest and smallest sides and their stride."""
     for name, value in bundle.manifest.resolution.limits.items():
         config.parameters[name].string_value = str(value)

@@ -15,7 +15,7 @@ Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
 
 
 class Settings(BaseModel):
-    """Everything the generator asks for beyond the bundle."""
+    """Everything that configures a repository beyond the bundle."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -60,7 +60,7 @@ MOST_THREADS = 8
 
 
 def instances_and_threads(instances: int | None, threads: int | None, free: int) -> tuple[int, int]:
-    """Both, where one or none is given, for so many free cores.
+    """Instances and threads, derived from the free cores where not given.
 
     Two instances share the same cores: one computes while the other copies, and a request that is
     alone has all cores.

@@ -78,7 +78,7 @@ def read_class_embeddings(path: Path) -> ClassEmbeddings:
     except (SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} holds no class embeddings ({error}): {again}") from error
+        raise UserError(f"{path} does not hold class embeddings ({error}): {again}") from error
     rows = [tensor for tensor in (vectors.norms, vectors.bias) if tensor is not None]
     shaped = vectors.embeddings.ndim == 2 and all(
         row.shape == vectors.embeddings.shape[:1] for row in rows
@@ -106,8 +106,8 @@ def zero_shot_parts(bundle: Bundle, settings: Settings) -> list[tuple]:
 
 
 def _teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
-    """Label of the teacher whose image embeddings the classes are compared with; UserError if that
-    is nobody, or anybody.
+    """Label of the teacher whose image embeddings the classes are compared with; UserError if there
+    is none, or several.
 
     The one that the embeddings name, else the CLIP teacher whose embeddings are as wide.
     """
@@ -139,10 +139,10 @@ def _teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
 
 def _read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, str]:
     """The text encoder's description if it is of the embeddings' model, else None and why new
-    labels cannot be asked.
+    labels are not supported.
     """
     if result.vectors.norms is not None:
-        return None, "this bundle's classes are those of a classifier, which knows no others"
+        return None, "this bundle's classes are those of a classifier, which has no others"
     if ENCODER not in bundle.manifest.files:
         return (
             None,

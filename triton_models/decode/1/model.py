@@ -12,7 +12,7 @@ from images import Limits, UnreadableImage, read_pixels
 
 class TritonPythonModel:
     """The first step of `features_encoded`. images.py is contract/images.py; it and graph_model.py
-    lie beside this file.
+    are copied next to this file.
     """
 
     def initialize(self, args: dict) -> None:

@@ -1,6 +1,6 @@
 """A task head's output in, a map of the picture's size out, made by a function of dense.py.
 
-dense.py is contract/dense.py; it and graph_model.py lie beside this file in a rendered repository.
+dense.py is contract/dense.py; it and graph_model.py are copied next to this file in a rendered repository.
 """
 
 import json
