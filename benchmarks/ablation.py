@@ -4,13 +4,13 @@ hour.
     python benchmarks/ablation.py --output runs/ablation
 
 Five ways to learn from the quickstart's three real teachers, over several seeds: plain heads per
-teacher, UMT, and UMT without its model token, cross-space or intra-space module; beside them the
+teacher, UMT, and UMT without its model token, cross-space or intra-space module; compared with the
 untrained student (a floor) and the teachers (a ceiling). The student is a small CNN (ResNet-10-T at
 64 px, stride 16), the pictures drawn scenes (distill.scenes), of which no label is used in
 distilling. Reported: losses on pictures held out, and k-NN, linear probe and linear segmentation of
 the backbone and of two teachers' heads, mean and standard deviation over seeds.
 
-Writes ablation.json, ablation.md and ablation.png. What is there already is not computed again.
+Writes ablation.json, ablation.md and ablation.png. Existing results are not computed again.
 """
 
 import argparse
@@ -119,14 +119,14 @@ def _run_all(args: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
 
 def _launch(args: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen:
     """Start one run in a process of its own, on one thread: sums then come out in one order
-    whatever runs beside.
+    whatever else runs.
     """
     command = [sys.executable, __file__, *sys.argv[1:], "--one", variant, str(seed)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
-    """Train, measure and write result.json, unless that is there."""
+    """Train, measure and write result.json, unless it exists."""
     folder = args.output / f"{variant.replace(' ', '-').replace('/', '')}-{seed}"
     made_with = {
         "steps": args.steps,
@@ -138,7 +138,7 @@ def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
         before = json.loads((folder / "result.json").read_text())["made_with"]
         if before != made_with:
             sys.exit(
-                f"error: {folder} was made with {before}, now {made_with} is asked: choose another "
+                f"error: {folder} was made with {before}, but {made_with} was requested: choose another "
                 "--output"
             )
         return

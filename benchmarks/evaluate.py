@@ -5,7 +5,7 @@
 
 1. The linear probe's 45 learning rates over one: the whole task (features extracted, probe trained,
   validated) and the
-   training of the classifiers alone, beside 45 trainings one after the other.
+   training of the classifiers alone, over 45 trainings one after the other.
 2. k-NN in blocks: peak memory over what was there before, for queries against 1 281 167 features of
   width 768 in half
    precision, and the time the full 50 000 queries would take.

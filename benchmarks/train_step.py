@@ -115,8 +115,8 @@ class _Step:
     def run_student(self) -> None:
         with self.autocast():
             features = self.method.student(self.method.preprocess(self.images))
-        given = self.cotangent.named().values()
-        torch.autograd.backward(list(features.named().values()), list(given))
+        gradients = self.cotangent.named().values()
+        torch.autograd.backward(list(features.named().values()), list(gradients))
 
     def run_interaction(self) -> None:
         method = self.method

@@ -18,6 +18,7 @@ from contract.manifest import GraphRecord
 from contract.signature import BACKBONE, FUSED, IMAGE
 from contract.tasks import TASKS, Task, map_tasks
 from serve.bundle import Bundle
+from serve.repository.graph_files import engine_of, graph_files, graph_json, usual_sizes, weight
 from serve.repository.model_config import (
     CONTRACT,
     TEMPLATES,
@@ -118,13 +119,13 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
         add_tensor(config.input, tensor)
     for tensor in graph.outputs:
         add_tensor(config.output, tensor)
-    files = {name: bundle.file(listed) for name, listed in _graph_files(bundle, graph).items()}
+    files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
     large = weight(bundle, graph) >= _LARGE * weight(bundle, bundle.graphs[BACKBONE])
     threads = str(settings.threads if large else 1)
     place(config, settings, settings.instances if large else 1)
     tune_batching(config, settings)
     if settings.warmup:
-        warm_up(config, graph.inputs, _usual_sizes(bundle))
+        warm_up(config, graph.inputs, usual_sizes(bundle))
     else:
         config.ClearField("model_warmup")
     if settings.backend == "python":
@@ -138,7 +139,7 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
         code = {
             "model.py": TEMPLATES / folder / "1" / "model.py",
             "graph_model.py": TEMPLATES / "graph_model.py",
-            "model.json": about(bundle, graph),
+            "model.json": graph_json(bundle, graph),
         }
         return Model(config, files | code)
     config.ClearField("parameters")
@@ -152,89 +153,7 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
     config.optimization.cuda.graphs = True
     for group in config.instance_group:
         group.profile.append("0")
-    return Model(config, {"model.plan": _engine_of(bundle, graph)})
-
-
-def _usual_sizes(bundle: Bundle) -> dict[str, int]:
-    """The axes that vary, at the largest size the bundle was checked at."""
-    resolution = bundle.manifest.resolution
-    rows, columns = resolution.height // resolution.stride, resolution.width // resolution.stride
-    # `tokens` may count a class position too; warm-up only needs a size that runs
-    result = {
-        "height": resolution.height,
-        "width": resolution.width,
-        "rows": rows,
-        "columns": columns,
-        "positions": rows * columns,
-        "tokens": rows * columns + 1,
-    }
-    for graph in bundle.parts:  # a DPT head reads finer layers: `rows_4` is a row every 4 pixels
-        for axis in {
-            axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)
-        }:
-            side, _, pixels = axis.partition("_")
-            if pixels:
-                result[axis] = {"rows": resolution.height, "columns": resolution.width}[
-                    side
-                ] // int(pixels)
-    return result
-
-
-def _graph_files(bundle: Bundle, graph: GraphRecord) -> dict[str, str]:
-    """Names in the bundle of a graph's files, by those in a repository: its weights may be in a file
-    of their own.
-    """
-    weights = f"{graph.file}.data"
-    return {"model.onnx": graph.file} | (
-        {weights: weights} if weights in bundle.manifest.files else {}
-    )
-
-
-def weight(bundle: Bundle, graph: GraphRecord) -> int:
-    """Bytes of a graph."""
-    return sum((bundle.path / name).stat().st_size for name in _graph_files(bundle, graph).values())
-
-
-def about(bundle: Bundle, graph: GraphRecord) -> bytes:
-    """model.json: what the python model must know of its graph."""
-    sizes = _usual_sizes(bundle)
-    facts = {
-        "sha256": {
-            name: bundle.manifest.files[listed]
-            for name, listed in _graph_files(bundle, graph).items()
-        },
-        "bundle": bundle.version,
-        "student": bundle.manifest.student.sha256,
-        "inputs": [tensor.name for tensor in graph.inputs],
-        "outputs": [tensor.name for tensor in graph.outputs],
-        "largest": [
-            [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape[1:]]
-            for tensor in graph.inputs
-        ],
-        **bundle.manifest.resolution.limits,
-    }
-    return json.dumps(facts, indent=1).encode()
-
-
-def _engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
-    """The engine of full TensorRT for a graph; UserError if there is none, or only
-    TensorRT-RTX's.
-    """
-    flavours = {
-        engine.flavour: engine for engine in bundle.manifest.engines if engine.graph == graph.name
-    }
-    if "tensorrt" not in flavours:
-        has = (
-            f" (only of {', '.join(sorted(flavours))}, which Triton cannot load)"
-            if flavours
-            else ""
-        )
-        raise UserError(
-            f"{bundle.path}: no engine of full TensorRT for '{graph.name}'{has}: export with "
-            "--formats onnx,tensorrt on the GPU that serves, or choose --backend python or "
-            "onnxruntime"
-        )
-    return bundle.file(flavours["tensorrt"].file)
+    return Model(config, {"model.plan": engine_of(bundle, graph)})
 
 
 def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:

@@ -112,7 +112,11 @@ def test_retries_end_with_their_number_their_time_and_their_budget(pixels):
         client.features(pixels[0], timeout=1)
     assert time.monotonic() - began < 1.5
     with FeatureClient(url, retry=Retry(most=50, first=0.01), budget=(0.2, 3)) as client:
-        for expected in ("4 attempts", *["1 attempt"] * 4, "2 attempts"):  # a retry is earned by five calls
+        for expected in (
+            "4 attempts",
+            *["1 attempt"] * 4,
+            "2 attempts",
+        ):  # a retry is earned by five calls
             with pytest.raises(Unavailable, match=f"{expected}, the budget"):
                 client.features(pixels[0])
 
