@@ -4,13 +4,13 @@ hour.
     python benchmarks/ablation.py --output runs/ablation
 
 Five ways to learn from the quickstart's three real teachers, over several seeds: plain heads per
-teacher, UMT, and UMT without its model token, cross-space or intra-space module; beside them the
+teacher, UMT, and UMT without its model token, cross-space or intra-space module; compared with the
 untrained student (a floor) and the teachers (a ceiling). The student is a small CNN (ResNet-10-T at
 64 px, stride 16), the pictures drawn scenes (distill.scenes), of which no label is used in
 distilling. Reported: losses on pictures held out, and k-NN, linear probe and linear segmentation of
 the backbone and of two teachers' heads, mean and standard deviation over seeds.
 
-Writes ablation.json, ablation.md and ablation.png. What is there already is not computed again.
+Writes ablation.json, ablation.md and ablation.png. Existing results are not computed again.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from distill.scenes import write
 from distill.teachers import build_teacher
 from distill.training.loop import StopSignal, train
 
-VARIANTS = {
+_VARIANTS = {
     "untrained": ["train.steps=1", "train.lr=1e-12", "train.min_lr=0", "train.warmup_steps=0"],
     "plain heads": ["method=plain"],
     "UMT": [],
@@ -53,11 +53,11 @@ VARIANTS = {
     "UMT w/o cross-space": ["umt.cross_space=false"],
     "UMT w/o intra-space": ["umt.intra_space=false"],
 }
-STUDENT = ["student.name=resnet10t", "student.image_size=64", "student.kwargs={output_stride: 16}"]
-INTERACTION = ["umt.space_dim=128", "umt.token_dim=128", "umt.groups=64"]
-READ_OUTS = ["backbone", "cls", "focus"]
-SCORES = {"knn": "top1", "linear": "top1", "segmentation": "mIoU"}
-SETTINGS = ["extract.workers=0", "dense.size=128", "dense.steps=300", "dense.lr=3e-3"]
+_STUDENT = ["student.name=resnet10t", "student.image_size=64", "student.kwargs={output_stride: 16}"]
+_INTERACTION = ["umt.space_dim=128", "umt.token_dim=128", "umt.groups=64"]
+_READ_OUTS = ["backbone", "cls", "focus"]
+_SCORES = {"knn": "top1", "linear": "top1", "segmentation": "mIoU"}
+_SETTINGS = ["extract.workers=0", "dense.size=128", "dense.steps=300", "dense.lr=3e-3"]
 """Of the evaluation, the same for everyone; the learning rate suits 400 pictures, not ADE20K."""
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        run_one(args, args.one[0], int(args.one[1]))
+        _run_one(args, args.one[0], int(args.one[1]))
         return
     start = time.perf_counter()
     scenes = args.output / "scenes"
@@ -95,19 +95,19 @@ def main() -> None:
     # each seed's first run fills that seed's cache of the teachers' features (crops differ by
     # seed); its others read it
     seeds = range(args.seeds)
-    run_all(args, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
-    run_all(
-        args, [(variant, seed) for seed in seeds for variant in VARIANTS if variant != "untrained"]
+    _run_all(args, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
+    _run_all(
+        args, [(variant, seed) for seed in seeds for variant in _VARIANTS if variant != "untrained"]
     )
-    sum_up(args, (time.perf_counter() - start) / 60)
+    _sum_up(args, (time.perf_counter() - start) / 60)
 
 
-def run_all(args: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
+def _run_all(args: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
     """Run variants and seeds, `--jobs` at a time; a failure ends them all."""
     running: list[subprocess.Popen] = []
     while waiting or running:
         while waiting and len(running) < args.jobs:
-            running.append(launch(args, *waiting.pop(0)))
+            running.append(_launch(args, *waiting.pop(0)))
         time.sleep(0.2)
         for job in running:
             if job.poll():
@@ -117,16 +117,16 @@ def run_all(args: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
         running = [job for job in running if job.poll() is None]
 
 
-def launch(args: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen:
+def _launch(args: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen:
     """Start one run in a process of its own, on one thread: sums then come out in one order
-    whatever runs beside.
+    whatever else runs.
     """
     command = [sys.executable, __file__, *sys.argv[1:], "--one", variant, str(seed)]
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
-    """Train, measure and write result.json, unless that is there."""
+def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
+    """Train, measure and write result.json, unless it exists."""
     folder = args.output / f"{variant.replace(' ', '-').replace('/', '')}-{seed}"
     made_with = {
         "steps": args.steps,
@@ -138,15 +138,15 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
         before = json.loads((folder / "result.json").read_text())["made_with"]
         if before != made_with:
             sys.exit(
-                f"error: {folder} was made with {before}, now {made_with} is asked: choose another "
-                "--output"
+                f"error: {folder} was made with {before}, but {made_with} was requested: choose "
+                "another --output"
             )
         return
     start = time.perf_counter()
     torch.manual_seed(seed)
     logging.getLogger().setLevel(logging.WARNING)
     scenes = args.output / "scenes"
-    recipe = load_recipe("quickstart", overrides(args, VARIANTS.get(variant, []), seed))
+    recipe = load_recipe("quickstart", _overrides(args, _VARIANTS.get(variant, []), seed))
     result: dict = {
         "variant": variant,
         "seed": seed,
@@ -164,16 +164,16 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     else:
         with join_ranks(args.device) as ranks, StopSignal() as stop:
             train(recipe, folder, ranks, False, stop)
-        result["losses"] = held_out_losses(recipe, folder, scenes, args.device)
-        rows = open_rows(str(folder), READ_OUTS, False, None, args.device, folder / "evaluation")
+        result["losses"] = _held_out_losses(recipe, folder, scenes, args.device)
+        rows = open_rows(str(folder), _READ_OUTS, False, None, args.device, folder / "evaluation")
     trained = time.perf_counter()
     for row in rows:
         context = Context(
-            row.encoder, scenes, load_settings(SETTINGS), folder / "cache", row.folder
+            row.encoder, scenes, load_settings(_SETTINGS), folder / "cache", row.folder
         )
         label = row.encoder.read_out if variant != "teachers" else row.name
         result["scores"][label] = {
-            t: TASKS[t].run(context).scores[name] for t, name in SCORES.items()
+            t: TASKS[t].run(context).scores[name] for t, name in _SCORES.items()
         }
     result["seconds"] = {"train": trained - start, "evaluate": time.perf_counter() - trained}
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +182,7 @@ def run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     print(f"{variant}, seed {seed}: held-out loss {total:.3f}, {result['seconds']}", flush=True)
 
 
-def overrides(args: argparse.Namespace, variant: list[str], seed: int) -> list[str]:
+def _overrides(args: argparse.Namespace, variant: list[str], seed: int) -> list[str]:
     """The recipe's changes; the runs of a seed share crops and the cache of the teachers'
     features.
     """
@@ -196,8 +196,8 @@ def overrides(args: argparse.Namespace, variant: list[str], seed: int) -> list[s
         f"train.steps={args.steps}",
         "train.log_every=20",
         "checkpoint.every_steps=100000",
-        *STUDENT,
-        *INTERACTION,
+        *_STUDENT,
+        *_INTERACTION,
         f"train.device={args.device}",
         f"train.seed={seed}",
         *variant,
@@ -205,7 +205,7 @@ def overrides(args: argparse.Namespace, variant: list[str], seed: int) -> list[s
 
 
 @torch.no_grad()
-def held_out_losses(recipe, folder: Path, scenes: Path, device: str) -> dict[str, float]:
+def _held_out_losses(recipe, folder: Path, scenes: Path, device: str) -> dict[str, float]:
     """Losses of the trained method on the centre crops of the scenes held out: sums over teachers,
     and each.
     """
@@ -224,7 +224,7 @@ def held_out_losses(recipe, folder: Path, scenes: Path, device: str) -> dict[str
     return {name.removeprefix("loss."): value for name, value in sums.items()}
 
 
-def sum_up(args: argparse.Namespace, minutes: float) -> None:
+def _sum_up(args: argparse.Namespace, minutes: float) -> None:
     """Collect every result and write JSON, a Markdown table and a picture."""
     results = [json.loads(path.read_text()) for path in sorted(args.output.glob("*/result.json"))]
     about = {
@@ -240,12 +240,12 @@ def sum_up(args: argparse.Namespace, minutes: float) -> None:
         json.dumps({"about": about, "results": results}, indent=1)
     )
     by_variant = {
-        v: [r for r in results if r["variant"] == v and r["seed"] < args.seeds] for v in VARIANTS
+        v: [r for r in results if r["variant"] == v and r["seed"] < args.seeds] for v in _VARIANTS
     }
     (teachers,) = (r for r in results if r["variant"] == "teachers")
-    text = markdown(by_variant, teachers)
+    text = _markdown(by_variant, teachers)
     (args.output / "ablation.md").write_text(text)
-    draw(args.output / "ablation.png", by_variant, teachers)
+    _draw(args.output / "ablation.png", by_variant, teachers)
     print(text)
     commits = {r["commit"] for r in results}
     if commits != {about["commit"]}:
@@ -256,23 +256,22 @@ def sum_up(args: argparse.Namespace, minutes: float) -> None:
     print(f"wrote {args.output}/ablation.json, ablation.md, ablation.png")
 
 
-def spread(values: list[float]) -> tuple[float, float]:
+def _spread(values: list[float]) -> tuple[float, float]:
     """Mean and sample standard deviation; NaN for what a variant does not have."""
     if not values:
         return math.nan, math.nan
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def collect(results: list[dict], read_out: str, task: str) -> list[float]:
-    """One score of every seed."""
+def _collect(results: list[dict], read_out: str, task: str) -> list[float]:
     return [r["scores"][read_out][task] for r in results]
 
 
-def markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
+def _markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
     """Two tables: losses, and scores by what is read."""
 
     def cell(values: list[float]) -> str:
-        mean, deviation = spread(values)
+        mean, deviation = _spread(values)
         return "–" if math.isnan(mean) else f"{mean:.3f} ± {deviation:.3f}"
 
     lines = ["| variant | seeds | Σ token loss L^m | Σ feature loss L^f |", "|---|---|---|---|"]
@@ -282,7 +281,7 @@ def markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
             f"| {variant} | {len(results)} | {cell(token)} | "
             f"{cell([r['losses']['patches'] for r in results])} |"
         )
-    for read_out in READ_OUTS:
+    for read_out in _READ_OUTS:
         lines += [
             "",
             f"Features read: **{read_out}**",
@@ -293,18 +292,20 @@ def markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
         for variant, results in by_variant.items():
             lines.append(
                 f"| {variant} | "
-                + " | ".join(cell(collect(results, read_out, t)) for t in SCORES)
+                + " | ".join(cell(_collect(results, read_out, t)) for t in _SCORES)
                 + " |"
             )
         if read_out in teachers["scores"]:
             result = teachers["scores"][read_out]
             lines.append(
-                f"| *teacher {read_out}* | " + " | ".join(f"{result[t]:.3f}" for t in SCORES) + " |"
+                f"| *teacher {read_out}* | "
+                + " | ".join(f"{result[t]:.3f}" for t in _SCORES)
+                + " |"
             )
     return "\n".join(lines) + "\n"
 
 
-def draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None:
+def _draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None:
     """Losses and scores as points with their spread, a line per variant, every seed a small dot."""
     panels = [
         ("held-out L^m", lambda r: r["losses"].get("token")),
@@ -312,8 +313,8 @@ def draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None:
     ]
     panels += [
         (f"{task} {name}: {read}", lambda r, t=task, o=read: r["scores"][o][t])
-        for read in READ_OUTS
-        for task, name in SCORES.items()
+        for read in _READ_OUTS
+        for task, name in _SCORES.items()
     ]
     figure, axes = plt.subplots(4, 3, figsize=(13, 10), layout="constrained", sharey=True)
     axes[0, 2].set_axis_off()
@@ -323,7 +324,7 @@ def draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None:
         for line, name in enumerate(names):
             values = [v for v in map(value, by_variant[name]) if v is not None]
             if values:
-                mean, deviation = spread(values)
+                mean, deviation = _spread(values)
                 axis.errorbar(mean, line, xerr=deviation, fmt="o", capsize=3, color="#1f77b4")
                 axis.plot(values, [line + 0.2] * len(values), ".", color="#999999", markersize=4)
         read, task = title.split(": ")[-1], title.split()[0]

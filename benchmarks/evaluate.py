@@ -5,7 +5,7 @@
 
 1. The linear probe's 45 learning rates over one: the whole task (features extracted, probe trained,
   validated) and the
-   training of the classifiers alone, beside 45 trainings one after the other.
+   training of the classifiers alone, over 45 trainings one after the other.
 2. k-NN in blocks: peak memory over what was there before, for queries against 1 281 167 features of
   width 768 in half
    precision, and the time the full 50 000 queries would take.
@@ -41,7 +41,6 @@ IMAGENET_TRAIN, IMAGENET_VAL, WIDTH = 1_281_167, 50_000, 768
 
 
 def main() -> None:
-    """Run all three parts."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -89,7 +88,7 @@ def photographs(root: Path, count: int) -> None:
         crop.save(path, quality=90)
 
 
-def timed(work: Callable[[], object], device: str) -> float:
+def _timed(work: Callable[[], object], device: str) -> float:
     """Seconds of one call."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -107,7 +106,7 @@ def compare(works: dict[str, Callable[[], object]], rounds: int, device: str) ->
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(timed(work, device))
+            times[name].append(_timed(work, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -130,8 +129,8 @@ def extraction(encoder: Encoder, data: Path, args: argparse.Namespace) -> None:
     result = compare({"bare": bare, "whole": whole}, args.rounds, args.device)
     print(
         f"extraction: {len(views) / result['whole']:.1f} pictures/s, bare forward "
-        f"{len(views) / result['bare']:.1f}/s, ratio {result['bare'] / result['whole']:.3f} (target "
-        "0.95)",
+        f"{len(views) / result['bare']:.1f}/s, ratio {result['bare'] / result['whole']:.3f} "
+        "(target 0.95)",
         flush=True,
     )
 
@@ -193,9 +192,9 @@ def neighbours(args: argparse.Namespace) -> None:
     labels = torch.randint(1000, (IMAGENET_TRAIN,))
     queries = torch.randn(args.queries, WIDTH, device=args.device)
     config = KNNConfig()
-    before = peak_memory(args.device)
-    seconds = timed(lambda: knn_votes(train, labels, queries, 1000, config), args.device)
-    more = (peak_memory(args.device) - before) / GIB
+    before = _peak_memory(args.device)
+    seconds = _timed(lambda: knn_votes(train, labels, queries, 1000, config), args.device)
+    more = (_peak_memory(args.device) - before) / GIB
     minutes = seconds * IMAGENET_VAL / args.queries / 60
     print(
         f"k-NN, {args.queries} queries x {IMAGENET_TRAIN} x {WIDTH}: {seconds:.1f} s, "
@@ -205,7 +204,7 @@ def neighbours(args: argparse.Namespace) -> None:
     )
 
 
-def peak_memory(device: str) -> int:
+def _peak_memory(device: str) -> int:
     """Bytes used at most so far, on the device that computes."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()

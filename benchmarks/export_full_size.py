@@ -27,7 +27,7 @@ from distill.runs import save_student
 from distill.training.checkpoint import claim_folder
 from distill.training.plan import meta_teacher
 
-RECIPES = ("umt_vit_base", "umt_convnext_base_cnn", "umt_resnet50")
+_RECIPES = ("umt_vit_base", "umt_convnext_base_cnn", "umt_resnet50")
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
         metavar="DIR",
         help="(runs/full_size)",
     )
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="(a ViT and two CNNs)")
+    parser.add_argument("--recipes", nargs="+", default=list(_RECIPES), help="(a ViT and two CNNs)")
     parser.add_argument("--precisions", nargs="+", default=["fp32", "fp16", "bf16", "int8"])
     parser.add_argument(
         "--rtx",
@@ -61,12 +61,12 @@ def main() -> None:
     for name in args.recipes:
         run = args.output / name
         if not (run / "student.safetensors").exists():
-            make_random(name, run)
+            _make_random(name, run)
         for precision in args.precisions:
-            print(export(args, name, run, precision), flush=True)
+            print(_export(args, name, run, precision), flush=True)
 
 
-def make_random(name: str, folder: Path) -> None:
+def _make_random(name: str, folder: Path) -> None:
     """A run folder of a recipe's student with random weights."""
     recipe = load_recipe(name, ["data.kind=packaged-photos"])
     dims = {t.label: meta_teacher(t, recipe, i).dims for i, t in enumerate(recipe.teachers)}
@@ -76,7 +76,7 @@ def make_random(name: str, folder: Path) -> None:
     save_student(folder, method.state_dict(), method, recipe, dims, 0)
 
 
-def export(args: argparse.Namespace, name: str, run: Path, precision: str) -> str:
+def _export(args: argparse.Namespace, name: str, run: Path, precision: str) -> str:
     """One row of the table."""
     bundle = args.output / f"{name}-{precision}"
     command = [

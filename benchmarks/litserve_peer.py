@@ -20,7 +20,7 @@ from contract.signature import FUSED  # noqa: E402
 from serve.bundle import read_bundle  # noqa: E402
 
 
-class Fused(litserve.LitAPI):
+class _Fused(litserve.LitAPI):
     """One graph; LitServe batches requests and calls predict with a list of them."""
 
     def __init__(
@@ -30,7 +30,6 @@ class Fused(litserve.LitAPI):
         self.graph, self.size, self.runtime, self.threads = graph, size, runtime, threads
 
     def setup(self, device: str) -> None:
-        """Open the graph in this worker."""
         from benchmarks.in_process import open_graph
 
         self.call = open_graph(self.graph, self.runtime, self.threads)
@@ -40,7 +39,6 @@ class Fused(litserve.LitAPI):
         return np.frombuffer(request["image"].file.read(), np.uint8).reshape(self.size)
 
     def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
-        """Pictures of several requests together."""
         return np.stack(inputs)
 
     def predict(self, image: np.ndarray) -> list[np.ndarray]:
@@ -48,7 +46,6 @@ class Fused(litserve.LitAPI):
         return self.call(image if image.ndim == 4 else image[None])
 
     def unbatch(self, output: list[np.ndarray]) -> list[list[np.ndarray]]:
-        """Outputs of each request."""
         return [list(row) for row in zip(*output, strict=True)]
 
     def encode_response(self, output: list[np.ndarray]) -> Response:
@@ -57,7 +54,6 @@ class Fused(litserve.LitAPI):
 
 
 def main() -> None:
-    """Serve until killed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--port", type=int, required=True)
@@ -67,7 +63,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=1)
     args = parser.parse_args()
     graph = read_bundle(args.bundle).graphs[FUSED]
-    api = Fused(
+    api = _Fused(
         args.bundle / graph.file,
         graph.inputs[0].dims,
         args.runtime,

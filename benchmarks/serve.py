@@ -1,14 +1,19 @@
-"""What serving costs, beside calling the same graph in a process: every figure is a ratio of two
-measured in turns.
+"""The cost of serving over calling the same graph in this process. Every figure
+is a ratio of two measurements that alternate.
 
     python benchmarks/serve.py BUNDLE --output docs/results/serving.json
-    python benchmarks/serve.py BUNDLE --settings openvino:2x1 openvino:1x2 onnxruntime:2x1     only
-    the search for settings
+    python benchmarks/serve.py BUNDLE \\
+        --settings openvino:2x1 openvino:1x2 onnxruntime:2x1
 
-(a) `fused` through gRPC at concurrency 8 over in-process calls of the same batch; (b) what one
-output costs beside others; (c) milliseconds that a request adds; (d) JPEG bytes beside pixels; (e)
-dynamic batching on and off; (f) LitServe. A setting is RUNTIME:INSTANCESxTHREADS. Clients, server
-and the in-process calls share the same cores.
+(a) `fused` through gRPC at concurrency 8 over in-process calls of one batch
+(b) the cost of one output compared with all
+(c) milliseconds that a request adds
+(d) JPEG bytes over pixels
+(e) dynamic batching on over off
+(f) LitServe
+
+--settings only compares settings; each is RUNTIME:INSTANCESxTHREADS. Clients,
+server and the in-process calls share the same cores.
 """
 
 import argparse
@@ -31,13 +36,13 @@ from pathlib import Path
 # not this folder, in which `serve` would be this file
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import aiohttp  # noqa: E402
 import numpy as np  # noqa: E402
 import tritonclient.grpc.aio as grpc  # noqa: E402
 from PIL import Image  # noqa: E402
 from skimage import data  # noqa: E402
 
 from benchmarks.in_process import latencies, open_graph  # noqa: E402
+from benchmarks.litserve_client import upload  # noqa: E402
 from contract.images import fit  # noqa: E402
 from contract.signature import FUSED  # noqa: E402
 from serve.bundle import Bundle, read_bundle  # noqa: E402
@@ -55,21 +60,23 @@ from serve.server.triton import find_tritonserver  # noqa: E402
 
 
 def main() -> None:
-    """Measure and print Markdown tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--seconds", type=float, default=4, help="of each measurement (4)")
+    parser.add_argument("--seconds", type=float, default=4, help="of each measurement (default: 4)")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="turns that two sides of a ratio take (3)"
+        "--rounds",
+        type=int,
+        default=3,
+        help="alternations of the two sides of a ratio (default: 3)",
     )
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument(
         "--settings", nargs="+", default=[], metavar="R:IxT", help="compare settings and stop"
     )
-    parser.add_argument("--no-peer", action="store_true", help="leave LitServe out")
-    parser.add_argument("--output", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--no-peer", action="store_true", help="leave out LitServe")
+    parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     bundle = read_bundle(args.bundle)
     rows = search(args, bundle) if args.settings else compare(args, bundle)
@@ -100,7 +107,7 @@ def row(what: str, this: list[float], that: list[float]) -> dict:
 
 @contextmanager
 def served(bundle: Path, settings: Settings) -> Iterator[str]:
-    """The embedded server on a bundle; gives its gRPC address."""
+    """The embedded server on a bundle; yields its gRPC address."""
     with tempfile.TemporaryDirectory() as folder:
         make_repository(read_bundle(bundle), Path(folder) / "repository", settings)
         options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
@@ -121,17 +128,15 @@ def load(
     concurrency: int,
     seconds: float,
 ) -> Outcome:
-    """Closed-loop load of one kind of request."""
-
     async def run() -> Outcome:
         async with grpc.InferenceServerClient(address) as client:
             kind = ("encoded", "BYTES") if values.dtype == np.object_ else ("image", "UINT8")
             tensor = grpc.InferInput(kind[0], values.shape, kind[1])
             tensor.set_data_from_numpy(values)
-            wanted = [grpc.InferRequestedOutput(name) for name in outputs]
+            requested = [grpc.InferRequestedOutput(name) for name in outputs]
 
             async def ask() -> None:
-                await client.infer(model, [tensor], outputs=wanted)
+                await client.infer(model, [tensor], outputs=requested)
 
             await ask()
             outcome = await closed_loop(ask, concurrency, seconds)
@@ -154,8 +159,7 @@ def photograph(bundle: Bundle) -> tuple[np.ndarray, np.ndarray]:
     )
 
 
-def default_settings(runtime: str = "auto") -> Settings:
-    """What serve.run would choose."""
+def _default_settings(runtime: str = "auto") -> Settings:
     instances, threads = instances_and_threads(None, None, cores())
     runtime = choose_runtime(runtime, "cpu")
     return Settings(
@@ -166,15 +170,14 @@ def default_settings(runtime: str = "auto") -> Settings:
 def in_process(
     bundle: Bundle, graph: str, runtime: str, pixels: np.ndarray, seconds: float
 ) -> list[float]:
-    """Latencies of direct calls on all cores."""
     return latencies(
         open_graph(bundle.path / bundle.graphs[graph].file, runtime, cores()), pixels, seconds
     )
 
 
 def search(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
-    """Throughput of settings, each beside in-process onnxruntime on all cores, at concurrency 1 and
-    at the one asked for.
+    """Throughput of settings over in-process onnxruntime on all cores, at concurrency 1 and
+    --concurrency.
     """
     pixels, _ = photograph(bundle)
     every, rows = [tensor.name for tensor in bundle.outputs], []
@@ -200,7 +203,6 @@ def search(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
 
 
 def compare(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
-    """The figures (a) to (f)."""
     pixels, jpeg = photograph(bundle)
     every = [tensor.name for tensor in bundle.outputs]
     teacher = next(name for name in every if name.endswith("_token"))
@@ -215,7 +217,7 @@ def compare(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
         return {"this": one, "that": other}
 
     for runtime in dict.fromkeys(("onnxruntime", choose_runtime("auto", "cpu"))):
-        settings = default_settings(runtime)
+        settings = _default_settings(runtime)
         with served(args.bundle, settings) as address:
             for batch in (1, min(8, bundle.manifest.max_batch)):
                 several = np.repeat(pixels, batch, 0)
@@ -229,7 +231,7 @@ def compare(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
                     "in-process, pictures/s"
                 )
                 rows.append(row(what, *map(list, zip(*pairs, strict=True))))
-            if runtime != default_settings().runtime:
+            if runtime != _default_settings().runtime:
                 continue
             alone = ("backbone", ["backbone_global"], pixels)
             result = rates(address, ("features", ["backbone_global"], pixels), alone)
@@ -273,7 +275,7 @@ def batching(
     for _ in range(args.rounds):
         for result, on in ((one, True), (other, False)):
             with served(
-                args.bundle, default_settings().model_copy(update={"batching": on})
+                args.bundle, _default_settings().model_copy(update={"batching": on})
             ) as address:
                 result.append(
                     load(address, FUSED, every, pixels, args.concurrency, args.seconds).rate
@@ -346,55 +348,6 @@ def peer(
             )  # its workers outlive a SIGTERM, and take a fifth of a core each
             process.wait()
     return rows
-
-
-def upload(
-    url: str,
-    pixels: np.ndarray,
-    size: int,
-    process: subprocess.Popen,
-    concurrency: int = 0,
-    seconds: float = 0,
-) -> float:
-    """Requests a second that the peer answers rightly; without seconds, wait until it answers
-    one.
-    """
-
-    async def run() -> float:
-        async with aiohttp.ClientSession() as session:
-
-            async def ask() -> None:
-                form = aiohttp.FormData()
-                form.add_field(
-                    "image",
-                    pixels.tobytes(),
-                    filename="image",
-                    content_type="application/octet-stream",
-                )
-                async with session.post(f"{url}/predict", data=form) as answer:
-                    content = await answer.read()
-                    if answer.status != 200 or len(content) != size:
-                        raise RuntimeError(f"LitServe answers {answer.status}: {content[:200]!r}")
-
-            if not seconds:
-                for _ in range(300):
-                    try:
-                        await ask()
-                    except aiohttp.ClientError:
-                        if process.poll() is not None:
-                            raise RuntimeError(
-                                f"LitServe ended: {process.stderr.read()[-500:]}"
-                            ) from None
-                        await asyncio.sleep(0.2)
-                    else:
-                        return 0.0
-                raise RuntimeError("LitServe does not answer")
-            outcome = await closed_loop(ask, concurrency, seconds)
-        if outcome.failures:
-            raise RuntimeError(f"LitServe: {outcome.failures}")
-        return outcome.rate
-
-    return asyncio.run(run())
 
 
 if __name__ == "__main__":

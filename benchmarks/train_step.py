@@ -36,7 +36,7 @@ from distill.teachers import build_teacher
 from distill.training.loop import AUTOCAST, build_optimizer, take_step, teacher_features
 from distill.training.plan import method_cost, teacher_gflop
 
-TEACHERS = {
+_TEACHERS = {
     "vit_small": [
         ("vit_small_patch16_224", "clip"), ("vit_small_patch16_224", "mae"), ("vit_small_patch16_dinov3", "dino"),
     ],
@@ -47,10 +47,9 @@ TEACHERS = {
 }  # fmt: skip
 
 
-def umt_recipe(
+def _umt_recipe(
     student: str, teachers: list[tuple[str, str]], args: argparse.Namespace, **umt: object
 ) -> Recipe:
-    """A UMT recipe of random weights."""
     listed = [
         {"name": name, "role": role, "alias": f"{role}{i}", "pretrained": False, "image_size": 224}
         for i, (name, role) in enumerate(teachers)
@@ -66,7 +65,7 @@ def umt_recipe(
     )
 
 
-class Step:
+class _Step:
     """One training step as `distill.training.loop` takes it, and its parts alone."""
 
     def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
@@ -116,8 +115,8 @@ class Step:
     def run_student(self) -> None:
         with self.autocast():
             features = self.method.student(self.method.preprocess(self.images))
-        given = self.cotangent.named().values()
-        torch.autograd.backward(list(features.named().values()), list(given))
+        gradients = self.cotangent.named().values()
+        torch.autograd.backward(list(features.named().values()), list(gradients))
 
     def run_interaction(self) -> None:
         method = self.method
@@ -136,7 +135,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def seconds(work: Callable[[], None], device: str) -> float:
+def _seconds(work: Callable[[], None], device: str) -> float:
     """Wall time of one call, the device idle before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
@@ -147,14 +146,14 @@ def seconds(work: Callable[[], None], device: str) -> float:
     return time.perf_counter() - start
 
 
-def peak_memory(device: str) -> float:
+def _peak_memory(device: str) -> float:
     """Peak memory in GB: of the device, or of this process."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def time_parts(step: Step, args: argparse.Namespace) -> dict[str, float]:
+def _time_parts(step: _Step, args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of the whole step and of each part, taking turns."""
     parts = {
         "step": step.whole,
@@ -163,26 +162,25 @@ def time_parts(step: Step, args: argparse.Namespace) -> dict[str, float]:
         "interaction": step.run_interaction,
     }
     for work in parts.values():
-        seconds(work, args.device)
+        _seconds(work, args.device)
     taken: dict[str, list[float]] = {name: [] for name in [*parts, "optimizer", "ratio"]}
     for _ in range(args.rounds):
         for name, work in parts.items():
-            taken[name].append(seconds(work, args.device))
+            taken[name].append(_seconds(work, args.device))
         # the parts before it left gradients, which is what the optimizer needs
-        taken["optimizer"].append(seconds(step.optimize, args.device))
+        taken["optimizer"].append(_seconds(step.optimize, args.device))
         rest = sum(taken[name][-1] for name in ("teachers", "student", "interaction", "optimizer"))
         taken["ratio"].append(taken["step"][-1] / rest)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def measure(student: str, args: argparse.Namespace, console: Console) -> dict:
-    """All figures of one student."""
+def _measure(student: str, args: argparse.Namespace, console: Console) -> dict:
     result: dict = {"student": student, "batch": args.batch}
-    recipe = umt_recipe(student, TEACHERS[student], args)
-    step = Step(recipe, args)
-    times = time_parts(step, args)
+    recipe = _umt_recipe(student, _TEACHERS[student], args)
+    step = _Step(recipe, args)
+    times = _time_parts(step, args)
     result["seconds"] = times
-    result["peak_gb"] = peak_memory(args.device)
+    result["peak_gb"] = _peak_memory(args.device)
     table = Table(title=f"{student}, 3 teachers, batch {args.batch}: a step {times['step']:.3f} s")
     for column in ("part", "of the step"):
         table.add_column(column)
@@ -206,8 +204,8 @@ def measure(student: str, args: argparse.Namespace, console: Console) -> dict:
         table.add_column(column)
     result["cross_space"] = {}
     for mode in ("channel", "token", "axial", "grouped", False):
-        step = Step(umt_recipe(student, TEACHERS[student], args, cross_space=mode), args)
-        times = time_parts(step, args)
+        step = _Step(_umt_recipe(student, _TEACHERS[student], args, cross_space=mode), args)
+        times = _time_parts(step, args)
         share = times["interaction"] / times["student"]
         result["cross_space"][str(mode)] = share
         size = sum(p.numel() for p in step.method.interaction.parameters())
@@ -219,8 +217,8 @@ def measure(student: str, args: argparse.Namespace, console: Console) -> dict:
         table.add_column(column)
     result["teachers"], first = {}, 0.0
     for count in range(1, args.max_teachers + 1):
-        repeated = (TEACHERS[student] * 2)[:count]
-        times = time_parts(Step(umt_recipe(student, repeated, args), args), args)
+        repeated = (_TEACHERS[student] * 2)[:count]
+        times = _time_parts(_Step(_umt_recipe(student, repeated, args), args), args)
         first = times["step"] if count == 1 else first
         shares = times["interaction"] / times["student"], times["step"] / first
         result["teachers"][count] = shares
@@ -235,7 +233,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--students", nargs="+", default=["vit_small", "vit_base"], choices=list(TEACHERS)
+        "--students", nargs="+", default=["vit_small", "vit_base"], choices=list(_TEACHERS)
     )
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
@@ -257,7 +255,7 @@ def main() -> None:
         f"torch {torch.__version__} on {args.device}, {torch.get_num_threads()} threads, "
         f"{args.precision}"
     )
-    results = [measure(student, args, console) for student in args.students]
+    results = [_measure(student, args, console) for student in args.students]
     if args.json:
         args.json.write_text(json.dumps(results, indent=2))
 

@@ -23,14 +23,15 @@ def grid_of(
         rows, columns = int(height / stride + 0.5), int(width / stride + 0.5)
         if rows * columns != positions:
             raise ValueError(
-                f"{positions} positions do not form a grid of cells of {stride:g} px over a picture of "
-                f"{height}x{width}"
+                f"{positions} positions do not form a grid of cells of {stride:g} px over a "
+                f"picture of {height}x{width}"
             )
         return rows, columns
     rows = round((positions * height / width) ** 0.5)
     if rows < 1 or positions % rows or height * (positions // rows) != width * rows:
         raise ValueError(
-            f"{positions} positions do not form a grid of square cells over a picture of {height}x{width}"
+            f"{positions} positions do not form a grid of square cells over a picture of "
+            f"{height}x{width}"
         )
     return rows, positions // rows
 

@@ -1,8 +1,8 @@
-"""Liveness: one small question at every front door. Exit status 0 alive, 1 not; standard library
+"""Liveness: one small request to every front door. Exit status 0 alive, 1 not; standard library
 only.
 
-Triton goes on saying READY when a python backend's process has died, and it never starts that
-process again. So a probe has to ask for an answer. A server that is merely busy is alive:
+Triton still reports READY when a python backend's process has died, and it never starts that
+process again. So a probe has to send a request. A server that is merely busy is alive:
 restarting it would only move its load to the others.
 """
 
@@ -16,26 +16,29 @@ import urllib.error
 import urllib.request
 import zlib
 
-DOORS = ("features_encoded", "fused", "zero_shot", "text_encoder")
+_DOORS = ("features_encoded", "fused", "zero_shot", "text_encoder")
 """With the tasks that have a map, they reach every model a repository can have."""
-BUSY = (429, 503)
+_BUSY = (429, 503)
 
 
 def main() -> int:
-    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
-        description="Liveness of a Triton: one small question at every front door."
+        description="Liveness of a Triton: one small request to every front door."
     )
     parser.add_argument(
         "--url",
         default="http://127.0.0.1:8000",
-        help="Triton's HTTP address (http://127.0.0.1:8000)",
+        help="Triton's HTTP address (default: http://127.0.0.1:8000)",
     )
     repository = os.environ.get("MODEL_REPOSITORY", "/models")
     parser.add_argument(
-        "--repository", default=repository, help=f"the models it should serve ({repository})"
+        "--repository",
+        default=repository,
+        help=f"the models it should serve (default: {repository})",
     )
-    parser.add_argument("--timeout", type=float, default=20, help="seconds for all of it (20)")
+    parser.add_argument(
+        "--timeout", type=float, default=20, help="time limit in seconds (default: 20)"
+    )
     args = parser.parse_args()
     try:
         problem = probe(args.url, args.repository, args.timeout)
@@ -51,7 +54,7 @@ def probe(url: str, repository: str, timeout: float) -> str:
     end = time.monotonic() + timeout
     status, message = request(f"{url}/v2/health/live", timeout)
     if status != 200:
-        return f"{url}/v2/health/live says {status} {message[:300].decode(errors='replace')}"
+        return f"{url}/v2/health/live answered {status} {message[:300].decode(errors='replace')}"
     settings = json.loads(request(f"{url}/v2/models/decode/config", timeout)[1])["parameters"]
     height, width = (int(settings[side]["string_value"]) for side in ("height", "width"))
     # from the files, because a model that is gone and one that never was look alike over the
@@ -62,29 +65,29 @@ def probe(url: str, repository: str, timeout: float) -> str:
         if os.path.isdir(os.path.join(repository, model))
     ]
     # Triton takes turns between instances: one dead of eight fails every eighth request
-    rounds = max([instances(url, model, timeout) for model in models], default=1)
+    rounds = max([_instances(url, model, timeout) for model in models], default=1)
     tasks = [model for model in models if f"{model}_map" in models]
-    for door in [door for door in (*tasks, *DOORS) if door in models] * rounds:
+    for door in [door for door in (*tasks, *_DOORS) if door in models] * rounds:
         left = end - time.monotonic()
         if left < timeout / 2:
             return ""  # slow, but everything so far was answered
-        before = answered(url, left)
+        before = _answered(url, left)
         try:
             status, message = request(
-                f"{url}/v2/models/{door}/infer", left, *question(door, height, width)
+                f"{url}/v2/models/{door}/infer", left, *_question(door, height, width)
             )
         except TimeoutError:
-            if answered(url, timeout) > before:
+            if _answered(url, timeout) > before:
                 return ""
             return (
                 f"'{door}' did not answer in {left:.0f} s, nor was anything else answered meanwhile"
             )
-        if status != 200 and status not in BUSY:
-            return f"'{door}' says {status} {message[:300].decode(errors='replace')}"
+        if status != 200 and status not in _BUSY:
+            return f"'{door}' answered {status} {message[:300].decode(errors='replace')}"
     return ""
 
 
-def instances(url: str, model: str, timeout: float) -> int:
+def _instances(url: str, model: str, timeout: float) -> int:
     """How many a model has, 1 where its configuration does not say."""
     groups = json.loads(request(f"{url}/v2/models/{model}/config", timeout)[1]).get(
         "instance_group", ()
@@ -92,13 +95,13 @@ def instances(url: str, model: str, timeout: float) -> int:
     return max(1, sum(group["count"] * max(1, len(group.get("gpus", ()))) for group in groups))
 
 
-def answered(url: str, timeout: float) -> int:
+def _answered(url: str, timeout: float) -> int:
     """Requests answered by any model since the server's start."""
     stats = json.loads(request(f"{url}/v2/models/stats", timeout)[1])["model_stats"]
     return sum(int(model["inference_stats"]["success"].get("count", 0)) for model in stats)
 
 
-def question(door: str, height: int, width: int) -> tuple[bytes, int]:
+def _question(door: str, height: int, width: int) -> tuple[bytes, int]:
     """A request's body, and how much of it is JSON: a black picture as a file or as pixels, or a
     label.
     """
@@ -119,8 +122,6 @@ def question(door: str, height: int, width: int) -> tuple[bytes, int]:
 
 
 def png(side: int) -> bytes:
-    """A black picture as a PNG file."""
-
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
             struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

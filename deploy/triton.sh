@@ -2,8 +2,8 @@
 # Starts Triton on $MODEL_REPOSITORY (/models). Arguments are handed on to Triton: TLS, tracing, keepalive.
 set -eu
 
-# Loading models, mapping shared memory, tracing and changing the log are for whoever sends `admin-key: $ADMIN_KEY` (over
-# gRPC `triton-grpc-protocol-admin-key`). Without a key given one is drawn and told to nobody. HTTP and gRPC are
+# Loading models, mapping shared memory, tracing and changing the log require the header `admin-key: $ADMIN_KEY` (over
+# gRPC `triton-grpc-protocol-admin-key`). Without ADMIN_KEY a random key is used and not printed. HTTP and gRPC are
 # restricted each on its own.
 key="${ADMIN_KEY:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')}"
 admin="model-repository,shared-memory,trace,logging:admin-key=$key"

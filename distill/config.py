@@ -92,8 +92,8 @@ class TeacherConfig(Section):
     )
     batch_size: Positive | None = Field(
         None,
-        description="pictures of its own stream per step, over all ranks; for methods whose teachers "
-        "see pictures of their own (default: train.batch_size)",
+        description="pictures of its own stream per step, over all ranks; for methods whose "
+        "teachers see pictures of their own (default: train.batch_size)",
     )
     weight: Annotated[float, Field(ge=0)] = Field(
         1.0, description="scales both losses of this teacher"

@@ -1,8 +1,8 @@
 """Procedural scenes with exact labels: textured solids on a floor, with class, mask and metric
 depth.
 
-`python -m distill.scenes --output DIR` writes them. They serve to train dense heads and to test dense
-tasks without labelled photographs. They are drawings: results need real data.
+`python -m distill.scenes --output DIR` writes them. They serve to train dense heads and to test
+dense tasks without labelled photographs. They are drawings: results need real data.
 
 Every scene is a pure function of (seed, number, size). One ray a sample, cast from a camera 1.2-1.8
 m above the floor; the ray's parameter is the depth along the optical axis, in metres, as depth
@@ -356,7 +356,9 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, making its folder; light compression, as reading speed matters more than size."""
+    """Write a PNG, making its folder; light compression, as reading speed matters more than
+    size.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path, compress_level=1)
 

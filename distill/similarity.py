@@ -163,7 +163,8 @@ def compare(
     print("\n".join(advice))
     if len(numbers) < 1000:
         print(
-            f"note      {len(numbers)} pictures are a rough estimate: use 1000 or more of your own data"
+            f"note      {len(numbers)} pictures are a rough estimate: use 1000 or more of your own "
+            "data"
         )
     _print_spreads(names, rows)
     result = {

@@ -139,7 +139,9 @@ def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
 
 
 def _encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
-    """What is wrong with the text encoder that a file of `export.text` describes, "" if nothing is."""
+    """What is wrong with the text encoder that a file of `export.text` describes, "" if nothing
+    is.
+    """
     try:
         about = json.loads((bundle / name).read_bytes())
         graph, ports = about["graph"], [about["input"], about["output"]]
@@ -159,8 +161,8 @@ def _encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
 
 
 def _tensors_problem(path: Path, manifest: Manifest) -> str:
-    """What is wrong with a file of tensors (golden set, class embeddings, or another), "" if nothing
-    is.
+    """What is wrong with a file of tensors (golden set, class embeddings, or another), "" if
+    nothing is.
     """
     import numpy as np
     from safetensors import SafetensorError, safe_open

@@ -245,8 +245,8 @@ def insert(model: onnx.ModelProto, ranges: TensorsData) -> onnx.ModelProto:
 
 
 def _spare(model: onnx.ModelProto, left_out: Sequence[str]) -> None:
-    """Give all but the quantized nodes the float tensor back: onnxruntime hands rounded ones to every
-    reader, which would send a CNN's shortcuts through int8 block after block.
+    """Give all but the quantized nodes the float tensor back: onnxruntime hands rounded ones to
+    every reader, which would send a CNN's shortcuts through int8 block after block.
     """
     exact = {
         node.output[0]: node.input[0]
@@ -292,8 +292,8 @@ def left_alone(model: onnx.ModelProto) -> list[str]:
 
 
 def smallest_side(node: onnx.NodeProto, sides: dict[str, Sequence[int]]) -> int:
-    """Smallest side of a node's constant matrix or kernel (output and input channels); a large number
-    without one.
+    """Smallest side of a node's constant matrix or kernel (output and input channels); a large
+    number without one.
     """
     dims = next((sides[name] for name in node.input[1:2] if name in sides), None)
     if dims is None:
@@ -304,7 +304,9 @@ def smallest_side(node: onnx.NodeProto, sides: dict[str, Sequence[int]]) -> int:
 
 
 def prepare(photos: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-    """Pictures as graphs read them, uint8 [1, H, W, 3] each, with `sizes` (height, width) in turn."""
+    """Pictures as graphs read them, uint8 [1, H, W, 3] each, with `sizes` (height, width) in
+    turn.
+    """
     return [
         np.asarray(photo.resize(sizes[n % len(sizes)][::-1], Image.Resampling.BICUBIC))[None]
         for n, photo in enumerate(photos)

@@ -1,5 +1,5 @@
-"""Parity of every graph with the torch student: on photographs, at several batches and sizes, in real
-runtimes.
+"""Parity of every graph with the torch student: on photographs, at several batches and sizes, in
+real runtimes.
 """
 
 import itertools
@@ -120,7 +120,9 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
 
 
 def compare(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine [B] and largest absolute difference [B] of each picture's output; NaN has cosine -1."""
+    """Cosine [B] and largest absolute difference [B] of each picture's output; NaN has cosine
+    -1.
+    """
     a, b = (values.reshape(len(values), -1).astype(np.float64) for values in (got, wanted))
     whole = np.isfinite(a).all(1)
     a = np.where(whole[:, None], a, 0)
@@ -131,7 +133,9 @@ def compare(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def engine_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sizes (height, width) to compare engines at: `sizes` and all corners of the profile they make."""
+    """Sizes (height, width) to compare engines at: `sizes` and all corners of the profile they
+    make.
+    """
     ends = [(min(sides), max(sides)) for sides in zip(*sizes, strict=True)]
     return list(dict.fromkeys([*sizes, *itertools.product(*ends)]))
 
@@ -139,7 +143,8 @@ def engine_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 def check_sizes(
     stride: int, sizes: Sequence[tuple[int, int]], dynamic: bool
 ) -> list[tuple[int, int]]:
-    """Sizes (height, width) to compare graphs at: `sizes` and, if they vary, those that show mistakes.
+    """Sizes (height, width) to compare graphs at: `sizes` and, if they vary, those that show
+    mistakes.
 
     These are the corners of the declared range and, as far as they lie inside it, a size that is
     not square and one with as many positions as the first in another aspect ratio: a fixed position
@@ -168,7 +173,9 @@ class Agreement(NamedTuple):
     relative: np.ndarray
     """Length of the difference over the length of the student's output."""
     centred: np.ndarray
-    """Cosine without the mean over pictures; NaN without a mean, or without a difference from it."""
+    """Cosine without the mean over pictures; NaN without a mean, or without a difference from
+    it.
+    """
     deviation: np.ndarray
     """Distance of the student's output from that mean, over its own length."""
     position: np.ndarray
@@ -221,8 +228,8 @@ def judge(result: Agreement, precision: Precision) -> tuple[int, str]:
     if not result.relative[largest] <= RELATIVE[precision]:
         return (
             largest,
-            f"off by {result.relative[largest]:.3g} of its length, at most {RELATIVE[precision]} is "
-            "allowed",
+            f"off by {result.relative[largest]:.3g} of its length, at most {RELATIVE[precision]} "
+            "is allowed",
         )
     telling = np.where(result.deviation >= _TELLING[precision], result.centred, 1.0)
     least = int(telling.argmin())

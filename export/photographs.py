@@ -1,4 +1,6 @@
-"""The photographs of an export: those its graphs are compared on and those int8 is calibrated on."""
+"""The photographs of an export: those its graphs are compared on and those int8 is calibrated
+on.
+"""
 
 import hashlib
 from collections.abc import Sequence

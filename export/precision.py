@@ -1,4 +1,6 @@
-"""fp16 and bf16: the student is cast before tracing. (int8: Q/DQ nodes after calibration, int8.py.)"""
+"""fp16 and bf16: the student is cast before tracing. (int8: Q/DQ nodes after calibration,
+int8.py.)
+"""
 
 import copy
 from dataclasses import replace

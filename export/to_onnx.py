@@ -1,4 +1,6 @@
-"""From a module to an ONNX file: dynamic axes by name, a known opset, nothing of this machine inside."""
+"""From a module to an ONNX file: dynamic axes by name, a known opset, nothing of this machine
+inside.
+"""
 
 import stat
 import warnings
@@ -97,8 +99,8 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
         # the exporter has a dozen error types of its own, none of them public
         except Exception as error:
             raise UserError(
-                f"graph '{signature.graph}' cannot be exported ({first_line(error)}): this architecture is "
-                "not supported"
+                f"graph '{signature.graph}' cannot be exported ({first_line(error)}): this "
+                "architecture is not supported"
             ) from error
     if opset == OPSET["bf16"]:
         fold_constants(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)

@@ -1,3 +1,3 @@
-"""A bundle becomes a running Triton Inference Server, and clients ask it. Imports neither torch nor
+"""Serve a bundle from Triton Inference Server, and clients for it. Imports neither torch nor
 the other stages.
 """

@@ -15,32 +15,46 @@ from serve.errors import ServerError
 EPILOG = """\
 examples:
   python -m serve.bench --concurrency 1 8
-  python -m serve.bench --model features --outputs backbone_global cls_token --concurrency 8 --batch 4
-  python -m serve.bench --rate 20 40 80 --seconds 20            arrivals at random, so many a second
-  python -m serve.bench --encoded photo.jpg --concurrency 8     JPEG bytes, decoded on the server
+  python -m serve.bench --model features --outputs backbone_global cls_token \\
+      --concurrency 8 --batch 4
+  python -m serve.bench --rate 20 40 80 --seconds 20
+  python -m serve.bench --encoded photo.jpg --concurrency 8
 
-Closed loop (--concurrency): so many clients, each asks again when answered; finds the highest throughput. Open loop (--rate):
-requests come whether or not earlier ones are answered, as from many users; latencies count from when a request was due.
-Batches of a request are counted as pictures. Exit status: 0 done, 1 requests failed, 2 a mistake in what was asked.
+--concurrency is a closed loop: each of N clients sends its next request when
+the last one is answered, which finds the highest throughput. --rate is an open
+loop: R requests a second arrive at random times, whether or not earlier ones
+have been answered, and latency counts from when a request was due. --encoded
+measures decoding on the server too.
+
+Exit status: 0 success, 1 requests failed, 2 usage error.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.bench",
-        description="Measure a running server.",
+        description="Measure throughput and latency of a running server.",
         epilog=EPILOG,
     )
     parser.add_argument(
-        "--url", default="127.0.0.1:8001", metavar="HOST:PORT", help="gRPC (127.0.0.1:8001)"
+        "--url",
+        default="127.0.0.1:8001",
+        metavar="HOST:PORT",
+        help="gRPC (default: 127.0.0.1:8001)",
     )
     parser.add_argument(
-        "--model", metavar="NAME", help="(features, or features_encoded with --encoded)"
+        "--model", metavar="NAME", help="(default: features, or features_encoded with --encoded)"
     )
-    parser.add_argument("--outputs", nargs="+", metavar="NAME", help="(all of the model's)")
     parser.add_argument(
-        "--concurrency", type=int, nargs="+", default=[], metavar="N", help="closed loop (1 and 8)"
+        "--outputs", nargs="+", metavar="NAME", help="(default: all outputs of the model)"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="closed loop (default: 1 8)",
     )
     parser.add_argument(
         "--rate",
@@ -50,15 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="R",
         help="open loop, requests a second",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures a request (1)")
     parser.add_argument(
-        "--seconds", type=float, default=10, metavar="S", help="of each measurement (10)"
+        "--batch", type=int, default=1, metavar="N", help="pictures per request (default: 1)"
     )
     parser.add_argument(
-        "--encoded", type=Path, metavar="FILE", help="send this JPEG, PNG or WebP file as it is"
+        "--seconds", type=float, default=10, metavar="S", help="of each measurement (default: 10)"
     )
     parser.add_argument(
-        "--json", dest="figures", type=Path, metavar="FILE", help="write the figures there too"
+        "--encoded", type=Path, metavar="FILE", help="send this JPEG, PNG or WebP file, not pixels"
+    )
+    parser.add_argument(
+        "--json", dest="figures", type=Path, metavar="FILE", help="also write the figures as JSON"
     )
     args = parser.parse_args(arguments)
     return exit_status(lambda: _run(**vars(args)))
@@ -117,7 +133,7 @@ async def _measure(
 
     outcomes = []
     async with grpc.InferenceServerClient(url) as client:
-        ask = await prepare(client, url, model, outputs, batch, encoded)
+        ask = await _prepare(client, url, model, outputs, batch, encoded)
         await ask()
         for count in concurrency:
             outcomes.append((f"{count} at once", await closed_loop(ask, count, seconds)))
@@ -129,9 +145,9 @@ async def _measure(
     ]
 
 
-async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Path | None):
-    """A function that asks once; raises UserError for a server, model, output or batch that is not
-    there.
+async def _prepare(client, url: str, model: str, outputs, batch: int, encoded: Path | None):
+    """A function that sends one request; raises UserError for a missing server, model or output, or
+    too large a batch.
     """
     import numpy as np
     import tritonclient.grpc.aio as grpc
@@ -146,9 +162,9 @@ async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Pa
             ) from error
         raise UserError(f"--model {model}: {error.message()}") from error
     known = [port.name for port in config.output]
-    lacking = [name for name in outputs or () if name not in known]
-    if lacking:
-        raise UserError(f"--outputs {lacking[0]}: '{model}' gives {', '.join(known)}")
+    missing = [name for name in outputs or () if name not in known]
+    if missing:
+        raise UserError(f"--outputs {missing[0]}: '{model}' has {', '.join(known)}")
     if batch > max(1, config.max_batch_size):
         raise UserError(f"--batch {batch}: '{model}' takes at most {config.max_batch_size}")
     source = config.input[0]
@@ -167,16 +183,15 @@ async def prepare(client, url: str, model: str, outputs, batch: int, encoded: Pa
         raise UserError(f"--model {model} reads '{source.name}': choose one that reads pictures")
     tensor = grpc.InferInput(source.name, values.shape, kind)
     tensor.set_data_from_numpy(values)
-    wanted = [grpc.InferRequestedOutput(name) for name in outputs or known]
+    requested = [grpc.InferRequestedOutput(name) for name in outputs or known]
 
     async def ask() -> None:
-        await client.infer(model, [tensor], outputs=wanted)
+        await client.infer(model, [tensor], outputs=requested)
 
     return ask
 
 
 def show(rows: list[dict], batch: int) -> None:
-    """The table."""
     from rich.console import Console
     from rich.table import Table
 

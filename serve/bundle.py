@@ -22,7 +22,6 @@ class Bundle:
 
     @cached_property
     def graphs(self) -> dict[str, GraphRecord]:
-        """Graphs by name."""
         return {graph.name: graph for graph in self.manifest.graphs}
 
     @cached_property
@@ -52,7 +51,7 @@ class Bundle:
         """A listed file whose bytes are those the manifest lists; raises UserError otherwise."""
         listed = self.manifest.files.get(name)
         if listed is None:
-            raise UserError(f"{self.path}: its manifest lists no {name} (export again)")
+            raise UserError(f"{self.path}: its manifest does not list {name}: export again")
         path, parts = self.path / name, PurePosixPath(name).parts
         if name in self._verified:
             return path
@@ -63,7 +62,7 @@ class Bundle:
                 "again"
             )
         if not path.is_file():
-            raise UserError(f"{path} is missing: copy the bundle again, whole, or export again")
+            raise UserError(f"{path} is missing: copy the whole bundle again, or export again")
         if file_sha256(path) != listed:
             raise UserError(
                 f"{path} does not match its sha256 in {MANIFEST}: copy the bundle again, or export "

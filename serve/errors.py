@@ -1,5 +1,5 @@
-"""What a request or a server can end in; `contract.errors.exit_status` turns each into one line and
-a status.
+"""Errors of requests and servers; `contract.errors.exit_status` turns each into one line and a
+status.
 """
 
 from contract.errors import Failure, UserError
@@ -12,7 +12,7 @@ class ServerError(Failure):
 
 
 class ClientError(Exception):
-    """Base of what a request can end in; keeps the request's id, which Triton's log has too, in
+    """Base of the errors of a request; keeps the request's id, which Triton's log has too, in
     case of a failure.
     """
 
@@ -28,7 +28,7 @@ class ClientError(Exception):
 
 
 class BadRequest(ClientError, UserError):
-    """What was asked cannot be answered as it is: a picture, an output, a size, a label."""
+    """The request is invalid: a picture, an output, a size, a label."""
 
 
 class NotServed(ClientError, UserError):
@@ -46,7 +46,7 @@ class Unavailable(ClientError, ServerError):
 
 
 class DeadlineExceeded(ClientError, ServerError):
-    """No answer in the time that was given to all attempts together."""
+    """No answer within the time limit of all attempts."""
 
 
 class ServerFailed(ClientError, ServerError):
@@ -54,6 +54,6 @@ class ServerFailed(ClientError, ServerError):
 
 
 class WrongAnswer(ClientError, ServerError):
-    """An answer that is not what was asked for: names, types, shapes, numbers that are not
+    """An answer that does not match the request: names, types, shapes, numbers that are not
     finite.
     """

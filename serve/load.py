@@ -1,5 +1,5 @@
-"""Load for a server, and what came of it: so many requests at once (closed loop), or so many a
-second (open loop).
+"""Load for a server and its results: a fixed number of requests at once (closed loop), or a rate
+per second (open loop).
 """
 
 import asyncio
@@ -26,7 +26,6 @@ class Outcome:
 
     @property
     def rate(self) -> float:
-        """Answered requests a second."""
         return len(self.latencies) / self.seconds
 
     def percentile(self, percent: float) -> float:
@@ -38,7 +37,6 @@ class Outcome:
         )
 
     def row(self) -> dict[str, float]:
-        """Figures for a table."""
         return {
             "requests_per_second": self.rate,
             "p50_ms": self.percentile(50),
@@ -49,14 +47,13 @@ class Outcome:
         }
 
     def failed(self, error: Exception) -> None:
-        """Count a failure by its kind."""
         status = getattr(error, "status", None)
         reason = str(status() if callable(status) else "") or type(error).__name__
         self.failures[reason] = self.failures.get(reason, 0) + 1
 
 
 async def closed_loop(ask: Ask, concurrency: int, seconds: float) -> Outcome:
-    """`concurrency` clients, each of which asks again as soon as it is answered."""
+    """`concurrency` clients, each of which sends its next request once answered."""
     outcome = Outcome(seconds)
     start = time.perf_counter()
     end = start + seconds
@@ -69,9 +66,7 @@ async def closed_loop(ask: Ask, concurrency: int, seconds: float) -> Outcome:
                 Exception
             ) as error:  # whatever a server or client raises is a request not answered
                 outcome.failed(error)
-                await asyncio.sleep(
-                    0.01
-                )  # a server that refuses at once must not be asked in a spin
+                await asyncio.sleep(0.01)  # do not spin on a server that rejects at once
             else:
                 outcome.latencies.append(time.perf_counter() - begun)
 

@@ -1,10 +1,10 @@
-"""`python -m serve.rollout`: a new bundle takes over from the old one in a running server, or is
-refused before it does.
+"""`python -m serve.rollout`: switch a running server to a new bundle, or refuse the bundle before
+switching.
 
-The new version is first loaded under names that no client knows, and must say of the bundle's
-golden photographs what was recorded at its export. Only then is it loaded beside the old one and
-the ensembles are switched, each in one step. The old version stays loaded, so that `--back` is as
-quick, until `--finish`.
+The new version is first loaded under names that no client uses, and its answers for the bundle's
+golden photographs must match those recorded at export. Only then is it loaded next to the old one
+and the ensembles are switched, each in one step. The old version stays loaded until `--finish`, so
+that `--back` is just as fast.
 """
 
 import contextlib
@@ -21,18 +21,25 @@ from serve.errors import ServerError
 EPILOG = """\
 examples:
   python -m serve.run bundles/first --repository repository
-  python -m serve.rollout repository --bundle bundles/second      load it beside, compare, switch
-  python -m serve.rollout repository --back                       the version before again
-  python -m serve.rollout repository --finish                     free the version that no longer serves
+  python -m serve.rollout repository --bundle bundles/second
+  python -m serve.rollout repository --back
+  python -m serve.rollout repository --finish
 
-The new bundle must have the same models, inputs, outputs and largest batch: clients rely on them (one that differs gets a
-server of its own). Versions are numbered 1, 2, …; `features` answers with the number of the version that serves.
-Exit status: 0 done, 2 a mistake in what was asked, 1 the new version is not fit to serve (the old one goes on serving).
+--bundle loads the new version next to the old one, compares its answers with
+those recorded at export, and switches. --back returns to the previous
+version; --finish deletes the versions that do not serve.
+
+The new bundle must have the same models, inputs, outputs and largest batch,
+because clients rely on them; a bundle that differs needs its own server.
+Versions are numbered 1, 2, …; `features` answers with the number of the
+version that serves.
+
+Exit status: 0 success, 1 the new version was rejected and the old one still
+serves, 2 usage error.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.rollout",
         description="Switch a running server to a new bundle, or back.",
@@ -42,11 +49,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "repository", type=Path, metavar="REPOSITORY", help="folder of serve.run --repository"
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--bundle", type=Path, metavar="BUNDLE", help="the new version")
+    what.add_argument("--bundle", type=Path, metavar="BUNDLE", help="bundle of the new version")
     what.add_argument(
         "--back",
         action="store_true",
-        help="switch to the version before, and drop the one that served",
+        help="return to the previous version and delete the current one",
     )
     what.add_argument(
         "--finish", action="store_true", help="unload and delete the versions that do not serve"
@@ -59,7 +66,7 @@ def _run(folder: Path, bundle: Path | None, go_back: bool, only_finish: bool) ->
     from serve.repository.versions import Repository
     from serve.server.admin import Admin
 
-    with locked(folder), Admin(folder) as admin:
+    with _locked(folder), Admin(folder) as admin:
         repository = Repository(folder)
         if only_finish:
             return finish(repository, admin)
@@ -75,14 +82,14 @@ def _run(folder: Path, bundle: Path | None, go_back: bool, only_finish: bool) ->
             for model in repository.forget(newer):
                 admin.load(model)
             print(
-                f"serving   version {repository.serving} again (the other is gone: --bundle brings "
-                "one back)"
+                f"serving   version {repository.serving} again (the newer one is deleted: --bundle "
+                "loads it again)"
             )
             return 0
-        return roll_out(repository, admin, bundle)
+        return _roll_out(repository, admin, bundle)
 
 
-def roll_out(repository, admin, path: Path) -> int:
+def _roll_out(repository, admin, path: Path) -> int:
     """Try a bundle under other names, then switch to it."""
     from contract.golden import GOLDEN, read_golden
     from serve.bundle import read_bundle
@@ -102,10 +109,10 @@ def roll_out(repository, admin, path: Path) -> int:
         wrong = admin.compare(f"{STAGED}features", golden)
         if wrong:
             raise ServerError(
-                f"{path} does not say here what it said when exported: {'; '.join(wrong)}"
+                f"{path} answers differently here than at its export: {'; '.join(wrong)}"
             )
     except ServerError as error:
-        raise ServerError(f"{error} (version {repository.serving} goes on serving)") from error
+        raise ServerError(f"{error} (version {repository.serving} still serves)") from error
     finally:
         for name in reversed(staged):
             admin.unload(name)
@@ -120,7 +127,7 @@ def roll_out(repository, admin, path: Path) -> int:
         switch(repository, admin, repository.serving)
         for model in repository.forget(version):
             admin.load(model)
-        raise ServerError(f"{error} (version {repository.serving} goes on serving)") from error
+        raise ServerError(f"{error} (version {repository.serving} still serves)") from error
     print(f"serving   version {version} ({path}), {time.perf_counter() - begun:.0f} s")
     print("next      go back, or free the old version:")
     print(f"  python -m serve.rollout {repository.path} --back")
@@ -145,13 +152,13 @@ def finish(repository, admin) -> int:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """One rollout at a time; raises UserError for a folder that is no repository or is being
+def _locked(folder: Path) -> Iterator[None]:
+    """One rollout at a time; raises UserError for a folder that is not a repository or is being
     changed.
     """
     if not (folder / "features" / "config.pbtxt").is_file():
         raise UserError(
-            f"{folder} is no repository of serve.run (start one: python -m serve.run BUNDLE "
+            f"{folder} is not a repository of serve.run (start one: python -m serve.run BUNDLE "
             f"--repository {folder})"
         )
     with open(folder / ".rollout.lock", "w") as file:

@@ -1,5 +1,5 @@
-"""`python -m serve.run`: a bundle becomes a running Triton Inference Server, watched until it is
-told to stop.
+"""`python -m serve.run`: start a Triton Inference Server on a bundle and supervise it until it is
+stopped.
 """
 
 import argparse
@@ -13,34 +13,54 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
 from serve.errors import ServerError
 from serve.repository.build import add_settings, make_repository, read_settings
+from serve.repository.settings import Settings
+
+if TYPE_CHECKING:
+    from serve.server.launch import Options
 
 EPILOG = """\
 examples:
-  python -m serve.run bundles/mine                              gRPC on 127.0.0.1:8001, HTTP on 8000, metrics on 8002
-  python -m serve.run bundles/mine --repository repository      keep the repository: for rollouts, and to start faster
-  python -m serve.run --repository repository                   serve it again as it is, whatever was rolled out
-  python -m serve.run bundles/mine --grpc-port 9001 --http-port 9000 --metrics-port 9002
-  python -m serve.run bundles/mine --backend tensorrt --kind gpu --devices 0 1 --host 0.0.0.0     in NVIDIA's image
-  python -m serve.run bundles/mine --host 0.0.0.0 --ssl-certificate server.pem --ssl-key server.key
-  python -m serve.run bundles/mine -- --trace-config rate=100 --trace-config mode=opentelemetry \\
+  python -m serve.run bundles/mine
+  python -m serve.run bundles/mine --repository repository
+  python -m serve.run --repository repository
+  python -m serve.run bundles/mine --grpc-port 9001 --http-port 9000 \\
+      --metrics-port 9002
+  python -m serve.run bundles/mine --backend tensorrt --kind gpu --devices 0 1 \\
+      --host 0.0.0.0
+  python -m serve.run bundles/mine --host 0.0.0.0 \\
+      --ssl-certificate server.pem --ssl-key server.key
+  python -m serve.run bundles/mine -- --trace-config rate=100 \\
+      --trace-config mode=opentelemetry \\
       --trace-config opentelemetry,url=http://127.0.0.1:4318/v1/traces
 
-Ctrl-C or SIGTERM: no new requests, those that were accepted are answered, then it ends; a second one ends it at once.
-A model whose backend process dies is loaded again; `python -m serve.status --repository DIR` counts that.
-Loading models, shared memory, tracing and logging need the key in DIR/.serve.json, over gRPC and HTTP (--open). With TLS, HTTP
-(which has none) stays on 127.0.0.1. What follows -- goes to tritonserver as it is. More in docs/serving.md.
-Exit status: 0 stopped as told, 2 a mistake in what was asked, 1 the server failed or requests were cut off.
+--repository keeps the rendered repository: rollouts need it, and the next
+start is faster. Without BUNDLE it is served as it is, rollouts included.
+--backend tensorrt and onnxruntime need NVIDIA's container image.
+
+The first Ctrl-C or SIGTERM refuses new requests and waits for those already
+accepted; the second stops the server immediately. A model whose backend
+process dies is loaded again; `python -m serve.status --repository DIR` counts
+these restarts.
+
+Loading models, shared memory, tracing and logging require the key in
+DIR/.serve.json, over both gRPC and HTTP, unless listed in --open. With TLS,
+HTTP stays on 127.0.0.1, because Triton has no TLS for it. Arguments after --
+are passed to tritonserver unchanged. See docs/serving.md.
+
+Exit status: 0 stopped on request, 1 the server failed or requests were cut
+off, 2 usage error.
 """
 
 WORKSPACE = "serve-run-"
 """Prefix of temporary folders."""
 
-OURS = ("model-repository", "model-store", "model-control-mode", "load-model", "allow-http", "allow-grpc", "allow-metrics",
+_OURS = ("model-repository", "model-store", "model-control-mode", "load-model", "allow-http", "allow-grpc", "allow-metrics",
         "strict-readiness", "exit-on-error", "exit-timeout-secs", "disable-auto-complete-config", "backend-directory",
         "grpc-port", "grpc-address", "http-port", "http-address", "metrics-port", "metrics-address", "http-restricted-api",
         "grpc-restricted-protocol", "log-file")  # fmt: skip
@@ -48,18 +68,24 @@ OURS = ("model-repository", "model-store", "model-control-mode", "load-model", "
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    split = given.index("--") if "--" in given else len(given)
-    args = parser().parse_args(given[:split])
-    return exit_status(lambda: run(args, given[split + 1 :]))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    split = words.index("--") if "--" in words else len(words)
+    args = _parser().parse_args(words[:split])
+    return exit_status(
+        lambda: _run(
+            args.bundle,
+            args.repository,
+            args.tritonserver,
+            _read_options(args, words[split + 1 :]),
+            read_settings(args),
+        )
+    )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def _parser() -> argparse.ArgumentParser:
     result = CommandLine(
         prog="python -m serve.run",
-        description="Start a Triton Inference Server on a bundle and look after it.",
+        description="Start a Triton Inference Server on a bundle and supervise it.",
         usage="python -m serve.run [BUNDLE] [options] [-- flags of tritonserver]",
         epilog=EPILOG,
     )
@@ -70,28 +96,38 @@ def parser() -> argparse.ArgumentParser:
         "--repository",
         type=Path,
         metavar="DIR",
-        help="keep the repository there (a temporary folder)",
+        help="keep the repository there (default: a temporary folder)",
     )
     result.add_argument(
         "--tritonserver",
         type=Path,
         metavar="FILE",
-        help="(NVIDIA's image's, PATH's, else nvidia-pytriton's)",
+        help="executable (default: NVIDIA image, PATH, nvidia-pytriton)",
     )
     listening = result.add_argument_group("listening")
     listening.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)"
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="0.0.0.0: all interfaces (default: 127.0.0.1)",
     )
     for name, port in (("grpc", 8001), ("http", 8000), ("metrics", 8002)):
         listening.add_argument(
-            f"--{name}-port", type=int, default=port, metavar="N", help=f"0: any free one ({port})"
+            f"--{name}-port",
+            type=int,
+            default=port,
+            metavar="N",
+            help=f"0: any free port (default: {port})",
         )
     listening.add_argument(
         "--ssl-certificate", type=Path, metavar="PEM", help="TLS on gRPC: the server's certificate"
     )
-    listening.add_argument("--ssl-key", type=Path, metavar="PEM", help="and its key")
+    listening.add_argument("--ssl-key", type=Path, metavar="PEM", help="its private key")
     listening.add_argument(
-        "--ssl-root", type=Path, metavar="PEM", help="mTLS: who signs the clients that are let in"
+        "--ssl-root",
+        type=Path,
+        metavar="PEM",
+        help="mTLS: authority that signs client certificates",
     )
     listening.add_argument(
         "--open",
@@ -101,21 +137,30 @@ def parser() -> argparse.ArgumentParser:
         help="need no key: model-repository, shared-memory, trace, logging",
     )
     listening.add_argument(
-        "--start-timeout", type=float, default=120, metavar="S", help="seconds until ready (120)"
+        "--start-timeout",
+        type=float,
+        default=120,
+        metavar="S",
+        help="seconds until ready (default: 120)",
     )
     listening.add_argument(
         "--exit-timeout",
         type=int,
         default=30,
         metavar="S",
-        help="seconds for accepted requests (30)",
+        help="seconds for accepted requests (default: 30)",
     )
     add_settings(result.add_argument_group("models"))
     return result
 
 
-def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
-    """Carry out a parsed command line."""
+def _run(
+    bundle_folder: Path | None,
+    kept: Path | None,
+    tritonserver: Path | None,
+    options: "Options",
+    settings: Settings,
+) -> int:
     from serve.bundle import read_bundle
     from serve.server.checks import check_backend, check_gpus, check_repository
     from serve.server.process import Server
@@ -123,14 +168,11 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
     from serve.server.supervise import Supervisor
     from serve.server.triton import find_tritonserver
 
-    options = read_options(args, extra)
-    settings = read_settings(args)
-    with Signals() as signals, make_workspace() as workspace:
-        result = find_tritonserver(args.tritonserver, workspace)
-        kept = args.repository is not None
-        repository = args.repository if kept else workspace / "repository"
-        # what can be refused is, before graphs are copied
-        bundle = read_bundle(args.bundle) if args.bundle else None
+    with Signals() as signals, _make_workspace() as workspace:
+        result = find_tritonserver(tritonserver, workspace)
+        repository = kept or workspace / "repository"
+        # refuse what can be refused before graphs are copied
+        bundle = read_bundle(bundle_folder) if bundle_folder else None
         settings = check_repository(repository, bundle, settings)
         check_backend(result, settings.backend)
         check_gpus(settings, bundle)
@@ -139,31 +181,30 @@ def run(args: argparse.Namespace, extra: Sequence[str]) -> int:
         )
         server.check_ports()
         if not repository.exists() or not any(repository.iterdir()):
-            make_repository(bundle, repository, settings, durable=kept)
+            make_repository(bundle, repository, settings, durable=kept is not None)
         remove_stale_regions()
         signals.server = server
         try:
             seconds = server.start()
-            show(server, seconds, kept)
+            show(server, seconds, kept is not None)
             Supervisor(server, say).run()
         except ServerError:
-            if not server.stopping:  # told to stop while it was starting: nothing failed
+            if not server.stopping:  # stopped while it was starting: nothing failed
                 raise
         finally:
             answered = server.stop()
         if not answered:
             raise ServerError(
-                f"requests were cut off after {args.exit_timeout} s (--exit-timeout gives them "
-                "more)"
+                f"requests were cut off after {options.exit_seconds} s: raise --exit-timeout"
             )
         say("stopped: every request that was accepted has been answered")
     return 0
 
 
 @contextlib.contextmanager
-def make_workspace() -> Iterator[Path]:
-    """A temporary folder that is gone afterwards, as are those of runs that were killed: nobody
-    holds their lock.
+def _make_workspace() -> Iterator[Path]:
+    """A temporary folder that is gone afterwards, as are those of killed runs, whose locks
+    are free.
     """
     for old in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}*/lock"):
         with contextlib.suppress(OSError), open(old, "rb") as file:  # another user's, or in use
@@ -178,14 +219,14 @@ def make_workspace() -> Iterator[Path]:
 
 
 def say(line: str) -> None:
-    """Print a line at once, also into a pipe; in one piece, because threads do."""
+    """Print a line and flush it, in one write because threads print too."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 class Signals:
-    """SIGINT and SIGTERM drain the server; before there is one they end the program, its folders
-    removed; twice: at once.
+    """The first SIGINT or SIGTERM drains the server, the second kills it; before it exists they end
+    the program.
     """
 
     def __init__(self) -> None:
@@ -210,8 +251,8 @@ class Signals:
             signal.signal(number, handler)
 
 
-def read_options(args: argparse.Namespace, extra: Sequence[str]):
-    """How to listen; raises UserError for what makes no sense."""
+def _read_options(args: argparse.Namespace, extra: Sequence[str]) -> "Options":
+    """How to listen; raises UserError for invalid values."""
     from serve.server.launch import RESTRICTED, Options, Tls
 
     for name in ("grpc_port", "http_port", "metrics_port"):
@@ -226,7 +267,7 @@ def read_options(args: argparse.Namespace, extra: Sequence[str]):
             )
     unknown = sorted(set(args.open) - set(RESTRICTED))
     if unknown:
-        raise UserError(f"--open {unknown[0]}: known are {', '.join(RESTRICTED)}")
+        raise UserError(f"--open {unknown[0]}: choose from {', '.join(RESTRICTED)}")
     files = {
         "--ssl-certificate": args.ssl_certificate,
         "--ssl-key": args.ssl_key,
@@ -234,12 +275,12 @@ def read_options(args: argparse.Namespace, extra: Sequence[str]):
     }
     for name, path in files.items():
         if path is not None and not path.is_file():
-            raise UserError(f"{name} {path}: no such file (a PEM file is wanted)")
+            raise UserError(f"{name} {path}: no such file (give a PEM file)")
         if path is None and name != "--ssl-root" and any(files.values()):
             raise UserError(f"{name} is missing: TLS takes --ssl-certificate and --ssl-key")
     for flag in extra:
         name = flag.removeprefix("--").split("=")[0]
-        if flag.startswith("--") and name in OURS:
+        if flag.startswith("--") and name in _OURS:
             raise UserError(f"-- {flag}: serve.run sets --{name} itself (see its own options)")
     tls = (
         Tls(certificate=args.ssl_certificate, key=args.ssl_key, root=args.ssl_root)
@@ -260,7 +301,7 @@ def read_options(args: argparse.Namespace, extra: Sequence[str]):
 
 
 def show(server, seconds: float, kept: bool) -> None:
-    """Print where it answers and what to type next."""
+    """Print the addresses and the next commands."""
     tls = server.options.tls
     options = "" if server.grpc == "127.0.0.1:8001" else f" --url {server.grpc}"
     if tls:
@@ -273,18 +314,18 @@ def show(server, seconds: float, kept: bool) -> None:
         else f"--url {server.http} --metrics {server.metrics}"
     )
     say("")
-    say(f"ready     after {seconds:.1f} s: {server.found.executable}")
+    say(f"ready     after {seconds:.1f} s: {server.tritonserver.executable}")
     say(f"grpc      {server.grpc}{' (TLS)' if tls else ''}")
     say(f"http      http://{server.http}")
     say(f"metrics   http://{server.metrics}/metrics")
-    say("next      ask it for the features of a picture, look how it is, or stop it with Ctrl-C:")
-    say(f"  python -m serve.client {sample_picture()}{options}")
+    say("next      request features of a picture, show the status, or stop with Ctrl-C:")
+    say(f"  python -m serve.client {_sample_picture()}{options}")
     say(f"  python -m serve.status {where}")
     say("")
 
 
-def sample_picture() -> str:
-    """A photograph that is at hand: scikit-image brings some."""
+def _sample_picture() -> str:
+    """A photograph of scikit-image, if it is installed."""
     spec = importlib.util.find_spec("skimage")
     for folder in spec.submodule_search_locations or () if spec else ():
         path = Path(folder) / "data" / "chelsea.png"

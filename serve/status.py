@@ -1,5 +1,5 @@
-"""`python -m serve.status`: what every model of a running server has done, from Triton's statistics
-and metrics.
+"""`python -m serve.status`: requests, latencies and failures of every model of a running server,
+from Triton's statistics and metrics.
 """
 
 import json
@@ -16,18 +16,27 @@ from serve.server.rest import Refused, Rest
 
 EPILOG = """\
 examples:
-  python -m serve.status                                        the server on this machine
-  python -m serve.status --repository repository                with restarts, and versions that did not load
+  python -m serve.status
+  python -m serve.status --repository repository
   python -m serve.status --url 10.0.0.5:8000 --metrics 10.0.0.5:8002
   watch -n 2 python -m serve.status
 
-Counts since a version was loaded, the supervisor's canaries among them; requests are answered requests, batch is pictures an
-execution, queue and compute are milliseconds (median of the last minute; with ~, mean since it was loaded). An ensemble's
-requests are those to it, its steps have their own rows. Triton counts a request that a step refused as failed at the ensemble,
-and one of a wrong type or shape nowhere. Exit status: 0 the server is ready, 1 it is not, 2 a mistake.
+--repository also shows restarts, and versions that did not load.
+
+Columns, counted since a version was loaded and including the supervisor's own
+test requests:
+  requests        answered requests; those of an ensemble's steps have rows
+                  of their own
+  batch           pictures per execution
+  queue, compute  milliseconds: median of the last minute, or with ~ the mean
+                  since the version was loaded
+  failed          a request that a step refused counts for the ensemble; Triton
+                  does not count requests of a wrong type or shape
+
+Exit status: 0 the server is ready, 1 it is not, 2 usage error.
 """
 
-SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")
+_SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 COLUMNS = (
     "model",
@@ -44,26 +53,31 @@ COLUMNS = (
     "restarts",
 )
 
-Metrics = dict[tuple[str, str, str, str], float]
+_Metrics = dict[tuple[str, str, str, str], float]
 """Value by metric, model, version and quantile ("" if it has none)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.status",
-        description="Show what the models of a running server have done.",
+        description="Show requests, latencies and failures of a running server's models.",
         epilog=EPILOG,
     )
-    parser.add_argument("--url", metavar="HOST:PORT", help="HTTP, not gRPC (127.0.0.1:8000)")
-    parser.add_argument("--metrics", metavar="HOST:PORT", help="(the same host, port 8002)")
+    parser.add_argument(
+        "--url", metavar="HOST:PORT", help="HTTP, not gRPC (default: 127.0.0.1:8000)"
+    )
+    parser.add_argument(
+        "--metrics", metavar="HOST:PORT", help="metrics (default: the same host, port 8002)"
+    )
     parser.add_argument(
         "--repository",
         type=Path,
         metavar="DIR",
-        help="of serve.run: where the server is and its key",
+        help="of serve.run: holds the server's address and key",
     )
-    parser.add_argument("--json", dest="as_json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--json", dest="as_json", action="store_true", help="print JSON instead of a table"
+    )
     args = parser.parse_args(arguments)
     return exit_status(lambda: _run(**vars(args)))
 
@@ -74,7 +88,7 @@ def _run(url: str | None, metrics: str | None, repository: Path | None, as_json:
     state = None
     if repository:
         if url or metrics:
-            raise UserError("--repository says where its server is: leave out --url and --metrics")
+            raise UserError("--repository already names the server: leave out --url and --metrics")
         state = read_state(repository)
         if state is None:
             raise UserError(
@@ -85,7 +99,7 @@ def _run(url: str | None, metrics: str | None, repository: Path | None, as_json:
     source = Rest(state.metrics if state else address(metrics, "--metrics"))
     rest = Rest(url, state.admin_key if state else "")
     try:
-        rows = collect(rest, read_metrics(source), dict(state.restarts) if state else None)
+        rows = _collect(rest, _read_metrics(source), dict(state.restarts) if state else None)
     except (OSError, Refused) as error:
         raise ServerError(
             f"no Triton answers over HTTP at {url} ({error}): start one with python "
@@ -96,7 +110,7 @@ def _run(url: str | None, metrics: str | None, repository: Path | None, as_json:
     else:
         print_table(rows)
         if state and state.server_restarts:
-            print(f"tritonserver was started again {state.server_restarts} times")
+            print(f"tritonserver was restarted {state.server_restarts} times")
     return 0 if rest.ready() and all(row["state"] == "READY" for row in rows) else 1
 
 
@@ -109,7 +123,9 @@ def address(text: str, option: str) -> str:
     return result
 
 
-def collect(rest: Rest, metrics: Metrics, restarts: dict[str, int] | None) -> list[dict[str, Any]]:
+def _collect(
+    rest: Rest, metrics: _Metrics, restarts: dict[str, int] | None
+) -> list[dict[str, Any]]:
     """A row for every version; `restarts` None: not known. With the key, versions that are not
     loaded have rows too.
     """
@@ -142,13 +158,11 @@ def collect(rest: Rest, metrics: Metrics, restarts: dict[str, int] | None) -> li
                 "restarts": None if restarts is None else restarts.get(model, 0),
             }
         )
-    return rows + (not_loaded(rest, rows) if rest.key else [])
+    return rows + (_not_loaded(rest, rows) if rest.key else [])
 
 
-def not_loaded(rest: Rest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows for versions that were asked for and failed; versions that were unloaded in order are
-    left out.
-    """
+def _not_loaded(rest: Rest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows for versions that failed to load; versions that were unloaded normally are left out."""
     known, result = {(row["model"], row["version"]) for row in rows}, []
     for entry in rest.index():
         key, reason = (entry["name"], entry.get("version", "")), entry.get("reason", "")
@@ -179,17 +193,17 @@ def latency(duration: dict[str, Any], median_us: float | None) -> dict[str, Any]
     )
 
 
-def read_metrics(metrics: Rest) -> Metrics:
-    """Prometheus' text as numbers; none where that port is not reachable, the statistics say
-    enough.
+def _read_metrics(metrics: Rest) -> _Metrics:
+    """Prometheus' text as numbers; empty where the port is not reachable, since the
+    statistics suffice.
     """
     try:
         text = metrics.call("GET", "/metrics").decode()
     except (OSError, Refused):
         return {}
-    result: Metrics = {}
+    result: _Metrics = {}
     for line in text.splitlines():
-        sample = SAMPLE.match(line)
+        sample = _SAMPLE.match(line)
         if sample:
             labels = dict(LABEL.findall(sample["labels"]))
             key = (
@@ -222,7 +236,6 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def shown(value: Any) -> str:
-    """A cell's text."""
     if value is None:
         return "-"
     if isinstance(value, dict):

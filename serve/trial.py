@@ -1,8 +1,7 @@
-"""`python -m serve.trial`: start a bundle, ask it once for everything it offers, keep the answers
-as pictures, stop it.
+"""`python -m serve.trial`: serve a bundle, request everything it offers once, write the answers as
+pictures, stop.
 """
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -12,22 +11,24 @@ from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
 from contract.tasks import map_tasks
 from serve.repository.build import add_settings, make_repository, read_settings
+from serve.repository.settings import Settings
 
 EPILOG = """\
 examples:
   python -m serve.trial bundles/mine photo.jpg --output answers
 
-A real tritonserver on free ports of 127.0.0.1, asked through serve.client for features and for each task the bundle has a
-head for. To go on asking, start it with python -m serve.run. Exit status: 0 all answered, 2 a mistake in what was asked,
-1 the server failed.
+Starts a tritonserver on free ports of 127.0.0.1 and requests features and
+every task the bundle has a head for. To keep a server running, use
+`python -m serve.run`.
+
+Exit status: 0 success, 1 the server failed, 2 usage error.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     result = CommandLine(
         prog="python -m serve.trial",
-        description="Serve a bundle for the time of one picture.",
+        description="Serve a bundle just long enough to process one picture.",
         epilog=EPILOG,
     )
     result.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
@@ -37,16 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         default=Path("answers"),
         metavar="DIR",
-        help="where to write (answers)",
+        help="where to write (default: answers)",
     )
-    result.add_argument("--tritonserver", type=Path, metavar="FILE", help="(as serve.run finds it)")
+    result.add_argument(
+        "--tritonserver", type=Path, metavar="FILE", help="executable (default: as serve.run)"
+    )
     add_settings(result.add_argument_group("models"))
     args = result.parse_args(arguments)
-    return exit_status(lambda: run(args))
+    return exit_status(
+        lambda: _run(args.bundle, args.image, args.output, args.tritonserver, read_settings(args))
+    )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
+def _run(
+    bundle_folder: Path, image: Path, output: Path, executable: Path | None, settings: Settings
+) -> int:
     from serve.bundle import read_bundle
     from serve.client import FeatureClient
     from serve.client.commands import Command, answer
@@ -55,30 +61,29 @@ def run(args: argparse.Namespace) -> int:
     from serve.server.process import Server
     from serve.server.triton import find_tritonserver
 
-    if not args.image.is_file():
-        raise UserError(f"{args.image}: no such file (name a JPEG, PNG or WebP picture)")
-    settings = read_settings(args)
+    if not image.is_file():
+        raise UserError(f"{image}: no such file (name a JPEG, PNG or WebP picture)")
     with tempfile.TemporaryDirectory(prefix="serve-") as folder:
         repository = Path(folder) / "repository"
-        tritonserver = find_tritonserver(args.tritonserver, Path(folder))
+        tritonserver = find_tritonserver(executable, Path(folder))
         check_backend(tritonserver, settings.backend)
-        bundle = read_bundle(args.bundle)
+        bundle = read_bundle(bundle_folder)
         check_gpus(settings, bundle)
         models = make_repository(bundle, repository, settings, durable=False)
         options = Options(
             grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5, gpu=settings.kind == "gpu"
         )
         with Server(tritonserver, repository, options, lambda line: None) as server:
-            print(f"serving   {len(models)} models of {args.bundle} on {server.grpc}", flush=True)
+            print(f"serving   {len(models)} models of {bundle_folder} on {server.grpc}", flush=True)
             tasks = ["features", *(task.name for task in map_tasks() if task.name in models)]
             tasks += ["zero-shot"] if "zero_shot" in models else []
             with FeatureClient(server.grpc) as client:
                 for task in tasks:
-                    for path in answer(client, Command([args.image], task, args.output)):
+                    for path in answer(client, Command([image], task, output)):
                         print(f"wrote     {path}", flush=True)
-    print("next      serve it for as long as you like, and ask it from another terminal:")
-    print(f"  python -m serve.run {args.bundle}")
-    print(f"  python -m serve.client {args.image} --task features")
+    print("next      keep it running, and send requests from another terminal:")
+    print(f"  python -m serve.run {bundle_folder}")
+    print(f"  python -m serve.client {image} --task features")
     return 0
 
 

@@ -2,7 +2,7 @@
 vector a label.
 
 `export.text` does the same in torch when a bundle is made; this is for labels that come later.
-Copied beside the model `text_encoder` in a repository, so it must not import anything of this
+Copied next to the model `text_encoder` in a repository, so it must not import anything of this
 package.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import regex
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-PLACE = "{}"
+_PLACE = "{}"
 """Where the label goes in a template."""
 
 BYTES = 512
@@ -24,12 +24,12 @@ BYTES = 512
 then the merges.
 """
 
-PROMPTS = 64
+_PROMPTS = 64
 """Sentences the graph reads at once: more would hold more memory and be no faster."""
 
 
 class BadLabel(ValueError):
-    """A label that no embedding can be made of; the message is a sentence for whoever sent it."""
+    """A label that no embedding can be made of; the message goes to the sender."""
 
 
 class ClipTokenizer:
@@ -48,7 +48,7 @@ class ClipTokenizer:
         merges = [
             tuple(line.split()) for line in lines[1 : count + 1]
         ]  # the first line is a comment
-        letters = list(byte_letters().values())
+        letters = list(_byte_letters().values())
         tokens = [
             *letters,
             *(letter + "</w>" for letter in letters),
@@ -60,7 +60,7 @@ class ClipTokenizer:
             raise ValueError("the vocabulary is not the one that text_encoder.json was written for")
         self.specials, self.context, self.pad = specials, about["context_length"], about["pad_id"]
         self.start, self.end = about["start"]["id"], about["end"]["id"]
-        self.clean = CLEAN[about["clean"]]
+        self.clean = _CLEAN[about["clean"]]
         # words are cut by `regex`, as in open_clip: the library's own expressions know another
         # Unicode version's letters
         self.pattern = regex.compile(about["pattern"], regex.IGNORECASE)
@@ -86,7 +86,7 @@ class ClipTokenizer:
         return ids
 
 
-def byte_letters() -> dict[int, str]:
+def _byte_letters() -> dict[int, str]:
     """The printable letter that stands for each byte in CLIP's vocabulary (GPT-2's table), in the
     vocabulary's order.
     """
@@ -101,7 +101,7 @@ def byte_letters() -> dict[int, str]:
     }
 
 
-def mend(text: str) -> str:
+def fix_text(text: str) -> str:
     """Undo wrong decoding and HTML entities, and make every run of whitespace one space."""
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
@@ -114,9 +114,9 @@ def canonicalize(text: str) -> str:
     )
 
 
-CLEAN: dict[str, Callable[[str], str]] = {
-    "lower": lambda text: mend(text).lower(),
-    "whitespace": mend,
+_CLEAN: dict[str, Callable[[str], str]] = {
+    "lower": lambda text: fix_text(text).lower(),
+    "whitespace": fix_text,
     "canonicalize": canonicalize,
 }
 """open_clip's ways of cleaning a text, by the sidecar's names."""
@@ -126,12 +126,12 @@ def prompts(label: str, templates: Sequence[str], tokenizer: ClipTokenizer) -> l
     """A label in every template; raises BadLabel where a sentence has more tokens than the model
     reads.
     """
-    sentences = [template.replace(PLACE, label) for template in templates]
+    sentences = [template.replace(_PLACE, label) for template in templates]
     longest = max(len(tokenizer.encode(sentence)) for sentence in sentences) + 2
-    if longest > tokenizer.context:  # its end would be cut off without a word
+    if longest > tokenizer.context:  # its end would be cut off silently
         raise BadLabel(
             f"label '{label[:40]}…' makes a sentence of {longest} tokens, the model reads "
-            f"{tokenizer.context}: say it in fewer words"
+            f"{tokenizer.context}: use fewer words"
         )
     return sentences
 
@@ -151,6 +151,6 @@ def embed(
     tokens = tokenizer(
         [sentence for label in labels for sentence in prompts(label, templates, tokenizer)]
     )
-    parts = [encode(tokens[start : start + PROMPTS]) for start in range(0, len(tokens), PROMPTS)]
+    parts = [encode(tokens[start : start + _PROMPTS]) for start in range(0, len(tokens), _PROMPTS)]
     mean = np.concatenate(parts).reshape(len(labels), len(templates), -1).mean(axis=1)
     return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(np.float32)

@@ -1,9 +1,9 @@
-"""One ONNX graph behind Triton's python backend; `serve.repository` copies this file beside each
+"""One ONNX graph behind Triton's python backend; `serve.repository` copies this file next to each
 graph's model.py.
 
-Runs where Triton's own onnxruntime and tensorrt backends are not at hand, and gives the choice of
-OpenVINO on CPUs. Beside it lie `model.onnx` and `model.json`: the graph's inputs and outputs, its
-files' sha256, and sizes it takes.
+Runs where Triton's native onnxruntime and tensorrt backends are not installed, and gives the choice
+of OpenVINO on CPUs. Next to it are `model.onnx` and `model.json`: the graph's inputs and outputs,
+its files' sha256, and sizes it takes.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 
 class GraphModel:
-    """Batches requests itself, as the python backend asks of a model: one call of the graph for all
+    """Batches requests itself, as the python backend requires: one call of the graph for all
     of them.
     """
 
@@ -56,7 +56,7 @@ class GraphModel:
             feeds = [
                 pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs
             ]
-            refused = no_batch(self.inputs, feeds, self.about["largest"])
+            refused = _no_batch(self.inputs, feeds, self.about["largest"])
             if not refused:
                 feeds = [
                     feed[:, 0] for feed in feeds
@@ -88,9 +88,9 @@ class GraphModel:
             if any(
                 not 1 <= size <= most for size, most in zip(feed.shape[1:], largest, strict=True)
             ):
-                given, most = ("x".join(map(str, shape)) for shape in (feed.shape[1:], largest))
+                size, most = ("x".join(map(str, shape)) for shape in (feed.shape[1:], largest))
                 return (
-                    f"input '{name}' is {given} for a picture: it must not be empty, and at most "
+                    f"input '{name}' is {size} for a picture: it must not be empty, and at most "
                     f"{most} is served"
                 )
             if not is_finite(feed):
@@ -106,7 +106,7 @@ class GraphModel:
         try:
             result = self.call(together)
         except Exception as error:
-            if len(requests) > 1:  # which of them it was is found by asking one at a time
+            if len(requests) > 1:  # run one at a time to find the failing one
                 return [
                     self.answer([request], [feed])[0]
                     for request, feed in zip(requests, feeds, strict=True)
@@ -115,11 +115,11 @@ class GraphModel:
         answers, start = [], 0
         for request, feed in zip(requests, feeds, strict=True):
             end = start + len(feed[0])
-            wanted = set(request.requested_output_names())
+            requested = set(request.requested_output_names())
             rows = {
                 name: value[start:end]
                 for name, value in zip(self.outputs, result, strict=True)
-                if name in wanted
+                if name in requested
             }
             start = end
             broken = [name for name, value in rows.items() if not is_finite(value)]
@@ -145,7 +145,7 @@ class ImageGraph(GraphModel):
         return wrong_size(feeds[0].shape, self.about)
 
 
-def no_batch(
+def _no_batch(
     names: Sequence[str], feeds: Sequence[np.ndarray], dims: Sequence[Sequence[int]]
 ) -> str:
     """Why inputs [B, 1, *dims] are not taken, "" if they are: Triton passes a batch of 0 on without
@@ -188,7 +188,7 @@ def is_finite(values: np.ndarray) -> bool:
 
 
 class Refused(Exception):
-    """What a request asks cannot be answered; the message is a sentence for whoever sent it."""
+    """The request cannot be answered; the message goes to its sender."""
 
 
 def answer_each(requests: list, answer) -> list:
@@ -210,7 +210,6 @@ def answer_each(requests: list, answer) -> list:
 
 
 def failed(message: str, code: int):
-    """An answer that says what is wrong."""
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
@@ -261,10 +260,10 @@ def open_graph(graph: Path, runtime: str, threads: int, device: int | None):
                 ),
             )
     session = onnxruntime.InferenceSession(str(graph), options, providers=providers)
-    wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
-    if session.get_providers()[0] != wanted:  # it falls back to the CPU without a word
+    requested = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != requested:  # it falls back to the CPU silently
         raise RuntimeError(
-            f"onnxruntime has no working {wanted} here: install onnxruntime-gpu and CUDA's "
+            f"onnxruntime has no working {requested} here: install onnxruntime-gpu and CUDA's "
             "libraries"
         )
     names = [port.name for port in session.get_inputs()]

@@ -80,7 +80,8 @@ def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
     tokens = net.num_prefix_tokens + (height // patch) * (width // patch)
     if not result or result[0].shape != (len(images), attention.num_heads, tokens, tokens):
         raise UserError(
-            f"{encoder.name}'s last block does not attend from all patches to all: choose a plain ViT"
+            f"{encoder.name}'s last block does not attend from all patches to all: choose a plain "
+            "ViT"
         )
     return result[0].float()
 

@@ -30,8 +30,8 @@ def open_rows(
     output: Path,
     weights: Literal["student", "ema"] = "student",
 ) -> list[Row]:
-    """Open the requested encoders. The first of a run's `features` writes into the run folder itself,
-    where export reads it, unless the `weights` are those of the momentum network.
+    """Open the requested encoders. The first of a run's `features` writes into the run folder
+    itself, where export reads it, unless the `weights` are those of the momentum network.
 
     Raises UserError for a model, output or device that does not exist.
     """
@@ -60,11 +60,13 @@ def open_rows(
             raise UserError(f"--with-teachers needs a run folder; got '{model}'")
         if features != [BACKBONE]:
             raise UserError(
-                f"--features {','.join(features)}: a timm network has only its backbone (use --features backbone)"
+                f"--features {','.join(features)}: a timm network has only its backbone (use "
+                "--features backbone)"
             )
         if weights != "student":
             raise UserError(
-                f"--weights {weights}: a timm network has no momentum network (use --weights student)"
+                f"--weights {weights}: a timm network has no momentum network (use --weights "
+                "student)"
             )
         encoder = named_encoder(model, size)
         rows.append(Row(model, encoder, output))

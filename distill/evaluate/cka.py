@@ -3,9 +3,9 @@ space.
 
 Kornblith et al. 2019, "Similarity of Neural Network Representations Revisited": with X [n, d1] and
 Y [n, d2] two networks' features of the same n pictures, K = X X^T and L = Y Y^T, CKA = HSIC(K, L) /
-sqrt(HSIC(K, K) HSIC(L, L)). Plain HSIC overstates the similarity where n is not much larger than the
-widths; the debiased value takes Song et al.'s (2012) unbiased estimator HSIC_1, as Nguyen et al.
-2021 do ("Do Wide and Deep Networks Learn the Same Things?"). That paper averages HSIC over
+sqrt(HSIC(K, K) HSIC(L, L)). Plain HSIC overstates the similarity where n is not much larger than
+the widths; the debiased value takes Song et al.'s (2012) unbiased estimator HSIC_1, as Nguyen et
+al. 2021 do ("Do Wide and Deep Networks Learn the Same Things?"). That paper averages HSIC over
 minibatches; here every sum over pairs of pictures is written as sums over pictures, so one pass
 gives the value of the whole data set, whatever the batches.
 """
@@ -28,7 +28,8 @@ _CONSTANT = 1e-24
 class CKAMatrix:
     """CKA between every two of M networks, from batches of their features of the same pictures.
 
-    Keeps float64 sums on the features' device: d_a x d_b numbers for every pair, plus O(d) per network.
+    Keeps float64 sums on the features' device: d_a x d_b numbers for every pair, plus O(d) per
+    network.
     """
 
     def __init__(self) -> None:
@@ -113,7 +114,8 @@ class CKAMatrix:
         if len(set(lengths.values())) > 1 or 0 in lengths.values():
             listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
             raise UserError(
-                f"CKA got unequal numbers of pictures ({listed}): use the same pictures for every network"
+                f"CKA got unequal numbers of pictures ({listed}): use the same pictures for every "
+                "network"
             )
         for name, x in rows.items():
             if x.ndim != 2 or (self._shift and x.shape[1] != len(self._shift[name])):

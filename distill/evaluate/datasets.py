@@ -57,12 +57,15 @@ def stamp(root: Path, files: Sequence[Path | str]) -> str:
 
 
 def read_picture(path: Path | str) -> Image.Image:
-    """Decode a picture; raises UserError if it fails, as a score over part of a data set is wrong."""
+    """Decode a picture; raises UserError if it fails, as a score over part of a data set is
+    wrong.
+    """
     try:
         return decode(Path(path), TRUSTED, name=str(path))
     except UnreadableImage as error:
         raise UserError(
-            f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every picture"
+            f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every "
+            "picture"
         ) from error
 
 
@@ -92,9 +95,11 @@ class ClassFolders:
 def open_classes(
     data: Path, split: Literal["train", "val"], classes: Sequence[str] | None = None
 ) -> ClassFolders:
-    """Open `DATA/split/CLASS/*`; `classes` fixes the numbering (that of the training split, say).
+    """Open `DATA/split/CLASS/*`; `classes` fixes the numbering (that of the training split,
+    say).
 
-    Raises UserError for a missing or empty split, one class only, or a class that is not in `classes`.
+    Raises UserError for a missing or empty split, one class only, or a class that is not in
+    `classes`.
     """
     root = family_root(data, "classification")
     folder = _split_folder(root, split)
@@ -184,8 +189,8 @@ def open_pairs(
             raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
         return Pairs(root, tuple(pictures), tuple(maps), ade=False)
     raise UserError(
-        f"--data {root} has no {split} split of pictures with {kind}: create {root / split}/images/* "
-        f"and {root / split}/{map_folders[0]}/*.png"
+        f"--data {root} has no {split} split of pictures with {kind}: create "
+        f"{root / split}/images/* and {root / split}/{map_folders[0]}/*.png"
     )
 
 
@@ -245,8 +250,8 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
             names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
         if len(names) != classes:
             raise UserError(
-                f"{path} names {len(names)} classes, but the masks have {classes}: correct it, or set "
-                "segmentation.classes"
+                f"{path} names {len(names)} classes, but the masks have {classes}: correct it, or "
+                "set segmentation.classes"
             )
         return names
     return [str(number) for number in range(classes)]
@@ -325,8 +330,8 @@ def read_mask(
     wrong = labels[~dropped & ((labels < 0) | (labels >= (classes or np.inf)))]
     if len(wrong):
         raise UserError(
-            f"{path} has label {wrong[0] + shift}, but segmentation.classes is {classes}: correct the "
-            f"mask, or set segmentation.classes={wrong.max() + 1} or "
+            f"{path} has label {wrong[0] + shift}, but segmentation.classes is {classes}: correct "
+            f"the mask, or set segmentation.classes={wrong.max() + 1} or "
             f"segmentation.ignore={wrong[0] + shift}"
         )
     return labels
@@ -348,7 +353,7 @@ def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.nd
             else f"has no depth in (0, {largest:g}] m (largest {metres.max():g} m)"
         )
         raise UserError(
-            f"{pairs.maps[number]} {what}: correct or remove it, or set depth.scale (units per metre) "
-            "or depth.max_depth"
+            f"{pairs.maps[number]} {what}: correct or remove it, or set depth.scale (units per "
+            "metre) or depth.max_depth"
         )
     return metres

@@ -220,8 +220,8 @@ def _batches(
         for kind, verdict in bad.items():
             if verdict:
                 raise UserError(
-                    f"{encoder.name}: its {kind} features contain NaN or infinity: check its weights "
-                    "(and extract.precision)"
+                    f"{encoder.name}: its {kind} features contain NaN or infinity: check its "
+                    "weights (and extract.precision)"
                 )
         yield {kind: values.cpu() for kind, values in result.items()}
 
@@ -232,7 +232,8 @@ def _fits(values: Tensor, kind: str, name: str) -> np.ndarray:
     """
     if kind == "patches" and torch.isinf(values).any():
         raise UserError(
-            f"{name}: its patches exceed float16's maximum of 65504: standardise the network's output"
+            f"{name}: its patches exceed float16's maximum of 65504: standardise the network's "
+            "output"
         )
     return values.numpy()
 

@@ -29,11 +29,12 @@ def evaluate(splits: FrozenSplits, config: EvaluationConfig) -> Outcome:
 def knn_votes(
     train: Tensor, labels: Tensor, queries: Tensor, classes: int, config: KNNConfig
 ) -> Tensor:
-    """Votes [q, classes] for every query [q, d] from its `k` most similar training features [n, d].
+    """Votes [q, classes] for every query [q, d] from its `k` most similar training features [n,
+    d].
 
     Neighbour j votes exp((cosine_j - cosine_1) / T) for its class; subtracting the nearest's cosine
-    scales all votes of a query equally and keeps small temperatures from overflowing. Similarities are
-    computed in blocks of at most `block_gib`, and only each query's best k so far are kept:
+    scales all votes of a query equally and keeps small temperatures from overflowing. Similarities
+    are computed in blocks of at most `block_gib`, and only each query's best k so far are kept:
     ImageNet's 50 000 x 1 281 167 never exist at once.
     """
     k = min(config.k, len(train))

@@ -43,8 +43,8 @@ def evaluate(
     """Top-1 and top-5 of the classifier whose rate did best on a held-out part of the *training*
     split.
 
-    Writes `heads/classification.safetensors` (of the first run). `binding` names the network and the
-    output it reads.
+    Writes `heads/classification.safetensors` (of the first run). `binding` names the network and
+    the output it reads.
     """
     probe = config.probe
     shift, scale = _channel_statistics(splits.train, probe.standardize)
@@ -54,8 +54,8 @@ def evaluate(
     results = []
     for run in range(probe.runs):
         seed = config.seed + run
-        # The papers choose the rate on the validation split, which is also the one they report. Here
-        # the scored pictures choose nothing.
+        # The papers choose the rate on the validation split, which is also the one they report.
+        # Here the scored pictures choose nothing.
         learn, choose = hold_out(splits.train_labels, probe.held_out, seed)
         sweep = train_sweep(train, splits.train_labels, len(splits.classes), probe, seed, learn)
         chosen = best_rate(sweep, train[choose], splits.train_labels[choose])
@@ -111,7 +111,8 @@ def imagenet_probe(encoder: Encoder, path: Path) -> Classifier:
     names = head.about["classes"]
     if list(names) != ImageNetInfo().label_names():
         raise UserError(
-            f"{path} has {len(names)} classes, not ImageNet's 1000 WordNet ids in order: train it on ImageNet"
+            f"{path} has {len(names)} classes, not ImageNet's 1000 WordNet ids in order: train it "
+            "on ImageNet"
         )
     return head.module.to(encoder.device)
 

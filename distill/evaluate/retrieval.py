@@ -200,7 +200,8 @@ def _read_ground_truth(data: Path) -> tuple[list[str], list[_Query]]:
             raise UserError(f"{path}: {key} must list at least one picture, by name without .jpg")
     if len(query_names) != len(truth):
         raise UserError(
-            f"{path}: qimlist has {len(query_names)} queries, gnd {len(truth)} entries: they must pair up"
+            f"{path}: qimlist has {len(query_names)} queries, gnd {len(truth)} entries: they must "
+            "pair up"
         )
     return names, [
         _read_query(path, name, entry, len(names))

@@ -72,8 +72,8 @@ def accuracy(
         outside = set(labels.tolist()) - place.keys()
         if outside:
             raise UserError(
-                f"label {min(outside)} is not among the {len(place)} classes of this data set: remove its "
-                "pictures"
+                f"label {min(outside)} is not among the {len(place)} classes of this data set: "
+                "remove its pictures"
             )
         logits = logits[:, list(among)]
         labels = torch.tensor([place[label] for label in labels.tolist()])
@@ -214,8 +214,8 @@ class _Reader:
     config: EvaluationConfig
 
     def logits(self, folder: Path, files: list[Path], crop: float) -> Tensor:
-        """Logits [n, 1000] of `folder`'s pictures, each cut to the centred square of `crop` times the
-        shorter side.
+        """Logits [n, 1000] of `folder`'s pictures, each cut to the centred square of `crop` times
+        the shorter side.
         """
         name = folder.relative_to(self.data).as_posix()
         result = self.logits_of(Pictures(self.data, files, self.image_size, crop, name))
@@ -354,7 +354,8 @@ def _corruption_folders(folder: Path) -> dict[str, Path]:
     for name in by_name:
         if name not in ALEXNET and name not in _EXTRA:
             raise UserError(
-                f"{by_name[name]}: '{name}' is not a corruption of ImageNet-C: {suggest(name, ALEXNET)}"
+                f"{by_name[name]}: '{name}' is not a corruption of ImageNet-C: "
+                f"{suggest(name, ALEXNET)}"
             )
     result = {name: by_name[name] for name in ALEXNET if name in by_name}
     if not result:
@@ -363,8 +364,8 @@ def _corruption_folders(folder: Path) -> dict[str, Path]:
         missing = [severity for severity in SEVERITIES if not (place / severity).is_dir()]
         if missing:
             raise UserError(
-                f"{place} lacks severity {', '.join(missing)}: download it, as mCE needs the folders "
-                "1 to 5"
+                f"{place} lacks severity {', '.join(missing)}: download it, as mCE needs the "
+                "folders 1 to 5"
             )
     return result
 
@@ -384,7 +385,8 @@ def _coarse_classes(folder: Path) -> Tensor:
         return torch.tensor([table[index] for index in range(_CLASSES)])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} does not give each of {_CLASSES} classes a number: copy the authors' file again"
+            f"{path} does not give each of {_CLASSES} classes a number: copy the authors' file "
+            "again"
         ) from error
 
 

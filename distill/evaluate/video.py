@@ -326,8 +326,8 @@ def _read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
         )
     if mask.shape != shape:
         raise UserError(
-            f"the mask {path} is {mask.shape[1]}x{mask.shape[0]}, but its frame is {shape[1]}x{shape[0]}: "
-            "resize one of them"
+            f"the mask {path} is {mask.shape[1]}x{mask.shape[0]}, but its frame is "
+            f"{shape[1]}x{shape[0]}: resize one of them"
         )
     return np.where(mask == _VOID, 0, mask).astype(np.uint8)
 

@@ -279,7 +279,9 @@ class ReadOut(nn.Module):
         return Prediction(token, patches, summary)
 
     def predicts_token(self, label: str) -> bool:
-        """Whether teacher `label` has a token head: it has a summary, and there is a model token."""
+        """Whether teacher `label` has a token head: it has a summary, and there is a model
+        token.
+        """
         return label in self.with_token
 
     def _token(self, label: str, space: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors file or a weights-only .pth file on the CPU, without its containers and
     prefixes.
 
-    Raises UserError for a missing or damaged file, and for a pickle that contains anything but tensors
-    and plain data: loading that would run its code.
+    Raises UserError for a missing or damaged file, and for a pickle that contains anything but
+    tensors and plain data: loading that would run its code.
     """
     path = Path(path)
     if not path.is_file():
@@ -96,8 +96,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"checkpoint {path} is refused: its pickle is damaged or contains code, not only tensors "
-            "(if you trust the file, save its state dict as .safetensors)"
+            f"checkpoint {path} is refused: its pickle is damaged or contains code, not only "
+            "tensors (if you trust the file, save its state dict as .safetensors)"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         raise UserError(

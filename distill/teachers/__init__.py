@@ -65,7 +65,9 @@ class Teacher(nn.Module):
         return self.encode(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
 
     def forward(self, images: Tensor) -> Features:
-        """Features of uint8 images [B, 3, S, S] in float32, whatever precision the network ran in."""
+        """Features of uint8 images [B, 3, S, S] in float32, whatever precision the network ran
+        in.
+        """
         precision = self.runtime.precision
         if precision == "auto":
             precision = "bf16" if images.device.type == "cuda" else "fp32"
@@ -80,7 +82,9 @@ class Teacher(nn.Module):
         return features.map(Tensor.float)
 
     def encode(self, pixels: Tensor) -> Features:
-        """Features of normalised images [B, 3, S, S], without the summary if the recipe excludes it."""
+        """Features of normalised images [B, 3, S, S], without the summary if the recipe excludes
+        it.
+        """
         features = self._encode_network(pixels)
         return features if self.config.summary else features._replace(summary=None)
 
@@ -163,8 +167,8 @@ def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) ->
         net: nn.Module = StudentNet(config.checkpoint)
         if config.block is not None:
             raise UserError(
-                f"teacher '{config.label}': teachers.{index}.block is for timm models: remove it, as a run has only "
-                "its last features"
+                f"teacher '{config.label}': teachers.{index}.block is for timm models: remove it, "
+                "as a run has only its last features"
             )
         student = net.recipe.student
         size, mean, std, patch = student.image_size, student.mean, student.std, net.student.stride

@@ -1,11 +1,10 @@
 """Teacher features computed once, over K fixed augmented views a picture; later epochs cost only
 the student.
 
-Slot p * K + k has each teacher's features of view k of picture p, all crops of it. Slots
-are cut into shards; a shard is one memory-mapped float16 array per teacher and kind of feature, and
-a marker, written last, that makes it count.
-Shards are always computed whole and in the same small chunks, so the content of a slot does not depend
-on interruptions.
+Slot p * K + k has each teacher's features of view k of picture p, all crops of it. Slots are cut
+into shards; a shard is one memory-mapped float16 array per teacher and kind of feature, and a
+marker, written last, that makes it count. Shards are always computed whole and in the same small
+chunks, so the content of a slot does not depend on interruptions.
 """
 
 import json
@@ -82,8 +81,8 @@ class TeacherCache:
             if different:
                 name = different[0]
                 raise UserError(
-                    f"teacher cache {self.folder} was made with {name} = {held.get(name)}, but this "
-                    f"run has {key.get(name)}: set another teacher_cache.path, or delete the "
+                    f"teacher cache {self.folder} was made with {name} = {held.get(name)}, but "
+                    f"this run has {key.get(name)}: set another teacher_cache.path, or delete the "
                     "folder"
                 )
             return
@@ -143,8 +142,8 @@ class TeacherCache:
                     half = self._by_slot(label, values).half()
                     if torch.isinf(half).any():
                         raise UserError(
-                            f"teacher '{label}': its {kind} exceed float16's maximum of 65504 and cannot be "
-                            "cached: set teacher_cache.views=0"
+                            f"teacher '{label}': its {kind} exceed float16's maximum of 65504 and "
+                            "cannot be cached: set teacher_cache.views=0"
                         )
                     rows.setdefault((label, kind), []).append(half.cpu().numpy())
         for (label, kind), parts in rows.items():

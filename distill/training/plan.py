@@ -220,7 +220,9 @@ def _compare(
     cost: Cost,
     teachers: list[Teacher],
 ) -> Table:
-    """Cost of a part of the method in variants of the recipe, compared with the student's forward pass."""
+    """Cost of a part of the method in variants of the recipe, compared with the student's forward
+    pass.
+    """
     table = Table(title=f"alternatives: cost of the {part}")
     for column in ("recipe", "parameters", "forward GFLOP", "of the student's"):
         table.add_column(column, justify="left" if column == "recipe" else "right")

@@ -101,8 +101,8 @@ def _draw_pca(recipe: Recipe, folder: Path) -> Path:
     target = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
     compared = {f"teacher {config.label}": _unit_scale(target)}
     if config.label in predictions:
-        # Both live in the teacher's space, so they share one set of colours: equal colours mean that
-        # the student predicts the teacher well.
+        # Both live in the teacher's space, so they share one set of colours: equal colours mean
+        # that the student predicts the teacher well.
         head = _unit_scale(predictions[config.label].patches)
         compared = {f"student's {config.label} head": head} | compared
     shown = [centre_crop(p, side).permute(1, 2, 0).numpy() for p in photos]

@@ -26,7 +26,8 @@ class Schedule:
             if size and label not in streams:
                 raise UserError(
                     f"teachers.{number}.batch_size = {size}: method {recipe.method} gives teacher "
-                    f"'{label}' the same pictures as the others: remove it, and set train.batch_size"
+                    f"'{label}' the same pictures as the others: remove it, and set "
+                    "train.batch_size"
                 )
         self.batch_sizes = {
             stream: own.get(stream) or recipe.train.batch_size for stream in streams

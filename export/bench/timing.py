@@ -55,7 +55,9 @@ class Work:
 
 
 class Feeds:
-    """Inputs of graphs: photographs, and what the bundle's graphs before them compute from these."""
+    """Inputs of graphs: photographs, and what the bundle's graphs before them compute from
+    these.
+    """
 
     def __init__(self, bundle: Path, manifest: Manifest, graphs: list[str]) -> None:
         wanted = {tensor.name for graph in graphs for tensor in manifest.graph(graph).inputs} - {
@@ -91,8 +93,8 @@ class Feeds:
 
 
 class TorchStudent:
-    """The student of a run folder, as the modules that its graphs were traced from; raises UserError
-    if the bundle is of another student.
+    """The student of a run folder, as the modules that its graphs were traced from; raises
+    UserError if the bundle is of another student.
     """
 
     def __init__(self, run: Path, manifest: Manifest, compiled: bool) -> None:
@@ -140,7 +142,9 @@ class TorchStudent:
 def _bind_torch(
     module: Callable, feeds: Outputs, device: str, half: bool = False, threads: int = 0
 ) -> Bound:
-    """A module with its inputs on a device, run without gradients; `threads` 0 leaves torch's number."""
+    """A module with its inputs on a device, run without gradients; `threads` 0 leaves torch's
+    number.
+    """
     inputs = [torch.from_numpy(value).to(device) for value in feeds.values()]
     last: list[torch.Tensor] = []
 

@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 
 class EngineRuntime(Runtime):
-    """Engines of one flavour on the GPU they were built for, each opened once; torch holds inputs and
-    outputs.
+    """Engines of one flavour on the GPU they were built for, each opened once; torch holds inputs
+    and outputs.
 
     Raises UserError, before an engine is opened, for one of another GPU, without weights, or
     damaged.

@@ -75,8 +75,8 @@ def targets(trt: ModuleType, flavour: str, requested: tuple[str, ...]) -> tuple[
     if flavour == "tensorrt":
         if requested != (current,):
             raise UserError(
-                f"tensorrt: cannot build for {', '.join(requested)}: engines of full TensorRT run on "
-                f"the GPU they are built on, here {current} (leave the compute capability out, "
+                f"tensorrt: cannot build for {', '.join(requested)}: engines of full TensorRT run "
+                f"on the GPU they are built on, here {current} (leave the compute capability out, "
                 f"build there, or {_ANYWHERE})"
             )
         return requested
@@ -123,7 +123,8 @@ def flags(trt: ModuleType, options: "EngineOptions") -> list[str]:
     for name in names:
         if not hasattr(trt.BuilderFlag, name):
             raise UserError(
-                f"{options.flavour} {trt.__version__} does not support {name} (requires TensorRT 10.0+)"
+                f"{options.flavour} {trt.__version__} does not support {name} (requires TensorRT "
+                "10.0+)"
             )
     return names
 
@@ -131,7 +132,9 @@ def flags(trt: ModuleType, options: "EngineOptions") -> list[str]:
 def configure(
     trt: ModuleType, config: Any, capabilities: tuple[str, ...], options: "EngineOptions"
 ) -> None:
-    """Set the options in the builder's config; raises UserError for a flag that this TensorRT lacks."""
+    """Set the options in the builder's config; raises UserError for a flag that this TensorRT
+    lacks.
+    """
     wanted = flags(trt, options)
     if options.flavour == "tensorrt-rtx":
         config.num_compute_capabilities = len(capabilities)
@@ -262,7 +265,10 @@ def load_engine(
         runtime.engine_host_code_allowed = True
     loaded = runtime.deserialize_cuda_engine(engine.read_bytes())
     if loaded is None:
-        here = f"{trt.__version__} on a GPU of {next(iter(compute_capabilities()), 'unknown capability')}"
+        here = (
+            f"{trt.__version__} on a GPU of "
+            f"{next(iter(compute_capabilities()), 'unknown capability')}"
+        )
         raise failure(
             f"{engine}: built by {built}, cannot be loaded by {here} (build it here)", logger.errors
         )

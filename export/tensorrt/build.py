@@ -32,8 +32,8 @@ from export.tensorrt.bindings import load_bindings
 
 
 class Inspection(Record):
-    """Result of `inspect_engine`; `deserialised`: the engine was opened on a GPU and agrees with its
-    record.
+    """Result of `inspect_engine`; `deserialised`: the engine was opened on a GPU and agrees with
+    its record.
     """
 
     record: EngineRecord
@@ -234,8 +234,8 @@ def inspect_engine(engine: Path) -> Inspection:
     record = verify_engine(engine)
     if not compute_capabilities():
         note = (
-            f"no GPU here: these are the contents of {record_path(engine).name}, the engine itself was "
-            "not opened"
+            f"no GPU here: these are the contents of {record_path(engine).name}, the engine itself "
+            "was not opened"
         )
         return Inspection(record=record, deserialised=False, information={}, note=note)
     trt = load_bindings(record.flavour)

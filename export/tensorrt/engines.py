@@ -1,4 +1,6 @@
-"""TensorRT engines of a bundle's graphs: how they are built, and which shapes and GPUs they accept."""
+"""TensorRT engines of a bundle's graphs: how they are built, and which shapes and GPUs they
+accept.
+"""
 
 import logging
 import time

@@ -1,5 +1,5 @@
-"""Class embeddings from a teacher's own classifier: ImageNet's classes by name, for a student without
-a CLIP teacher.
+"""Class embeddings from a teacher's own classifier: ImageNet's classes by name, for a student
+without a CLIP teacher.
 
 This is not zero-shot in CLIP's sense: the classes were learnt, the vocabulary is the classifier's,
 and no text is encoded. A row of its weights is the prototype of a class in the space of the
@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # --help must not wait for torch to load
 def classifier_rows(
     run: Path, teacher: str, labels: Sequence[Label], source: Path
 ) -> tuple[dict[str, "Tensor"], dict]:
-    """`embeddings` [C, d] (unit rows), `norms` [C] and `bias` [C] of the labels' classes, and metadata.
+    """`embeddings` [C, d] (unit rows), `norms` [C] and `bias` [C] of the labels' classes, and
+    metadata.
 
     Raises UserError for a run without that teacher, a teacher without a trained classifier of
     ImageNet or whose classifier does not read its image-level vector, and a label that matches no
@@ -90,8 +91,9 @@ def _read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
         reads = summary.shape[1] == classifier.in_features
         if not (reads and torch.allclose(classifier(summary), logits, rtol=1e-3, atol=1e-3)):
             raise UserError(
-                f"{wrong}'s classifier reads something else than the vector that the student learns "
-                "(another block, other pooling, or an embedding after it): choose another teacher"
+                f"{wrong}'s classifier reads something else than the vector that the student "
+                "learns (another block, other pooling, or an embedding after it): choose another "
+                "teacher"
             )
     weight = classifier.weight.detach()
     return weight, weight.new_zeros(
@@ -100,8 +102,8 @@ def _read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
 
 
 def find_classes(labels: Sequence[Label], count: int, source: Path) -> list[int]:
-    """Class number of every label in a classifier of `count` classes, by any of the class's names or
-    its WordNet id.
+    """Class number of every label in a classifier of `count` classes, by any of the class's names
+    or its WordNet id.
 
     A class's first name wins over another class's synonym (`missile` and `projectile, missile`).
     Raises UserError for a label that names no class, or two equally.
@@ -111,8 +113,8 @@ def find_classes(labels: Sequence[Label], count: int, source: Path) -> list[int]
     subset = infer_imagenet_subset({"num_classes": count})
     if subset is None:
         raise UserError(
-            f"--classifier needs an ImageNet head, such as one of 1,000 classes; this one has {count}: "
-            "choose another teacher"
+            "--classifier needs an ImageNet head, such as one of 1,000 classes; this one has "
+            f"{count}: choose another teacher"
         )
     info = ImageNetInfo(subset)
     first: dict[str, list[int]] = {}
@@ -132,8 +134,8 @@ def find_classes(labels: Sequence[Label], count: int, source: Path) -> list[int]
         where = f"{source}:{label.line}: '{label.words}'"
         if numbers is None:
             raise UserError(
-                f"{where} is not a class of {subset}: {suggest(words, first.keys() | other.keys())} "
-                "(or give its WordNet id)"
+                f"{where} is not a class of {subset}: "
+                f"{suggest(words, first.keys() | other.keys())} (or give its WordNet id)"
             )
         if len(numbers) > 1:
             ids = " or ".join(info.index_to_label_name(number) for number in numbers)

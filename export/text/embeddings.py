@@ -1,5 +1,5 @@
-"""Class embeddings of a CLIP's text tower or of a teacher's classifier, written into a bundle or any
-folder.
+"""Class embeddings of a CLIP's text tower or of a teacher's classifier, written into a bundle or
+any folder.
 """
 
 import importlib.util
@@ -84,8 +84,8 @@ def write_embeddings(options: TextOptions) -> None:
         print(f"wrote     {options.output / name}")
     if not files and (options.output / _SIDECAR).exists():
         print(
-            f"note      {_SIDECAR} and its graph were kept: add --with-encoder if they are of another "
-            "model"
+            f"note      {_SIDECAR} and its graph were kept: add --with-encoder if they are of "
+            "another model"
         )
     print("next      score a student distilled from this CLIP, in that teacher's space:")
     print(

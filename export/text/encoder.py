@@ -77,7 +77,9 @@ def encoder_files(tower: TextTower, tokens: Tensor) -> dict[str, bytes]:
 
 
 def _text_graph(tower: TextTower) -> bytes:
-    """A checked ONNX graph of dynamic batch, without the exporter's stack traces and local paths."""
+    """A checked ONNX graph of dynamic batch, without the exporter's stack traces and local
+    paths.
+    """
 
     class Normalised(torch.nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -134,7 +136,8 @@ def _compare(tower: TextTower, graph: bytes, tokens: Tensor) -> dict[str, float 
         error, dim = max(error, (result - expected).abs().max().item()), expected.shape[1]
     if not cosine >= _MIN_COSINE:  # NaN fails too
         raise UserError(
-            f"--with-encoder: the ONNX text tower differs from torch (cosine {cosine:.6f}, at least "
-            f"{_MIN_COSINE} is required): leave the option out, or try other versions of torch and onnxruntime"
+            f"--with-encoder: the ONNX text tower differs from torch (cosine {cosine:.6f}, at "
+            f"least {_MIN_COSINE} is required): leave the option out, or try other versions of "
+            "torch and onnxruntime"
         )
     return {"cosine": cosine, "max_abs_error": error, "dim": dim}

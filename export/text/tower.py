@@ -1,5 +1,5 @@
-"""From labels to embeddings: text files of labels and templates, the CLIP text tower, and the prompt
-ensemble.
+"""From labels to embeddings: text files of labels and templates, the CLIP text tower, and the
+prompt ensemble.
 
 torch and open_clip are imported by the functions that need them: the command's --help answers
 without them.
@@ -111,8 +111,8 @@ def read_templates(path: Path | None) -> list[str]:
     for number, line in lines:
         if _PLACE not in line:
             raise UserError(
-                f"{path}:{number}: template '{line}' has no {_PLACE} for the label: write for example "
-                f"'a photo of a {_PLACE}.'"
+                f"{path}:{number}: template '{line}' has no {_PLACE} for the label: write for "
+                f"example 'a photo of a {_PLACE}.'"
             )
     return [line for _, line in lines]
 
@@ -220,8 +220,8 @@ def open_tower(model: str, pretrained: str) -> TextTower:
             f" and --model {name}-quickgelu" if quick_gelu and not config.get("quick_gelu") else ""
         )
         raise UserError(
-            f"--pretrained {pretrained}: its weights cannot be downloaded ({reason}): get them from "
-            f"{source} on another machine and give --pretrained FILE{variant}"
+            f"--pretrained {pretrained}: its weights cannot be downloaded ({reason}): get them "
+            f"from {source} on another machine and give --pretrained FILE{variant}"
         ) from error
     if file:
         _load_text_weights(built, file)
@@ -254,7 +254,9 @@ def open_tower(model: str, pretrained: str) -> TextTower:
 
 
 def _add_configuration(path: Path) -> str:
-    """Register a model described in a .json file with open_clip; returns its name, the file's stem."""
+    """Register a model described in a .json file with open_clip; returns its name, the file's
+    stem.
+    """
     import open_clip
 
     try:
@@ -268,8 +270,8 @@ def _add_configuration(path: Path) -> str:
         isinstance(config.get(k), dict) for k in ("vision_cfg", "text_cfg")
     ):
         raise UserError(
-            f"--model {path} is not a configuration of open_clip (it needs embed_dim, vision_cfg and "
-            "text_cfg)"
+            f"--model {path} is not a configuration of open_clip (it needs embed_dim, vision_cfg "
+            "and text_cfg)"
         )
     open_clip.add_model_config(path)
     return path.stem
@@ -356,7 +358,8 @@ def class_embeddings(
     labels: Sequence[Label],
     batch_size: int,
 ) -> "Tensor":
-    """Embeddings [C, d], float32 on the CPU, of tokens [C * T, context], by CLIP's prompt ensembling.
+    """Embeddings [C, d], float32 on the CPU, of tokens [C * T, context], by CLIP's prompt
+    ensembling.
 
     Every prompt's embedding `encode(tokens [B, context]) -> [B, d]` is normalized, and so is their
     mean over the T templates. Raises UserError where the model gives NaN or infinity.

@@ -1,7 +1,7 @@
-"""What a program needs to ask a running server: `FeatureClient`, and
+"""Clients of a running server: `FeatureClient`, and
 `serve.client.aio.AsyncFeatureClient` for asyncio.
 
-`sync.py` and `aio.py` only wait differently; `calls.py` has what lies between sending and
+`sync.py` and `aio.py` only wait differently; `calls.py` has the logic between sending and
 receiving.
 """
 

@@ -12,121 +12,139 @@ from serve.client import FeatureClient
 from serve.client.options import ClientOptions, RequestOptions
 from serve.client.retry import Retry
 from serve.client.sync import DEFAULT_URL
-from serve.client.tls import add_tls, asked_tls
+from serve.client.tls import add_tls, read_tls
 from serve.errors import NotAllowed, Unavailable
 
 EPILOG = """\
 examples:
   python -m serve.client photo.jpg
-  python -m serve.client a.jpg b.jpg --outputs backbone_global clip_token --format safetensors --output features
+  python -m serve.client a.jpg b.jpg --outputs backbone_global clip_token \\
+      --format safetensors --output features
   python -m serve.client photo.jpg --task segmentation
   python -m serve.client photo.jpg --task depth --side client
-  python -m serve.client photo.jpg --task zero-shot --labels "a cat" "a dog" "a cup of coffee"
-  python -m serve.client photo.jpg --task zero-shot --side client --embeddings bundles/mine/class_embeddings.safetensors
-  python -m serve.client *.jpg --encoded --partial --url gpu-server:8001 --ssl --ssl-root ca.pem
+  python -m serve.client photo.jpg --task zero-shot \\
+      --labels "a cat" "a dog" "a cup of coffee"
+  python -m serve.client photo.jpg --task zero-shot --side client \\
+      --embeddings bundles/mine/class_embeddings.safetensors
+  python -m serve.client *.jpg --encoded --partial \\
+      --url gpu-server:8001 --ssl --ssl-root ca.pem
 
-Writes DIR/TASK.npz (or .safetensors), a row a picture, and PNGs beside it: features as principal components; classes as a
-map and laid over the photograph; depth with its scale; the likeliest classes as bars. Pictures are resized to the model's
-size, whatever their shape.
-Exit status: 0 done, 2 a mistake in what was asked, 1 no server there or another failure.
+Writes DIR/TASK.npz (or .safetensors) with one row per picture, and PNG files:
+features as principal components, classes as a map and as an overlay, depth
+with a scale, the most likely classes as bars. Pictures are resized to the
+model's size without keeping their aspect ratio.
+
+Exit status: 0 success, 1 no server or another failure, 2 usage error.
 """
 
 
 def task_names() -> list[str]:
-    """What --task takes."""
     return ["features", *(task.name for task in map_tasks()), "zero-shot"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     args = _parser().parse_args(arguments)
     return exit_status(lambda: _run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The command line."""
     defaults, maps = ClientOptions(), ", ".join(task.name for task in map_tasks())
     result = CommandLine(
         prog="python -m serve.client",
-        description=f"Ask a running server for features, {maps} or zero-shot classes of pictures.",
+        description=f"Request features, {maps} or zero-shot classes of pictures from a running "
+        "server.",
         epilog=EPILOG,
     )
     result.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files"
     )
-    result.add_argument("--task", default="features", choices=task_names(), help="(features)")
     result.add_argument(
-        "--outputs", nargs="+", metavar="NAME", help="features: which (default: all)"
+        "--task",
+        default="features",
+        choices=task_names(),
+        help="what to request (default: features)",
+    )
+    result.add_argument(
+        "--outputs", nargs="+", metavar="NAME", help="features: output names (default: all)"
     )
     result.add_argument(
         "--labels",
         nargs="+",
         metavar="LABEL",
-        help="zero-shot: classes (the bundle's; others: with a CLIP)",
+        help="zero-shot: classes (default: the bundle's); new ones need its text encoder",
     )
     result.add_argument(
         "--embeddings",
         type=Path,
         metavar="FILE",
-        help="zero-shot --side client: export.text's file",
+        help="zero-shot with --side client: file of export.text",
     )
     result.add_argument(
         "--side",
         default="server",
         choices=("server", "client"),
-        help="where a task's head runs (server)",
+        help="where the task's head runs (default: server)",
     )
     result.add_argument(
-        "--url", default=DEFAULT_URL, metavar="HOST:PORT", help=f"gRPC address ({DEFAULT_URL})"
+        "--url",
+        default=DEFAULT_URL,
+        metavar="HOST:PORT",
+        help=f"gRPC address (default: {DEFAULT_URL})",
     )
     result.add_argument(
         "--output",
         type=Path,
         default=Path("answers"),
         metavar="DIR",
-        help="where to write (answers)",
+        help="where to write (default: answers)",
     )
     result.add_argument(
-        "--format", default="npz", choices=("npz", "safetensors"), help="of the arrays (npz)"
+        "--format",
+        default="npz",
+        choices=("npz", "safetensors"),
+        help="file format of the saved arrays (default: npz)",
     )
     result.add_argument(
-        "--encoded", action="store_true", help="send the files; the server decodes them"
+        "--encoded", action="store_true", help="send the files and let the server decode them"
     )
-    result.add_argument("--size", metavar="HxW", help="pixels, for models that take many sizes")
+    result.add_argument("--size", metavar="HxW", help="pixels, for models of dynamic resolution")
     result.add_argument(
-        "--partial", action="store_true", help="features: do without heads that fail"
+        "--partial", action="store_true", help="features: leave out heads that fail"
     )
     result.add_argument(
         "--shm",
         nargs="?",
         const="system",
         choices=("system", "cuda"),
-        help="shared memory (system)",
+        help="use shared memory (default kind: system)",
     )
     result.add_argument(
         "--admin-key",
         metavar="KEY",
-        help="of the server's restricted endpoints; --shm wants it there",
+        help="key of the server's restricted endpoints, which --shm uses",
     )
     result.add_argument(
         "--timeout",
         type=float,
         default=defaults.timeout,
         metavar="S",
-        help=f"seconds a request ({defaults.timeout:.0f})",
+        help=f"seconds per request (default: {defaults.timeout:.0f})",
     )
     result.add_argument(
-        "--retries", type=int, default=3, metavar="N", help="while the server is unavailable (3)"
+        "--retries",
+        type=int,
+        default=3,
+        metavar="N",
+        help="retries while the server is unavailable (default: 3)",
     )
     result.add_argument(
-        "--request-id", metavar="ID", help="as the server's log will have it (default: made up)"
+        "--request-id", metavar="ID", help="shown in the server's log (default: random)"
     )
     add_tls(result)
     return result
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
     wrote, outputs = _answer(args)
     for path in wrote:
         print(f"wrote     {path}")
@@ -155,7 +173,7 @@ def _answer(args: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
         "retry": Retry(most=args.retries),
         "shared_memory": args.shm,
         "admin_key": args.admin_key,
-        "tls": asked_tls(args),
+        "tls": read_tls(args),
     }
     try:
         with FeatureClient(args.url, **options) as client:
@@ -175,7 +193,7 @@ def _answer(args: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raise UserError for options that do not go together."""
+    """Raise UserError for options that conflict."""
     for path in args.images:
         if not path.is_file():
             raise UserError(f"image {path}: no such file")
@@ -204,7 +222,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _request_options(args: argparse.Namespace) -> RequestOptions:
-    """How requests are made; raises UserError for a size that is none."""
+    """How requests are made; raises UserError for an invalid size."""
     size = None
     if args.size:
         sides = args.size.lower().split("x")

@@ -70,7 +70,6 @@ class AsyncFeatureClient:
             steps.close()  # a cancelled task is thrown out of its step: what was lent to it is given back now
 
     async def carry_out(self, step: Step) -> Any:
-        """The result of one step."""
         if isinstance(step, Rpc):
             if self.triton is None:  # gRPC's channel belongs to the event loop it is made in
                 self.triton = InferenceServerClient(
@@ -85,7 +84,7 @@ class AsyncFeatureClient:
         return await asyncio.to_thread(step.function)
 
     async def wait_for(self, call: Coroutine[Any, Any, Any], seconds: float) -> Any:
-        """An inference that is not cancelled when nobody waits for it any more."""
+        """An inference that keeps running when its caller stops waiting."""
         task = asyncio.create_task(call)
         self.left.add(task)
         task.add_done_callback(self.forget)
@@ -118,7 +117,6 @@ class AsyncFeatureClient:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Give back shared memory, close the connection."""
         if self.left:
             await asyncio.wait(self.left, timeout=LAST_WAIT)  # closing cancels them
         await self.run(self.calls.clean(everything=True))

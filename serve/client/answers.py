@@ -1,4 +1,4 @@
-"""What a client gives back: arrays by name, what is missing of them and why."""
+"""Answers: arrays by name, and the reasons of missing ones."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +19,7 @@ class Answer(Mapping[str, np.ndarray]):
     size: tuple[int, int]
     request_id: str
     missing: dict[str, ClientError] = field(default_factory=dict)
-    """Outputs that were asked for and are not there, with the reason; only where partial answers
-    were asked for.
+    """Reasons of requested outputs that are missing; only with `partial`.
     """
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -39,7 +38,7 @@ class Answer(Mapping[str, np.ndarray]):
         for others.
         """
         if self[name].ndim < 2:
-            raise ValueError(f"'{name}' is {list(self[name].shape)}: it has no patches")
+            raise ValueError(f"'{name}' is {list(self[name].shape)}: it has no row per patch")
         return grid_of(self[name].shape[1], *self.size)
 
 
@@ -62,13 +61,16 @@ def join(
         if values[0].dtype == np.object_:
             if any(not np.array_equal(value, values[0]) for value in values):
                 raise WrongAnswer(
-                    f"output '{name}' changed between the parts of one batch: ask again", request_id
+                    f"output '{name}' changed between the parts of one batch: send the request "
+                    "again",
+                    request_id,
                 )
             arrays[name] = values[0]
             continue
         if len({value.shape[1:] for value in values}) > 1:
             raise WrongAnswer(
-                f"output '{name}' changed its shape between the parts of one batch: ask again",
+                f"output '{name}' changed its shape between the parts of one batch: send the "
+                "request again",
                 request_id,
             )
         arrays[name] = np.concatenate(

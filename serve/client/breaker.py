@@ -8,14 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-SUFFIXES = ("_token", "_patches", "_global", "_logits")
+_SUFFIXES = ("_token", "_patches", "_global", "_logits")
 
 
 def head_of(output: str) -> str:
     """The head that gives an output: `clip_token` and `clip_patches` are of `clip`, `depth` is of
     `depth`.
     """
-    for suffix in SUFFIXES:
+    for suffix in _SUFFIXES:
         if output.endswith(suffix) and output != suffix:
             return output.removesuffix(suffix)
     return output
@@ -38,7 +38,6 @@ class Breaker:
     lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def allows(self) -> bool:
-        """Whether a request may pass now."""
         with self.lock:
             if self.state == "open" and self.clock() - self.opened >= self.rest:
                 self.state = "half-open"
@@ -46,12 +45,10 @@ class Breaker:
             return self.state == "closed"
 
     def succeeded(self) -> None:
-        """A request was answered."""
         with self.lock:
             self.state, self.in_a_row = "closed", 0
 
     def failed(self) -> None:
-        """A request failed because of this head."""
         with self.lock:
             self.in_a_row += 1
             if self.state == "half-open" or self.in_a_row >= self.failures:
@@ -70,13 +67,13 @@ class Breaker:
 
 
 class Breakers:
-    """The breakers of a client, made as heads are asked for."""
+    """The breakers of a client, created on first use."""
 
     def __init__(self, failures: int = 3, rest: float = 10.0) -> None:
         self.failures, self.rest = failures, rest
-        self.found: dict[str, Breaker] = {}
+        self.breakers: dict[str, Breaker] = {}
         self.lock = threading.Lock()
 
     def __getitem__(self, head: str) -> Breaker:
         with self.lock:
-            return self.found.setdefault(head, Breaker(self.failures, self.rest))
+            return self.breakers.setdefault(head, Breaker(self.failures, self.rest))

@@ -1,4 +1,4 @@
-"""What a client does, in steps that name no socket: describe, split, ask, check, drop a failing
+"""The client's logic in steps without sockets: describe, split, request, check, drop a failing
 head, join.
 """
 
@@ -81,7 +81,7 @@ class Calls:
         request_id: str = "",
         fresh: bool = False,
     ) -> Steps[Served]:
-        """A model's inputs, outputs, batch and parameters, asked for once unless `fresh`; raises
+        """A model's inputs, outputs, batch and parameters, cached unless `fresh`; raises
         NotServed.
         """
         if fresh or model not in self.known:
@@ -97,7 +97,7 @@ class Calls:
     ) -> Steps[tuple[int, int]]:
         """The (height, width) pictures are brought to: the model's own, where that is fixed.
 
-        Where it varies: the size asked for, else that of the arrays if they have one in common that
+        Where it varies: the requested size, else that of the arrays if they have one in common that
         the model takes, else the model's usual one.
         """
         image, size = served.inputs.get("image"), options.size
@@ -135,7 +135,7 @@ class Calls:
         options: RequestOptions,
         extra: Mapping[str, np.ndarray],
     ) -> Steps[Found]:
-        """Decode and ask for as many pictures as one request may hold; arrays, and what is missing
+        """Decode and request as many pictures as one request may hold; arrays, and what is missing
         of them.
         """
         deadline, request_id = time.monotonic() + options.timeout, options.request_id
@@ -143,9 +143,9 @@ class Calls:
         limits, encoded = self.options.limits, options.encoded
         tensors = (yield Work(lambda: to_tensor(pictures, size, encoded, limits))) | extra
 
-        def ask(wanted: Sequence[str], until: float) -> Steps[dict[str, np.ndarray]]:
+        def ask(names: Sequence[str], until: float) -> Steps[dict[str, np.ndarray]]:
             rows, hurry = len(pictures), options.partial
-            return self.infer(served, tensors, wanted, until, rows, request_id, hurry)
+            return self.infer(served, tensors, names, until, rows, request_id, hurry)
 
         try:
             return (
@@ -178,7 +178,7 @@ class Calls:
     def ask_to_infer(
         self, arguments: Mapping[str, Any], deadline: float, request_id: str, hurry: bool
     ) -> Steps[Any]:
-        """The same for inference, which a server that cannot bear it is not told to give up."""
+        """The same for inference, which servers that crash on it are not asked to cancel."""
         if self.cancels is None:
             answer = yield from self.ask("get_server_metadata", {}, deadline, request_id)
             self.cancels = may_cancel(answer.version)
@@ -194,7 +194,7 @@ class Calls:
         request_id: str,
         hurry: bool,
     ) -> Steps[dict[str, np.ndarray]]:
-        """One request's checked answer; through shared memory where that was asked for and sizes
+        """One request's checked answer; through shared memory where enabled and sizes
         are known.
         """
         arguments = {"model_name": served.name, "request_id": request_id}
@@ -274,25 +274,24 @@ class Calls:
         read: Any,
         request_id: str,
     ) -> Steps[dict[str, np.ndarray]]:
-        """The arrays of an answer that is what was asked for; raises WrongAnswer."""
+        """The arrays of an answer that matches the request; raises WrongAnswer."""
         response = result.get_response()
         if response.id != request_id:
             raise WrongAnswer(
                 f"an answer to another request came back ('{response.id}')", request_id
             )
-        given = [port.name for port in response.outputs]
+        returned = [port.name for port in response.outputs]
         try:
-            return read_answer(served, names, rows, read, given, request_id)
+            return read_answer(served, names, rows, read, returned, request_id)
         except WrongAnswer:
             # perhaps right for a version that was loaded since the model was described
             self.known.pop(served.name, None)
             fresh = yield from self.describe(served.name, request_id=request_id)
             if fresh == served:
                 raise
-            return read_answer(fresh, names, rows, read, given, request_id)
+            return read_answer(fresh, names, rows, read, returned, request_id)
 
     def headers(self) -> dict[str, str] | None:
-        """What restricted endpoints want to see."""
         return (
             {self.options.admin_header: self.options.admin_key} if self.options.admin_key else None
         )

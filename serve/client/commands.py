@@ -1,4 +1,4 @@
-"""What `python -m serve.client` and `serve.trial` do: ask for a task, write arrays and pictures."""
+"""What `python -m serve.client` and `serve.trial` do: request a task, write arrays and pictures."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -96,7 +96,6 @@ def _map(client: FeatureClient, command: Command) -> list[Path]:
 
 
 def _describe(result: TaskMap, row: int) -> str:
-    """One map in a few words."""
     values, classes = result.values[row], result.classes
     match result.task.map.kind:
         case "classes":
@@ -111,7 +110,6 @@ def _describe(result: TaskMap, row: int) -> str:
 
 
 def _zero_shot(client: FeatureClient, command: Command) -> list[Path]:
-    """Probabilities, and bars of the likeliest classes."""
     result = classify(
         client,
         command.images,
@@ -138,7 +136,7 @@ def _photograph(path: Path) -> Image.Image:
 
 
 def _stems(paths: Sequence[Path]) -> list[str]:
-    """Names of pictures' files, told apart where two are the same."""
+    """Names of pictures' files, made distinct where two are the same."""
     result: list[str] = []
     for path in paths:
         name, number = path.stem, 2

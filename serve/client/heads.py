@@ -1,4 +1,4 @@
-"""Asking for several heads at once when one of them may be failing: breakers first, then partial
+"""Request several heads at once when one of them may be failing: breakers first, then partial
 answers.
 """
 
@@ -18,8 +18,8 @@ Ask = Callable[[Sequence[str], float], Steps[dict[str, np.ndarray]]]
 Found = tuple[dict[str, np.ndarray], dict[str, ClientError]]
 """Arrays, and why those that are not there are missing."""
 
-FAILURES = (Unavailable, ServerFailed, DeadlineExceeded, WrongAnswer)
-"""What speaks against a head. A bad request or a missing model does not."""
+_FAILURES = (Unavailable, ServerFailed, DeadlineExceeded, WrongAnswer)
+"""Failures that count against a head; a bad request or a missing model does not."""
 
 
 def ask_heads(
@@ -34,8 +34,8 @@ def ask_heads(
 
     Without `partial` the first failure is raised, and a head whose breaker is open fails the whole
     at once. With it, a head that fails goes missing: Triton fails an ensemble's whole request for
-    one failing head, so the others are asked again without it (each alone, if the failure does not
-    say whose it was). Raises if nothing at all could be answered.
+    one failing head, so the others are requested again without it (each alone, if the failure does
+    not say whose it was). Raises if nothing at all could be answered.
     """
     heads: dict[str, list[str]] = {}
     for name in names:
@@ -59,20 +59,20 @@ def ask_heads(
     try:
         while left:
             now = time.monotonic()
-            # a head that hangs must leave the others time to be asked without it
+            # a head that hangs must leave time to request the others without it
             until = now + (deadline - now) / 2 if partial and len(left) > 1 else deadline
             try:
                 result = yield from ask([name for name in names if head_of(name) in left], until)
                 failed: dict[str, ClientError] = {}
-            except FAILURES as error:
-                failed = dict.fromkeys(blame(error, {head: heads[head] for head in left}), error)
+            except _FAILURES as error:
+                failed = dict.fromkeys(_blame(error, {head: heads[head] for head in left}), error)
                 for head in failed:
                     breakers[head].failed()
                 undecided -= set(failed)
                 if not partial or len(left) == 1 or (everywhere(error) and not failed):
                     raise
                 if not failed:  # it may be any of them
-                    result, failed = yield from ask_each(
+                    result, failed = yield from _ask_each(
                         ask, {head: heads[head] for head in left}, deadline
                     )
                     for head in failed:
@@ -93,7 +93,7 @@ def ask_heads(
     return {name: result[name] for name in names if name in result}, missing
 
 
-def ask_each(
+def _ask_each(
     ask: Ask, heads: dict[str, list[str]], deadline: float
 ) -> Steps[tuple[dict[str, np.ndarray], dict[str, ClientError]]]:
     """Every head by itself, all at once; arrays, and the failures by head. Raises if none answers:
@@ -103,7 +103,7 @@ def ask_each(
     def alone(outputs: Sequence[str]) -> Steps[dict[str, np.ndarray] | ClientError]:
         try:
             return (yield from ask(outputs, deadline))
-        except FAILURES as error:
+        except _FAILURES as error:
             return error
 
     answers = yield Together([alone(outputs) for outputs in heads.values()], at_once=True)
@@ -122,7 +122,7 @@ def ask_each(
     }, failed
 
 
-def blame(error: ClientError, heads: dict[str, list[str]]) -> list[str]:
+def _blame(error: ClientError, heads: dict[str, list[str]]) -> list[str]:
     """Heads whose failure this is, as far as its text says: it quotes a model, one of its
     processes, or an output.
     """
@@ -135,5 +135,5 @@ def blame(error: ClientError, heads: dict[str, list[str]]) -> list[str]:
 
 
 def everywhere(error: ClientError) -> bool:
-    """Whether the server as a whole does not answer, so that asking for less would not help."""
+    """Whether the server as a whole does not answer, so that requesting less would not help."""
     return isinstance(error, Unavailable) and "in ensemble" not in error.message

@@ -74,7 +74,7 @@ class Picture:
 
 
 def list_pictures(images: Images) -> list[Picture]:
-    """Every picture of whatever was given, in order; raises BadRequest for none, or for what is no
+    """Every picture, in order; raises BadRequest for none, or for what is not a
     picture.
     """
     result = list(each(images, ""))
@@ -93,7 +93,7 @@ def each(images: Images, place: str) -> Iterable[Picture]:
     elif isinstance(images, (str, PathLike)):
         yield Picture(Path(images), str(images))
     elif isinstance(images, np.ndarray) and images.dtype != np.object_:
-        yield from rows_of(images, name)
+        yield from _rows_of(images, name)
     elif isinstance(images, Iterable) and not isinstance(images, dict):
         for number, image in enumerate(images):
             yield from each(image, f"{place}.{number}" if place else str(number))
@@ -104,7 +104,7 @@ def each(images: Images, place: str) -> Iterable[Picture]:
         )
 
 
-def rows_of(array: np.ndarray, name: str) -> Iterable[Picture]:
+def _rows_of(array: np.ndarray, name: str) -> Iterable[Picture]:
     """Pictures of an array [H, W, 3] or [B, H, W, 3] of uint8."""
     if array.dtype != np.uint8:
         raise BadRequest(

@@ -12,23 +12,23 @@ from PIL import Image
 from contract.errors import UserError
 from serve.client.tasks.maps import TaskMap
 
-LONGEST = 1024
+_LONGEST = 1024
 """Pixels of a picture's longer side, at most."""
 
 SCALAR_COLOURS = "magma_r"
 """Of matplotlib: small values (near ones, of depth) are bright."""
 
-NAMED_COLOURS = (
+_NAMED_COLOURS = (
     (31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194),
     (188, 189, 34), (23, 190, 207), (255, 221, 87), (112, 128, 144), (0, 100, 80),
 )  # fmt: skip
 
 
 def palette(classes: int) -> np.ndarray:
-    """A colour for each class, uint8 [classes, 3]: the same for the same number, easily told apart
-    for the first dozen.
+    """A colour for each class, uint8 [classes, 3]: the same for the same number, easy to
+    distinguish for the first dozen.
     """
-    colours = list(NAMED_COLOURS[:classes])
+    colours = list(_NAMED_COLOURS[:classes])
     for number in range(len(colours), classes):
         # hues a golden angle apart never come round to the same place
         hue, light = (number * 0.618034) % 1, 0.45 + 0.2 * (number % 2)
@@ -38,7 +38,7 @@ def palette(classes: int) -> np.ndarray:
 
 def shown(photo: Image.Image) -> Image.Image:
     """A photograph as large as pictures show it."""
-    scale = LONGEST / max(photo.size)
+    scale = _LONGEST / max(photo.size)
     if scale >= 1:
         return photo.convert("RGB")
     size = tuple(max(1, round(side * scale)) for side in photo.size)
@@ -123,7 +123,7 @@ def map_figure(photo: Image.Image, result: TaskMap, row: int) -> Figure:
         case "scalar":
             return scalar_figure(photo, values, result.unit)
         case "vector":
-            return vector_figure(photo, values)
+            return _vector_figure(photo, values)
 
 
 def class_figure(photo: Image.Image, class_map: np.ndarray, classes: Sequence[str]) -> Figure:
@@ -165,7 +165,7 @@ def scalar_figure(photo: Image.Image, values: np.ndarray, unit: str) -> Figure:
     return figure
 
 
-def vector_figure(photo: Image.Image, vectors: np.ndarray) -> Figure:
+def _vector_figure(photo: Image.Image, vectors: np.ndarray) -> Figure:
     """A photograph beside its vectors [H, W, 3] as red, green and blue."""
     photo = shown(photo)
     figure, axes = _row_of(2, photo)
@@ -213,7 +213,6 @@ def plural(unit: str) -> str:
 
 
 def _shorten(text: str, most: int = 28) -> str:
-    """Cut a name for an axis."""
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

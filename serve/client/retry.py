@@ -23,8 +23,8 @@ from serve.errors import (
     Unavailable,
 )
 
-NOT_TRUSTED = ("handshake failed", "certificate", "ssl_error", "peer name")
-REFUSED = {
+_NOT_TRUSTED = ("handshake failed", "certificate", "ssl_error", "peer name")
+_REFUSED = {
     "INVALID_ARGUMENT": BadRequest,
     "RESOURCE_EXHAUSTED": BadRequest,  # a message larger than gRPC takes
     "OUT_OF_RANGE": BadRequest,
@@ -36,7 +36,7 @@ REFUSED = {
 
 
 _CANCELS = (2, 70)
-"""Triton's first version (container 26.06) that is told to drop a request whose time is up.
+"""Triton's first version (container 26.06) that is asked to cancel a request whose time is up.
 Cancelling one while its answer is being sent crashes older servers (triton-inference-server/server
 issues 7368 and 8034; 2.51 dies within a hundred such requests): those are left to finish, and the
 client merely stops waiting.
@@ -67,7 +67,7 @@ class Budget:
     """A token bucket that every retry takes from and every call adds a fraction to, shared by all
     calls of a client.
 
-    A server in trouble is not given many times its load: in the long run retries are at most
+    Retries must not multiply the load of a struggling server: in the long run retries are at most
     `ratio` of the calls, and an outage of a busy client costs `burst` retries and no more.
     """
 
@@ -77,7 +77,6 @@ class Budget:
         self.lock = threading.Lock()
 
     def add(self) -> None:
-        """Note a call."""
         with self.lock:
             self.tokens = min(self.burst, self.tokens + self.ratio)
 
@@ -91,12 +90,12 @@ class Budget:
 
 
 def may_cancel(version: str) -> bool:
-    """Whether a server of a version may be told to give up a request; other makes may."""
+    """Whether a server of a version may be asked to cancel a request; other makes may."""
     match = re.match(r"(\d+)\.(\d+)", version)
     return match is None or (int(match[1]), int(match[2])) >= _CANCELS
 
 
-def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[ClientError, bool]:
+def _typed_error(error: InferenceServerException, request_id: str = "") -> tuple[ClientError, bool]:
     """A failure of tritonclient's as one of ours, and whether the same request may be sent again.
 
     Sending again is for failures that say "not now": every status UNAVAILABLE (starting, stopping,
@@ -119,7 +118,7 @@ def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[
     if status == "UNAVAILABLE":
         if "protocol is restricted" in lower:
             return NotAllowed(f"{message} (give the server's admin key)", request_id), False
-        if any(word in lower for word in NOT_TRUSTED):
+        if any(word in lower for word in _NOT_TRUSTED):
             return NotAllowed(f"no TLS connection: {message}", request_id), False
         return Unavailable(message, request_id), True
     # so Triton ends some newcomers while it drains; a caller's own cancelling never comes here
@@ -130,9 +129,9 @@ def typed_error(error: InferenceServerException, request_id: str = "") -> tuple[
     if status == "INTERNAL" and "Stub process" in message and "not healthy" in message:
         return Unavailable(message, request_id), True
     if status == "UNIMPLEMENTED":
-        return NotServed(f"whatever listens there is no Triton: {message}", request_id), False
-    if status in REFUSED:
-        return REFUSED[status](message, request_id), False
+        return NotServed(f"the server there is not Triton: {message}", request_id), False
+    if status in _REFUSED:
+        return _REFUSED[status](message, request_id), False
     return ServerFailed(f"{status}: {message}" if status else message, request_id), False
 
 
@@ -159,19 +158,19 @@ def attempt(
     while True:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise DeadlineExceeded(f"no time was left to ask ({method})", request_id)
+            raise DeadlineExceeded(f"no time was left for the request ({method})", request_id)
         try:
             if cancels:
                 return (yield Rpc(method, {**arguments, "client_timeout": left}))
             return (yield Rpc(method, dict(arguments), patience=left))
         except InferenceServerException as raised:
-            error, again = typed_error(raised, request_id)
+            error, again = _typed_error(raised, request_id)
             wait = retry.wait(tries)
             if isinstance(error, DeadlineExceeded):
                 error.message = f"no answer in {time.monotonic() - began:.1f} s"
             if not again or (hurry and "in ensemble" in error.message):
                 raise error from raised
-            requested = "asked once" if tries == 0 else f"asked {tries + 1} times"
+            requested = "1 attempt" if tries == 0 else f"{tries + 1} attempts"
             if tries >= retry.most:
                 reason = requested
             elif time.monotonic() + wait >= deadline:

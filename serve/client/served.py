@@ -1,4 +1,4 @@
-"""A model as the server describes it, and whether an answer is what was asked of it."""
+"""A model as the server describes it, and checks of its answers."""
 
 import difflib
 import json
@@ -47,8 +47,6 @@ class Served:
 
     @classmethod
     def read(cls, config: ModelConfig) -> "Served":
-        """From the server's configuration of a model."""
-
         def ports(listed: Iterable[Any]) -> dict[str, Port]:
             kinds = {
                 port.name: DataType.Name(port.data_type).removeprefix("TYPE_") for port in listed
@@ -73,18 +71,18 @@ class Served:
         """
         if outputs is None:
             return tuple(self.outputs)
-        wanted = tuple(dict.fromkeys([outputs] if isinstance(outputs, str) else outputs))
-        if not wanted:
+        names = tuple(dict.fromkeys([outputs] if isinstance(outputs, str) else outputs))
+        if not names:
             raise BadRequest(
-                f"no outputs were asked of '{self.name}' (it has {', '.join(self.outputs)})"
+                f"no outputs were requested of '{self.name}' (it has {', '.join(self.outputs)})"
             )
-        for name in wanted:
+        for name in names:
             if name not in self.outputs:
                 raise BadRequest(
                     f"output '{name}': '{self.name}' has no such "
                     f"output{nearest(name, self.outputs)}; it has {', '.join(self.outputs)}"
                 )
-        return wanted
+        return names
 
     def facts(self, key: str) -> Any:
         """A parameter of the configuration that holds JSON, or None."""
@@ -94,7 +92,7 @@ class Served:
             return None
 
     def size(self) -> tuple[int, int] | None:
-        """Height and width of the pictures it takes; where they vary, those it is usually given;
+        """Height and width of the pictures it takes; where they vary, the usual ones;
         None if it does not say.
         """
         image = self.inputs.get("image")
@@ -125,7 +123,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f": did you mean '{result[0]}'?" if result else ""
 
 
-Reader = Callable[[str], np.ndarray | None]
+_Reader = Callable[[str], np.ndarray | None]
 """Gives an output of an answer as an array."""
 
 
@@ -133,19 +131,19 @@ def read_answer(
     served: Served,
     names: Sequence[str],
     rows: int,
-    read: Reader,
-    given: Sequence[str],
+    read: _Reader,
+    returned: Sequence[str],
     request_id: str,
 ) -> dict[str, np.ndarray]:
-    """The arrays of an answer for `rows` pictures, after looking at them; `given` are the names it
+    """The arrays of an answer for `rows` pictures, after checking them; `returned` are the names it
     came with.
 
     Raises WrongAnswer for a name too few or too many, a type or shape other than the model's
     configuration says, another number of rows, and for NaN or infinity.
     """
-    if sorted(given) != sorted(names):
+    if sorted(returned) != sorted(names):
         raise WrongAnswer(
-            f"'{served.name}' was asked for {', '.join(names)} and gave {', '.join(given)}",
+            f"'{served.name}' was asked for {', '.join(names)} but returned {', '.join(returned)}",
             request_id,
         )
     result = {}

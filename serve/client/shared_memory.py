@@ -22,7 +22,7 @@ from serve.errors import BadRequest
 
 Kind = Literal["system", "cuda"]
 SMALLEST, ALIGNED = 1 << 20, 64
-COOLING = 60.0
+_COOLING = 60.0
 """Seconds after which a request that was given up has surely ended on the server too."""
 
 
@@ -49,7 +49,7 @@ class Region:
                     f"shared_memory='system': no {size:,} bytes of it here ({error.__cause__})"
                 ) from error
         else:
-            module = cuda_module()
+            module = _cuda_module()
             try:
                 self.handle = module.create_shared_memory_region(self.name, size, device)
             except (
@@ -113,11 +113,10 @@ class Region:
         return Rpc(f"unregister_{self.kind}_shared_memory", {"name": self.name})
 
     def destroy(self) -> None:
-        """Give the memory back."""
         self.module.destroy_shared_memory_region(self.handle)
 
 
-def cuda_module():
+def _cuda_module():
     """tritonclient's CUDA shared memory; raises BadRequest where it cannot work, saying what is
     missing.
     """
@@ -127,8 +126,8 @@ def cuda_module():
         Exception
     ) as error:  # RuntimeError without cuda-python, ImportError or OSError without a driver
         raise BadRequest(
-            f"shared_memory='cuda' needs an NVIDIA GPU and cuda-python: {first_line(error)} (pip install "
-            "'tritonclient[cuda]', or choose 'system')"
+            f"shared_memory='cuda' needs an NVIDIA GPU and cuda-python: {first_line(error)} (pip "
+            "install 'tritonclient[cuda]', or choose 'system')"
         ) from error
     return cuda_shared_memory
 
@@ -164,7 +163,7 @@ class Pool:
         if kind not in ("system", "cuda"):
             raise BadRequest(f"shared_memory='{kind}': choose 'system', 'cuda' or None")
         if kind == "cuda":
-            cuda_module()
+            _cuda_module()
         self.kind, self.device = kind, device
         self.free: list[Region] = []
         self.retired: list[Region] = []
@@ -199,7 +198,7 @@ class Pool:
             if everything:
                 gone, self.retired, self.free = self.retired + self.free, [], []
             else:
-                old = time.monotonic() - COOLING
+                old = time.monotonic() - _COOLING
                 gone = [region for region in self.retired if region.retired < old]
                 self.retired = [region for region in self.retired if region.retired >= old]
         return gone

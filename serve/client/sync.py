@@ -50,8 +50,8 @@ class FeatureClient:
     """A connection to a server; threads may share it. Keyword arguments are those of
     serve.client.options.ClientOptions.
 
-    Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are
-    the caller's mistakes; Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing
+    Every method raises a serve.errors.ClientError: BadRequest, NotServed and NotAllowed are the
+    caller's mistakes; Unavailable, DeadlineExceeded, ServerFailed and WrongAnswer are not. Nothing
     is connected before the first call.
     """
 
@@ -107,7 +107,6 @@ class FeatureClient:
             steps.close()  # what was lent to a piece of work that was interrupted is given back now, not when it is collected
 
     def carry_out(self, step: Step) -> Any:
-        """The result of one step."""
         if isinstance(step, Rpc):
             if step.patience is not None:
                 return self.wait_for(step.arguments, step.patience)
@@ -119,7 +118,7 @@ class FeatureClient:
         return step.function()
 
     def wait_for(self, arguments: dict[str, Any], seconds: float) -> Any:
-        """An inference that is not cancelled when nobody waits for it any more."""
+        """An inference that keeps running when its caller stops waiting."""
         future: Future[Any] = Future()
 
         def settle(result: Any, error: Exception | None) -> None:

@@ -1,5 +1,5 @@
-"""TLS between client and server: the files of a connection, read where a mistake can still be told
-to the user.
+"""TLS between client and server: the files of a connection, read where an error can still be
+reported in one line.
 """
 
 import argparse
@@ -13,8 +13,8 @@ from serve.errors import NotAllowed
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files. `root`: who signs servers (None: the system's); `certificate` and `key`: who this
-    client is (mTLS).
+    """PEM files. `root`: authority of servers (None: the system's); `certificate` and `key`: this
+    client's (mTLS).
     """
 
     root: Path | str | None = None
@@ -43,20 +43,25 @@ class Tls:
         )
 
 
-def asked_tls(args: argparse.Namespace) -> Tls | None:
-    """What the options of `add_tls` say, None for a connection without TLS."""
+def read_tls(args: argparse.Namespace) -> Tls | None:
+    """TLS files from the options of `add_tls`; None without TLS."""
     if args.ssl or args.ssl_root or args.ssl_certificate or args.ssl_key:
         return Tls(args.ssl_root, args.ssl_certificate, args.ssl_key)
     return None
 
 
 def add_tls(parser: argparse.ArgumentParser) -> None:
-    """Options of those who connect to a server; `asked_tls` reads them."""
-    parser.add_argument("--ssl", action="store_true", help="TLS, trusting the system's authorities")
+    """TLS options of commands that connect to a server; `read_tls` reads them."""
     parser.add_argument(
-        "--ssl-root", type=Path, metavar="PEM", help="TLS: who signed the server's certificate"
+        "--ssl", action="store_true", help="use TLS and trust the system's authorities"
+    )
+    parser.add_argument(
+        "--ssl-root",
+        type=Path,
+        metavar="PEM",
+        help="TLS: authority that signed the server's certificate",
     )
     parser.add_argument(
         "--ssl-certificate", type=Path, metavar="PEM", help="mTLS: this client's certificate"
     )
-    parser.add_argument("--ssl-key", type=Path, metavar="PEM", help="mTLS: its key")
+    parser.add_argument("--ssl-key", type=Path, metavar="PEM", help="mTLS: its private key")

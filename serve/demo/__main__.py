@@ -1,6 +1,5 @@
-"""`python -m serve.demo`: a page to look at what a running server makes of a photograph."""
+"""`python -m serve.demo`: a web page that shows a running server's answers for a photograph."""
 
-import argparse
 import importlib.util
 import os
 import signal
@@ -14,25 +13,27 @@ from typing import TYPE_CHECKING
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
 from contract.images import Limits
-from serve.client.tls import add_tls
+from serve.client.tls import Tls, add_tls, read_tls
 from serve.errors import NotAllowed, NotServed, ServerError, Unavailable
 
-if TYPE_CHECKING:  # needs an optional extra, of which `run` speaks in a sentence
+if TYPE_CHECKING:  # needs an optional extra, for which `_run` prints a message
     from serve.client import FeatureClient
 
 EPILOG = """\
 examples:
-  python -m serve.demo                                          the server on this machine, http://127.0.0.1:7860
+  python -m serve.demo
   python -m serve.demo --url gpu-server:8001 --port 8080
   python -m serve.demo --labels "a cat" "a dog" "a cup of coffee"
 
-The page shows what the server has: principal components of the patches of the backbone and of each head, segmentation,
-depth, zero-shot classes, and for each request its latency and the models that ran. It needs no network but the way to the
-server, and sends nothing anywhere else. Ctrl-C ends it; pictures that were dropped on it are deleted then.
-Exit status: 0 stopped as told, 2 a mistake in what was asked, 1 no server there.
+Serves http://127.0.0.1:7860 by default. The page shows principal components of
+the patches of the backbone and of each head, segmentation, depth and zero-shot
+classes, and for each request its latency and the models that ran. It connects
+only to the server. Ctrl-C stops it and deletes the uploaded pictures.
+
+Exit status: 0 stopped on request, 1 no server, 2 usage error.
 """
 
-ENVIRONMENT = {
+_ENVIRONMENT = {
     "GRADIO_ANALYTICS_ENABLED": "False",  # no telemetry, no look for a newer version
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "GRADIO_RUN_HISTORY": "False",  # nothing is kept in the browser
@@ -42,32 +43,37 @@ ENVIRONMENT = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.demo",
-        description="Show on a web page what a running server makes of a photograph.",
+        description="Show a running server's answers for a photograph on a web page.",
         epilog=EPILOG,
     )
     parser.add_argument(
-        "--url", metavar="HOST:PORT", help="the server's gRPC (port 8001 of this machine)"
+        "--url", metavar="HOST:PORT", help="gRPC of the server (default: 127.0.0.1:8001)"
     )
-    parser.add_argument("--port", type=int, default=7860, metavar="N", help="of the page (7860)")
     parser.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="0.0.0.0: everybody (127.0.0.1)"
+        "--port", type=int, default=7860, metavar="N", help="port of the page (default: 7860)"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="0.0.0.0: all interfaces (default: 127.0.0.1)",
     )
     parser.add_argument(
         "--labels",
         nargs="+",
         metavar="LABEL",
-        help="zero-shot classes to begin with (the bundle's)",
+        help="initial zero-shot classes (default: the bundle's)",
     )
     add_tls(parser)
     args = parser.parse_args(arguments)
-    return exit_status(lambda: run(args))
+    return exit_status(lambda: _run(args.url, args.host, args.port, args.labels, read_tls(args)))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Carry out a parsed command line."""
+def _run(
+    url: str | None, host: str, port: int, labels: Sequence[str] | None, tls: Tls | None
+) -> int:
     for package in ("gradio", "tritonclient"):
         if importlib.util.find_spec(package) is None:
             raise UserError(
@@ -77,22 +83,19 @@ def run(args: argparse.Namespace) -> int:
     from serve.client import FeatureClient
     from serve.client.retry import Retry
     from serve.client.sync import DEFAULT_URL
-    from serve.client.tls import asked_tls
 
-    check_port(args.host, args.port)
+    _check_port(host, port)
     with (
-        FeatureClient(
-            args.url or DEFAULT_URL, timeout=20.0, retry=Retry(most=2), tls=asked_tls(args)
-        ) as client,
+        FeatureClient(url or DEFAULT_URL, timeout=20.0, retry=Retry(most=2), tls=tls) as client,
         tempfile.TemporaryDirectory(prefix="serve-demo-") as folder,
     ):
-        check_server(client, args.labels)
-        os.environ.update(ENVIRONMENT, GRADIO_TEMP_DIR=folder)  # read when gradio is imported
-        show(client, args)
+        _check_server(client, labels)
+        os.environ.update(_ENVIRONMENT, GRADIO_TEMP_DIR=folder)  # read when gradio is imported
+        show(client, host, port, labels)
     return 0
 
 
-def check_port(host: str, port: int) -> None:
+def _check_port(host: str, port: int) -> None:
     """Raise UserError if the page cannot listen there."""
     if not 1 <= port <= 65535:
         raise UserError(f"--port {port}: ports are 1 to 65535")
@@ -109,8 +112,8 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
-    """Raise an error that names the remedy if there is no server, or it has no use for labels."""
+def _check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
+    """Raise an error that names the remedy if there is no server, or it cannot classify labels."""
     try:
         client.describe()
         if labels:
@@ -134,8 +137,7 @@ def check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None:
         ) from error
 
 
-def show(client: "FeatureClient", args: argparse.Namespace) -> None:
-    """Serve the page until SIGINT or SIGTERM."""
+def show(client: "FeatureClient", host: str, port: int, labels: Sequence[str] | None) -> None:
     import gradio
 
     from serve.demo.cards import CSS
@@ -146,11 +148,11 @@ def show(client: "FeatureClient", args: argparse.Namespace) -> None:
         number: signal.signal(number, lambda *_: answer.set())
         for number in (signal.SIGINT, signal.SIGTERM)
     }
-    page = build(client, args.labels)
+    page = build(client, labels)
     try:
         _, address, _ = page.launch(
-            server_name=args.host,
-            server_port=args.port,
+            server_name=host,
+            server_port=port,
             share=False,
             quiet=True,
             prevent_thread_lock=True,

@@ -27,9 +27,9 @@ from serve.errors import BadRequest, ClientError, NotServed, Unavailable
 
 Result = TypeVar("Result")
 
-SHOWN = 640
+_SHOWN = 640
 """Pixels of the longer side of photographs under maps."""
-ZERO_SHOT = "zero_shot"
+_ZERO_SHOT = "zero_shot"
 
 
 class Offer(NamedTuple):
@@ -42,7 +42,6 @@ class Offer(NamedTuple):
 
     @property
     def new_labels(self) -> bool:
-        """Whether classes can be any words."""
         return bool(self.zero_shot.get("new_labels"))
 
     @property
@@ -57,12 +56,12 @@ def ask_offer(client: FeatureClient) -> Offer:
     """
     front_door = _describe(client, FRONT_DOOR)
     result = {}
-    for model in (*(task.name for task in map_tasks()), ZERO_SHOT):
+    for model in (*(task.name for task in map_tasks()), _ZERO_SHOT):
         try:
             result[model] = _describe(client, model)
         except NotServed:
             continue
-    zero_shot = result[ZERO_SHOT].facts("about") if ZERO_SHOT in result else None
+    zero_shot = result[_ZERO_SHOT].facts("about") if _ZERO_SHOT in result else None
     return Offer(front_door, tuple(result), front_door.facts("about") or {}, zero_shot or {})
 
 
@@ -119,7 +118,7 @@ def look(
     """
     timed, cards = _Timed(client), []
     offer = ask_offer(client)
-    scale = SHOWN / max(photo.size)
+    scale = _SHOWN / max(photo.size)
     small = photo.resize(
         [max(1, round(scale * side)) for side in photo.size], Image.Resampling.LANCZOS
     )
@@ -127,7 +126,7 @@ def look(
     for task in map_tasks():
         if task.name in offer.tasks:
             parts[task.title] = partial(_map, timed, task.name, photo, small)
-    if ZERO_SHOT in offer.tasks:
+    if _ZERO_SHOT in offer.tasks:
         parts["Zero-shot"] = lambda: _zero_shot(timed, offer, photo, labels)
     for title, part in parts.items():
         try:
@@ -156,7 +155,6 @@ def _patches(timed: _Timed, offer: Offer, photo: Image.Image) -> str:
 
 
 def _map(timed: _Timed, task: str, photo: Image.Image, small: Image.Image) -> str:
-    """A value or class of every pixel."""
     return map_card(small, timed.call(task, lambda: predict_map(timed.client, task, photo)))
 
 
@@ -164,7 +162,7 @@ def _zero_shot(
     timed: _Timed, offer: Offer, photo: Image.Image, labels: Sequence[str] | None
 ) -> str:
     """Probabilities of classes: of the labels, or of the bundle's own."""
-    result = timed.call(ZERO_SHOT, lambda: classify(timed.client, photo, labels))
+    result = timed.call(_ZERO_SHOT, lambda: classify(timed.client, photo, labels))
     teacher = offer.zero_shot.get("teacher")
     token = f"{teacher}_token" if teacher else "the picture"
     about = (
@@ -175,7 +173,6 @@ def _zero_shot(
 
 
 def page_of(cards: Sequence[str]) -> str:
-    """Cards side by side."""
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -187,7 +184,6 @@ def _is_gone(error: ClientError) -> bool:
 
 
 def sentence(error: ClientError, url: str) -> str:
-    """A failure as the page says it."""
     if _is_gone(error):
         return (
             f"No server answers at {url}. Start one with python -m serve.run BUNDLE, then try "

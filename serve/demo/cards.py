@@ -25,7 +25,7 @@ from serve.client.pictures import (
 )
 from serve.client.tasks.maps import TaskMap
 
-TILE = 256
+_TILE = 256
 """Pixels that small maps are magnified to, so that a saved picture is not a stamp."""
 BARS, LEGEND = 7, 9
 """Classes that are shown at most."""
@@ -75,7 +75,7 @@ footer { display: none !important; }
 
 
 class Request(NamedTuple):
-    """A request as the page lists it: what was asked, of which model, milliseconds, and the models
+    """A request as the page lists it: its task, its model, milliseconds, and the models
     the server ran for it.
     """
 
@@ -92,15 +92,15 @@ def patches_card(
     """
     height, width = seen.shape[:2]
     size = f"{width}×{height}"
-    tiles = [tile(Image.fromarray(seen), "seen", "as the model sees it", f"{size} pixels")]
+    tiles = [_tile(Image.fromarray(seen), "seen", "as the model sees it", f"{size} pixels")]
     for name, values in maps.items():
         rgb = (255 * pca_rgb(values)).round().astype(np.uint8)
-        scale = max(1, TILE // max(height, width))
+        scale = max(1, _TILE // max(height, width))
         picture = Image.fromarray(rgb).resize(
             (width * scale, height * scale), Image.Resampling.NEAREST
         )
         about = f"{values.shape[1]}×{values.shape[0]} patches, {values.shape[2]}-d"
-        tiles.append(tile(picture, "map", name, about))
+        tiles.append(_tile(picture, "map", name, about))
     lost = "".join(
         f"<p>{escape(name)} is missing: {escape(str(why))}</p>" for name, why in missing.items()
     )
@@ -110,10 +110,9 @@ def patches_card(
     return card("patches", title, f'<div class="tiles">{"".join(tiles)}</div>{lost}', wide=True)
 
 
-def tile(picture: Image.Image, kind: str, name: str, about: str) -> str:
-    """A small picture with its name."""
+def _tile(picture: Image.Image, kind: str, name: str, about: str) -> str:
     caption = f"{escape(name)}<br><span>{escape(about)}</span>"
-    return f'<figure><img class="{kind}" alt="{escape(name)}" src="{embed(picture)}"><figcaption>{caption}</figcaption></figure>'
+    return f'<figure><img class="{kind}" alt="{escape(name)}" src="{_embed(picture)}"><figcaption>{caption}</figcaption></figure>'
 
 
 def map_card(photo: Image.Image, result: TaskMap) -> str:
@@ -133,7 +132,7 @@ def map_card(photo: Image.Image, result: TaskMap) -> str:
             picture = vector_image(values).resize(photo.size, Image.Resampling.BILINEAR)
             legend = ""
     name = result.task.name
-    inside = f'<img alt="{name}" src="{embed(picture)}">{legend}'
+    inside = f'<img alt="{name}" src="{_embed(picture)}">{legend}'
     title = f"{result.task.title} <small>{escape(about)}</small>"
     return card(name, title, f'<div class="beside">{inside}</div>')
 
@@ -187,7 +186,7 @@ def zero_shot_card(probabilities: np.ndarray, classes: Sequence[str], about: str
 
 
 def requests_card(requests: Iterable[Request]) -> str:
-    """What was asked, how long it took, and what ran for it."""
+    """Requests, their latencies, and the models that ran."""
     rows = "".join(
         f'<dt>{escape(one.what)}</dt><dd>{one.milliseconds:.1f} ms</dd><dd class="ran">{escape(", ".join(one.ran))}</dd>'
         for one in requests
@@ -197,7 +196,6 @@ def requests_card(requests: Iterable[Request]) -> str:
 
 
 def problem_card(title: str, sentence: str) -> str:
-    """What went wrong, in a sentence."""
     return card("problem", escape(title), escape(sentence), wide=True)
 
 
@@ -213,9 +211,9 @@ def hint(sentence: str) -> str:
     return f'<div class="hint">{escape(sentence)}</div>'
 
 
-def embed(picture: Image.Image) -> str:
+def _embed(picture: Image.Image) -> str:
     """A picture as an address that holds it: small ones without loss, photographs as JPEG."""
     buffer = io.BytesIO()
-    kind = "png" if max(picture.size) <= TILE else "jpeg"
+    kind = "png" if max(picture.size) <= _TILE else "jpeg"
     picture.save(buffer, kind, **({"quality": 90, "subsampling": 0} if kind == "jpeg" else {}))
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

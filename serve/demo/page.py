@@ -16,12 +16,12 @@ from serve.demo.answers import Offer, Shown, ask_offer, look, page_of, sentence
 from serve.demo.cards import hint, problem_card
 from serve.errors import BadRequest, ClientError
 
-TITLE = "A distilled vision backbone, served by Triton"
-ABOUT = (
+_TITLE = "A distilled vision backbone, served by Triton"
+_ABOUT = (
     "One small network with a head for each of its teachers. Drop a photograph to see the "
     "features it makes, and their uses."
 )
-EXAMPLES = (
+_EXAMPLES = (
     ("skimage", "data/chelsea.png"), ("skimage", "data/coffee.png"), ("skimage", "data/rocket.jpg"),
     ("sklearn", "datasets/images/china.jpg"), ("sklearn", "datasets/images/flower.jpg"),
 )  # fmt: skip
@@ -46,7 +46,7 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
 
     def answer(file: Mapping[str, Any] | None, lines: str | None) -> Iterator[Shown]:
         if not file:
-            yield HINT, ""
+            yield _HINT, ""
             return
         requested = [line.strip() for line in (lines or "").splitlines() if line.strip()]
         try:
@@ -55,7 +55,7 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
             title = "This picture cannot be read" if isinstance(error, BadRequest) else "No answer"
             yield page_of([problem_card(title, sentence(error, client.url))]), ""
 
-    with gradio.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(600, 600)) as page:
+    with gradio.Blocks(title=_TITLE, analytics_enabled=False, delete_cache=(600, 600)) as page:
         gradio.HTML(heading)
         with gradio.Row(equal_height=False):
             with gradio.Column(scale=3, min_width=250):
@@ -90,24 +90,24 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
                 )
                 requests = gradio.HTML("", elem_id="requests")
             with gradio.Column(scale=10, min_width=500):
-                answers = gradio.HTML(HINT, elem_id="answers")
+                answers = gradio.HTML(_HINT, elem_id="answers")
         # the file is decoded by `answer`, which says in a sentence what is wrong with it
         quiet = {"show_progress": "hidden", "api_visibility": "private"}
-        given = {
+        event = {
             "fn": answer,
             "inputs": [image, words],
             "outputs": [answers, requests],
             "preprocess": False,
             **quiet,
         }
-        image.change(**given, trigger_mode="always_last")
-        again.click(**given)
+        image.change(**event, trigger_mode="always_last")
+        again.click(**event)
         for part in (words, again):
             page.load(labels_box, None, [part], **quiet)
     return page
 
 
-HINT = hint(
+_HINT = hint(
     "Drop a JPEG, PNG or WebP photograph on the left, or choose an example. It goes to the server "
     "and nowhere else."
 )
@@ -116,7 +116,7 @@ HINT = hint(
 def _open_upload(file: Mapping[str, Any], folder: Path) -> Image.Image:
     """A picture that was dropped on the page; raises BadRequest for one that cannot be read.
 
-    Gradio lets whoever writes requests by hand name any file of this machine: only those of its own
+    Gradio accepts handwritten requests with any path of this machine, so only files of its own
     folder are read.
     """
     path = Path(file.get("path") or "").resolve()
@@ -127,7 +127,7 @@ def _open_upload(file: Mapping[str, Any], folder: Path) -> Image.Image:
 
 def _heading_of(line: str) -> str:
     """What this page is, and a line of HTML."""
-    return f'<div class="heading"><h1>{TITLE}</h1><p>{ABOUT}</p><p>{line}</p></div>'
+    return f'<div class="heading"><h1>{_TITLE}</h1><p>{_ABOUT}</p><p>{line}</p></div>'
 
 
 def _facts_of(offer: Offer, url: str) -> str:
@@ -151,7 +151,7 @@ def _facts_of(offer: Offer, url: str) -> str:
 def _example_photographs() -> list[Path]:
     """Photographs of packages that happen to be installed; none if none are."""
     result = []
-    for package, name in EXAMPLES:
+    for package, name in _EXAMPLES:
         spec = importlib.util.find_spec(package)
         for folder in spec.submodule_search_locations or () if spec else ():
             if (Path(folder) / name).is_file():

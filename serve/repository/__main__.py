@@ -1,6 +1,4 @@
-"""`python -m serve.repository`: a bundle becomes a Triton model repository, linted before it is
-there.
-"""
+"""`python -m serve.repository`: render and lint a Triton model repository from a bundle."""
 
 import sys
 from collections.abc import Sequence
@@ -14,18 +12,23 @@ from serve.repository.settings import Settings
 EPILOG = """\
 examples:
   python -m serve.repository bundles/mine --output repository
-  python -m serve.repository bundles/mine --output repository --backend onnxruntime --kind gpu --devices 0 1
-  python -m serve.repository bundles/mine --output repository --backend tensorrt --kind gpu --instances 2
-  python -m serve.repository bundles/mine --output repository --runtime openvino --instances 2 --threads 1
+  python -m serve.repository bundles/mine --output repository \\
+      --backend onnxruntime --kind gpu --devices 0 1
+  python -m serve.repository bundles/mine --output repository \\
+      --backend tensorrt --kind gpu --instances 2
+  python -m serve.repository bundles/mine --output repository \\
+      --runtime openvino --instances 2 --threads 1
 
---backend python runs in every Triton (the graphs in onnxruntime or OpenVINO, inside Triton's python backend); onnxruntime and
-tensorrt are Triton's native backends, which NVIDIA's container image has. Files are checked against the bundle's hashes.
-Exit status: 0 done, 2 a mistake in what was asked.
+--backend python runs in every Triton: the graphs run in onnxruntime or
+OpenVINO inside Triton's python backend. onnxruntime and tensorrt are Triton's
+native backends, which NVIDIA's container image has. Every file is checked
+against the hashes in the bundle.
+
+Exit status: 0 success, 2 usage error.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
     parser = CommandLine(
         prog="python -m serve.repository",
         description="Render a Triton model repository from a bundle of export.run.",
@@ -33,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="repository to make"
+        "--output", type=Path, required=True, metavar="DIR", help="repository to create"
     )
-    parser.add_argument("--force", action="store_true", help="replace DIR if it is there")
+    parser.add_argument("--force", action="store_true", help="replace the repository at DIR")
     add_settings(parser)
     args = parser.parse_args(arguments)
     return exit_status(lambda: _run(args.bundle, args.output, args.force, read_settings(args)))
@@ -51,7 +54,7 @@ def _run(bundle: Path, output: Path, force: bool, settings: Settings) -> int:
     names = make_repository(read_bundle(bundle), output, settings)
     print(f"repository  {output}: {', '.join(names)}")
     if settings.backend == "python":
-        print("next        serve it (or serve the bundle at once: python -m serve.run BUNDLE):")
+        print("next        serve it:")
         print(f"  python -m serve.run {bundle} --repository {output}")
     else:
         print("next        serve it in NVIDIA's image:")

@@ -20,62 +20,73 @@ if TYPE_CHECKING:
 CONFIG = "config.pbtxt"
 
 
-MADE_WITH = "made_with.json"
+_MADE_WITH = "made_with.json"
 """In the repository's folder: the bundle and the settings it was rendered from."""
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Options of how a bundle is served, shared by serve.repository and serve.run."""
+    """Options of serve.repository, serve.run and serve.trial."""
     known = Settings.model_fields
     parser.add_argument(
         "--backend",
         default="python",
         choices=("python", "onnxruntime", "tensorrt"),
-        help="(python)",
+        help="runtime of Triton (default: python)",
     )
     parser.add_argument(
         "--runtime",
         default="auto",
         choices=("auto", "onnxruntime", "openvino", "tensorrt"),
-        help="of the python backend; auto: OpenVINO on CPUs where it is installed, else "
-        "onnxruntime (auto)",
+        help="of the python backend; auto (default): OpenVINO on CPUs if installed, else "
+        "onnxruntime",
     )
     parser.add_argument(
-        "--kind", default="cpu", choices=("cpu", "gpu"), help="where graphs run (cpu)"
+        "--kind", default="cpu", choices=("cpu", "gpu"), help="where graphs run (default: cpu)"
     )
-    parser.add_argument("--devices", type=int, nargs="+", default=[0], metavar="N", help="GPUs (0)")
     parser.add_argument(
-        "--instances", type=int, metavar="N", help="of large graphs (CPU: two for 8 cores; GPU: 1)"
+        "--devices", type=int, nargs="+", default=[0], metavar="N", help="GPU indices (default: 0)"
+    )
+    parser.add_argument(
+        "--instances",
+        type=int,
+        metavar="N",
+        help="of large graphs (default: CPU 2 for 8 cores, GPU 1)",
     )
     parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
-        help="CPU threads an instance (cores, at most 8); on GPUs of the text encoder",
+        help="CPU threads per instance, on GPUs of the text encoder (default: cores, at most 8)",
     )
     parser.add_argument(
         "--decoders",
         type=int,
         metavar="N",
-        help="processes for encoded pictures (cores, at most 8)",
+        help="processes that decode pictures (default: cores, at most 8)",
     )
-    parser.add_argument("--max-batch", type=int, metavar="N", help="(the bundle's)")
+    parser.add_argument(
+        "--max-batch", type=int, metavar="N", help="largest batch (default: of the bundle)"
+    )
     parser.add_argument(
         "--queue-delay",
         type=int,
         metavar="US",
-        help="microseconds a request waits for others (500)",
+        help="microseconds a request waits for a batch (default: 500)",
     )
     default = known["max_queue"].default
     parser.add_argument(
-        "--max-queue", type=int, default=default, metavar="N", help=f"requests waiting ({default})"
+        "--max-queue",
+        type=int,
+        default=default,
+        metavar="N",
+        help=f"waiting requests, at most (default: {default})",
     )
     parser.add_argument("--no-batching", action="store_true", help="one request at a time")
     parser.add_argument(
-        "--no-warmup", action="store_true", help="ready before the graphs have run once"
+        "--no-warmup", action="store_true", help="report ready before the graphs have run once"
     )
     parser.add_argument(
-        "--no-fused", action="store_true", help="leave out the graph of all outputs: less memory"
+        "--no-fused", action="store_true", help="leave out the graph of all outputs to save memory"
     )
     for name, what in (
         ("max_image_bytes", "of an encoded picture"),
@@ -83,19 +94,23 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     ):
         option, default = "--" + name.replace("_", "-"), known[name].default
         parser.add_argument(
-            option, type=int, default=default, metavar="N", help=f"{what}, at most ({default:,})"
+            option,
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{what}, at most (default: {default:,})",
         )
     parser.add_argument(
         "--response-cache",
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="models whose answers are kept",
+        help="models whose answers are cached",
     )
 
 
 def read_settings(args: argparse.Namespace) -> Settings:
-    """Settings of a parsed command line; raises UserError for values that make no sense."""
+    """Settings of a parsed command line; raises UserError for invalid values."""
     from serve.repository.settings import MOST_THREADS, choose_runtime, cores, instances_and_threads
 
     for name in (
@@ -140,9 +155,9 @@ def read_settings(args: argparse.Namespace) -> Settings:
 def make_repository(
     bundle: "Bundle", output: Path, settings: Settings, durable: bool = True
 ) -> list[str]:
-    """Render, lint and write a repository aside, then put it in place of another or of nothing.
+    """Render, lint and write a repository to a temporary folder, then rename it into place.
 
-    `durable`: it is on the disk before it gets its name. Returns the models' names. Raises UserError
+    `durable`: flush it to disk before the rename. Returns the models' names. Raises UserError
     for an `output` that holds anything but a repository.
     """
     from serve.repository.lint import lint
@@ -152,16 +167,17 @@ def make_repository(
     wrong = lint({model.name: model.config for model in models})
     if wrong:
         raise UserError(
-            f"{bundle.path} makes a repository that Triton would serve wrongly: {'; '.join(wrong)}"
+            f"{bundle.path} makes a repository that Triton would not serve correctly: "
+            f"{'; '.join(wrong)}"
         )
     place = output.resolve()
-    tidy(place, lambda old: not _stranger(old))
+    tidy(place, lambda old: not _foreign_file(old))
     replaceable = partial(_check_replaceable, output, place)
     with new_folder(place, f"--output {output}", replaceable, durable) as aside:
         for model in models:
             write_model(aside / model.name, model, settings.version)
         made_with = {"bundle": bundle.version, "settings": settings.model_dump(mode="json")}
-        (aside / MADE_WITH).write_text(json.dumps(made_with, indent=1))
+        (aside / _MADE_WITH).write_text(json.dumps(made_with, indent=1))
     return [model.name for model in models]
 
 
@@ -169,19 +185,19 @@ def _check_replaceable(output: Path, place: Path) -> None:
     """Raise UserError for a file, or a folder that holds anything but a repository."""
     if not place.is_dir():
         raise UserError(f"--output {output} is a file: give a folder")
-    if result := _stranger(place):
+    if result := _foreign_file(place):
         raise UserError(
             f"--output {output} holds {result}, which is not part of a repository: move it away, "
             "or choose another"
         )
 
 
-def _stranger(repository: Path) -> str:
+def _foreign_file(repository: Path) -> str:
     """The first thing in a folder that a repository does not hold, "" where there is none."""
     names = sorted(path.name for path in repository.iterdir() if not path.name.startswith("."))
-    if names and MADE_WITH not in names:
+    if names and _MADE_WITH not in names:
         return names[0]
-    models = (name for name in names if name != MADE_WITH)
+    models = (name for name in names if name != _MADE_WITH)
     return next((name for name in models if not (repository / name / CONFIG).is_file()), "")
 
 
@@ -216,7 +232,7 @@ def read_made_with(repository: Path) -> tuple[str, Settings]:
     other folder.
     """
     try:
-        content = json.loads((repository / MADE_WITH).read_text(encoding="utf-8"))
+        content = json.loads((repository / _MADE_WITH).read_text(encoding="utf-8"))
         return content["bundle"], Settings.model_validate(content["settings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

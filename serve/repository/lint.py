@@ -1,27 +1,25 @@
-"""Traps of Triton that configurations can be written into, found before a server is: each rule says
-what would happen.
+"""Rules for configurations that Triton loads but serves wrongly; each message says what would
+happen.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 
 from tritonclient.grpc.model_config_pb2 import TYPE_STRING, ModelConfig
 
-Configs = Mapping[str, ModelConfig]
+_Configs = Mapping[str, ModelConfig]
 
 
-def lint(configs: Configs) -> list[str]:
-    """What is wrong with the models of a repository, a sentence each; an empty list if nothing
-    is.
-    """
+def lint(configs: _Configs) -> list[str]:
+    """Problems of a repository's models, one sentence each."""
     return [
         f"{name}: {message}"
-        for rule in RULES
+        for rule in _RULES
         for name, config in configs.items()
         for message in rule(config, configs)
     ]
 
 
-def shared_output(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _shared_output(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """A tensor is for a client or for a step, never both."""
     outputs = {port.name for port in config.output}
     for step in config.ensemble_scheduling.step:
@@ -32,7 +30,7 @@ def shared_output(config: ModelConfig, configs: Configs) -> Iterator[str]:
             )
 
 
-def side_input(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _side_input(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Whatever a client sends goes into the first step."""
     steps = config.ensemble_scheduling.step
     for port in config.input if steps else ():
@@ -43,8 +41,8 @@ def side_input(config: ModelConfig, configs: Configs) -> Iterator[str]:
             )
 
 
-def response_cache(config: ModelConfig, configs: Configs) -> Iterator[str]:
-    """Triton's cache knows an answer by its input's bytes alone."""
+def response_cache(config: ModelConfig, configs: _Configs) -> Iterator[str]:
+    """Triton's cache uses only the bytes of the inputs as its key."""
     if not config.response_cache.enable:
         return
     if config.platform == "ensemble":
@@ -52,7 +50,7 @@ def response_cache(config: ModelConfig, configs: Configs) -> Iterator[str]:
     if len(config.output) != 1:
         yield (
             f"response_cache on a model of {len(config.output)} outputs: the key leaves out which "
-            "were asked for, so that a request would get another's"
+            "were requested, so a request would get another's answer"
         )
     if any(size < 0 for port in config.input for size in port.dims):
         yield "response_cache on inputs whose shape varies: the key leaves out the shape"
@@ -63,14 +61,14 @@ def response_cache(config: ModelConfig, configs: Configs) -> Iterator[str]:
         )
 
 
-def explicit_batch(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _explicit_batch(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Left out, Triton's auto-complete picks 4, and an ensemble cannot pass larger batches to its
     steps.
     """
     if config.max_batch_size < 1 and "unbatched" not in config.parameters:
         yield (
-            "max_batch_size is not set: write it down (parameter `unbatched` says that a model "
-            "takes no batches)"
+            "max_batch_size is not set: set it (or the parameter `unbatched` for a model without "
+            "batches)"
         )
     for step in config.ensemble_scheduling.step:
         part = configs.get(step.model_name)
@@ -81,27 +79,30 @@ def explicit_batch(config: ModelConfig, configs: Configs) -> Iterator[str]:
             )
 
 
-def bounded_queue(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _bounded_queue(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Without a limit a server that falls behind takes requests until memory ends."""
     if (
         config.HasField("dynamic_batching")
         and not config.dynamic_batching.default_queue_policy.max_queue_size
     ):
-        yield "dynamic_batching without max_queue_size: an overloaded server would never say so"
+        yield (
+            "dynamic_batching without max_queue_size: an overloaded server would never reject "
+            "requests"
+        )
 
 
-def strings_alone(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _strings_alone(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """A python model gets strings one request at a time."""
     if config.HasField("dynamic_batching") and any(
         port.data_type == TYPE_STRING for port in config.input
     ):
         yield (
             "dynamic_batching of strings: Triton fails all requests of a batch for one whose "
-            "strings are packed wrongly (take dynamic_batching away)"
+            "strings are malformed (remove dynamic_batching)"
         )
 
 
-def warm_up_data(config: ModelConfig, configs: Configs) -> Iterator[str]:
+def _warm_up_data(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Random bytes are NaN where floats are read."""
     for sample in config.model_warmup:
         for name, data in sample.inputs.items():
@@ -112,8 +113,8 @@ def warm_up_data(config: ModelConfig, configs: Configs) -> Iterator[str]:
                 )
 
 
-def joined_steps(config: ModelConfig, configs: Configs) -> Iterator[str]:
-    """Every step exists, all of one version, and each tensor it reads is given before it in the
+def _joined_steps(config: ModelConfig, configs: _Configs) -> Iterator[str]:
+    """Every step exists, all of one version, and each tensor it reads is made before it with the
     same type and dims.
     """
     versions = {step.model_version for step in config.ensemble_scheduling.step}
@@ -122,29 +123,29 @@ def joined_steps(config: ModelConfig, configs: Configs) -> Iterator[str]:
             f"its steps are of versions {sorted(versions)}: name one, or a rollout joins parts of "
             "two students"
         )
-    given = {port.name: (port.data_type, tuple(port.dims)) for port in config.input}
+    available = {port.name: (port.data_type, tuple(port.dims)) for port in config.input}
     for step in config.ensemble_scheduling.step:
         part = configs.get(step.model_name)
         if part is None:
-            yield f"step '{step.model_name}' is no model of this repository"
+            yield f"step '{step.model_name}' is not a model of this repository"
             continue
         reads = {port.name: (port.data_type, tuple(port.dims)) for port in part.input}
         gives = {port.name: (port.data_type, tuple(port.dims)) for port in part.output}
         for inner in sorted(set(reads) - set(step.input_map)):
             yield f"step '{step.model_name}' gets no '{inner}'"
         for inner, outer in sorted(step.input_map.items()):
-            if given.get(outer) != reads.get(inner):
+            if available.get(outer) != reads.get(inner):
                 yield (
                     f"step '{step.model_name}' reads '{inner}' {reads.get(inner)}, '{outer}' is "
-                    f"{given.get(outer)}"
+                    f"{available.get(outer)}"
                 )
-        given |= {outer: gives.get(inner) for inner, outer in step.output_map.items()}
+        available |= {outer: gives.get(inner) for inner, outer in step.output_map.items()}
     if config.platform == "ensemble":
         for port in config.output:
-            if given.get(port.name) != (port.data_type, tuple(port.dims)):
-                yield f"output '{port.name}' is given by no step in its type and dims"
+            if available.get(port.name) != (port.data_type, tuple(port.dims)):
+                yield f"output '{port.name}' is not made by any step with its type and dims"
 
 
-RULES: tuple[Callable[[ModelConfig, Configs], Iterator[str]], ...] = (
-    shared_output, side_input, response_cache, explicit_batch, bounded_queue, strings_alone, warm_up_data, joined_steps,
+_RULES: tuple[Callable[[ModelConfig, _Configs], Iterator[str]], ...] = (
+    _shared_output, _side_input, response_cache, _explicit_batch, _bounded_queue, _strings_alone, _warm_up_data, _joined_steps,
 )  # fmt: skip

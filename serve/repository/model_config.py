@@ -28,7 +28,6 @@ TYPES = {
 
 
 def read_template(folder: str) -> ModelConfig:
-    """A template of triton_models/ as a configuration."""
     return text_format.Parse(
         (TEMPLATES / folder / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig()
     )
@@ -107,12 +106,10 @@ def step(
     )
 
 
-def join(
-    config: ModelConfig, model: str, graph: GraphRecord, version: int, wanted: Set[str]
-) -> None:
+def join(config: ModelConfig, model: str, graph: GraphRecord, version: int, kept: Set[str]) -> None:
     """Append a graph to an ensemble; tensors have the same names everywhere. Triton refuses outputs
-    that nobody reads.
+    that are not read.
     """
     reads = {tensor.name: tensor.name for tensor in graph.inputs}
-    gives = {tensor.name: tensor.name for tensor in graph.outputs if tensor.name in wanted}
+    gives = {tensor.name: tensor.name for tensor in graph.outputs if tensor.name in kept}
     step(config, model, version, reads, gives)

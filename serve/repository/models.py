@@ -18,6 +18,7 @@ from contract.manifest import GraphRecord
 from contract.signature import BACKBONE, FUSED, IMAGE
 from contract.tasks import TASKS, Task, map_tasks
 from serve.bundle import Bundle
+from serve.repository.graph_files import engine_of, graph_files, graph_json, usual_sizes, weight
 from serve.repository.model_config import (
     CONTRACT,
     TEMPLATES,
@@ -37,9 +38,9 @@ from serve.repository.model_config import (
 from serve.repository.settings import Settings
 from serve.repository.zero_shot import zero_shot_parts
 
-UNBATCHED = "unbatched"
-"""Parameter of models that take no batches, as the lint wants to be told."""
-LARGE = 0.25
+_UNBATCHED = "unbatched"
+"""Parameter of models that take no batches, read by the lint."""
+_LARGE = 0.25
 """Graphs of at least this part of the backbone's bytes get as many instances and threads as that:
 UMT's interaction is one.
 """
@@ -56,7 +57,6 @@ class Model:
 
     @property
     def name(self) -> str:
-        """The model's name, which is its folder's."""
         return self.config.name
 
 
@@ -67,7 +67,7 @@ def served_name(graph: str) -> str:
     return f"{graph}_head" if graph in TASKS else graph
 
 
-def template_of(graph: str) -> str:
+def _template_of(graph: str) -> str:
     """The folder of triton_models/ a graph is rendered from."""
     if graph in TASKS:
         return "task_head"
@@ -77,8 +77,8 @@ def template_of(graph: str) -> str:
 def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     """Every model of a repository, in an order in which each follows those it is made of.
 
-    Raises UserError for files that do not match their hashes, engines that are not there, batches
-    never checked.
+    Raises UserError for files that do not match their hashes, missing engines, unchecked batch
+    sizes.
     """
     most = settings.max_batch or bundle.manifest.max_batch
     if most > bundle.manifest.max_batch:
@@ -93,10 +93,10 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
         models += [decoder(bundle, settings), features(bundle, settings, encoded=True)]
     for task in map_tasks():
         if task.name in bundle.graphs:
-            models += [map_model(bundle, task, settings), task_ensemble(bundle, task, settings)]
+            models += [_map_model(bundle, task, settings), _task_ensemble(bundle, task, settings)]
     models += [Model(config, files) for config, files in zero_shot_parts(bundle, settings)]
     for model in models:
-        if UNBATCHED not in model.config.parameters:
+        if _UNBATCHED not in model.config.parameters:
             model.config.max_batch_size = most
         if model.config.platform == "ensemble":
             pin(model.config, settings.version)
@@ -107,13 +107,13 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     unknown = sorted(set(settings.response_cache) - {model.name for model in models})
     if unknown:
         names = ", ".join(model.name for model in models)
-        raise UserError(f"--response-cache {unknown[0]}: no such model (there are {names})")
+        raise UserError(f"--response-cache {unknown[0]}: no such model (choose from {names})")
     return models
 
 
 def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model:
-    """One graph: in the python backend with its code beside it, or in a backend of Triton's own."""
-    folder = template_of(graph.name)
+    """One graph: in the python backend with its code, or in a native backend of Triton."""
+    folder = _template_of(graph.name)
     config = read_template(folder)
     config.name = served_name(graph.name)
     for tensor in graph.inputs:
@@ -121,7 +121,7 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
     for tensor in graph.outputs:
         add_tensor(config.output, tensor)
     files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
-    large = weight(bundle, graph) >= LARGE * weight(bundle, bundle.graphs[BACKBONE])
+    large = weight(bundle, graph) >= _LARGE * weight(bundle, bundle.graphs[BACKBONE])
     threads = str(settings.threads if large else 1)
     place(config, settings, settings.instances if large else 1)
     tune_batching(config, settings)
@@ -140,7 +140,7 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
         code = {
             "model.py": TEMPLATES / folder / "1" / "model.py",
             "graph_model.py": TEMPLATES / "graph_model.py",
-            "model.json": about(bundle, graph),
+            "model.json": graph_json(bundle, graph),
         }
         return Model(config, files | code)
     config.ClearField("parameters")
@@ -157,94 +157,12 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
     return Model(config, {"model.plan": engine_of(bundle, graph)})
 
 
-def usual_sizes(bundle: Bundle) -> dict[str, int]:
-    """The axes that vary, at the largest size the bundle was checked at."""
-    resolution = bundle.manifest.resolution
-    rows, columns = resolution.height // resolution.stride, resolution.width // resolution.stride
-    # `tokens` may count a class position too; warm-up only needs a size that runs
-    result = {
-        "height": resolution.height,
-        "width": resolution.width,
-        "rows": rows,
-        "columns": columns,
-        "positions": rows * columns,
-        "tokens": rows * columns + 1,
-    }
-    for graph in bundle.parts:  # a DPT head reads finer layers: `rows_4` is a row every 4 pixels
-        for axis in {
-            axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)
-        }:
-            side, _, pixels = axis.partition("_")
-            if pixels:
-                result[axis] = {"rows": resolution.height, "columns": resolution.width}[
-                    side
-                ] // int(pixels)
-    return result
-
-
-def graph_files(bundle: Bundle, graph: GraphRecord) -> dict[str, str]:
-    """Names in the bundle of a graph's files, by those in a repository: its weights may lie beside
-    it, where it names them.
-    """
-    weights = f"{graph.file}.data"
-    return {"model.onnx": graph.file} | (
-        {weights: weights} if weights in bundle.manifest.files else {}
-    )
-
-
-def weight(bundle: Bundle, graph: GraphRecord) -> int:
-    """Bytes of a graph."""
-    return sum((bundle.path / name).stat().st_size for name in graph_files(bundle, graph).values())
-
-
-def about(bundle: Bundle, graph: GraphRecord) -> bytes:
-    """model.json: what the python model must know of its graph."""
-    sizes = usual_sizes(bundle)
-    facts = {
-        "sha256": {
-            name: bundle.manifest.files[listed]
-            for name, listed in graph_files(bundle, graph).items()
-        },
-        "bundle": bundle.version,
-        "student": bundle.manifest.student.sha256,
-        "inputs": [tensor.name for tensor in graph.inputs],
-        "outputs": [tensor.name for tensor in graph.outputs],
-        "largest": [
-            [axis if isinstance(axis, int) else sizes[axis] for axis in tensor.shape[1:]]
-            for tensor in graph.inputs
-        ],
-        **bundle.manifest.resolution.limits,
-    }
-    return json.dumps(facts, indent=1).encode()
-
-
-def engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
-    """The engine of full TensorRT for a graph; UserError if there is none, or only
-    TensorRT-RTX's.
-    """
-    flavours = {
-        engine.flavour: engine for engine in bundle.manifest.engines if engine.graph == graph.name
-    }
-    if "tensorrt" not in flavours:
-        has = (
-            f" (only of {', '.join(sorted(flavours))}, which Triton cannot load)"
-            if flavours
-            else ""
-        )
-        raise UserError(
-            f"{bundle.path}: no engine of full TensorRT for '{graph.name}'{has}: export with "
-            "--formats onnx,tensorrt on the GPU that serves, or choose --backend python or "
-            "onnxruntime"
-        )
-    return bundle.file(flavours["tensorrt"].file)
-
-
 def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
-    """The front door: an ensemble of all parts, of which Triton runs those that the asked-for
+    """The front door: an ensemble of all parts, of which Triton runs those that the requested
     outputs need.
     """
-    # An ensemble rather than a Python model that calls the others: Triton leaves out the steps whose
-    # outputs are not needed, batches every step over requests, and runs steps side by side.
+    # An ensemble rather than a Python model that calls the others: Triton leaves out the steps
+    # whose outputs are not needed, batches every step over requests, and runs steps side by side.
     config = read_template("features_encoded" if encoded else "features")
     if encoded:
         add_port(config.input, "encoded", "TYPE_STRING", [1])
@@ -253,12 +171,12 @@ def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
         add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     for tensor in bundle.outputs:
         add_tensor(config.output, tensor)
-    join_all(config, bundle.parts, {tensor.name for tensor in bundle.outputs}, settings)
-    config.parameters["about"].string_value = json.dumps(about_bundle(bundle))
+    _join_all(config, bundle.parts, {tensor.name for tensor in bundle.outputs}, settings)
+    config.parameters["about"].string_value = json.dumps(_about_bundle(bundle))
     return Model(config)
 
 
-def about_bundle(bundle: Bundle) -> dict:
+def _about_bundle(bundle: Bundle) -> dict:
     """What a client may want to know of the bundle behind the front door."""
     manifest, resolution = bundle.manifest, bundle.manifest.resolution
     return {
@@ -285,16 +203,16 @@ def facts(bundle: Bundle, task: Task) -> dict:
     return {name: about[name] for name in task.facts if about.get(name)}
 
 
-def task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
+def _task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
     """A picture in, a map of its size out: what the task's head needs, the head, the map."""
     values, answer = task.output, task.map.name
     config = read_template("task")
     config.name = task.name
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
-    add_map(config, task)
-    join_all(config, needed(bundle, task.name), {values}, settings)
+    _add_map(config, task)
+    _join_all(config, needed(bundle, task.name), {values}, settings)
     reads = {values: values, IMAGE: IMAGE}
-    step(config, map_name(task), settings.version, reads, {answer: answer})
+    step(config, _map_name(task), settings.version, reads, {answer: answer})
     size = {"height": bundle.manifest.resolution.height, "width": bundle.manifest.resolution.width}
     for name, value in (facts(bundle, task) | size).items():
         config.parameters[name].string_value = (
@@ -303,45 +221,44 @@ def task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
     return Model(config)
 
 
-def join_all(
+def _join_all(
     config: ModelConfig, graphs: Sequence[GraphRecord], outputs: Set[str], settings: Settings
 ) -> None:
     """Append graphs to an ensemble, each with those of its outputs that the others read or that are
     `outputs`.
     """
-    wanted = outputs | {tensor.name for graph in graphs for tensor in graph.inputs}
+    kept = outputs | {tensor.name for graph in graphs for tensor in graph.inputs}
     for graph in graphs:
-        join(config, served_name(graph.name), graph, settings.version, wanted)
+        join(config, served_name(graph.name), graph, settings.version, kept)
 
 
 def needed(bundle: Bundle, last: str) -> list[GraphRecord]:
     """The graphs that one graph needs, itself included, in order."""
-    wanted, result = {tensor.name for tensor in bundle.graphs[last].inputs}, [bundle.graphs[last]]
+    missing, result = {tensor.name for tensor in bundle.graphs[last].inputs}, [bundle.graphs[last]]
     for graph in reversed(bundle.parts):
-        if graph.name != last and wanted & {tensor.name for tensor in graph.outputs}:
+        if graph.name != last and missing & {tensor.name for tensor in graph.outputs}:
             result.insert(0, graph)
-            wanted |= {tensor.name for tensor in graph.inputs}
+            missing |= {tensor.name for tensor in graph.inputs}
     return result
 
 
-def map_name(task: Task) -> str:
+def _map_name(task: Task) -> str:
     """Triton's name of the step that makes a task's map."""
     return f"{task.name}_map"
 
 
-def add_map(config: ModelConfig, task: Task) -> None:
-    """Append a task's map as an output."""
+def _add_map(config: ModelConfig, task: Task) -> None:
     add_port(config.output, task.map.name, TYPES[task.map.dtype], (-1, -1, *task.map.axes))
 
 
-def map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
+def _map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
     """The step that makes a map of a head's output."""
     config, graph = read_template("task_map"), bundle.graphs[task.name]
-    config.name = map_name(task)
+    config.name = _map_name(task)
     add_tensor(config.input, next(tensor for tensor in graph.outputs if tensor.name == task.output))
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
-    add_map(config, task)
-    tell_sizes(config, bundle)
+    _add_map(config, task)
+    _set_sizes(config, bundle)
     # a DPT head's output is finer than the patches
     cell = graph.about.get("stride", bundle.manifest.resolution.stride)
     config.parameters["cell"].string_value = str(cell)
@@ -356,10 +273,9 @@ def map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
 
 
 def decoder(bundle: Bundle, settings: Settings) -> Model:
-    """The step that decodes picture files."""
     config = read_template("decode")
     add_port(config.output, IMAGE, "TYPE_UINT8", bundle.graphs[BACKBONE].inputs[0].dims)
-    tell_sizes(config, bundle)
+    _set_sizes(config, bundle)
     for name, value in {
         "max_bytes": settings.max_image_bytes,
         "max_pixels": settings.max_image_pixels,
@@ -374,9 +290,7 @@ def decoder(bundle: Bundle, settings: Settings) -> Model:
     return Model(config, files)
 
 
-def tell_sizes(config: ModelConfig, bundle: Bundle) -> None:
-    """Write down the bundle's largest and smallest sides, and what they are multiples of, for a
-    model that reads pictures.
-    """
+def _set_sizes(config: ModelConfig, bundle: Bundle) -> None:
+    """Set the parameters of the bundle's largest and smallest sides and their stride."""
     for name, value in bundle.manifest.resolution.limits.items():
         config.parameters[name].string_value = str(value)

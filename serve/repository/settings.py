@@ -10,16 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from contract.errors import UserError
 
-Backend = Literal["python", "onnxruntime", "tensorrt"]
+_Backend = Literal["python", "onnxruntime", "tensorrt"]
 Runtime = Literal["onnxruntime", "openvino", "tensorrt"]
 
 
 class Settings(BaseModel):
-    """Everything the generator asks for beyond the bundle."""
+    """Everything that configures a repository beyond the bundle."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    backend: Backend = "python"
+    backend: _Backend = "python"
     """`python` runs everywhere; `onnxruntime` and `tensorrt` are Triton's own backends, in NVIDIA's
     image.
     """
@@ -52,7 +52,6 @@ class Settings(BaseModel):
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -61,7 +60,7 @@ MOST_THREADS = 8
 
 
 def instances_and_threads(instances: int | None, threads: int | None, free: int) -> tuple[int, int]:
-    """Both, where one or none is given, for so many free cores.
+    """Instances and threads, derived from the free cores where not given.
 
     Two instances share the same cores: one computes while the other copies, and a request that is
     alone has all cores.

@@ -23,10 +23,10 @@ from serve.repository.lint import lint
 from serve.repository.models import Model, build_models
 from serve.repository.settings import Settings
 
-DOOR = "features"
+_DOOR = "features"
 STAGED = "staged_"
 """Prefix of the names under which a rollout tries a version."""
-_ROOM = "free some space beside the repository"
+_ROOM = "free some space on the disk of the repository"
 
 
 class Repository:
@@ -39,7 +39,7 @@ class Repository:
     @property
     def serving(self) -> int:
         """The version the front door is made of."""
-        return self.config(DOOR).version_policy.specific.versions[0]
+        return self.config(_DOOR).version_policy.specific.versions[0]
 
     @property
     def versions(self) -> list[int]:
@@ -50,11 +50,9 @@ class Repository:
 
     @property
     def models(self) -> list[str]:
-        """Names of all models."""
         return sorted(path.parent.name for path in self.path.glob(f"*/{CONFIG}"))
 
     def config(self, model: str) -> ModelConfig:
-        """The configuration of a model that serves."""
         return text_format.Parse(
             (self.path / model / CONFIG).read_text(encoding="utf-8"), ModelConfig()
         )
@@ -62,24 +60,24 @@ class Repository:
     def ensembles(self) -> list[str]:
         """Names of the ensembles, the front door last."""
         names = [name for name in self.models if self.config(name).platform == "ensemble"]
-        return sorted(names, key=lambda name: (name == DOOR, name))
+        return sorted(names, key=lambda name: (name == _DOOR, name))
 
     def render(self, bundle: Bundle, version: int) -> list[Model]:
         """The models of another bundle with this repository's settings; raises UserError if Triton
-        would serve them wrongly.
+        would not serve them correctly.
         """
         models = build_models(bundle, self.settings.model_copy(update={"version": version}))
         wrong = lint({model.name: model.config for model in models})
         if wrong:
             raise UserError(
-                f"{bundle.path} makes a repository that Triton would serve wrongly: "
+                f"{bundle.path} makes a repository that Triton would not serve correctly: "
                 f"{'; '.join(wrong)}"
             )
         return models
 
     def check_interface(self, models: Sequence[Model]) -> None:
-        """Raise UserError unless clients will find the models, inputs, outputs and batches they
-        know.
+        """Raise UserError if models, inputs, outputs or batch sizes differ from those now
+        served.
         """
         new, old = (
             {model.name: model.config for model in models},
@@ -93,10 +91,11 @@ class Repository:
                 now, then = getattr(config, what), getattr(old[name], what)
                 if now != then:
                     raise UserError(
-                        f"the new bundle's model '{name}' has another {what} ({as_text(now)}; served "
-                        f"now: {as_text(then)}): clients rely on it, so give it a server of its own"
+                        f"the new bundle's model '{name}' has another {what} ({_as_text(now)}; "
+                        f"served now: {_as_text(then)}): clients rely on it, so give it a server "
+                        "of its own"
                     )
-            if config.platform != "ensemble" and facts(config) != facts(old[name]):
+            if config.platform != "ensemble" and _facts(config) != _facts(old[name]):
                 raise UserError(
                     f"the new bundle's model '{name}' has other parameters: give it a server of "
                     "its own, or restart this one"
@@ -111,22 +110,22 @@ class Repository:
             config.name = prefix + model.name
             for step in config.ensemble_scheduling.step:
                 step.model_name = prefix + step.model_name
-            write_model(self.path / config.name, Model(config, model.files), version_of(models))
-        # Triton loads an ensemble's steps with it, but the models beside them must be tried too
+            write_model(self.path / config.name, Model(config, model.files), _version_of(models))
+        # Triton loads an ensemble's steps with it, but the other models must be tried too
         return [prefix + model.name for model in models]
 
     def unstage(self, prefix: str) -> None:
-        """Delete what was staged, also what a killed rollout left behind."""
+        """Delete what was staged, also left by a killed rollout behind."""
         for folder in self.path.glob(f"{prefix}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
     def add(self, models: Sequence[Model], version: int) -> Iterator[str]:
-        """Put a version's files beside the others; yields each model that must be loaded now, its
-        files being whole.
+        """Put a version's files beside the others; yields each model that must be loaded now that
+        its files are complete.
         """
         for model in models:
             place = self.path / model.name / str(version)
-            tidy(place, lambda old: False)  # what a killed rollout left
+            tidy(place, lambda old: False)  # left by a killed rollout
             with new_folder(place, str(place)) as aside:
                 write_version(aside, model)
             if model.config.platform != "ensemble":
@@ -153,8 +152,7 @@ class Repository:
                     yield name
 
 
-def version_of(models: Sequence[Model]) -> int:
-    """The version that models were rendered as."""
+def _version_of(models: Sequence[Model]) -> int:
     return next(
         m.config.version_policy.specific.versions[0]
         for m in models
@@ -162,14 +160,14 @@ def version_of(models: Sequence[Model]) -> int:
     )
 
 
-def as_text(value: object) -> str:
+def _as_text(value: object) -> str:
     """Ports as `name[dims]`, numbers as they are."""
     if isinstance(value, int):
         return str(value)
     return ", ".join(f"{port.name}{list(port.dims)}" for port in value)
 
 
-def facts(config: ModelConfig) -> dict[str, str]:
+def _facts(config: ModelConfig) -> dict[str, str]:
     """A model's parameters but for its threads: a new version runs with those of the configuration
     that is there.
     """

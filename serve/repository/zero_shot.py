@@ -28,8 +28,8 @@ from serve.repository.settings import Settings
 EMBEDDINGS, ENCODER = "class_embeddings.safetensors", "text_encoder.json"
 """What `export.text` writes into a bundle."""
 
-FORMAT = "1"
-SCALE = 100.0
+_FORMAT = "1"
+_SCALE = 100.0
 """CLIP's own temperature, for embeddings that name none."""
 
 
@@ -46,7 +46,6 @@ class ClassEmbeddings(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Length of the vectors."""
         return self.vectors.embeddings.shape[1]
 
 
@@ -59,11 +58,12 @@ def read_class_embeddings(path: Path) -> ClassEmbeddings:
         with safe_open(path, framework="np") as file:
             message = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if message.get("format") != FORMAT:
+        if message.get("format") != _FORMAT:
             raise UserError(
-                f"{path} is of format {message.get('format')}, this version reads {FORMAT}: {again}"
+                f"{path} is of format {message.get('format')}, this version reads {_FORMAT}: "
+                f"{again}"
             )
-        scale = float(message.get("logit_scale", SCALE))
+        scale = float(message.get("logit_scale", _SCALE))
         vectors = ClassVectors(
             tensors["embeddings"], scale, tensors.get("norms"), tensors.get("bias")
         )
@@ -79,7 +79,7 @@ def read_class_embeddings(path: Path) -> ClassEmbeddings:
     except (SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} holds no class embeddings ({error}): {again}") from error
+        raise UserError(f"{path} does not hold class embeddings ({error}): {again}") from error
     rows = [tensor for tensor in (vectors.norms, vectors.bias) if tensor is not None]
     shaped = vectors.embeddings.ndim == 2 and all(
         row.shape == vectors.embeddings.shape[:1] for row in rows
@@ -101,14 +101,14 @@ def zero_shot_parts(bundle: Bundle, settings: Settings) -> list[tuple]:
     if EMBEDDINGS not in bundle.manifest.files:
         return []
     result = read_class_embeddings(bundle.file(EMBEDDINGS))
-    encoder, missing = read_encoder(bundle, result)
+    encoder, missing = _read_encoder(bundle, result)
     parts = [text_encoder(bundle, result, encoder, settings)] if encoder else []
     return [*parts, zero_shot(bundle, result, missing, settings)]
 
 
-def teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
-    """Label of the teacher whose image embeddings the classes are compared with; UserError if that
-    is nobody, or anybody.
+def _teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
+    """Label of the teacher whose image embeddings the classes are compared with; UserError if there
+    is none, or several.
 
     The one that the embeddings name, else the CLIP teacher whose embeddings are as wide.
     """
@@ -138,12 +138,12 @@ def teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
     )
 
 
-def read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, str]:
+def _read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, str]:
     """The text encoder's description if it is of the embeddings' model, else None and why new
-    labels cannot be asked.
+    labels are not supported.
     """
     if result.vectors.norms is not None:
-        return None, "this bundle's classes are those of a classifier, which knows no others"
+        return None, "this bundle's classes are those of a classifier, which has no others"
     if ENCODER not in bundle.manifest.files:
         return (
             None,
@@ -160,7 +160,6 @@ def read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, 
 
 
 def text_encoder(bundle: Bundle, result: ClassEmbeddings, about: dict, settings: Settings) -> tuple:
-    """The model that makes embeddings of labels."""
     config = read_template("text_encoder")
     add_port(config.output, "embeddings", "TYPE_FP32", [-1, result.width])
     config.parameters["threads"].string_value = str(settings.threads)
@@ -184,7 +183,7 @@ def zero_shot(bundle: Bundle, result: ClassEmbeddings, missing: str, settings: S
     image = bundle.graphs[BACKBONE].inputs[0]
     add_tensor(config.input, image)
     config.input[-1].dims.insert(0, -1)  # the batch: written out where Triton does not batch
-    teacher = teacher_of(bundle, result)
+    teacher = _teacher_of(bundle, result)
     vectors = {
         name: value
         for name, value in result.vectors._asdict().items()

@@ -1,5 +1,4 @@
-"""Loading, unloading and questioning models of a running server, by whoever may read its state
-file. Over HTTP.
+"""Load, unload and query models of a running server over HTTP, with the key of its state file.
 
 HTTP stays on this machine where gRPC has TLS (serve/server/process.py), so that a rollout needs no
 certificates.
@@ -48,10 +47,10 @@ class Admin:
         self.client.close()
 
     def load(self, model: str) -> None:
-        """Load what has changed of a model, beside what serves until it is ready; raises
+        """Load what has changed of a model, next to what serves until it is ready; raises
         ServerError with the reason.
         """
-        self.ask(model, "load", b"{}")
+        self._request(model, "load", b"{}")
         broken = [
             entry
             for entry in self.rest.index()
@@ -69,12 +68,12 @@ class Admin:
     def unload(self, model: str) -> None:
         """Unload a model; nothing happens if it is not loaded."""
         try:
-            self.ask(model, "unload", b"{}")
+            self._request(model, "unload", b"{}")
         except ServerError:
-            pass  # it never came up
+            pass  # it was never loaded
 
-    def ask(self, model: str, what: str, body: bytes) -> None:
-        """Ask for a model to be loaded or unloaded."""
+    def _request(self, model: str, what: str, body: bytes) -> None:
+        """Request that a model is loaded or unloaded."""
         try:
             self.rest.call("POST", f"/v2/repository/models/{model}/{what}", body, timeout=300)
         except Refused as error:
@@ -105,8 +104,8 @@ class Admin:
         return {name: answer.as_numpy(name) for name in outputs}
 
     def compare(self, model: str, golden: Golden) -> list[str]:
-        """What a model's answers differ in from what the bundle recorded of its photographs; a
-        picture a request.
+        """Differences between a model's answers and those the bundle recorded for its photographs,
+        one picture per request.
         """
         names = list(golden.outputs)
         answers = [

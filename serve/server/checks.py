@@ -1,6 +1,4 @@
-"""What `serve.run` can find wrong before anything is copied or started: each a line that names the
-remedy.
-"""
+"""Checks of `serve.run` before anything is copied or started; each error names the remedy."""
 
 from pathlib import Path
 
@@ -20,7 +18,7 @@ def check_repository(repository: Path, bundle: Bundle | None, settings: Settings
     if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
         if bundle is None:
             raise UserError(
-                "name a BUNDLE, or a --repository that is there (python -m serve.run --help)"
+                "name a BUNDLE, or an existing --repository (python -m serve.run --help)"
             )
         return settings
     version, made_with = read_made_with(repository)
@@ -28,44 +26,45 @@ def check_repository(repository: Path, bundle: Bundle | None, settings: Settings
     if state:
         raise UserError(
             f"--repository {repository} is served by process {state.pid}, gRPC on {state.grpc}: "
-            "stop that one"
+            "stop it first"
         )
     if bundle and bundle.version != version:
         raise UserError(
             f"--repository {repository} was rendered from bundle {version}, {bundle.path} is "
             f"{bundle.version}: name another folder, replace it (python -m serve.repository "
-            f"{bundle.path} --output {repository} --force), or roll it out (python -m serve.rollout)"
+            f"{bundle.path} --output {repository} --force), or roll it out (python -m "
+            "serve.rollout)"
         )
     if bundle and made_with != settings:
         name = next(name for name, value in settings if value != getattr(made_with, name))
         raise UserError(
-            f"--repository {repository} was rendered with {name}={getattr(made_with, name)}, "
-            f"but {getattr(settings, name)} was requested: leave BUNDLE out to serve it as it is, or "
+            f"--repository {repository} was rendered with {name}={getattr(made_with, name)}, but "
+            f"{getattr(settings, name)} was requested: leave BUNDLE out to serve it as it is, or "
             "replace it (python -m serve.repository --force)"
         )
     return made_with
 
 
-def check_backend(result: Tritonserver, backend: str) -> None:
+def check_backend(tritonserver: Tritonserver, backend: str) -> None:
     """Raise UserError if this tritonserver has no such backend."""
-    if result.backends is None or (result.backends / backend).is_dir():
+    if tritonserver.backends is None or (tritonserver.backends / backend).is_dir():
         return
-    others = ", ".join(sorted(folder.name for folder in result.backends.iterdir()))
+    others = ", ".join(sorted(folder.name for folder in tritonserver.backends.iterdir()))
     raise UserError(
-        f"--backend {backend}: {result.executable} has no such backend (it has {others}): use "
-        "--backend python here, or NVIDIA's image nvcr.io/nvidia/tritonserver, which has it"
+        f"--backend {backend}: {tritonserver.executable} has no such backend (it has {others}): "
+        "use --backend python here, or NVIDIA's image nvcr.io/nvidia/tritonserver, which has it"
     )
 
 
 def check_gpus(settings: Settings, bundle: Bundle | None) -> None:
-    """Raise UserError for GPUs that are not here, or engines that were built for others."""
+    """Raise UserError for missing GPUs, or engines that were built for other GPUs."""
     if settings.kind != "gpu":
         return
     here = compute_capabilities()
     if not here:
         raise UserError(
-            "--kind gpu: this machine has no CUDA GPU (or no driver): use --kind cpu, or serve "
-            "where one is"
+            "--kind gpu: this machine has no CUDA GPU (or no driver): use --kind cpu, or a "
+            "machine with a GPU"
         )
     missing = [device for device in settings.devices if not 0 <= device < len(here)]
     if missing:
@@ -79,7 +78,7 @@ def check_gpus(settings: Settings, bundle: Bundle | None) -> None:
         other = [device for device in settings.devices if built and here[device] not in built]
         if engine.flavour == "tensorrt" and other:
             raise UserError(
-                f"{bundle.path}: its engines are for GPUs of compute capability {', '.join(built)}, GPU "
-                f"{other[0]} has {here[other[0]]}: export on this machine, or use --backend "
-                "onnxruntime"
+                f"{bundle.path}: its engines are for GPUs of compute capability "
+                f"{', '.join(built)}, GPU {other[0]} has {here[other[0]]}: export on this "
+                "machine, or use --backend onnxruntime"
             )

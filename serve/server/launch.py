@@ -1,6 +1,4 @@
-"""How a tritonserver is told to listen and what to load: options, its command line, ports that are
-free.
-"""
+"""Options of a tritonserver, its command line, and free ports."""
 
 import errno
 import socket
@@ -14,8 +12,7 @@ from serve.server.rest import ADMIN_HEADER
 from serve.server.triton import Tritonserver
 
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
-"""Endpoints that change a server or read its memory: only for those who have the key. Statistics
-stay open.
+"""Endpoints that change a server or read its memory require the key; statistics are open.
 """
 
 
@@ -32,13 +29,11 @@ class Tls(BaseModel):
 
 
 class Options(BaseModel):
-    """How a server listens and ends."""
-
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     host: str = "127.0.0.1"
     grpc_port: int = Field(default=8001, ge=0, le=65535)
-    """0: any that is free; so for the others."""
+    """0: any free port, also for the others."""
     http_port: int = Field(default=8000, ge=0, le=65535)
     metrics_port: int = Field(default=8002, ge=0, le=65535)
     tls: Tls | None = None
@@ -55,18 +50,18 @@ class Options(BaseModel):
 
 
 def command_line(
-    result: Tritonserver,
+    tritonserver: Tritonserver,
     repository: Path,
     options: Options,
     listening: dict[str, tuple[str, int]],
     admin_key: str,
 ) -> list[str]:
     """tritonserver's command line; `listening`: host and port of "grpc", "http" and "metrics"."""
-    line = [str(result.executable), f"--model-repository={repository}"]
-    if result.backends:
-        line.append(f"--backend-directory={result.backends}")
-    if result.caches:
-        line.append(f"--cache-directory={result.caches}")
+    line = [str(tritonserver.executable), f"--model-repository={repository}"]
+    if tritonserver.backends:
+        line.append(f"--backend-directory={tritonserver.backends}")
+    if tritonserver.caches:
+        line.append(f"--cache-directory={tritonserver.caches}")
     for name, (host, port) in listening.items():
         line += [f"--{name}-address={host}", f"--{name}-port={port}"]
     line += [
@@ -97,12 +92,12 @@ def command_line(
             f"--grpc-server-key={options.tls.key}",
         ]
         line += [f"--grpc-root-cert={options.tls.root}"] if options.tls.root else []
-    if caches_answers(repository):
+    if _caches_answers(repository):
         line.append(f"--cache-config=local,size={options.cache_bytes}")
     return [*line, *options.extra]
 
 
-def caches_answers(repository: Path) -> bool:
+def _caches_answers(repository: Path) -> bool:
     """Whether a model of the repository wants Triton's response cache."""
     return any(read_config(path).response_cache.enable for path in repository.glob(f"*/{CONFIG}"))
 
@@ -116,7 +111,7 @@ def choose_ports(requested: dict[str, int], host: str) -> dict[str, int]:
             port = held[-1].getsockname()[1]
         if port in result.values():
             other = next(key for key, value in result.items() if value == port)
-            raise UserError(f"--{name}-port {port} is --{other}-port too: give each its own")
+            raise UserError(f"--{name}-port {port} is also --{other}-port: give each its own")
         result[name] = port
     for one in held:
         one.close()
@@ -124,8 +119,8 @@ def choose_ports(requested: dict[str, int], host: str) -> dict[str, int]:
 
 
 def listen(name: str, host: str, port: int) -> socket.socket:
-    """A socket that listens as tritonserver's will; raises UserError for a port or an address that
-    cannot be had.
+    """A socket that listens as tritonserver's will; raises UserError for a port or address that
+    is not available.
     """
     result = None
     try:
@@ -141,11 +136,11 @@ def listen(name: str, host: str, port: int) -> socket.socket:
         if result:
             result.close()
         if error.errno == errno.EADDRINUSE:
-            remedy = f"choose another with --{name}-port, or stop what listens there"
+            remedy = f"choose another with --{name}-port, or stop the process that listens there"
             raise UserError(f"port {port} is in use: {remedy}") from error
         if isinstance(error, PermissionError):
             raise UserError(
-                f"port {port} is for the superuser: choose another with --{name}-port"
+                f"port {port} requires root: choose another with --{name}-port"
             ) from error
         raise UserError(
             f"--host {host}: not an address of this machine ({error.strerror})"

@@ -26,7 +26,7 @@ def load_rest(rest: Rest, repository: Path, log: Callable[[str], None]) -> dict[
     """
     narrowed: dict[str, str] = {}
     while True:
-        states = read_index(rest)
+        states = _read_index(rest)
         missing = [
             name
             for name, versions in states.items()
@@ -35,7 +35,7 @@ def load_rest(rest: Rest, repository: Path, log: Callable[[str], None]) -> dict[
         if not missing:
             return narrowed
         # an ensemble fails with its steps, and says nothing of itself: steps first
-        name = min(missing, key=lambda name: (is_ensemble(repository / name), name))
+        name = min(missing, key=lambda name: (_is_ensemble(repository / name), name))
         failed = {
             version: reason
             for version, (_, reason) in states[name].items()
@@ -47,14 +47,14 @@ def load_rest(rest: Rest, repository: Path, log: Callable[[str], None]) -> dict[
             key=int,
         )
         reason = one_line(next(iter(failed.values()), ""))
-        if is_ensemble(repository / name):
+        if _is_ensemble(repository / name):
             load(rest, name)
         elif good and failed and name not in narrowed:
             log(
                 f"warning: {name} version {', '.join(failed)} does not load: {reason}; serving "
                 f"version {', '.join(good)}"
             )
-            narrowed[name] = with_versions(repository / name / CONFIG, good)
+            narrowed[name] = _with_versions(repository / name / CONFIG, good)
             load(rest, name, narrowed[name])
         else:
             raise ServerError(
@@ -70,7 +70,7 @@ def load(rest: Rest, name: str, config: str = "") -> None:
         raise ServerError(f"model '{name}' does not load: {one_line(str(error))}") from error
 
 
-def read_index(rest: Rest) -> dict[str, dict[str, tuple[str, str]]]:
+def _read_index(rest: Rest) -> dict[str, dict[str, tuple[str, str]]]:
     """State and reason by model and version; a model that was never tried has a version ""."""
     result: dict[str, dict[str, tuple[str, str]]] = {}
     for entry in rest.index():
@@ -80,16 +80,14 @@ def read_index(rest: Rest) -> dict[str, dict[str, tuple[str, str]]]:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """A config.pbtxt."""
     return text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
 
 
-def is_ensemble(folder: Path) -> bool:
-    """Whether a model is one."""
+def _is_ensemble(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and read_config(folder / CONFIG).platform == "ensemble"
 
 
-def with_versions(path: Path, versions: list[str]) -> str:
+def _with_versions(path: Path, versions: list[str]) -> str:
     """A configuration that serves these versions, as the JSON that Triton takes in place of the
     file.
     """

@@ -1,5 +1,5 @@
-"""A tritonserver on a model repository: started, waited for, its log passed on, drained and gone at
-the end.
+"""A tritonserver on a model repository: start, wait until ready, pass on its log, drain, and stop
+at the end.
 """
 
 import os
@@ -26,33 +26,33 @@ from serve.server.triton import Tritonserver
 
 __all__ = ["RESTRICTED", "Options", "Server", "Tls"]
 
-NOISE = re.compile(
+_NOISE = re.compile(
     "CUDA driver version is insufficient|CUDA memory pool disabled|CudaDriverHelper has not been "
     "initialized|[Pp]inned (system )?memory|unable to create stream for|Failed to initialize "
     "NVML|DCGM|GPU metrics|Unable to get number of CUDA devices"
 )
 """What tritonserver says on every machine without a GPU."""
 
-DRAINED = "All models are stopped"
+_DRAINED = "All models are stopped"
 """Triton's log when every request that it accepted has been answered; what follows is unloading."""
 
-STARTS = 3
-CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
+_STARTS = 3
+_CRASHES = (-signal.SIGABRT, -signal.SIGSEGV, -signal.SIGBUS)
 """On a machine that is very busy, Triton 2.51's python backend now and then aborts while it starts
 its processes (boost's lock_exception; server#8882): another start is made then, as the supervisor
 does later.
 """
 
-UNLOAD_SECONDS = 5.0
+_UNLOAD_SECONDS = 5.0
 """For unloading, which never ends where a backend was killed."""
 
-MESSAGE = re.compile(
+_MESSAGE = re.compile(
     r"^((?P<level>[EWIF])\d{4} [\d:.]+|\d{4}-\d\d-\d\dT[\d:.]+Z (?P<iso>[EWIF])) +\d+ [\w.]+:\d+\] +"
     r'"?(?P<text>.*?)"? *$'
 )
 """A line of Triton's log in either of its formats: level and time, thread, place, message."""
 
-LAUNCH = """\
+_LAUNCH = """\
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: however the parent ends, tritonserver drains and ends
 os.getppid() == int(sys.argv[1]) or sys.exit(1)
@@ -69,10 +69,14 @@ class Server:
     """
 
     def __init__(
-        self, result: Tritonserver, repository: Path, options: Options, log: Callable[[str], None]
+        self,
+        tritonserver: Tritonserver,
+        repository: Path,
+        options: Options,
+        log: Callable[[str], None],
     ) -> None:
-        self.found, self.repository, self.options, self.log = (
-            result,
+        self.tritonserver, self.repository, self.options, self.log = (
+            tritonserver,
             repository.absolute(),
             options,
             log,
@@ -99,17 +103,15 @@ class Server:
 
     @property
     def grpc(self) -> str:
-        """Where gRPC is answered, as clients on this machine write it."""
+        """Where gRPC is answered, as an address for clients on this machine."""
         return self.address("grpc")
 
     @property
     def http(self) -> str:
-        """Where HTTP is answered."""
         return self.address("http")
 
     @property
     def metrics(self) -> str:
-        """Where Prometheus reads."""
         return self.address("metrics")
 
     def address(self, name: str) -> str:
@@ -125,14 +127,14 @@ class Server:
 
     @property
     def rest(self) -> Rest:
-        """The HTTP endpoints, restricted ones included."""
         return Rest(self.http, self.admin_key)
 
     @property
     def command(self) -> list[str]:
-        """tritonserver's command line."""
         listening = {name: (self.host_of(name), port) for name, port in self.ports.items()}
-        return command_line(self.found, self.repository, self.options, listening, self.admin_key)
+        return command_line(
+            self.tritonserver, self.repository, self.options, listening, self.admin_key
+        )
 
     def start(self) -> float:
         """Start and wait until every model answers; returns the seconds it took.
@@ -142,19 +144,17 @@ class Server:
         """
         self.check_ports()
         began = time.monotonic()
-        for left in reversed(range(STARTS)):
+        for left in reversed(range(_STARTS)):
             try:
                 self.start_once()
                 break
             except BaseException as error:
-                if isinstance(
-                    error, OSError
-                ):  # a connection that broke off: its process is about to end
+                if isinstance(error, OSError):  # the connection broke: the process is about to end
                     with suppress(subprocess.TimeoutExpired):
                         self.process.wait(2)
                 status = self.process.poll()
                 self.kill()
-                if status not in CRASHES or self.stopping or not left:
+                if status not in _CRASHES or self.stopping or not left:
                     raise
                 self.log(
                     f"tritonserver crashed while it started (signal {-status}): starting it again"
@@ -166,10 +166,10 @@ class Server:
     def start_once(self) -> None:
         """Launch tritonserver and wait until every model answers."""
         self._errors, self._complaints = [], []
-        launch = [sys.executable, "-I", "-S", "-c", LAUNCH, str(os.getpid()), *self.command]
+        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self.command]
         self.process = subprocess.Popen(
             launch,
-            env={**os.environ, **self.found.environment},
+            env={**os.environ, **self.tritonserver.environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -210,25 +210,25 @@ class Server:
             time.sleep(0.05)
 
     def pass_on(self, stream: TextIO) -> None:
-        """Pass the log on line by line, without the lines that mean nothing on this machine."""
+        """Pass the log on line by line, without GPU complaints on machines without one."""
         begun = False
         with stream:
             for line in map(str.rstrip, stream):
-                message = MESSAGE.match(line)
+                message = _MESSAGE.match(line)
                 begun = begun or message is not None
-                if not begun:  # before its log begins there can only be a complaint about flags, and pages of help
+                if not begun:  # before the log begins: an error about flags, then its help
                     self._complaints.append(line)
                     continue
-                if not self.options.gpu and NOISE.search(line):
+                if not self.options.gpu and _NOISE.search(line):
                     continue
-                if DRAINED in line:
+                if _DRAINED in line:
                     self._drained = time.monotonic()
                 if message and (message["level"] or message["iso"]) in "EF":
                     self._errors.append(message["text"])
                 self.log(line.replace(self.admin_key, "…"))
 
     def explain_end(self) -> Exception:
-        """Why tritonserver ended before it was ready, as it said itself."""
+        """The reason that tritonserver logged for ending before it was ready."""
         self._reader.join(5)
         if self._errors:
             return ServerError(f"tritonserver ended: {one_line(self._errors[0])}")
@@ -236,9 +236,10 @@ class Server:
             message = next(
                 (line for line in self._complaints if "option" in line), self._complaints[0]
             )
-            message = message.removeprefix(f"{self.found.executable}: ")
+            message = message.removeprefix(f"{self.tritonserver.executable}: ")
             return UserError(
-                f"tritonserver refuses what follows -- ({' '.join(self.options.extra)}): {message}"
+                f"tritonserver rejects the arguments after -- ({' '.join(self.options.extra)}): "
+                f"{message}"
             )
         status = self.process.returncode
         how = f"signal {-status}" if status < 0 else f"exit status {status}"
@@ -262,7 +263,7 @@ class Server:
         write_state(self.repository, state)
 
     def drain(self) -> None:
-        """Tell tritonserver to take no more and to end when what it has is answered. Safe in a
+        """Stop accepting requests, and end when the accepted ones are answered. Safe in a
         signal handler.
         """
         self.stopping = True
@@ -282,14 +283,14 @@ class Server:
         deadline = time.monotonic() + self.options.exit_seconds + 5
         while self.process.poll() is None and time.monotonic() < deadline:
             if self._drained:
-                deadline = min(deadline, self._drained + UNLOAD_SECONDS)
+                deadline = min(deadline, self._drained + _UNLOAD_SECONDS)
             time.sleep(0.05)
         self.kill()
         remove_state(self.repository)
         return not self._ready or bool(self._drained) or self.process.returncode == 0
 
     def kill(self) -> None:
-        """End whatever is left of tritonserver and its stub processes, at once."""
+        """Kill tritonserver and its stub processes."""
         if self.process is None:
             return
         with suppress(ProcessLookupError, PermissionError):

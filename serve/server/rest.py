@@ -18,7 +18,7 @@ ADMIN_HEADER = "admin-key"
 `triton-grpc-protocol-admin-key`.
 """
 
-ITEM_SIZES = {
+_ITEM_SIZES = {
     "BOOL": 1, "UINT8": 1, "INT8": 1, "UINT16": 2, "INT16": 2, "FP16": 2, "BF16": 2,
     "UINT32": 4, "INT32": 4, "FP32": 4, "UINT64": 8, "INT64": 8, "FP64": 8,
 }  # fmt: skip
@@ -47,7 +47,7 @@ class Tensor:
         count = math.prod(self.shape)
         if self.datatype == "BYTES":
             return (len(self.text).to_bytes(4, "little") + self.text) * count
-        return bytes(ITEM_SIZES[self.datatype] * count)
+        return bytes(_ITEM_SIZES[self.datatype] * count)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ class Rest:
     timeout: float = 10.0
 
     def ready(self) -> bool:
-        """Whether the server takes requests."""
         try:
             self.call("GET", "/v2/health/ready")
         except (OSError, Refused):
@@ -81,11 +80,11 @@ class Rest:
         return True
 
     def index(self) -> list[dict[str, Any]]:
-        """Name, version, state and reason of every version that was asked for; restricted."""
+        """Name, version, state and reason of every requested version; restricted."""
         return self.json("POST", "/v2/repository/index", b"{}")
 
     def load(self, model: str, config: str = "", timeout: float = 120.0) -> None:
-        """Load a model whose files have changed, beside the old one until it is ready; restricted.
+        """Load a model whose files have changed, next to the old one until it is ready; restricted.
 
         `config`: a configuration as JSON, in place of the model's file.
         """
@@ -124,7 +123,6 @@ class Rest:
         self.call("POST", path, b"".join([head, *parts]), headers, timeout)
 
     def json(self, method: str, path: str, body: bytes | None = None) -> Any:
-        """An answer that is JSON."""
         return json.loads(self.call(method, path, body))
 
     def call(
@@ -135,7 +133,6 @@ class Rest:
         headers: dict[str, str] | None = None,
         timeout: float | None = None,
     ) -> bytes:
-        """One request; the answer's body."""
         host, _, port = self.address.rpartition(":")
         connection = HTTPConnection(host.strip("[]"), int(port), timeout=timeout or self.timeout)
         key = {ADMIN_HEADER: self.key} if self.key else {}
@@ -150,11 +147,11 @@ class Rest:
         finally:
             connection.close()
         if answer.status >= 400:
-            raise Refused(answer.status, error_text(content))
+            raise Refused(answer.status, _error_text(content))
         return content
 
 
-def error_text(content: bytes) -> str:
+def _error_text(content: bytes) -> str:
     """The sentence in the body of an error."""
     try:
         return str(json.loads(content)["error"])

@@ -13,7 +13,7 @@ STATE = ".serve.json"
 
 
 class State(BaseModel):
-    """A running server. The file is readable by its owner alone: whoever has the key may load and
+    """A running server. The file is readable by its owner alone: the key allows to load and
     unload models.
     """
 
@@ -53,7 +53,7 @@ def read_state(repository: Path) -> State | None:
         return None
     except PermissionError as error:
         raise UserError(
-            f"{path} belongs to another user: ask as the one who started the server"
+            f"{path} belongs to another user: run this as the user who started the server"
         ) from error
     except ValidationError:
         return None  # not ours, or of a version before this

@@ -13,8 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-STUB = "triton_python_backend_stub"
-REGION = "triton_python_backend_shm_region_"
+_STUB = "triton_python_backend_stub"
+_REGION = "triton_python_backend_shm_region_"
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -33,15 +33,15 @@ def find_stubs(server_pid: int) -> list[Stub]:
     """Living stub processes of a tritonserver. One that was killed stays a zombie, which has no
     command line.
     """
-    return [stub for pid in children(server_pid) if (stub := read_stub(pid))]
+    return [stub for pid in _children(server_pid) if (stub := _read_stub(pid))]
 
 
-def read_stub(pid: int) -> Stub | None:
+def _read_stub(pid: int) -> Stub | None:
     """A process as a stub: `triton_python_backend_stub REPOSITORY/MODEL/VERSION/model.py REGION …`;
     None if it is none.
     """
     words = command_line(pid)
-    if len(words) < 3 or Path(words[0]).name != STUB or not words[2].startswith(REGION):
+    if len(words) < 3 or Path(words[0]).name != _STUB or not words[2].startswith(_REGION):
         return None
     folder = Path(words[1]).parent
     return Stub(pid, folder.parent.name, folder.name, words[2])
@@ -55,7 +55,7 @@ def command_line(pid: int) -> list[str]:
         return []
 
 
-def children(pid: int) -> Iterator[int]:
+def _children(pid: int) -> Iterator[int]:
     """Ids of the processes that a process has started."""
     try:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
@@ -77,26 +77,24 @@ def remove_regions(names: Iterable[str]) -> None:
 
 def remove_stale_regions() -> None:
     """Remove this user's regions that no process has open: left by servers that were killed."""
-    ours = {path.name for path in SHARED_MEMORY.glob(f"{REGION}*") if owned(path)}
+    ours = {path.name for path in SHARED_MEMORY.glob(f"{_REGION}*") if _owned(path)}
     for _ in range(2):
-        if not (ours := ours - used_regions()):
+        if not (ours := ours - _used_regions()):
             return
         time.sleep(0.1)  # a server that starts now may have made one and not opened it yet
     remove_regions(ours)
 
 
-def used_regions() -> set[str]:
-    """Regions that a process has open."""
+def _used_regions() -> set[str]:
     result: set[str] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             lines = (process / "maps").read_text(errors="replace").splitlines()
-            result |= {Path(line.split()[-1]).name for line in lines if REGION in line}
+            result |= {Path(line.split()[-1]).name for line in lines if _REGION in line}
     return result
 
 
-def owned(path: Path) -> bool:
-    """Whether a file is this user's."""
+def _owned(path: Path) -> bool:
     with suppress(OSError):
         return path.stat().st_uid == os.getuid()
     return False

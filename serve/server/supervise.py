@@ -26,20 +26,20 @@ from serve.server.process import Server
 from serve.server.rest import Refused, Tensor
 from serve.server.stubs import Stub, find_stubs, remove_regions
 
-LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 0.5
 """Between two looks at the processes."""
-SURVEY_SECONDS = 2.0
+_SURVEY_SECONDS = 2.0
 """Between two looks at what was answered; a model that answered nothing in between gets a canary.
 """
 CANARY_SHARE, CANARY_SECONDS = 0.05, 10.0
 """Canaries of a model take at most this share of the time, but there is one in so many seconds."""
-PATIENCE_SECONDS = 20.0
+_PATIENCE_SECONDS = 20.0
 """A model that gives no answer to anybody for so long (and for as long as many canaries take)
 hangs.
 """
-GRACE_SECONDS = 10.0
-"""What a replaced backend gets to finish what it has taken."""
-STEADY_SECONDS = 60.0
+_GRACE_SECONDS = 10.0
+"""Seconds a replaced backend has to finish its requests."""
+_STEADY_SECONDS = 60.0
 """A model that stayed up so long is replaced at once when it dies; one that did not waits twice as
 long each time.
 """
@@ -55,15 +55,15 @@ and so is alive.
 
 
 @dataclass
-class Backend:
-    """What is known of one version of a model."""
+class _Backend:
+    """State of one version of a model."""
 
     model: str
     version: str
     inputs: tuple[Tensor, ...]
     output: str
     instances: int
-    """Stub processes that it ought to have; 0 for other backends than python."""
+    """Expected stub processes; 0 for backends other than python."""
     answered: int = -1
     """Requests answered at the last look."""
     complete: bool = False
@@ -72,7 +72,7 @@ class Backend:
     """Looks in a row that missed some of them."""
     due: float = 0.0
     canary: Future | None = None
-    asked: int = 0
+    canary_baseline: int = 0
     """Requests answered when the canary was sent."""
     canary_seconds: float = 0.0
     strikes: int = 0
@@ -87,11 +87,11 @@ class Backend:
 
 
 class Supervisor:
-    """Looks after one server; `run` returns when it was told to stop."""
+    """Looks after one server; `run` returns when it is stopped."""
 
     def __init__(self, server: Server, log: Callable[[str], None]) -> None:
         self.server, self.log = server, log
-        self.backends: dict[tuple[str, str], Backend] = {}
+        self.backends: dict[tuple[str, str], _Backend] = {}
         self.counting = threading.Lock()
         self.pool = ThreadPoolExecutor(8, "canary")
         self.seen: set[Stub] = set()
@@ -101,7 +101,7 @@ class Supervisor:
         self.survey_due = 0.0
 
     def run(self) -> None:
-        """Look until the server is told to stop; raises ServerError if tritonserver cannot be kept
+        """Look until the server is stopped; raises ServerError if tritonserver cannot be kept
         up.
         """
         try:
@@ -109,21 +109,20 @@ class Supervisor:
                 if self.server.process.poll() is not None:
                     self.revive()
                 else:
-                    # a server that stops or dies in the middle of a look is the next look's matter
+                    # a server that stops or dies during a look is handled in the next look
                     with suppress(OSError, Refused):
                         self.look(time.monotonic())
-                time.sleep(LOOK_SECONDS)
+                time.sleep(_LOOK_SECONDS)
         finally:
             self.pool.shutdown(wait=False, cancel_futures=True)
 
     def look(self, now: float) -> None:
-        """One look at everything that is due."""
         stubs = find_stubs(self.server.process.pid)
         self.seen.update(stubs)
         self.server.regions.update(stub.region for stub in stubs)
         if now >= self.survey_due:
             self.survey(now)
-            self.survey_due = now + SURVEY_SECONDS
+            self.survey_due = now + _SURVEY_SECONDS
         for backend in self.backends.values():
             self.count(backend, stubs)
             if backend.canary is not None and backend.canary.done():
@@ -135,13 +134,13 @@ class Supervisor:
         list(self.pool.map(lambda backend: self.replace(backend, stubs), dead))
 
     def survey(self, now: float) -> None:
-        """Learn which models there are and what they answered; send canaries to those that answered
+        """List the models and what they answered; send canaries to those that answered
         nothing.
         """
         result = {}
         for entry in self.server.rest.statistics():
             key = entry["name"], entry["version"]
-            if key[0].startswith(STAGED):  # a rollout tries it, and deals with what it finds
+            if key[0].startswith(STAGED):  # a rollout tries it and handles its failures
                 continue
             backend = result[key] = self.backends.get(key) or describe(
                 self.server.rest.config(*key), *key
@@ -149,10 +148,13 @@ class Supervisor:
             answered = int(entry["inference_stats"]["success"]["count"])
             progress, backend.answered = answered != backend.answered, answered
             if backend.output and not progress and backend.canary is None and now >= backend.due:
-                backend.canary, backend.asked = self.pool.submit(self.ask, backend), answered
+                backend.canary, backend.canary_baseline = (
+                    self.pool.submit(self.ask, backend),
+                    answered,
+                )
         self.backends = result
 
-    def count(self, backend: Backend, stubs: list[Stub]) -> None:
+    def count(self, backend: _Backend, stubs: list[Stub]) -> None:
         """Give a backend a reason to be replaced if processes of it are missing."""
         alive = sum(
             (s.model, s.version) == (backend.model, backend.version) and s.pid not in backend.old
@@ -166,12 +168,12 @@ class Supervisor:
                 f"{backend.instances - alive} of {backend.instances} backend processes died"
             )
 
-    def ask(self, backend: Backend) -> tuple[str, float]:
+    def ask(self, backend: _Backend) -> tuple[str, float]:
         """Send a canary; returns what is wrong ("" for nothing) and the seconds it took. Any
         sensible answer will do.
         """
         began, wrong = time.monotonic(), ""
-        patience = max(PATIENCE_SECONDS, 100 * backend.canary_seconds)
+        patience = max(_PATIENCE_SECONDS, 100 * backend.canary_seconds)
         try:
             self.server.rest.infer(
                 backend.model, backend.version, backend.inputs, backend.output, patience
@@ -184,11 +186,11 @@ class Supervisor:
         except TimeoutError:
             wrong = f"no answer for {patience:.0f} s"
         except OSError:
-            pass  # the server is gone, which its process will show
+            pass  # the server is gone, which the next look at its process shows
         return wrong, time.monotonic() - began
 
-    def judge(self, backend: Backend, now: float) -> None:
-        """Draw the conclusion of a canary that came back."""
+    def judge(self, backend: _Backend, now: float) -> None:
+        """Evaluate a finished canary."""
         wrong, seconds = backend.canary.result()
         backend.canary = None
         if not wrong:
@@ -197,15 +199,15 @@ class Supervisor:
             return
         backend.strikes += 1
         certain = "is not healthy" in wrong or (
-            wrong.startswith("no answer") and backend.answered == backend.asked
+            wrong.startswith("no answer") and backend.answered == backend.canary_baseline
         )
         if (certain or backend.strikes > 1) and self.server.rest.model_ready(
             backend.model, backend.version
         ):
             backend.reason = wrong
 
-    def replace(self, backend: Backend, stubs: list[Stub]) -> None:
-        """Load a model anew beside what is left of it; the old processes are ended when they had
+    def replace(self, backend: _Backend, stubs: list[Stub]) -> None:
+        """Load a model again next to what is left of it; the old processes are ended when they had
         time to finish.
         """
         model, began = backend.model, time.monotonic()
@@ -218,8 +220,8 @@ class Supervisor:
         if backend.reason.startswith("no answer"):
             end(
                 [stub for stub in mine if stub in stubs]
-            )  # they hang, and whoever waits for them would for ever
-        backend.quick = backend.quick + 1 if began - backend.replaced < STEADY_SECONDS else 0
+            )  # they hang, and their clients would wait for ever
+        backend.quick = backend.quick + 1 if began - backend.replaced < _STEADY_SECONDS else 0
         backend.retry = began + min(60, 2**backend.quick if backend.quick > 1 else 0)
         try:
             # Triton loads what has changed
@@ -234,7 +236,7 @@ class Supervisor:
         if wrong:
             backend.quick, backend.retry = backend.quick + 1, now + min(60, 2**backend.quick)
             self.log(
-                f"supervisor: {model} is not back: {wrong} (trying again in "
+                f"supervisor: {model} did not recover: {wrong} (next attempt in "
                 f"{backend.retry - now:.0f} s)"
             )
             return
@@ -243,7 +245,7 @@ class Supervisor:
             self.server.save()
         self.log(f"supervisor: {model} is back after {now - began:.1f} s (restart {count})")
         backend.old |= {stub.pid for stub in mine}
-        self.dismissed |= {stub: now + GRACE_SECONDS for stub in mine}
+        self.dismissed |= {stub: now + _GRACE_SECONDS for stub in mine}
         backend.replaced, backend.reason, backend.canary = now, "", None
         backend.complete, backend.short, backend.strikes = False, 0, 0
 
@@ -304,18 +306,17 @@ class Supervisor:
 
 
 def end(stubs: list[Stub]) -> None:
-    """Kill stub processes."""
     for stub in stubs:
         with suppress(ProcessLookupError):
             os.kill(stub.pid, signal.SIGKILL)
 
 
-def describe(config: dict[str, Any], model: str, version: str) -> Backend:
+def describe(config: dict[str, Any], model: str, version: str) -> _Backend:
     """What a model's configuration says of how to watch it. An ensemble has no backend; its steps
     are watched.
     """
     if config.get("platform") == "ensemble":
-        return Backend(model, version, (), "", 0)
+        return _Backend(model, version, (), "", 0)
     warm_up = {
         name: data["dims"]
         for sample in config.get("model_warmup", ())
@@ -337,4 +338,4 @@ def describe(config: dict[str, Any], model: str, version: str) -> Backend:
         if stubs
         else 0
     )
-    return Backend(model, version, tuple(inputs), config["output"][0]["name"], instances)
+    return _Backend(model, version, tuple(inputs), config["output"][0]["name"], instances)

@@ -14,7 +14,7 @@ from contract.errors import UserError
 IMAGE_PATH = Path("/opt/tritonserver/bin/tritonserver")
 """Where NVIDIA's container image has it."""
 
-INSTALL = (
+_INSTALL = (
     "pip install 'vfm-distill[serve]' for the embedded one (Linux, Python 3.11 or 3.12), or work "
     "in NVIDIA's image nvcr.io/nvidia/tritonserver"
 )
@@ -31,31 +31,31 @@ class Tritonserver:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def find_tritonserver(given: Path | None, workspace: Path) -> Tritonserver:
+def find_tritonserver(path: Path | None, workspace: Path) -> Tritonserver:
     """The server named, else NVIDIA's image's, else one on PATH, else the wheel's (prepared in
     `workspace`).
 
     Raises UserError if there is none, naming what to install.
     """
-    if given is not None:
-        if not os.access(given, os.X_OK) or given.is_dir():
-            raise UserError(f"--tritonserver {given}: no executable file there")
-        return native(given)
+    if path is not None:
+        if not os.access(path, os.X_OK) or path.is_dir():
+            raise UserError(f"--tritonserver {path}: not an executable file")
+        return _native(path)
     if os.access(IMAGE_PATH, os.X_OK):
-        return native(IMAGE_PATH)
+        return _native(IMAGE_PATH)
     on_path = shutil.which("tritonserver")
     if on_path:
-        return native(Path(on_path))
+        return _native(Path(on_path))
     spec = importlib.util.find_spec("pytriton")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
-            f"no tritonserver found: not {IMAGE_PATH}, not on PATH, no nvidia-pytriton ({INSTALL})"
+            f"no tritonserver found: not {IMAGE_PATH}, not on PATH, no nvidia-pytriton ({_INSTALL})"
         )
     return embedded(Path(spec.submodule_search_locations[0]), workspace)
 
 
-def native(executable: Path) -> Tritonserver:
-    """A server with its backends beside it, as NVIDIA lays them out."""
+def _native(executable: Path) -> Tritonserver:
+    """A server with the backends folder of NVIDIA's layout."""
     root = executable.resolve().parent.parent
     backends, caches = root / "backends", root / "caches"
     return Tritonserver(
@@ -68,12 +68,12 @@ def native(executable: Path) -> Tritonserver:
 
 def embedded(package: Path, workspace: Path) -> Tritonserver:
     """The wheel's server: its python backend and the stub of this Python, joined in `workspace`."""
-    check_numpy()
+    _check_numpy()
     root, version = package / "tritonserver", f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = root / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
         raise UserError(
-            f"the embedded tritonserver has no python backend for Python {version} ({INSTALL})"
+            f"the embedded tritonserver has no python backend for Python {version} ({_INSTALL})"
         )
     backend = workspace / "backends" / "python"
     backend.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def embedded(package: Path, workspace: Path) -> Tritonserver:
     return Tritonserver(executable, True, workspace / "backends", root / "caches", environment)
 
 
-def check_numpy() -> None:
+def _check_numpy() -> None:
     """The wheel's python backend crashes on strings under numpy 2; raises UserError there."""
     import numpy
 

@@ -235,7 +235,7 @@ def test_a_model_of_many_sizes_says_which_it_takes():
 def test_parts_of_two_versions_are_not_joined():
     one, other = np.array([b"cat"], np.object_), np.array([b"dog"], np.object_)
     for first, second in ((one, other), (np.zeros((2, 3)), np.zeros((2, 4)))):
-        with pytest.raises(WrongAnswer, match="ask again"):
+        with pytest.raises(WrongAnswer, match="send the request again"):
             join([({"a": first}, {}), ({"a": second}, {})], (8, 8), "id")
     lost = ({}, {"a": ServerFailed("broke")})
     answer = join(

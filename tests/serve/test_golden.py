@@ -139,7 +139,7 @@ def test_a_bundle_from_before_golden_sets_is_told_to_be_exported_again(copy):
     del manifest["files"][GOLDEN]
     manifest["seal"] = hashlib.sha256(to_json(manifest | {"seal": ""})).hexdigest()
     (copy / "manifest.json").write_bytes(to_json(manifest, indent=1))
-    with pytest.raises(UserError, match=f"lists no {GOLDEN}.*export again"):
+    with pytest.raises(UserError, match=f"does not list {GOLDEN}.*export again"):
         read_golden(read_bundle(copy).file(GOLDEN))
 
 

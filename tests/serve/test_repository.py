@@ -315,4 +315,4 @@ class TestLint:
         said = "\n".join(lint(configs))
         assert "step 'interaction' reads 'features'" in said
         assert "features: its steps are of versions [1, 7]" in said
-        assert "step 'depth_map' is no model of this repository" in said
+        assert "step 'depth_map' is not a model of this repository" in said

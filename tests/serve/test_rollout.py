@@ -221,7 +221,7 @@ def test_what_is_not_fit_to_serve_is_refused_and_the_old_version_goes_on(
 @pytest.mark.slow
 def test_mistakes_are_one_line(running, tmp_path, capsys):
     assert main([str(tmp_path), "--back"]) == 2
-    assert "is no repository of serve.run" in capsys.readouterr().err
+    assert "is not a repository of serve.run" in capsys.readouterr().err
     assert main([str(running.repository), "--back"]) == 2
     assert "has no version before 1" in capsys.readouterr().err
     running.stop()

@@ -266,7 +266,8 @@ class TestStarting:
             main(["--repository", str(repository), *map(str, ANY_PORTS), "--", "--nonsense=3"]) == 2
         )
         assert (
-            "refuses what follows -- (--nonsense=3): unrecognized option" in capsys.readouterr().err
+            "rejects the arguments after -- (--nonsense=3): unrecognized option"
+            in capsys.readouterr().err
         )
 
     def test_a_request_is_traced_through_its_models_under_its_id(self, repository):
@@ -403,13 +404,13 @@ class TestMistakes:
                 ["--backend", "onnxruntime"],
                 "--backend onnxruntime: .* has no such backend \\(it has python\\)",
             ),
-            (["--grpc-port", "9", "--http-port", "9"], "--http-port 9 is --grpc-port too"),
+            (["--grpc-port", "9", "--http-port", "9"], "--http-port 9 is also --grpc-port"),
             (["--grpc-port", "70000"], "--grpc-port 70000: ports are 0 to 65535"),
             (["--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine"),
-            (["--tritonserver", "/nowhere"], "--tritonserver /nowhere: no executable file there"),
+            (["--tritonserver", "/nowhere"], "--tritonserver /nowhere: not an executable file"),
             (["--ssl-certificate", "/nowhere"], "--ssl-certificate /nowhere: no such file"),
             (["--ssl-key", __file__], "--ssl-certificate is missing"),
-            (["--open", "everything"], "--open everything: known are model-repository"),
+            (["--open", "everything"], "--open everything: choose from model-repository"),
             (["--exit-timeout", "0"], "--exit-timeout 0: give more than 0"),
             (["--", "--http-port=9"], "serve.run sets --http-port itself"),
             (["--instances", "0"], "--instances 0: give 1 or more"),

@@ -296,7 +296,7 @@ BAD = {
     "labels in two axes": ({"labels": [[b"cat", b"dog"]]}, "unexpected shape for input 'labels'"),
     "too large a batch": (
         {"image": np.zeros((4, 64, 64, 3), np.uint8)},
-        "4 pictures in a request: 1 to 3 are taken",
+        "4 pictures in a request: 1 to 3 are accepted",
     ),
     "no picture": (
         {"image": np.zeros((0, 64, 64, 3), np.uint8)},
@@ -359,7 +359,7 @@ def test_classifier_rows_give_the_classifiers_own_probabilities_and_a_choice_of_
     for labels, says in (
         (
             [b"missile", b"dog"],
-            r"label 'dog' is none of the bundle's 3 classes \(tabby cat, espresso, missile\)",
+            r"label 'dog' is not among the bundle's 3 classes \(tabby cat, espresso, missile\)",
         ),
         ([], "an empty list"),
     ):

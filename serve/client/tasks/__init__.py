@@ -1,5 +1,5 @@
-"""What features are for: maps (segmentation, depth) and zero-shot classification, by a head in the
-server or one here.
+"""Tasks on features: maps (segmentation, depth) and zero-shot classification, by a head on the
+server or on the client.
 
 Every task is a function of a client and pictures. Given an AsyncFeatureClient it returns something
 to await.
@@ -14,6 +14,6 @@ Side = Literal["server", "client"]
 
 
 def check_side(side: str) -> None:
-    """Raise BadRequest for a side there is not."""
+    """Raise BadRequest for an unknown side."""
     if side not in ("server", "client"):
         raise BadRequest(f"side='{side}': choose 'server' or 'client'")

@@ -71,20 +71,21 @@ def steps(
         )
     classes: tuple[str, ...] = ()
     if task.map.kind == "classes":
-        # a server of another make may not say its classes
+        # another make of server may not list its classes
         numbered = (f"class {number}" for number in range(values.max() + 1))
         classes = tuple(facts.get("classes") or numbered)
         if values.max() >= len(classes):
             raise WrongAnswer(
-                f"class {values.max()} of {len(classes)} that the server names: ask again",
+                f"class {values.max()} of {len(classes)} that the server names: send the request "
+                "again",
                 answer.request_id,
             )
     return TaskMap(task, values, classes, facts.get("unit") or task.map.unit)
 
 
 def _task_facts(calls: Calls, task: Task) -> Steps[dict[str, Any]]:
-    """What the server says of a task's answers (classes, unit); asked for each time, since a
-    version may have replaced another.
+    """Classes and unit of a task's answers; requested each time, since a rollout may have changed
+    them.
 
     Raises NotServed if the front door has no such task.
     """

@@ -64,7 +64,7 @@ def _steps(
     if side == "server":
         if embeddings is not None:
             raise BadRequest(
-                "embeddings are compared with here: choose side='client', or leave them out"
+                "embeddings are used on the client: choose side='client', or leave them out"
             )
         result = yield from _on_server(calls, images, labels, options)
     else:
@@ -89,14 +89,13 @@ def _check_labels(labels: Sequence[str] | None) -> list[str] | None:
         raise BadRequest("labels: give at least one, none of them empty")
     twice = [label for label in result if result.count(label) > 1]
     if twice:
-        raise BadRequest(f"label '{twice[0]}' is there twice")
+        raise BadRequest(f"label '{twice[0]}' is given twice")
     return result
 
 
 def _on_server(
     calls: Calls, images: Images, labels: list[str] | None, options: RequestOptions
 ) -> Steps[ZeroShot]:
-    """Ask the model `zero_shot`."""
     extra = {}
     if labels is not None:
         extra["labels"] = np.array([label.encode() for label in labels], dtype=np.object_)
@@ -116,7 +115,7 @@ def _on_server(
         labels is not None and list(classes) != labels
     ):
         raise WrongAnswer(
-            "'zero_shot' answered for other classes than it was asked for", answer.request_id
+            "'zero_shot' answered for other classes than those requested", answer.request_id
         )
     return ZeroShot(answer["probabilities"], classes)
 
@@ -155,7 +154,7 @@ def _choose(
         if label not in file.classes:
             raise BadRequest(
                 f"label '{label}' is not among the {len(file.classes)} classes of "
-                f"{path}{nearest(label, file.classes)} (new labels want the server's text "
+                f"{path}{nearest(label, file.classes)} (new labels need the server's text "
                 "encoder: side='server')"
             )
     rows = [file.classes.index(label) for label in labels]
@@ -188,6 +187,6 @@ def _token_of(calls: Calls, file: ClassEmbeddings, path: Path | str) -> Steps[st
     whose = f"teacher '{file.teacher}'" if file.teacher else "a CLIP teacher"
     raise BadRequest(
         f"{path} holds {file.width}-d vectors of {whose}, and the server has "
-        f"{'several outputs' if fitting else 'no output'} that would be theirs (it has "
+        f"{'several outputs' if fitting else 'no output'} for them (it has "
         f"{', '.join(name for name in served.outputs if name.endswith('_token'))})"
     )

@@ -4,4 +4,4 @@ from graph_model import ImageGraph
 
 
 class TritonPythonModel(ImageGraph):
-    """See graph_model.py, which lies beside this file in a rendered repository."""
+    """See graph_model.py, copied next to this file in a rendered repository."""

@@ -12,11 +12,10 @@ from images import Limits, UnreadableImage, read_pixels
 
 class TritonPythonModel:
     """The first step of `features_encoded`. images.py is contract/images.py; it and graph_model.py
-    lie beside this file.
+    are copied next to this file.
     """
 
     def initialize(self, args: dict) -> None:
-        """Read sizes and limits from config.pbtxt."""
         settings = {
             key: int(value["string_value"])
             for key, value in json.loads(args["model_config"])["parameters"].items()

@@ -1,6 +1,7 @@
 """A task head's output in, a map of the picture's size out, made by a function of dense.py.
 
-dense.py is contract/dense.py; it and graph_model.py lie beside this file in a rendered repository.
+dense.py is contract/dense.py; it and graph_model.py are copied next to this file in a rendered
+repository.
 """
 
 import json
@@ -12,8 +13,6 @@ from graph_model import Refused, answer_each, is_finite, wrong_size
 
 
 class TritonPythonModel:
-    """The last step of a task's ensemble."""
-
     def initialize(self, args: dict) -> None:
         """Read names, the function and the sizes of pictures that are served from config.pbtxt."""
         config = json.loads(args["model_config"])

@@ -12,13 +12,13 @@ import triton_python_backend_utils as pb_utils
 from clip_text import BadLabel, ClipTokenizer, embed
 from graph_model import failed, first_line, open_graph
 
-KEPT = 4096
-"""Labels whose embeddings are kept: clients ask for the same few with every picture."""
+_KEPT = 4096
+"""Labels whose embeddings are kept: clients send the same few with every picture."""
 
 
 class TritonPythonModel:
-    """Called by clients and by `zero_shot`. clip_text.py and graph_model.py lie beside this file in
-    a repository.
+    """Called by clients and by `zero_shot`. clip_text.py and graph_model.py are copied next to this
+    file in a repository.
     """
 
     def initialize(self, args: dict) -> None:
@@ -62,12 +62,12 @@ class TritonPythonModel:
 
     def answer(self, request):
         """float32 [n, d] of one request's labels, or why there are none."""
-        given = pb_utils.get_input_tensor_by_name(request, "labels").as_numpy().reshape(-1)
+        raw = pb_utils.get_input_tensor_by_name(request, "labels").as_numpy().reshape(-1)
         try:
-            result = self.look_up(self.read(given))
+            result = self.look_up(self.read(raw))
         except BadLabel as error:
-            # a model that calls this one is told the sentence alone, so it asks for a mark by which
-            # to know a refusal
+            # a calling model gets only the message, not the code, so it requests a mark that
+            # identifies a refusal
             mark = json.loads(request.parameters() or "{}").get("refusal_mark", "")
             return failed(f"{mark}{error}", pb_utils.TritonError.INVALID_ARG)
         except Exception as error:  # whatever the graph failed with, the next request may do better
@@ -78,21 +78,22 @@ class TritonPythonModel:
             return failed("the text tower gives NaN or infinity", pb_utils.TritonError.INTERNAL)
         return pb_utils.InferenceResponse([pb_utils.Tensor("embeddings", result)])
 
-    def read(self, given: np.ndarray) -> list[str]:
-        """Labels as text; raises BadLabel for too many, too long, empty ones, and bytes that are no
-        UTF-8.
+    def read(self, raw: np.ndarray) -> list[str]:
+        """Labels as text; raises BadLabel for too many, too long, empty ones, and bytes that are
+        not UTF-8.
         """
-        if not len(given):
+        if not len(raw):
             raise BadLabel("no labels: give at least one")
-        if len(given) > self.max_labels:
+        if len(raw) > self.max_labels:
             raise BadLabel(
-                f"{len(given)} labels, at most {self.max_labels} are taken: ask in several requests"
+                f"{len(raw)} labels, at most {self.max_labels} are accepted: split them over "
+                "several requests"
             )
         labels = []
-        for number, data in enumerate(given):
+        for number, data in enumerate(raw):
             if len(data) > self.max_bytes:
                 raise BadLabel(
-                    f"label {number} has {len(data)} bytes, at most {self.max_bytes} are taken"
+                    f"label {number} has {len(data)} bytes, at most {self.max_bytes} are accepted"
                 )
             try:
                 label = bytes(data).decode("utf-8").strip()
@@ -114,6 +115,6 @@ class TritonPythonModel:
         for label in labels:
             self.known.move_to_end(label)
         result = np.stack([self.known[label] for label in labels])
-        while len(self.known) > KEPT:
+        while len(self.known) > _KEPT:
             self.known.popitem(last=False)
         return result

@@ -1,4 +1,4 @@
-"""Pictures (and labels) in, a probability for each class out: asks `features` and `text_encoder`,
+"""Pictures (and labels) in, a probability for each class out: calls `features` and `text_encoder`,
 compares their vectors.
 """
 
@@ -13,13 +13,12 @@ import triton_python_backend_utils as pb_utils
 from class_scores import ClassVectors, probabilities
 from graph_model import failed, first_line, wrong_size
 
-LATEST = -1
-MARK = "refused: "
-"""Before the sentences of `text_encoder`'s refusals: Triton gives a model that calls another its
-words, not its code.
+_LATEST = -1
+_MARK = "refused: "
+"""Prefix of `text_encoder`'s refusals: Triton passes a calling model the message, not the code.
 """
 BUSY = ("Exceeds maximum queue size", "Server is stopping", "no available versions", "Stub process")
-"""What Triton says when asking again may help."""
+"""Triton's messages where a retry may help."""
 
 
 class Refused(Exception):
@@ -68,9 +67,9 @@ class TritonPythonModel:
             Exception
         ) as error:  # left to Triton, it would be a traceback for every client of the batch
             return failed(f"the model failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)
-        wanted = request.requested_output_names()
+        names = request.requested_output_names()
         return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, answers[name]) for name in answers if name in wanted]
+            [pb_utils.Tensor(name, answers[name]) for name in answers if name in names]
         )
 
     async def compare(self, request) -> dict[str, np.ndarray]:
@@ -79,27 +78,27 @@ class TritonPythonModel:
         labels = pb_utils.get_input_tensor_by_name(request, "labels")
         if image is None:  # Triton itself only counts the inputs of a model that has optional ones
             raise Refused("input 'image' is missing", pb_utils.TritonError.INVALID_ARG)
-        given = None if labels is None else labels.as_numpy().reshape(-1)
+        requested_labels = None if labels is None else labels.as_numpy().reshape(-1)
         vectors, classes = self.vectors, self.classes
         self.check(image.shape())
-        if given is not None and not self.about["encoder"]:
-            vectors, classes = self.choose(given), given
-        requested = [self.ask("features", LATEST, image, self.about["output"], request)]
-        if given is not None and self.about["encoder"]:
-            requested.append(self.ask("text_encoder", self.version, labels, "embeddings", request))
-        tokens, *embeddings = await asyncio.gather(*requested)
+        if requested_labels is not None and not self.about["encoder"]:
+            vectors, classes = self.choose(requested_labels), requested_labels
+        calls = [self.call("features", _LATEST, image, self.about["output"], request)]
+        if requested_labels is not None and self.about["encoder"]:
+            calls.append(self.call("text_encoder", self.version, labels, "embeddings", request))
+        tokens, *embeddings = await asyncio.gather(*calls)
         if embeddings:
-            vectors, classes = ClassVectors(embeddings[0], self.about["scale"]), given
+            vectors, classes = ClassVectors(embeddings[0], self.about["scale"]), requested_labels
         return {"probabilities": probabilities(tokens, vectors), "classes": classes}
 
     def check(self, shape: tuple[int, ...]) -> None:
-        """Refuse pictures [B, H, W, 3] that `features` would refuse, while the code can still be
-        told.
+        """Refuse pictures [B, H, W, 3] that `features` would refuse, while the error code can still
+        be set.
         """
         most = self.about["max_batch"]
         message = wrong_size(shape, self.about)
         if not 1 <= shape[0] <= most:
-            message = f"{shape[0]} pictures in a request: 1 to {most} are taken"
+            message = f"{shape[0]} pictures in a request: 1 to {most} are accepted"
         if message:
             raise Refused(message, pb_utils.TritonError.INVALID_ARG)
 
@@ -115,7 +114,7 @@ class TritonPythonModel:
                 ", …" if len(self.classes) > 20 else ""
             )
             raise Refused(
-                f"{what} is none of the bundle's {len(self.classes)} classes ({known}), and "
+                f"{what} is not among the bundle's {len(self.classes)} classes ({known}), and "
                 f"{self.about['encoder_missing']}: give some of these, or leave labels out to be "
                 "answered for all of them",
                 pb_utils.TritonError.INVALID_ARG,
@@ -127,24 +126,24 @@ class TritonPythonModel:
         }
         return self.vectors._replace(**chosen)
 
-    async def ask(self, model: str, version: int, tensor, output: str, request) -> np.ndarray:
-        """One output of another model; raises Refused with that model's words and its code as far
-        as they tell it.
+    async def call(self, model: str, version: int, tensor, output: str, request) -> np.ndarray:
+        """One output of another model; raises Refused with that model's message and, where it
+        shows, its code.
 
-        `features` is asked in whatever version serves: the vectors of every student are in its
+        `features` is called in the version that serves: the vectors of every student are in its
         teacher's space.
         """
-        call = pb_utils.InferenceRequest(
+        inference = pb_utils.InferenceRequest(
             model_name=model,
             model_version=version,
             inputs=[tensor],
             requested_output_names=[output],
             request_id=request.request_id(),
-            parameters={"refusal_mark": MARK},
+            parameters={"refusal_mark": _MARK},
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         try:
-            response = await call.async_exec()
+            response = await inference.async_exec()
         except pb_utils.TritonModelException as error:  # refused before the model saw it
             raise refusal(str(error)) from error
         if response.has_error():
@@ -154,8 +153,8 @@ class TritonPythonModel:
 
 def refusal(message: str) -> Refused:
     """The code that belongs to the words of another model."""
-    if message.startswith(MARK):
-        return Refused(message.removeprefix(MARK), pb_utils.TritonError.INVALID_ARG)
+    if message.startswith(_MARK):
+        return Refused(message.removeprefix(_MARK), pb_utils.TritonError.INVALID_ARG)
     busy = any(words in message for words in BUSY)
     return Refused(
         message, pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INTERNAL
