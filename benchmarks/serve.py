@@ -305,16 +305,9 @@ def peer(
             sys.executable,
             Path(__file__).parent / "litserve_peer.py",
             args.bundle,
-            "--port",
-            str(port),
-            "--runtime",
-            settings.runtime,
-            "--workers",
-            str(settings.instances),
-            "--threads",
-            str(settings.threads),
-            "--max-batch",
-            str(most),
+            *("--port", str(port), "--runtime", settings.runtime),
+            *("--workers", str(settings.instances), "--threads", str(settings.threads)),
+            *("--max-batch", str(most)),
         ]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
         process = subprocess.Popen(

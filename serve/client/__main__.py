@@ -51,8 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults, maps = ClientOptions(), ", ".join(task.name for task in map_tasks())
     result = CommandLine(
         prog="python -m serve.client",
-        description=f"Request features, {maps} or zero-shot classes of pictures from a running "
-        "server.",
+        description=f"Request features, {maps} or zero-shot classes of pictures.",
         epilog=EPILOG,
     )
     result.add_argument(

@@ -31,6 +31,7 @@ Exit status: 0 success, 2 usage error.
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandLine(
         prog="python -m serve.repository",
+        usage="python -m serve.repository BUNDLE --output DIR [options]",
         description="Render a Triton model repository from a bundle of export.run.",
         epilog=EPILOG,
     )
