@@ -182,8 +182,7 @@ class UMT(Method):
         variants = {}
         for mode in get_args(CrossMode):
             umt = recipe.umt.model_copy(update={"cross_space": mode})
-            chosen = " (this recipe)" if mode == recipe.umt.cross_mode else ""
-            variants[f"umt.cross_space={mode}{chosen}"] = recipe.model_copy(update={"umt": umt})
+            variants[f"umt.cross_space={mode}"] = recipe.model_copy(update={"umt": umt})
         return "interaction", variants
 
 

@@ -53,3 +53,12 @@ def test_arguments_of_a_network_are_part_of_its_fingerprint():
     config = parse_model("resnet10t@random").model_copy(update={"kwargs": {"output_stride": 16}})
     wide = teacher_encoder(config, size=64)
     assert plain.weights_sha256 == wide.weights_sha256 and plain.fingerprint() != wide.fingerprint()
+
+
+def test_a_task_on_image_level_vectors_names_a_network_without(tiny_vit):
+    config = tiny_vit.teacher.config.model_copy(update={"summary": False})
+    encoder = teacher_encoder(config, size=64, name="map-only")
+    assert encoder.dims.summary is None
+    assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).summary is None
+    with pytest.raises(UserError, match="map-only: .* no image-level vector, which knn needs"):
+        encoder.need_summary("knn")

@@ -27,6 +27,7 @@ class Counting(torch.nn.Module):
         super().__init__()
         self.inner, self.seen = encoder, 0
         self.name, self.read_out, self.device = encoder.name, encoder.read_out, encoder.device
+        self.dims = encoder.dims
 
     def forward(self, images):
         self.seen += len(images)
@@ -34,6 +35,9 @@ class Counting(torch.nn.Module):
 
     def fingerprint(self):
         return self.inner.fingerprint()
+
+    def need_summary(self, what):
+        self.inner.need_summary(what)
 
 
 def test_features_are_those_of_the_encoder(tiny_vit, views, tmp_path):

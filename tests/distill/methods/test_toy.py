@@ -18,6 +18,9 @@ from distill.runs import load_run
 from distill.teachers import build_teacher
 from distill.training.checkpoint import load_checkpoint
 from distill.training.plan import print_plan
+from export.run import main as export
+from serve.bundle import read_bundle
+from serve.repository.__main__ import main as repository
 from tests.conftest import environment, metrics_of, run_here, small_recipe
 from tests.distill.methods.toy import Toy
 
@@ -66,6 +69,7 @@ def test_the_momentum_network_is_a_student_of_its_own(toy_run):
     assert all(torch.equal(weights[name], tensor) for name, tensor in momentum.items())
 
 
+@pytest.mark.slow
 def test_a_toy_run_killed_while_its_layer_is_frozen_and_later_resumes_bit_identically(
     toy_run, tmp_path, photo_folder
 ):
@@ -146,3 +150,20 @@ def test_methods_can_be_chosen_over_any_recipe():
     assert load_recipe("umt_vit_base", ["method=toy"]).toy.hidden == 16
     with pytest.raises(UserError, match="method = \"umx\" is not known: did you mean 'umt'"):
         load_recipe("quickstart", ["method=umx"])
+
+
+@pytest.mark.slow
+def test_a_toy_run_is_exported_with_parity_and_rendered(toy_run, tmp_path):
+    done = run_here(toy_run, "--output", tmp_path / "bundle", "--max-batch", 2, command=export)
+    assert done.returncode == 0, done.stderr
+    bundle = read_bundle(tmp_path / "bundle")
+    names = {tensor.name for tensor in bundle.outputs}
+    heads = {"cls_token", "cls_patches", "mae_patches"}
+    assert names == {"backbone_global", "backbone_patches", *heads}
+    assert all(row.passed for row in bundle.manifest.parity)
+    token_dims = {teacher.label: teacher.token_dim for teacher in bundle.manifest.teachers}
+    assert token_dims["mae"] is None and token_dims["cls"] > 0
+    words = (tmp_path / "bundle", "--output", tmp_path / "repository")
+    assert run_here(*words, command=repository).returncode == 0
+    assert (tmp_path / "repository" / "features" / "config.pbtxt").is_file()
+    assert (tmp_path / "repository" / "head_mae").is_dir()

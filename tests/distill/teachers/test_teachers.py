@@ -5,6 +5,7 @@ import torch
 
 from contract.errors import UserError
 from distill.config import TeacherConfig, TeacherRuntime
+from distill.features import FeatureDims
 from distill.teachers import Teacher, build_teacher, weights_source
 
 VIT = {"embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -40,7 +41,7 @@ def test_every_architecture_gives_a_summary_and_a_map(name):
     teacher = build(name, **settings)
     found = teacher(images())
     assert found.summary.shape == (2, summary) and found.patches.shape == (2, *grid, patches)
-    assert teacher.dims == (summary, patches) and teacher.grid == grid
+    assert teacher.dims == FeatureDims(summary, patches) and teacher.grid == grid
     assert found.summary.dtype == torch.float32 and not found.summary.requires_grad
 
 
@@ -56,7 +57,7 @@ def test_the_summary_is_the_class_token_and_registers_are_no_patches():
 
 def test_a_clip_teachers_summary_is_the_projected_image_embedding():
     teacher = build("vit_base_patch16_clip_224.openai", role="clip", kwargs=VIT, image_size=64)
-    assert teacher.dims == (512, 32)
+    assert teacher.dims == FeatureDims(512, 32)
     pixels = teacher.preprocess(images())
     torch.testing.assert_close(teacher.encode(pixels).summary, teacher.net(pixels))
 
@@ -136,7 +137,7 @@ def test_bf16_teachers_answer_in_float32_close_to_full_precision():
 def test_teachers_are_built_on_the_meta_device_for_counting():
     with torch.device("meta"):
         teacher = build("vit_small_patch16_dinov3")
-    assert teacher.dims == (384, 384) and teacher.grid == (16, 16)
+    assert teacher.dims == FeatureDims(384, 384) and teacher.grid == (16, 16)
 
 
 def test_wrong_names_sizes_and_widths_are_errors():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from distill.config import TrainConfig
+from distill.features import FeatureDims
 from distill.runs import load_run
 from distill.training.checkpoint import load_checkpoint
 from distill.training.loop import take_step
@@ -229,7 +230,7 @@ def test_a_students_run_can_teach_another_student(recipe_file, tmp_path):
     listed = [{"name": "run", "checkpoint": str(teacher), "role": "dino", "image_size": 64}]
     done = run_here(recipe_file(teachers=listed), "--output", out)
     assert done.returncode == 0, done.stderr
-    assert load_run(out).dims["dino"] == (48, 48)
+    assert load_run(out).dims["dino"] == FeatureDims(48, 48)
 
 
 def test_a_folder_with_a_corrupt_image_trains_and_names_it(recipe_file, tmp_path, photo_folder):
@@ -247,3 +248,15 @@ def test_a_folder_with_a_corrupt_image_trains_and_names_it(recipe_file, tmp_path
         recipe_file(data=data | {"max_corrupt_fraction": 0.0}), "--output", tmp_path / "strict"
     )
     assert strict.returncode == 2 and "data.max_corrupt_fraction" in strict.stderr
+
+
+def test_a_teacher_without_a_summary_is_learnt_by_its_map_alone(recipe_file, tmp_path):
+    recipe = recipe_file(train={"steps": 2, "batch_size": 4, "lr": 1e-3, "warmup_steps": 0})
+    words = ("teachers.1.summary=false", "teacher_cache.views=1", "targets.normalize=standardize")
+    done = run_here(recipe, *words, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    row = metrics_of(tmp_path / "run")[-1]
+    assert "loss.mae.patches" in row and "loss.mae.token" not in row and "loss.cls.token" in row
+    run = load_run(tmp_path / "run")
+    assert run.dims["mae"].summary is None
+    assert run.method.deploy()(torch.rand(1, 3, 64, 64))["mae"].token is None
