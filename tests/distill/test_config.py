@@ -286,7 +286,7 @@ MISTAKES = [
     ),
     ("teachers.0.alias=My-Name", 'teachers.0.alias = "My-Name": String should match pattern'),
     ("teachers.0.alias=backbone", "teachers: 'backbone' names the student's own outputs"),
-    ("teachers.0.alias=mae", "two teachers are called 'mae': give each an alias of its own"),
+    ("teachers.0.alias=mae", "two teachers are called 'mae': set a different alias for each"),
     ("umt.depth=0", "umt.depth = 0: Input should be greater than 0 or 'auto'"),
     ("umt.intra_space=sideways", 'umt.intra_space = "sideways": Input should be a valid boolean'),
     (
