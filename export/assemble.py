@@ -38,8 +38,9 @@ from distill.teachers import PACKAGE, weights_source
 from distill.teachers.packaged import WHEELS
 from export.check import weight_dtypes
 from export.golden import write_golden
-from export.graph import Part, Student, build_parts, open_student
+from export.graph import Student, build_parts, open_student
 from export.int8 import prepare, quantize_graphs
+from export.modules import Part
 from export.options import CalibrationMethod, ExportOptions, parse_sizes
 from export.output import appearing
 from export.parity import check_sizes, engine_sizes, measure

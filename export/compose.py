@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import onnx
 
 from contract.signature import Signature
-from export.graph import Part
+from export.modules import Part
 
 
 def compose(

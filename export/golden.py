@@ -12,7 +12,8 @@ from PIL import Image
 from contract.golden import GOLDEN, Golden
 from contract.manifest import ParityRecord, Precision
 from contract.signature import FUSED
-from export.graph import Part, Student
+from export.graph import Student
+from export.modules import Part
 from export.parity import RELATIVE, TOLERANCE, reference
 
 TF32 = 0.01

@@ -26,7 +26,7 @@ from PIL import Image
 from contract.errors import Failure
 from contract.signature import FUSED, IMAGE
 from export.compose import compose
-from export.graph import Part
+from export.modules import Part
 from export.runtimes.base import Outputs
 from export.runtimes.onnx import OnnxRuntime
 from export.to_onnx import OPSET, check, clean, save

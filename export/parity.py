@@ -24,7 +24,8 @@ from contract.signature import (
 )
 from contract.tasks import TASKS
 from distill.methods.deployment import BACKBONE
-from export.graph import DPT, Part, Student, flatten_positions
+from export.graph import DPT, Student
+from export.modules import Part, flatten_positions
 from export.runtimes.base import Outputs, Runtime
 
 TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}

@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from contract.errors import UserError, first_line
 from contract.signature import Port, Signature, layer_side
-from export.graph import Part
+from export.modules import Part
 from export.resample import dense_resampling
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}

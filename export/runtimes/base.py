@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from contract.manifest import Precision
-from export.graph import Part
+from export.modules import Part
 
 Outputs = dict[str, np.ndarray]
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from contract.manifest import Precision
 from contract.signature import FUSED
-from export.graph import Part
+from export.modules import Part
 from export.runtimes.base import Bound, Exported, Outputs, Runtime
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -11,7 +11,7 @@ from contract.engine_record import EngineOptions, EngineRecord, Profile
 from contract.gpu import compute_capabilities
 from contract.manifest import BundledEngine
 from contract.signature import Port, layer_side
-from export.graph import Part
+from export.modules import Part
 from export.tensorrt.bindings import flags, load_bindings, targets
 from export.tensorrt.build import build_engine
 
