@@ -366,7 +366,7 @@ def test_classifier_rows_give_the_classifiers_own_probabilities_and_a_choice_of_
         with pytest.raises(InferenceServerException, match=says) as refused:
             ask(client, pixels, labels)
         assert refused.value.status() == "StatusCode.INVALID_ARGUMENT"
-        assert "a classifier, which knows no others" in refused.value.message()
+        assert "a classifier, which has no others" in refused.value.message()
 
 
 def names(bundle: Path) -> set[str]:
