@@ -46,7 +46,7 @@ demo: install
 	set -e; \
 	show() { echo "$$@"; "$$@"; }; \
 	show $(BIN)/python -m distill.run --output $$run; \
-	test -e $$run/student.safetensors || { echo "stopped: finish $$run with the command above, or begin anew: make demo" >&2; exit 1; }; \
+	test -e $$run/student.safetensors || { echo "stopped: finish $$run with the command above, or start again: make demo" >&2; exit 1; }; \
 	show $(BIN)/python -m distill.scenes --output $$run/scenes $(SCENES); \
 	show $(BIN)/python -m distill.evaluate $$run --data $$run/scenes $(SCORING); \
 	show $(BIN)/python -m export.run $$run --output $$run/bundle $(EXPORT); \

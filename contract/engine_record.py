@@ -35,7 +35,7 @@ class EngineOptions(Record):
     """
     tf32: bool = True
     """Whether float32 matrices may be multiplied at 10 bits of mantissa, as TensorRT does unless
-    told otherwise.
+    set otherwise.
     """
     version_compatible: bool = False
     strip_weights: bool = False

@@ -1,4 +1,4 @@
-"""A bundle's golden photographs and what the torch student says of them: export writes them, a
+"""A bundle's golden photographs and the torch student's outputs for them: export writes them, a
 server compares itself with them.
 
 A rollout sends the new version these pictures before the switch. Needs numpy and safetensors only.

@@ -1,4 +1,4 @@
-"""What NVIDIA's driver says of this machine's GPUs.
+"""This machine's GPUs, as NVIDIA's driver reports them.
 
 No CUDA toolkit and no torch: the driver's own library is called, also because TensorRT can end the
 process where it finds no GPU.

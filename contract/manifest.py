@@ -112,7 +112,7 @@ class StudentRecord(Record):
 
 
 class Preprocessing(Record):
-    """What the graphs do to `image` themselves, for the reader's information: nobody else may do it
+    """What the graphs do to `image` themselves, for the reader's information: no one else may do it
     again.
     """
 

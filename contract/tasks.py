@@ -36,7 +36,7 @@ class Map:
 @dataclass(frozen=True)
 class Task:
     """A head's output: name, axes after the batch, meaning (`{cell}`: what a position is), the
-    facts of the head that clients are told, and the map made of it.
+    facts of the head that clients get, and the map made of it.
     """
 
     name: str

@@ -233,7 +233,9 @@ def load_head(path: Path, student_sha256: str | None = None) -> Head:
         raise UserError(f"{path}: no such head (train it with distill.evaluate)")
     weights, metadata = read_tensors(path, "train the head again")
     if metadata.get("kind") not in KINDS:
-        raise UserError(f"{path} is no head of distill.evaluate: its metadata name no known kind")
+        raise UserError(
+            f"{path} is not a head of distill.evaluate: its metadata names no known kind"
+        )
     if metadata.get("format") != str(FORMAT):
         raise UserError(
             f"{path} is of format {metadata.get('format')}, this version reads {FORMAT}: train the "

@@ -1,4 +1,4 @@
-"""The golden photographs of a bundle (contract/golden.py), and what the torch student says of
+"""The golden photographs of a bundle (contract/golden.py), and the outputs of the torch student for
 them.
 """
 
@@ -18,7 +18,7 @@ from export.parity import RELATIVE, TOLERANCE, reference
 
 TF32 = 0.01
 """Relative error that a server may have in any case: onnxruntime on a GPU multiplies float32 in
-TF32 unless told not to.
+TF32 unless configured otherwise.
 """
 PICTURES = 3
 """Photographs that are kept, at most."""
@@ -34,7 +34,7 @@ def write_golden(
     precision: Precision,
     parity: Sequence[ParityRecord],
 ) -> None:
-    """Write what the student itself says of at most `max_batch` pictures, few enough for one
+    """Write the student's own outputs for at most `max_batch` pictures, few enough for one
     request: every output of `fused`.
 
     The bounds are those that `precision` allows on every picture; `allowed` has others for outputs

@@ -1,4 +1,6 @@
-"""Every graph of a student, rebuilt from its run folder: which modules, which inputs and outputs."""
+"""Every graph of a student, rebuilt from its run folder: which modules, which inputs and
+outputs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -85,7 +87,7 @@ def open_student(folder: Path) -> Student:
 
 @torch.inference_mode()
 def measure_strides(student: Student) -> tuple[int, ...]:
-    """Pixels per position of the four layers; raises UserError where they are no whole part of the
+    """Pixels per position of the four layers; raises UserError where they do not divide the
     student's stride.
     """
     stride = student.stride
@@ -95,7 +97,7 @@ def measure_strides(student: Student) -> tuple[int, ...]:
     if any(size % n or stride % (size // n) for n in rows):
         raise UserError(
             f"the layers of '{student.run.recipe.student.name}' have {', '.join(map(str, rows))} "
-            f"rows for {size} pixels, which its stride {stride} is no multiple of: train the "
+            f"rows for {size} pixels, which do not divide its stride {stride}: train the "
             "depth head with depth.head=linear, or move it away"
         )
     return tuple(size // n for n in rows)

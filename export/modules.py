@@ -16,7 +16,7 @@ from distill.methods.losses import Prediction
 class BackboneGraph(nn.Module):
     """uint8 [B, H, W, 3] to the student's features, for clients and for the other graphs.
 
-    Where sizes vary, the graph itself must refuse a side that is no multiple of the stride:
+    Where sizes vary, the graph itself must refuse a side that is not a multiple of the stride:
     convolutions would crop it.
     """
 

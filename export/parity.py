@@ -73,7 +73,7 @@ def run_chain(runtime: Runtime, parts: Sequence[Part], image: np.ndarray) -> dic
 
 @torch.inference_mode()
 def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs:
-    """What the student itself says of uint8 [B, H, W, 3], by output name: from `Deployment`, not
+    """The student's own outputs for uint8 [B, H, W, 3], by output name: from `Deployment`, not
     from the graphs' modules.
     """
     deployment, coupled = student.deployment, []

@@ -94,7 +94,7 @@ class Encoder(nn.Module):
         size = max(1, round(pixels / self.stride)) * self.stride
         if size != self.image_size and not self.takes(size):
             raise UserError(
-                f"{self.name} takes pictures of {self.image_size} px only, {size} was asked: set "
+                f"{self.name} takes pictures of {self.image_size} px only, not {size}: set "
                 f"the size (dense.size, retrieval.size, --size) to {self.image_size}"
             )
         return size

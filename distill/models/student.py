@@ -161,7 +161,7 @@ class Student(nn.Module):
         return self.read(self.net.forward_features(images), images)
 
     def read(self, output: Tensor, images: Tensor) -> Features:
-        """`forward`'s features from what the network itself says of these images."""
+        """`forward`'s features from the network's own output for these images."""
         if self.family == "cnn":
             patches = output if self.channels_at_end else output.permute(0, 2, 3, 1)
             return Features(patches.mean(dim=(1, 2)), patches)

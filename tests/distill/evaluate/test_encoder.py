@@ -39,7 +39,7 @@ def test_stride_is_the_networks_where_the_size_is_no_multiple():
 def test_a_network_of_one_size_says_so():
     encoder = teacher_encoder(parse_model("beit_base_patch16_224@random"), size=224)
     assert encoder.fit(224) == 224
-    with pytest.raises(UserError, match="takes pictures of 224 px only, 288 was asked"):
+    with pytest.raises(UserError, match="takes pictures of 224 px only, not 288"):
         encoder.fit(288)
 
 
