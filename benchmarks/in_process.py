@@ -15,9 +15,12 @@ def open_graph(graph: Path, runtime: str, threads: int) -> Callable[[np.ndarray]
         import openvino
 
         settings = {
-            "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False,
-        }  # fmt: skip
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
         model = openvino.Core().compile_model(str(graph), "CPU", settings)
         return lambda image: list(model({"image": image}).values())
     import onnxruntime

@@ -38,13 +38,16 @@ from distill.training.plan import method_cost, teacher_gflop
 
 _TEACHERS = {
     "vit_small": [
-        ("vit_small_patch16_224", "clip"), ("vit_small_patch16_224", "mae"), ("vit_small_patch16_dinov3", "dino"),
+        ("vit_small_patch16_224", "clip"),
+        ("vit_small_patch16_224", "mae"),
+        ("vit_small_patch16_dinov3", "dino"),
     ],
     "vit_base": [
-        ("vit_base_patch16_clip_224.openai", "clip"), ("vit_base_patch16_224.mae", "mae"),
+        ("vit_base_patch16_clip_224.openai", "clip"),
+        ("vit_base_patch16_224.mae", "mae"),
         ("vit_base_patch16_dinov3.lvd1689m", "dino"),
     ],
-}  # fmt: skip
+}
 
 
 def _umt_recipe(

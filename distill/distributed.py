@@ -91,7 +91,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         # still share.
         ranks.barrier()
     finally:
-        gc.collect()  # wrapped models hold the group in reference cycles, and it must not outlive its destruction
+        # wrapped models hold the group in reference cycles, and it must not outlive its destruction
+        gc.collect()
         dist.destroy_process_group()
 
 

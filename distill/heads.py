@@ -183,8 +183,11 @@ class Residual(nn.Module):
 
 
 KINDS: dict[str, Callable[..., nn.Module]] = {
-    "classifier": Classifier, "linear-segmentation": LinearSegmenter, "linear-depth": LinearDepth, "dpt-depth": DPTDepth,
-}  # fmt: skip
+    "classifier": Classifier,
+    "linear-segmentation": LinearSegmenter,
+    "linear-depth": LinearDepth,
+    "dpt-depth": DPTDepth,
+}
 """Heads by the name their files give them. To add one: a module with `settings`, and a line here.
 """
 

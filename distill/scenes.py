@@ -147,8 +147,12 @@ def _hit_ring(o: np.ndarray, d: np.ndarray) -> _Hit:
 
 
 SOLIDS: dict[str, Callable[[np.ndarray, np.ndarray], _Hit]] = {
-    "ball": _hit_ball, "box": _hit_box, "cone": _hit_cone, "cylinder": _hit_cylinder, "ring": _hit_ring,
-}  # fmt: skip
+    "ball": _hit_ball,
+    "box": _hit_box,
+    "cone": _hit_cone,
+    "cylinder": _hit_cylinder,
+    "ring": _hit_ring,
+}
 
 
 @dataclass(frozen=True)

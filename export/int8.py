@@ -45,11 +45,13 @@ METHODS = {
     "minmax": CalibrationMethod.MinMax,
 }
 _OPTIONS = {
-    "ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False,
+    "ActivationSymmetric": True,
+    "WeightSymmetric": True,
+    "QuantizeBias": False,
     # a product is added to, normalised or activated before it is read again: quantizing it in
     # between only costs accuracy
     "OpTypesToExcludeOutputQuantization": _QUANTIZED,
-}  # fmt: skip
+}
 
 
 class Ranges(HistogramCollector):

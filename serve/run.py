@@ -60,10 +60,29 @@ off, 2 usage error.
 WORKSPACE = "serve-run-"
 """Prefix of temporary folders."""
 
-_OURS = ("model-repository", "model-store", "model-control-mode", "load-model", "allow-http", "allow-grpc", "allow-metrics",
-        "strict-readiness", "exit-on-error", "exit-timeout-secs", "disable-auto-complete-config", "backend-directory",
-        "grpc-port", "grpc-address", "http-port", "http-address", "metrics-port", "metrics-address", "http-restricted-api",
-        "grpc-restricted-protocol", "log-file")  # fmt: skip
+_OURS = (
+    "model-repository",
+    "model-store",
+    "model-control-mode",
+    "load-model",
+    "allow-http",
+    "allow-grpc",
+    "allow-metrics",
+    "strict-readiness",
+    "exit-on-error",
+    "exit-timeout-secs",
+    "disable-auto-complete-config",
+    "backend-directory",
+    "grpc-port",
+    "grpc-address",
+    "http-port",
+    "http-address",
+    "metrics-port",
+    "metrics-address",
+    "http-restricted-api",
+    "grpc-restricted-protocol",
+    "log-file",
+)
 """Flags of tritonserver that `serve.run` sets or relies on."""
 
 

@@ -119,8 +119,10 @@ def test_it_is_exported_and_agrees_with_the_student(bundle):
     manifest = read_manifest(bundle)
     (port,) = manifest.graph("normals").outputs
     assert (port.name, port.shape, port.meaning) == (
-        "normals", ("batch", 16, 3), "a unit vector at every patch, row-major",
-    )  # fmt: skip
+        "normals",
+        ("batch", 16, 3),
+        "a unit vector at every patch, row-major",
+    )
     assert manifest.graph("normals").about == {"reads": "backbone", "stride": 16, "grid": [4, 4]}
     rows = [row for row in manifest.parity if row.output == "normals"]
     assert {row.graph for row in rows} == {"normals", "fused"}

@@ -226,9 +226,12 @@ def open_graph(graph: Path, runtime: str, threads: int, device: int | None):
         settings = {
             # what the graph says, not what the plugin thinks is near enough: that is what parity
             # was measured with
-            "INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False,
-        }  # fmt: skip
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "ENABLE_CPU_PINNING": False,
+        }
         model = openvino.Core().compile_model(str(graph), "CPU", settings)
         names, outputs = [port.any_name for port in model.inputs], model.outputs
 

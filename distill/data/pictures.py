@@ -183,10 +183,24 @@ class PackagedPhotos:
     """
 
     SKIMAGE = (
-        "astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png",
-        "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png",
-        "motorcycle_right.png", "page.png", "retina.jpg", "rocket.jpg",
-    )  # fmt: skip
+        "astronaut.png",
+        "brick.png",
+        "camera.png",
+        "chelsea.png",
+        "clock_motion.png",
+        "coffee.png",
+        "coins.png",
+        "grass.png",
+        "gravel.png",
+        "hubble_deep_field.jpg",
+        "ihc.png",
+        "moon.png",
+        "motorcycle_left.png",
+        "motorcycle_right.png",
+        "page.png",
+        "retina.jpg",
+        "rocket.jpg",
+    )
     SKLEARN = ("china.jpg", "flower.jpg")
 
     def __init__(self) -> None:

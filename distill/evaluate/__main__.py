@@ -33,8 +33,17 @@ Exit status: 0 done, 1 a failure, 2 a mistake in the command line or its input.
 """
 
 NAMES = (
-    "knn", "linear", "finetune", "zero-shot", "segmentation", "depth", "retrieval", "video", "robustness", "clusters",
-)  # fmt: skip
+    "knn",
+    "linear",
+    "finetune",
+    "zero-shot",
+    "segmentation",
+    "depth",
+    "retrieval",
+    "video",
+    "robustness",
+    "clusters",
+)
 """Names of the tasks: a copy, because --help must not wait for torch (a test compares them)."""
 
 _LAYOUTS = """\

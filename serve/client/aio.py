@@ -67,7 +67,8 @@ class AsyncFeatureClient:
         except StopIteration as done:
             return done.value
         finally:
-            steps.close()  # a cancelled task is thrown out of its step: what was lent to it is given back now
+            # a cancelled task is thrown out of its step: what was lent to it is given back now
+            steps.close()
 
     async def carry_out(self, step: Step) -> Any:
         if isinstance(step, Rpc):

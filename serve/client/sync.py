@@ -104,7 +104,8 @@ class FeatureClient:
         except StopIteration as done:
             return done.value
         finally:
-            steps.close()  # what was lent to a piece of work that was interrupted is given back now, not when it is collected
+            # what was lent to interrupted work is given back now, not when it is collected
+            steps.close()
 
     def carry_out(self, step: Step) -> Any:
         if isinstance(step, Rpc):

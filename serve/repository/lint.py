@@ -25,8 +25,9 @@ def _shared_output(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     for step in config.ensemble_scheduling.step:
         for tensor in sorted(outputs & set(step.input_map.values())):
             yield (
-                f"'{tensor}' is an output and is read by step '{step.model_name}': requests that leave it out would fail "
-                'with "unexpected deadlock" (give clients an output of another name)'
+                f"'{tensor}' is an output and is read by step '{step.model_name}': requests that "
+                'leave it out would fail with "unexpected deadlock" (give clients an output of '
+                "another name)"
             )
 
 
@@ -147,5 +148,12 @@ def _joined_steps(config: ModelConfig, configs: _Configs) -> Iterator[str]:
 
 
 _RULES: tuple[Callable[[ModelConfig, _Configs], Iterator[str]], ...] = (
-    _shared_output, _side_input, response_cache, _explicit_batch, _bounded_queue, _strings_alone, _warm_up_data, _joined_steps,
-)  # fmt: skip
+    _shared_output,
+    _side_input,
+    response_cache,
+    _explicit_batch,
+    _bounded_queue,
+    _strings_alone,
+    _warm_up_data,
+    _joined_steps,
+)

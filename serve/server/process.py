@@ -47,14 +47,16 @@ _UNLOAD_SECONDS = 5.0
 """For unloading, which never ends where a backend was killed."""
 
 _MESSAGE = re.compile(
-    r"^((?P<level>[EWIF])\d{4} [\d:.]+|\d{4}-\d\d-\d\dT[\d:.]+Z (?P<iso>[EWIF])) +\d+ [\w.]+:\d+\] +"
+    r"^((?P<level>[EWIF])\d{4} [\d:.]+|\d{4}-\d\d-\d\dT[\d:.]+Z (?P<iso>[EWIF])) +\d+ "
+    r"[\w.]+:\d+\] +"
     r'"?(?P<text>.*?)"? *$'
 )
 """A line of Triton's log in either of its formats: level and time, thread, place, message."""
 
 _LAUNCH = """\
 import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: however the parent ends, tritonserver drains and ends
+# PR_SET_PDEATHSIG: however the parent ends, tritonserver drains and ends
+ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 os.getppid() == int(sys.argv[1]) or sys.exit(1)
 os.execv(sys.argv[2], sys.argv[2:])
 """

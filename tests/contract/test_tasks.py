@@ -17,8 +17,10 @@ def test_outputs_have_the_names_axes_and_meanings_that_bundles_carry():
         "depth": (("batch", 16), "metres at every patch, row-major"),
     }
     assert [task.output for task in TASKS.values()] == [
-        "classification_logits", "segmentation_logits", "depth",
-    ]  # fmt: skip
+        "classification_logits",
+        "segmentation_logits",
+        "depth",
+    ]
     cell = task_port(TASKS["depth"], 1, "depth_positions", "cell of 4 pixels")
     assert cell.axes == ("batch", "depth_positions")
     assert cell.meaning == "metres at every cell of 4 pixels, row-major"

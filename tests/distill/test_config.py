@@ -23,9 +23,14 @@ from distill.teachers import build_teacher
 from distill.tiny import tiny
 
 SHIPPED = [
-    "quickstart", "umt_convnext_base_cnn", "umt_convnext_base_dinov3", "umt_convnext_base_vit", "umt_resnet50",
-    "umt_vit_base", "umt_vit_large",
-]  # fmt: skip
+    "quickstart",
+    "umt_convnext_base_cnn",
+    "umt_convnext_base_dinov3",
+    "umt_convnext_base_vit",
+    "umt_resnet50",
+    "umt_vit_base",
+    "umt_vit_large",
+]
 PAPER = [name for name in SHIPPED if name != "quickstart"]
 
 MINE = """\

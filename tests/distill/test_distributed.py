@@ -35,8 +35,8 @@ with join_ranks("cpu") as ranks:
     grads = {}
     for name, parameter in method.named_parameters():
         if parameter.grad is not None:
-            full = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
-            grads[name] = full.clone()
+            grad = parameter.grad
+            grads[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
     if ranks.first:
         torch.save(grads, sys.argv[3])
 """

@@ -131,22 +131,25 @@ def test_a_class_is_found_by_any_of_its_names_and_answers_by_the_users(run, tmp_
 
 
 BAD = {
-    "unknown "
-    "label": (("tabby "
-        "kat",), "cls", (), ("labels.txt:1: 'tabby kat' is not a "
-        "class", "did "
-        "you mean 'tabby cat'?")),
-    "a name of "
-    "two": (("espresso", "crane"), "cls", (), (":2: 'crane' names 2 "
-        "classes", "n02012849 "
-        "or n03126707")),
+    "unknown label": (
+        ("tabby kat",),
+        "cls",
+        (),
+        ("labels.txt:1: 'tabby kat' is not a class", "did you mean 'tabby cat'?"),
+    ),
+    "a name of two": (
+        ("espresso", "crane"),
+        "cls",
+        (),
+        (":2: 'crane' names 2 classes", "n02012849 or n03126707"),
+    ),
     "unknown teacher": (("espresso",), "clss", (), ("--classifier clss", "did you mean 'cls'?")),
     "random weights": (("espresso",), "random", (), ("no trained classifier",)),
     "weights without a head": (("espresso",), "headless", (), ("no trained classifier",)),
     "another block": (("espresso",), "block", (), ("reads something else",)),
     "CLIP's option": (("espresso",), "cls", ("--model", "ViT-B-16"), ("--model is for a CLIP",)),
     "no text": (("espresso",), "cls", ("--with-encoder",), ("--with-encoder is for a CLIP",)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)

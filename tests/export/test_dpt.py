@@ -33,8 +33,14 @@ from tests.conftest import need_tritonserver, run_here, small_recipe
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traces")]
 
 ONE_TEACHER = [
-    {"name": "resnet10t", "role": "classification", "alias": "cls", "pretrained": False, "image_size": 64},
-]  # fmt: skip
+    {
+        "name": "resnet10t",
+        "role": "classification",
+        "alias": "cls",
+        "pretrained": False,
+        "image_size": 64,
+    },
+]
 
 
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None

@@ -68,13 +68,18 @@ def known(bundle):
 
 
 GOOD = {  # a right request to every model that bad ones are sent to: inputs, outputs
-    "features": (["image"], ["backbone_global", "dino_token"]), "backbone": (["image"], ["backbone_patches"]),
-    "fused": (["image"], ["mae_token"]), "interaction": (["features", "features_global"], ["spaces"]),
-    "head_mae": (["spaces"], ["mae_token"]), "segmentation_head": (["spaces"], ["segmentation_logits"]),
-    "depth_head": (["features"], ["depth"]), "segmentation": (["image"], ["class_map"]),
-    "depth": (["image"], ["depth_map"]), "segmentation_map": (["segmentation_logits", "image"], ["class_map"]),
+    "features": (["image"], ["backbone_global", "dino_token"]),
+    "backbone": (["image"], ["backbone_patches"]),
+    "fused": (["image"], ["mae_token"]),
+    "interaction": (["features", "features_global"], ["spaces"]),
+    "head_mae": (["spaces"], ["mae_token"]),
+    "segmentation_head": (["spaces"], ["segmentation_logits"]),
+    "depth_head": (["features"], ["depth"]),
+    "segmentation": (["image"], ["class_map"]),
+    "depth": (["image"], ["depth_map"]),
+    "segmentation_map": (["segmentation_logits", "image"], ["class_map"]),
     "depth_map": (["depth", "image"], ["depth_map"]),
-}  # fmt: skip
+}
 
 
 def good(model, known):

@@ -216,7 +216,10 @@ def test_an_answer_that_is_not_what_was_promised_is_refused():
 
 
 def test_a_model_of_many_sizes_says_which_it_takes():
-    about = '{"stride": 16, "height": 96, "width": 64, "min_height": 32, "min_width": 32, "dynamic": true}'
+    about = (
+        '{"stride": 16, "height": 96, "width": 64, "min_height": 32, "min_width": 32, '
+        '"dynamic": true}'
+    )
     many = Served(
         "features", 4, {"image": Port("image", "UINT8", (-1, -1, 3))}, {}, {"about": about}
     )

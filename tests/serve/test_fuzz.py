@@ -127,14 +127,22 @@ FRONT = [
     "depth",
 ]
 MODELS = {  # inputs, outputs
-    "features": (["image"], FRONT), "features_encoded": (["encoded"], FRONT), "fused": (["image"], FRONT),
-    "backbone": (["image"], ["backbone_global", "features"]), "decode": (["encoded"], ["image"]),
-    "interaction": (["features", "features_global"], ["spaces"]), "head_cls": (["spaces"], ["cls_token", "cls_patches"]),
-    "head_mae": (["spaces"], ["mae_token", "mae_patches"]), "segmentation_head": (["spaces"], ["segmentation_logits"]),
-    "depth_head": (["features"], ["depth"]), "segmentation": (["image"], ["class_map"]), "depth": (["image"], ["depth_map"]),
+    "features": (["image"], FRONT),
+    "features_encoded": (["encoded"], FRONT),
+    "fused": (["image"], FRONT),
+    "backbone": (["image"], ["backbone_global", "features"]),
+    "decode": (["encoded"], ["image"]),
+    "interaction": (["features", "features_global"], ["spaces"]),
+    "head_cls": (["spaces"], ["cls_token", "cls_patches"]),
+    "head_mae": (["spaces"], ["mae_token", "mae_patches"]),
+    "segmentation_head": (["spaces"], ["segmentation_logits"]),
+    "depth_head": (["features"], ["depth"]),
+    "segmentation": (["image"], ["class_map"]),
+    "depth": (["image"], ["depth_map"]),
     "segmentation_map": (["segmentation_logits", "image"], ["class_map"]),
-    "depth_map": (["depth", "image"], ["depth_map"]), "zero_shot": (["image", "labels"], ["probabilities"]),
-}  # fmt: skip
+    "depth_map": (["depth", "image"], ["depth_map"]),
+    "zero_shot": (["image", "labels"], ["probabilities"]),
+}
 OFTEN = ["features", "features_encoded", "features_encoded", "backbone", "zero_shot"]
 
 
@@ -390,9 +398,18 @@ def wrong_strings(rng, message):
 
 
 WRONGS: list[Callable] = [
-    wrong_type, wrong_shape, wrong_shape, wrong_bytes, wrong_floats, wrong_names, wrong_outputs, wrong_parameters,
-    wrong_contents, wrong_strings, wrong_strings,
-]  # fmt: skip
+    wrong_type,
+    wrong_shape,
+    wrong_shape,
+    wrong_bytes,
+    wrong_floats,
+    wrong_names,
+    wrong_outputs,
+    wrong_parameters,
+    wrong_contents,
+    wrong_strings,
+    wrong_strings,
+]
 
 
 def wrong(rng: random.Random, known: list[dict]) -> tuple[ModelInferRequest, str]:

@@ -191,13 +191,12 @@ def broken(kind, bundle):
 
 
 KINDS = [
-    "a changed "
-    "byte", "a missing "
-        "file", "a graph that does not "
-        "load", "a graph that says "
-        "something else",
+    "a changed byte",
+    "a missing file",
+    "a graph that does not load",
+    "a graph that says something else",
     "another interface",
-]  # fmt: skip
+]
 
 
 def test_what_is_not_fit_to_serve_is_refused_and_the_old_version_goes_on(

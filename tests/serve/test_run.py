@@ -119,10 +119,14 @@ class TestRunning:
         run, repository = kept
         state = read_state(repository)
         calls = [
-            ("POST", "/v2/repository/index", b"{}"), ("POST", "/v2/repository/models/backbone/unload", b"{}"),
-            ("POST", "/v2/repository/models/backbone/load", b"{}"), ("GET", "/v2/systemsharedmemory/status", None),
-            ("GET", "/v2/cudasharedmemory/status", None), ("GET", "/v2/trace/setting", None), ("GET", "/v2/logging", None),
-        ]  # fmt: skip
+            ("POST", "/v2/repository/index", b"{}"),
+            ("POST", "/v2/repository/models/backbone/unload", b"{}"),
+            ("POST", "/v2/repository/models/backbone/load", b"{}"),
+            ("GET", "/v2/systemsharedmemory/status", None),
+            ("GET", "/v2/cudasharedmemory/status", None),
+            ("GET", "/v2/trace/setting", None),
+            ("GET", "/v2/logging", None),
+        ]
         for rest in (Rest(run.http), Rest(run.http, "guess")):
             for method, path, body in calls:
                 with pytest.raises(Refused) as refused:

@@ -147,22 +147,28 @@ class TestDescribe:
 
     def test_sizes_that_vary_are_those_of_the_warm_up(self):
         config = {
-            "backend": "python", "max_batch_size": 4, "instance_group": [{"count": 2, "gpus": []}],
+            "backend": "python",
+            "max_batch_size": 4,
+            "instance_group": [{"count": 2, "gpus": []}],
             "input": [{"name": "image", "data_type": "TYPE_UINT8", "dims": [-1, -1, 3]}],
             "output": [{"name": "tokens"}],
             "model_warmup": [{"inputs": {"image": {"dims": ["96", "64", "3"]}}}],
-        }  # fmt: skip
+        }
         backend = describe(config, "backbone", "1")
         assert backend.inputs == (Tensor("image", "UINT8", (1, 96, 64, 3), PICTURE),)
         assert (backend.output, backend.instances) == ("tokens", 2)
 
     def test_inputs_that_may_be_left_out_are(self):
         config = {
-            "backend": "python", "max_batch_size": 0, "instance_group": [{"count": 1, "gpus": [0, 1]}],
-            "input": [{"name": "encoded", "data_type": "TYPE_STRING", "dims": [1]},
-                      {"name": "labels", "data_type": "TYPE_STRING", "dims": [-1], "optional": True}],
+            "backend": "python",
+            "max_batch_size": 0,
+            "instance_group": [{"count": 1, "gpus": [0, 1]}],
+            "input": [
+                {"name": "encoded", "data_type": "TYPE_STRING", "dims": [1]},
+                {"name": "labels", "data_type": "TYPE_STRING", "dims": [-1], "optional": True},
+            ],
             "output": [{"name": "image"}],
-        }  # fmt: skip
+        }
         backend = describe(config, "decode", "1")
         assert [(port.name, port.datatype, port.shape) for port in backend.inputs] == [
             ("encoded", "BYTES", (1,))

@@ -57,7 +57,7 @@ def test_finetuning_is_the_same_every_time(tiny_vit, class_folders):
 
 
 def test_layers_learn_at_decaying_rates(tiny_vit):
-    """0.8 a layer, from the classifier down to the patch embedding, as the optimizer really gets them."""
+    """0.8 a layer, from the classifier down to the patch embedding, as the optimizer gets them."""
     from timm.optim import create_optimizer_v2
 
     net = build_classifier(tiny_vit, 3)

@@ -22,8 +22,13 @@ from distill.similarity import main as similarity
 from tests.conftest import run_here, small_recipe
 
 QUICK = (
-    "extract.workers=0", "probe.epochs=3", "probe.rates=5", "dense.size=64", "dense.steps=20", "dense.batch_size=4",
-)  # fmt: skip
+    "extract.workers=0",
+    "probe.epochs=3",
+    "probe.rates=5",
+    "dense.size=64",
+    "dense.steps=20",
+    "dense.batch_size=4",
+)
 
 
 def call(command, *arguments: object) -> subprocess.CompletedProcess:

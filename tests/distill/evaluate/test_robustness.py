@@ -347,7 +347,8 @@ def test_own_head_must_be_imagenets():
 
 
 def test_own_head_must_be_trained(tiny_vit, tiny_cnn, tmp_path):
-    untrained = r"{} has no trained classifier \(its weights do not include one\): set robustness.classifier=probe"
+    untrained = r"{} has no trained classifier \(its weights do not include one\): set "
+    untrained += "robustness.classifier=probe"
     with pytest.raises(UserError, match=untrained.format("tiny-vit")):
         own_classifier(tiny_vit)
     state = {name: tensor.contiguous() for name, tensor in tiny_cnn.net.state_dict().items()}

@@ -17,12 +17,27 @@ ARCHITECTURES = {
     "vit_small_patch16_dinov3": ({"kwargs": VIT, "image_size": 64}, 32, 32, (4, 4)),
     "vit_base_patch16_siglip_224": ({"kwargs": VIT, "image_size": 64}, 32, 32, (4, 4)),
     "resnet10t": ({"image_size": 64}, 512, 512, (2, 2)),
-    "convnext_base": ({"kwargs": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}, "image_size": 64}, 32, 32, (2, 2)),
-    "swin_tiny_patch4_window7_224": (
-        {"kwargs": {"embed_dim": 12, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 2}, "image_size": 64},
-        96, 96, (2, 2),
+    "convnext_base": (
+        {"kwargs": {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}, "image_size": 64},
+        32,
+        32,
+        (2, 2),
     ),
-}  # fmt: skip
+    "swin_tiny_patch4_window7_224": (
+        {
+            "kwargs": {
+                "embed_dim": 12,
+                "depths": [1, 1, 1, 1],
+                "num_heads": [1, 1, 2, 2],
+                "window_size": 2,
+            },
+            "image_size": 64,
+        },
+        96,
+        96,
+        (2, 2),
+    ),
+}
 
 
 def build(name: str, role: str = "dino", **settings: object) -> Teacher:
