@@ -313,9 +313,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"two teachers are called '{label}': set a different alias for each"
                 )
-            if label in ("backbone", "main"):
-                what = "the student's own outputs" if label == "backbone" else "the shared pictures"
-                raise ValueError(f"'{label}' names {what}: choose another alias for the teacher")
+            if label == "backbone":
+                raise ValueError(
+                    "'backbone' names the student's own outputs: choose another alias for the "
+                    "teacher"
+                )
         return teachers
 
 

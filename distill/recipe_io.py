@@ -99,7 +99,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     Raises UserError for an unknown method and pydantic's ValidationError for anything else.
     """
     method = values.get("method", Recipe.model_fields["method"].default)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         hint = suggest(str(method), METHODS)
         raise UserError(f"method = {show(method)} is not known: {hint}")
     whole = _any_recipe().model_validate(values)
@@ -137,7 +137,15 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
             section, name = other.split(".")
             values[section][name] = None
     try:
-        return make_recipe(values)
+        recipe = make_recipe(values)
+        for key in keys:
+            section = key.split(".")[0]
+            if section in METHODS and section != recipe.method:
+                raise UserError(
+                    f"{key} is for method {section}, and the recipe's is {recipe.method}: add "
+                    f"method={section}, or leave {key} out"
+                )
+        return recipe
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except ValidationError as error:

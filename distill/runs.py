@@ -59,12 +59,8 @@ def save_student(
     `weights` are a state dict of `method`, whose `train_only` parts are left out. A method with a
     momentum network has its weights in `ema.safetensors` too, under the same names.
     """
-    left_out = set(method.train_only)
-    shipped = {
-        name: tensor
-        for name, tensor in weights.items()
-        if left_out.isdisjoint((name, name.split(".")[0]))
-    }
+    parts = tuple(f"{name}." for name in method.train_only)
+    shipped = {name: tensor for name, tensor in weights.items() if not f"{name}.".startswith(parts)}
     files = {STUDENT: shipped}
     averaged = method.averaged()
     if averaged:

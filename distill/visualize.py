@@ -84,7 +84,7 @@ def visualize(
                 f"--sizes {size} is not a multiple of the student's stride {stride}: use "
                 f"{nearest_multiples(size, stride)}"
             )
-    known = ["backbone", *run.dims]
+    known = ["backbone", *model.heads]
     for name in outputs or []:
         if name not in known:
             raise UserError(f"--outputs {name}: choose from {', '.join(known)}")

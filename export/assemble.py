@@ -298,12 +298,12 @@ def _describe_graph(part: Part, paths: dict[str, Path], precision: str) -> Graph
 
 
 def _describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
-    dims = student.run.dims[config.label]
+    dims, head = student.run.dims[config.label], student.deployment.shipped.get(config.label)
     return TeacherRecord(
         label=config.label,
         network=config.name,
         role=config.role,
-        token_dim=dims.summary,
+        token_dim=dims.summary if head and head.has_token else None,
         patch_dim=dims.patches,
         weights=weights_source(config),
         licence=_licence_of(config),

@@ -161,7 +161,9 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
     heads = []
     for label, head in deployment.shipped.items():
         dims = student.run.dims[label]
-        readers[label] = HeadGraph(head, prefix, maps)
+        if set(head.reads) <= {"summary"}:
+            raise UserError(f"the head of teacher '{label}' reads no map of the student")
+        readers[label] = HeadGraph(head, prefix, maps, stride)
         reads = read[label] = tuple(by_read[name] for name in head.reads)
         ports = head_ports(
             label,

@@ -92,13 +92,13 @@ class InteractionGraph(nn.Module):
 class HeadGraph(nn.Module):
     """One teacher's head, on spaces or on those of the student's features that it reads.
 
-    `maps` are the strides of the student's further maps.
+    `maps` are the strides of the student's further maps, `stride` its own.
     """
 
-    def __init__(self, head: ShippedHead, prefix: int, maps: Sequence[int]) -> None:
+    def __init__(self, head: ShippedHead, prefix: int, maps: Sequence[int], stride: int) -> None:
         super().__init__()
         self.head, self.reads, self.has_token = head.module, head.reads, head.has_token
-        self.prefix, self.maps = prefix, tuple(maps)
+        self.prefix, self.maps, self.stride = prefix, tuple(maps), stride
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The token [B, g] if the head predicts one, and patches [B, h*w, d]."""
@@ -117,9 +117,15 @@ class HeadGraph(nn.Module):
         given = dict(zip(self.reads, inputs, strict=True))
         summary = given["summary"][:, 0] if "summary" in given else None
         maps = tuple(given.get(f"maps.{stride}") for stride in self.maps)
-        finest = next(value for value in given.values() if value.ndim == 4)
         features = Features(summary, given.get("patches"), maps)
-        return self.head(features, tuple(finest.shape[1:3]))
+        return self.head(features, self._grid(given))
+
+    def _grid(self, given: dict[str, Tensor]) -> tuple[int, int]:
+        """Rows and columns of the student's map, which the head may not read itself."""
+        if "patches" in given:
+            return tuple(given["patches"].shape[1:3])
+        stride, level = next((s, given[f"maps.{s}"]) for s in self.maps if f"maps.{s}" in given)
+        return tuple(side * stride // self.stride for side in level.shape[1:3])
 
 
 class TaskGraph(nn.Module):

@@ -218,9 +218,9 @@ def test_a_module_of_contract_is_used_by_two_packages():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_no_file_grows_past_430_lines(package):
+def test_no_file_grows_past_450_lines(package):
     lengths = {
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
         for path in sources(package)
     }
-    assert {name: length for name, length in lengths.items() if length > 430} == {}
+    assert {name: length for name, length in lengths.items() if length > 450} == {}

@@ -80,7 +80,7 @@ class StreamBatches(Sampler[list[_Key]]):
         views: int = 0,
     ) -> None:
         for stream, size in batch_sizes.items():
-            _check_batch_size(stream, size, pictures, repeats, world, accumulate)
+            check_batch_size(stream, size, pictures, repeats, world, accumulate)
         self.pictures, self.repeats, self.batch_sizes = pictures, repeats, dict(batch_sizes)
         self.steps, self.start, self.rank, self.world = steps, start, rank, world
         self.accumulate, self.seed, self.views = accumulate, seed, views
@@ -116,9 +116,12 @@ class StreamBatches(Sampler[list[_Key]]):
         return torch.randperm(self.pictures * self.repeats, generator=generator)
 
 
-def _check_batch_size(
+def check_batch_size(
     stream: str, size: int, pictures: int, repeats: int, world: int, accumulate: int
 ) -> None:
+    """Raise UserError, with a size that does, if the batch of a stream does not fit `pictures` or
+    does not divide over `world` processes and accumulations.
+    """
     key = "train.batch_size" if stream == MAIN else f"batch_size of teacher '{stream}'"
     if pictures * repeats < size:
         example = "" if stream != MAIN else f" or train.batch_size={pictures * repeats}"

@@ -28,7 +28,7 @@ class ShippedHead(NamedTuple):
     """
 
     module: nn.Module
-    reads: tuple[str, ...] = ("summary", "patches")
+    reads: tuple[str, ...] = ("patches", "summary")
     has_token: bool = True
     free_length: bool = False
     """Whether only the direction of its patches means something (trained by cosine)."""

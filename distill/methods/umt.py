@@ -247,10 +247,10 @@ class ReadOut(nn.Module):
                 for label, dim in dims.items()
             }
         )
-        if token_dim:
+        widths = {k: dim.summary for k, dim in dims.items() if dim.summary is not None}
+        if token_dim and widths:
             self.token_norm = LayerNorm(token_dim)
-            widths = {k: dim.summary for k, dim in dims.items() if dim.summary is not None}
-            if widths and share_token_head(config, widths):
+            if share_token_head(config, widths):
                 self.token_heads = nn.ModuleDict(
                     {"shared": nn.Linear(token_dim, next(iter(widths.values())))}
                 )

@@ -272,6 +272,8 @@ def _cache_key(
         key[f"{label}.model"] = (
             f"{teacher.config.name} block {teacher.config.block} at {teacher.image_size} px"
         )
+        if not teacher.config.summary:
+            key[f"{label}.summary"] = False
         key[f"{label}.role"] = teacher.config.role
         key[f"{label}.weights"] = teacher.fingerprint()
         mean, std = (

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from contract.errors import UserError
 from distill.config import Recipe, TeacherConfig
+from distill.data.batches import check_batch_size
 from distill.data.pictures import open_pictures
 from distill.features import features_of
 from distill.methods import METHODS, build_method
@@ -242,12 +243,9 @@ def _print_schedule(
     if images is None:
         console.print(f"steps        {train.steps or 'unknown, as is the number of images'}")
         return
-    for size in schedule.batch_sizes.values():
-        if images * recipe.data.repeats < size:
-            raise UserError(
-                f"train.batch_size = {size} is more than {images} images x data.repeats = "
-                f"{recipe.data.repeats}: raise data.repeats or lower train.batch_size"
-            )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    for stream, size in schedule.batch_sizes.items():
+        check_batch_size(stream, size, images, recipe.data.repeats, world, train.accumulate)
     steps, per_epoch = schedule.steps, schedule.per_epoch
     console.print(
         f"steps        {steps:,} of {schedule.pictures_per_step} images = {steps / per_epoch:.1f} "
@@ -293,7 +291,10 @@ def _print_memory(
     frozen = sum(_count_parameters(teacher)[0] for teacher in teachers)
     shards = world if train.parallel == "fsdp" else 1
     # weights, gradients and two moments of AdamW, 4 bytes each
-    state = trainable * 16 / shards / _GIGA
+    held = sum(part.parameters for part in cost.parts)
+    # a momentum network has weights alone, and so has the average of all
+    copies = held - trainable + (held if train.ema_decay else 0)
+    state = (trainable * 16 + copies * 4) / shards / _GIGA
     micro = max(1, max(schedule.batch_sizes.values()) // (world * train.accumulate))
     half = train.precision != "fp32"
     activations = micro * cost.activation_bytes * (0.6 if half else 1.0) / _GIGA

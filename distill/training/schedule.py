@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from contract.errors import UserError
 from distill.config import Recipe, TrainConfig
 from distill.data.crops import MAIN, View
+from distill.data.photometric import RECIPES
 from distill.methods.method import Method
 from distill.teachers import Teacher
 
@@ -23,14 +24,15 @@ class Schedule:
         own = {teacher.label: teacher.batch_size for teacher in recipe.teachers}
         streams = list(dict.fromkeys(view.stream for view in self.views))
         for number, (label, size) in enumerate(own.items()):
-            if size and label not in streams:
+            if size and (label == MAIN or label not in streams):
                 raise UserError(
                     f"teachers.{number}.batch_size = {size}: method {recipe.method} gives teacher "
                     f"'{label}' the same pictures as the others: remove it, and set "
                     "train.batch_size"
                 )
         self.batch_sizes = {
-            stream: own.get(stream) or recipe.train.batch_size for stream in streams
+            stream: (stream != MAIN and own.get(stream)) or recipe.train.batch_size
+            for stream in streams
         }
         leading = MAIN if MAIN in streams else max(streams, key=self.batch_sizes.__getitem__)
         # A batch larger than the data is refused where batches are made
@@ -43,6 +45,7 @@ def resolve_views(recipe: Recipe, method: Method, teachers: Sequence[Teacher]) -
     """The method's views with every size and scale filled in."""
     resolved = []
     for view in method.views:
+        _check_photometric(view)
         seen_by = [t for t in teachers if method.teacher_views[t.label] == view.name]
         size = view.size
         if size is None and recipe.data.image_size != "auto":
@@ -51,6 +54,15 @@ def resolve_views(recipe: Recipe, method: Method, teachers: Sequence[Teacher]) -
             size = max([recipe.student.image_size, *(teacher.image_size for teacher in seen_by)])
         resolved.append(view._replace(size=size, scale=view.scale or recipe.data.crop_scale))
     return tuple(resolved)
+
+
+def _check_photometric(view: View) -> None:
+    unknown = set(view.photometric) - set(RECIPES)
+    if unknown or len(view.photometric) not in (0, 1, view.crops):
+        raise ValueError(
+            f"view '{view.name}': photometric = {view.photometric} needs one name for all of its "
+            f"{view.crops} crops or one for each, of {', '.join(RECIPES)}"
+        )
 
 
 def learning_rate(step: int, steps: int, per_epoch: int, settings: TrainConfig) -> float:

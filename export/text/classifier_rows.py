@@ -88,7 +88,7 @@ def _read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
             2, 3, teacher.image_size, teacher.image_size, generator=torch.Generator().manual_seed(0)
         )
         summary, logits = teacher.encode(pixels).summary, net(pixels)
-        reads = summary.shape[1] == classifier.in_features
+        reads = summary is not None and summary.shape[1] == classifier.in_features
         if not (reads and torch.allclose(classifier(summary), logits, rtol=1e-3, atol=1e-3)):
             raise UserError(
                 f"{wrong}'s classifier reads something else than the vector that the student "

@@ -2,6 +2,7 @@
 request.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ def head_of(output: str) -> str:
     """The head that gives an output: `clip_token` and `clip_patches` are of `clip`, `depth` is of
     `depth`.
     """
+    output = re.sub(r"_s\d+$", "", output)  # a further map
     for suffix in _SUFFIXES:
         if output.endswith(suffix) and output != suffix:
             return output.removesuffix(suffix)

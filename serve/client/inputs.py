@@ -55,7 +55,8 @@ class Picture:
             return self.source
         if isinstance(self.source, Path):
             try:
-                if self.source.stat().st_size > limits.max_bytes:  # do not even read it
+                size = self.source.stat().st_size
+                if limits.max_bytes is not None and size > limits.max_bytes:  # do not even read it
                     raise BadRequest(
                         f"{self.name}: more than the {limits.max_bytes:,} bytes that are taken"
                     )

@@ -418,3 +418,16 @@ def test_every_key_is_listed_with_type_default_and_meaning():
     assert rows["train.steps"][:2] == ["int | null", "null"]
     listed = describe_recipes()
     assert all(key in listed for key in rows) and all(name in listed for name in SHIPPED)
+
+
+@pytest.mark.parametrize("method", ["[umt]", "{a: 1}", "null", "umx"])
+def test_a_method_that_is_not_known_is_one_line(method):
+    with pytest.raises(UserError, match="quickstart: method = .* is not known: "):
+        load_recipe("quickstart", [f"method={method}"])
+
+
+def test_an_override_of_another_methods_section_is_refused():
+    with pytest.raises(UserError, match="plain.hidden_dim is for method plain, .* is umt: add"):
+        load_recipe("quickstart", ["plain.hidden_dim=5"])
+    both = ["plain.hidden_dim=5", "method=plain"]
+    assert load_recipe("quickstart", both).plain.hidden_dim == 5

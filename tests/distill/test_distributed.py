@@ -107,4 +107,4 @@ def test_two_ranks_train_and_resume_as_if_never_stopped(recipe_file, tmp_path, p
     again = weights_of(out)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     alone = run_command("--output", out, "--resume")
-    assert alone.returncode == 2 and "trained with 2 processes, now 1" in alone.stderr
+    assert alone.returncode == 2 and "trained with 2 processes, but there are now 1" in alone.stderr

@@ -38,7 +38,9 @@ class ToyHead(nn.Module):
         self.linear = nn.Linear(WIDTH, out)
 
     def forward(self, features, grid):
-        return Prediction(None, self.linear(features.maps[STRIDES.index(8)]), None)
+        level = features.maps[STRIDES.index(8)]
+        assert tuple(grid) == (level.shape[1] // 2, level.shape[2] // 2)  # of stride 16
+        return Prediction(None, self.linear(level), None)
 
 
 def toy(with_head=True):

@@ -253,3 +253,16 @@ def test_a_teacher_without_a_summary_gets_no_token(method):
     assert [label for label, head in shipped.shipped.items() if head.has_token] == ["cls", "mae"]
     predictions = shipped(torch.rand(1, 3, 64, 64))
     assert predictions["dino"].token is None and predictions["cls"].token is not None
+
+
+@pytest.mark.parametrize("method", ["umt", "plain"])
+def test_every_parameter_learns_from_teachers_without_a_summary(method):
+    dims = {label: dim._replace(summary=None) for label, dim in DIMS.items()}
+    model = build_method(recipe(method=method), dims)
+    views, targets = batch()
+    targets = {label: target._replace(summary=None) for label, target in targets.items()}
+    model(views, targets)["loss"].backward()
+    trained = [(name, p.grad) for name, p in model.named_parameters() if p.requires_grad]
+    unused = {name for name, grad in trained if grad is None}
+    # the class position has no loss of its own where a ViT's tokens have none either
+    assert unused == set()
