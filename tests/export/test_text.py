@@ -439,10 +439,10 @@ def test_bad_weights_are_one_line_and_leave_nothing(case, model, weights, clip, 
     state, said = clip.state_dict(), "does not fit"
     if case == "code":
         torch.save({"state_dict": state, "args": Touch(trap)}, path)
-        said = "holds code"
+        said = "contains code"
     elif case == "raw code":
         path.write_bytes(pickle.dumps(Touch(trap)))
-        said = "holds code"
+        said = "contains code"
     elif case == "torchscript":
         torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(path)
         said = "TorchScript"

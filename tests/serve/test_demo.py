@@ -285,7 +285,7 @@ def test_new_labels_are_answered_as_they_were_written(page, photo):
     page.fill("#labels textarea", "cat\ncat")
     page.click("#again")
     page.wait_for_selector(".problem")
-    assert "label 'cat' is there twice" in page.inner_text(".problem").lower()
+    assert "label 'cat' is given twice" in page.inner_text(".problem").lower()
     assert page.locator(".patches img").count() == 5  # one request's mistake is not the others'
 
 
