@@ -170,9 +170,8 @@ class TestRunning:
         assert main([str(small_bundle), "--grpc-port", port, "--repository", str(folder)]) == 2
         said = capsys.readouterr().err
         assert (
-            said
-            == f"error: port {port} is in use: choose another with --grpc-port, or stop the process "
-            "that listens there\n"
+            said == f"error: port {port} is in use: choose another with --grpc-port, or stop the "
+            "process that listens there\n"
         )
         assert not folder.exists()
 
