@@ -103,7 +103,7 @@ def damage(path, how):
     [
         ("truncated", "damaged"),
         ("changed", "sha256"),
-        ("foreign", "no head"),
+        ("foreign", "not a head"),
         ("missing", "no such head"),
     ],
 )
