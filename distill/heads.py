@@ -244,6 +244,8 @@ def load_head(path: Path, student_sha256: str | None = None) -> Head:
             f"{path} is of format {metadata.get('format')}, this version reads {FORMAT}: train the "
             "head again"
         )
+    if "sha256" not in metadata:
+        raise UserError(f"{path} does not record its sha256: it is damaged; train the head again")
     about = json.loads(metadata["about"])
     if student_sha256 and about.get("student_sha256") != student_sha256:
         raise UserError(

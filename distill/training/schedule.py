@@ -74,9 +74,7 @@ def learning_rate(step: int, steps: int, per_epoch: int, settings: TrainConfig) 
     if step < warmup:
         return settings.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return settings.min_lr + (settings.lr - settings.min_lr) * 0.5 * (
-        1 + math.cos(math.pi * progress)
-    )
+    return _cosine(settings.lr, settings.min_lr, progress)
 
 
 def weight_decay(step: int, steps: int, settings: TrainConfig) -> float:
@@ -84,5 +82,8 @@ def weight_decay(step: int, steps: int, settings: TrainConfig) -> float:
     first, last = settings.weight_decay, settings.weight_decay_end
     if last is None:
         return first
-    progress = step / max(1, steps - 1)
+    return _cosine(first, last, step / max(1, steps - 1))
+
+
+def _cosine(first: float, last: float, progress: float) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))

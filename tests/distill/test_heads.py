@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -138,3 +139,14 @@ def test_metadata_are_json_that_other_languages_read(tmp_path):
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     assert json.loads(header["__metadata__"]["settings"]) == {"width": 4, "classes": 2}
     assert set(load_file(path)) >= {"linear.weight", "norm.running_mean"}
+
+
+def test_a_head_that_does_not_record_its_hash_is_refused(tmp_path):
+    path = save_head(tmp_path, "segmentation", LinearSegmenter(8, 3), {"reads": "backbone"})
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    del metadata["sha256"]
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UserError, match="does not record its sha256"):
+        load_head(path)
