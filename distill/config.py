@@ -203,6 +203,11 @@ class TrainConfig(Section):
 
     steps: Positive | None = Field(None, description="optimizer steps; give steps or epochs")
     epochs: Positive | None = Field(None, description="passes over the data; give steps or epochs")
+    schedule: Literal["default", "dino"] = Field(
+        "default",
+        description="of learning rate and weight decay; dino: from 0, and ends a step later, as in "
+        "DINO's and UNIC's code",
+    )
     batch_size: Positive = Field(
         1024, description="images per optimizer step over all ranks and accumulations"
     )
@@ -285,6 +290,10 @@ class CheckpointConfig(Section):
     keep: Positive = Field(2, description="newest checkpoints kept")
 
 
+_NOT_THE_SOURCE = {"role", "alias", "weight", "token_weight", "feature_weight", "batch_size"}
+"""What may differ between two entries of one and the same teacher."""
+
+
 class Recipe(Section):
     """A complete distillation run; `recipe_io.make_recipe` makes one of plain data.
 
@@ -305,8 +314,6 @@ class Recipe(Section):
     @field_validator("teachers")
     @classmethod
     def _distinct_teachers(cls, teachers: tuple[TeacherConfig, ...]) -> tuple[TeacherConfig, ...]:
-        if not teachers:
-            raise ValueError("no teachers: list at least one (name, role)")
         labels = [t.label for t in teachers]
         for label in labels:
             if labels.count(label) > 1:
@@ -317,6 +324,15 @@ class Recipe(Section):
                 raise ValueError(
                     "'backbone' names the student's own outputs: choose another alias for the "
                     "teacher"
+                )
+        sources = [t.model_dump(exclude=_NOT_THE_SOURCE) for t in teachers]
+        for number, source in enumerate(sources):
+            first = sources.index(source)
+            # random weights differ
+            if first < number and (source["checkpoint"] or source["pretrained"]):
+                raise ValueError(
+                    f"teachers {first} and {number} are the same network, {teachers[number].name}: "
+                    "remove one (and raise the other's weight)"
                 )
         return teachers
 

@@ -65,6 +65,34 @@ class Ranks:
         return values
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of a tensor over the processes of a run, without gradient; itself where there is one."""
+    values = values.detach()
+    if dist.is_available() and dist.is_initialized():
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Mean of a tensor over the processes of a run, without gradient."""
+    return sum_over_ranks(values) / world_size()
+
+
+def world_size() -> int:
+    """Processes of the run."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def own_share(values: Tensor) -> Tensor:
+    """This rank's images of `values` [..., images of all ranks], in the order in which batches are
+    dealt out.
+    """
+    if world_size() == 1:
+        return values
+    return values[..., dist.get_rank() :: dist.get_world_size()]
+
+
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the processes torchrun started (or be alone), and leave them at the end."""

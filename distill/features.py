@@ -13,18 +13,21 @@ class Features(NamedTuple):
     `summary` [B, d_summary] is the image-level vector (class token, pooled map, or CLIP's projected
     embedding), None for a network without one (a detector's backbone); `patches` [B, h, w, d] is
     the spatial map, row-major, without class or register tokens; `maps` are further maps
-    [B, h_l, w_l, d_l], finest first. The widths may differ (CLIP ViT-B/16: 512 and 768).
+    [B, h_l, w_l, d_l], finest first. The widths may differ (CLIP ViT-B/16: 512 and 768). `second`
+    [B, d] is a second image-level vector where a student learns one (UDI's second class token).
     """
 
     summary: Tensor | None
     patches: Tensor
     maps: tuple[Tensor, ...] = ()
+    second: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors that are there: "summary", "patches", "maps.0", "maps.1", …"""
+        """The tensors that are there: "summary", "patches", "maps.0", "maps.1", …, "second"."""
         named = {} if self.summary is None else {"summary": self.summary}
         named["patches"] = self.patches
-        return named | {f"maps.{level}": map_ for level, map_ in enumerate(self.maps)}
+        named |= {f"maps.{level}": map_ for level, map_ in enumerate(self.maps)}
+        return named if self.second is None else named | {"second": self.second}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Features":
         """The features with a function applied to every tensor."""
@@ -35,7 +38,7 @@ def features_of(named: Mapping[str, Tensor]) -> Features:
     """Inverse of `Features.named`."""
     levels = sum(name.startswith("maps.") for name in named)
     maps = tuple(named[f"maps.{level}"] for level in range(levels))
-    return Features(named.get("summary"), named["patches"], maps)
+    return Features(named.get("summary"), named["patches"], maps, named.get("second"))
 
 
 class FeatureDims(NamedTuple):

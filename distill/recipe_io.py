@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
 from contract.errors import UserError, first_line, suggest
-from distill.config import Recipe, with_sections
+from distill.config import Recipe, Section, with_sections
 from distill.methods import METHODS
 
 _EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
@@ -104,7 +104,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise UserError(f"method = {show(method)} is not known: {hint}")
     whole = _any_recipe().model_validate(values)
     own = _recipe_with((method,))
-    return own(**{name: getattr(whole, name) for name in own.model_fields})
+    recipe = own(**{name: getattr(whole, name) for name in own.model_fields})
+    return METHODS[method].check(recipe)
 
 
 def _any_recipe() -> type[Recipe]:
@@ -114,7 +115,10 @@ def _any_recipe() -> type[Recipe]:
 
 @cache
 def _recipe_with(methods: tuple[str, ...]) -> type[Recipe]:
-    return with_sections({name: METHODS[name].Config for name in methods})
+    sections: dict[str, type[Section]] = {}
+    for name in methods:
+        sections |= {name: METHODS[name].Config, **METHODS[name].Sections}
+    return with_sections(sections)
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -140,16 +144,22 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
         recipe = make_recipe(values)
         for key in keys:
             section = key.split(".")[0]
-            if section in METHODS and section != recipe.method:
+            if section not in type(recipe).model_fields:
+                owner = _owner(section)
                 raise UserError(
-                    f"{key} is for method {section}, and the recipe's is {recipe.method}: add "
-                    f"method={section}, or leave {key} out"
+                    f"{key} is for method {owner}, and the recipe's is {recipe.method}: add "
+                    f"method={owner}, or leave {key} out"
                 )
         return recipe
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from error
+
+
+def _owner(section: str) -> str:
+    """The method that a section belongs to."""
+    return next(name for name, m in METHODS.items() if section == name or section in m.Sections)
 
 
 def _apply_override(values: dict, override: str) -> str:
@@ -348,6 +358,8 @@ def _type_text(annotation: Any) -> str:
         return " | ".join(map(str, inner))
     if origin in (Union, types.UnionType):
         return " | ".join(_type_text(kind) for kind in inner)
+    if origin is tuple and inner[-1] is Ellipsis:
+        return f"[{_type_text(inner[0])}, …]"
     if origin is tuple:
         return f"[{', '.join(_type_text(kind) for kind in inner)}]"
     if origin is list:

@@ -57,7 +57,8 @@ def save_student(
     rebuild them.
 
     `weights` are a state dict of `method`, whose `train_only` parts are left out. A method with a
-    momentum network has its weights in `ema.safetensors` too, under the same names.
+    momentum network has its weights in `ema.safetensors` too, under the same names (or the other
+    way round, see `Method.ships_averaged`).
     """
     parts = tuple(f"{name}." for name in method.train_only)
     shipped = {name: tensor for name, tensor in weights.items() if not f"{name}.".startswith(parts)}
@@ -65,6 +66,8 @@ def save_student(
     averaged = method.averaged()
     if averaged:
         files[EMA] = shipped | dict(averaged)
+    if method.ships_averaged:
+        files = {STUDENT: files[EMA], EMA: shipped}
     for name, tensors in files.items():
         metadata = {
             "format": str(FORMAT),

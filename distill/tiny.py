@@ -38,7 +38,9 @@ def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
     values["teacher_runtime"] |= {"precision": "auto", "compile": False}
     values["teacher_cache"] |= {"path": None, "views": min(1, recipe.teacher_cache.views)}
     values["targets"] |= {"batches": 1}
-    values[recipe.method] |= METHODS[recipe.method].Config.TINY
+    method = METHODS[recipe.method]
+    for section, config in {recipe.method: method.Config, **method.Sections}.items():
+        values[section] |= config.TINY
     values["data"] |= {
         "kind": "packaged-photos",
         "path": None,

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from contract.errors import UserError
 from contract.images import UnreadableImage
 from distill.config import DataConfig
+from distill.data.masks import BlockMask, WindowCells
 from distill.data.photometric import photometric
 from distill.data.pictures import Pictures
 
@@ -26,6 +27,9 @@ MAIN = "main"
 
 IMAGE = "image"
 """Name of the view of methods that need only one."""
+
+_Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
 
 Skipped = tuple[str, str]
 """Name of an unreadable picture and the reason."""
@@ -36,7 +40,7 @@ def random_crop(
     rng: np.random.Generator,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-) -> tuple[float, float, float, float]:
+) -> _Box:
     """A box (left, top, right, bottom) covering a random share of a picture of `size` = (width,
     height).
 
@@ -57,9 +61,31 @@ def random_crop(
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def take_crop(
-    image: Image.Image, box: tuple[float, float, float, float], side: int, flip: bool
-) -> Tensor:
+def surrounding(boxes: Sequence[_Box]) -> _Box:
+    """The smallest box around some boxes."""
+    left, top, right, bottom = zip(*boxes, strict=True)
+    return min(left), min(top), max(right), max(bottom)
+
+
+def shift_towards(box: _Box, anchor: _Box) -> _Box:
+    """Move a box as little as possible until it overlaps `anchor`, in each direction, by at least
+    half of the smaller of both sides (UDI, Su & Ji 2024).
+    """
+    left, right = _shift(box[0], box[2], anchor[0], anchor[2])
+    top, bottom = _shift(box[1], box[3], anchor[1], anchor[3])
+    return left, top, right, bottom
+
+
+def _shift(low: float, high: float, anchor_low: float, anchor_high: float) -> tuple[float, float]:
+    wanted = min(high - low, anchor_high - anchor_low) / 2
+    missing = wanted - (min(high, anchor_high) - max(low, anchor_low))
+    if missing <= 0:
+        return low, high
+    move = missing if low + high < anchor_low + anchor_high else -missing
+    return low + move, high + move
+
+
+def take_crop(image: Image.Image, box: _Box, side: int, flip: bool) -> Tensor:
     """Resize a box of an RGB image to uint8 [3, side, side], mirrored if `flip`."""
     crop = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     pixels = np.asarray(crop)
@@ -93,8 +119,43 @@ class View(NamedTuple):
     boxes: bool = False
     """Whether `Batch.views` also has "<name>.box" float32 [crops * B, 4]: left, top, right and
     bottom over the picture's width and height, left > right where the crop is mirrored."""
+    mask: BlockMask | None = None
+    """Adds "<name>.mask" bool [crops * B, grid, grid]: patches to hide."""
+    cells: WindowCells | None = None
+    """Adds "<name>.cells" int64 [B, cells]: cells of the grid, the same ones in all crops of a
+    picture."""
+    plain: bool = False
+    """Adds "<name>.plain": the crops without their photometric augmentation."""
+    near: str | None = None
+    """A view whose crops it overlaps by at least half of the smaller side. Its own name: every crop
+    overlaps its first; another view's, listed before it: the box around all of that view's."""
     stream: str = MAIN
     """The stream of pictures it is cut from; views of one stream share their pictures."""
+
+    def shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every tensor of the view in a batch; its size must be resolved."""
+        count = self.crops * batch
+        pixels = ((count, 3, self.size, self.size), torch.uint8)
+        shapes = {self.name: pixels}
+        if self.plain:
+            shapes[plain_name(self.name)] = pixels
+        if self.boxes:
+            shapes[f"{self.name}.box"] = ((count, 4), torch.float32)
+        if self.mask:
+            shapes[f"{self.name}.mask"] = ((count, self.mask.grid, self.mask.grid), torch.bool)
+        if self.cells:
+            shapes[f"{self.name}.cells"] = ((batch, self.cells.cells), torch.int64)
+        return shapes
+
+
+def plain_name(view: str) -> str:
+    """Key of a view's crops without photometric augmentation, for `Method.teacher_views`."""
+    return f"{view}.plain"
+
+
+def view_of(key: str) -> str:
+    """Name of the view that a key of `Method.teacher_views` belongs to."""
+    return key.removesuffix(".plain")
 
 
 class Sample(NamedTuple):
@@ -136,32 +197,58 @@ class CropDataset(Dataset):
                 skipped.append((error.name, error.reason))
                 continue
             tensors: dict[str, Tensor] = {}
+            boxes: dict[str, list[_Box]] = {}
             for view in self.views:
                 if view.stream == stream:
-                    tensors |= self._cut(image, view, picture, number)
+                    tensors |= self._cut(image, view, picture, number, boxes)
             return Sample(stream, tensors, picture, number, tuple(skipped))
         name, reason = skipped[0]
         raise UserError(
             f"data: {len(skipped)} pictures in a row are unreadable, the first {name} ({reason})"
         )
 
-    def _cut(self, image: Image.Image, view: View, picture: int, number: int) -> dict[str, Tensor]:
-        crops, boxes = [], []
+    def _cut(
+        self,
+        image: Image.Image,
+        view: View,
+        picture: int,
+        number: int,
+        boxes: dict[str, list[_Box]],
+    ) -> dict[str, Tensor]:
+        """The tensors of one view of a picture; its boxes are added to `boxes`, which has those of
+        the views before it.
+        """
+        parts: dict[str, list] = {}
+        own = boxes.setdefault(view.name, [])
+        width, height = image.size
         for crop in range(view.crops):
             rng = self._generator(view, picture, number, crop)
             box = random_crop(image.size, rng, view.scale, self.config.crop_ratio)
+            if view.near and boxes[view.near]:
+                anchors = own[:1] if view.near == view.name else boxes[view.near]
+                box = shift_towards(box, surrounding(anchors))
+            own.append(box)
             flip = rng.random() < self.config.flip
             pixels = take_crop(image, box, view.size, flip)
+            if view.plain:
+                parts.setdefault(plain_name(view.name), []).append(pixels)
             if view.photometric:
                 name = view.photometric[crop if len(view.photometric) > 1 else 0]
                 pixels = photometric(pixels, name, rng)
-            crops.append(pixels)
-            left, top, right, bottom = box
-            sides = (right, left) if flip else (left, right)
-            width, height = image.size
-            boxes.append([sides[0] / width, top / height, sides[1] / width, bottom / height])
-        tensors = {view.name: torch.stack(crops)}
-        return tensors | ({f"{view.name}.box": torch.tensor(boxes)} if view.boxes else {})
+            parts.setdefault(view.name, []).append(pixels)
+            if view.boxes:
+                left, top, right, bottom = box
+                sides = (right, left) if flip else (left, right)
+                place = [sides[0] / width, top / height, sides[1] / width, bottom / height]
+                parts.setdefault(f"{view.name}.box", []).append(torch.tensor(place))
+            if view.mask:
+                mask = torch.from_numpy(view.mask.draw(rng))
+                parts.setdefault(f"{view.name}.mask", []).append(mask)
+        tensors = {name: torch.stack(tensors) for name, tensors in parts.items()}
+        if view.cells:
+            rng = self._generator(view, picture, number, view.crops)
+            tensors[f"{view.name}.cells"] = torch.from_numpy(view.cells.draw(rng))[None]
+        return tensors
 
     def _generator(self, view: View, picture: int, number: int, crop: int) -> np.random.Generator:
         entropy = [self.seed, picture, number]

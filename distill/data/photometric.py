@@ -6,7 +6,7 @@ that a crop depends on (seed, picture, view, crop) alone and not on workers or o
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torchvision.transforms.v2.functional as TF
@@ -78,6 +78,17 @@ def _solarize(probability: float, threshold: int = 128) -> _Operation:
     return apply
 
 
+def _either(first: Sequence[_Operation], second: Sequence[_Operation]) -> _Operation:
+    """One of two lists of operations, at equal odds."""
+
+    def apply(crop: Tensor, rng: np.random.Generator) -> Tensor:
+        for operation in first if rng.random() < 0.5 else second:
+            crop = operation(crop, rng)
+        return crop
+
+    return apply
+
+
 _COLOUR = (_jitter(0.8, (0.4, 0.4, 0.2, 0.1)), _grayscale(0.2))
 _DINO_BLUR = (0.1, 2.0)
 
@@ -87,6 +98,15 @@ RECIPES: dict[str, tuple[_Operation, ...]] = {
     "dino_global_1": (*_COLOUR, _blur(1.0, _DINO_BLUR)),
     "dino_global_2": (*_COLOUR, _blur(0.1, _DINO_BLUR), _solarize(0.2)),
     "dino_local": (*_COLOUR, _blur(0.5, _DINO_BLUR)),
+    # UDI's crops: either of DINO's two kinds (Su & Ji 2024, their released configuration)
+    "udi_global": (
+        *_COLOUR,
+        _either([_blur(1.0, _DINO_BLUR)], [_blur(0.1, _DINO_BLUR), _solarize(0.2)]),
+    ),
+    "udi_local": (
+        *_COLOUR,
+        _either([_blur(0.5, _DINO_BLUR)], [_blur(0.1, _DINO_BLUR), _solarize(0.2)]),
+    ),
     # UNIC's one crop (Sariyildiz et al. 2024, their released configuration)
     "unic": (*_COLOUR, _blur(0.2, (0.1, 5.0), kernel=9), _solarize(0.2)),
 }

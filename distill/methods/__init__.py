@@ -8,9 +8,11 @@ from distill.config import Recipe
 from distill.features import FeatureDims
 from distill.methods.method import Method
 from distill.methods.plain import Plain
+from distill.methods.sefa import SeFA
 from distill.methods.umt import UMT
+from distill.methods.unic import UNIC
 
-METHODS: dict[str, type[Method]] = {"umt": UMT, "plain": Plain}
+METHODS: dict[str, type[Method]] = {"umt": UMT, "plain": Plain, "unic": UNIC, "sefa": SeFA}
 
 
 def build_method(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from distill.features import Features
 from distill.methods.losses import Prediction
 from distill.models.preprocess import Preprocess
 from distill.models.student import StudentLike
@@ -32,6 +33,20 @@ class ShippedHead(NamedTuple):
     has_token: bool = True
     free_length: bool = False
     """Whether only the direction of its patches means something (trained by cosine)."""
+
+
+class RestoredHead(nn.Module):
+    """A head on the student's features whose predictions are back in the teacher's own units;
+    `normalizer.restore` brings them there.
+    """
+
+    def __init__(self, head: nn.Module, normalizer: nn.Module) -> None:
+        super().__init__()
+        self.head, self.normalizer = head, normalizer
+
+    def forward(self, features: Features, grid: tuple[int, int]) -> Prediction:
+        """Predict from student features; `grid` is in the map's shape already."""
+        return self.normalizer.restore(self.head(features))
 
 
 class Deployment(nn.Module):

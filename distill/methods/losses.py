@@ -9,12 +9,13 @@ Token loss L^m: mean squared error for every teacher. Feature loss L^f, by the t
 | dino | 1 - cosine | every patch |
 
 Reductions are means over everything but nothing else, so the loss of a batch is the mean of its
-halves.
+halves. At the end, the loss of UNIC and SeFA, which is kept apart for every image.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -131,3 +132,77 @@ def alignment_loss_names(labels: Sequence[str], with_token: Sequence[str]) -> li
     if with_token:
         names += ["loss.token", *(f"loss.{label}.token" for label in with_token)]
     return names
+
+
+class Similarity(NamedTuple):
+    """Both parts of L_sim for every image, [N] (SeFA Eq 1)."""
+
+    cosine: Tensor
+    """One minus the cosine."""
+    smooth_l1: Tensor
+
+    def weighted(self, cosine_weight: float) -> Tensor:
+        """alpha x cosine + (1 - alpha) x smooth L1, [N]."""
+        return cosine_weight * self.cosine + (1 - cosine_weight) * self.smooth_l1
+
+
+def similarity(student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Similarity:
+    """Compare vectors [N, d] or, averaged over positions, maps [N, h, w, d] on the same grid (SeFA
+    Eq 1 and 6; smooth L1 with beta = 1). `weights` [N, h, w] of the positions, default equal.
+    """
+    cosine = 1 - F.cosine_similarity(student, teacher, dim=-1)
+    smooth = F.smooth_l1_loss(student, teacher, reduction="none").mean(-1)
+    if cosine.ndim == 1:
+        return Similarity(cosine, smooth)
+    if weights is None:
+        return Similarity(cosine.mean((1, 2)), smooth.mean((1, 2)))
+    total = weights.sum((1, 2)).clamp_min(1e-6)
+    return Similarity(
+        (cosine * weights).sum((1, 2)) / total, (smooth * weights).sum((1, 2)) / total
+    )
+
+
+def similarity_losses(
+    predictions: Mapping[str, Prediction],
+    targets: Mapping[str, Features],
+    cosine_weight: float,
+    grid: Literal["teacher", "student"],
+    weights: Tensor | None = None,
+    apart: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_sim of every teacher and image, [T, N] (SeFA Eq 1): the mean of its summary's and of its
+    map's, their sum if they train `apart`, or the one there is.
+
+    `weights` [N, h, w] of the student's positions, default equal. Also returns, detached and
+    averaged over images, `loss.<teacher>.token` and `loss.<teacher>.patches`, each with its parts
+    `.cosine` and `.smooth_l1`.
+    """
+    rows, parts = [], {}
+    for label, target in targets.items():
+        prediction = predictions[label]
+        maps = align_maps(prediction.patches.float(), target.patches.float(), grid)
+        at_positions = weights
+        if weights is not None:
+            at_positions = resize_map(weights.unsqueeze(-1), tuple(maps[0].shape[1:3])).squeeze(-1)
+        kinds = {"patches": similarity(*maps, at_positions)}
+        if prediction.token is not None and target.summary is not None:
+            kinds["token"] = similarity(prediction.token.float(), target.summary.float())
+        losses = {kind: value.weighted(cosine_weight) for kind, value in kinds.items()}
+        both = torch.stack(list(losses.values()))
+        rows.append(both.sum(0) if apart else both.mean(0))
+        for kind, loss in losses.items():
+            name = f"loss.{label}.{kind}"
+            parts[name] = loss.detach().mean()
+            parts[f"{name}.cosine"] = kinds[kind].cosine.detach().mean()
+            parts[f"{name}.smooth_l1"] = kinds[kind].smooth_l1.detach().mean()
+    return torch.stack(rows), parts
+
+
+def similarity_loss_names(labels: Sequence[str], with_token: Sequence[str]) -> list[str]:
+    """Names of the parts that `similarity_losses` returns."""
+    names = [
+        f"loss.{label}.{kind}"
+        for label in labels
+        for kind in (("patches", "token") if label in with_token else ("patches",))
+    ]
+    return [f"{name}{part}" for name in names for part in ("", ".cosine", ".smooth_l1")]

@@ -7,6 +7,7 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from contract.errors import UserError
 from distill.config import Recipe, Section
 from distill.data.crops import View
 from distill.features import FeatureDims, Features
@@ -57,6 +58,8 @@ class Method(nn.Module):
 
     Config: ClassVar[type[Section]]
     """The recipe's section of this method; `Config.TINY` are its values in `tiny.py`'s recipes."""
+    Sections: ClassVar[Mapping[str, type[Section]]] = {}
+    """Further sections of the recipe, by name, which have a TINY too."""
 
     student: Student
     views: tuple[View, ...]
@@ -68,11 +71,27 @@ class Method(nn.Module):
     may be empty."""
     train_only: tuple[str, ...] = ()
     """Submodules, parameters and buffers that never ship (momentum networks, projectors)."""
+    ships_averaged: bool = False
+    """Whether `student.safetensors` holds the weights of `averaged`, and `ema.safetensors` the
+    student's."""
     shards: bool = True
     """Whether FSDP2 may shard it; False for a method whose momentum network follows its weights."""
 
     def __init__(self, recipe: Recipe, dims: Mapping[str, FeatureDims], inference: bool = False):
         super().__init__()
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> Recipe:
+        """Check what the sections of a recipe say together, once it is read, and return it, perhaps
+        without what the method will not use. Raises UserError.
+        """
+        if not recipe.teachers:
+            raise UserError("teachers: no teachers: list at least one (name, role)")
+        return recipe
+
+    def warnings(self, values: Mapping[str, float]) -> list[str]:
+        """What is wrong with the values of a log line, a sentence each: a collapse, say."""
+        return []
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """What the optimizer trains; by default everything, without decay on vectors and on what

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distill.config import Auto, Positive, Recipe, Section
 from distill.data.crops import IMAGE, View
 from distill.features import FeatureDims, Features
-from distill.methods.deployment import Deployment, ShippedHead
+from distill.methods.deployment import Deployment, RestoredHead, ShippedHead
 from distill.methods.losses import (
     Prediction,
     alignment_loss_names,
@@ -78,7 +78,7 @@ class Plain(Method):
         """What ships: the backbone and one head per teacher, which read it directly."""
         heads = {
             teacher.label: ShippedHead(
-                DeployedHead(self.heads[teacher.label], self.normalizers[teacher.label]),
+                RestoredHead(self.heads[teacher.label], self.normalizers[teacher.label]),
                 has_token=self.heads[teacher.label].token is not None,
                 free_length=has_free_length(teacher.role),
             )
@@ -107,18 +107,6 @@ class TeacherHead(nn.Module):
         """Map student features to the teacher's widths; no token for a teacher without summary."""
         token = None if self.token is None else self.token(features.summary)
         return Prediction(token, self.patches(features.patches), self.patches(features.summary))
-
-
-class DeployedHead(nn.Module):
-    """A head whose predictions are back in the teacher's own units."""
-
-    def __init__(self, head: TeacherHead, normalizer: FeatureNormalizer) -> None:
-        super().__init__()
-        self.head, self.normalizer = head, normalizer
-
-    def forward(self, features: Features, grid: tuple[int, int]) -> Prediction:
-        """Predict from student features; `grid` is in the map's shape already."""
-        return self.normalizer.restore(self.head(features))
 
 
 def mlp(width: int, hidden: int, out: int) -> nn.Sequential:

@@ -2,12 +2,14 @@
 output.
 """
 
+import copy
 import inspect
 import re
 from typing import Literal, NamedTuple, Protocol
 
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from contract.errors import UserError, suggest
@@ -107,6 +109,9 @@ class Student(nn.Module):
     family: Literal["vit", "cnn"]
     map_strides: tuple[int, ...] = ()
     map_widths: tuple[int, ...] = ()
+    second_token: bool = False
+    """Whether the token after the class token is a second summary (`Features.second`), for the
+    method to set."""
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
@@ -167,7 +172,47 @@ class Student(nn.Module):
             return Features(patches.mean(dim=(1, 2)), patches)
         grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
         patches = output[:, self.prefix :].unflatten(1, grid)
-        return Features(output[:, 0] if self.has_class_token else patches.mean(dim=(1, 2)), patches)
+        summary = output[:, 0] if self.has_class_token else patches.mean(dim=(1, 2))
+        return Features(summary, patches, second=output[:, 1] if self.second_token else None)
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether `tokens` can hide patches and return what the last block says: timm's plain
+        ViTs."""
+        return isinstance(self.net, VisionTransformer)
+
+    def tokens(
+        self, images: Tensor, mask: Tensor | None = None, filler: Tensor | None = None
+    ) -> Tensor:
+        """Tokens [B, prefix + h * w, width] after the last block and before the final norm, for
+        students with `has_blocks`.
+
+        Where `mask` bool [B, h, w] is set, the vector `filler` [width] stands in the patch's place,
+        before position embeddings (masked image modelling). `read(net.norm(tokens), images)` equals
+        `forward` without a mask.
+        """
+        x = self.net.patch_embed(images)
+        if mask is not None:
+            hidden = mask.unsqueeze(-1) if x.ndim == 4 else mask.flatten(1).unsqueeze(-1)
+            x = torch.where(hidden, filler.to(x.dtype), x)
+        x = self.net.norm_pre(self.net.patch_drop(self.net._pos_embed(x)))
+        return self.net.blocks(x)
+
+    def every_layer(self, images: Tensor) -> list[Layer]:
+        """Every block of a ViT or stage of a CNN, shallow to deep, as the network leaves it:
+        without the final norm.
+        """
+        if self.family == "cnn":
+            stages = self.net.forward_intermediates(
+                images, intermediates_only=True, output_fmt="NCHW"
+            )
+            maps = [stage.permute(0, 2, 3, 1) for stage in stages]
+            return [Layer(map_.mean(dim=(1, 2)), map_) for map_ in maps]
+        blocks = self.net.forward_intermediates(
+            images, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+        )
+        grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
+        return [_block_layer(block, grid, self.has_class_token) for block in blocks]
 
     def layers(self, images: Tensor) -> tuple[Features, list[Layer]]:
         """The features, as `forward` gives them, and the four layers of `dpt_layers` from the same
@@ -209,13 +254,18 @@ def dpt_layers(net: nn.Module, pixels: Tensor, stride: int) -> tuple[Tensor, lis
         return_prefix_tokens=True,
     )
     grid = (pixels.shape[-2] // stride, pixels.shape[-1] // stride)
-    layers = []
-    for block in blocks:
-        # without prefix tokens timm returns the patches alone
-        tokens, prefix = block if isinstance(block, tuple) else (block, None)
-        summary = tokens.mean(1) if prefix is None else prefix[:, 0]
-        layers.append(Layer(summary, tokens.unflatten(1, grid)))
-    return output, layers
+    return output, [_block_layer(block, grid, class_token=True) for block in blocks]
+
+
+def _block_layer(
+    block: Tensor | tuple[Tensor, Tensor], grid: tuple[int, int], class_token: bool
+) -> Layer:
+    """A block as timm's `forward_intermediates` gives it: patches [B, h * w, d], and prefix tokens
+    if there are some.
+    """
+    tokens, prefix = block if isinstance(block, tuple) else (block, None)
+    summary = tokens.mean(1) if prefix is None or not class_token else prefix[:, 0]
+    return Layer(summary, tokens.unflatten(1, grid))
 
 
 def dpt_blocks(blocks: int) -> list[int]:
@@ -249,6 +299,29 @@ def freeze_unused(net: nn.Module, probe: nn.Module, output: Tensor) -> None:
     for name, parameter in net.named_parameters():
         if name in unused:
             parameter.requires_grad_(False)
+
+
+def freeze_unreached(student: Student, size: int) -> list[Layer]:
+    """Freeze what no layer of `Student.every_layer` depends on (a final norm, say), and return the
+    layers of one image on the meta device, for their shapes.
+
+    Raises UserError for a network whose layers timm cannot return.
+    """
+    probe = copy.deepcopy(student).to("meta").eval()
+    try:
+        with torch.enable_grad():
+            layers = probe.every_layer(torch.empty(1, 3, size, size, device="meta"))
+            sum(layer.patches.sum() + layer.summary.sum() for layer in layers).backward()
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"student '{type(student.net).__name__}' does not return its layers ({error}): set "
+            "unic.heads=mlp"
+        ) from error
+    unused = {name for name, parameter in probe.named_parameters() if parameter.grad is None}
+    for name, parameter in student.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
+    return layers
 
 
 def patch_size(net: nn.Module) -> int | None:

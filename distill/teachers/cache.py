@@ -22,7 +22,7 @@ from contract.errors import UserError
 from contract.files import write_atomically
 from distill.config import Recipe
 from distill.data.batches import Batch, make_loader
-from distill.data.crops import IMAGE, CropDataset, View
+from distill.data.crops import IMAGE, CropDataset, View, plain_name, view_of
 from distill.distributed import Ranks
 from distill.features import Features, features_of
 from distill.teachers import Teacher
@@ -226,7 +226,13 @@ def open_cache(
     """
     config = recipe.teacher_cache
     views = {view.name: view for view in dataset.views}
-    specs = {t.label: Spec(views[teacher_views[t.label]], t.shapes) for t in teachers}
+    specs = {}
+    for teacher in teachers:
+        key = teacher_views[teacher.label]
+        view = views[view_of(key)]
+        if key == plain_name(view.name):
+            view = view._replace(photometric=())
+        specs[teacher.label] = Spec(view, teacher.shapes)
     for label, spec in specs.items():
         if any(name != "none" for name in spec.view.photometric):
             log.info(
@@ -269,6 +275,8 @@ def _cache_key(
         if view != View(IMAGE, view.size, scale=view.scale):
             key[f"{prefix}view"] = f"{view.crops} x {view.name} of stream {view.stream}"
             key[f"{prefix}photometric"] = list(view.photometric)
+            if view.near:
+                key[f"{prefix}near"] = view.near
         key[f"{label}.model"] = (
             f"{teacher.config.name} block {teacher.config.block} at {teacher.image_size} px"
         )

@@ -103,7 +103,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     ranks.barrier()
     dataset = CropDataset(pictures, recipe.data, schedule.views, settings.seed)
     compute = teacher_features(teachers, method.teacher_views, device)
-    if recipe.teacher_cache.views:
+    if recipe.teacher_cache.views and teachers:
         compute = open_cache(
             recipe, folder, dataset, teachers, method.teacher_views, compute, ranks
         ).read
@@ -165,6 +165,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     parameters = [p for p in method.parameters() if p.requires_grad]
     ledger = CorruptLedger(len(pictures), recipe.data.max_corrupt_fraction)
     sums: dict[str, Tensor] = {}
+    wrong: list[str] = []
     since, since_step = time.perf_counter(), start
     model.train()
     loader = iter(make_loader(dataset, batches, recipe.data.workers, device.type == "cuda"))
@@ -229,6 +230,10 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                         "skipped_steps": int(counters[0])
                     }
                     metrics.write(row | {"skipped_images": len(ledger)})
+                    now_wrong = method.warnings(row) if done / per_epoch >= 1 else []
+                    if now_wrong and not wrong:  # once, until it is right again
+                        log.warning("step %d: %s", done, "; ".join(now_wrong))
+                    wrong = now_wrong
                 sums, since, since_step = {}, now, done
             # Several ranks must stop at the same step, and checking is a collective: only where a
             # line is due.

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from contract.errors import UserError
 from distill.config import Recipe, TeacherConfig
 from distill.data.batches import check_batch_size
+from distill.data.crops import view_of
 from distill.data.pictures import open_pictures
 from distill.features import features_of
 from distill.methods import METHODS, build_method
@@ -76,15 +77,13 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
         method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
         views = {view.name: view for view in resolve_views(recipe, method, teachers)}
         crops = {
-            name: torch.empty(view.crops, 3, view.size, view.size, dtype=torch.uint8)
-            for name, view in views.items()
-        }
-        crops |= {
-            f"{name}.box": torch.empty(view.crops, 4) for name, view in views.items() if view.boxes
+            name: torch.empty(shape, dtype=kind)
+            for view in views.values()
+            for name, (shape, kind) in view.shapes(1).items()
         }
         features = {}
         for teacher in teachers:
-            count = views[method.teacher_views[teacher.label]].crops
+            count = views[view_of(method.teacher_views[teacher.label])].crops
             shapes = teacher.shapes.items()
             features[teacher.label] = features_of(
                 {name: torch.empty(count, *shape) for name, shape in shapes}
@@ -158,7 +157,9 @@ def print_plan(recipe: Recipe) -> None:
     if variants:
         console.print(_compare(part, variants, recipe, cost, teachers))
     for view in schedule.views:
-        seen = [label for label, name in cost.method.teacher_views.items() if name == view.name]
+        seen = [
+            label for label, key in cost.method.teacher_views.items() if view_of(key) == view.name
+        ]
         console.print(
             f"view         {view.name}: {view.crops} of {view.size} px, "
             f"{schedule.batch_sizes[view.stream]:,} pictures a step of stream {view.stream}"
@@ -190,7 +191,7 @@ def _print_parts(
     crops = {view.name: view.crops for view in schedule.views}
     for config, teacher in zip(recipe.teachers, teachers, strict=True):
         shapes = ("x".join(map(str, shape)) for shape in teacher.shapes.values())
-        gflop = crops[cost.method.teacher_views[teacher.label]] * teacher_gflop(teacher)
+        gflop = crops[view_of(cost.method.teacher_views[teacher.label])] * teacher_gflop(teacher)
         table.add_row(
             f"teacher {teacher.label} ({config.role})",
             f"{_count_parameters(teacher)[0]:,}",
@@ -264,7 +265,7 @@ def _print_cache(
     """Print how much room the cached features of the teachers take, two bytes a number."""
     crops = {view.name: view.crops for view in schedule.views}
     numbers = sum(
-        crops[method.teacher_views[teacher.label]] * math.prod(shape)
+        crops[view_of(method.teacher_views[teacher.label])] * math.prod(shape)
         for teacher in teachers
         for shape in teacher.shapes.values()
     )

@@ -72,12 +72,12 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
     print(f"  python -m distill.visualize {folder} IMAGE.jpg --sizes 224 448")
 
 
-def _dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig]:
-    """Index and config of the teacher for the PCA picture: a DINO one, else the first."""
+def _dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig] | None:
+    """Index and config of the teacher for the PCA picture: a DINO one, else the first, if any."""
     for index, teacher in enumerate(recipe.teachers):
         if teacher.role == "dino":
             return index, teacher
-    return 0, recipe.teachers[0]
+    return (0, recipe.teachers[0]) if recipe.teachers else None
 
 
 @torch.no_grad()
@@ -88,25 +88,28 @@ def _draw_pca(recipe: Recipe, folder: Path) -> Path:
     Whole photographs at ZOOM times the training sizes, so that maps are fine enough to look at.
     """
     run = load_run(folder)
-    index, config = _dense_teacher(recipe)
-    usual = build_teacher(config, recipe.teacher_runtime, index).image_size
-    wide = config.model_copy(update={"image_size": _ZOOM * usual})
-    teacher = build_teacher(wide, recipe.teacher_runtime, index)
     side = _ZOOM * recipe.student.image_size
     photos = _some_photographs(open_pictures(recipe.data))
     predictions = run.method.deploy()(
         torch.stack([centre_crop(p, side) for p in photos]).float() / 255
     )
-    student = {"student backbone": predictions[BACKBONE].patches}
-    target = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
-    compared = {f"teacher {config.label}": _unit_scale(target)}
-    if config.label in predictions:
-        # Both live in the teacher's space, so they share one set of colours: equal colours mean
-        # that the student predicts the teacher well.
-        head = _unit_scale(predictions[config.label].patches)
-        compared = {f"student's {config.label} head": head} | compared
     shown = [centre_crop(p, side).permute(1, 2, 0).numpy() for p in photos]
-    return pca_figure(folder / "plots" / "pca.png", shown, [student, compared])
+    columns = [{"student backbone": predictions[BACKBONE].patches}]
+    dense = _dense_teacher(recipe)
+    if dense:
+        index, config = dense
+        usual = build_teacher(config, recipe.teacher_runtime, index).image_size
+        wide = config.model_copy(update={"image_size": _ZOOM * usual})
+        teacher = build_teacher(wide, recipe.teacher_runtime, index)
+        target = teacher(torch.stack([centre_crop(p, teacher.image_size) for p in photos])).patches
+        compared = {f"teacher {config.label}": _unit_scale(target)}
+        if config.label in predictions:
+            # Both live in the teacher's space, so they share one set of colours: equal colours mean
+            # that the student predicts the teacher well.
+            head = _unit_scale(predictions[config.label].patches)
+            compared = {f"student's {config.label} head": head} | compared
+        columns.append(compared)
+    return pca_figure(folder / "plots" / "pca.png", shown, columns)
 
 
 def _unit_scale(maps: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from contract.errors import UserError
 from distill.config import Recipe, TrainConfig
-from distill.data.crops import MAIN, View
+from distill.data.crops import MAIN, View, view_of
 from distill.data.photometric import RECIPES
 from distill.methods.method import Method
 from distill.teachers import Teacher
@@ -46,7 +46,7 @@ def resolve_views(recipe: Recipe, method: Method, teachers: Sequence[Teacher]) -
     resolved = []
     for view in method.views:
         _check_photometric(view)
-        seen_by = [t for t in teachers if method.teacher_views[t.label] == view.name]
+        seen_by = [t for t in teachers if view_of(method.teacher_views[t.label]) == view.name]
         size = view.size
         if size is None and recipe.data.image_size != "auto":
             size = recipe.data.image_size
@@ -66,24 +66,33 @@ def _check_photometric(view: View) -> None:
 
 
 def learning_rate(step: int, steps: int, per_epoch: int, settings: TrainConfig) -> float:
-    """Linear warm-up, then a cosine from `lr` to `min_lr` (UMT 4.1)."""
+    """Linear warm-up, then a cosine from `lr` to `min_lr` (UMT 4.1).
+
+    With `schedule: dino` the warm-up starts at 0 and ends at `lr`, and the cosine would reach its
+    end one step after the last (DINO's and UNIC's `cosine_scheduler`).
+    """
     warmup = settings.warmup_steps
     if warmup is None:
         warmup = round(settings.warmup_epochs * per_epoch)
     warmup = min(warmup, steps - 1)
+    dino = settings.schedule == "dino"
     if step < warmup:
-        return settings.lr * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return _cosine(settings.lr, settings.min_lr, progress)
+        share = step / max(1, warmup - 1) if dino else (step + 1) / (warmup + 1)
+        return settings.lr * share
+    progress = (step - warmup) / max(1, steps - warmup - (0 if dino else 1))
+    return cosine(settings.lr, settings.min_lr, progress)
 
 
 def weight_decay(step: int, steps: int, settings: TrainConfig) -> float:
-    """A cosine from `weight_decay` to `weight_decay_end`, or the former throughout."""
+    """A cosine from `weight_decay` to `weight_decay_end`, or the former throughout; ends as the
+    learning rate's.
+    """
     first, last = settings.weight_decay, settings.weight_decay_end
     if last is None:
         return first
-    return _cosine(first, last, step / max(1, steps - 1))
+    return cosine(first, last, step / max(1, steps - (0 if settings.schedule == "dino" else 1)))
 
 
-def _cosine(first: float, last: float, progress: float) -> float:
+def cosine(first: float, last: float, progress: float) -> float:
+    """Half a cosine from `first` at progress 0 to `last` at 1."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
