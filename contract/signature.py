@@ -6,6 +6,7 @@ The dot of `<teacher>.token` is an underscore here: ONNX and Triton names.
 | graph | reads | gives |
 |---|---|---|
 | backbone | image | backbone_global, backbone_patches (for clients); features, features_global (for the other graphs) |
+| backbone with a second class token | image | all that, and backbone_second (for clients) |
 | backbone with further maps | image | all that, and of each backbone_s<stride> (for clients), features_s<stride> |
 | backbone with a DPT head | image | all that, then layers_1, layers_1_global, … layers_4_global (for that head) |
 | interaction | features, features_global | spaces (UMT's coupled modules; methods without have no such graph) |
@@ -80,6 +81,13 @@ def backbone_ports(width: int, positions: int | str) -> tuple[Port, ...]:
             ("batch", positions, width),
             "the student's map, row-major",
         ),
+    )
+
+
+def second_port(width: int) -> Port:
+    """A second image-level vector, of students that learn one (UDI's second class token)."""
+    return Port(
+        "backbone_second", "float32", ("batch", width), "the student's second image-level vector"
     )
 
 

@@ -26,6 +26,7 @@ from contract.signature import (
     image_port,
     layer_ports,
     map_ports,
+    second_port,
     task_port,
 )
 from contract.tasks import TASKS
@@ -124,7 +125,8 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
             f"--resolutions: the student's maps of a position every {max(maps)} pixels are coarser "
             f"than its stride {stride}, so sizes cannot vary: give one"
         )
-    client = backbone_ports(d, positions)
+    second = (second_port(d),) if deployment.student.second_token else ()
+    client = backbone_ports(d, positions) + second
     inputs = feature_ports(d, rows, columns)
     by_read = dict(zip(("patches", "summary"), inputs, strict=True))
     map_outputs: tuple[Port, ...] = ()
@@ -138,7 +140,7 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
         Signature(
             BACKBONE,
             (image,),
-            backbone_ports(d, positions) + inputs + map_outputs + layers,
+            backbone_ports(d, positions) + inputs + second + map_outputs + layers,
         ),
     )
     parts, interaction = [backbone], None

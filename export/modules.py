@@ -30,7 +30,8 @@ class BackboneGraph(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """backbone_global [B, d], backbone_patches [B, h*w, d], features [B, h, w, d],
-        features_global [B, 1, d]; of a student with further maps, of each also
+        features_global [B, 1, d]; of a student with a second class token backbone_second [B, d];
+        of a student with further maps, of each also
         backbone_s<stride> [B, h_l*w_l, d_l] and features_s<stride> [B, h_l, w_l, d_l].
         """
         return self.tell(self.student(self.normalize(image)))
@@ -57,7 +58,8 @@ class BackboneGraph(nn.Module):
         """The outputs of the student's features."""
         summary, patches = result.summary.float(), result.patches.float()
         maps = (value for m in result.maps for value in (m.float().flatten(1, 2), m.float()))
-        return summary, patches.flatten(1, 2), patches, summary.unsqueeze(1), *maps
+        second = () if result.second is None else (result.second.float(),)
+        return summary, patches.flatten(1, 2), patches, summary.unsqueeze(1), *second, *maps
 
 
 class LayersGraph(BackboneGraph):

@@ -94,6 +94,8 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
             )
             result[FEATURES] = prediction.patches.numpy()
             result[FEATURES_GLOBAL] = prediction.token.unsqueeze(1).numpy()
+            if prediction.second is not None:
+                result["backbone_second"] = prediction.second.numpy()
             for stride, level in zip(deployment.student.map_strides, prediction.maps, strict=True):
                 result[f"backbone_s{stride}"] = level.flatten(1, 2).numpy()
                 result[f"{MAP_OF_STRIDE}{stride}"] = level.numpy()

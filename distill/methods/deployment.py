@@ -81,7 +81,7 @@ class Deployment(nn.Module):
         grid = tuple(features.patches.shape[1:3])
         results = {
             BACKBONE: Prediction(
-                features.summary, features.patches, features.summary, features.maps
+                features.summary, features.patches, features.summary, *features[2:]
             )
         }
         for label, head in self.heads.items():

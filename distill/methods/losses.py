@@ -37,6 +37,7 @@ class Prediction(NamedTuple):
     patches: Tensor
     summary: Tensor | None
     maps: tuple[Tensor, ...] = ()
+    second: Tensor | None = None
 
 
 def token_mse(token: Tensor, summary: Tensor) -> Tensor:

@@ -85,6 +85,8 @@ class StudentLike(Protocol):
     map_strides: tuple[int, ...]
     """Pixels per position of `Features.maps`, finest first."""
     map_widths: tuple[int, ...]
+    second_token: bool
+    """Whether `Features.second` is there."""
 
     def forward(self, images: Tensor) -> Features:
         """Encode normalised images [B, 3, H, W]."""

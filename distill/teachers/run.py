@@ -15,6 +15,7 @@ class StudentNet(nn.Module):
 
         run = load_run(folder)
         self.student, self.recipe = run.method.student, run.recipe
+        self.student.second_token = False  # teachers have one summary
 
     def forward(self, pixels: Tensor) -> Features:
         """Features of normalised images [B, 3, H, W]."""

@@ -22,6 +22,7 @@ SIZE, WIDTH = 64, 8
 class ToyStudent(nn.Module):
     family, width, stride, prefix, has_class_token = "cnn", WIDTH, 16, 0, False
     map_strides, map_widths = STRIDES, (WIDTH,) * 4
+    second_token = False
 
     def __init__(self):
         super().__init__()
