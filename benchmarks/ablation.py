@@ -17,10 +17,6 @@ import argparse
 import datetime
 import json
 import logging
-import math
-import os
-import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,14 +26,13 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
+from harness import SCORES, cell, run_all, scores_of, spread
 
 from distill.data.crops import centre_crop
 from distill.distributed import join_ranks
 from distill.evaluate.cast import Row, open_rows
 from distill.evaluate.datasets import open_classes, read_picture
 from distill.evaluate.encoder import teacher_encoder
-from distill.evaluate.settings import load_settings
-from distill.evaluate.tasks import TASKS, Context
 from distill.features import Features
 from distill.recipe_io import load_recipe
 from distill.runs import git_commit, load_run
@@ -56,9 +51,6 @@ _VARIANTS = {
 _STUDENT = ["student.name=resnet10t", "student.image_size=64", "student.kwargs={output_stride: 16}"]
 _INTERACTION = ["umt.space_dim=128", "umt.token_dim=128", "umt.groups=64"]
 _READ_OUTS = ["backbone", "cls", "focus"]
-_SCORES = {"knn": "top1", "linear": "top1", "segmentation": "mIoU"}
-_SETTINGS = ["extract.workers=0", "dense.size=128", "dense.steps=300", "dense.lr=3e-3"]
-"""Of the evaluation, the same for everyone; the learning rate suits 400 pictures, not ADE20K."""
 
 
 def main() -> None:
@@ -95,34 +87,10 @@ def main() -> None:
     # each seed's first run fills that seed's cache of the teachers' features (crops differ by
     # seed); its others read it
     seeds = range(args.seeds)
-    _run_all(args, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
-    _run_all(
-        args, [(variant, seed) for seed in seeds for variant in _VARIANTS if variant != "untrained"]
-    )
+    run_all(args.jobs, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
+    rest = [variant for variant in _VARIANTS if variant != "untrained"]
+    run_all(args.jobs, [(variant, seed) for seed in seeds for variant in rest])
     _sum_up(args, (time.perf_counter() - start) / 60)
-
-
-def _run_all(args: argparse.Namespace, waiting: list[tuple[str, int]]) -> None:
-    """Run variants and seeds, `--jobs` at a time; a failure ends them all."""
-    running: list[subprocess.Popen] = []
-    while waiting or running:
-        while waiting and len(running) < args.jobs:
-            running.append(_launch(args, *waiting.pop(0)))
-        time.sleep(0.2)
-        for job in running:
-            if job.poll():
-                for other in running:
-                    other.kill()
-                sys.exit(f"error: {' '.join(job.args[-2:])} failed (its message is above)")
-        running = [job for job in running if job.poll() is None]
-
-
-def _launch(args: argparse.Namespace, variant: str, seed: int) -> subprocess.Popen:
-    """Start one run in a process of its own, on one thread: sums then come out in one order
-    whatever else runs.
-    """
-    command = [sys.executable, __file__, *sys.argv[1:], "--one", variant, str(seed)]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
@@ -168,13 +136,8 @@ def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
         rows = open_rows(str(folder), _READ_OUTS, False, None, args.device, folder / "evaluation")
     trained = time.perf_counter()
     for row in rows:
-        context = Context(
-            row.encoder, scenes, load_settings(_SETTINGS), folder / "cache", row.folder
-        )
         label = row.encoder.read_out if variant != "teachers" else row.name
-        result["scores"][label] = {
-            t: TASKS[t].run(context).scores[name] for t, name in _SCORES.items()
-        }
+        result["scores"][label] = scores_of(row, scenes, folder / "cache")
     result["seconds"] = {"train": trained - start, "evaluate": time.perf_counter() - trained}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(result, indent=1))
@@ -256,23 +219,12 @@ def _sum_up(args: argparse.Namespace, minutes: float) -> None:
     print(f"wrote {args.output}/ablation.json, ablation.md, ablation.png")
 
 
-def _spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; NaN for what a variant does not have."""
-    if not values:
-        return math.nan, math.nan
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
 def _collect(results: list[dict], read_out: str, task: str) -> list[float]:
     return [r["scores"][read_out][task] for r in results]
 
 
 def _markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
     """Two tables: losses, and scores by what is read."""
-
-    def cell(values: list[float]) -> str:
-        mean, deviation = _spread(values)
-        return "–" if math.isnan(mean) else f"{mean:.3f} ± {deviation:.3f}"
 
     lines = ["| variant | seeds | Σ token loss L^m | Σ feature loss L^f |", "|---|---|---|---|"]
     for variant, results in by_variant.items():
@@ -292,15 +244,13 @@ def _markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
         for variant, results in by_variant.items():
             lines.append(
                 f"| {variant} | "
-                + " | ".join(cell(_collect(results, read_out, t)) for t in _SCORES)
+                + " | ".join(cell(_collect(results, read_out, t)) for t in SCORES)
                 + " |"
             )
         if read_out in teachers["scores"]:
             result = teachers["scores"][read_out]
             lines.append(
-                f"| *teacher {read_out}* | "
-                + " | ".join(f"{result[t]:.3f}" for t in _SCORES)
-                + " |"
+                f"| *teacher {read_out}* | " + " | ".join(f"{result[t]:.3f}" for t in SCORES) + " |"
             )
     return "\n".join(lines) + "\n"
 
@@ -314,7 +264,7 @@ def _draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None
     panels += [
         (f"{task} {name}: {read}", lambda r, t=task, o=read: r["scores"][o][t])
         for read in _READ_OUTS
-        for task, name in _SCORES.items()
+        for task, name in SCORES.items()
     ]
     figure, axes = plt.subplots(4, 3, figsize=(13, 10), layout="constrained", sharey=True)
     axes[0, 2].set_axis_off()
@@ -324,7 +274,7 @@ def _draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None
         for line, name in enumerate(names):
             values = [v for v in map(value, by_variant[name]) if v is not None]
             if values:
-                mean, deviation = _spread(values)
+                mean, deviation = spread(values)
                 axis.errorbar(mean, line, xerr=deviation, fmt="o", capsize=3, color="#1f77b4")
                 axis.plot(values, [line + 0.2] * len(values), ".", color="#999999", markersize=4)
         read, task = title.split(": ")[-1], title.split()[0]

@@ -172,8 +172,11 @@ class SeFA(Method):
         self, views: Mapping[str, Tensor], targets: Mapping[str, Features]
     ) -> dict[str, Tensor]:
         """Compute Eq 4 of a batch, and its parts; `ssl.*` are the objective's."""
+        # crops that teachers see may be larger than the student's input; local ones are smaller
         images = {
             view.name: self.preprocess.normalize(views[view.name].float() / 255)
+            if view.size
+            else self.preprocess(views[view.name])
             for view in self.views
         }
         weight, values, loss = self.config.ssl_weight, {}, None
@@ -183,7 +186,7 @@ class SeFA(Method):
             loss = weight * ssl_loss
         if targets:
             features, mask = self._distilled(features, mask, images)
-            distilled, parts = self._distil(features, targets, mask)
+            distilled, parts = self.compare(features, targets, mask)
             values = {"loss.distil": distilled.detach(), **parts, **values}
             share = (1 - weight) * distilled
             loss = share if loss is None else loss + share
@@ -201,10 +204,12 @@ class SeFA(Method):
             return self.student(images[GLOBAL]), None
         return features, mask if self.config.distil_masked == "visible" else None
 
-    def _distil(
+    def compare(
         self, features: Features, targets: Mapping[str, Features], mask: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L_distil of Eq 5, and its parts a teacher."""
+        """L_distil of Eq 5 and its parts a teacher; moves the statistics. `mask` bool [N, h, w]:
+        positions to leave out.
+        """
         predictions = {label: head(features) for label, head in self.heads.items()}
         standardized = {}
         for label, target in targets.items():
@@ -277,7 +282,7 @@ class SeFA(Method):
             crops, others = crops._replace(mask=None, cells=None, boxes=False), []
         views = (crops, *others)
         if config.distil_view == "own" and with_teachers:
-            own = View(IMAGE, recipe.student.image_size, photometric=("unic",), plain=plain)
+            own = View(IMAGE, photometric=("unic",), plain=plain)
             views = (own, *views) if config.ssl_weight else (own,)
         return views
 

@@ -27,7 +27,7 @@ from distill.data.crops import IMAGE, View, plain_name
 from distill.distributed import mean_over_ranks, own_share, sum_over_ranks, world_size
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import Deployment, RestoredHead, ShippedHead
-from distill.methods.losses import similarity_loss_names, similarity_losses
+from distill.methods.losses import Prediction, similarity_loss_names, similarity_losses
 from distill.methods.method import Method, Progress
 from distill.methods.projectors import FeatureHead, LadderHead, mlp
 from distill.methods.standardize import FeatureStandardizer
@@ -132,6 +132,13 @@ class UNIC(Method):
         ladder = self.config.heads == "ladder"
         inputs = self.student.every_layer(images) if ladder else self.student(images)
         predictions = {label: head(inputs) for label, head in self.heads.items()}
+        loss, parts = self.compare(predictions, targets)
+        return {"loss": loss, **parts}
+
+    def compare(
+        self, predictions: Mapping[str, Prediction], targets: Mapping[str, Features]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of predictions and teacher features, and its parts; moves the statistics."""
         standardized = {}
         for label, target in targets.items():
             standardized[label] = self.standardizers[label](target)
@@ -150,7 +157,7 @@ class UNIC(Method):
             loss = (keep.squeeze(1) * losses.mean(1)).sum()  # Eq 3
         kept = keep.float().mean(1)
         parts |= {f"keep.{label}": kept[row] for row, label in enumerate(targets)}
-        return {"loss": loss, **parts}
+        return loss, parts
 
     @torch.compiler.disable
     def _draw(self, losses: Tensor) -> Tensor:

@@ -164,9 +164,8 @@ class DINO(nn.Module):
     @classmethod
     def views(cls, recipe: Recipe, student: Student) -> tuple[View, ...]:
         """Two global crops, and the local ones."""
-        ssl, size = recipe.ssl, recipe.student.image_size
-        kinds = cls.photometric
-        crops = [View(GLOBAL, size, 2, ssl.global_scale, kinds[0])]
+        ssl, kinds = recipe.ssl, cls.photometric
+        crops = [View(GLOBAL, None, 2, ssl.global_scale, kinds[0])]
         if ssl.locals:
             crops.append(View(LOCAL, local_size(recipe), ssl.locals, ssl.local_scale, kinds[1]))
         return tuple(crops)
@@ -203,8 +202,8 @@ class DINO(nn.Module):
     def forward(
         self, student: Student, images: Mapping[str, Tensor], views: Mapping[str, Tensor]
     ) -> Encoded:
-        """Encode the normalised crops `images` and compare; `views` has what else the views
-        request.
+        """Encode the crops `images`, normalised and in the student's sizes, and compare; `views`
+        has what else the views request.
         """
         features = student(images[GLOBAL])
         summaries = torch.cat([features.summary, *self._local_summaries(student, images)])
