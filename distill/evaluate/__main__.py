@@ -92,8 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights",
         default="student",
-        choices=("student", "ema"),
-        help="a run's student, or its momentum network if the method has one (default: student)",
+        choices=("student", "momentum", "ema"),
+        metavar="student|momentum",
+        help="a run's student, or its momentum network if the method has one, which may also be "
+        "called ema (default: student)",
     )
     parser.add_argument(
         "--with-teachers", action="store_true", help="also score the run's teachers"
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tasks=[name.strip() for name in args.tasks.split(",")],
             data=args.data or [],
             features=args.features.split(","),
-            weights=args.weights,
+            weights="student" if args.weights == "student" else "momentum",
             with_teachers=args.with_teachers,
             size=args.size,
             output=args.output,

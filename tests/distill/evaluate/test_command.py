@@ -165,6 +165,40 @@ def test_a_timm_network_is_a_model_too(class_folders, tmp_path):
     assert "resnet10t@random" in done.stdout
 
 
+def with_momentum(run: Path) -> None:
+    """Give a run a momentum network: the student with another patch embedding."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(run / "student.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    weights = load_file(run / "student.safetensors")
+    weights["student.net.patch_embed.proj.weight"].mul_(-1)
+    changed = metadata | {"sha256": tensors_sha256(weights)}
+    save_file(weights, run / "ema.safetensors", metadata=changed)
+
+
+def test_the_momentum_network_is_scored_by_either_name(run, scenes):
+    arguments = (run, "--data", scenes, "--tasks", "linear", *QUICK)
+    missing = call(main, *arguments, "--weights", "momentum")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    assert "trains no momentum network (use the student)" in missing.stderr
+    with_momentum(run)
+    for name in ("momentum", "ema"):
+        done = call(main, *arguments, "--weights", name)
+        assert done.returncode == 0, done.stderr
+    assert "in the cache" in done.stdout
+    rows = json.loads((run / "evaluation" / "evaluation.json").read_text())["rows"]
+    assert list(rows) == ["momentum backbone"]
+    # its heads are not what export ships with the student
+    assert not (run / "heads").exists()
+    head = load_head(
+        run / "evaluation" / "momentum-backbone" / "heads" / "classification.safetensors"
+    )
+    assert head.about["student_sha256"] == tensors_sha256(load_run(run, "ema").method.state_dict())
+    assert head.about["student_sha256"] != tensors_sha256(load_run(run).method.state_dict())
+
+
 def test_every_task_has_its_own_data_root(run, scenes, class_folders):
     roots = ("--data", f"segmentation={scenes}", "--data", class_folders)
     done = call(main, run, *roots, "--tasks", "knn,segmentation", "knn.k=3", *QUICK)
