@@ -15,6 +15,11 @@ examples:
       --tasks knn,segmentation,depth --with-teachers
   python -m distill.evaluate runs/mine --data /data/imagenet \\
       --tasks knn,linear --features backbone,dino probe.runs=5
+  python -m distill.evaluate runs/mine --data transfer=/data/transfer \\
+      --tasks transfer --with-teachers
+  python -m distill.evaluate runs/mine --data /data/imagenet \\
+      --data robustness=/data/variants --tasks linear,finetune,robustness \\
+      finetune.init=probe robustness.classifier=finetuned
   python -m distill.evaluate runs/mine --data ADEChallengeData2016 \\
       --tasks segmentation dense.steps=80000
   python -m distill.evaluate runs/mine --data /data/nyu \\
@@ -36,6 +41,7 @@ NAMES = (
     "knn",
     "linear",
     "finetune",
+    "transfer",
     "zero-shot",
     "segmentation",
     "depth",
@@ -48,7 +54,11 @@ NAMES = (
 
 _LAYOUTS = """\
 data layouts of --data ROOT (ROOT/classification, ROOT/dense, … come first):
-  classification  {train,val}/CLASS/*.jpg
+  classification  {train,val}/CLASS/*.jpg, or an archive as its authors pack it:
+                  cifar-10-batches-py/* and cifar-100-python/* (the Python
+                  versions), flowers-102/{jpg/*.jpg,imagelabels.mat,setid.mat},
+                  oxford-iiit-pet/{images/*.jpg,annotations/*.txt}
+  transfer        a folder of several of these, a data set each
   dense           {train,val}/{images,masks,depth}/*
                   images/{training,validation}/* with annotations/… (ADE20K)
                   {train,test}/SCENE/rgb_*.jpg with sync_depth_*.png (NYUv2)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,7 +33,7 @@ def family_root(data: Path, family: str) -> Path:
     return own if own.is_dir() else data
 
 
-def _split_folder(root: Path, split: str) -> Path | None:
+def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split below `root`, by any of its usual names."""
     return next((root / name for name in _SPLITS[split] if (root / name).is_dir()), None)
 
@@ -72,6 +72,23 @@ def read_picture(path: Path | str) -> Image.Image:
 # ---- class folders ----------------------------------------------------------------------------
 
 
+class Labelled(Protocol):
+    """One split of labelled pictures: their labels [n] int64, and the classes' names."""
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def picture(self, number: int) -> Image.Image:
+        """RGB picture `number`; raises UserError for one that cannot be read."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the pictures do."""
+        ...
+
+
 @dataclass(frozen=True)
 class ClassFolders:
     """One split of a data set with a folder per class: files, their labels [n], and the classes'
@@ -88,6 +105,10 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self.files)
 
+    def picture(self, number: int) -> Image.Image:
+        """Decode picture `number`; raises UserError as `read_picture` does."""
+        return read_picture(self.files[number])
+
     def fingerprint(self) -> str:
         return stamp(self.root, self.files)
 
@@ -102,7 +123,7 @@ def open_classes(
     `classes`.
     """
     root = family_root(data, "classification")
-    folder = _split_folder(root, split)
+    folder = split_folder(root, split)
     if folder is None:
         raise UserError(f"--data {root} has no {split} split: create {root / split}/CLASS/*.jpg")
     names = sorted(
@@ -171,7 +192,7 @@ def open_pairs(
     """
     root = family_root(data, "dense")
     map_folders = _MASKS if kind == "masks" else _DEPTHS
-    folder = _split_folder(root, split)
+    folder = split_folder(root, split)
     for above, below in ((folder, None), (root, split)):
         if above is None:
             continue
@@ -209,7 +230,7 @@ def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | N
     for name in names:
         folder = above / name
         if folder.is_dir():
-            return folder if split is None else _split_folder(folder, split)
+            return folder if split is None else split_folder(folder, split)
     return None
 
 
