@@ -37,6 +37,43 @@ def test_separate_clusters_score_high_and_noise_low():
     assert cluster_scores(*clusters(300, 5, 100), classes=5, seed=0) == noise
 
 
+def test_nmi_is_that_of_the_table_of_classes_and_clusters():
+    """Three separate clusters, but two pictures of each class lie in the next one."""
+    features, clusters_of = clusters(30, 3, 0.01)
+    labels = clusters_of.copy()
+    labels[:6] = (labels[:6] + 1) % 3
+    table = np.zeros((3, 3))
+    for label, cluster in zip(labels, clusters_of, strict=True):
+        table[label, cluster] += 1
+    joint = table / 30
+    rows, columns = joint.sum(1), joint.sum(0)
+    information = sum(
+        joint[i, j] * math.log(joint[i, j] / (rows[i] * columns[j]))
+        for i in range(3)
+        for j in range(3)
+        if joint[i, j]
+    )
+    entropy = [-sum(p * math.log(p) for p in part) for part in (rows, columns)]
+    found = cluster_scores(features, labels, classes=3, seed=0)["NMI"]
+    assert found == pytest.approx(information / (sum(entropy) / 2)) and 0.2 < found < 0.8
+
+
+def test_silhouette_is_that_of_a_loop_over_pictures():
+    features, labels = clusters(24, 3, 3.0)
+    unit = [row / math.sqrt(sum(x * x for x in row)) for row in features]
+    values = []
+    for i, row in enumerate(unit):
+        means = {}
+        for label in set(labels.tolist()):
+            others = [j for j in range(24) if labels[j] == label and j != i]
+            means[label] = sum(1 - float(row @ unit[j]) for j in others) / len(others)
+        own = means.pop(int(labels[i]))
+        nearest = min(means.values())
+        values.append((nearest - own) / max(nearest, own))
+    found = cluster_scores(features, labels, classes=3, seed=0)["silhouette"]
+    assert found == pytest.approx(sum(values) / 24)
+
+
 def test_length_of_features_does_not_matter():
     features, labels = clusters(200, 4, 0.05)
     lengths = np.random.default_rng(1).uniform(0.1, 10, size=(200, 1))
