@@ -160,6 +160,53 @@ def open_classes(
     return ClassFolders(root, tuple(files), np.array(labels, np.int64), numbering)
 
 
+def open_folder(root: Path) -> ClassFolders:
+    """Every picture of `root/CLASS/*`, or of a folder without class folders as one class.
+
+    Raises UserError for a folder without pictures.
+    """
+    names = sorted(
+        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    found = {name: _files_below(root / name) for name in names}
+    found = {name: files for name, files in found.items() if files} or {
+        root.name: _files_below(root)
+    }
+    files = [str(path) for here in found.values() for path in here]
+    if not files:
+        raise UserError(
+            f"--data {root} has no pictures: give a folder of CLASS/*.jpg, or a layout of "
+            "distill.evaluate --list"
+        )
+    labels = np.repeat(np.arange(len(found)), [len(here) for here in found.values()])
+    return ClassFolders(root, tuple(files), labels.astype(np.int64), tuple(found))
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some pictures of a split, by their `numbers` there."""
+
+    split: Labelled
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.split.labels[list(self.numbers)]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.split.classes
+
+    def picture(self, number: int) -> Image.Image:
+        return self.split.picture(self.numbers[number])
+
+    def fingerprint(self) -> str:
+        return f"{self.split.fingerprint()} {digest((number,) for number in self.numbers)}"
+
+
 # ---- pictures with maps -----------------------------------------------------------------------
 
 

@@ -22,12 +22,11 @@ from distill.evaluate import (
     zero_shot,
 )
 from distill.evaluate.archives import open_labelled
-from distill.evaluate.attention import attention_figure, attention_maps, has_attention
+from distill.evaluate.attention import attention_figure, attention_rows, has_attention
 from distill.evaluate.classification import FrozenSplits, frozen_splits
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import family_root
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import centre_view
 from distill.evaluate.outcome import Outcome
 from distill.evaluate.representation import cluster_scores, tsne_picture
 
@@ -144,10 +143,8 @@ def _run_clusters(c: Context) -> Outcome:
     if has_attention(c.encoder):
         val = open_labelled(c.data, "val", c.splits.classes)
         photos = [val.picture(number) for number in range(0, len(val), max(1, len(val) // 4))[:4]]
-        views = torch.stack([centre_view(photo, c.encoder.image_size, 1.0) for photo in photos])
-        maps = attention_maps(c.encoder, views.to(c.encoder.device))
-        shown = [view.permute(1, 2, 0).numpy() for view in views]
-        files.append(attention_figure(c.folder / "attention.png", shown, maps))
+        rows = attention_rows(c.encoder, photos, "picture", c.config.seed)
+        files.append(attention_figure(c.folder / "attention.png", rows))
     return Outcome(scores, {"pictures": len(features)}, tuple(files))
 
 

@@ -95,6 +95,81 @@ def test_wrong_arguments_are_one_line_and_status_two(run_folder, photo_folder, t
     assert not (tmp_path / "out").exists()
 
 
+def test_attention_is_drawn_by_networks_that_have_it(run_folder, photo_folder, tmp_path, capsys):
+    photo = next(photo_folder.rglob("*.jpg"))
+    arguments = [str(run_folder), str(photo), "--kind", "attention", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    path = tmp_path / f"{photo.stem}_attention.png"
+    with Image.open(path) as image:
+        alone = image.size
+    assert "left out" not in capsys.readouterr().out
+    assert main([*arguments, "--with-teachers", "--sizes", "64", "128"]) == 0
+    said = capsys.readouterr().out
+    assert "teacher cls is left out: it is no plain ViT" in said and str(path) in said
+    with Image.open(path) as image:
+        assert image.width == alone[0] and image.height == 6 * alone[1]  # three ViTs, two sizes
+
+
+def test_a_cnn_students_attention_is_refused(photo_folder, tmp_path, capsys):
+    import yaml
+
+    from tests.conftest import small_recipe
+
+    changes = {"student": {"name": "resnet10t", "kwargs": {}, "drop_path": 0.0}}
+    changes["umt"] = {"token_dim": 64}
+    recipe = small_recipe(photo_folder, train={"steps": 1}, **changes)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert run_here(tmp_path / "recipe.yaml", "--output", tmp_path / "run").returncode == 0
+    photo = str(next(photo_folder.rglob("*.jpg")))
+    arguments = [str(tmp_path / "run"), photo, "--kind", "attention"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "has no global attention in its last block: choose a plain ViT" in error
+    assert len(error.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_feature_space_of_student_and_teachers(run_folder, class_folders, tmp_path, capsys):
+    arguments = [str(run_folder), "--kind", "tsne", "--with-teachers"]
+    pictures = []
+    for name in ("a", "b"):
+        place = ["--data", str(class_folders), "--output", str(tmp_path / name)]
+        assert main([*arguments, *place]) == 0
+        pictures.append((tmp_path / name / "tsne.png").read_bytes())
+    assert pictures[0] == pictures[1]
+    with Image.open(tmp_path / "a" / "tsne.png") as image:
+        assert image.width > 3 * image.height  # four networks
+    # a folder of classes without splits, and one of pictures alone
+    for data, points in ((class_folders / "train", "8"), (class_folders / "train" / "coins", "5")):
+        place = ["--data", str(data), "--points", points, "--output", str(tmp_path / points)]
+        assert main([*arguments[:3], *place]) == 0
+        assert (tmp_path / points / "tsne.png").is_file()
+
+
+def test_kinds_take_their_own_arguments(run_folder, photo_folder, class_folders, tmp_path, capsys):
+    run, photo = str(run_folder), str(next(photo_folder.rglob("*.jpg")))
+    (tmp_path / "empty").mkdir()
+    data = ["--data", str(class_folders)]
+    cases = {
+        "name at least one IMAGE": [run],
+        "draws photographs: name at least one": [run, "--kind", "attention"],
+        "--with-teachers goes with --kind attention or tsne": [run, photo, "--with-teachers"],
+        "--data goes with --kind tsne, not attention": [run, photo, "--kind", "attention", *data],
+        "--outputs goes with --kind features": [run, "--kind", "tsne", "--outputs", "cls", *data],
+        "IMAGE goes with --kind features or attention": [run, photo, "--kind", "tsne", *data],
+        "--kind tsne needs pictures: add --data ROOT": [run, "--kind", "tsne"],
+        "--points 3 is too few": [run, "--kind", "tsne", *data, "--points", "3"],
+        "--data nowhere: no such folder": [run, "--kind", "tsne", "--data", "nowhere"],
+        "empty has no pictures": [run, "--kind", "tsne", "--data", str(tmp_path / "empty")],
+        "gone: no such run folder": ["gone", "--kind", "tsne", *data],
+        "use 64 or 80": [run, photo, "--kind", "attention", "--sizes", "70"],
+    }
+    for expected, arguments in cases.items():
+        assert main([*arguments, "--output", str(tmp_path / "out")]) == 2, expected
+        error = capsys.readouterr().err
+        assert expected in error and len(error.strip().splitlines()) == 1, error
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_damaged_student_file_is_refused_by_its_hash(run_folder, photo_folder, tmp_path, capsys):
     data = bytearray((run_folder / "student.safetensors").read_bytes())
     data[-100] ^= 1

@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 
 from contract.errors import UserError
-from distill.evaluate.attention import attention_figure, attention_maps, last_attention
+from distill.evaluate.attention import (
+    attention_figure,
+    attention_maps,
+    attention_rows,
+    last_attention,
+    last_block,
+    token_clusters,
+)
 from distill.evaluate.encoder import parse_model, teacher_encoder
 from distill.evaluate.representation import (
     Spread,
@@ -16,7 +23,9 @@ from distill.evaluate.representation import (
     shared_spaces,
     spread,
     teacher_variance,
+    tsne_figure,
     tsne_picture,
+    tsne_points,
 )
 from distill.features import FeatureDims
 from distill.methods import build_method
@@ -254,10 +263,53 @@ def test_what_attention_refuses(tiny_vit, tiny_cnn):
 
 
 def test_attention_figure(tmp_path, tiny_vit):
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    photos = [image.permute(1, 2, 0).numpy() for image in images]
-    path = attention_figure(
-        tmp_path / "plots" / "attention.png", photos, attention_maps(tiny_vit, images)
+    images = torch.randint(0, 256, (2, 64, 80, 3), dtype=torch.uint8).numpy()
+    photos = [Image.fromarray(image) for image in images]
+    rows = attention_rows(tiny_vit, photos, "student", seed=0)
+    views = torch.stack([torch.from_numpy(row.photo) for row in rows]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(
+        torch.from_numpy(np.stack([row.maps for row in rows])), attention_maps(tiny_vit, views)
     )
+    assert all(row.clusters.shape == (4, 4) for row in rows)
+    path = attention_figure(tmp_path / "plots" / "attention.png", rows)
     with Image.open(path) as picture:
         assert picture.width > picture.height > 300
+
+
+def test_clusters_are_of_like_tokens_and_the_most_looked_at_comes_first():
+    random = np.random.default_rng(0)
+    groups = np.array([2, 0, 1, 0, 2, 1, 1, 0])
+    # lengths do not matter
+    lengths = random.uniform(0.5, 3, size=(8, 1))
+    tokens = lengths * (np.eye(3)[groups] + 0.01 * random.normal(size=(8, 3)))
+    attention = np.array([0.3, 0.1, 0.2, 0.1, 0.3, 0.2, 0.2, 0.1])
+    found = token_clusters(tokens, attention, count=3, seed=0)
+    assert found.tolist() == [0, 2, 1, 2, 0, 1, 1, 2]
+    assert token_clusters(np.ones((4, 3)), np.ones(4), count=3, seed=0).tolist() == [0] * 4
+
+
+def test_the_tokens_are_those_of_the_last_block(tiny_vit):
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    attention, tokens = last_block(tiny_vit, images)
+    assert attention.shape == (2, 2, 25, 25)
+    features = tiny_vit(images)
+    torch.testing.assert_close(tokens[:, 0], features.summary)
+    torch.testing.assert_close(tokens[:, 1:], features.patches.flatten(1, 2))
+
+
+def test_tsne_of_several_networks_is_the_same_every_time(tmp_path):
+    features, labels = clusters(40, 4, 0.1, d=32)
+    other = features @ np.random.default_rng(2).normal(size=(32, 8))
+    names = [f"class {index}" for index in range(4)]
+    networks = {"student": features, "teacher": other}
+    made = [
+        tsne_figure(tmp_path / f"{place}.png", networks, labels, names, 30, 0) for place in "ab"
+    ]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    with Image.open(made[0]) as picture:
+        assert picture.width > 2 * picture.height
+    points = tsne_points(features, labels, 30, 0)
+    # separate clusters stay separate
+    middles = np.stack([points[labels == label].mean(0) for label in range(4)])
+    nearest = np.linalg.norm(points[:, None] - middles, axis=-1).argmin(1)
+    assert (nearest == labels).all()
