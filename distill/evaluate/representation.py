@@ -150,7 +150,7 @@ def _scatter(
     """Points [n, 2] in the colours of their labels."""
     present = np.unique(labels)
     named = len(present) <= LEGEND_CLASSES
-    colours = plt.get_cmap("tab20" if named else "gist_rainbow")
+    colours = plt.get_cmap("tab10" if len(present) <= 10 else "tab20" if named else "gist_rainbow")
     for order, label in enumerate(present):
         colour = colours(order) if named else colours(order / len(present))
         axis.scatter(

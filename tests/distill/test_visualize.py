@@ -1,11 +1,15 @@
 """Feature pictures: the components behind them, and the command."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from distill.figures import cosine_map, pca_figure, pca_rgb
+from distill.methods.deployment import Deployment
+from distill.runs import load_run
 from distill.visualize import main
 from tests.conftest import run_here
 
@@ -128,6 +132,7 @@ def test_a_cnn_students_attention_is_refused(photo_folder, tmp_path, capsys):
     assert len(error.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_feature_space_of_student_and_teachers(run_folder, class_folders, tmp_path, capsys):
     arguments = [str(run_folder), "--kind", "tsne", "--with-teachers"]
     pictures = []
@@ -143,6 +148,29 @@ def test_the_feature_space_of_student_and_teachers(run_folder, class_folders, tm
         place = ["--data", str(data), "--points", points, "--output", str(tmp_path / points)]
         assert main([*arguments[:3], *place]) == 0
         assert (tmp_path / points / "tsne.png").is_file()
+
+
+def test_a_student_without_heads_and_teachers_is_drawn_alone(
+    run_folder, class_folders, tmp_path, monkeypatch, capsys
+):
+    whole = load_run(run_folder)
+    deployed = whole.method.deploy()
+    bare = Deployment(deployed.preprocess, deployed.student, torch.nn.Identity(), {})
+    monkeypatch.setattr(whole.method, "deploy", lambda: bare)
+    recipe = whole.recipe.model_copy(update={"teachers": []})
+    alone = dataclasses.replace(whole, recipe=recipe)
+    for module in ("distill.visualize", "distill.evaluate.cast"):
+        monkeypatch.setattr(f"{module}.load_run", lambda *_: alone)
+    photo = str(next(class_folders.rglob("*.png")))
+    for arguments in (
+        [photo, "--sizes", "64"],
+        [photo, "--kind", "attention", "--with-teachers"],
+        ["--kind", "tsne", "--with-teachers", "--data", str(class_folders)],
+    ):
+        assert main([str(run_folder), *arguments, "--output", str(tmp_path)]) == 0
+    stem = photo.rpartition("/")[2].removesuffix(".png")
+    names = {f"{stem}_features.png", f"{stem}_attention.png", "tsne.png"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_kinds_take_their_own_arguments(run_folder, photo_folder, class_folders, tmp_path, capsys):

@@ -89,6 +89,12 @@ def test_student_heads_and_teachers_are_scored_alike(run, scenes):
         assert 0 <= row["knn"]["scores"]["top1"] <= 1 and row["depth"]["scores"]["rmse"] > 0
         assert row["knn"]["settings"]["probe"]["epochs"] == 3 and row["knn"]["commit"]
     assert "mIoU" in done.stdout and "teacher dino" in done.stdout
+    # NMI and silhouette of student and teachers in one table, the last two columns
+    assert "NMI" in done.stdout and "silhouette" in done.stdout
+    for row, tasks in found.items():
+        scores = tasks["clusters"]["scores"]
+        (line,) = (x for x in done.stdout.splitlines() if x.startswith(f"{row} "))
+        assert line.split()[-2:] == [f"{scores[name]:.3f}" for name in ("NMI", "silhouette")]
     # what export looks for: heads of the first output named, bound to this very student
     weights = tensors_sha256(load_run(run).method.state_dict())
     for task in ("classification", "segmentation", "depth"):
