@@ -175,32 +175,37 @@ def put_probe(net: nn.Module, encoder: Encoder, probe: Classifier) -> list[str]:
     classifies another vector than its summary.
     """
     last = net.get_classifier()
-    if isinstance(last, nn.Linear) and last.weight.shape == probe.linear.weight.shape:
-        last.weight.copy_(probe.linear.weight)
-        last.bias.copy_(probe.linear.bias)
+    shape = probe.linear.weight.shape
+    if isinstance(last, nn.Linear) and last.weight.shape == shape and last.bias is not None:
+        last.load_state_dict(probe.linear.state_dict())
         side = encoder.image_size
         images = torch.arange(3 * side * side).mul(7919).remainder(256).to(torch.uint8)
         images = images.view(1, 3, side, side).to(encoder.device)
-        pixels, was_training = encoder.normalize(images), net.training
-        net.eval()
-        wanted = probe.to(encoder.device)(encoder(images).summary)
-        for without in ([], *([name] for name in _NORMS)):
-            kept = {name: net.get_submodule(name) for name in without if _has(net, name)}
-            if len(kept) == len(without):
-                _take_out(net, without)
-                if torch.allclose(net(pixels), wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max()):
-                    net.train(was_training)
-                    return without
-                for name, module in kept.items():
-                    net.set_submodule(name, module)
+        pixels, wanted = encoder.normalize(images), encoder(images).summary
+        modules = dict(net.named_modules())
+        for without in ([], *([name] for name in _NORMS if name in modules)):
+            _take_out(net, without)
+            read = _read_by(last, net, pixels)
+            if torch.allclose(read, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item()):
+                return without
+            for name in without:
+                net.set_submodule(name, modules[name])
     raise UserError(
         f"finetune.init=probe: {encoder.name} classifies another vector than the linear probe "
         "reads (set finetune.init=random)"
     )
 
 
-def _has(net: nn.Module, name: str) -> bool:
-    return name in dict(net.named_modules())
+def _read_by(last: nn.Module, net: nn.Module, pixels: Tensor) -> Tensor:
+    """What a network's last layer reads of pictures, in eval mode."""
+    seen, was_training = [], net.training
+    hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        net.eval()(pixels)
+    finally:
+        hook.remove()
+        net.train(was_training)
+    return seen[0].float()
 
 
 def _take_out(net: nn.Module, names: list[str]) -> None:
