@@ -3,7 +3,7 @@ distilling them.
 
 SeFA reports that students surpass their teachers where these agree moderately (linear CKA of about
 0.5, best 0.50-0.54), and fall behind where they agree too much (0.8: nothing to add) or too little
-(0.2: conflicting signals); its Tables 8, 9.
+(0.2: conflicting signals); its Tables 8, 9. Table 24 compares a student with its teachers.
 """
 
 import json
@@ -28,15 +28,17 @@ examples:
 
 A teacher is NAME[@CHECKPOINT][:BLOCK]: a timm name with weights from its hub,
 or from a file or package:NAME (@random: none), its features read after a block.
---run also compares the student and the teachers' spreads in its shared space.
+--run also compares the student with each teacher, and the teachers' spreads in
+its shared space. low (below 0.45), moderate and high (from 0.55) are the names
+that the paper gives to similarities.
 Pictures are centre crops at each teacher's own size. The default estimator is
 the debiased one: with few pictures the plain one (--biased, as in the paper)
 overestimates every similarity.
 """
 
-_LOW, _BEST_FROM, _BEST_TO, _HIGH = 0.45, 0.50, 0.54, 0.555
-"""SeFA labels 0.40 low, 0.507-0.540 moderate (0.50-0.54 best) and 0.57 high (Tables 8, 9); LOW and
-HIGH lie between.
+_LOW, _BEST_FROM, _BEST_TO, _HIGH = 0.45, 0.50, 0.54, 0.55
+"""SeFA labels 0.40 low, 0.507-0.540 moderate (0.50-0.54 best) and 0.57 high (Tables 8, 9), though
+its text speaks of 0.2, 0.5 and 0.7 or 0.8; LOW and HIGH lie between the labels.
 """
 
 
@@ -54,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     who.add_argument(
         "--recipe", metavar="RECIPE", help="the teachers of a shipped recipe or YAML file"
     )
-    who.add_argument("--run", type=Path, metavar="RUN", help="the teachers of a finished run")
+    who.add_argument(
+        "--run", type=Path, metavar="RUN", help="a finished run's student and its teachers"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -112,6 +116,8 @@ def compare(
 
     Raises UserError for fewer than two networks, or settings below their minimum.
     """
+    from itertools import combinations
+
     import torch
 
     from contract.files import write_atomically
@@ -155,12 +161,17 @@ def compare(
     )
     estimator = "plain" if biased else "debiased"
     _print_matrix(compared, matrix, f"linear CKA, {estimator}, {on} of {len(numbers)} pictures")
-    advice = [
-        judge(names[i], names[j], matrix[i, j])
-        for i in range(len(names))
-        for j in range(i + 1, len(names))
+    pairs = [
+        (compared[i], compared[j], matrix[i, j]) for i, j in combinations(range(len(compared)), 2)
     ]
-    print("\n".join(advice))
+    advice = [judge(*pair) for pair in pairs if set(pair[:2]) <= set(names)]
+    for first, second, value in pairs:
+        if second not in names:  # the student is last
+            print(
+                f"student   {second} + {first}: {value:.3f}, {regime(value)} in the paper's words"
+            )
+    for line in advice:
+        print(line)
     if len(numbers) < 1000:
         print(
             f"note      {len(numbers)} pictures are a rough estimate: use 1000 or more of your own "
@@ -170,6 +181,10 @@ def compare(
     result = {
         "names": compared,
         "cka": matrix.tolist(),
+        "pairs": [
+            {"networks": [first, second], "cka": float(value), "regime": regime(value)}
+            for first, second, value in pairs
+        ],
         "estimator": estimator,
         "on": on,
         "pictures": len(numbers),
@@ -201,7 +216,9 @@ def _open_networks(teachers: list[str] | None, recipe_name: str | None, run: Pat
     else:
         recipe = finished.recipe if finished else load_recipe(recipe_name, [])
         names = [teacher.label for teacher in recipe.teachers]
-    if len(set(names)) < 2 or len(set(names)) < len(names):
+    if finished and not names:
+        raise UserError(f"--run {run} learnt from no teachers: name networks with --teachers")
+    if len(set(names)) < (1 if finished else 2) or len(set(names)) < len(names):
         raise UserError(f"--teachers {' '.join(names)}: choose at least two different networks")
     if teachers:
         encoders = {text: named_encoder(text, index=i) for i, text in enumerate(names)}
@@ -210,7 +227,8 @@ def _open_networks(teachers: list[str] | None, recipe_name: str | None, run: Pat
             c.label: teacher_encoder(c, c.image_size, i) for i, c in enumerate(recipe.teachers)
         }
     if finished:
-        encoders["student"] = RunEncoder(finished, BACKBONE)
+        name = "student" if "student" not in names else f"student of {finished.folder.name}"
+        encoders[name] = RunEncoder(finished, BACKBONE)
     return names, encoders, finished
 
 
@@ -268,22 +286,27 @@ def _measure(encoders: dict, deployment, pictures, numbers: list[int], on: str, 
     }
 
 
+def regime(value: float) -> str:
+    """SeFA's name of a similarity: "low", "moderate" or "high"."""
+    return "low" if value < _LOW else "high" if value >= _HIGH else "moderate"
+
+
 def judge(first: str, second: str, value: float) -> str:
-    """One line of advice on a pair by SeFA's regimes."""
-    if value < _LOW:
+    """One line of advice on a pair of teachers by SeFA's regimes."""
+    name = regime(value)
+    if name == "low":
         message = (
-            "low: their signals conflict; in the paper such students fall behind the better teacher"
+            "their signals conflict; in the paper such students fall behind the better teacher"
         )
-    elif value > _HIGH:
+    elif name == "high":
         message = (
-            "high: one adds little to the other; keep the better, or add a third of moderate "
-            "similarity"
+            "one adds little to the other; keep the better, or add a third of moderate similarity"
         )
     elif _BEST_FROM <= value <= _BEST_TO:
-        message = "moderate, in the paper's best range (0.50-0.54): combine them"
+        name, message = f"{name}, in the paper's best range (0.50-0.54)", "combine them"
     else:
-        message = "moderate, near the paper's best range (0.50-0.54): a good pair"
-    return f"advice    {first} + {second}: {value:.3f}, {message}"
+        name, message = f"{name}, near the paper's best range (0.50-0.54)", "a good pair"
+    return f"advice    {first} + {second}: {value:.3f}, {name}: {message}"
 
 
 def _print_matrix(names: list[str], matrix, title: str) -> None:

@@ -15,6 +15,11 @@ examples:
       --tasks knn,segmentation,depth --with-teachers
   python -m distill.evaluate runs/mine --data /data/imagenet \\
       --tasks knn,linear --features backbone,dino probe.runs=5
+  python -m distill.evaluate runs/mine --data transfer=/data/transfer \\
+      --tasks transfer --with-teachers
+  python -m distill.evaluate runs/mine --data /data/imagenet \\
+      --data robustness=/data/variants --tasks linear,finetune,robustness \\
+      finetune.init=probe robustness.classifier=finetuned
   python -m distill.evaluate runs/mine --data ADEChallengeData2016 \\
       --tasks segmentation dense.steps=80000
   python -m distill.evaluate runs/mine --data /data/nyu \\
@@ -36,6 +41,7 @@ NAMES = (
     "knn",
     "linear",
     "finetune",
+    "transfer",
     "zero-shot",
     "segmentation",
     "depth",
@@ -48,7 +54,11 @@ NAMES = (
 
 _LAYOUTS = """\
 data layouts of --data ROOT (ROOT/classification, ROOT/dense, … come first):
-  classification  {train,val}/CLASS/*.jpg
+  classification  {train,val}/CLASS/*.jpg, or an archive as its authors pack it:
+                  cifar-10-batches-py/* and cifar-100-python/* (the Python
+                  versions), flowers-102/{jpg/*.jpg,imagelabels.mat,setid.mat},
+                  oxford-iiit-pet/{images/*.jpg,annotations/*.txt}
+  transfer        a folder of several of these, a data set each
   dense           {train,val}/{images,masks,depth}/*
                   images/{training,validation}/* with annotations/… (ADE20K)
                   {train,test}/SCENE/rgb_*.jpg with sync_depth_*.png (NYUv2)
@@ -92,8 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights",
         default="student",
-        choices=("student", "ema"),
-        help="a run's student, or its momentum network if the method has one (default: student)",
+        choices=("student", "momentum", "ema"),
+        metavar="student|momentum",
+        help="a run's student, or its momentum network if the method has one, which may also be "
+        "called ema (default: student)",
     )
     parser.add_argument(
         "--with-teachers", action="store_true", help="also score the run's teachers"
@@ -126,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tasks=[name.strip() for name in args.tasks.split(",")],
             data=args.data or [],
             features=args.features.split(","),
-            weights=args.weights,
+            weights="student" if args.weights == "student" else "momentum",
             with_teachers=args.with_teachers,
             size=args.size,
             output=args.output,

@@ -1,18 +1,38 @@
 """Attention maps of the class token in a ViT's last block, as DINO's authors draw them (Caron et
-al. 2021).
+al. 2021), beside clusters of that block's tokens (SeFA, Figures 3 to 7).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from PIL import Image
+from sklearn.cluster import KMeans
+from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from contract.errors import UserError
 from distill.evaluate.encoder import Encoder
+from distill.evaluate.extract import centre_view
 from distill.figures import save_figure
 from distill.models.student import patch_size
+
+CLUSTERS = 6
+"""Clusters of a picture's tokens; the paper does not say how many it draws."""
+
+
+class AttentionRow(NamedTuple):
+    """What is drawn of one picture by one network: `photo` uint8 [H, W, 3], `clusters` [h, w] from
+    0, and `maps` [heads, h, w].
+    """
+
+    title: str
+    photo: np.ndarray
+    clusters: np.ndarray
+    maps: np.ndarray
 
 
 def attention_maps(encoder: Encoder, images: Tensor) -> Tensor:
@@ -22,7 +42,11 @@ def attention_maps(encoder: Encoder, images: Tensor) -> Tensor:
     class and register tokens is left out, so a map sums to 1 at most. Raises UserError as
     `last_attention` does.
     """
-    attention = last_attention(encoder, images)
+    return _to_patches(encoder, last_attention(encoder, images), images)
+
+
+def _to_patches(encoder: Encoder, attention: Tensor, images: Tensor) -> Tensor:
+    """`attention_maps` of the last block's attention [B, heads, N, N]."""
     net, patch = encoder.net, patch_size(encoder.net)
     prefix = net.num_prefix_tokens
     has_class_token = getattr(net, "cls_token", None) is not None
@@ -42,10 +66,15 @@ def has_attention(encoder: Encoder) -> bool:
     return True
 
 
-@torch.no_grad()
 def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
-    """Attention [B, heads, N, N] of the last block, N the prefix tokens and the h*w patches; every
-    row sums to 1.
+    """Attention [B, heads, N, N] of the last block; every row sums to 1. Raises as `last_block`."""
+    return last_block(encoder, images)[0]
+
+
+@torch.no_grad()
+def last_block(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [B, heads, N, N] of the last block, and the tokens [B, N, d] that it gives, after
+    the final norm; N are the prefix tokens and the h*w patches.
 
     Raises UserError for networks without it (CNNs, windowed transformers), and sides that the patch
     does not divide.
@@ -73,7 +102,7 @@ def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
         lambda module, inputs, output: result.append(output)
     )
     try:
-        net.forward_features(encoder.normalize(images))
+        output = net.forward_features(encoder.normalize(images))
     finally:
         hook.remove()
         attention.fused_attn = fused
@@ -83,29 +112,64 @@ def last_attention(encoder: Encoder, images: Tensor) -> Tensor:
             f"{encoder.name}'s last block does not attend from all patches to all: choose a plain "
             "ViT"
         )
-    return result[0].float()
+    return result[0].float(), output.float()
 
 
-def attention_figure(path: Path, photos: list[np.ndarray], maps: Tensor) -> Path:
-    """Write a row per photograph [H, W, 3]: the photograph, the mean of its maps [B, heads, h, w],
-    and every head's map.
+def token_clusters(tokens: np.ndarray, attention: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Clusters [n] of tokens [n, d] by k-means of their directions: `count`, or as many as there
+    are different tokens.
+
+    They are numbered by the mean of `attention` [n] that their tokens get, from the largest, so
+    that 0 is what the network looks at most.
     """
-    heads = maps.shape[1]
+    directions = normalize(tokens)
+    count = min(count, len(np.unique(directions.round(5), axis=0)))
+    found = KMeans(count, n_init=3, random_state=seed).fit_predict(directions)
+    means = [attention[found == cluster].mean() for cluster in range(count)]
+    return np.argsort(np.argsort(means)[::-1])[found]
+
+
+def attention_rows(
+    encoder: Encoder, photos: Sequence[Image.Image], title: str, seed: int, size: int | None = None
+) -> list[AttentionRow]:
+    """A row per photograph: its centred square of `size` pixels (default: the network's own),
+    clusters of its tokens, the attention of every head.
+
+    Raises UserError as `last_block` does.
+    """
+    views = torch.stack([centre_view(photo, size or encoder.image_size, 1.0) for photo in photos])
+    images = views.to(encoder.device)
+    attention, tokens = last_block(encoder, images)
+    maps = _to_patches(encoder, attention, images).cpu().numpy()
+    patches = tokens[:, encoder.net.num_prefix_tokens :].cpu().numpy()
+    rows = []
+    for view, its_maps, its_tokens in zip(views, maps, patches, strict=True):
+        clusters = token_clusters(its_tokens, its_maps.mean(axis=0).ravel(), CLUSTERS, seed)
+        photo = view.permute(1, 2, 0).numpy()
+        rows.append(AttentionRow(title, photo, clusters.reshape(its_maps.shape[1:]), its_maps))
+    return rows
+
+
+def attention_figure(path: Path, rows: Sequence[AttentionRow]) -> Path:
+    """Write a line per row: the photograph, its clusters (the most looked at first in the colours'
+    order), and every head's map on a scale of its own.
+    """
+    heads = max(len(row.maps) for row in rows)
     figure, axes = plt.subplots(
-        len(photos),
+        len(rows),
         2 + heads,
-        figsize=(1.8 * (2 + heads), 1.9 * len(photos)),
+        figsize=(1.8 * (2 + heads), 2.05 * len(rows)),
         squeeze=False,
         layout="constrained",
     )
     for axis in axes.flat:
         axis.set_axis_off()
-    for title, axis in zip(
-        ("photo", "mean", *(f"head {head}" for head in range(heads))), axes[0], strict=True
-    ):
-        axis.set_title(title, fontsize=9)
-    for row, photo, result in zip(axes, photos, maps.cpu().numpy(), strict=True):
-        row[0].imshow(photo)
-        for axis, attention in zip(row[1:], (result.mean(axis=0), *result), strict=True):
-            axis.imshow(attention, interpolation="nearest", cmap="inferno")
+    for line, row in zip(axes, rows, strict=True):
+        line[0].imshow(row.photo)
+        line[0].set_title(row.title, fontsize=9)
+        line[1].imshow(row.clusters, interpolation="nearest", cmap="tab10", vmin=0, vmax=9)
+        line[1].set_title(f"clusters, {'x'.join(map(str, row.clusters.shape))}", fontsize=9)
+        for head, attention in enumerate(row.maps):
+            line[2 + head].imshow(attention, interpolation="nearest", cmap="inferno")
+            line[2 + head].set_title(f"head {head}", fontsize=9)
     return save_figure(figure, path)

@@ -28,7 +28,7 @@ def open_rows(
     size: int | None,
     device: str,
     output: Path,
-    weights: Literal["student", "ema"] = "student",
+    weights: Literal["student", "momentum"] = "student",
 ) -> list[Row]:
     """Open the requested encoders. The first of a run's `features` writes into the run folder
     itself, where export reads it, unless the `weights` are those of the momentum network.
@@ -40,7 +40,7 @@ def open_rows(
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     rows = []
     if Path(model).is_dir():
-        run = load_run(model, weights)
+        run = load_run(model, "student" if weights == "student" else "ema")
         for number, name in enumerate(dict.fromkeys(part.strip() for part in features)):
             encoder = RunEncoder(run, name)
             ships = number == 0 and weights == "student"

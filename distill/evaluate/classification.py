@@ -11,8 +11,9 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from contract.errors import UserError
+from distill.evaluate.archives import open_labelled
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import open_classes
+from distill.evaluate.datasets import Labelled
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import CentreViews, extract
 
@@ -30,12 +31,25 @@ class FrozenSplits:
     classes: tuple[str, ...]
 
 
+def open_splits(data: Path) -> tuple[Labelled, Labelled]:
+    """The training and the validation split below `data`, with one numbering of the classes."""
+    train = open_labelled(data, "train")
+    return train, open_labelled(data, "val", train.classes)
+
+
 def frozen_splits(
     encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path
 ) -> FrozenSplits:
-    """Extract both splits at the encoder's own size; on its device, where it is a GPU."""
-    train = open_classes(data, "train")
-    val = open_classes(data, "val", train.classes)
+    """Extract both splits below `data` at the encoder's own size; on its device, where it is a
+    GPU.
+    """
+    return freeze(encoder, *open_splits(data), config, cache)
+
+
+def freeze(
+    encoder: Encoder, train: Labelled, val: Labelled, config: EvaluationConfig, cache: Path
+) -> FrozenSplits:
+    """`frozen_splits` of two splits that are open."""
     features = [
         extract(
             encoder,

@@ -67,9 +67,16 @@ class ProbeConfig(Section):
 
 
 class FinetuneConfig(Section):
-    """Full fine-tuning with layer-wise learning-rate decay (UMT A.1)."""
+    """Full fine-tuning with layer-wise learning-rate decay (UMT A.1), or from the linear probe
+    (LP-FT; SeFA Table 10).
+    """
 
-    epochs: Positive = 10
+    init: Literal["random", "probe"] = Field(
+        "random",
+        description="first classifier; probe: heads/classification.safetensors of the linear task "
+        "(LP-FT)",
+    )
+    epochs: Positive | None = Field(None, description="default: 10; with init=probe 100")
     warmup_epochs: NonNegative = 1
     batch_size: Positive = 512
     lr: _Above0 = 1e-4
@@ -81,6 +88,11 @@ class FinetuneConfig(Section):
     crop_scale: tuple[float, float] = Field(
         (0.08, 1.0), description="area of the random training crop"
     )
+
+    @property
+    def passes(self) -> int:
+        """Epochs: those that are set, or else UMT's 10 or SeFA's 100 (appendix C.2)."""
+        return self.epochs or (100 if self.init == "probe" else 10)
 
 
 class ZeroShotConfig(Section):
@@ -173,10 +185,10 @@ class VideoConfig(Section):
 class RobustnessConfig(Section):
     """ImageNet's variants, read with a classifier of ImageNet's 1000 classes."""
 
-    classifier: Literal["probe", "own"] = Field(
+    classifier: Literal["probe", "own", "finetuned"] = Field(
         "probe",
         description="probe: heads/classification.safetensors of the linear task; own: the timm "
-        "network's",
+        "network's; finetuned: the network that the finetune task wrote",
     )
 
 

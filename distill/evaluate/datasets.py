@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -33,7 +33,7 @@ def family_root(data: Path, family: str) -> Path:
     return own if own.is_dir() else data
 
 
-def _split_folder(root: Path, split: str) -> Path | None:
+def split_folder(root: Path, split: str) -> Path | None:
     """The folder of a split below `root`, by any of its usual names."""
     return next((root / name for name in _SPLITS[split] if (root / name).is_dir()), None)
 
@@ -72,6 +72,23 @@ def read_picture(path: Path | str) -> Image.Image:
 # ---- class folders ----------------------------------------------------------------------------
 
 
+class Labelled(Protocol):
+    """One split of labelled pictures: their labels [n] int64, and the classes' names."""
+
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def picture(self, number: int) -> Image.Image:
+        """RGB picture `number`; raises UserError for one that cannot be read."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when the pictures do."""
+        ...
+
+
 @dataclass(frozen=True)
 class ClassFolders:
     """One split of a data set with a folder per class: files, their labels [n], and the classes'
@@ -88,6 +105,10 @@ class ClassFolders:
     def __len__(self) -> int:
         return len(self.files)
 
+    def picture(self, number: int) -> Image.Image:
+        """Decode picture `number`; raises UserError as `read_picture` does."""
+        return read_picture(self.files[number])
+
     def fingerprint(self) -> str:
         return stamp(self.root, self.files)
 
@@ -102,7 +123,7 @@ def open_classes(
     `classes`.
     """
     root = family_root(data, "classification")
-    folder = _split_folder(root, split)
+    folder = split_folder(root, split)
     if folder is None:
         raise UserError(f"--data {root} has no {split} split: create {root / split}/CLASS/*.jpg")
     names = sorted(
@@ -139,6 +160,53 @@ def open_classes(
     return ClassFolders(root, tuple(files), np.array(labels, np.int64), numbering)
 
 
+def open_folder(root: Path) -> ClassFolders:
+    """Every picture of `root/CLASS/*`, or of a folder without class folders as one class.
+
+    Raises UserError for a folder without pictures.
+    """
+    names = sorted(
+        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
+    found = {name: _files_below(root / name) for name in names}
+    found = {name: files for name, files in found.items() if files} or {
+        root.name: _files_below(root)
+    }
+    files = [str(path) for here in found.values() for path in here]
+    if not files:
+        raise UserError(
+            f"--data {root} has no pictures: give a folder of CLASS/*.jpg, or a layout of "
+            "distill.evaluate --list"
+        )
+    labels = np.repeat(np.arange(len(found)), [len(here) for here in found.values()])
+    return ClassFolders(root, tuple(files), labels.astype(np.int64), tuple(found))
+
+
+@dataclass(frozen=True)
+class Some:
+    """Some pictures of a split, by their `numbers` there."""
+
+    split: Labelled
+    numbers: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.split.labels[list(self.numbers)]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.split.classes
+
+    def picture(self, number: int) -> Image.Image:
+        return self.split.picture(self.numbers[number])
+
+    def fingerprint(self) -> str:
+        return f"{self.split.fingerprint()} {digest((number,) for number in self.numbers)}"
+
+
 # ---- pictures with maps -----------------------------------------------------------------------
 
 
@@ -171,7 +239,7 @@ def open_pairs(
     """
     root = family_root(data, "dense")
     map_folders = _MASKS if kind == "masks" else _DEPTHS
-    folder = _split_folder(root, split)
+    folder = split_folder(root, split)
     for above, below in ((folder, None), (root, split)):
         if above is None:
             continue
@@ -209,7 +277,7 @@ def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | N
     for name in names:
         folder = above / name
         if folder.is_dir():
-            return folder if split is None else _split_folder(folder, split)
+            return folder if split is None else split_folder(folder, split)
     return None
 
 

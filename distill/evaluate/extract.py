@@ -26,7 +26,7 @@ from contract.files import file_sha256, write_atomically
 from distill.data.batches import prepare_worker
 from distill.data.crops import take_crop
 from distill.evaluate.config import ExtractConfig
-from distill.evaluate.datasets import ClassFolders, read_picture
+from distill.evaluate.datasets import Labelled
 from distill.evaluate.encoder import Encoder
 from distill.teachers import AUTOCAST
 
@@ -51,21 +51,21 @@ class Views(Protocol):
 
 
 class CentreViews:
-    """The centre of every picture of class folders: `crop` of its shorter side, resized to `size`
-    pixels.
+    """The centre of every picture of a labelled split: `crop` of its shorter side, resized to
+    `size` pixels.
     """
 
-    def __init__(self, folders: ClassFolders, size: int, crop: float) -> None:
-        self.folders, self.size, self.crop = folders, size, crop
+    def __init__(self, split: Labelled, size: int, crop: float) -> None:
+        self.split, self.size, self.crop = split, size, crop
 
     def __len__(self) -> int:
-        return len(self.folders)
+        return len(self.split)
 
     def __getitem__(self, number: int) -> Tensor:
-        return centre_view(read_picture(self.folders.files[number]), self.size, self.crop)
+        return centre_view(self.split.picture(number), self.size, self.crop)
 
     def fingerprint(self) -> str:
-        return f"{self.folders.fingerprint()} centre {self.size} {self.crop}"
+        return f"{self.split.fingerprint()} centre {self.size} {self.crop}"
 
 
 def centre_view(picture, size: int, crop: float) -> Tensor:

@@ -1,10 +1,13 @@
 """Full fine-tuning with layer-wise learning-rate decay (UMT A.1), through timm's optimizer and
-schedule.
+schedule; from a new classifier, or from the best linear probe's (LP-FT, Kumar et al. 2022; SeFA
+Table 10).
 """
 
 import copy
+import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,48 +19,63 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from contract.errors import Failure, UserError
+from contract.files import write_atomically
 from distill.data.batches import prepare_worker
-from distill.evaluate.classification import accuracy
+from distill.evaluate.classification import accuracy, open_splits
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import ClassFolders, open_classes, read_picture
+from distill.evaluate.datasets import Labelled
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import CentreViews
+from distill.evaluate.linear_probe import check_imagenet, trained_probe
 from distill.evaluate.outcome import Outcome
+from distill.heads import Classifier
 from distill.methods.deployment import BACKBONE
+from distill.models.weights import read_tensors, save_tensors, tensors_sha256
+from distill.runs import git_commit
+
+FINETUNED = "finetuned.safetensors"
+"""Weights of the fine-tuned network, in the folder of the row."""
+
+_FORMAT = "1"
+_NORMS = ("fc_norm", "head.norm")
+"""Norms of timm's classifiers that lie between a network's features and its last layer."""
 
 
 class _AugmentedPictures(Dataset):
     """Randomly cropped and mirrored pictures, normalised for one network, with their labels."""
 
-    def __init__(self, folders: ClassFolders, transform) -> None:
-        self.folders, self.transform = folders, transform
+    def __init__(self, split: Labelled, transform) -> None:
+        self.split, self.transform = split, transform
 
     def __len__(self) -> int:
-        return len(self.folders)
+        return len(self.split)
 
     def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        return self.transform(read_picture(self.folders.files[number])), int(
-            self.folders.labels[number]
-        )
+        return self.transform(self.split.picture(number)), int(self.split.labels[number])
 
 
-def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
-    """Train a copy of the whole network with a new classifier; top-1 and top-5 after the last
-    epoch.
+def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Path) -> Outcome:
+    """Train a copy of the whole network with a new classifier, or with `finetune.init` = probe the
+    best linear probe's; top-1 and top-5 after the last epoch.
 
-    Raises UserError for a teacher's head (only backbones are fine-tuned) and Failure for a loss
-    that is not finite.
+    The probe is heads/classification.safetensors in `folder`, where `finetuned.safetensors` is
+    written. Raises UserError for a teacher's head (only backbones are fine-tuned), and for a probe
+    that is missing, of other classes or of another vector than the network's own classifier reads;
+    Failure for a loss that is not finite.
     """
     if encoder.read_out != BACKBONE:
         raise UserError(
             f"--features {encoder.read_out}: finetune trains the backbone (use --features backbone)"
         )
-    train = open_classes(data, "train")
-    val = open_classes(data, "val", train.classes)
-    settings = config.finetune
+    train, val = open_splits(data)
+    settings, probe = config.finetune, None
+    if settings.init == "probe":
+        probe = _probe_of(encoder, train.classes, folder)
     random.seed(config.seed)
     torch.manual_seed(config.seed)
-    net = build_classifier(encoder, len(train.classes))
+    net, without = build_classifier(encoder, len(train.classes)), []
+    if probe is not None:
+        without = put_probe(net, encoder, probe)
     mean, std = (
         buffer.flatten().tolist() for buffer in (encoder.preprocess.mean, encoder.preprocess.std)
     )
@@ -94,8 +112,8 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched="cosine",
-        num_epochs=settings.epochs,
-        warmup_epochs=min(settings.warmup_epochs, settings.epochs - 1),
+        num_epochs=settings.passes,
+        warmup_epochs=min(settings.warmup_epochs, settings.passes - 1),
         warmup_lr=settings.lr / 100,
         min_lr=1e-6,
         step_on_epochs=False,
@@ -106,7 +124,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
     cast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     net.train()
     schedule.step_update(0)
-    epochs = track(range(settings.epochs), description="finetune", disable=not sys.stdout.isatty())
+    epochs = track(range(settings.passes), description="finetune", disable=not sys.stdout.isatty())
     for epoch in epochs:
         for images, labels in loader:
             with cast:
@@ -123,9 +141,9 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig) -> Outcome:
             )
     logits = _predict(net.eval(), encoder, val, config)
     scores, report = accuracy(logits, torch.from_numpy(val.labels), train.classes)
-    return Outcome(
-        scores, {"per_class": report, "epochs": settings.epochs, "last_loss": value.item()}
-    )
+    path = _save(folder / FINETUNED, net, encoder, train.classes, without, scores)
+    details = {"per_class": report, "epochs": settings.passes, "last_loss": value.item()}
+    return Outcome(scores, details, (path,))
 
 
 def build_classifier(encoder: Encoder, classes: int) -> nn.Module:
@@ -135,12 +153,139 @@ def build_classifier(encoder: Encoder, classes: int) -> nn.Module:
     return net.requires_grad_(True).to(encoder.device)
 
 
+def _probe_of(encoder: Encoder, classes: tuple[str, ...], folder: Path) -> Classifier:
+    """The linear probe of these classes; raises UserError."""
+    path = folder / "heads" / "classification.safetensors"
+    head = trained_probe(encoder, path, "finetune.init=probe")
+    if tuple(head.about["classes"]) != classes:
+        raise UserError(
+            f"{path} has {len(head.about['classes'])} classes, but the training split has "
+            f"{len(classes)}, or others: run --tasks linear on this data"
+        )
+    return head.module
+
+
+@torch.no_grad()
+def put_probe(net: nn.Module, encoder: Encoder, probe: Classifier) -> list[str]:
+    """Make a probe the classifier of `build_classifier`'s network, so that it gives the probe's
+    logits.
+
+    A norm of the network's own classifier that the encoder's summaries do not pass (ConvNeXt's, of
+    a student) is taken out; returns the names of these. Raises UserError for a network that
+    classifies another vector than its summary.
+    """
+    last = net.get_classifier()
+    shape = probe.linear.weight.shape
+    if isinstance(last, nn.Linear) and last.weight.shape == shape and last.bias is not None:
+        last.load_state_dict(probe.linear.state_dict())
+        side = encoder.image_size
+        images = torch.arange(3 * side * side).mul(7919).remainder(256).to(torch.uint8)
+        images = images.view(1, 3, side, side).to(encoder.device)
+        pixels, wanted = encoder.normalize(images), encoder(images).summary
+        modules = dict(net.named_modules())
+        for without in ([], *([name] for name in _NORMS if name in modules)):
+            _take_out(net, without)
+            read = _read_by(last, net, pixels)
+            if torch.allclose(read, wanted, rtol=1e-3, atol=1e-4 * wanted.abs().max().item()):
+                return without
+            for name in without:
+                net.set_submodule(name, modules[name])
+    raise UserError(
+        f"finetune.init=probe: {encoder.name} classifies another vector than the linear probe "
+        "reads (set finetune.init=random)"
+    )
+
+
+def _read_by(last: nn.Module, net: nn.Module, pixels: Tensor) -> Tensor:
+    """What a network's last layer reads of pictures, in eval mode."""
+    seen, was_training = [], net.training
+    hook = last.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        net.eval()(pixels)
+    finally:
+        hook.remove()
+        net.train(was_training)
+    return seen[0].float()
+
+
+def _take_out(net: nn.Module, names: list[str]) -> None:
+    for name in names:
+        net.set_submodule(name, nn.Identity())
+
+
+def _save(
+    path: Path,
+    net: nn.Module,
+    encoder: Encoder,
+    classes: tuple[str, ...],
+    without: list[str],
+    scores: dict[str, float],
+) -> Path:
+    """Write the fine-tuned weights, and in the metadata what they belong to."""
+    weights = net.state_dict()
+    about = {
+        "student_sha256": encoder.weights_sha256,
+        "image_size": encoder.image_size,
+        "classes": classes,
+        "without": without,
+        "scores": scores,
+    }
+    metadata = {
+        "format": _FORMAT,
+        "sha256": tensors_sha256(weights),
+        "about": json.dumps(about),
+        "commit": git_commit(),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make {path.parent}: {error.strerror} (choose another --output)"
+        ) from error
+    write_atomically(path, lambda temporary: save_tensors(temporary, weights, metadata))
+    return path
+
+
+def finetuned_classifier(encoder: Encoder, path: Path) -> Callable[[Tensor], Tensor]:
+    """The fine-tuned network in `path`: uint8 images [B, 3, S, S] to ImageNet logits [B, 1000].
+
+    Raises UserError if there is no such file, or it is damaged, was fine-tuned from other weights
+    or at another size, or not on ImageNet's 1000 classes.
+    """
+    remedy = "run --tasks finetune again"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; robustness.classifier=finetuned needs it: run --tasks finetune "
+            "first"
+        )
+    weights, metadata = read_tensors(path, remedy)
+    if metadata.get("format") != _FORMAT or "about" not in metadata:
+        raise UserError(f"{path} is not a fine-tuned network of this version: {remedy}")
+    about = json.loads(metadata["about"])
+    here = {"student_sha256": encoder.weights_sha256, "image_size": encoder.image_size}
+    for key, value in here.items():
+        if about[key] != value:
+            raise UserError(
+                f"{path} was fine-tuned with {key} = {str(about[key]):.12}, but it is now "
+                f"{str(value):.12}: {remedy}"
+            )
+    check_imagenet(about["classes"], path)
+    net = build_classifier(encoder, len(about["classes"]))
+    _take_out(net, about["without"])
+    net.load_state_dict(weights, strict=True)
+    net.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def classify(images: Tensor) -> Tensor:
+        return net(encoder.normalize(images.to(encoder.device))).float()
+
+    return classify
+
+
 @torch.inference_mode()
-def _predict(
-    net: nn.Module, encoder: Encoder, folders: ClassFolders, config: EvaluationConfig
-) -> Tensor:
+def _predict(net: nn.Module, encoder: Encoder, split: Labelled, config: EvaluationConfig) -> Tensor:
     """Logits [n, C] of centre crops."""
-    views = CentreViews(folders, encoder.image_size, config.extract.crop)
+    views = CentreViews(split, encoder.image_size, config.extract.crop)
     loader = DataLoader(
         views,
         batch_size=config.extract.batch_size,

@@ -7,8 +7,10 @@ it at that rate, momentum included; so one ordinary optimizer trains 45 at 45 ra
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,7 @@ from distill.evaluate.classification import FrozenSplits, accuracy
 from distill.evaluate.config import EvaluationConfig, ProbeConfig
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.outcome import Outcome
-from distill.heads import Classifier, load_head, save_head
+from distill.heads import Classifier, Head, load_head, save_head
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,37 @@ class Sweep:
         return features @ self.weight[rate].T + self.bias[rate]
 
 
+class Probe(NamedTuple):
+    """A trained probe: `scores` on the validation split (means over runs), `details`, and the
+    `head` of the first run, which reads raw features.
+    """
+
+    scores: dict[str, float]
+    details: dict
+    head: Classifier
+
+
 def evaluate(
     splits: FrozenSplits, config: EvaluationConfig, folder: Path, binding: dict
 ) -> Outcome:
-    """Top-1 and top-5 of the classifier whose rate did best on a held-out part of the *training*
-    split.
+    """Top-1 and top-5 of `train_probe`'s classifier.
 
     Writes `heads/classification.safetensors` (of the first run). `binding` names the network and
     the output it reads.
     """
+    probe = train_probe(splits, config)
+    first = probe.details.get("runs", [probe.scores])[0]
+    path = save_head(
+        folder / "heads",
+        "classification",
+        probe.head,
+        {**binding, "classes": splits.classes, "scores": first},
+    )
+    return Outcome(probe.scores, probe.details, (path,))
+
+
+def train_probe(splits: FrozenSplits, config: EvaluationConfig) -> Probe:
+    """The classifier whose rate did best on a held-out part of the *training* split."""
     probe = config.probe
     shift, scale = _channel_statistics(splits.train, probe.standardize)
     train, val = splits.train, splits.val
@@ -68,12 +92,6 @@ def evaluate(
     ):  # the statistics fold into the classifier, so that what ships reads raw features
         head.linear.weight.copy_(sweep.weight[chosen] / scale)
         head.linear.bias.copy_(sweep.bias[chosen] - sweep.weight[chosen] @ (shift / scale))
-    path = save_head(
-        folder / "heads",
-        "classification",
-        head,
-        {**binding, "classes": splits.classes, "scores": scores},
-    )
     mean = {name: sum(r[0][name] for r in results) / len(results) for name in scores}
     details = {
         "per_class": report,
@@ -87,7 +105,24 @@ def evaluate(
         details["note"] = (
             "the best rate is at the end of the sweep: widen probe.lowest or probe.highest"
         )
-    return Outcome(mean, details, (path,))
+    return Probe(mean, details, head)
+
+
+def trained_probe(encoder: Encoder, path: Path, what: str) -> Head:
+    """The probe of an encoder that `--tasks linear` has written to `path`, for the task `what`.
+
+    Raises UserError if there is none, or it was trained on other features.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such head; {what} needs it: run --tasks linear first")
+    head = load_head(path, encoder.weights_sha256)
+    for key, here in (("reads", encoder.read_out), ("image_size", encoder.image_size)):
+        if head.about.get(key) != here:
+            raise UserError(
+                f"{path} was trained with {key} = {head.about.get(key)}, but it is now {here}: run "
+                "--tasks linear again"
+            )
+    return head
 
 
 def imagenet_probe(encoder: Encoder, path: Path) -> Classifier:
@@ -96,25 +131,18 @@ def imagenet_probe(encoder: Encoder, path: Path) -> Classifier:
     Raises UserError if there is no probe, it was trained on other features, or not on ImageNet's
     1000 classes.
     """
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such head; robustness needs ImageNet's linear probe: run --tasks linear "
-            "first"
-        )
-    head = load_head(path, encoder.weights_sha256)
-    for key, here in (("reads", encoder.read_out), ("image_size", encoder.image_size)):
-        if head.about.get(key) != here:
-            raise UserError(
-                f"{path} was trained with {key} = {head.about.get(key)}, but it is now {here}: run "
-                "--tasks linear again"
-            )
-    names = head.about["classes"]
+    head = trained_probe(encoder, path, "robustness")
+    check_imagenet(head.about["classes"], path)
+    return head.module.to(encoder.device)
+
+
+def check_imagenet(names: Sequence[str], path: Path) -> None:
+    """Raise UserError unless the classes of the file `path` are ImageNet's 1000."""
     if list(names) != ImageNetInfo().label_names():
         raise UserError(
             f"{path} has {len(names)} classes, not ImageNet's 1000 WordNet ids in order: train it "
             "on ImageNet"
         )
-    return head.module.to(encoder.device)
 
 
 def _channel_statistics(features: Tensor, standardize: bool) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,10 @@ from distill.runs import git_commit
 _Results = dict[str, dict[str, Outcome]]
 """Outcomes by row (a network and the output read) and task."""
 
+_BACKGROUNDS = "imagenet-9 "
+"""Scores that have a table of their own, as in SeFA's Table 21: a line per set, a column per
+network."""
+
 _LOWER_IS_BETTER = ("rmse", "abs_rel", "mCE", "gap")
 
 
@@ -36,7 +40,7 @@ def _shown_scores(task: str, outcome: Outcome) -> dict[str, float]:
 
 
 def _columns(results: _Results) -> list[tuple[str, str]]:
-    """(task, score) of every column, in the order of the tasks."""
+    """(task, score) of every score to show, in the order of the tasks."""
     result: dict[tuple[str, str], None] = {}
     for task in TASKS:
         for outcomes in results.values():
@@ -48,26 +52,48 @@ def _columns(results: _Results) -> list[tuple[str, str]]:
 
 
 def print_table(results: _Results) -> None:
-    """A line per network, a column per score; the best of a column in bold."""
+    """A line per network, a column per score; the best of a column in bold. ImageNet-9's sets
+    follow in a table of their own.
+    """
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     heads = _columns(results)
+    sets = [(task, name) for task, name in heads if name.startswith(_BACKGROUNDS)]
+    heads = [head for head in heads if head not in sets]
+    if heads:
+        _print_networks(console, results, heads)
+    if sets:
+        _print_sets(console, results, sets)
+
+
+def _print_networks(console: Console, results: _Results, heads: list[tuple[str, str]]) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("features")
     for task, name in heads:
         arrow = "lower is better" if _lower(name) else ""
         table.add_column("\n".join(filter(None, (task, name, arrow))), justify="right")
-    for row, outcomes in results.items():
-        cells = [row]
-        for task, name in heads:
-            value = outcomes[task].scores.get(name) if task in outcomes else None
-            text = "" if value is None else f"{value:.3f}"
-            cells.append(
-                f"[bold]{text}[/bold]"
-                if value is not None and value == _best(results, task, name)
-                else text
-            )
-        table.add_row(*cells)
+    for row in results:
+        table.add_row(row, *(_cell(results, row, task, name) for task, name in heads))
     console.print(table)
+
+
+def _print_sets(console: Console, results: _Results, heads: list[tuple[str, str]]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("ImageNet-9")
+    for row in results:
+        table.add_column(row, justify="right")
+    for task, name in heads:
+        title = name.removeprefix(_BACKGROUNDS) + (", lower is better" if _lower(name) else "")
+        table.add_row(title, *(_cell(results, row, task, name) for row in results))
+    console.print(table)
+
+
+def _cell(results: _Results, row: str, task: str, name: str) -> str:
+    """A score to three digits, the best of all networks in bold; empty where there is none."""
+    value = results[row][task].scores.get(name) if task in results[row] else None
+    if value is None:
+        return ""
+    text = f"{value:.3f}"
+    return f"[bold]{text}[/bold]" if value == _best(results, task, name) else text
 
 
 def _lower(name: str) -> bool:

@@ -85,31 +85,78 @@ def tsne_picture(
 
     Raises UserError for fewer than four pictures and features that are not finite or all alike.
     """
+    points = tsne_points(features, labels, perplexity, seed)
+    figure, axis = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    _scatter(axis, points, labels, class_names)
+    present = len(np.unique(labels))
+    axis.set_title(f"t-SNE of {len(features)} pictures, {present} classes")
+    if present <= LEGEND_CLASSES:
+        figure.legend(loc="outside right upper", frameon=False, markerscale=2)
+    return save_figure(figure, path)
+
+
+def tsne_figure(
+    path: Path,
+    networks: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    class_names: Sequence[str],
+    perplexity: float,
+    seed: int,
+) -> Path:
+    """Write the t-SNE of several networks' features [n, d] of the same pictures side by side
+    (SeFA Figure 2).
+
+    A class has one colour in all of them; pictures of a single class are drawn without. Raises
+    UserError as `tsne_picture` does.
+    """
+    points = {
+        name: tsne_points(features, labels, perplexity, seed) for name, features in networks.items()
+    }
+    size = (5 * len(networks) + 1.5, 5)
+    figure, axes = plt.subplots(1, len(networks), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, found) in zip(axes[0], points.items(), strict=True):
+        _scatter(axis, found, labels, class_names)
+        axis.set_title(name, fontsize=10)
+    present = len(np.unique(labels))
+    about = f"t-SNE of {len(labels)} pictures" + (f", {present} classes" if present > 1 else "")
+    figure.suptitle(about, fontsize=11)
+    if 1 < present <= LEGEND_CLASSES:
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right upper", frameon=False, markerscale=2)
+    return save_figure(figure, path)
+
+
+def tsne_points(
+    features: np.ndarray, labels: np.ndarray, perplexity: float, seed: int
+) -> np.ndarray:
+    """Places [n, 2] of L2-normalised features [n, d], the same for the same seed; raises UserError
+    as `tsne_picture` does.
+    """
     check_features(features, labels)
     if len(features) < 4:
         raise UserError(
-            f"t-SNE of {len(features)} pictures shows nothing: set representation.tsne_images to 4 "
-            "or more"
+            f"t-SNE of {len(features)} pictures shows nothing: give it 4 or more (of evaluation: "
+            "representation.tsne_images)"
         )
     directions = normalize(features).astype(np.float32)
     start = "pca" if directions.shape[1] > 1 else "random"
     tsne = TSNE(init=start, perplexity=min(perplexity, len(features) / 3), random_state=seed)
-    points = tsne.fit_transform(directions)
-    figure, axis = plt.subplots(figsize=(8, 6.5), layout="constrained")
+    return tsne.fit_transform(directions)
+
+
+def _scatter(
+    axis: plt.Axes, points: np.ndarray, labels: np.ndarray, class_names: Sequence[str]
+) -> None:
+    """Points [n, 2] in the colours of their labels."""
     present = np.unique(labels)
     named = len(present) <= LEGEND_CLASSES
-    colours = plt.get_cmap("tab20" if named else "gist_rainbow")
+    colours = plt.get_cmap("tab10" if len(present) <= 10 else "tab20" if named else "gist_rainbow")
     for order, label in enumerate(present):
         colour = colours(order) if named else colours(order / len(present))
         axis.scatter(
             *points[labels == label].T, s=12, color=colour, linewidths=0, label=class_names[label]
         )
-    axis.set(
-        xticks=[], yticks=[], title=f"t-SNE of {len(features)} pictures, {len(present)} classes"
-    )
-    if named:
-        figure.legend(loc="outside right upper", frameon=False, markerscale=2)
-    return save_figure(figure, path)
+    axis.set(xticks=[], yticks=[])
 
 
 def check_features(features: np.ndarray, labels: np.ndarray) -> None:

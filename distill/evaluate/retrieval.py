@@ -4,12 +4,8 @@
 Queries are cut out of their pictures; the database is ranked by the cosine of the summaries.
 """
 
-import io
 import json
-import pickle
-import re
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +24,7 @@ from distill.evaluate.datasets import stamp
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
 from distill.evaluate.outcome import Outcome
+from distill.evaluate.plain_pickle import read_pickle
 from distill.figures import save_figure
 
 _Box = tuple[float, float, float, float]
@@ -245,104 +242,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({first_line(error)}): download it again") from error
-
-
-def read_pickle(path: Path) -> Any:
-    """Load a pickle of plain containers and numpy arrays, arrays as nested lists; no code in
-    the file is run.
-
-    Raises UserError for a damaged file, and for one that needs any other global.
-    """
-    try:
-        # Python 2's strings, which also carry arrays' bytes, are read as latin-1
-        return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except UserError as error:
-        raise UserError(f"{path} {error}") from error
-    # A damaged pickle fails in any way its opcodes can
-    except Exception as error:
-        raise UserError(
-            f"{path} is not a readable pickle ({type(error).__name__}): download it again"
-        ) from error
-
-
-class _DType:
-    """Stands in for numpy.dtype: a simple type's code, with the byte order that its pickled state
-    adds.
-    """
-
-    def __init__(self, code: str, *_: Any) -> None:
-        if not re.fullmatch(r"[<>|=]?([biufSU]\d{1,6}|O\d?)", code):
-            raise ValueError(f"dtype {code!r}")
-        self.order, self.kind = "=", code.lstrip("<>|=")
-
-    def __setstate__(self, state: tuple) -> None:
-        self.order = {"<": "<", ">": ">"}.get(state[1], "=")
-
-    def values(self, raw: bytes | str | list, shape: tuple[int, ...], order: str = "C") -> Any:
-        """Nested lists of the numbers or strings in an array's pickled bytes (a list, if of
-        objects).
-        """
-        if self.kind.startswith("O"):
-            if len(shape) != 1 or not isinstance(raw, list):
-                raise ValueError("array of objects")
-            return raw
-        data = raw.encode("latin1") if isinstance(raw, str) else raw
-        if prod(shape) == 0:
-            return []
-        return (
-            np.frombuffer(data, np.dtype(self.order + self.kind))
-            .reshape(shape, order=order)
-            .tolist()
-        )
-
-
-class _Array(list):
-    """Stands in for numpy.ndarray: a list that its pickled state fills."""
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, raw = state
-        self[:] = dtype.values(raw, shape, "F" if fortran else "C")
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Stands in for _codecs.encode, by which old protocols write bytes."""
-    if encoding not in ("latin1", "latin-1"):
-        raise ValueError(f"encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler whose globals are all stand-ins of this file: numpy's own would trust shapes and
-    flags in the file.
-    """
-
-    known = {
-        "builtins.set": set,
-        "builtins.frozenset": frozenset,
-        "builtins.bytes": lambda: b"",
-        "_codecs.encode": _encode,
-        "numpy.dtype": _DType,
-        "numpy.ndarray": _Array,
-        "numpy._core.multiarray._reconstruct": lambda *_: _Array(),
-        "numpy._core.multiarray.scalar": lambda dtype, raw: dtype.values(raw, (1,))[0],
-        "numpy._core.numeric._frombuffer": lambda raw, dtype, shape, order, *_: dtype.values(
-            raw, shape, order
-        ),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        """The stand-in of a permitted global; raises UserError naming any other."""
-        # Python 2 and numpy 1 have other names for the same modules
-        modern = {"__builtin__": "builtins"}.get(
-            module, re.sub(r"^numpy\.core\.", "numpy._core.", module)
-        )
-        result = self.known.get(f"{modern}.{name}")
-        if result is None:
-            raise UserError(
-                f"refers to {module}.{name}, which ground truth does not need: use the official "
-                "file or JSON"
-            )
-        return result
 
 
 def _draw(

@@ -66,13 +66,14 @@ ALEXNET = {
 _BACKGROUNDS = (
     "original",
     "mixed_same",
+    "only_fg",
     "mixed_rand",
     "mixed_next",
-    "only_fg",
     "no_fg",
     "only_bg_b",
     "only_bg_t",
 )
+"""ImageNet-9's sets in the order of SeFA's Table 21."""
 _COARSE_MAP = "in_to_in9.json"
 
 

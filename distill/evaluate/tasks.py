@@ -17,15 +17,16 @@ from distill.evaluate import (
     retrieval,
     robustness,
     segmentation,
+    transfer,
     video,
     zero_shot,
 )
-from distill.evaluate.attention import attention_figure, attention_maps, has_attention
+from distill.evaluate.archives import open_labelled
+from distill.evaluate.attention import attention_figure, attention_rows, has_attention
 from distill.evaluate.classification import FrozenSplits, frozen_splits
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import family_root, open_classes, read_picture
+from distill.evaluate.datasets import family_root
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import centre_view
 from distill.evaluate.outcome import Outcome
 from distill.evaluate.representation import cluster_scores, tsne_picture
 
@@ -68,7 +69,7 @@ def _run_linear(c: Context) -> Outcome:
 
 
 def _run_finetune(c: Context) -> Outcome:
-    return finetune.evaluate(c.encoder, c.data, c.config)
+    return finetune.evaluate(c.encoder, c.data, c.config, c.folder)
 
 
 def _run_zero_shot(c: Context) -> Outcome:
@@ -83,6 +84,10 @@ def _run_depth(c: Context) -> Outcome:
     return depth.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
 
 
+def _run_transfer(c: Context) -> Outcome:
+    return transfer.evaluate(c.encoder, family_root(c.data, "transfer"), c.config, c.cache)
+
+
 def _run_retrieval(c: Context) -> Outcome:
     return retrieval.evaluate(
         c.encoder, family_root(c.data, "retrieval"), c.config, c.folder, c.cache
@@ -94,9 +99,14 @@ def _run_video(c: Context) -> Outcome:
 
 
 def _run_robustness(c: Context) -> Outcome:
-    """ImageNet's variants, by the linear probe of this encoder or the network's own classifier."""
+    """ImageNet's variants, by the linear probe of this encoder, the network's own classifier or the
+    fine-tuned network.
+    """
     if c.config.robustness.classifier == "own":
         logits_of = robustness.live(robustness.own_classifier(c.encoder), c.config)
+    elif c.config.robustness.classifier == "finetuned":
+        classify = finetune.finetuned_classifier(c.encoder, c.folder / finetune.FINETUNED)
+        logits_of = robustness.live(classify, c.config)
     else:
         probe = linear_probe.imagenet_probe(
             c.encoder, c.folder / "heads" / "classification.safetensors"
@@ -131,12 +141,10 @@ def _run_clusters(c: Context) -> Outcome:
         )
     ]
     if has_attention(c.encoder):
-        val = open_classes(c.data, "val", c.splits.classes)
-        photos = [read_picture(path) for path in val.files[:: max(1, len(val) // 4)][:4]]
-        views = torch.stack([centre_view(photo, c.encoder.image_size, 1.0) for photo in photos])
-        maps = attention_maps(c.encoder, views.to(c.encoder.device))
-        shown = [view.permute(1, 2, 0).numpy() for view in views]
-        files.append(attention_figure(c.folder / "attention.png", shown, maps))
+        val = open_labelled(c.data, "val", c.splits.classes)
+        photos = [val.picture(number) for number in range(0, len(val), max(1, len(val) // 4))[:4]]
+        rows = attention_rows(c.encoder, photos, "picture", c.config.seed)
+        files.append(attention_figure(c.folder / "attention.png", rows))
     return Outcome(scores, {"pictures": len(features)}, tuple(files))
 
 
@@ -152,7 +160,8 @@ class _Task:
 TASKS: dict[str, _Task] = {
     "knn": _Task(_run_knn, ("top1",), "k-NN by cosine, weighted votes"),
     "linear": _Task(_run_linear, ("top1",), "linear probe, 45 rates at once"),
-    "finetune": _Task(_run_finetune, ("top1",), "all weights, layer decay 0.8"),
+    "finetune": _Task(_run_finetune, ("top1",), "all weights, layer decay; LP-FT: init=probe"),
+    "transfer": _Task(_run_transfer, (), "mean linear probe of several data sets"),
     "zero-shot": _Task(_run_zero_shot, ("top1",), "nearest class embedding"),
     "segmentation": _Task(_run_segmentation, ("mIoU",), "linear head on patches, mIoU"),
     "depth": _Task(_run_depth, ("rmse", "delta1"), "linear or DPT head, RMSE in metres"),

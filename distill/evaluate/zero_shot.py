@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from contract.errors import UserError
+from distill.evaluate.archives import open_labelled
 from distill.evaluate.classification import accuracy
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import open_classes
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import CentreViews, extract
 from distill.evaluate.outcome import Outcome
@@ -41,7 +41,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path
             "`embeddings` [C, d], metadata `classes`: a JSON list of the class folders' names)"
         )
     encoder.need_summary("zero-shot")
-    val = open_classes(data, "val")
+    val = open_labelled(data, "val")
     classes = read_classes(Path(config.zero_shot.embeddings), val.classes)
     width, expected = classes.embeddings.shape[1], encoder.dims.summary
     if width != expected:

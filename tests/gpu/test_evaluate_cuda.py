@@ -50,6 +50,7 @@ def test_the_command_runs_every_frozen_task_and_finetuning(scenes, tmp_path):
         "dense.steps=20",
         "finetune.epochs=2",
         "finetune.batch_size=8",
+        "finetune.init=probe",
     )
     tasks = "knn,linear,segmentation,depth,clusters,finetune"
     out = ("--output", str(tmp_path / "out"), "--device", "cuda", "--size", "64")

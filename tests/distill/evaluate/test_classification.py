@@ -34,24 +34,25 @@ def test_knn_tells_the_photographs_apart(tiny_vit, class_folders, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tiny_vit", "tiny_cnn"])
-def test_finetuning_learns_and_leaves_the_encoder_alone(kind, class_folders, request):
+def test_finetuning_learns_and_leaves_the_encoder_alone(kind, class_folders, request, tmp_path):
     encoder = request.getfixturevalue(kind)
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     epochs = 40 if kind == "tiny_vit" else 12
     config = settings(
         finetune={"epochs": epochs, "batch_size": 6, "lr": 3e-3, "crop_scale": [0.8, 1.0]}
     )
-    found = finetune.evaluate(encoder, class_folders, config)
+    found = finetune.evaluate(encoder, class_folders, config, tmp_path)
     assert found.scores["top1"] == 1.0
     assert found.details["last_loss"] < 0.6
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
-def test_finetuning_is_the_same_every_time(tiny_vit, class_folders):
+def test_finetuning_is_the_same_every_time(tiny_vit, class_folders, tmp_path):
     config = settings(finetune={"epochs": 2, "batch_size": 6, "lr": 1e-3})
     losses = {
-        finetune.evaluate(tiny_vit, class_folders, config).details["last_loss"] for _ in range(2)
+        finetune.evaluate(tiny_vit, class_folders, config, tmp_path).details["last_loss"]
+        for _ in range(2)
     }
     assert len(losses) == 1
 

@@ -1,6 +1,7 @@
 """`python -m distill.evaluate` and `python -m distill.similarity`, as a user types them."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from yaml import safe_dump
 
+from distill.data.crops import centre_crop
 from distill.evaluate.__main__ import NAMES, main
-from distill.evaluate.encoder import RunEncoder
+from distill.evaluate.encoder import RunEncoder, teacher_encoder
 from distill.evaluate.tasks import TASKS
 from distill.heads import load_head
 from distill.models.weights import tensors_sha256
@@ -86,6 +89,12 @@ def test_student_heads_and_teachers_are_scored_alike(run, scenes):
         assert 0 <= row["knn"]["scores"]["top1"] <= 1 and row["depth"]["scores"]["rmse"] > 0
         assert row["knn"]["settings"]["probe"]["epochs"] == 3 and row["knn"]["commit"]
     assert "mIoU" in done.stdout and "teacher dino" in done.stdout
+    # NMI and silhouette of student and teachers in one table, the last two columns
+    assert "NMI" in done.stdout and "silhouette" in done.stdout
+    for row, tasks in found.items():
+        scores = tasks["clusters"]["scores"]
+        (line,) = (x for x in done.stdout.splitlines() if x.startswith(f"{row} "))
+        assert line.split()[-2:] == [f"{scores[name]:.3f}" for name in ("NMI", "silhouette")]
     # what export looks for: heads of the first output named, bound to this very student
     weights = tensors_sha256(load_run(run).method.state_dict())
     for task in ("classification", "segmentation", "depth"):
@@ -163,6 +172,40 @@ def test_a_timm_network_is_a_model_too(class_folders, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "resnet10t@random" in done.stdout
+
+
+def with_momentum(run: Path) -> None:
+    """Give a run a momentum network: the student with another patch embedding."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    with safe_open(run / "student.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    weights = load_file(run / "student.safetensors")
+    weights["student.net.patch_embed.proj.weight"].mul_(-1)
+    changed = metadata | {"sha256": tensors_sha256(weights)}
+    save_file(weights, run / "ema.safetensors", metadata=changed)
+
+
+def test_the_momentum_network_is_scored_by_either_name(run, scenes):
+    arguments = (run, "--data", scenes, "--tasks", "linear", *QUICK)
+    missing = call(main, *arguments, "--weights", "momentum")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 1
+    assert "trains no momentum network (use the student)" in missing.stderr
+    with_momentum(run)
+    for name in ("momentum", "ema"):
+        done = call(main, *arguments, "--weights", name)
+        assert done.returncode == 0, done.stderr
+    assert "in the cache" in done.stdout
+    rows = json.loads((run / "evaluation" / "evaluation.json").read_text())["rows"]
+    assert list(rows) == ["momentum backbone"]
+    # its heads are not what export ships with the student
+    assert not (run / "heads").exists()
+    head = load_head(
+        run / "evaluation" / "momentum-backbone" / "heads" / "classification.safetensors"
+    )
+    assert head.about["student_sha256"] == tensors_sha256(load_run(run, "ema").method.state_dict())
+    assert head.about["student_sha256"] != tensors_sha256(load_run(run).method.state_dict())
 
 
 def test_every_task_has_its_own_data_root(run, scenes, class_folders):
@@ -305,9 +348,66 @@ def test_similarity_reads_the_teachers_of_a_run_and_its_shared_space(run, tmp_pa
     assert "student's shared space" in done.stdout
     found = json.loads((tmp_path / "out" / "similarity.json").read_text())
     assert found["names"] == ["cls", "mae", "dino", "student"] and len(found["advice"]) == 3
+    pairs = {tuple(pair["networks"]): pair for pair in found["pairs"]}
+    assert len(pairs) == 6
+    for (first, second), pair in pairs.items():
+        place = [found["names"].index(name) for name in (first, second)]
+        assert pair["cka"] == found["cka"][place[0]][place[1]]
+        assert pair["regime"] == by_hand(pair["cka"])
+    for label in ("cls", "mae", "dino"):
+        pair = pairs[label, "student"]
+        line = f"student   student + {label}: {pair['cka']:.3f}, {pair['regime']} in the paper's"
+        assert line in done.stdout
     names = ("cls", "mae", "dino")
     raw = next(row for row in found["spread"] if row["space"] == "teachers, raw")
     assert raw["max/min"] == pytest.approx(max(raw[n] for n in names) / min(raw[n] for n in names))
+
+
+def by_hand(value: float) -> str:
+    """The paper's regimes."""
+    return "low" if value < 0.45 else "moderate" if value < 0.55 else "high"
+
+
+def test_cka_of_a_student_is_that_of_its_features(run, photo_folder, tmp_path):
+    arguments = ("--run", run, "--data", photo_folder, "--biased", "--output", tmp_path / "out")
+    done = call(similarity, *arguments)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "similarity.json").read_text())
+    whole = load_run(run)
+    encoders = [teacher_encoder(c, c.image_size, i) for i, c in enumerate(whole.recipe.teachers)]
+    encoders.append(RunEncoder(whole, "backbone"))
+    photos = [Image.open(path) for path in sorted(photo_folder.rglob("*.jpg"))]
+    features = []
+    with torch.no_grad():
+        for encoder in encoders:
+            views = torch.stack([centre_crop(photo, encoder.image_size) for photo in photos])
+            rows = encoder(views).summary.double()
+            features.append(rows - rows.mean(0))
+    for i, x in enumerate(features):
+        for j, y in enumerate(features):
+            # Kornblith et al. 2019, with n x n kernels
+            k, kernel = x @ x.T, y @ y.T
+            expected = (k * kernel).sum() / ((k * k).sum() * (kernel * kernel).sum()) ** 0.5
+            assert found["cka"][i][j] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_a_run_of_one_teacher_is_compared_with_it(run, tmp_path, monkeypatch):
+    alone = replaced(load_run(run), teachers=1)
+    monkeypatch.setattr("distill.runs.load_run", lambda folder: alone)
+    done = call(similarity, "--run", run, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "similarity.json").read_text())
+    assert found["names"] == ["cls", "student"] and found["advice"] == []
+    monkeypatch.setattr("distill.runs.load_run", lambda folder: replaced(alone, teachers=0))
+    done = call(similarity, "--run", run, "--output", tmp_path / "none")
+    assert done.returncode == 2 and "learnt from no teachers: name networks" in done.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def replaced(whole, teachers: int):
+    """A run with the first of its teachers only, as methods may have any number of them."""
+    recipe = whole.recipe.model_copy(update={"teachers": whole.recipe.teachers[:teachers]})
+    return dataclasses.replace(whole, recipe=recipe)
 
 
 @pytest.mark.parametrize(
@@ -334,6 +434,10 @@ def test_advice_follows_the_papers_labels():
     for value, word in (
         (0.20, "low"),
         (0.3987, "low"),
+        (0.449, "low"),
+        (0.45, "moderate"),
+        (0.5499, "moderate"),
+        (0.55, "high"),
         (0.5082, "best"),
         (0.5401, "moderate"),
         (0.5705, "high"),

@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 
 from contract.errors import UserError
-from distill.evaluate.attention import attention_figure, attention_maps, last_attention
+from distill.evaluate.attention import (
+    attention_figure,
+    attention_maps,
+    attention_rows,
+    last_attention,
+    last_block,
+    token_clusters,
+)
 from distill.evaluate.encoder import parse_model, teacher_encoder
 from distill.evaluate.representation import (
     Spread,
@@ -16,7 +23,9 @@ from distill.evaluate.representation import (
     shared_spaces,
     spread,
     teacher_variance,
+    tsne_figure,
     tsne_picture,
+    tsne_points,
 )
 from distill.features import FeatureDims
 from distill.methods import build_method
@@ -35,6 +44,43 @@ def test_separate_clusters_score_high_and_noise_low():
     noise = cluster_scores(*clusters(300, 5, 100), classes=5, seed=0)
     assert noise["NMI"] < 0.15 and noise["silhouette"] < 0.1
     assert cluster_scores(*clusters(300, 5, 100), classes=5, seed=0) == noise
+
+
+def test_nmi_is_that_of_the_table_of_classes_and_clusters():
+    """Three separate clusters, but two pictures of each class lie in the next one."""
+    features, clusters_of = clusters(30, 3, 0.01)
+    labels = clusters_of.copy()
+    labels[:6] = (labels[:6] + 1) % 3
+    table = np.zeros((3, 3))
+    for label, cluster in zip(labels, clusters_of, strict=True):
+        table[label, cluster] += 1
+    joint = table / 30
+    rows, columns = joint.sum(1), joint.sum(0)
+    information = sum(
+        joint[i, j] * math.log(joint[i, j] / (rows[i] * columns[j]))
+        for i in range(3)
+        for j in range(3)
+        if joint[i, j]
+    )
+    entropy = [-sum(p * math.log(p) for p in part) for part in (rows, columns)]
+    found = cluster_scores(features, labels, classes=3, seed=0)["NMI"]
+    assert found == pytest.approx(information / (sum(entropy) / 2)) and 0.2 < found < 0.8
+
+
+def test_silhouette_is_that_of_a_loop_over_pictures():
+    features, labels = clusters(24, 3, 3.0)
+    unit = [row / math.sqrt(sum(x * x for x in row)) for row in features]
+    values = []
+    for i, row in enumerate(unit):
+        means = {}
+        for label in set(labels.tolist()):
+            others = [j for j in range(24) if labels[j] == label and j != i]
+            means[label] = sum(1 - float(row @ unit[j]) for j in others) / len(others)
+        own = means.pop(int(labels[i]))
+        nearest = min(means.values())
+        values.append((nearest - own) / max(nearest, own))
+    found = cluster_scores(features, labels, classes=3, seed=0)["silhouette"]
+    assert found == pytest.approx(sum(values) / 24)
 
 
 def test_length_of_features_does_not_matter():
@@ -217,10 +263,53 @@ def test_what_attention_refuses(tiny_vit, tiny_cnn):
 
 
 def test_attention_figure(tmp_path, tiny_vit):
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    photos = [image.permute(1, 2, 0).numpy() for image in images]
-    path = attention_figure(
-        tmp_path / "plots" / "attention.png", photos, attention_maps(tiny_vit, images)
+    images = torch.randint(0, 256, (2, 64, 80, 3), dtype=torch.uint8).numpy()
+    photos = [Image.fromarray(image) for image in images]
+    rows = attention_rows(tiny_vit, photos, "student", seed=0)
+    views = torch.stack([torch.from_numpy(row.photo) for row in rows]).permute(0, 3, 1, 2)
+    torch.testing.assert_close(
+        torch.from_numpy(np.stack([row.maps for row in rows])), attention_maps(tiny_vit, views)
     )
+    assert all(row.clusters.shape == (4, 4) for row in rows)
+    path = attention_figure(tmp_path / "plots" / "attention.png", rows)
     with Image.open(path) as picture:
         assert picture.width > picture.height > 300
+
+
+def test_clusters_are_of_like_tokens_and_the_most_looked_at_comes_first():
+    random = np.random.default_rng(0)
+    groups = np.array([2, 0, 1, 0, 2, 1, 1, 0])
+    # lengths do not matter
+    lengths = random.uniform(0.5, 3, size=(8, 1))
+    tokens = lengths * (np.eye(3)[groups] + 0.01 * random.normal(size=(8, 3)))
+    attention = np.array([0.3, 0.1, 0.2, 0.1, 0.3, 0.2, 0.2, 0.1])
+    found = token_clusters(tokens, attention, count=3, seed=0)
+    assert found.tolist() == [0, 2, 1, 2, 0, 1, 1, 2]
+    assert token_clusters(np.ones((4, 3)), np.ones(4), count=3, seed=0).tolist() == [0] * 4
+
+
+def test_the_tokens_are_those_of_the_last_block(tiny_vit):
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    attention, tokens = last_block(tiny_vit, images)
+    assert attention.shape == (2, 2, 25, 25)
+    features = tiny_vit(images)
+    torch.testing.assert_close(tokens[:, 0], features.summary)
+    torch.testing.assert_close(tokens[:, 1:], features.patches.flatten(1, 2))
+
+
+def test_tsne_of_several_networks_is_the_same_every_time(tmp_path):
+    features, labels = clusters(40, 4, 0.1, d=32)
+    other = features @ np.random.default_rng(2).normal(size=(32, 8))
+    names = [f"class {index}" for index in range(4)]
+    networks = {"student": features, "teacher": other}
+    made = [
+        tsne_figure(tmp_path / f"{place}.png", networks, labels, names, 30, 0) for place in "ab"
+    ]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    with Image.open(made[0]) as picture:
+        assert picture.width > 2 * picture.height
+    points = tsne_points(features, labels, 30, 0)
+    # separate clusters stay separate
+    middles = np.stack([points[labels == label].mean(0) for label in range(4)])
+    nearest = np.linalg.norm(points[:, None] - middles, axis=-1).argmin(1)
+    assert (nearest == labels).all()

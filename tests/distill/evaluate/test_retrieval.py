@@ -17,7 +17,8 @@ from PIL import Image
 from contract.errors import UserError, exit_status
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.retrieval import average_precision, evaluate, read_pickle
+from distill.evaluate.plain_pickle import read_pickle
+from distill.evaluate.retrieval import average_precision, evaluate
 
 CONFIG = EvaluationConfig.model_validate(
     {"retrieval": {"size": 64}, "extract": {"batch_size": 5, "workers": 0}}

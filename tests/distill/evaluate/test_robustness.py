@@ -231,6 +231,22 @@ def test_backgrounds_and_their_gap(tmp_path):
         run(tmp_path)
 
 
+def test_all_sets_of_backgrounds_come_in_the_order_of_table_21(tmp_path):
+    folder = tmp_path / "imagenet-9"
+    coarse_map(folder)
+    names = "original mixed_same only_fg mixed_rand mixed_next no_fg only_bg_b only_bg_t".split()
+    for wrong, name in enumerate(names):
+        for index in range(10):
+            shown = 150 if index < wrong else index
+            paint(folder / name / "val" / "00_dog" / f"{index}.png", shown)
+    found = run(tmp_path)
+    expected = {name: 1 - wrong / 10 for wrong, name in enumerate(names)}
+    expected["BG-gap"] = expected["mixed_same"] - expected["mixed_rand"]
+    assert list(found.scores) == [f"imagenet-9 {name}" for name in expected]
+    assert list(found.scores.values()) == pytest.approx(list(expected.values()))
+    assert found.details["imagenet-9"]["missing"] == []
+
+
 def test_backgrounds_need_the_authors_map(tmp_path):
     folder = tmp_path / "imagenet-9"
     paint(folder / "only_fg" / "val" / "00_dog" / "a.png", 0)

@@ -1,0 +1,33 @@
+"""The printed tables."""
+
+from distill.evaluate.outcome import Outcome
+from distill.evaluate.report import print_table
+
+
+def test_imagenet_9_has_a_table_of_its_own(capsys):
+    sets = {"original": 0.96, "mixed_same": 0.89, "mixed_rand": 0.81, "BG-gap": 0.08}
+    scores = {"imagenet-a top1": 0.11} | {f"imagenet-9 {name}": v for name, v in sets.items()}
+    gap = scores | {"imagenet-9 BG-gap": 0.05}
+    print_table(
+        {
+            "student": {"robustness": Outcome(scores)},
+            "teacher": {"robustness": Outcome(gap)},
+            "other": {},
+        }
+    )
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["student", "0.110"] in lines and ["imagenet-a", "top1"] == lines[1][1:]
+    start = lines.index(["ImageNet-9", "student", "teacher", "other"])
+    assert lines[start + 1 :] == [
+        ["original", "0.960", "0.960"],
+        ["mixed_same", "0.890", "0.890"],
+        ["mixed_rand", "0.810", "0.810"],
+        ["BG-gap,", "lower", "is", "better", "0.080", "0.050"],
+    ]
+
+
+def test_without_imagenet_9_there_is_one_table(capsys):
+    print_table({"student": {"knn": Outcome({"top1": 0.5})}})
+    assert "ImageNet-9" not in capsys.readouterr().out
+    print_table({"student": {"robustness": Outcome({"imagenet-9 original": 0.5})}})
+    assert capsys.readouterr().out.startswith("ImageNet-9")
