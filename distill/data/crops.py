@@ -85,13 +85,20 @@ def _shift(low: float, high: float, anchor_low: float, anchor_high: float) -> tu
     return low + move, high + move
 
 
-def take_crop(image: Image.Image, box: _Box, side: int, flip: bool) -> Tensor:
-    """Resize a box of an RGB image to uint8 [3, side, side], mirrored if `flip`."""
+def resize_crop(image: Image.Image, box: _Box, side: int, flip: bool) -> Image.Image:
+    """Resize a box of an RGB image to `side` x `side` pixels, mirrored if `flip`."""
     crop = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    pixels = np.asarray(crop)
-    if flip:
-        pixels = pixels[:, ::-1]
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
+
+
+def take_crop(image: Image.Image, box: _Box, side: int, flip: bool) -> Tensor:
+    """`resize_crop` as uint8 [3, side, side]."""
+    return to_tensor(resize_crop(image, box, side, flip))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
 def centre_crop(image: Image.Image, side: int) -> Tensor:
@@ -229,13 +236,13 @@ class CropDataset(Dataset):
                 box = shift_towards(box, surrounding(anchors))
             own.append(box)
             flip = rng.random() < self.config.flip
-            pixels = take_crop(image, box, view.size, flip)
+            pixels = resize_crop(image, box, view.size, flip)
             if view.plain:
-                parts.setdefault(plain_name(view.name), []).append(pixels)
+                parts.setdefault(plain_name(view.name), []).append(to_tensor(pixels))
             if view.photometric:
                 name = view.photometric[crop if len(view.photometric) > 1 else 0]
                 pixels = photometric(pixels, name, rng)
-            parts.setdefault(view.name, []).append(pixels)
+            parts.setdefault(view.name, []).append(to_tensor(pixels))
             if view.boxes:
                 left, top, right, bottom = box
                 sides = (right, left) if flip else (left, right)

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from contract.errors import UserError
-from distill.config import Fraction, Positive, Recipe, Section
+from distill.config import Auto, Fraction, Positive, Recipe, Section
 from distill.data.crops import IMAGE, View, plain_name
 from distill.distributed import mean_over_ranks, own_share, sum_over_ranks, world_size
 from distill.features import FeatureDims, Features
@@ -60,6 +60,9 @@ class Config(Section):
         "ladder",
         description="ladder: projectors on every layer, not shipped; mlp: on the last one, shipped",
     )
+    layers: Positive | Auto = Field(
+        "auto", description="last layers with a projector in the ladder; auto: every one"
+    )
     hidden: Positive = Field(768, description="hidden width of the ladder's projectors")
     last_hidden: Positive = Field(
         3072, description="hidden width of the last layer's projectors, and of heads=mlp"
@@ -93,7 +96,7 @@ class UNIC(Method):
         self.student = Student(recipe.student)
         self.register_buffer("momentum", torch.ones(()), persistent=False)
         if config.heads == "ladder":
-            self._freeze_final_norm(recipe.student.image_size)
+            self._open_ladder(recipe)
         if inference and config.heads == "ladder":
             self.heads = nn.ModuleDict()
             return
@@ -130,7 +133,7 @@ class UNIC(Method):
         """
         images = self.preprocess(views[IMAGE])
         ladder = self.config.heads == "ladder"
-        inputs = self.student.every_layer(images) if ladder else self.student(images)
+        inputs = self.student.every_layer(images)[-self.rungs :] if ladder else self.student(images)
         predictions = {label: head(inputs) for label, head in self.heads.items()}
         loss, parts = self.compare(predictions, targets)
         return {"loss": loss, **parts}
@@ -193,12 +196,22 @@ class UNIC(Method):
             return FeatureHead(lambda out: mlp((self.student.width, last, out)), dims)
         return LadderHead(self.layer_widths, hidden, last, dims)
 
-    def _freeze_final_norm(self, size: int) -> None:
-        """Freeze what the ladder never reaches: it reads layers before the final norm, whose weight
-        and bias stay 1 and 0. DDP waits for every gradient.
+    def _open_ladder(self, recipe: Recipe) -> None:
+        """Note the widths of the layers that the ladder reads, and freeze what it never reaches: it
+        reads layers before the final norm, whose weight and bias stay 1 and 0. DDP waits for every
+        gradient.
         """
-        layers = freeze_unreached(self.student, size)
-        self.layer_widths = [layer.patches.shape[-1] for layer in layers]
+        widths = [
+            layer.patches.shape[-1]
+            for layer in freeze_unreached(self.student, recipe.student.image_size)
+        ]
+        self.rungs = len(widths) if self.config.layers == "auto" else self.config.layers
+        if self.rungs > len(widths):
+            raise UserError(
+                f"unic.layers = {self.rungs}: student '{recipe.student.name}' has {len(widths)} "
+                "layers: set unic.layers=auto"
+            )
+        self.layer_widths = widths[-self.rungs :]
 
 
 def standardize_momentum(step: int, steps: int, first: float, last: float) -> float:

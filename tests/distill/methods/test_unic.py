@@ -199,6 +199,14 @@ def test_a_ladder_trains_every_parameter_it_leaves_unfrozen(student):
     assert idle == []
 
 
+def test_a_ladder_may_have_the_last_layers_alone_and_none_that_is_not_there():
+    method, views, targets = method_and_batch("unic.layers=1")
+    method.before_step(Progress(0, 8, 4))
+    assert method(views, targets)["loss"].isfinite() and len(method.heads["dino"].patches) == 1
+    with pytest.raises(UserError, match=r"unic.layers = 3: student 'vit_small.* has 2 layers"):
+        method_and_batch("unic.layers=3")
+
+
 def test_drops_are_a_function_of_seed_and_step():
     method, views, targets = method_and_batch()
     draws = []
