@@ -47,15 +47,10 @@ def main() -> None:
         times = [time.perf_counter()]
         image = pictures.load(number % len(pictures)).convert("RGB")
         times.append(time.perf_counter())
-        crops = [
-            (
-                resize_crop(
-                    image, random_crop(image.size, rng, scale, (3 / 4, 4 / 3)), size, False
-                ),
-                name,
-            )
-            for size, scale, name in _CROPS
-        ]
+        crops = []
+        for size, scale, name in _CROPS:
+            box = random_crop(image.size, rng, scale, (3 / 4, 4 / 3))
+            crops.append((resize_crop(image, box, size, flip=False), name))
         times.append(time.perf_counter())
         for crop, name in crops:
             to_tensor(photometric(crop, name, rng))
