@@ -2,7 +2,9 @@
 al. 2019): every channel is centred and divided by its deviation, both estimated while training.
 
 Unlike `targets.FeatureNormalizer` nothing is fitted beforehand: the first batch is seen raw, the
-second with the first one's statistics, and so on.
+second with the first one's statistics, and so on. Other than in UNIC's code no channel is divided
+by less than a share of the typical deviation: one that was silent in the batch before (of a CNN
+after its ReLU, say) would outweigh all others.
 """
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from distill.distributed import sum_over_ranks
 from distill.features import FeatureDims, Features
 from distill.methods.losses import Prediction
+from distill.methods.targets import MIN_DEVIATION
 
 EPS = 1e-6
 
@@ -27,7 +30,7 @@ class RunningStandardizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Standardise features [..., d] with the statistics of the batches before."""
-        return (x - self.mean) / (self.deviation + EPS)
+        return (x - self.mean) / self._scale()
 
     @torch.no_grad()
     def update(self, x: Tensor, momentum: Tensor | float) -> None:
@@ -46,7 +49,11 @@ class RunningStandardizer(nn.Module):
 
     def inverse(self, y: Tensor) -> Tensor:
         """Bring standardised features [..., d] back to the teacher's units."""
-        return y * (self.deviation + EPS) + self.mean
+        return y * self._scale() + self.mean
+
+    def _scale(self) -> Tensor:
+        typical = self.deviation.square().mean().sqrt()
+        return torch.maximum(self.deviation + EPS, MIN_DEVIATION * typical)
 
 
 class FeatureStandardizer(nn.Module):

@@ -22,7 +22,7 @@ from distill.methods.losses import Prediction
 EPS = 1e-6
 
 MIN_DEVIATION = 0.05
-"""Smallest deviation `standardize` divides a channel by, as a share of the channels' root mean
+"""Smallest deviation that a channel is divided by, as a share of the channels' root mean
 square.
 """
 

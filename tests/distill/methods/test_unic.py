@@ -158,6 +158,16 @@ def test_the_first_batch_is_seen_raw_and_the_second_with_its_statistics():
     assert torch.allclose(normalizer(second), expected)
 
 
+def test_a_channel_that_was_silent_does_not_outweigh_the_others():
+    torch.manual_seed(0)
+    normalizer = RunningStandardizer(20)
+    first, second = torch.rand(8, 20), torch.rand(8, 20)
+    first[:, 7] = 0
+    normalizer.update(first, 1.0)
+    out = normalizer(second)
+    assert out[:, 7].abs().max() < 80 and torch.allclose(normalizer.inverse(out), second, atol=1e-5)
+
+
 def test_restoring_a_standardised_feature_gives_it_back():
     torch.manual_seed(0)
     standardizer = FeatureStandardizer(FeatureDims(4, 6))
