@@ -30,7 +30,7 @@ from export.run import main
 from serve.bundle import read_bundle
 from tests.conftest import need_tritonserver, run_here, small_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traces")]
+pytestmark = pytest.mark.slow
 
 ONE_TEACHER = [
     {

@@ -34,8 +34,6 @@ from export.run import main
 from export.runtimes.onnx import OnnxRuntime
 from tests.conftest import run_here
 
-pytestmark = pytest.mark.usefixtures("traces")
-
 SIZES = [(64, 64)]
 
 

@@ -28,8 +28,6 @@ from export.runtimes.onnx import OnnxRuntime
 from export.runtimes.openvino import OpenVINO
 from tests.conftest import run_here
 
-pytestmark = pytest.mark.usefixtures("traces")
-
 
 class Altered(OnnxRuntime):
     """The graphs' own outputs, one of them changed."""
