@@ -286,6 +286,20 @@ def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path
     return made_once("small", make) / "bundle"
 
 
+@pytest.fixture(scope="session")
+def plain_run(photo_folder: Path, made_once: Callable[..., Path]) -> Path:
+    """A run of plain heads and one teacher, `mae`: the fewest graphs to export."""
+
+    def make(folder: Path) -> None:
+        recipe = small_recipe(photo_folder, method="plain", train={"steps": 2})
+        recipe["teachers"] = recipe["teachers"][1:2]
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        done = run_here(folder / "recipe.yaml", "--output", folder / "run")
+        assert done.returncode == 0, done.stderr
+
+    return made_once("plain", make) / "run"
+
+
 @dataclass(frozen=True)
 class Served:
     """A running tritonserver: HOST:PORT of its three endpoints, what it serves, the key of its
