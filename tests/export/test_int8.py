@@ -292,7 +292,7 @@ def test_weights_past_the_limit_lie_beside_the_graph_and_nothing_else_does(
 
 def test_sizes_and_batches_agree(bundle):
     rows = read_manifest(bundle).parity
-    pairs = set(itertools.product({(64, 64), (96, 64), (80, 64)}, {1, 3, 4}))
+    pairs = set(itertools.product({(64, 64), (96, 64), (80, 64)}, {1, 4})) | {((64, 64), 3)}
     assert {((row.height, row.width), row.batch) for row in rows} == pairs and all(
         row.passed for row in rows
     )
