@@ -3,12 +3,14 @@ line.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
 from filelock import FileLock
+from onnxscript import ir
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -74,53 +78,69 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return made
 
 
-def identity(module: torch.nn.Module) -> bytes:
+ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def identity(module: torch.nn.Module) -> str:
     """A hash of all that a module's forward may depend on: classes, attributes, hooks, tensors."""
     digest = hashlib.sha256()
     hooks = {"_forward_hooks", "_forward_pre_hooks"}
     for name, part in module.named_modules():
         attributes = {k: v for k, v in vars(part).items() if not k.startswith("_") or k in hooks}
-        # of functions the repr holds the address, so others are others; of tensors it is cut short
+        # of tensors the repr is cut short
         known = {k: v.tolist() if torch.is_tensor(v) else v for k, v in attributes.items()}
-        digest.update(repr((name, type(part), known)).encode())
+        said = repr((name, type(part), known))
+        digest.update(said.encode())
+        if ADDRESS.search(said):  # a function: another at another address, and in another process
+            digest.update(str(os.getpid()).encode())
     for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
         digest.update(repr((name, tensor.dtype, tensor.shape)).encode())
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.digest()
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
-Traces = dict[object, torch.onnx.ONNXProgram]
+@dataclass
+class Traced:
+    """What export uses of torch's `ONNXProgram`."""
+
+    model: ir.Model
+
+    @property
+    def model_proto(self) -> onnx.ModelProto:
+        return ir.to_proto(self.model)
 
 
-@contextlib.contextmanager
-def traced_once(known: Traces) -> Iterator[None]:
-    """Make torch.onnx.export trace a module once, however often it is exported: tracing is nearly
-    all of an export's time.
+@pytest.fixture(scope="session", autouse=True)
+def traced_once(made_once: Callable[..., Path]) -> Iterator[None]:
+    """torch.onnx.export traces a module once, however often and in whichever process it is
+    exported, and makes its table of operators once a process: the two are nearly all of an export's
+    time.
     """
     trace = torch.onnx.export
 
-    def once(module: torch.nn.Module, inputs: tuple, **options: object) -> torch.onnx.ONNXProgram:
+    @functools.cache
+    def with_one_registry() -> None:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        made = functools.cache(ONNXRegistry.from_torchlib)
+        ONNXRegistry.from_torchlib = staticmethod(made)
+
+    def once(module: torch.nn.Module, inputs: tuple, **options: object) -> Traced:
+        with_one_registry()
         shapes = tuple((tensor.dtype, tensor.shape) for tensor in inputs)
-        key = (identity(module), shapes, repr(sorted(options.items())))
-        if key not in known:
-            known[key] = trace(module, inputs, **options)
-        return known[key]
+        said = repr((identity(module), shapes, sorted(options.items())))
+        key = hashlib.sha256(said.encode()).hexdigest()
+
+        def make(folder: Path) -> None:
+            onnx.save(trace(module, inputs, **options).model_proto, folder / "graph.onnx")
+
+        graph = made_once(f"trace_{key}", make) / "graph.onnx"
+        return Traced(ir.from_proto(onnx.load(graph)))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.onnx, "export", once)
-        yield
-
-
-@pytest.fixture(scope="session")
-def known_traces() -> Traces:
-    return {}
-
-
-@pytest.fixture(scope="module")
-def traces(known_traces: Traces) -> Iterator[Traces]:
-    """For files that export one run in several ways; `traces.clear()` forgets."""
-    with traced_once(known_traces):
-        yield known_traces
+        yield trace
 
 
 @pytest.fixture(scope="session")
@@ -240,9 +260,7 @@ def recipe_file(tmp_path: Path, photo_folder: Path):
 
 
 @pytest.fixture(scope="session")
-def small_bundle(
-    photo_folder: Path, scenes: Path, made_once: Callable[..., Path], known_traces: Traces
-) -> Path:
+def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path]) -> Path:
     """An exported UMT student of three teachers with trained heads for three tasks, segmentation's
     reading dino's. Its run lies beside it, in `run`.
     """
@@ -261,12 +279,25 @@ def small_bundle(
         for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
             wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
             done.append(run_here(run, *wanted, *quick, command=evaluate))
-        with traced_once(known_traces):
-            output = ("--output", folder / "bundle", "--max-batch", 4)
-            done.append(run_here(run, *output, command=export))
+        output = ("--output", folder / "bundle", "--max-batch", 4)
+        done.append(run_here(run, *output, command=export))
         assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
 
     return made_once("small", make) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def plain_run(photo_folder: Path, made_once: Callable[..., Path]) -> Path:
+    """A run of plain heads and one teacher, `mae`: the fewest graphs to export."""
+
+    def make(folder: Path) -> None:
+        recipe = small_recipe(photo_folder, method="plain", train={"steps": 2})
+        recipe["teachers"] = recipe["teachers"][1:2]
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        done = run_here(folder / "recipe.yaml", "--output", folder / "run")
+        assert done.returncode == 0, done.stderr
+
+    return made_once("plain", make) / "run"
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ import os
 import stat
 import tarfile
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
-import skimage
-import sklearn
 from PIL import Image
 from webdataset.shardlists import expand_urls
 
@@ -204,8 +203,9 @@ class PackagedPhotos:
     SKLEARN = ("china.jpg", "flower.jpg")
 
     def __init__(self) -> None:
-        photos = Path(skimage.__file__).parent / "data"
-        samples = Path(sklearn.__file__).parent / "datasets" / "images"
+        # found, not imported: scikit-learn takes a second to load
+        skimage, sklearn = (Path(find_spec(name).origin).parent for name in ("skimage", "sklearn"))
+        photos, samples = skimage / "data", sklearn / "datasets" / "images"
         self.files = [photos / name for name in self.SKIMAGE] + [
             samples / name for name in self.SKLEARN
         ]

@@ -5,6 +5,7 @@ output.
 import copy
 import inspect
 import re
+from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
 import timm
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from contract.errors import UserError, suggest
 from distill.config import StudentConfig
 from distill.features import Features
+from distill.models.meta import building
 
 
 def create_timm(name: str, **kwargs: object) -> nn.Module:
@@ -117,31 +119,14 @@ class Student(nn.Module):
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
-        arguments = {
-            "num_classes": 0,
-            "img_size": config.image_size,
-            "dynamic_img_size": True,
-            **config.kwargs,
-        }
-        if config.drop_path:
-            arguments["drop_path_rate"] = config.drop_path
-        # Shapes are probed on the meta device: no memory, no arithmetic, the same code for every
-        # architecture.
-        with torch.device("meta"), torch.enable_grad():
-            probe = create_timm(config.name, **arguments)
-            patch = patch_size(probe)
-            if patch and config.image_size % patch:
-                raise UserError(
-                    f"student '{config.name}': its patch of {patch} pixels does not divide "
-                    f"student.image_size = {config.image_size} (use "
-                    f"{nearest_multiples(config.image_size, patch)})"
-                )
-            output = probe.eval().forward_features(
-                torch.empty(1, 3, config.image_size, config.image_size)
-            )
-        shape = output.shape
+        arguments = network_arguments(config)
+        shape, patch, unused = _probe(config.model_dump_json())
         self.net = create_timm(config.name, pretrained=config.pretrained, **arguments)
-        freeze_unused(self.net, probe, output)
+        # What `forward_features` never reaches (a classifier's own norm, say): DDP waits for every
+        # gradient.
+        for name, parameter in self.net.named_parameters():
+            if name in unused:
+                parameter.requires_grad_(False)
         self.channels_at_end = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
         if len(shape) == 3:
             self.family, self.width, self.stride = "vit", shape[-1], patch or 16
@@ -289,18 +274,43 @@ def map_stride(net: nn.Module, size: int, height: int) -> int:
     return max(1, size // height)
 
 
-def freeze_unused(net: nn.Module, probe: nn.Module, output: Tensor) -> None:
-    """Freeze what `forward_features` never reaches (a classifier's own norm, say): DDP waits for
-    every gradient.
+def network_arguments(config: StudentConfig) -> dict[str, object]:
+    """What timm is given to create a student's network, its weights aside."""
+    arguments = {
+        "num_classes": 0,
+        "img_size": config.image_size,
+        "dynamic_img_size": True,
+        **config.kwargs,
+    }
+    if config.drop_path:
+        arguments["drop_path_rate"] = config.drop_path
+    return arguments
 
-    `probe` is a copy of `net` on the meta device and `output` what its `forward_features` gave.
+
+# Plans, exports and evaluations build the same student several times, and a probe takes longer than
+# a small student.
+@lru_cache(maxsize=32)
+def _probe(student: str) -> tuple[torch.Size, int | None, frozenset[str]]:
+    """Of the student of a configuration (as JSON, which is hashable): the shape of its output, the
+    side of its patch, and the parameters that `forward_features` never reaches.
+
+    Found on the meta device: no memory, no arithmetic, the same code for every architecture.
     """
-    with torch.enable_grad():
+    config = StudentConfig.model_validate_json(student)
+    with building():
+        net = create_timm(config.name, **network_arguments(config)).eval()
+    patch = patch_size(net)
+    if patch and config.image_size % patch:
+        raise UserError(
+            f"student '{config.name}': its patch of {patch} pixels does not divide "
+            f"student.image_size = {config.image_size} (use "
+            f"{nearest_multiples(config.image_size, patch)})"
+        )
+    with torch.device("meta"), torch.enable_grad():
+        output = net.forward_features(torch.empty(1, 3, config.image_size, config.image_size))
         output.sum().backward()
-    unused = {name for name, parameter in probe.named_parameters() if parameter.grad is None}
-    for name, parameter in net.named_parameters():
-        if name in unused:
-            parameter.requires_grad_(False)
+    unused = (name for name, parameter in net.named_parameters() if parameter.grad is None)
+    return output.shape, patch, frozenset(unused)
 
 
 def freeze_unreached(student: Student, size: int) -> list[Layer]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from contract.errors import UserError, first_line, suggest
 from distill.config import TeacherConfig
+from distill.models.meta import building
 from distill.models.student import create_timm, nearest_multiples, patch_size
 from distill.models.weights import load_into, read_state_dict
 from distill.teachers.packaged import PACKAGE, packaged_checkpoint
@@ -25,7 +26,7 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
                 f"teacher '{config.label}': '{config.name}' does not have this tag: "
                 f"{suggest(config.name, known)}"
             )
-    with torch.device("meta"):
+    with building():
         probe = create_timm(config.name, **config.kwargs)
     data = timm.data.resolve_model_data_config(probe)
     patch, size = patch_size(probe), config.image_size or data["input_size"][-1]

@@ -21,6 +21,7 @@ from distill.data.pictures import open_pictures
 from distill.features import features_of
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
+from distill.models.meta import building
 from distill.teachers import Teacher, build_teacher, weights_source
 from distill.training.schedule import Schedule, resolve_views
 
@@ -61,7 +62,7 @@ def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
     if config.name == "run":
         return build_teacher(config, recipe.teacher_runtime, index)
     bare = config.model_copy(update={"checkpoint": None, "pretrained": False})
-    with torch.device("meta"):
+    with building():
         return build_teacher(
             bare, recipe.teacher_runtime.model_copy(update={"compile": False}), index
         )
@@ -73,8 +74,9 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
     # Statistics of targets do not exist yet, and they cost next to nothing.
     targets = recipe.targets.model_copy(update={"normalize": "none"})
     recipe = recipe.model_copy(update={"student": student, "targets": targets})
-    with torch.device("meta"):
+    with building():
         method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
+    with torch.device("meta"):
         views = {view.name: view for view in resolve_views(recipe, method, teachers)}
         crops = {
             name: torch.empty(shape, dtype=kind)

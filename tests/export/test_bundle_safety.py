@@ -452,7 +452,7 @@ def test_serving_opens_no_links(copy, tmp_path):
 @pytest.mark.slow
 def test_a_manifest_says_what_was_trained_and_what_graphs_compute_in(run, tmp_path):
     done = run_here(
-        run, "--output", run / "bundle", "--precision", "fp16", "--max-batch", 2, command=export
+        run, "--output", run / "bundle", "--precision", "fp16", "--max-batch", 4, command=export
     )
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(run / "bundle")

@@ -30,7 +30,7 @@ from export.run import main
 from serve.bundle import read_bundle
 from tests.conftest import need_tritonserver, run_here, small_recipe
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("traces")]
+pytestmark = pytest.mark.slow
 
 ONE_TEACHER = [
     {
@@ -117,8 +117,8 @@ def run_with_head(folder: Path, photos: Path, scenes: Path, size: int, **student
 
 @pytest.fixture(scope="module")
 def vit(photo_folder, scenes, tmp_path_factory) -> Path:
-    """A ViT of six blocks: four layers on one grid."""
-    kwargs = {"embed_dim": 48, "depth": 6, "num_heads": 2}
+    """A ViT of four blocks: four layers on one grid."""
+    kwargs = {"embed_dim": 48, "depth": 4, "num_heads": 2}
     return run_with_head(tmp_path_factory.mktemp("vit"), photo_folder, scenes, 64, kwargs=kwargs)
 
 
@@ -283,7 +283,8 @@ def test_layers_cost_one_pass_and_nothing_without_the_head(cnn, tmp_path):
     (bare / "heads" / "depth.safetensors").unlink()
     kinds = {}
     for name, run in (("bare", bare), ("with", cnn)):
-        done = call(main, run, "--output", tmp_path / f"b_{name}", "--max-batch", 2)
+        sizes = ("--resolutions", 64, "96x64", "--max-batch", 3)
+        done = call(main, run, "--output", tmp_path / f"b_{name}", *sizes)
         assert done.returncode == 0, done.stderr
         for path in (tmp_path / f"b_{name}").glob("*.onnx"):
             kinds[name, path.stem] = Counter(node.op_type for node in onnx.load(path).graph.node)

@@ -21,13 +21,10 @@ from yaml import safe_dump
 from contract.golden import GOLDEN, read_golden
 from contract.gpu import compute_capabilities
 from contract.manifest import add_files, read_manifest, verify_files
-from distill.evaluate.__main__ import main as evaluate
 from distill.runs import load_run
 from export.check import main as check
 from export.run import main
 from tests.conftest import run_here, small_recipe
-
-pytestmark = pytest.mark.usefixtures("traces")
 
 
 def call(command, *arguments: object) -> subprocess.CompletedProcess:
@@ -38,46 +35,29 @@ def call(command, *arguments: object) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(arguments, status, output.getvalue(), error.getvalue())
 
 
-def train(folder: Path, photos: Path, **changes: object) -> Path:
-    """A run of two steps."""
-    recipe = folder / "recipe.yaml"
-    recipe.write_text(safe_dump(small_recipe(photos, train={"steps": 2}, **changes)))
-    done = run_here(recipe, "--output", folder / "run")
+@pytest.fixture(scope="module")
+def vit(small_bundle) -> Path:
+    """A UMT run of a ViT with trained task heads, the segmentation one reading the dino head."""
+    return small_bundle.parent / "run"
+
+
+@pytest.fixture(scope="module")
+def cnn(photo_folder, tmp_path_factory) -> Path:
+    """A UMT run of a CNN and two teachers."""
+    student = {"name": "resnet10t", "kwargs": {}, "drop_path": 0.0}
+    umt = {"space_dim": 32, "token_dim": 32, "groups": 8}
+    recipe = small_recipe(photo_folder, student=student, umt=umt, train={"steps": 2})
+    recipe["teachers"] = recipe["teachers"][::2]
+    folder = tmp_path_factory.mktemp("cnn")
+    (folder / "recipe.yaml").write_text(safe_dump(recipe))
+    done = run_here(folder / "recipe.yaml", "--output", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
 
 @pytest.fixture(scope="module")
-def vit(photo_folder, scenes, tmp_path_factory) -> Path:
-    """A UMT run of a ViT with trained task heads, the segmentation one reading the dino head."""
-    run = train(tmp_path_factory.mktemp("vit"), photo_folder)
-    quick = (
-        "extract.workers=0",
-        "probe.epochs=2",
-        "probe.rates=2",
-        "dense.size=64",
-        "dense.steps=5",
-    )
-    for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
-        done = call(
-            evaluate, run, "--data", scenes, "--features", features, "--tasks", tasks, *quick
-        )
-        assert done.returncode == 0, done.stderr
-    return run
-
-
-@pytest.fixture(scope="module")
-def cnn(photo_folder, tmp_path_factory) -> Path:
-    """A UMT run of a CNN."""
-    student = {"name": "resnet10t", "kwargs": {}, "drop_path": 0.0}
-    umt = {"space_dim": 32, "token_dim": 32, "groups": 8}
-    return train(tmp_path_factory.mktemp("cnn"), photo_folder, student=student, umt=umt)
-
-
-@pytest.fixture(scope="module")
-def plain(photo_folder, tmp_path_factory) -> Path:
-    """A run of plain heads."""
-    return train(tmp_path_factory.mktemp("plain"), photo_folder, method="plain")
+def plain(plain_run) -> Path:
+    return plain_run
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +167,8 @@ def test_graphs_carry_nothing_of_this_machine(bundle):
 )
 def test_students_of_every_kind_pass_parity(student, precision, request, tmp_path):
     run = request.getfixturevalue(student)
-    done = call(main, run, "--output", tmp_path / "b", "--precision", precision)
+    wanted = ("--precision", precision, "--max-batch", 4)
+    done = call(main, run, "--output", tmp_path / "b", *wanted)
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "b")
     assert manifest.precision == precision and not manifest.resolution.dynamic
@@ -257,6 +238,8 @@ def test_int8_is_calibrated_and_the_same_alone_as_in_a_batch(
         tmp_path / "b",
         "--precision",
         "int8",
+        "--max-batch",
+        4,
         "--calibration",
         photo_folder,
         "--images",
@@ -318,10 +301,10 @@ def change_weights(path: Path, change) -> None:
 
 
 @pytest.mark.slow
-def test_two_exports_are_the_same_bytes(plain, tmp_path, traces):
+def test_two_exports_are_the_same_bytes(plain, tmp_path, traced_once, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", traced_once)  # torch's own, which traces every time
     hashes = []
     for name in ("a", "b"):
-        traces.clear()
         assert call(main, plain, "--output", tmp_path / name, "--max-batch", 2).returncode == 0
         hashes.append(read_manifest(tmp_path / name).files)
     assert hashes[0] == hashes[1]

@@ -168,7 +168,6 @@ def test_a_file_of_something_else_is_refused(copy):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("traces")
 def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path, monkeypatch):
     """As those past 2 GB do: the golden set, asked of a real server."""
     need_tritonserver()

@@ -79,22 +79,23 @@ def assert_same_weights(a: Path, b: Path) -> None:
 def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical(recipe_file, tmp_path, cache):
     # checkpoints at every other step make it likely that some kill falls into writing one
     recipe = recipe_file(
-        train={"steps": 24, "ema_decay": 0.9, "accumulate": 2},
+        train={"steps": 16, "ema_decay": 0.9, "accumulate": 2},
         checkpoint={"every_steps": 2},
         teacher_cache={"views": 2 if cache else 0, "shard_size": 7},
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert run_here(recipe, "--output", whole).returncode == 0
-    log = tmp_path / "log"
-    process = start(log, recipe, "--output", broken)
-    for kill_at in (11,) if cache else (1, 9, 17):
+    log, words = tmp_path / "log", [recipe]
+    for kill_at in (9,) if cache else (1, 9):
+        process = start(log, *words, "--output", broken)
         wait_for_step(broken, kill_at, process, log)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        process = start(log, "--output", broken, "--resume")
-    assert process.wait(timeout=200) == 0, log.read_text()
+        words = ["--resume"]
+    resumed = run_here("--output", broken, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
     assert_same_weights(whole, broken)
-    assert [row["step"] for row in metrics_of(broken)] == list(range(1, 25))
+    assert [row["step"] for row in metrics_of(broken)] == list(range(1, 17))
 
 
 @pytest.mark.slow
