@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from contract.errors import UserError
 from contract.signature import FEATURES, FEATURES_GLOBAL, SPACES, Port, Signature
 from contract.tasks import Task
 from distill.features import Features
@@ -105,6 +106,8 @@ class HeadGraph(nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """The token [B, g] if the head predicts one, and patches [B, h*w, d]."""
         result = self.predict(*inputs)
+        if result.maps:
+            raise UserError("a head predicts further maps, which a bundle has no outputs for")
         patches = result.patches.flatten(1, 2).float()
         return (result.token.float(), patches) if self.has_token else (patches,)
 

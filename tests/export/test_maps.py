@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from torch import nn
 
+from contract.errors import UserError
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import Deployment, ShippedHead
 from distill.methods.losses import Prediction
@@ -85,3 +87,20 @@ def test_a_head_reads_one_map_through_onnx(tmp_path):
 def test_a_student_without_heads_has_backbone_and_fused():
     parts = build_parts(toy(with_head=False), SIZE, SIZE)
     assert [part.signature.graph for part in parts] == ["backbone", "fused"]
+
+
+def test_a_head_of_further_maps_is_refused_rather_than_cut_short():
+    class Maps(ToyHead):
+        def forward(self, features, grid):
+            return super().forward(features, grid)._replace(maps=(features.maps[0],))
+
+    student = toy()
+    student.deployment.heads["detector"] = Maps(5)
+    shipped = student.deployment.shipped
+    shipped["detector"] = shipped["detector"]._replace(
+        module=student.deployment.heads["detector"], reads=("maps.4", "maps.8")
+    )
+    head = next(p for p in build_parts(student, SIZE, SIZE) if p.signature.graph == "head_detector")
+    levels = [torch.zeros(1, SIZE // stride, SIZE // stride, WIDTH) for stride in (4, 8)]
+    with pytest.raises(UserError, match="further maps"):
+        head.module(*levels)
