@@ -1,4 +1,9 @@
-"""Recipes as files and command-line overrides: reading, checking, writing and comparing them."""
+"""Recipes as files and command-line overrides: reading, checking, writing and comparing them.
+
+A file may start from another: `base: NAME` is a shipped recipe or a path relative to the file. Its
+values are the base's with the file's own merged in: mappings key by key, anything else (so the list
+of teachers) as a whole. What is written to a run has no `base`: it is complete.
+"""
 
 import json
 import re
@@ -19,7 +24,10 @@ from distill.config import Recipe, Section, with_sections
 from distill.methods import METHODS
 
 _EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
-"""Setting one of a pair on the command line clears the other, which a recipe may have set."""
+"""Setting one of a pair, on the command line or over a base, clears the other, which the recipe or
+the base may have set."""
+
+_BASE_MEANING = "what the file starts from: a shipped recipe, or a path relative to the file"
 
 PLAIN_WORDS = {
     "model_type": "Input should be a mapping of keys",
@@ -69,20 +77,29 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     Raises UserError, in one line, for an unknown name or key (with the nearest one), broken YAML or
     a bad value.
     """
+    source, text = _read_text(name_or_path)
+    return parse_recipe(text, source, overrides)
+
+
+def _read_text(name_or_path: str, folder: Path = Path()) -> tuple[str, str]:
+    """What to call a recipe in messages (a shipped name, or a path, from `folder`), and its text.
+    Raises UserError.
+    """
     shipped = shipped_recipes()
     if name_or_path in shipped:
-        return parse_recipe(shipped[name_or_path], name_or_path, overrides)
-    path = Path(name_or_path)
+        return name_or_path, shipped[name_or_path]
+    path = folder / name_or_path
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise UserError(
             f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or use a .yaml "
             "file)"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        return str(path), path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise UserError(
-            f"recipe {path}: no such file (shipped ones go by name: {', '.join(sorted(shipped))})"
+            f"recipe {path}: no such file (shipped ones go by name, see python -m distill.run "
+            "--list)"
         ) from error
     except OSError as error:
         raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
@@ -90,7 +107,6 @@ def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
         raise UserError(
             f"recipe {path} is not a text file: use a .yaml file or a shipped name"
         ) from error
-    return parse_recipe(text, str(path), overrides)
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -122,24 +138,13 @@ def _recipe_with(methods: tuple[str, ...]) -> type[Recipe]:
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Parse YAML `text` (from `source`, for messages) and apply overrides; raises UserError as
-    `load_recipe` does.
+    """Parse YAML `text` and apply overrides; raises UserError as `load_recipe` does. `source` is its
+    name or path, for messages and for a `base` relative to it.
     """
-    try:
-        values = yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{source}:{mark.line + 1}" if mark else source
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{place}: not valid YAML ({problem})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: a recipe is a mapping of keys, got {show(values)}")
+    values, chain = _merged_values(text, source)
+    source = ", based on ".join(chain)
     keys = [_apply_override(values, override) for override in overrides]
-    for key in keys:
-        other = _EXCLUSIVE.get(key)
-        if other and other not in keys:
-            section, name = other.split(".")
-            values[section][name] = None
+    _clear_others(values, keys)
     try:
         recipe = make_recipe(values)
         for key in keys:
@@ -155,6 +160,69 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
         raise UserError(f"{source}: {error}") from error
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error)}") from error
+
+
+def _merged_values(text: str, source: str, above: Sequence[str] = ()) -> tuple[dict, list[str]]:
+    """The values of a recipe's text, merged into those of its base if it names one, and the files
+    they come from; `above` are the files that are based on this one.
+    """
+    try:
+        values = yaml.load(text, Loader=RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{source}:{mark.line + 1}" if mark else source
+        problem = getattr(error, "problem", None) or first_line(error)
+        raise UserError(f"{place}: not valid YAML ({problem})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: a recipe is a mapping of keys, got {show(values)}")
+    if "base" not in values:
+        return values, [source]
+    base = values.pop("base")
+    if not isinstance(base, str):
+        raise UserError(f"{source}: base = {show(base)}: name a shipped recipe or a .yaml file")
+    try:
+        below, base_text = _read_text(base, Path(source).parent)
+    except UserError as error:
+        raise UserError(f"{source}: base: {error}") from error
+    files = [*above, source]
+    if _identity(below) in map(_identity, files):
+        raise UserError(
+            f"{source}: base = {base}: {' is based on '.join([*files, below])}, a circle: remove "
+            "one of these bases"
+        )
+    inherited, chain = _merged_values(base_text, below, files)
+    method = inherited.get("method", Recipe.model_fields["method"].default)
+    if values.get("method", method) != method and isinstance(method, str) and method in METHODS:
+        for name in (method, *METHODS[method].Sections):
+            inherited.pop(name, None)
+    merged = _merge(inherited, values)
+    sections = {name: part for name, part in values.items() if isinstance(part, dict)}
+    _clear_others(merged, [f"{name}.{key}" for name, part in sections.items() for key in part])
+    return merged, [source, *chain]
+
+
+def _identity(source: str) -> str:
+    """What is the same for two names of one recipe."""
+    return source if source in shipped_recipes() else str(Path(source).resolve())
+
+
+def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`own` over `base`: mappings key by key, everything else as a whole."""
+    merged = dict(base)
+    for key, value in own.items():
+        inner = merged.get(key)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        merged[key] = _merge(inner, value) if both else value
+    return merged
+
+
+def _clear_others(values: dict, keys: Sequence[str]) -> None:
+    """Clear what the `keys` that were set exclude, unless it was set with them."""
+    for key in keys:
+        other = _EXCLUSIVE.get(key)
+        if other and other not in keys:
+            section, name = other.split(".")
+            values[section][name] = None
 
 
 def _owner(section: str) -> str:
@@ -197,6 +265,8 @@ def _check_key(key: str, teachers: int) -> None:
     free mapping.
     """
     parts = key.split(".")
+    if key == "base":
+        raise UserError("base is for recipe files: name the recipe to start from as the recipe")
     if parts[0] == "teachers" and len(parts) > 1:
         if not parts[1].isdecimal() or int(parts[1]) >= teachers:
             hint = _suggest_key(key)
@@ -370,14 +440,24 @@ def _type_text(annotation: Any) -> str:
 
 
 def describe_recipes() -> str:
-    """Shipped recipes with the first line of their headers, and every key with default and
-    meaning.
+    """Shipped recipes by method, with the first line of their headers, and every key with default
+    and meaning.
     """
-    lines = ["shipped recipes:"]
-    for name, text in sorted(shipped_recipes().items()):
-        lines.append(f"  {name}")
-        lines.append(_wrap(text.splitlines()[0].lstrip("# "), indent=6))
+    shipped = shipped_recipes()
+    by_method: dict[str, list[str]] = {}
+    for name in sorted(shipped):
+        values, _ = _merged_values(shipped[name], name)
+        by_method.setdefault(values.get("method", "umt"), []).append(name)
+    lines = ["shipped recipes (figures are the papers', in % unless said otherwise):"]
+    column = max(map(len, shipped)) + 4
+    for method in METHODS:
+        if method in by_method:
+            lines += ["", f"method {method}"]
+        for name in by_method.get(method, ()):
+            about = shipped[name].splitlines()[0].lstrip("# ")
+            lines.append(_wrap(about, column, f"  {name}"))
     lines += ["", "keys (N is a teacher's number, from 0), with default, type and meaning:"]
+    lines += ["  base  (str, in files alone)", _wrap(_BASE_MEANING, 6)]
     return "\n".join([*lines, describe_fields(recipe_fields())])
 
 
@@ -392,12 +472,16 @@ def describe_fields(rows: Sequence[tuple[str, str, str, str]]) -> str:
             f"  {key}  ({kind}, required)" if required else f"  {key} = {default}  ({kind})"
         )
         if meaning:
-            lines.append(_wrap(meaning, indent=6))
+            lines.append(_wrap(meaning, 6))
     return "\n".join(lines)
 
 
-def _wrap(text: str, indent: int) -> str:
-    margin = " " * indent
+def _wrap(text: str, indent: int, before: str = "") -> str:
+    """Text in lines of at most 80 columns, indented; `before` stands in the first one's indent."""
     return textwrap.fill(
-        text, 80, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+        text,
+        80,
+        initial_indent=before.ljust(indent),
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
     )
