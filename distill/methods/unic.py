@@ -119,7 +119,9 @@ class UNIC(Method):
         """Set the momentum of the running statistics, and seed the step's drops."""
         first, last = self.config.standardize_momentum
         self.momentum.fill_(standardize_momentum(progress.step, progress.steps, first, last))
-        self._generator = torch.Generator(self.momentum.device)
+        device = self.momentum.device
+        # the plan's meta device has no generators
+        self._generator = torch.Generator("cpu" if device.type == "meta" else device)
         self._generator.manual_seed((self.seed << 40) + progress.step)
 
     def forward(
@@ -159,7 +161,9 @@ class UNIC(Method):
         """
         teachers, images = losses.shape
         columns = images * world_size() if self.config.scope == "image" else 1
-        uniforms = torch.rand(teachers, columns, generator=self._generator, device=losses.device)
+        generator = self._generator
+        uniforms = torch.rand(teachers, columns, generator=generator, device=generator.device)
+        uniforms = uniforms.to(losses.device)
         return own_share(uniforms) if self.config.scope == "image" else uniforms
 
     def deploy(self) -> Deployment:
