@@ -91,8 +91,8 @@ def _read_text(name_or_path: str, folder: Path = Path()) -> tuple[str, str]:
     path = folder / name_or_path
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
         raise UserError(
-            f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or use a .yaml "
-            "file)"
+            f"recipe '{name_or_path}' is not shipped: {suggest(name_or_path, shipped)} (or use a "
+            ".yaml file)"
         )
     try:
         return str(path), path.read_text(encoding="utf-8")
@@ -138,8 +138,9 @@ def _recipe_with(methods: tuple[str, ...]) -> type[Recipe]:
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Parse YAML `text` and apply overrides; raises UserError as `load_recipe` does. `source` is its
-    name or path, for messages and for a `base` relative to it.
+    """Parse YAML `text` and apply overrides; raises UserError as `load_recipe` does.
+
+    `source` is its name or path, for messages and for a `base` relative to it.
     """
     values, chain = _merged_values(text, source)
     source = ", based on ".join(chain)
