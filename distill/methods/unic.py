@@ -106,8 +106,9 @@ class UNIC(Method):
 
     @classmethod
     def check(cls, recipe: Recipe) -> Recipe:
-        """Refuse `targets.normalize`, and dropping a single teacher always."""
+        """Refuse `targets.normalize`, weights, and dropping a single teacher always."""
         refuse_normalize(recipe)
+        refuse_weights(recipe)
         if recipe.unic.drop == 1 and len(recipe.teachers) == 1:
             raise UserError(
                 "unic.drop = 1: there is a single teacher, which is never dropped: set unic.drop=0 "
@@ -225,3 +226,15 @@ def refuse_normalize(recipe: Recipe) -> None:
             f"targets.normalize = {recipe.targets.normalize}: method {recipe.method} standardises "
             "teacher features by running statistics: remove it"
         )
+
+
+def refuse_weights(recipe: Recipe) -> None:
+    """Raise UserError for weights of teachers, in methods that take all teachers alike."""
+    for number, teacher in enumerate(recipe.teachers):
+        for name in ("weight", "token_weight", "feature_weight"):
+            value = getattr(teacher, name)
+            if value != 1:
+                raise UserError(
+                    f"teachers.{number}.{name} = {value:g}: method {recipe.method} takes all "
+                    "teachers alike: remove it"
+                )

@@ -435,6 +435,13 @@ def test_a_wrong_override_names_the_key_the_value_and_the_remedy(override, expec
     assert expected in error_of(override)
 
 
+@pytest.mark.parametrize("name", ["sefa_vit_small", "unic_vit_small"])
+@pytest.mark.parametrize("key", ["weight", "token_weight", "feature_weight"])
+def test_weights_of_teachers_are_refused_where_nothing_uses_them(name, key):
+    with pytest.raises(UserError, match=f"teachers.1.{key} = 2: method .* teachers alike: remove"):
+        load_recipe(name, [f"teachers.1.{key}=2"])
+
+
 def test_an_unknown_recipe_names_the_nearest_shipped_one(tmp_path):
     assert "recipe 'umt_vit_bas' is not shipped: did you mean 'umt_vit_base'?" in error_loading(
         "umt_vit_bas"

@@ -82,8 +82,8 @@ def test_a_base_may_be_a_shipped_recipe():
 
 def test_overrides_work_on_the_merged_values(files):
     text = "base: ground.yaml\ntrain: {lr: 2.0e-3}\n"
-    recipe = files({"mine.yaml": text}, "teachers.1.weight=3", "train.lr=5e-3", "train.epochs=2")
-    assert recipe.teachers[1].weight == 3 and recipe.train.lr == 5e-3
+    recipe = files({"mine.yaml": text}, "teachers.1.alias=mine", "train.lr=5e-3", "train.epochs=2")
+    assert recipe.teachers[1].label == "mine" and recipe.train.lr == 5e-3
     assert (recipe.train.epochs, recipe.train.steps) == (2, None)
 
 
