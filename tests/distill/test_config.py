@@ -15,6 +15,7 @@ from distill.data.crops import MAIN, CropDataset, View
 from distill.data.pictures import PackagedPhotos
 from distill.methods import METHODS, build_method
 from distill.methods.method import Progress
+from distill.recipe_files import shipped_recipes
 from distill.recipe_io import (
     describe_recipes,
     differing_fields,
@@ -22,7 +23,6 @@ from distill.recipe_io import (
     load_recipe,
     parse_recipe,
     recipe_fields,
-    shipped_recipes,
 )
 from distill.teachers import build_teacher
 from distill.tiny import tiny

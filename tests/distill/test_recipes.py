@@ -2,7 +2,8 @@
 
 import pytest
 
-from distill.recipe_io import dump_recipe, load_recipe, shipped_recipes
+from distill.recipe_files import shipped_recipes
+from distill.recipe_io import dump_recipe, load_recipe
 from distill.runs import load_run
 from distill.tiny import tiny
 from tests.conftest import metrics_of, run_here
