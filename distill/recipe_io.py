@@ -1,25 +1,31 @@
-"""Recipes as files and command-line overrides: reading, checking, writing and comparing them."""
+"""Recipes and command-line overrides: reading, checking, writing and comparing them.
 
-import json
-import re
+What is written to a run is complete: it has no `base` (`distill/recipe_files.py`).
+"""
+
 import textwrap
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from yaml.constructor import ConstructorError
 
-from contract.errors import UserError, first_line, suggest
+from contract.errors import UserError, suggest
 from distill.config import Recipe, Section, with_sections
 from distill.methods import METHODS
+from distill.recipe_files import (
+    RecipeDumper,
+    RecipeLoader,
+    clear_others,
+    merged_values,
+    read_text,
+    shipped_recipes,
+    show,
+)
 
-_EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
-"""Setting one of a pair on the command line clears the other, which a recipe may have set."""
+_BASE_MEANING = "what the file starts from: a shipped recipe, or a path relative to the file"
 
 PLAIN_WORDS = {
     "model_type": "Input should be a mapping of keys",
@@ -30,67 +36,14 @@ PLAIN_WORDS = {
 """Pydantic's messages about Python types, reworded for YAML."""
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.1 requires 1.0e-4) and refuses
-    duplicate keys.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        """Build a mapping; YAML itself would silently use the last of two equal keys."""
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in seen:
-                raise ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class RecipeDumper(yaml.SafeDumper):
-    """Safe YAML that quotes a string which `RecipeLoader` would read as a number."""
-
-
-_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-for yaml_class in (RecipeLoader, RecipeDumper):
-    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
-
-
-def shipped_recipes() -> dict[str, str]:
-    """Name and YAML text of every recipe in the package."""
-    folder = resources.files("distill") / "recipes"
-    files = [file for file in folder.iterdir() if file.name.endswith(".yaml")]
-    return {file.name.removesuffix(".yaml"): file.read_text(encoding="utf-8") for file in files}
-
-
 def load_recipe(name_or_path: str, overrides: Sequence[str]) -> Recipe:
     """Load a shipped recipe by name or a YAML file by path, with `key=value` overrides.
 
     Raises UserError, in one line, for an unknown name or key (with the nearest one), broken YAML or
     a bad value.
     """
-    shipped = shipped_recipes()
-    if name_or_path in shipped:
-        return parse_recipe(shipped[name_or_path], name_or_path, overrides)
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        raise UserError(
-            f"recipe '{path}' is not shipped: {suggest(name_or_path, shipped)} (or use a .yaml "
-            "file)"
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UserError(
-            f"recipe {path}: no such file (shipped ones go by name: {', '.join(sorted(shipped))})"
-        ) from error
-    except OSError as error:
-        raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"recipe {path} is not a text file: use a .yaml file or a shipped name"
-        ) from error
-    return parse_recipe(text, str(path), overrides)
+    source, text = read_text(name_or_path)
+    return parse_recipe(text, source, overrides)
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -122,24 +75,14 @@ def _recipe_with(methods: tuple[str, ...]) -> type[Recipe]:
 
 
 def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Parse YAML `text` (from `source`, for messages) and apply overrides; raises UserError as
-    `load_recipe` does.
+    """Parse YAML `text` and apply overrides; raises UserError as `load_recipe` does.
+
+    `source` is its name or path, for messages and for a `base` relative to it.
     """
-    try:
-        values = yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{source}:{mark.line + 1}" if mark else source
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{place}: not valid YAML ({problem})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: a recipe is a mapping of keys, got {show(values)}")
+    values, chain = merged_values(text, source)
+    source = ", based on ".join(chain)
     keys = [_apply_override(values, override) for override in overrides]
-    for key in keys:
-        other = _EXCLUSIVE.get(key)
-        if other and other not in keys:
-            section, name = other.split(".")
-            values[section][name] = None
+    clear_others(values, keys)
     try:
         recipe = make_recipe(values)
         for key in keys:
@@ -197,6 +140,8 @@ def _check_key(key: str, teachers: int) -> None:
     free mapping.
     """
     parts = key.split(".")
+    if key == "base":
+        raise UserError("base is for recipe files: name the recipe to start from as the recipe")
     if parts[0] == "teachers" and len(parts) > 1:
         if not parts[1].isdecimal() or int(parts[1]) >= teachers:
             hint = _suggest_key(key)
@@ -292,12 +237,6 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def show(value: Any, limit: int = 80) -> str:
-    """A value as YAML on one line, cut to `limit` characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= limit else f"{text[:limit]}…"
-
-
 def dump_recipe(recipe: Recipe) -> str:
     """The complete recipe, every default written out, as YAML that reads back to an equal
     recipe.
@@ -370,14 +309,24 @@ def _type_text(annotation: Any) -> str:
 
 
 def describe_recipes() -> str:
-    """Shipped recipes with the first line of their headers, and every key with default and
-    meaning.
+    """Shipped recipes by method, with the first line of their headers, and every key with default
+    and meaning.
     """
-    lines = ["shipped recipes:"]
-    for name, text in sorted(shipped_recipes().items()):
-        lines.append(f"  {name}")
-        lines.append(_wrap(text.splitlines()[0].lstrip("# "), indent=6))
+    shipped = shipped_recipes()
+    by_method: dict[str, list[str]] = {}
+    for name in sorted(shipped):
+        values, _ = merged_values(shipped[name], name)
+        by_method.setdefault(values.get("method", "umt"), []).append(name)
+    lines = ["shipped recipes (figures are the papers', in % unless said otherwise):"]
+    column = max(map(len, shipped)) + 4
+    for method in METHODS:
+        if method in by_method:
+            lines += ["", f"method {method}"]
+        for name in by_method.get(method, ()):
+            about = shipped[name].splitlines()[0].lstrip("# ")
+            lines.append(_wrap(about, column, f"  {name}"))
     lines += ["", "keys (N is a teacher's number, from 0), with default, type and meaning:"]
+    lines += ["  base  (str, in files alone)", _wrap(_BASE_MEANING, 6)]
     return "\n".join([*lines, describe_fields(recipe_fields())])
 
 
@@ -392,12 +341,16 @@ def describe_fields(rows: Sequence[tuple[str, str, str, str]]) -> str:
             f"  {key}  ({kind}, required)" if required else f"  {key} = {default}  ({kind})"
         )
         if meaning:
-            lines.append(_wrap(meaning, indent=6))
+            lines.append(_wrap(meaning, 6))
     return "\n".join(lines)
 
 
-def _wrap(text: str, indent: int) -> str:
-    margin = " " * indent
+def _wrap(text: str, indent: int, before: str = "") -> str:
+    """Text in lines of at most 80 columns, indented; `before` stands in the first one's indent."""
     return textwrap.fill(
-        text, 80, initial_indent=margin, subsequent_indent=margin, break_on_hyphens=False
+        text,
+        80,
+        initial_indent=before.ljust(indent),
+        subsequent_indent=" " * indent,
+        break_on_hyphens=False,
     )

@@ -17,7 +17,8 @@ from distill.features import FeatureDims
 from distill.methods import build_method
 from distill.methods.method import Method
 from distill.models.weights import read_tensors, save_tensors, tensors_sha256
-from distill.recipe_io import RecipeDumper, RecipeLoader, dump_recipe, parse_recipe
+from distill.recipe_files import RecipeDumper, RecipeLoader
+from distill.recipe_io import dump_recipe, parse_recipe
 
 FORMAT = 2
 """Version of both files; raise it with a named `_upgrade_` function when it changes. 2: the recipe

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from contract.errors import UserError, suggest
 from distill.evaluate.config import EvaluationConfig
-from distill.recipe_io import PLAIN_WORDS, RecipeLoader, describe_fields, recipe_fields, show
+from distill.recipe_files import RecipeLoader, show
+from distill.recipe_io import PLAIN_WORDS, describe_fields, recipe_fields
 
 
 def load_settings(overrides: Sequence[str]) -> EvaluationConfig:

@@ -32,7 +32,7 @@ from distill.methods.self_supervised import Config as SSLConfig
 from distill.methods.self_supervised.dino import DINO, DISTRIBUTION_NAMES, GLOBAL, Head
 from distill.methods.standardize import FeatureStandardizer
 from distill.methods.targets import FeatureNormalizer
-from distill.methods.unic import Momenta, standardize_momentum
+from distill.methods.unic import Momenta, refuse_weights, standardize_momentum
 from distill.models.preprocess import Preprocess
 from distill.models.student import Student
 
@@ -141,6 +141,7 @@ class SeFA(Method):
             raise UserError("ssl.locals = 0: ssl.kind = udi needs local crops: set ssl.locals=6")
         if sefa.ssl_weight == 1:
             return recipe.model_copy(update={"teachers": ()})
+        refuse_weights(recipe)
         if recipe.ssl.ship == "ema" and not sefa.ssl_weight:
             raise UserError(
                 "ssl.ship = ema: with sefa.ssl_weight = 0 there is no momentum network: set "

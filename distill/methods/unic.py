@@ -109,8 +109,9 @@ class UNIC(Method):
 
     @classmethod
     def check(cls, recipe: Recipe) -> Recipe:
-        """Refuse `targets.normalize`, and dropping a single teacher always."""
+        """Refuse `targets.normalize`, weights, and dropping a single teacher always."""
         refuse_normalize(recipe)
+        refuse_weights(recipe)
         if recipe.unic.drop == 1 and len(recipe.teachers) == 1:
             raise UserError(
                 "unic.drop = 1: there is a single teacher, which is never dropped: set unic.drop=0 "
@@ -122,7 +123,9 @@ class UNIC(Method):
         """Set the momentum of the running statistics, and seed the step's drops."""
         first, last = self.config.standardize_momentum
         self.momentum.fill_(standardize_momentum(progress.step, progress.steps, first, last))
-        self._generator = torch.Generator(self.momentum.device)
+        device = self.momentum.device
+        # the plan's meta device has no generators
+        self._generator = torch.Generator("cpu" if device.type == "meta" else device)
         self._generator.manual_seed((self.seed << 40) + progress.step)
 
     def forward(
@@ -169,7 +172,9 @@ class UNIC(Method):
         """
         teachers, images = losses.shape
         columns = images * world_size() if self.config.scope == "image" else 1
-        uniforms = torch.rand(teachers, columns, generator=self._generator, device=losses.device)
+        generator = self._generator
+        uniforms = torch.rand(teachers, columns, generator=generator, device=generator.device)
+        uniforms = uniforms.to(losses.device)
         return own_share(uniforms) if self.config.scope == "image" else uniforms
 
     def deploy(self) -> Deployment:
@@ -241,3 +246,15 @@ def refuse_normalize(recipe: Recipe) -> None:
             f"targets.normalize = {recipe.targets.normalize}: method {recipe.method} standardises "
             "teacher features by running statistics: remove it"
         )
+
+
+def refuse_weights(recipe: Recipe) -> None:
+    """Raise UserError for weights of teachers, in methods that take all teachers alike."""
+    for number, teacher in enumerate(recipe.teachers):
+        for name in ("weight", "token_weight", "feature_weight"):
+            value = getattr(teacher, name)
+            if value != 1:
+                raise UserError(
+                    f"teachers.{number}.{name} = {value:g}: method {recipe.method} takes all "
+                    "teachers alike: remove it"
+                )

@@ -3,13 +3,19 @@ mistake is one line.
 """
 
 import pytest
+import timm
 import torch
 import yaml
 from pydantic import ValidationError
 
 from contract.errors import UserError
 from distill.config import Recipe, TeacherConfig
+from distill.data.batches import collate
+from distill.data.crops import MAIN, CropDataset, View
+from distill.data.pictures import PackagedPhotos
 from distill.methods import METHODS, build_method
+from distill.methods.method import Progress
+from distill.recipe_files import shipped_recipes
 from distill.recipe_io import (
     describe_recipes,
     differing_fields,
@@ -17,13 +23,13 @@ from distill.recipe_io import (
     load_recipe,
     parse_recipe,
     recipe_fields,
-    shipped_recipes,
 )
 from distill.teachers import build_teacher
 from distill.tiny import tiny
+from distill.training.loop import build_optimizer
+from distill.training.schedule import resolve_views
 
-SHIPPED = [
-    "quickstart",
+UMT = [
     "umt_convnext_base_cnn",
     "umt_convnext_base_dinov3",
     "umt_convnext_base_vit",
@@ -31,7 +37,37 @@ SHIPPED = [
     "umt_vit_base",
     "umt_vit_large",
 ]
-PAPER = [name for name in SHIPPED if name != "quickstart"]
+D, A, T = "dino", "augreg", "deit3"
+SEFA = {
+    "sefa_vit_base": ("base", [D, A], "80.71"),
+    "sefa_vit_base_clip_laion": ("base", [D, "clip"], "79.30"),
+    "sefa_vit_base_clip_openai": ("base", [D, "clip"], "80.30"),
+    "sefa_vit_base_deit3": ("base", [D, T], "81.85"),
+    "sefa_vit_base_from_large": ("base", ["ibot", A], "81.68"),
+    "sefa_vit_base_siglip": ("base", [D, "siglip"], "80.14"),
+    "sefa_vit_small": ("small", [D, A], "77.92"),
+    "sefa_vit_small_augreg_deit3": ("small", [A, T], "78.87"),
+    "sefa_vit_small_dino_deit3": ("small", [D, T], "79.33"),
+    "sefa_vit_small_dino_ibot": ("small", [D, "ibot"], "76.75"),
+    "sefa_vit_small_dino_mugs": ("small", [D, "mugs"], "75.93"),
+    "sefa_vit_small_from_base": ("small", [D, A], "78.27"),
+    "sefa_vit_small_ibot_augreg": ("small", ["ibot", A], "78.34"),
+    "sefa_vit_small_ibot_deit3": ("small", ["ibot", T], "79.41"),
+    "sefa_vit_small_ibot_loss": ("small", [D, A], "76.90"),
+    "sefa_vit_small_ibot_mugs": ("small", ["ibot", "mugs"], "76.72"),
+    "sefa_vit_small_mugs_augreg": ("small", ["mugs", A], "77.64"),
+    "sefa_vit_small_three": ("small", [D, "ibot", A], "78.1"),
+    "sefa_vit_small_udi": ("small", [D, A], "78.30"),
+    "sefa_vit_tiny": ("tiny", [D, A], "71.91"),
+    "unic_vit_base": ("base", [D, A], "76.32"),
+    "unic_vit_small": ("small", [D, A], "71.17"),
+    "unic_vit_small_ibot_augreg": ("small", ["ibot", A], "66.12"),
+    "unic_vit_tiny": ("tiny", [D, A], "61.89"),
+}
+"""Student, teachers and the paper's figure of SeFA's rows."""
+
+PAPER = [*SEFA, *UMT]
+SHIPPED = ["quickstart", *PAPER]
 
 MINE = """\
 student:
@@ -92,7 +128,7 @@ def error_in(text: str) -> str:
 
 
 def test_the_shipped_recipes_are_the_papers_rows_and_the_quickstart():
-    assert sorted(shipped_recipes()) == SHIPPED
+    assert set(shipped_recipes()) == set(SHIPPED)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -105,9 +141,9 @@ def test_a_shipped_recipe_dumps_to_yaml_that_reads_back_equal(name):
 
 def test_a_dump_is_complete():
     dumped = yaml.safe_load(dump_recipe(load_recipe("quickstart", [])))
-    sections = (section for name, m in METHODS.items() if name != "umt" for section in m.Sections)
-    others = tuple(f"{name}." for name in [*(set(METHODS) - {"umt"}), *sections])
-    assert {"umt"} == set(dumped) & set(METHODS)
+    sections = {name for name, method in METHODS.items() for name in (name, *method.Sections)}
+    others = tuple(f"{name}." for name in sections - {"umt"})
+    assert {"umt"} == set(dumped) & sections
     for key, _, _, _ in recipe_fields():
         if key.startswith(others):
             continue
@@ -123,7 +159,7 @@ def test_a_dump_keeps_strings_that_look_like_numbers():
     assert again.student.kwargs == {"a": "2", "b": "1e5", "c": 1e5}
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", UMT)
 def test_a_paper_recipe_trains_as_appendix_a1_says(name):
     recipe = load_recipe(name, [])
     train = recipe.train
@@ -159,6 +195,56 @@ def test_a_paper_recipe_has_its_rows_cast(name, student, labels, depth, groups):
     assert groups is None or recipe.umt.groups == groups
 
 
+@pytest.mark.parametrize("name", SEFA)
+def test_a_row_of_sefas_tables_has_its_cast_and_hyper_parameters(name):
+    recipe = load_recipe(name, [])
+    student, labels, _ = SEFA[name]
+    method = name.split("_")[0]
+    assert (recipe.method, recipe.student.name) == (method, f"vit_{student}_patch16_224")
+    assert [teacher.label for teacher in recipe.teachers] == labels
+    roles = {D: "dino", "ibot": "dino", "mugs": "dino", A: "classification", T: "classification"}
+    assert [t.role for t in recipe.teachers] == [roles.get(label, "clip") for label in labels]
+    assert (recipe.student.drop_path, recipe.student.pretrained) == (0.1, False)
+    train = recipe.train.model_dump(exclude_defaults=True)
+    expected = {
+        "epochs": 200,
+        "schedule": "dino",
+        "batch_size": 512,
+        "lr": 1e-3,
+        "warmup_epochs": 10,
+        "weight_decay": 0.04,
+        "weight_decay_end": 0.4,
+        "clip_grad": 3.0,
+        "clip_mode": "parameter",
+        "precision": "bf16",
+    }
+    if method == "unic":
+        assert recipe.unic.teacher_photometric and recipe.data.crop_scale == (0.08, 1)
+        changes = {"lr": 6e-4, "weight_decay": 0.03, "betas": (0.9, 0.99), "clip_grad": 0}
+        expected |= changes
+        del expected["weight_decay_end"], expected["clip_mode"]
+    else:
+        kind = recipe.ssl.kind
+        assert recipe.sefa.teacher_photometric and recipe.sefa.ssl_weight == 0.5
+        assert recipe.ssl.norm_last_layer == (student == "base")
+        assert recipe.ssl.locals == {"dino": 8, "ibot": 10, "udi": 6}[kind]
+        assert recipe.ssl.prototypes == (8192 if kind == "ibot" else 65536)
+        assert kind == {"udi": "udi", "loss": "ibot"}.get(name.split("_")[-1], "dino")
+        assert recipe.student.kwargs == ({"reg_tokens": 1} if kind == "udi" else {})
+        expected |= {"epochs": 800} if kind == "ibot" else {}
+        expected |= {"min_lr": 1e-5, "weight_decay_end": 0.1} if kind == "udi" else {}
+    assert train == expected
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_teacher_of_a_paper_recipe_is_known_to_timm_or_a_file(name):
+    known = timm.list_pretrained()
+    for teacher in load_recipe(name, []).teachers:
+        assert teacher.name in known or teacher.checkpoint
+        if teacher.label in ("ibot", "mugs"):  # timm's config of the bare name is AugReg's
+            assert teacher.mean == (0.485, 0.456, 0.406) and teacher.std == (0.229, 0.224, 0.225)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_the_header_holds_the_command_and_every_line_fits(name):
     text = shipped_recipes()[name]
@@ -166,6 +252,19 @@ def test_the_header_holds_the_command_and_every_line_fits(name):
         "python -m distill.run\n" if name == "quickstart" else f"-m distill.run {name} "
     ) in text
     assert max(map(len, text.splitlines())) <= 120
+    if name in SEFA:
+        figure = SEFA[name][2]
+        assert text.splitlines()[0].endswith(f"linear {figure}") and text.count(figure) > 1
+
+
+def test_the_list_groups_recipes_by_method_and_fits_a_terminal():
+    listed = describe_recipes()
+    recipes = listed[: listed.index("keys (N is")]
+    assert max(map(len, recipes.splitlines())) <= 80
+    assert len(recipes.splitlines()) <= 2 * len(SHIPPED) + 10
+    order = [recipes.index(f"\n  {name} ") for name in ("umt_vit_large", *SEFA)]
+    assert recipes.index("method umt") < order[0] < recipes.index("method sefa")
+    assert recipes.index("method unic") < recipes.index("\n  unic_vit_tiny ")
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -181,16 +280,32 @@ def test_a_recipe_shrunk_by_tiny_still_trains_every_part(name):
         for i, teacher in enumerate(recipe.teachers)
     ]
     method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
-    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    views = first_views(recipe, resolve_views(recipe, method, teachers))
     with torch.no_grad():
-        targets = {teacher.label: teacher(images) for teacher in teachers}
-    loss = method({"image": images}, targets)["loss"]
-    loss.backward()
-    assert torch.isfinite(loss.detach())
+        targets = {t.label: t(views[method.teacher_views[t.label]]) for t in teachers}
+    optimizer = build_optimizer(method, recipe.train, torch.device("cpu"))
+    for step in range(2):
+        progress = Progress(step, 2, 2)
+        method.before_step(progress)
+        losses = method(views, targets)
+        losses["loss"].backward()
+        optimizer.step()
+        method.after_step(progress)
+    assert torch.isfinite(losses["loss"].detach())
+    assert set(method.describe()["losses"]) == set(losses) - {"loss"}
     assert [
         name for name, p in method.named_parameters() if p.requires_grad and p.grad is None
     ] == []
     assert sum(p.numel() for p in method.parameters()) < 1_000_000
+
+
+PHOTOS = PackagedPhotos()
+
+
+def first_views(recipe: Recipe, views: tuple[View, ...]) -> dict[str, torch.Tensor]:
+    """What the data stage makes of two photographs."""
+    dataset = CropDataset(PHOTOS, recipe.data, views, recipe.train.seed)
+    return collate([dataset[MAIN, number, 0] for number in range(2)]).views
 
 
 def test_tiny_refuses_a_teacher_that_is_a_run():
@@ -318,6 +433,13 @@ MISTAKES = [
 )
 def test_a_wrong_override_names_the_key_the_value_and_the_remedy(override, expected):
     assert expected in error_of(override)
+
+
+@pytest.mark.parametrize("name", ["sefa_vit_small", "unic_vit_small"])
+@pytest.mark.parametrize("key", ["weight", "token_weight", "feature_weight"])
+def test_weights_of_teachers_are_refused_where_nothing_uses_them(name, key):
+    with pytest.raises(UserError, match=f"teachers.1.{key} = 2: method .* teachers alike: remove"):
+        load_recipe(name, [f"teachers.1.{key}=2"])
 
 
 def test_an_unknown_recipe_names_the_nearest_shipped_one(tmp_path):
