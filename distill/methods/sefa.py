@@ -183,7 +183,7 @@ class SeFA(Method):
         weight, values, loss = self.config.ssl_weight, {}, None
         features = mask = None
         if self.ssl:
-            features, ssl_loss, values, mask = self.ssl(self.student, images, views)
+            features, ssl_loss, values, mask = self.ssl.encode(self.student, images, views)
             loss = weight * ssl_loss
         if targets:
             features, mask = self._distilled(features, mask, images)

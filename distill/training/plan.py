@@ -99,12 +99,24 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
         Part(
             name,
             *_count_parameters(child),
-            sum(flops.get(f"{type(method).__name__}.{name}", {}).values()) / _GIGA,
+            _flops_of(flops, f"{type(method).__name__}.{name}") / _GIGA,
         )
         for name, child in method.named_children()
         if _count_parameters(child)[0]
     ]
     return Cost(parts, kept.total, method)
+
+
+def _flops_of(counts: Mapping[str, Mapping[object, int]], part: str) -> int:
+    """FLOPs of a part: of its own calls or, where a method calls what is inside it (a mapping of
+    heads, a student's layers), of the outermost modules inside.
+    """
+    inside = [name for name in counts if name.startswith(f"{part}.")]
+    outermost = [n for n in inside if not any(n.startswith(f"{other}.") for other in inside)]
+    return max(
+        sum(counts.get(part, {}).values()),
+        sum(sum(counts[name].values()) for name in outermost),
+    )
 
 
 class _KeptBytes:

@@ -133,7 +133,7 @@ class Encoded(NamedTuple):
 
 
 class DINO(nn.Module):
-    """Head, momentum network and centre; with `forward`, the objective."""
+    """Head, momentum network and centre; with `encode`, the objective."""
 
     kind = "dino"
     needs_blocks = False
@@ -199,7 +199,7 @@ class DINO(nn.Module):
         leaders = [*student.parameters(), *self._leaders()]
         follow(followers, leaders, self.rates(progress).momentum)
 
-    def forward(
+    def encode(
         self, student: Student, images: Mapping[str, Tensor], views: Mapping[str, Tensor]
     ) -> Encoded:
         """Encode the crops `images`, normalised and in the student's sizes, and compare; `views`

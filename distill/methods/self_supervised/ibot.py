@@ -75,7 +75,7 @@ class IBOT(DINO):
         crops, *others = super().views(recipe, student)
         return (crops._replace(mask=mask), *others)
 
-    def forward(
+    def encode(
         self, student: Student, images: Mapping[str, Tensor], views: Mapping[str, Tensor]
     ) -> Encoded:
         """As DINO's; distillation gets the features of the global crops with hidden patches."""

@@ -214,7 +214,7 @@ class UDI(DINO):
             local._replace(boxes=True, near=GLOBAL, cells=local_cells),
         )
 
-    def forward(
+    def encode(
         self, student: Student, images: Mapping[str, Tensor], views: Mapping[str, Tensor]
     ) -> Encoded:
         """As DINO's, with three levels in place of one."""

@@ -12,15 +12,17 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from distill.distributed import Ranks
-from distill.features import FeatureDims
+from distill.features import FeatureDims, features_of
 from distill.methods import build_method
 from distill.methods.method import Progress
+from distill.models.meta import building
 from distill.recipe_io import make_recipe
 from distill.runs import load_run
 from distill.training.checkpoint import load_checkpoint
-from distill.training.plan import print_plan
+from distill.training.plan import meta_teacher, method_cost, print_plan
 from export.run import main as export
 from tests.conftest import command, environment, metrics_of, run_here, small_recipe
 from tests.distill.methods import two_ranks
@@ -303,6 +305,32 @@ def test_the_plan_names_crops_and_the_parts_that_never_ship(photo_folder, capsys
     plan = " ".join(capsys.readouterr().out.split())
     assert "global: 2 of 64 px, 4 pictures a step of stream main, for cls, mae" in plan
     assert "local: 2 of 32 px" in plan and "ssl" in plan
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_counts_every_part_once(kind):
+    """Whatever a method calls of a part: the flops of parts are those of the whole step."""
+    recipe = two_ranks.recipe_of(kind)
+    teachers = [meta_teacher(t, recipe, i) for i, t in enumerate(recipe.teachers)]
+    parts = {part.name: part.gflop for part in method_cost(recipe, teachers).parts}
+    assert parts["student"] > 0 and parts["heads"] > 0
+    with building():
+        method = build_method(recipe, {t.label: t.dims for t in teachers}).train()
+    method.before_step(Progress(0, 3, 2))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        views = {
+            name: torch.empty(shape, dtype=kind)
+            for view in method.views
+            for name, (shape, kind) in view._replace(size=view.size or 224).shapes(1).items()
+        }
+        count = 2 if "ssl" in parts else 1
+        targets = {
+            t.label: features_of({n: torch.empty(count, *s) for n, s in t.shapes.items()})
+            for t in teachers
+        }
+        method(views, targets)
+    # what a loss does by itself belongs to no part
+    assert sum(parts.values()) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.02)
 
 
 @pytest.mark.parametrize(
