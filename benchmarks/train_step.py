@@ -173,7 +173,7 @@ class _UNICStep(_Step):
         self.images = self.method.preprocess(self.batch.views[IMAGE])
         self.method.before_step(self.progress)
         with torch.no_grad(), self.autocast():
-            layers = self.method.student.every_layer(self.images)
+            layers = self.method._read_layers(self.images)
         self.layers = [
             type(layer)(*(t.detach().requires_grad_() for t in layer)) for layer in layers
         ]
@@ -210,7 +210,8 @@ class _UNICStep(_Step):
 
     def run_losses(self) -> None:
         """Standardise, compare and drop."""
-        loss, _ = self.method.compare(self.predictions, self.targets)
+        with self.autocast():
+            loss, _ = self.method.compare(self.predictions, self.targets)
         loss.backward()
 
 
@@ -258,7 +259,8 @@ class _SeFAStep(_Step):
     def run_dino(self) -> None:
         with self.autocast():
             scores = self.method.ssl.head(self.summaries).float()
-        self.method.ssl.compare(scores, self.followed)[0].backward()
+            loss, _ = self.method.ssl.compare(scores, self.followed)
+        loss.backward()
 
 
 _STEPS = {"umt": _Step, "unic": _UNICStep, "sefa": _SeFAStep}

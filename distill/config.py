@@ -5,7 +5,7 @@ what differs; `distill/recipe_io.py` reads it and applies `key=value` overrides 
 line.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
@@ -290,8 +290,21 @@ class CheckpointConfig(Section):
     keep: Positive = Field(2, description="newest checkpoints kept")
 
 
-_NOT_THE_SOURCE = {"role", "alias", "weight", "token_weight", "feature_weight", "batch_size"}
+_NOT_THE_SOURCE = {"alias", "weight", "token_weight", "feature_weight", "batch_size"}
 """What may differ between two entries of one and the same teacher."""
+
+
+def refuse_repeats(teachers: Sequence[TeacherConfig], ignored: Set[str]) -> None:
+    """Raise ValueError for two teachers that are equal in all but the fields `ignored`."""
+    sources = [teacher.model_dump(exclude=set(ignored)) for teacher in teachers]
+    for number, source in enumerate(sources):
+        first = sources.index(source)
+        # random weights differ
+        if first < number and (source["checkpoint"] or source["pretrained"]):
+            raise ValueError(
+                f"teachers {first} and {number} are the same network, {teachers[number].name}: "
+                "remove one"
+            )
 
 
 class Recipe(Section):
@@ -325,15 +338,7 @@ class Recipe(Section):
                     "'backbone' names the student's own outputs: choose another alias for the "
                     "teacher"
                 )
-        sources = [t.model_dump(exclude=_NOT_THE_SOURCE) for t in teachers]
-        for number, source in enumerate(sources):
-            first = sources.index(source)
-            # random weights differ
-            if first < number and (source["checkpoint"] or source["pretrained"]):
-                raise ValueError(
-                    f"teachers {first} and {number} are the same network, {teachers[number].name}: "
-                    "remove one (and raise the other's weight)"
-                )
+        refuse_repeats(teachers, _NOT_THE_SOURCE)
         return teachers
 
 

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status, suggest
@@ -101,11 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--weights",
-        default="student",
         choices=("student", "momentum", "ema"),
         metavar="student|momentum",
         help="a run's student, or its momentum network if the method has one, which may also be "
-        "called ema (default: student)",
+        "called ema (default: the one that the run ships)",
     )
     parser.add_argument(
         "--with-teachers", action="store_true", help="also score the run's teachers"
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tasks=[name.strip() for name in args.tasks.split(",")],
             data=args.data or [],
             features=args.features.split(","),
-            weights="student" if args.weights == "student" else "momentum",
+            weights="momentum" if args.weights == "ema" else args.weights,
             with_teachers=args.with_teachers,
             size=args.size,
             output=args.output,
@@ -164,7 +164,7 @@ def evaluate(
     tasks: Sequence[str],
     data: Sequence[str],
     features: list[str],
-    weights: str,
+    weights: Literal["student", "momentum"] | None,
     with_teachers: bool,
     size: int | None,
     output: Path | None,

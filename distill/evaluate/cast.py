@@ -28,10 +28,11 @@ def open_rows(
     size: int | None,
     device: str,
     output: Path,
-    weights: Literal["student", "momentum"] = "student",
+    weights: Literal["student", "momentum"] | None = None,
 ) -> list[Row]:
     """Open the requested encoders. The first of a run's `features` writes into the run folder
-    itself, where export reads it, unless the `weights` are those of the momentum network.
+    itself, where export reads it, unless `weights` names the network that does not ship (None:
+    the one that does).
 
     Raises UserError for a model, output or device that does not exist.
     """
@@ -40,10 +41,14 @@ def open_rows(
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     rows = []
     if Path(model).is_dir():
-        run = load_run(model, "student" if weights == "student" else "ema")
+        run = load_run(model)
+        shipped = "momentum" if run.method.ships_averaged else "student"
+        weights = weights or shipped
+        if weights != shipped:
+            run = load_run(model, "ema")
         for number, name in enumerate(dict.fromkeys(part.strip() for part in features)):
             encoder = RunEncoder(run, name)
-            ships = number == 0 and weights == "student"
+            ships = number == 0 and weights == shipped
             folder = Path(model) if ships else output / f"{weights}-{name}"
             rows.append(Row(f"{weights} {name}", encoder, folder))
         for index, config in enumerate(run.recipe.teachers if with_teachers else ()):

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from distill.features import FeatureDims, Features, resize_map
+from distill.features import FeatureDims, Features
 from distill.methods.losses import Prediction
 from distill.models.student import Layer
 
@@ -57,7 +57,7 @@ class LadderHead(nn.Module):
     """UNIC's ladder of projectors to one teacher: every layer of the student has its own, and their
     outputs are added up.
 
-    Used in training alone; layers of other grids than the last are resampled to it first.
+    Used in training alone, on maps of one grid.
     """
 
     def __init__(
@@ -76,11 +76,7 @@ class LadderHead(nn.Module):
 
     def forward(self, layers: Sequence[Layer]) -> Prediction:
         """Add up what the projectors say of each layer."""
-        grid = tuple(layers[-1].patches.shape[1:3])
-        patches = sum(
-            rung(resize_map(layer.patches, grid))
-            for rung, layer in zip(self.patches, layers, strict=True)
-        )
+        patches = sum(rung(layer.patches) for rung, layer in zip(self.patches, layers, strict=True))
         if self.token is None:
             return Prediction(None, patches, None)
         token = sum(rung(layer.summary) for rung, layer in zip(self.token, layers, strict=True))

@@ -12,6 +12,7 @@ Our reading where the paper is silent (every choice is a key): both kinds of fea
 (`distil_view`), features are standardised as in UNIC (`standardize`).
 """
 
+import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -32,7 +33,7 @@ from distill.methods.self_supervised import Config as SSLConfig
 from distill.methods.self_supervised.dino import DINO, DISTRIBUTION_NAMES, GLOBAL, Head
 from distill.methods.standardize import FeatureStandardizer
 from distill.methods.targets import FeatureNormalizer
-from distill.methods.unic import Momenta, refuse_weights, standardize_momentum
+from distill.methods.unic import Momenta, check_teachers, standardize_momentum
 from distill.models.preprocess import Preprocess
 from distill.models.student import Student
 
@@ -104,7 +105,8 @@ class SeFA(Method):
             recipe.student.image_size, recipe.student.mean, recipe.student.std
         )
         self.student = Student(recipe.student)
-        if recipe.ssl.kind == "udi" and self.config.ssl_weight and self.student.prefix > 1:
+        second = getattr(self.student.net, "reg_token", None) is not None
+        if recipe.ssl.kind == "udi" and self.config.ssl_weight and second:
             self.student.second_token = True
             if not recipe.student.pretrained:  # timm leaves it near zero
                 nn.init.trunc_normal_(self.student.net.reg_token, std=0.02)
@@ -115,6 +117,7 @@ class SeFA(Method):
             {label: self._build_normalizer(recipe, label, dim) for label, dim in dims.items()}
         )
         self.register_buffer("momentum", torch.ones(()), persistent=False)
+        self.most_entropy = math.log(recipe.ssl.prototypes)
         self.ships_averaged = recipe.ssl.ship == "ema"
         if inference or not self.config.ssl_weight:
             self.ssl = None
@@ -137,16 +140,16 @@ class SeFA(Method):
                 f"{sefa.standardize} already brings features to one scale: set sefa.standardize="
                 "fit, or targets.normalize=none"
             )
-        if sefa.ssl_weight and ssl.kind == "udi" and not ssl.locals:
-            raise UserError("ssl.locals = 0: ssl.kind = udi needs local crops: set ssl.locals=6")
-        if sefa.ssl_weight == 1:
-            return recipe.model_copy(update={"teachers": ()})
-        refuse_weights(recipe)
-        if recipe.ssl.ship == "ema" and not sefa.ssl_weight:
+        if sefa.ssl_weight:
+            _check_objective(recipe)
+        elif ssl.ship == "ema":
             raise UserError(
                 "ssl.ship = ema: with sefa.ssl_weight = 0 there is no momentum network: set "
                 "ssl.ship=student"
             )
+        if sefa.ssl_weight == 1:
+            return recipe.model_copy(update={"teachers": ()})
+        check_teachers(recipe)
         return super().check(recipe)
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -240,10 +243,13 @@ class SeFA(Method):
         """A collapse of the momentum teacher's distributions or of the student's summaries."""
         found = []
         if values.get("ssl.information", 1) < LEAST_INFORMATION:
+            entropy = values["ssl.entropy"]
+            # all pictures alike: either one prototype, or all of them evenly
+            advice = "lower" if entropy > self.most_entropy / 2 else "raise"
             found.append(
                 f"collapse: the momentum teacher tells pictures apart by "
-                f"{values['ssl.information']:.4f} nats (entropy {values['ssl.entropy']:.2f}): "
-                "lower ssl.teacher_temp or train.lr"
+                f"{values['ssl.information']:.4f} nats (entropy {entropy:.2f} of at most "
+                f"{self.most_entropy:.2f}): {advice} ssl.teacher_temp, or lower train.lr"
             )
         if values.get("ssl.deviation", 1) < LEAST_DEVIATION:
             found.append(
@@ -275,12 +281,13 @@ class SeFA(Method):
     ) -> tuple[View, ...]:
         """The objective's views, or the global ones alone without it, and the teachers' own."""
         config = self.config
-        crops, *others = objective.views(recipe, self.student)
+        kind = objective if config.ssl_weight else DINO  # the plainest views
+        crops, *others = kind.views(recipe, self.student)
         plain = with_teachers and not config.teacher_photometric
         if config.distil_view == "globals":
             crops = crops._replace(plain=plain)
         if not config.ssl_weight:
-            crops, others = crops._replace(mask=None, cells=None, boxes=False), []
+            others = []
         views = (crops, *others)
         if config.distil_view == "own" and with_teachers:
             own = View(IMAGE, photometric=("unic",), plain=plain)
@@ -307,3 +314,35 @@ class SeFA(Method):
             mode = recipe.targets.normalize
             mode = "standardize" if mode == "none" else mode
         return FeatureNormalizer(label, dims, mode)
+
+
+def _check_objective(recipe: Recipe) -> None:
+    """Raise UserError for settings of self-supervision that cannot go together."""
+    ssl, train = recipe.ssl, recipe.train
+    if train.parallel == "fsdp":
+        raise UserError(
+            "train.parallel = fsdp: method sefa has a momentum network, which is not sharded: set "
+            "train.parallel=ddp"
+        )
+    if ssl.kind == "udi" and not ssl.locals:
+        raise UserError("ssl.locals = 0: ssl.kind = udi needs local crops: set ssl.locals=6")
+    if train.epochs:
+        for name in ("temp_warmup_epochs", "freeze_last_layer"):
+            if getattr(ssl, name) > train.epochs:
+                raise UserError(
+                    f"ssl.{name} = {getattr(ssl, name)} is more than train.epochs = "
+                    f"{train.epochs}: set at most that"
+                )
+    if ssl.kind == "ibot":
+        ratios, spreads = ssl.ibot.mask_ratio, ssl.ibot.ratio_spread
+        if len(ratios) != len(spreads):
+            raise UserError(
+                f"ssl.ibot.ratio_spread = {list(spreads)}: give one for each of "
+                f"ssl.ibot.mask_ratio = {list(ratios)}"
+            )
+        for ratio, spread in zip(ratios, spreads, strict=True):
+            if not spread <= ratio <= 1 - spread:
+                raise UserError(
+                    f"ssl.ibot.ratio_spread = {spread}: {ratio} +- {spread} is no share in [0, 1]: "
+                    "set a smaller one"
+                )

@@ -44,8 +44,10 @@ class RunningStandardizer(nn.Module):
         overall = total / count
         squares = sum_over_ranks(rows.shape[0] * (variance + (mean - overall).square()))
         deviation = (squares / (count - 1).clamp_min(1)).sqrt() + EPS
-        self.mean.lerp_(overall.to(self.mean), momentum)
-        self.deviation.lerp_(deviation.to(self.deviation), momentum)
+        for statistic, new in ((self.mean, overall), (self.deviation, deviation)):
+            new = new.to(statistic)
+            # a batch that is not finite changes nothing, as it changes no weights
+            statistic.lerp_(torch.where(new.isfinite(), new, statistic), momentum)
 
     def inverse(self, y: Tensor) -> Tensor:
         """Bring standardised features [..., d] back to the teacher's units."""

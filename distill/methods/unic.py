@@ -10,29 +10,33 @@ thrown away afterwards, or through two MLPs a teacher, which ship as its heads.
 
 Follows the authors' released configuration where SeFA's text says less: dropping by image
 (`scope: batch` is the text's sentence), the mean in place of Eq 3's sum, the ladder, one augmented
-crop that teachers see too (`teacher_photometric`).
+crop. In that code teachers see the augmentation too, here with `teacher_photometric`.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from contract.errors import UserError
-from distill.config import Auto, Fraction, Positive, Recipe, Section
+from distill.config import Auto, Fraction, Positive, Recipe, Section, refuse_repeats
 from distill.data.crops import IMAGE, View, plain_name
 from distill.distributed import mean_over_ranks, own_share, sum_over_ranks, world_size
-from distill.features import FeatureDims, Features
+from distill.features import FeatureDims, Features, resize_map
 from distill.methods.deployment import Deployment, RestoredHead, ShippedHead
 from distill.methods.losses import Prediction, similarity_loss_names, similarity_losses
 from distill.methods.method import Method, Progress
 from distill.methods.projectors import FeatureHead, LadderHead, mlp
 from distill.methods.standardize import FeatureStandardizer
 from distill.models.preprocess import Preprocess
-from distill.models.student import Student, freeze_unreached
+from distill.models.student import Layer, Student, freeze_unreached
+
+log = logging.getLogger(__name__)
 
 Momenta = tuple[Annotated[float, Field(gt=0, le=1)], Fraction]
 """Momentum of running statistics at the first step and at the last."""
@@ -47,7 +51,8 @@ class Config(Section):
         0.5, description="probability of dropping a teacher that is not the worst one"
     )
     scope: Literal["image", "batch"] = Field(
-        "image", description="whether teachers are dropped for each image or for a whole batch"
+        "image",
+        description="teachers are dropped for each image, or for a whole (micro-)batch",
     )
     cosine_weight: Fraction = Field(
         0.5, description="alpha of Eq 1: share of the cosine loss; the rest is smooth L1"
@@ -95,6 +100,8 @@ class UNIC(Method):
         )
         self.student = Student(recipe.student)
         self.register_buffer("momentum", torch.ones(()), persistent=False)
+        self._step = 0
+        self._generator: torch.Generator | None = None
         if config.heads == "ladder":
             self._open_ladder(recipe)
         if inference and config.heads == "ladder":
@@ -109,24 +116,25 @@ class UNIC(Method):
 
     @classmethod
     def check(cls, recipe: Recipe) -> Recipe:
-        """Refuse `targets.normalize`, weights, and dropping a single teacher always."""
+        """Refuse `targets.normalize`, and teachers with weights, listed twice, or single and always
+        dropped.
+        """
         refuse_normalize(recipe)
-        refuse_weights(recipe)
+        check_teachers(recipe)
         if recipe.unic.drop == 1 and len(recipe.teachers) == 1:
             raise UserError(
                 "unic.drop = 1: there is a single teacher, which is never dropped: set unic.drop=0 "
                 "or add a teacher"
             )
+        if recipe.unic.drop and len(recipe.teachers) == 1:
+            log.warning("unic.drop = %g: a single teacher is never dropped", recipe.unic.drop)
         return super().check(recipe)
 
     def before_step(self, progress: Progress) -> None:
-        """Set the momentum of the running statistics, and seed the step's drops."""
+        """Set the momentum of the running statistics, and note the step, which seeds the drops."""
         first, last = self.config.standardize_momentum
         self.momentum.fill_(standardize_momentum(progress.step, progress.steps, first, last))
-        device = self.momentum.device
-        # the plan's meta device has no generators
-        self._generator = torch.Generator("cpu" if device.type == "meta" else device)
-        self._generator.manual_seed((self.seed << 40) + progress.step)
+        self._step, self._generator = progress.step, None
 
     def forward(
         self, views: Mapping[str, Tensor], targets: Mapping[str, Features]
@@ -136,7 +144,7 @@ class UNIC(Method):
         """
         images = self.preprocess(views[IMAGE])
         ladder = self.config.heads == "ladder"
-        inputs = self.student.every_layer(images)[-self.rungs :] if ladder else self.student(images)
+        inputs = self._read_layers(images) if ladder else self.student(images)
         predictions = {label: head(inputs) for label, head in self.heads.items()}
         loss, parts = self.compare(predictions, targets)
         return {"loss": loss, **parts}
@@ -170,6 +178,12 @@ class UNIC(Method):
         """Uniform numbers for the drops [T, N], or [T, 1] where a batch is dropped as one: the same
         for an image however many ranks share the batch.
         """
+        if self._generator is None:  # the first micro-batch of the step
+            # the plan's meta device has no generators
+            device = "cpu" if losses.is_meta else losses.device
+            mixed = np.random.SeedSequence([abs(self.seed), self._step])
+            self._generator = torch.Generator(device)
+            self._generator.manual_seed(int(mixed.generate_state(1, np.uint64)[0]) & (2**63 - 1))
         teachers, images = losses.shape
         columns = images * world_size() if self.config.scope == "image" else 1
         generator = self._generator
@@ -194,6 +208,18 @@ class UNIC(Method):
         names = similarity_loss_names(labels, self.with_token)
         names += [f"keep.{label}" for label in labels]
         return {"losses": names, "heads": [] if self.config.heads == "ladder" else labels}
+
+    def _read_layers(self, images: Tensor) -> list[Layer]:
+        """The layers that the ladder reads, their maps resampled to the last one's grid."""
+        layers = self.student.every_layer(images)[-self.rungs :]
+        grid = tuple(layers[-1].patches.shape[1:3])
+        # some devices cannot resample in half precision
+        return [
+            layer
+            if tuple(layer.patches.shape[1:3]) == grid
+            else layer._replace(patches=resize_map(layer.patches.float(), grid))
+            for layer in layers
+        ]
 
     def _build_head(self, recipe: Recipe, dims: FeatureDims) -> nn.Module:
         hidden, last = self.config.hidden, self.config.last_hidden
@@ -248,8 +274,10 @@ def refuse_normalize(recipe: Recipe) -> None:
         )
 
 
-def refuse_weights(recipe: Recipe) -> None:
-    """Raise UserError for weights of teachers, in methods that take all teachers alike."""
+def check_teachers(recipe: Recipe) -> None:
+    """Raise UserError for weights of teachers, and for one listed twice under two roles, in methods
+    that take all teachers alike.
+    """
     for number, teacher in enumerate(recipe.teachers):
         for name in ("weight", "token_weight", "feature_weight"):
             value = getattr(teacher, name)
@@ -258,3 +286,7 @@ def refuse_weights(recipe: Recipe) -> None:
                     f"teachers.{number}.{name} = {value:g}: method {recipe.method} takes all "
                     "teachers alike: remove it"
                 )
+    try:
+        refuse_repeats(recipe.teachers, {"alias", "role"})
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -28,6 +28,7 @@ from distill.features import Features
 from distill.methods import build_method
 from distill.methods.method import Method, Progress
 from distill.methods.targets import fit_normalizers
+from distill.models.student import Student
 from distill.recipe_io import dump_recipe
 from distill.runs import save_student
 from distill.teachers import Teacher, build_teacher
@@ -75,7 +76,10 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         settings.channels_last == "auto" and method.student.family == "cnn"
     )
     if channels_last:
-        method.student.to(memory_format=torch.channels_last)
+        # a momentum network too
+        networks = [part for part in method.modules() if isinstance(part, Student)]
+        for network in networks or [method.student]:
+            network.to(memory_format=torch.channels_last)
 
     # ---- the order of pictures, and their teachers' features -------------------------------------
     schedule = Schedule(recipe, method, teachers, len(pictures))

@@ -14,7 +14,9 @@ class IBOTConfig(Section):
     """What iBOT adds to DINO (Zhou et al. 2022)."""
 
     mask_ratio: tuple[Fraction, ...] = Field(
-        (0.0, 0.3), description="shares of hidden patches, of which each global crop draws one"
+        (0.0, 0.3),
+        min_length=1,
+        description="shares of hidden patches, of which each global crop draws one",
     )
     ratio_spread: tuple[Fraction, ...] = Field(
         (0.0, 0.2), description="each share varies by so much, up and down"

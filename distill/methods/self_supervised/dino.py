@@ -13,6 +13,7 @@ Crops are stacked crop by crop: rows 0 ... B-1 are the first crop of every pictu
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -102,6 +103,21 @@ def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
     return logits.logsumexp(-1) - (targets * logits).sum(-1)
 
 
+def full_precision(tensor: Tensor) -> AbstractContextManager:
+    """Context without autocast, which would round the factors of an inner product."""
+    if tensor.is_meta:  # of the plan, which has no autocast
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def move_center(center: Tensor, mean: Tensor, momentum: float) -> None:
+    """c <- momentum x c + (1 - momentum) x mean, in place; stays where the batch is not finite, as
+    weights do.
+    """
+    mean = mean.to(center)
+    center.lerp_(torch.where(mean.isfinite(), mean, center), 1 - momentum)
+
+
 def dino_loss(student: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy over the pairs of different crops.
 
@@ -110,8 +126,9 @@ def dino_loss(student: Tensor, targets: Tensor) -> Tensor:
     """
     pairs = len(targets) * (len(student) - 1)
     normalizer = student.logsumexp(-1).mean(1)  # [V]
-    # [G, V], each the mean over pictures of <q, z>
-    inner = torch.einsum("gbk,vbk->gv", targets, student) / student.shape[1]
+    with full_precision(student):
+        # [G, V], each the mean over pictures of <q, z>
+        inner = torch.einsum("gbk,vbk->gv", targets, student) / student.shape[1]
     losses = normalizer.unsqueeze(0) - inner
     return (losses.sum() - losses.diagonal().sum()) / pairs
 
@@ -222,7 +239,8 @@ class DINO(nn.Module):
         loss = dino_loss(logits, targets.unflatten(0, (2, batch)))
         with torch.no_grad():
             mean, mean_target = mean_over_ranks(torch.stack((teacher.mean(0), targets.mean(0))))
-            self.center.lerp_(mean.to(self.center), 1 - self.config.center_momentum)
+            if self.training:
+                move_center(self.center, mean, self.config.center_momentum)
             values = distribution_values(targets, mean_target, loss.detach())
         return loss, values
 

@@ -7,12 +7,12 @@ each global crop, the mean over its hidden patches of the cross-entropy between 
 scores of the same patch in the same crop; a crop without hidden patches counts as 0.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from contract.errors import UserError
 from distill.config import Recipe
 from distill.data.crops import View
 from distill.data.masks import BlockMask
@@ -24,6 +24,7 @@ from distill.methods.self_supervised.dino import (
     Head,
     Prototypes,
     cross_entropy,
+    move_center,
     spread,
 )
 from distill.models.student import Student
@@ -66,11 +67,6 @@ class IBOT(DINO):
     def views(cls, recipe: Recipe, student: Student) -> tuple[View, ...]:
         """DINO's, with a mask for every global crop."""
         ibot, grid = recipe.ssl.ibot, recipe.student.image_size // student.stride
-        if len(ibot.mask_ratio) != len(ibot.ratio_spread):
-            raise UserError(
-                f"ssl.ibot.ratio_spread = {list(ibot.ratio_spread)}: give one for each of "
-                f"ssl.ibot.mask_ratio = {list(ibot.mask_ratio)}"
-            )
         mask = BlockMask(grid, ibot.mask_ratio, ibot.ratio_spread, ibot.aspect)
         crops, *others = super().views(recipe, student)
         return (crops._replace(mask=mask), *others)
@@ -83,34 +79,51 @@ class IBOT(DINO):
         tokens = student.tokens(images[GLOBAL], mask, self.filler)
         features = student.read(student.net.norm(tokens), images[GLOBAL])
         summaries = torch.cat([features.summary, *self._local_summaries(student, images)])
+        places, hidden = self._hidden(mask)
         with torch.no_grad():
             seen = self.momentum(images[GLOBAL])
             followed = self.momentum_head(seen.summary).float()
-            followed_patches = self._score_patches(self.momentum_head, seen.patches).float()
+            embedded = self.momentum_head.embed(seen.patches.flatten(1, 2))
+            last = self._last_layer(self.momentum_head)
+            followed_patches = last(_take(embedded, places)).float()
+            # scores are linear in the embedding: their mean over all positions needs one row
+            mean = last(embedded.mean((0, 1))).float()
         loss, values = self.compare(self.head(summaries).float(), followed)
+        embedded = self.head.embed(_take(features.patches.flatten(1, 2), places))
         patches = self.compare_patches(
-            self._score_patches(self.head, features.patches).float(), followed_patches, mask
+            self._last_layer(self.head)(embedded).float(), followed_patches, hidden, mean
         )
         total = loss + patches
         values |= {"ssl.loss": total.detach(), "ssl.cls": loss.detach()}
         values |= {"ssl.patches": patches.detach(), "ssl.hidden": mask.float().mean()}
         return Encoded(features, total, values | spread(features), mask)
 
-    def compare_patches(self, student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-        """L_patch of student and momentum scores [N, L, K] under `mask` bool [N, h, w]; moves the
-        centre of patches by the mean over all positions, hidden or not.
+    def compare_patches(
+        self, student: Tensor, teacher: Tensor, hidden: Tensor, mean: Tensor
+    ) -> Tensor:
+        """L_patch of student and momentum scores [N, P, K], of which those `hidden` bool [N, P]
+        count; moves the centre of patches by the momentum scores' `mean` [K] over all positions,
+        hidden or not.
         """
         targets = ((teacher - self.patch_center) / self.temperature).softmax(-1)
-        loss = patch_loss(student / self.config.student_temp, targets, mask.flatten(1))
-        mean = mean_over_ranks(teacher.mean((0, 1))).to(self.patch_center)
-        self.patch_center.lerp_(mean, 1 - self.config.center_momentum)
+        loss = patch_loss(student / self.config.student_temp, targets, hidden)
+        if self.training:
+            move_center(self.patch_center, mean_over_ranks(mean), self.config.center_momentum)
         return loss
 
-    def _score_patches(self, head: Head, patches: Tensor) -> Tensor:
-        embedded = head.embed(patches.flatten(1, 2))
-        if self.config.ibot.shared_head:
-            return head.prototypes(embedded)
-        return head.patch_prototypes(embedded)
+    def _hidden(self, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions [N, P] among which are all that `mask` [N, h, w] hides, and which of them it
+        does: of fixed number, the most that a crop may hide, so that nothing waits for the device.
+        """
+        flat = mask.flatten(1)
+        pairs = zip(self.config.ibot.mask_ratio, self.config.ibot.ratio_spread, strict=True)
+        most = max(ratio + spread for ratio, spread in pairs)
+        number = max(1, min(flat.shape[1], math.ceil(most * flat.shape[1])))
+        hidden, places = flat.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        return places[:, :number], hidden[:, :number].bool()
+
+    def _last_layer(self, head: Head) -> Prototypes:
+        return head.prototypes if self.config.ibot.shared_head else head.patch_prototypes
 
     def _build_head(self, width: int) -> Head:
         ssl = self.config
@@ -118,3 +131,8 @@ class IBOT(DINO):
         if ssl.ibot.shared_head:
             return Head(width, *rest)
         return TwoLayerHead(ssl.ibot.patch_prototypes, width, *rest)
+
+
+def _take(rows: Tensor, places: Tensor) -> Tensor:
+    """Rows [N, P, d] of [N, L, d] at `places` [N, P]."""
+    return rows.gather(1, places.unsqueeze(-1).expand(-1, -1, rows.shape[-1]))

@@ -33,7 +33,9 @@ from distill.methods.self_supervised.dino import (
     Encoded,
     cross_entropy,
     distribution_values,
+    full_precision,
     local_size,
+    move_center,
     spread,
 )
 from distill.models.student import Student
@@ -151,11 +153,12 @@ def udi_loss(scores: Scores, center: Tensor, temperature: Tensor | float, alpha:
         plus_targets = ((mixed - center[1]) / temperature).softmax(-1)
         local_plus_targets = ((local_mixed - center[1]) / temperature).softmax(-1)
         patch_targets = ((scores.teacher_patches - center[2]) / temperature).softmax(-1)
-        all_plus = torch.cat((mixed, local_mixed.flatten(0, 1)))
         patch_sum = sums.sum(0) + scores.local_sums.sum((0, 1))
         rows = sum_over_ranks(valid.sum())
         patch_rows = sum_over_ranks(valid.sum() + scores.local_counts.sum())
-        means = torch.stack((teacher.mean(0), all_plus.mean(0)))
+        plus_rows = len(mixed) + local_mixed.shape[0] * local_mixed.shape[1]
+        plus_mean = (mixed.sum(0) + local_mixed.sum((0, 1))) / plus_rows
+        means = torch.stack((teacher.mean(0), plus_mean))
         centers = torch.cat(
             (mean_over_ranks(means), (sum_over_ranks(patch_sum) / patch_rows.clamp_min(1))[None])
         )
@@ -166,9 +169,12 @@ def udi_loss(scores: Scores, center: Tensor, temperature: Tensor | float, alpha:
     patches = world_size() * patches / rows.clamp_min(1)
 
     def both(of_teacher: Tensor, of_student: Tensor) -> Tensor:
-        """Local crops [n, B, K] against both global ones [.., 2 * B, K]."""
-        views = of_teacher.expand(locals_, -1, -1).unflatten(1, (2, batch))
-        return cross_entropy(views, of_student.unsqueeze(1).expand_as(views)).mean()
+        """Local crops [n, B, K] against both global ones [2 * B, K] or [n, 2 * B, K]."""
+        views = of_teacher.unflatten(-2, (2, batch))
+        pattern = "gbk,nbk->gb" if views.ndim == 3 else "ngbk,nbk->gb"
+        with full_precision(of_student):
+            inner = torch.einsum(pattern, views, of_student)
+        return of_student.logsumexp(-1).mean() - inner.sum() / (2 * locals_ * batch)
 
     local_cls = both(targets, scores.local_cls)
     local_plus = both(local_plus_targets, scores.local_plus)
@@ -247,7 +253,8 @@ class UDI(DINO):
         )
         targets = ((teacher[0] - self.center[0]) / self.temperature).softmax(-1)
         values = distribution_values(targets, mean_over_ranks(targets.mean(0)), result.cls.detach())
-        self.center.lerp_(result.centers.to(self.center), 1 - self.config.center_momentum)
+        if self.training:
+            move_center(self.center, result.centers, self.config.center_momentum)
         values |= {
             "ssl.loss": result.total.detach(),
             "ssl.cls": result.cls.detach(),
@@ -310,9 +317,7 @@ class UDI(DINO):
 
     def _check(self, recipe: Recipe, student: Student) -> None:
         super()._check(recipe, student)
-        if not recipe.ssl.locals:
-            raise UserError("ssl.locals = 0: ssl.kind = udi needs local crops: set ssl.locals=6")
-        if not student.has_class_token or student.prefix < 2:
+        if not (student.has_class_token and student.second_token):
             raise UserError(
                 f"ssl.kind = udi: student '{recipe.student.name}' needs a second class token: set "
                 "student.kwargs.reg_tokens=1"

@@ -262,7 +262,41 @@ def test_a_single_teacher_cannot_be_dropped_always():
         )
 
 
-def test_a_teacher_listed_twice_is_refused():
-    twice = "teachers=[{name: resnet18, role: mae}, {name: resnet18, role: dino}]"
+@pytest.mark.parametrize("method", ["unic", "sefa", "umt"])
+def test_a_teacher_listed_twice_is_refused(method):
+    twice = "teachers=[{name: resnet18, role: mae}, {name: resnet18, role: mae, alias: again}]"
     with pytest.raises(UserError, match=r"teachers 0 and 1 are the same network, resnet18"):
-        parse_recipe(RECIPE, "recipe", [twice])
+        parse_recipe(RECIPE, "recipe", [f"method={method}", twice])
+    roles = "teachers=[{name: resnet18, role: mae}, {name: resnet18, role: dino}]"
+    if method == "umt":  # two losses on one teacher
+        assert len(parse_recipe(RECIPE, "recipe", ["method=umt", roles]).teachers) == 2
+        return
+    with pytest.raises(UserError, match=r"teachers 0 and 1 are the same network, resnet18"):
+        parse_recipe(RECIPE, "recipe", [f"method={method}", roles])
+
+
+@pytest.mark.parametrize("seed", [2**31, 20261128, -1])
+def test_any_seed_draws_drops(seed):
+    method, _, _ = method_and_batch(f"train.seed={seed}")
+    method.before_step(Progress(10**6, 2 * 10**6, 4))
+    assert method._draw(torch.zeros(2, 4)).shape == (2, 4)
+
+
+def test_a_cnn_s_ladder_works_under_autocast():
+    method, views, targets = method_and_batch("student.name=resnet10t", "student.kwargs={}")
+    method.before_step(Progress(0, 8, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method(views, targets)["loss"]
+    loss.backward()
+    assert loss.isfinite() and loss.dtype == torch.float32
+
+
+def test_a_batch_that_is_not_finite_leaves_the_statistics_alone():
+    normalizer = RunningStandardizer(3)
+    normalizer.update(torch.randn(8, 3), 1.0)
+    before = normalizer.mean.clone(), normalizer.deviation.clone()
+    bad = torch.randn(8, 3)
+    bad[2, 1] = torch.nan
+    normalizer.update(bad, 0.5)
+    assert normalizer.mean.isfinite().all() and normalizer.deviation.isfinite().all()
+    assert normalizer.mean[1] == before[0][1] and normalizer.mean[0] != before[0][0]

@@ -13,7 +13,7 @@ from distill.config import Recipe
 from distill.distributed import Ranks, join_ranks, wrap
 from distill.features import FeatureDims, Features
 from distill.methods import build_method
-from distill.methods.method import Progress
+from distill.methods.method import Method, Progress
 from distill.recipe_io import make_recipe
 from distill.training.loop import build_optimizer
 
@@ -58,7 +58,7 @@ def recipe_of(kind: str) -> Recipe:
     return make_recipe(values)
 
 
-def draw(method, step: int) -> tuple[dict[str, Tensor], dict[str, Features]]:
+def draw(method: Method, step: int) -> tuple[dict[str, Tensor], dict[str, Features]]:
     """A batch of BATCH pictures and their teachers' features, the same in every process."""
     generator = torch.Generator().manual_seed(step)
     views: dict[str, Tensor] = {}
@@ -97,6 +97,7 @@ def train(kind: str, ranks: Ranks) -> dict[str, Tensor]:
     model = wrap(method, recipe.train, ranks)
     optimizer = build_optimizer(method, recipe.train, ranks.device)
     losses: dict[str, Tensor] = {}
+    first: dict[str, Tensor] = {}
     for step in range(STEPS):
         progress = Progress(step, STEPS, 2)
         method.before_step(progress)
@@ -106,11 +107,23 @@ def train(kind: str, ranks: Ranks) -> dict[str, Tensor]:
             {label: f.map(lambda t: share(t, ranks)) for label, f in targets.items()},
         )
         losses["loss"].backward()
+        if step == 0:
+            first = _gradients_and_buffers(method)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         method.after_step(progress)
     named = {f"losses.{name}": ranks.mean(value.detach().clone()) for name, value in losses.items()}
-    return {name: tensor.clone() for name, tensor in method.state_dict().items()} | named
+    return {name: tensor.clone() for name, tensor in method.state_dict().items()} | named | first
+
+
+def _gradients_and_buffers(method: Method) -> dict[str, Tensor]:
+    """What the first batch alone decides, before AdamW turns small differences into steps."""
+    gradients = {
+        f"first.grad.{name}": parameter.grad.clone()
+        for name, parameter in method.named_parameters()
+        if parameter.grad is not None
+    }
+    return gradients | {f"first.{n}": b.clone() for n, b in method.named_buffers()}
 
 
 if __name__ == "__main__":

@@ -139,3 +139,23 @@ def test_constant_and_uniform_teachers_tell_nothing():
         assert values[name]["ssl.information"].item() == pytest.approx(0, abs=1e-5)
     assert values["spread"]["ssl.information"].item() == pytest.approx(math.log(pictures))
     assert values["spread"]["ssl.kl"].item() == 5
+
+
+def test_autocast_does_not_round_the_loss():
+    torch.manual_seed(0)
+    student = torch.randn(4, 16, 512) * 3
+    targets = (torch.randn(2, 16, 512) * 5).softmax(-1)
+    exact = dino_loss(student, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(dino_loss(student, targets), exact)
+
+
+def test_a_centre_moves_in_training_alone_and_never_to_what_is_not_finite():
+    dino = build("dino")
+    dino.temperature.fill_(0.04)
+    student, teacher = torch.randn(8, 12), torch.randn(4, 12)
+    dino.eval().compare(student, teacher)
+    assert not dino.center.any()
+    teacher[0, 3] = torch.inf
+    dino.train().compare(student, teacher)
+    assert dino.center.isfinite().all() and dino.center[0] != 0 and dino.center[3] == 0

@@ -20,7 +20,8 @@ def test_losses_gradient_and_centres_are_the_reference_s():
         )
         patches = double(step["student_patch"]).requires_grad_()
         masks = torch.tensor(step["masks"]).bool().flatten(0, 1)
-        loss = ibot.compare_patches(patches, double(step["teacher_patch"]), masks)
+        teacher = double(step["teacher_patch"])
+        loss = ibot.compare_patches(patches, teacher, masks.flatten(1), teacher.mean((0, 1)))
         assert cls.item() == pytest.approx(step["cls"], abs=1e-6)
         assert loss.item() == pytest.approx(step["patch"], abs=1e-6)
         assert (cls + loss).item() == pytest.approx(step["loss"], abs=1e-6)
@@ -74,3 +75,20 @@ def test_the_vector_in_place_of_hidden_patches_learns():
     mask[0, :2, :3] = True
     ibot.encode(student, images, {"global.mask": mask}).loss.backward()
     assert ibot.filler.grad.abs().max() > 0
+
+
+def test_scoring_the_hidden_patches_alone_is_scoring_all_of_them():
+    ibot, student = build("ibot", with_student=True)
+    ibot.temperature.fill_(0.04)
+    images = {"global": torch.randn(4, 3, 64, 64), "local": torch.randn(4, 3, 32, 32)}
+    mask = torch.zeros(4, 4, 4, dtype=torch.bool)
+    mask[0, :2, :3], mask[2, 3] = True, True
+    result = ibot.encode(student, images, {"global.mask": mask})
+    with torch.no_grad():
+        tokens = student.tokens(images["global"], mask, ibot.filler)
+        seen = ibot.momentum(images["global"]).patches.flatten(1, 2)
+        teacher = ibot.momentum_head(seen)
+        scores = ibot.head(student.net.norm(tokens)[:, 1:]) / ibot.config.student_temp
+        expected = patch_loss(scores, (teacher / 0.04).softmax(-1), mask.flatten(1))
+    assert result.values["ssl.patches"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(ibot.patch_center, 0.1 * teacher.mean((0, 1)), atol=1e-6)
