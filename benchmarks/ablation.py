@@ -26,7 +26,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
-from harness import SCORES, cell, run_all, scores_of, spread
+from harness import SCORES, cell, is_done, made_with, parser, run_all, scores_of, spread
 
 from distill.data.crops import centre_crop
 from distill.distributed import join_ranks
@@ -57,26 +57,7 @@ def main() -> None:
     """Prepare data and teachers' features, run every variant and seed, `--jobs` at a time, and sum
     up.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/ablation"), metavar="DIR", help="(runs/ablation)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
-    parser.add_argument(
-        "--steps", type=int, default=240, metavar="N", help="optimizer steps of 32 pictures (240)"
-    )
-    parser.add_argument(
-        "--train", type=int, default=400, metavar="N", help="scenes to learn from (400)"
-    )
-    parser.add_argument("--val", type=int, default=200, metavar="N", help="scenes held out (200)")
-    parser.add_argument(
-        "--jobs", type=int, default=2, metavar="N", help="runs at a time, one CPU thread each (2)"
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(cpu)")
-    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser(__doc__, "runs/ablation", steps=240).parse_args()
     if args.one:
         _run_one(args, args.one[0], int(args.one[1]))
         return
@@ -96,19 +77,7 @@ def main() -> None:
 def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     """Train, measure and write result.json, unless it exists."""
     folder = args.output / f"{variant.replace(' ', '-').replace('/', '')}-{seed}"
-    made_with = {
-        "steps": args.steps,
-        "train": args.train,
-        "val": args.val,
-        "device": args.device,
-    }
-    if (folder / "result.json").exists():
-        before = json.loads((folder / "result.json").read_text())["made_with"]
-        if before != made_with:
-            sys.exit(
-                f"error: {folder} was made with {before}, but {made_with} was requested: choose "
-                "another --output"
-            )
+    if is_done(folder, args):
         return
     start = time.perf_counter()
     torch.manual_seed(seed)
@@ -118,7 +87,7 @@ def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     result: dict = {
         "variant": variant,
         "seed": seed,
-        "made_with": made_with,
+        "made_with": made_with(args),
         "commit": git_commit(),
     }
     result |= {"losses": {}, "scores": {}}

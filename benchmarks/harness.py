@@ -2,6 +2,8 @@
 features, and tables of means and deviations.
 """
 
+import argparse
+import json
 import math
 import os
 import statistics
@@ -47,10 +49,54 @@ def _launch(variant: str, seed: int) -> subprocess.Popen:
     return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def scores_of(row: Row, data: Path, cache: Path) -> dict[str, float]:
-    """Every score of `SCORES` of one row's features."""
-    context = Context(row.encoder, data, load_settings(list(SETTINGS)), cache, row.folder)
+def scores_of(row: Row, data: Path, cache: Path, *settings: str) -> dict[str, float]:
+    """Every score of `SCORES` of one row's features, with further `settings` of the evaluation."""
+    config = load_settings([*SETTINGS, *settings])
+    context = Context(row.encoder, data, config, cache, row.folder)
     return {task: TASKS[task].run(context).scores[name] for task, name in SCORES.items()}
+
+
+def parser(description: str, output: str, steps: int) -> argparse.ArgumentParser:
+    """The options of these benchmarks, with their default folder and number of steps."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--output", type=Path, default=Path(output), metavar="DIR", help=f"({output})"
+    )
+    numbers = {
+        "seeds": (3, "seeds 0 to N-1"),
+        "steps": (steps, "optimizer steps"),
+        "train": (400, "scenes to learn from"),
+        "val": (200, "scenes held out"),
+        "jobs": (2, "runs at a time, one CPU thread each"),
+    }
+    for name, (default, does) in numbers.items():
+        made.add_argument(
+            f"--{name}", type=int, default=default, metavar="N", help=f"{does} ({default})"
+        )
+    made.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(cpu)")
+    made.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
+    return made
+
+
+def made_with(args: argparse.Namespace) -> dict[str, object]:
+    """What a result depends on besides its variant and seed."""
+    return {name: getattr(args, name) for name in ("steps", "train", "val", "device")}
+
+
+def is_done(folder: Path, args: argparse.Namespace) -> bool:
+    """Whether a run has its result; ends the process where it was made with other options."""
+    result = folder / "result.json"
+    if not result.exists():
+        return False
+    before = json.loads(result.read_text())["made_with"]
+    if before != made_with(args):
+        sys.exit(
+            f"error: {folder} was made with {before}, but {made_with(args)} was requested: choose "
+            "another --output"
+        )
+    return True
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

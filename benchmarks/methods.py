@@ -28,7 +28,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import torch
-from harness import SCORES, cell, run_all, scores_of, spread
+from harness import SCORES, cell, is_done, made_with, parser, run_all, scores_of, spread
 
 from distill.config import Recipe
 from distill.data.pictures import PackagedPhotos
@@ -99,24 +99,7 @@ VARIANTS = {
 
 def main() -> None:
     """Prepare the data, run every variant and seed, `--jobs` at a time, and sum up."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/methods"), metavar="DIR", help="(runs/methods)"
-    )
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (3)")
-    parser.add_argument("--steps", type=int, default=150, metavar="N", help="optimizer steps (150)")
-    parser.add_argument(
-        "--train", type=int, default=400, metavar="N", help="scenes to learn from (400)"
-    )
-    parser.add_argument("--val", type=int, default=200, metavar="N", help="scenes held out (200)")
-    parser.add_argument(
-        "--jobs", type=int, default=2, metavar="N", help="runs at a time, one CPU thread each (2)"
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="(cpu)")
-    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser(__doc__, "runs/methods", steps=100).parse_args()
     if args.one:
         _run_one(args, args.one[0], int(args.one[1]))
         return
@@ -179,24 +162,17 @@ def _recipe(args: argparse.Namespace, variant: str, seed: int) -> Recipe:
 def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     """Train, score and write result.json, unless it exists."""
     folder = args.output / f"{variant.replace(' ', '-').strip('()')}-{seed}"
-    made_with = {
-        "steps": args.steps,
-        "train": args.train,
-        "val": args.val,
-        "device": args.device,
-    }
-    if (folder / "result.json").exists():
-        before = json.loads((folder / "result.json").read_text())["made_with"]
-        if before != made_with:
-            sys.exit(
-                f"error: {folder} was made with {before}, but {made_with} was requested: choose "
-                "another --output"
-            )
+    if is_done(folder, args):
         return
     torch.manual_seed(seed)
     logging.getLogger().setLevel(logging.WARNING)
     recipe = _recipe(args, variant, seed)
-    result = {"variant": variant, "seed": seed, "made_with": made_with, "commit": git_commit()}
+    result = {
+        "variant": variant,
+        "seed": seed,
+        "made_with": made_with(args),
+        "commit": git_commit(),
+    }
     start = time.perf_counter()
     if variant == "teachers":
         rows = []
@@ -216,7 +192,7 @@ def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     result["seconds"] = time.perf_counter() - start
     result["scores"] = {
         row.name if variant == "teachers" else row.encoder.read_out: scores_of(
-            row, args.output / "scenes", folder / "cache"
+            row, args.output / "scenes", folder / "cache", "dense.steps=150"
         )
         for row in rows
     }
