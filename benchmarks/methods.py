@@ -18,6 +18,7 @@ import argparse
 import datetime
 import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -161,7 +162,7 @@ def _recipe(args: argparse.Namespace, variant: str, seed: int) -> Recipe:
 
 def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     """Train, score and write result.json, unless it exists."""
-    folder = args.output / f"{variant.replace(' ', '-').strip('()')}-{seed}"
+    folder = args.output / f"{re.sub('[^A-Za-z]+', '-', variant).strip('-')}-{seed}"
     if is_done(folder, args):
         return
     torch.manual_seed(seed)
