@@ -70,17 +70,17 @@ def align(
     """
     terms = []
     for first, second in maps:
-        parts = similarity(_exact(first), _exact(second))
+        parts = similarity(exact(first), exact(second))
         terms.append(weights[1] * parts.cosine.mean() + weights[2] * parts.smooth_l1.mean())
     total = torch.stack(terms).mean()
     if vectors is None:
         return total
     first, second = vectors
-    return total + weights[0] * similarity(_exact(first), _exact(second)).cosine.mean()
+    return total + weights[0] * similarity(exact(first), exact(second)).cosine.mean()
 
 
-def _exact(values: Tensor) -> Tensor:
-    """At least float32, for sums over many positions."""
+def exact(values: Tensor) -> Tensor:
+    """At least float32, for sums over many positions and for resampling."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 

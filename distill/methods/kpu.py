@@ -40,6 +40,7 @@ from distill.methods.alignment import (
     Translator,
     align,
     choose_levels,
+    exact,
     grid_of,
     levels_of,
     maps_of,
@@ -205,7 +206,9 @@ class KPU(Method):
         self, views: Mapping[str, Tensor], targets: Mapping[str, Features]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What every teacher adds to Eq 4, times their number, [T], and its parts."""
-        students = {view.name: self._encode(view, views[view.name]) for view in self.views}
+        students = {
+            view.name: self._encode(view, views[view.name]).map(exact) for view in self.views
+        }
         features = {label: students[self.teacher_views[label]] for label in targets}
         normalized = {label: self.normalizers[label](target) for label, target in targets.items()}
         pairs = choose_levels(
@@ -248,7 +251,7 @@ class KPU(Method):
         losses = {"s2t": align(vectors, there, weights)}
         if self.config.unify:
             into = self.t2s[label]
-            known = [layer(map_) for layer, map_ in zip(into.maps, maps, strict=True)]
+            known = [exact(layer(map_)) for layer, map_ in zip(into.maps, maps, strict=True)]
             known_summary = None if summary is None else into.summary(summary)
             here = student.map(Tensor.detach) if self.config.stop_gradient else student
             own = levels_of(here)
@@ -286,9 +289,8 @@ class KPU(Method):
         heads, strides = {}, self.student.map_strides
         for label, head in self.heads.items():
             shipped = head.shipped()
-            reads = tuple(f"maps.{strides[level]}" for level in sorted(set(shipped.levels)))
-            if not self.config.preserve:
-                reads = ("patches",)
+            levels = sorted(set(shipped.levels))
+            reads = tuple(f"maps.{strides[level]}" for level in levels) if strides else ("patches",)
             if head.summary is not None:
                 reads += ("summary",)
             restored = RestoredHead(shipped, self.normalizers[label])

@@ -415,6 +415,31 @@ def test_a_sentinels_weights_come_from_a_file(tmp_path, photo_folder):
     assert all(torch.equal(net[name], shipped[name]) for name in net)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "kpu": {"weighting": "famo"},
+            "train": {"steps": 2, "precision": "bf16", "ema_decay": 0.9, "accumulate": 2},
+        },
+        {
+            "kpu": {"preserve": False, "unify": False, "reconstruct": False},
+            "train": {"steps": 2},
+            "teacher_cache": {"views": 2},
+        },
+    ],
+)
+def test_other_settings_train_too(changes, tmp_path, photo_folder):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(kpu_recipe(photo_folder, **changes)))
+    done = run_here(tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert all(row["skipped_steps"] == 0 for row in metrics_of(tmp_path / "run"))
+    reads = [head.reads for head in load_run(tmp_path / "run").method.deploy().shipped.values()]
+    whole = [("maps.16", "summary"), ("maps.32",)]
+    alone = [("patches", "summary"), ("patches",)]
+    assert reads == (whole if changes["kpu"].get("preserve", True) else alone)
+
+
 @pytest.mark.slow
 def test_killed_it_resumes_bit_identically(trained, tmp_path, photo_folder):
     recipe = kpu_recipe(
