@@ -294,7 +294,12 @@ class KPU(Method):
             if head.summary is not None:
                 reads += ("summary",)
             restored = RestoredHead(shipped, self.normalizers[label])
-            heads[label] = ShippedHead(restored, reads, has_token=head.summary is not None)
+            heads[label] = ShippedHead(
+                restored,
+                reads,
+                has_token=head.summary is not None,
+                strides=tuple(strides[level] for level in shipped.levels) if strides else (),
+            )
         return Deployment(self.preprocess, self.student, nn.Identity(), heads)
 
     def describe(self) -> dict[str, list[str]]:
