@@ -48,6 +48,16 @@ def sample_by_gathers(values: Tensor, positions: Tensor) -> Tensor:
     return result
 
 
+def split_maps(tokens: Tensor, grids: Sequence[Grid], dim: int) -> list[Tensor]:
+    """The tokens of each map, where those of all `grids` follow one another along `dim`."""
+    # slices, since ONNX has no sequences of bf16, which `split` would become
+    parts, start = [], 0
+    for rows, columns in grids:
+        parts.append(tokens.narrow(dim, start, rows * columns))
+        start = start + rows * columns
+    return parts
+
+
 def cell_centres(grid: Grid, like: Tensor) -> Tensor:
     """Centres (x, y) of a grid's cells in [0, 1], [h * w, 2], of the type and device of `like`."""
     y, x = (
@@ -113,7 +123,7 @@ class DeformableAttention(nn.Module):
         weights = weights.unflatten(-1, (self.levels, self.points))
         centres = torch.cat([cell_centres(grid, offsets) for grid in query_grids])[:, None, None]
         read = None
-        parts = values.split([rows * columns for rows, columns in source_grids], dim=-1)
+        parts = split_maps(values, source_grids, dim=-1)
         for level, (grid, part) in enumerate(zip(source_grids, parts, strict=True)):
             # of cells, hence relative to the map's own size
             x = offsets[..., level, :, 0] / grid[1]

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from contract.errors import UserError
 from distill.config import Fraction, NonNegative, Positive, Section, StudentConfig
 from distill.features import Features
-from distill.models.deformable import DeformableAttention, Grid, PlainAttention
+from distill.models.deformable import DeformableAttention, Grid, PlainAttention, split_maps
 from distill.models.student import Layer, Student, dpt_blocks
 
 _STRIDES = (4, 8, 16, 32)
@@ -184,7 +184,7 @@ class ViTAdapter(Student):
         self, fine: Tensor, spatial: Tensor, grids: Sequence[Grid], patches: Tensor, grid: Grid
     ) -> tuple[Tensor, ...]:
         """The four maps, each with the last block's patch tokens added at its own size."""
-        parts = spatial.split([rows * columns for rows, columns in grids], dim=1)
+        parts = split_maps(spatial, grids, dim=1)
         levels = [
             part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, grids, strict=True)
         ]
@@ -333,7 +333,7 @@ class _ConvMLP(nn.Module):
 
     def forward(self, tokens: Tensor, grids: Sequence[Grid]) -> Tensor:
         """Tokens [B, S, d] of maps of the sizes `grids`, one after another."""
-        parts = self.up(tokens).split([rows * columns for rows, columns in grids], dim=1)
+        parts = split_maps(self.up(tokens), grids, dim=1)
         maps = [
             self.convolution(part.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
             for part, grid in zip(parts, grids, strict=True)
