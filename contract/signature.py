@@ -11,6 +11,7 @@ The dot of `<teacher>.token` is an underscore here: ONNX and Triton names.
 | backbone with a DPT head | image | all that, then layers_1, layers_1_global, … layers_4_global (for that head) |
 | interaction | features, features_global | spaces (UMT's coupled modules; methods without have no such graph) |
 | head_<teacher> | spaces, or features and features_global | <teacher>_token (if it has one), <teacher>_patches |
+| head of a teacher with several maps | features_global (if it has a token) and features_s<stride> | all that, and of each further map <teacher>_s<stride> |
 | <task> | the same as a head, or features alone, or (a DPT head) the layers | its task's output (contract/tasks.py) |
 | fused | image | everything a client may ask for |
 
@@ -113,7 +114,8 @@ def map_ports(stride: int, dim: int, height: int | None, width: int | None) -> t
     """
     rows, columns, positions = f"rows_{stride}", f"columns_{stride}", f"positions_{stride}"
     if height and width:
-        rows, columns = height // stride, width // stride
+        # strided convolutions round up
+        rows, columns = -(-height // stride), -(-width // stride)
         positions = rows * columns
     name = f"{MAP_OF_STRIDE}{stride}"
     cell = f"a position every {stride} pixels"
@@ -180,8 +182,30 @@ def layer_side(axis: str, rows: int, columns: int, stride: int) -> int:
     return stride // int(pixels) * {"rows": rows, "columns": columns}[side]
 
 
+class FurtherMap(NamedTuple):
+    """A further map that a head predicts: its stride in pixels, width and number of positions."""
+
+    stride: int
+    width: int
+    positions: int | str
+
+
+def further_names(label: str, strides: Sequence[int]) -> list[str]:
+    """Outputs of the further maps that a head predicts; the second of one stride has a number."""
+    names = [f"{label}_s{stride}" for stride in strides]
+    return [
+        f"{name}_{names[:place].count(name) + 1}" if name in names[:place] else name
+        for place, name in enumerate(names)
+    ]
+
+
 def head_ports(
-    label: str, token: int | None, patches: int, positions: int | str, restored: bool
+    label: str,
+    token: int | None,
+    patches: int,
+    positions: int | str,
+    restored: bool,
+    further: Sequence[FurtherMap] = (),
 ) -> tuple[Port, ...]:
     """A teacher's predictions; `restored` says whether their length is the teacher's, or only their
     direction.
@@ -202,6 +226,16 @@ def head_ports(
     if token is not None:
         meaning = f"predicts the image-level vector of '{label}', in the teacher's units"
         ports.insert(0, Port(f"{label}_token", "float32", ("batch", token), meaning))
+    names = further_names(label, [map_.stride for map_ in further])
+    ports += [
+        Port(
+            name,
+            "float32",
+            ("batch", map_.positions, map_.width),
+            f"predicts a further map of '{label}', a position every {map_.stride} pixels, {unit}",
+        )
+        for name, map_ in zip(names, further, strict=True)
+    ]
     return tuple(ports)
 
 

@@ -43,6 +43,9 @@ class StudentConfig(Section):
     pretrained: bool = Field(
         False, description="start from timm's weights; the papers start from random ones"
     )
+    checkpoint: str | None = Field(
+        None, description="start from a .safetensors or weights-only .pth file"
+    )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
     mean: tuple[float, float, float] = Field(
         _IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]"

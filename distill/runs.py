@@ -118,7 +118,7 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
         for label, (summary, patches, *maps) in json.loads(metadata["teacher_dims"]).items()
     }
     # The file holds every weight: nothing is to be fetched, whatever the recipe started from.
-    student = recipe.student.model_copy(update={"pretrained": False})
+    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
     offline = recipe.model_copy(update={"student": student})
     method = build_method(offline, dims, inference=True)
     try:

@@ -22,7 +22,10 @@ def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
     Raises UserError for a recipe one of whose teachers is a run: that network is what it is.
     """
     values = recipe.model_dump(mode="json")
-    values["student"] |= shrink(recipe.student.name, recipe.student.kwargs) | {"pretrained": False}
+    values["student"] |= shrink(recipe.student.name, recipe.student.kwargs) | {
+        "checkpoint": None,
+        "pretrained": False,
+    }
     for teacher in values["teachers"]:
         if teacher["name"] == "run":
             raise UserError(

@@ -17,6 +17,7 @@ from contract.signature import (
     INTERACTION,
     MAP_OF_STRIDE,
     SPACES,
+    FurtherMap,
     Port,
     Signature,
     backbone_ports,
@@ -167,12 +168,15 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
             raise UserError(f"the head of teacher '{label}' reads no map of the student")
         readers[label] = HeadGraph(head, prefix, maps, stride)
         reads = read[label] = tuple(by_read[name] for name in head.reads)
+        grids = [_positions_of([by_read[f"maps.{pixels}"]], positions) for pixels in head.strides]
+        first, *further = grids or [_positions_of(reads, positions)]
         ports = head_ports(
             label,
             dims.summary if head.has_token else None,
             dims.patches,
-            _positions_of(reads, positions),
+            first,
             not head.free_length,
+            [FurtherMap(*of) for of in zip(head.strides[1:], dims.maps, further, strict=False)],
         )
         heads.append(
             Part(readers[label], Signature(head_graph(label), reads, ports), {"teacher": label})

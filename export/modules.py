@@ -102,14 +102,17 @@ class HeadGraph(nn.Module):
         super().__init__()
         self.head, self.reads, self.has_token = head.module, head.reads, head.has_token
         self.prefix, self.maps, self.stride = prefix, tuple(maps), stride
+        self.further = max(0, len(head.strides) - 1)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The token [B, g] if the head predicts one, and patches [B, h*w, d]."""
+        """The token [B, g] if the head predicts one, patches [B, h*w, d], and further maps
+        [B, h_l*w_l, d_l].
+        """
         result = self.predict(*inputs)
-        if result.maps:
-            raise UserError("a head predicts further maps, which a bundle has no outputs for")
-        patches = result.patches.flatten(1, 2).float()
-        return (result.token.float(), patches) if self.has_token else (patches,)
+        if len(result.maps) > self.further:
+            raise UserError("a head predicts further maps, and does not say of which strides")
+        maps = [map_.flatten(1, 2).float() for map_ in (result.patches, *result.maps)]
+        return (result.token.float(), *maps) if self.has_token else tuple(maps)
 
     def predict(self, *inputs: Tensor) -> Prediction:
         """The head's own prediction; behind a coupling part its map is a single row."""

@@ -20,6 +20,7 @@ from contract.signature import (
     IMAGE,
     MAP_OF_STRIDE,
     SPACES,
+    further_names,
     layer_names,
 )
 from contract.tasks import TASKS
@@ -103,6 +104,9 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
         if prediction.token is not None:
             result[f"{label}_token"] = prediction.token.numpy()
         result[f"{label}_patches"] = flat.numpy()
+        further = further_names(label, deployment.shipped[label].strides[1:])
+        for name, level in zip(further, prediction.maps, strict=True):
+            result[name] = level.flatten(1, 2).numpy()
     if student.layer_strides:
         layers = student.encoder.layers(image.permute(0, 3, 1, 2))
         values = (value for summary, patches in layers for value in (patches, summary.unsqueeze(1)))

@@ -177,6 +177,11 @@ def check(model: onnx.ModelProto, path: Path, signature: Signature, wanted: int)
             f"graph '{signature.graph}' holds an antialiased Resize ({resized[0]}), which TensorRT "
             "refuses"
         )
+    if any(n.op_type == "GridSample" for part in graphs(model) for n in part.node):
+        raise UserError(
+            f"graph '{signature.graph}' holds a GridSample, which TensorRT computes wrongly in "
+            "attention"
+        )
     for got, ports, kind in (
         (model.graph.input, signature.inputs, "input"),
         (model.graph.output, signature.outputs, "output"),

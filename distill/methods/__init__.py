@@ -6,13 +6,20 @@ from collections.abc import Mapping
 
 from distill.config import Recipe
 from distill.features import FeatureDims
+from distill.methods.kpu import KPU
 from distill.methods.method import Method
 from distill.methods.plain import Plain
 from distill.methods.sefa import SeFA
 from distill.methods.umt import UMT
 from distill.methods.unic import UNIC
 
-METHODS: dict[str, type[Method]] = {"umt": UMT, "plain": Plain, "unic": UNIC, "sefa": SeFA}
+METHODS: dict[str, type[Method]] = {
+    "umt": UMT,
+    "plain": Plain,
+    "unic": UNIC,
+    "sefa": SeFA,
+    "kpu": KPU,
+}
 
 
 def build_method(

@@ -33,6 +33,9 @@ class ShippedHead(NamedTuple):
     has_token: bool = True
     free_length: bool = False
     """Whether only the direction of its patches means something (trained by cosine)."""
+    strides: tuple[int, ...] = ()
+    """Of a head that predicts maps on the grids of the student's: the stride of the student's map
+    that has the grid of `patches`, then those of each of `maps`. Empty: see what it reads."""
 
 
 class RestoredHead(nn.Module):

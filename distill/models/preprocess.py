@@ -20,15 +20,18 @@ class Preprocess(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn uint8 images [B, 3, H, W] into normalised float32 ones [B, 3, size, size]."""
+    def forward(self, images: Tensor, size: int | None = None) -> Tensor:
+        """Turn uint8 images [B, 3, H, W] into normalised float32 ones [B, 3, size, size]; `size` is
+        `self.size` if none is given.
+        """
+        size = size or self.size
         pixels = images.float().div(255)
-        if pixels.shape[-2:] != (self.size, self.size):
+        if pixels.shape[-2:] != (size, size):
             # The clamp undoes nothing: antialiased bilinear weights are convex, so values stay in
             # [0, 1].
             pixels = F.interpolate(
                 pixels,
-                size=(self.size, self.size),
+                size=(size, size),
                 mode="bilinear",
                 align_corners=False,
                 antialias=True,

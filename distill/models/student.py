@@ -13,10 +13,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from contract.errors import UserError, suggest
+from contract.errors import UserError, first_line, suggest
 from distill.config import StudentConfig
 from distill.features import Features
 from distill.models.meta import building
+from distill.models.weights import load_into, read_state_dict
 
 
 def create_timm(name: str, **kwargs: object) -> nn.Module:
@@ -121,7 +122,7 @@ class Student(nn.Module):
         super().__init__()
         arguments = network_arguments(config)
         shape, patch, unused = _probe(config.model_dump_json())
-        self.net = create_timm(config.name, pretrained=config.pretrained, **arguments)
+        self.net = _with_weights(config, arguments)
         # What `forward_features` never reaches (a classifier's own norm, say): DDP waits for every
         # gradient.
         for name, parameter in self.net.named_parameters():
@@ -285,6 +286,29 @@ def network_arguments(config: StudentConfig) -> dict[str, object]:
     if config.drop_path:
         arguments["drop_path_rate"] = config.drop_path
     return arguments
+
+
+def _with_weights(config: StudentConfig, arguments: dict[str, object]) -> nn.Module:
+    """A student's network with the weights it starts from; raises UserError where they cannot be
+    fetched or do not fit.
+    """
+    if config.checkpoint:
+        net = create_timm(config.name, **arguments)
+        source = f"student.checkpoint {config.checkpoint}"
+        load_into(net, read_state_dict(config.checkpoint), source)
+        return net
+    try:
+        return create_timm(config.name, pretrained=config.pretrained, **arguments)
+    except UserError:
+        raise
+    # hub clients raise their own kinds of connection, repository and file errors
+    except Exception as error:
+        if not config.pretrained:
+            raise
+        raise UserError(
+            f"student: cannot fetch weights of '{config.name}' ({first_line(error)}): set "
+            "student.checkpoint to a local file, or student.pretrained=false for random weights"
+        ) from error
 
 
 # Plans, exports and evaluations build the same student several times, and a probe takes longer than

@@ -70,7 +70,7 @@ def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
 
 def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
     """Count the parts of a recipe's method on the meta device, for one picture of every stream."""
-    student = recipe.student.model_copy(update={"pretrained": False})
+    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
     # Statistics of targets do not exist yet, and they cost next to nothing.
     targets = recipe.targets.model_copy(update={"normalize": "none"})
     recipe = recipe.model_copy(update={"student": student, "targets": targets})

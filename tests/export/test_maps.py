@@ -102,5 +102,5 @@ def test_a_head_of_further_maps_is_refused_rather_than_cut_short():
     )
     head = next(p for p in build_parts(student, SIZE, SIZE) if p.signature.graph == "head_detector")
     levels = [torch.zeros(1, SIZE // stride, SIZE // stride, WIDTH) for stride in (4, 8)]
-    with pytest.raises(UserError, match="further maps"):
+    with pytest.raises(UserError, match="of which strides"):
         head.module(*levels)

@@ -168,7 +168,7 @@ class DINO(nn.Module):
         # batch norms: their running statistics are not averaged
         settings = recipe.student
         kwargs = {name: v for name, v in settings.kwargs.items() if "drop" not in name}
-        quiet = {"drop_path": 0.0, "kwargs": kwargs, "pretrained": False}
+        quiet = {"drop_path": 0.0, "kwargs": kwargs, "pretrained": False, "checkpoint": None}
         self.momentum = Student(settings.model_copy(update=quiet))
         self.momentum.second_token = student.second_token
         self.momentum.load_state_dict(student.state_dict())

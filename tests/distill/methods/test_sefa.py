@@ -24,6 +24,7 @@ from distill.recipe_io import make_recipe
 from distill.runs import load_run
 from distill.training.checkpoint import load_checkpoint
 from distill.training.plan import meta_teacher, method_cost, print_plan
+from distill.training.schedule import resolve_views
 from export.run import main as export
 from tests.conftest import command, environment, metrics_of, run_here, small_recipe
 from tests.distill.methods import two_ranks
@@ -337,8 +338,8 @@ def test_the_plan_counts_every_part_once(kind):
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         views = {
             name: torch.empty(shape, dtype=kind)
-            for view in method.views
-            for name, (shape, kind) in view._replace(size=view.size or 224).shapes(1).items()
+            for view in resolve_views(recipe, method, teachers)
+            for name, (shape, kind) in view.shapes(1).items()
         }
         count = 2 if "ssl" in parts else 1
         targets = {

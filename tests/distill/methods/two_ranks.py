@@ -18,12 +18,14 @@ from distill.recipe_io import make_recipe
 from distill.training.loop import build_optimizer
 
 BATCH, STEPS, WIDTH = 4, 3, 24
-KINDS = ("unic", "unic_batch", "dino", "ibot", "udi")
+KINDS = ("unic", "unic_batch", "dino", "ibot", "udi", "kpu", "kpu_famo", "kpu_teacher_drop")
 
 
 def recipe_of(kind: str) -> Recipe:
-    """UNIC by image or batch, or SeFA with an objective, on a ViT of two blocks."""
-    method = "unic" if kind.startswith("unic") else "sefa"
+    """UNIC by image or batch, SeFA with an objective, or KPU with a weighting, on a ViT of two
+    blocks.
+    """
+    method = kind.split("_")[0] if kind.startswith(("unic", "kpu")) else "sefa"
     kwargs = {"embed_dim": 32, "depth": 2, "num_heads": 2}
     if kind == "udi":
         kwargs["reg_tokens"] = 1
@@ -41,6 +43,12 @@ def recipe_of(kind: str) -> Recipe:
         values["unic"] = {"hidden": 16, "last_hidden": 16, "scope": kind.removeprefix("unic_")}
         if kind == "unic":
             values["unic"]["scope"] = "image"
+    elif method == "kpu":
+        adapter = {"blocks": 2, "heads": 2, "points": 2, "width": 32}
+        weighting = kind.removeprefix("kpu").removeprefix("_") or "equal"
+        values["kpu"] = {"weighting": weighting, "adapter": adapter}
+        if kind == "kpu":
+            teachers[1]["batch_size"] = BATCH  # a stream of its own
     else:
         values["sefa"] = {"hidden": 16}
         values["ssl"] = {
@@ -88,12 +96,21 @@ def share(values: Tensor, ranks: Ranks) -> Tensor:
     return values.unflatten(0, (-1, BATCH))[:, ranks.rank :: ranks.world].flatten(0, 1)
 
 
+def kind_of(method: torch.nn.Module) -> torch.dtype:
+    """The type of a method's weights."""
+    return next(method.parameters()).dtype
+
+
 def train(kind: str, ranks: Ranks) -> dict[str, Tensor]:
     """Take STEPS steps; the state afterwards, with the losses of the last one."""
     recipe = recipe_of(kind)
     torch.manual_seed(0)
     dims = {teacher.label: FeatureDims(WIDTH, WIDTH) for teacher in recipe.teachers}
     method = build_method(recipe, dims).train()
+    if kind.startswith("kpu"):
+        # biases before a norm of single channels have no gradient but rounding's, of which AdamW
+        # takes the sign
+        method.double()
     model = wrap(method, recipe.train, ranks)
     optimizer = build_optimizer(method, recipe.train, ranks.device)
     losses: dict[str, Tensor] = {}
@@ -104,7 +121,10 @@ def train(kind: str, ranks: Ranks) -> dict[str, Tensor]:
         views, targets = draw(method, step)
         losses = model(
             {name: share(view, ranks) for name, view in views.items()},
-            {label: f.map(lambda t: share(t, ranks)) for label, f in targets.items()},
+            {
+                label: f.map(lambda t: share(t, ranks).to(kind_of(method)))
+                for label, f in targets.items()
+            },
         )
         losses["loss"].backward()
         if step == 0:

@@ -1,0 +1,173 @@
+"""Attention from tokens on some grids to tokens on others: deformable (Zhu et al. 2021), or plain.
+
+A deformable query looks at a few points around its own place on every map of the source. Between
+cells a map is read bilinearly, in one of two forms that agree: `grid_sample` in training and four
+gathers in exported graphs, since TensorRT computes GridSample wrongly in such graphs.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Grid = tuple[int, int]
+"""Rows and columns of a map."""
+
+
+def sample(values: Tensor, positions: Tensor) -> Tensor:
+    """Read maps [N, C, h, w] bilinearly at `positions` [N, Q, P, 2]: x and y, from 0 at the left or
+    upper edge to 1 at the other one. Outside there are zeros. Returns [N, C, Q, P].
+    """
+    if torch.compiler.is_exporting():
+        return sample_by_gathers(values, positions)
+    return F.grid_sample(values, 2 * positions - 1, padding_mode="zeros", align_corners=False)
+
+
+def sample_by_gathers(values: Tensor, positions: Tensor) -> Tensor:
+    """`sample` without `grid_sample`: every point is the weighted sum of the four cells around
+    it.
+    """
+    rows, columns = values.shape[-2:]
+    cells = values.flatten(2)
+    x, y = positions[..., 0] * columns - 0.5, positions[..., 1] * rows - 0.5
+    left, top = x.floor(), y.floor()
+    result = None
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        at_x, at_y = left + column, top + row
+        weight = (1 - (x - at_x).abs()) * (1 - (y - at_y).abs())
+        inside = (at_x >= 0) & (at_x <= columns - 1) & (at_y >= 0) & (at_y <= rows - 1)
+        weight = weight * inside.to(weight.dtype)
+        # whole numbers in floating point are exact up to 2^24 cells
+        index = (at_y.clamp(0, rows - 1) * columns + at_x.clamp(0, columns - 1)).long()
+        index = index.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
+        seen = cells.gather(2, index).unflatten(2, positions.shape[1:3])
+        seen = seen * weight.unsqueeze(1)
+        result = seen if result is None else result + seen
+    return result
+
+
+def split_maps(tokens: Tensor, grids: Sequence[Grid], dim: int) -> list[Tensor]:
+    """The tokens of each map, where those of all `grids` follow one another along `dim`."""
+    # slices, since ONNX has no sequences of bf16, which `split` would become
+    parts, start = [], 0
+    for rows, columns in grids:
+        parts.append(tokens.narrow(dim, start, rows * columns))
+        start = start + rows * columns
+    return parts
+
+
+def cell_centres(grid: Grid, like: Tensor) -> Tensor:
+    """Centres (x, y) of a grid's cells in [0, 1], [h * w, 2], of the type and device of `like`."""
+    y, x = (
+        (torch.arange(side, dtype=like.dtype, device=like.device) + 0.5) / side for side in grid
+    )
+    return torch.stack((x.expand(grid[0], -1), y.unsqueeze(1).expand(-1, grid[1])), -1).flatten(
+        0, 1
+    )
+
+
+class DeformableAttention(nn.Module):
+    """Queries that read `points` places on each of `levels` maps, for every one of `heads`.
+
+    Values have `value_ratio` x `width` channels. Places and what is read there are float32 even
+    where the linear layers compute in half precision: half a thousandth of a side is too coarse.
+    """
+
+    def __init__(
+        self, width: int, levels: int, heads: int, points: int, value_ratio: float
+    ) -> None:
+        super().__init__()
+        self.levels, self.heads, self.points = levels, heads, points
+        inner = round(width * value_ratio)
+        self.value = nn.Linear(width, inner)
+        self.offsets = nn.Linear(width, heads * levels * points * 2)
+        self.weights = nn.Linear(width, heads * levels * points)
+        self.out = nn.Linear(inner, width)
+
+    def initialize(self) -> None:
+        """Point k of a head starts k + 1 cells away, in the head's own direction; all points of all
+        maps weigh the same.
+        """
+        for layer in (self.offsets, self.weights):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        directions = torch.stack((angles.cos(), angles.sin()), -1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        away = torch.arange(1, self.points + 1, dtype=torch.float32)
+        ring = directions[:, None, None] * away[None, None, :, None]
+        with torch.no_grad():
+            self.offsets.bias.copy_(ring.expand(-1, self.levels, -1, -1).flatten())
+        for layer in (self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        queries: Tensor,
+        source: Tensor,
+        query_grids: Sequence[Grid],
+        source_grids: Sequence[Grid],
+    ) -> Tensor:
+        """Attend from `queries` [B, Q, d] to `source` [B, S, d], both the tokens of maps one after
+        another; returns [B, Q, d].
+        """
+        values = self.value(source)
+        exact = torch.promote_types(values.dtype, torch.float32)
+        values = values.to(exact).unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1)
+        offsets, weights = self.offsets(queries).to(exact), self.weights(queries).to(exact)
+        offsets = offsets.unflatten(-1, (self.heads, self.levels, self.points, 2))
+        weights = weights.unflatten(-1, (self.heads, self.levels * self.points)).softmax(-1)
+        weights = weights.unflatten(-1, (self.levels, self.points))
+        centres = torch.cat([cell_centres(grid, offsets) for grid in query_grids])[:, None, None]
+        read = None
+        parts = split_maps(values, source_grids, dim=-1)
+        for level, (grid, part) in enumerate(zip(source_grids, parts, strict=True)):
+            # of cells, hence relative to the map's own size
+            x = offsets[..., level, :, 0] / grid[1]
+            y = offsets[..., level, :, 1] / grid[0]
+            places = (centres + torch.stack((x, y), -1)).transpose(1, 2).flatten(0, 1)
+            seen = sample(part.unflatten(-1, grid).flatten(0, 1), places)
+            weight = weights[..., level, :].transpose(1, 2).flatten(0, 1).unsqueeze(1)
+            seen = (seen * weight).sum(-1)
+            read = seen if read is None else read + seen
+        read = read.unflatten(0, (-1, self.heads)).flatten(1, 2).transpose(1, 2)
+        return self.out(read.to(queries.dtype))
+
+
+class PlainAttention(nn.Module):
+    """Cross-attention of every query to every token of the source, for small pictures: its cost
+    grows with the product of both numbers.
+    """
+
+    def __init__(self, width: int, heads: int, value_ratio: float) -> None:
+        super().__init__()
+        self.heads = heads
+        inner = round(width * value_ratio)
+        self.query = nn.Linear(width, inner)
+        self.key = nn.Linear(width, inner)
+        self.value = nn.Linear(width, inner)
+        self.out = nn.Linear(inner, width)
+
+    def initialize(self) -> None:
+        """Xavier's weights and no biases, as the values of deformable attention have."""
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        queries: Tensor,
+        source: Tensor,
+        query_grids: Sequence[Grid],
+        source_grids: Sequence[Grid],
+    ) -> Tensor:
+        """`DeformableAttention.forward`; the grids do not matter."""
+        query, key, value = (
+            layer(tokens).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, tokens in ((self.query, queries), (self.key, source), (self.value, source))
+        )
+        read = F.scaled_dot_product_attention(query, key, value)
+        return self.out(read.transpose(1, 2).flatten(2))
