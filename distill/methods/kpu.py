@@ -48,7 +48,7 @@ from distill.methods.alignment import (
 from distill.methods.deployment import Deployment, RestoredHead, ShippedHead
 from distill.methods.method import Method, Progress
 from distill.methods.targets import FeatureNormalizer
-from distill.methods.unic import keep_teachers, refuse_weights
+from distill.methods.unic import check_teachers, drops_of_step, keep_teachers
 from distill.methods.weighting import Famo
 from distill.models.preprocess import Preprocess
 from distill.models.student import Student
@@ -152,7 +152,7 @@ class KPU(Method):
     def check(cls, recipe: Recipe) -> Recipe:
         """Refuse what excludes each other, and weights of teachers."""
         kpu = recipe.kpu
-        refuse_weights(recipe)
+        check_teachers(recipe)
         if kpu.reconstruct and not kpu.unify:
             raise UserError(
                 "kpu.reconstruct = true: there is nothing to translate back with kpu.unify = "
@@ -172,7 +172,7 @@ class KPU(Method):
 
     def before_step(self, progress: Progress) -> None:
         """Seed the step's drops."""
-        self._generator = torch.Generator().manual_seed((self.seed << 40) + progress.step)
+        self._generator = drops_of_step(self.seed, progress.step, "cpu")
 
     def forward(
         self, views: Mapping[str, Tensor], targets: Mapping[str, Features]

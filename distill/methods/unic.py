@@ -181,9 +181,7 @@ class UNIC(Method):
         if self._generator is None:  # the first micro-batch of the step
             # the plan's meta device has no generators
             device = "cpu" if losses.is_meta else losses.device
-            mixed = np.random.SeedSequence([abs(self.seed), self._step])
-            self._generator = torch.Generator(device)
-            self._generator.manual_seed(int(mixed.generate_state(1, np.uint64)[0]) & (2**63 - 1))
+            self._generator = drops_of_step(self.seed, self._step, device)
         teachers, images = losses.shape
         columns = images * world_size() if self.config.scope == "image" else 1
         generator = self._generator
@@ -248,6 +246,12 @@ class UNIC(Method):
 def standardize_momentum(step: int, steps: int, first: float, last: float) -> float:
     """A cosine from `first` at step 0 towards `last` at `steps` (UNIC's `cosine_scheduler`)."""
     return last + 0.5 * (first - last) * (1 + math.cos(math.pi * step / steps))
+
+
+def drops_of_step(seed: int, step: int, device: torch.device | str) -> torch.Generator:
+    """The generator of a step's drops: the same in every process, whatever was drawn before."""
+    mixed = np.random.SeedSequence([abs(seed), step]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(mixed) & (2**63 - 1))
 
 
 def keep_teachers(losses: Tensor, uniforms: Tensor, drop: float) -> Tensor:
