@@ -1,4 +1,4 @@
-"""The methods beside each other, at a scale that two CPU cores finish in half an hour.
+"""The methods beside each other, at a scale that two CPU cores finish in about an hour.
 
     python benchmarks/methods.py --output runs/methods
 

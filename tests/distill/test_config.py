@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from contract.errors import UserError
 from distill.config import Recipe, TeacherConfig
 from distill.data.batches import collate
-from distill.data.crops import MAIN, CropDataset, View
+from distill.data.crops import CropDataset, View
 from distill.data.pictures import PackagedPhotos
 from distill.methods import METHODS, build_method
 from distill.methods.method import Progress
@@ -66,7 +66,8 @@ SEFA = {
 }
 """Student, teachers and the paper's figure of SeFA's rows."""
 
-PAPER = [*SEFA, *UMT]
+KPU = ["kpu_vit_base_clip"]
+PAPER = [*SEFA, *UMT, *KPU]
 SHIPPED = ["quickstart", *PAPER]
 
 MINE = """\
@@ -303,9 +304,11 @@ PHOTOS = PackagedPhotos()
 
 
 def first_views(recipe: Recipe, views: tuple[View, ...]) -> dict[str, torch.Tensor]:
-    """What the data stage makes of two photographs."""
+    """What the data stage makes of two photographs in every stream."""
     dataset = CropDataset(PHOTOS, recipe.data, views, recipe.train.seed)
-    return collate([dataset[MAIN, number, 0] for number in range(2)]).views
+    streams = dict.fromkeys(view.stream for view in views)
+    samples = [dataset[stream, number, 0] for stream in streams for number in range(2)]
+    return collate(samples).views
 
 
 def test_tiny_refuses_a_teacher_that_is_a_run():

@@ -76,10 +76,9 @@ def test_deformable_attention_is_exported_as_gathers_with_parity(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
-def test_every_precision_agrees_with_the_student(photo_folder, tmp_path, precision, small_run):
-    calibration = ("--calibration", photo_folder) if precision == "int8" else ()
-    words = ("--precision", precision, "--images", photo_folder, "--max-batch", 2, *calibration)
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_half_precisions_agree_with_the_student(photo_folder, tmp_path, precision, small_run):
+    words = ("--precision", precision, "--images", photo_folder, "--max-batch", 2)
     done = run_here(small_run, "--output", tmp_path / "bundle", *words, command=export)
     assert done.returncode == 0, done.stderr
     bundle = read_bundle(tmp_path / "bundle")
