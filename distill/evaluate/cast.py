@@ -68,7 +68,7 @@ def open_rows(
                 f"--features {','.join(features)}: a timm network has only its backbone (use "
                 "--features backbone)"
             )
-        if weights != "student":
+        if weights == "momentum":
             raise UserError(
                 f"--weights {weights}: a timm network has no momentum network (use --weights "
                 "student)"

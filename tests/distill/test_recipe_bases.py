@@ -82,22 +82,22 @@ def test_a_base_may_be_a_shipped_recipe():
 
 def test_overrides_work_on_the_merged_values(files):
     text = "base: ground.yaml\ntrain: {lr: 2.0e-3}\n"
-    recipe = files({"mine.yaml": text}, "teachers.1.alias=mine", "train.lr=5e-3", "train.epochs=2")
+    recipe = files({"mine.yaml": text}, "teachers.1.alias=mine", "train.lr=5e-3", "train.epochs=40")
     assert recipe.teachers[1].label == "mine" and recipe.train.lr == 5e-3
-    assert (recipe.train.epochs, recipe.train.steps) == (2, None)
+    assert (recipe.train.epochs, recipe.train.steps) == (40, None)
 
 
 def test_steps_and_epochs_of_a_file_replace_the_bases(files):
-    first = files({"mine.yaml": "base: ground.yaml\ntrain: {epochs: 2}\n"})
-    assert (first.train.epochs, first.train.steps) == (2, None)
+    first = files({"mine.yaml": "base: ground.yaml\ntrain: {epochs: 40}\n"})
+    assert (first.train.epochs, first.train.steps) == (40, None)
     second = files(
         {
             "other.yaml": "base: mine.yaml\ntrain: {steps: 9}\n",
-            "mine.yaml": "base: ground.yaml\ntrain: {epochs: 2}\n",
+            "mine.yaml": "base: ground.yaml\ntrain: {epochs: 40}\n",
         }
     )
     assert (second.train.epochs, second.train.steps) == (None, 9)
-    both = {"mine.yaml": "base: ground.yaml\ntrain: {epochs: 2, steps: 9}\n"}
+    both = {"mine.yaml": "base: ground.yaml\ntrain: {epochs: 40, steps: 9}\n"}
     assert "exactly one of train.steps and train.epochs" in error_of(files, both)
 
 
