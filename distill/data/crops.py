@@ -98,7 +98,7 @@ def take_crop(image: Image.Image, box: _Box, side: int, flip: bool) -> Tensor:
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB image as uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def centre_crop(image: Image.Image, side: int) -> Tensor:

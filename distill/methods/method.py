@@ -2,6 +2,7 @@
 defaults fit a method without schedules, momentum networks or parts that never ship.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -34,6 +35,11 @@ class Progress(NamedTuple):
     def share(self) -> float:
         """Share of the run that is done, in [0, 1)."""
         return self.step / self.steps
+
+
+def cosine(first: float, last: float, progress: float) -> float:
+    """Half a cosine from `first` at progress 0 to `last` at 1."""
+    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class ParameterGroup(NamedTuple):

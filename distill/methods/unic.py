@@ -14,7 +14,6 @@ crop. In that code teachers see the augmentation too, here with `teacher_photome
 """
 
 import logging
-import math
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
@@ -30,7 +29,7 @@ from distill.distributed import mean_over_ranks, own_share, sum_over_ranks, worl
 from distill.features import FeatureDims, Features, resize_map
 from distill.methods.deployment import Deployment, RestoredHead, ShippedHead
 from distill.methods.losses import Prediction, similarity_loss_names, similarity_losses
-from distill.methods.method import Method, Progress
+from distill.methods.method import Method, Progress, cosine
 from distill.methods.projectors import FeatureHead, LadderHead, mlp
 from distill.methods.standardize import FeatureStandardizer
 from distill.models.preprocess import Preprocess
@@ -245,7 +244,7 @@ class UNIC(Method):
 
 def standardize_momentum(step: int, steps: int, first: float, last: float) -> float:
     """A cosine from `first` at step 0 towards `last` at `steps` (UNIC's `cosine_scheduler`)."""
-    return last + 0.5 * (first - last) * (1 + math.cos(math.pi * step / steps))
+    return cosine(first, last, step / steps)
 
 
 def drops_of_step(seed: int, step: int, device: torch.device | str) -> torch.Generator:

@@ -100,9 +100,7 @@ class DeformableAttention(nn.Module):
         ring = directions[:, None, None] * away[None, None, :, None]
         with torch.no_grad():
             self.offsets.bias.copy_(ring.expand(-1, self.levels, -1, -1).flatten())
-        for layer in (self.value, self.out):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        _xavier(self.value, self.out)
 
     def forward(
         self,
@@ -153,9 +151,7 @@ class PlainAttention(nn.Module):
 
     def initialize(self) -> None:
         """Xavier's weights and no biases, as the values of deformable attention have."""
-        for layer in (self.query, self.key, self.value, self.out):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        _xavier(self.query, self.key, self.value, self.out)
 
     def forward(
         self,
@@ -171,3 +167,9 @@ class PlainAttention(nn.Module):
         )
         read = F.scaled_dot_product_attention(query, key, value)
         return self.out(read.transpose(1, 2).flatten(2))
+
+
+def _xavier(*layers: nn.Linear) -> None:
+    for layer in layers:
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)

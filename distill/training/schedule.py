@@ -1,13 +1,12 @@
 """Lengths of a run, batch sizes of its streams, and what changes over its steps."""
 
-import math
 from collections.abc import Sequence
 
 from contract.errors import UserError
 from distill.config import Recipe, TrainConfig
 from distill.data.crops import MAIN, View, view_of
 from distill.data.photometric import RECIPES
-from distill.methods.method import Method
+from distill.methods.method import Method, cosine
 from distill.teachers import Teacher
 
 
@@ -91,8 +90,3 @@ def weight_decay(step: int, steps: int, settings: TrainConfig) -> float:
     if last is None:
         return first
     return cosine(first, last, step / max(1, steps - (0 if settings.schedule == "dino" else 1)))
-
-
-def cosine(first: float, last: float, progress: float) -> float:
-    """Half a cosine from `first` at progress 0 to `last` at 1."""
-    return last + (first - last) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -11,7 +11,6 @@ Crops are stacked crop by crop: rows 0 ... B-1 are the first crop of every pictu
 """
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -25,7 +24,7 @@ from distill.config import Recipe
 from distill.data.crops import View
 from distill.distributed import mean_over_ranks
 from distill.features import Features
-from distill.methods.method import Progress
+from distill.methods.method import Progress, cosine
 from distill.methods.projectors import initialize
 from distill.models.student import Student, nearest_multiples, patch_size
 
@@ -94,7 +93,7 @@ def teacher_temperature(epoch: int, first: float, last: float, warmup_epochs: in
 
 def momentum_rate(step: int, steps: int, first: float) -> float:
     """m of a step: a cosine from `first` to 1 (DINO's `momentum_schedule`)."""
-    return 1 - (1 - first) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return cosine(first, 1, step / steps)
 
 
 def cross_entropy(targets: Tensor, logits: Tensor) -> Tensor:
