@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contract.errors import UserError
-from contract.files import write_atomically
-from distill.models.weights import read_tensors, save_tensors, tensors_sha256
+from distill.models.weights import read_tensors, write_tensors
 from distill.runs import git_commit
 
 FORMAT = 1
@@ -207,25 +206,16 @@ class Head:
 def save_head(folder: Path, task: str, module: nn.Module, about: dict[str, Any]) -> Path:
     """Write `folder/task.safetensors` by rename; `about` must be JSON."""
     kind = next(name for name, made in KINDS.items() if isinstance(module, made))
-    weights = module.state_dict()
     metadata = {
         "format": str(FORMAT),
         "task": task,
         "kind": kind,
-        "sha256": tensors_sha256(weights),
         "settings": json.dumps(module.settings),
         "about": json.dumps(about),
         "commit": git_commit(),
     }
     path = folder / f"{task}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make {folder}: {error.strerror} (choose another --output)"
-        ) from error
-    write_atomically(path, lambda temporary: save_tensors(temporary, weights, metadata))
-    return path
+    return write_tensors(path, module.state_dict(), metadata, "choose another --output")
 
 
 def load_head(path: Path, student_sha256: str | None = None) -> Head:

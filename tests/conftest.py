@@ -14,7 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -380,6 +381,19 @@ def run_command(
         env=environment(),
         **options,
     )
+
+
+def kill_after(step: int, out: Path, words: Sequence[object]) -> None:
+    """Start a command that trains into `out`, and kill it once it has a checkpoint of `step`."""
+    process = subprocess.Popen(
+        [str(word) for word in words], env=environment(), stdout=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 200
+    while not (out / "checkpoint" / f"step_{step:08d}.json").exists():
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
 
 
 def run_here(*arguments: object, command=main) -> subprocess.CompletedProcess:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from contract.errors import Failure, UserError
-from contract.files import write_atomically
 from distill.data.batches import prepare_worker
 from distill.evaluate.classification import accuracy, open_splits
 from distill.evaluate.config import EvaluationConfig
@@ -30,7 +29,7 @@ from distill.evaluate.linear_probe import check_imagenet, trained_probe
 from distill.evaluate.outcome import Outcome
 from distill.heads import Classifier
 from distill.methods.deployment import BACKBONE
-from distill.models.weights import read_tensors, save_tensors, tensors_sha256
+from distill.models.weights import read_tensors, write_tensors
 from distill.runs import git_commit
 
 FINETUNED = "finetuned.safetensors"
@@ -222,7 +221,6 @@ def _save(
     scores: dict[str, float],
 ) -> Path:
     """Write the fine-tuned weights, and in the metadata what they belong to."""
-    weights = net.state_dict()
     about = {
         "student_sha256": encoder.weights_sha256,
         "image_size": encoder.image_size,
@@ -232,18 +230,10 @@ def _save(
     }
     metadata = {
         "format": _FORMAT,
-        "sha256": tensors_sha256(weights),
         "about": json.dumps(about),
         "commit": git_commit(),
     }
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot make {path.parent}: {error.strerror} (choose another --output)"
-        ) from error
-    write_atomically(path, lambda temporary: save_tensors(temporary, weights, metadata))
-    return path
+    return write_tensors(path, net.state_dict(), metadata, "choose another --output")
 
 
 def finetuned_classifier(encoder: Encoder, path: Path) -> Callable[[Tensor], Tensor]:

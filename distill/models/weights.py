@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from contract.errors import UserError, first_line
-from contract.files import sort_safetensors_metadata
+from contract.files import sort_safetensors_metadata, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,21 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, path, metadata=dict(metadata))
     sort_safetensors_metadata(path)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], remedy: str
+) -> Path:
+    """Write a safetensors file by rename, in a folder that is made where it is missing, with its
+    hash as `sha256` in the metadata; raises UserError that ends with the `remedy`.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {path.parent}: {error.strerror} ({remedy})") from error
+    signed = {**metadata, "sha256": tensors_sha256(dict(tensors))}
+    write_atomically(path, lambda temporary: save_tensors(temporary, tensors, signed))
+    return path
 
 
 def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -1,9 +1,6 @@
 """KPU: Eq 1-4 against a slow reference, levels, weightings, streams, what trains and what ships."""
 
 import json
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +21,7 @@ from distill.runs import load_run
 from distill.tiny import tiny
 from distill.training.checkpoint import load_checkpoint
 from distill.training.plan import print_plan
-from tests.conftest import command, environment, metrics_of, run_here, small_recipe
+from tests.conftest import command, kill_after, metrics_of, run_here, small_recipe
 
 DIMS = {"clip": FeatureDims(6, 10), "detector": FeatureDims(None, 5, (7, 9))}
 GRIDS = {"clip": [(4, 4)], "detector": [(9, 9), (5, 5), (3, 3)]}
@@ -447,17 +444,7 @@ def test_killed_it_resumes_bit_identically(trained, tmp_path, photo_folder):
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(tmp_path / "recipe.yaml", "--output", out),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-    )
-    until = time.monotonic() + 200
-    while not (out / "checkpoint" / "step_00000002.json").exists():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(2, out, command(tmp_path / "recipe.yaml", "--output", out))
     assert run_here("--output", out, "--resume").returncode == 0
     a, b = (load_checkpoint(folder / "checkpoint") for folder in (trained, out))
     assert a["model"].keys() == b["model"].keys()

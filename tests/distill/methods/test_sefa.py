@@ -2,10 +2,8 @@
 export and serving.
 """
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,7 @@ from distill.training.checkpoint import load_checkpoint
 from distill.training.plan import meta_teacher, method_cost, print_plan
 from distill.training.schedule import resolve_views
 from export.run import main as export
-from tests.conftest import command, environment, metrics_of, run_here, small_recipe
+from tests.conftest import command, environment, kill_after, metrics_of, run_here, small_recipe
 from tests.distill.methods import two_ranks
 from tests.distill.methods.two_ranks import BATCH, KINDS, WIDTH, draw, train
 
@@ -234,17 +232,7 @@ def test_killed_while_frozen_and_later_it_resumes_bit_identically(trained, tmp_p
     recipe = sefa_recipe(photo_folder, kind, checkpoint={"every_steps": 1, "keep": 50})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     out = tmp_path / "run"
-    process = subprocess.Popen(
-        command(tmp_path / "recipe.yaml", "--output", out),
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-    )
-    until = time.monotonic() + 200
-    while not (out / "checkpoint" / "step_00000002.json").exists():
-        assert process.poll() is None and time.monotonic() < until
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(2, out, command(tmp_path / "recipe.yaml", "--output", out))
     assert run_here("--output", out, "--resume").returncode == 0
     a, b = (load_checkpoint(folder / "checkpoint") for folder in (whole, out))
     for name, tensor in a["model"].items():

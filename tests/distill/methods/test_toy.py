@@ -1,9 +1,6 @@
 """A method from a file of its own goes through training, resuming, export and serving."""
 
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from distill.training.plan import print_plan
 from export.run import main as export
 from serve.bundle import read_bundle
 from serve.repository.__main__ import main as repository
-from tests.conftest import environment, metrics_of, run_here, small_recipe
+from tests.conftest import kill_after, metrics_of, run_here, small_recipe
 from tests.distill.methods.toy import Toy
 
 
@@ -77,13 +74,7 @@ def test_a_toy_run_killed_while_its_layer_is_frozen_and_later_resumes_bit_identi
     out = tmp_path / "run"
     command = [sys.executable, "-m", "tests.distill.methods.toy", "run", "--output", out]
     for kill_at, words in ((4, [tmp_path / "recipe.yaml"]), (7, ["--resume"])):
-        process = subprocess.Popen([*command, *words], env=environment(), stdout=subprocess.DEVNULL)
-        until = time.monotonic() + 200
-        while not (out / "checkpoint" / f"step_{kill_at:08d}.json").exists():
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_after(kill_at, out, [*command, *words])
     resumed = run_here("--output", out, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     frozen = load_checkpoint(out / "checkpoint")["optimizer"]["state"]
