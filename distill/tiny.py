@@ -3,7 +3,11 @@ real photographs.
 """
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from contract.errors import UserError
 from distill.config import Recipe
@@ -84,3 +88,69 @@ def shrink(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         "kwargs": kwargs,
         "image_size": 64,
     }  # a family with no common names for its sizes: only the picture
+
+
+def save_tiny_detector(
+    folder: Path, labels: Sequence[str] = ("cat", "dog", "person"), seed: int = 0
+) -> Path:
+    """Write a GroundingDINO of half a million random weights, with a vocabulary that has the words
+    of `labels` and all letters; needs transformers.
+    """
+    from transformers import (
+        BertConfig,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        SwinConfig,
+    )
+    from transformers.utils import logging
+
+    vocabulary = _vocabulary(labels)
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(
+            embed_dim=16,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 2, 2, 4],
+            window_size=4,
+            out_indices=[2, 3, 4],
+        ),
+        text_config=BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+        ),
+        d_model=32,  # its GroupNorms have 32 groups
+        num_queries=20,
+        encoder_layers=1,
+        decoder_layers=2,  # a single one ties weights that it does not have
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        disable_custom_kernels=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = GroundingDinoForObjectDetection(config)
+    logging.disable_progress_bar()
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    return folder
+
+
+def _vocabulary(labels: Sequence[str]) -> list[str]:
+    """BERT's special tokens where GroundingDINO looks for them, the words of labels, and letters
+    for all other words.
+    """
+    special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 1012: ".", 1029: "?"}
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    words = [
+        word for label in labels for word in re.findall(r"[a-z0-9]+|[^a-z0-9\s]", label.lower())
+    ]
+    further = iter(
+        dict.fromkeys([*letters, *(f"##{letter}" for letter in letters), "-", "'", ",", *words])
+    )
+    tokens = [special.get(number) or f"[unused{number}]" for number in range(1037)]
+    known = set(special.values())
+    return tokens + [word for word in further if word not in known]
