@@ -10,10 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 
-Role = Literal["classification", "clip", "mae", "dino"]
+Role = Literal["classification", "clip", "mae", "dino", "detector"]
 """What a teacher was trained for; it decides the feature loss (UMT A.3,
 `distill/methods/losses.py`).
 """
+
+DETECTOR = "grounding_dino"
+"""Name of the teachers of role `detector`."""
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -57,10 +60,12 @@ class StudentConfig(Section):
 
 class TeacherConfig(Section):
     name: str = Field(
-        description="timm model name, with its pretrained tag; or 'run' for a student of this "
-        "project"
+        description="timm model name, with its pretrained tag; 'run' for a student of this "
+        "project; 'grounding_dino' for the backbone of a detector"
     )
-    role: Role = Field(description="classification | clip | mae | dino: decides the feature loss")
+    role: Role = Field(
+        description="classification | clip | mae | dino | detector: decides the feature loss"
+    )
     alias: str | None = Field(
         None,
         pattern=r"^[a-z][a-z0-9_]*$",
@@ -69,13 +74,15 @@ class TeacherConfig(Section):
     checkpoint: str | None = Field(
         None,
         description="weights: a .safetensors or weights-only .pth file, 'package:NAME', or a run "
-        "folder",
+        "folder; of a detector a folder of transformers' or its name on the Hugging Face hub",
     )
     pretrained: bool = Field(
         True, description="without a checkpoint: fetch timm's weights (false: random weights)"
     )
     kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="further timm arguments, e.g. {embed_dim: 128}"
+        default_factory=dict,
+        description="further timm arguments, e.g. {embed_dim: 128}; of a random detector those of "
+        "its Swin Transformer",
     )
     image_size: Positive | None = Field(
         None, description="input side, pixels; default: the model's own data config"
@@ -107,6 +114,15 @@ class TeacherConfig(Section):
     feature_weight: Annotated[float, Field(ge=0)] = Field(
         1.0, description="scales its feature loss L^f"
     )
+
+    @model_validator(mode="after")
+    def _detector_has_its_role(self) -> "TeacherConfig":
+        if (self.role == "detector") != (self.name == DETECTOR):
+            raise ValueError(
+                f"name = {self.name} with role = {self.role}: role detector is that of name "
+                f"{DETECTOR} alone, which has no other"
+            )
+        return self
 
     @property
     def label(self) -> str:

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from contract.errors import UserError
-from distill.config import Recipe
+from distill.config import DETECTOR, Recipe
 from distill.methods import METHODS
 from distill.recipe_io import make_recipe
 
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
 CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [16, 32, 48, 64]}
 RESNET = {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32]}
+SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4}
 
 
 def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
@@ -73,9 +74,11 @@ def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
 
 
 def shrink(name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Small `kwargs` and `image_size` for a timm architecture, by its family; other arguments and
+    """Small `kwargs` and `image_size` for an architecture, by its family; other arguments and
     the patch stay.
     """
+    if name == DETECTOR:
+        return {"kwargs": SWIN, "image_size": 64}
     if name.startswith("convnext"):
         return {"kwargs": kwargs | CONVNEXT, "image_size": 64}
     if name.startswith("resnet"):
@@ -106,13 +109,7 @@ def save_tiny_detector(
 
     vocabulary = _vocabulary(labels)
     config = GroundingDinoConfig(
-        backbone_config=SwinConfig(
-            embed_dim=16,
-            depths=[1, 1, 1, 1],
-            num_heads=[1, 2, 2, 4],
-            window_size=4,
-            out_indices=[2, 3, 4],
-        ),
+        backbone_config=SwinConfig(**SWIN, out_indices=[2, 3, 4]),
         text_config=BertConfig(
             vocab_size=len(vocabulary),
             hidden_size=32,

@@ -34,6 +34,7 @@ from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.encoder import Encoder, parse_model, teacher_encoder
 from distill.run import main
 from distill.scenes import write
+from distill.tiny import save_tiny_detector
 from export.run import main as export
 
 # One thread everywhere: sums come out in one order, here and in the processes that tests start.
@@ -201,6 +202,12 @@ def class_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             crop.save(path)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_detector(made_once: Callable[..., Path]) -> Path:
+    """A folder with a GroundingDINO of random weights."""
+    return made_once("detector", save_tiny_detector)
 
 
 def small_recipe(photos: Path, **changes: object) -> dict:

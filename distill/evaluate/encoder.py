@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.errors import UserError
-from distill.config import TeacherConfig, TeacherRuntime
+from distill.config import DETECTOR, TeacherConfig, TeacherRuntime
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import BACKBONE, Deployment
 from distill.models.student import Layer, dpt_layers, map_stride, patch_size
@@ -196,9 +196,9 @@ def teacher_encoder(
 
     Raises UserError as `build_teacher` does.
     """
-    changes: dict = (
-        {"kwargs": {**config.kwargs, "dynamic_img_size": True}} if config.name != "run" else {}
-    )
+    changes: dict = {}
+    if config.name not in ("run", DETECTOR):
+        changes["kwargs"] = {**config.kwargs, "dynamic_img_size": True}
     if size:
         changes["image_size"] = size
     teacher = build_teacher(
@@ -224,9 +224,10 @@ def parse_model(text: str) -> TeacherConfig:
     if Path(name).is_dir():
         return TeacherConfig(name="run", role="classification", checkpoint=name, block=block)
     random = checkpoint == "random"
+    role = "clip" if "clip" in name and "_ft_" not in name else "classification"
     return TeacherConfig(
         name=name,
-        role="clip" if "clip" in name and "_ft_" not in name else "classification",
+        role="detector" if name == DETECTOR else role,
         checkpoint=None if random else checkpoint or None,
         pretrained=not random,
         block=block,

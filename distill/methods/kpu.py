@@ -113,6 +113,7 @@ class KPU(Method):
 
     Config = Config
     train_only = ("t2s", "rec", "famo")
+    several_maps = True
     shards = False
 
     def __init__(

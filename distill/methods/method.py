@@ -80,6 +80,8 @@ class Method(nn.Module):
     ships_averaged: bool = False
     """Whether `student.safetensors` holds the weights of `averaged`, and `ema.safetensors` the
     student's."""
+    several_maps: bool = False
+    """Whether it learns from teachers with maps of several sizes, as detectors have."""
     shards: bool = True
     """Whether FSDP2 may shard it; False for a method whose momentum network follows its weights."""
 
@@ -93,6 +95,12 @@ class Method(nn.Module):
         """
         if not recipe.teachers:
             raise UserError("teachers: no teachers: list at least one (name, role)")
+        for number, teacher in enumerate(recipe.teachers):
+            if teacher.role == "detector" and not cls.several_maps:
+                raise UserError(
+                    f"teachers.{number}.role = detector: method {recipe.method} takes one map of a "
+                    "teacher, and a detector has three: set method=kpu, or remove it"
+                )
         return recipe
 
     def warnings(self, values: Mapping[str, float]) -> list[str]:

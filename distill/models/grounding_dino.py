@@ -1,5 +1,5 @@
-"""GroundingDINO (ECCV 2024) as transformers has it, in the parts that a distilled student meets: the
-maps of its image backbone, its text tower, and the rest, from maps and text to boxes.
+"""GroundingDINO (ECCV 2024) as transformers has it, in the parts that a distilled student meets:
+the maps of its image backbone, its text tower, and the rest, from maps and text to boxes.
 
 KPU's student predicts the maps, so that the rest detects objects by their names in a student's
 features as it does in its own.
@@ -68,7 +68,9 @@ def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
 
 
 def import_transformers(field: str):
-    """transformers, with its progress bars off; raises UserError that names the extra without it."""
+    """transformers, with its progress bars off; without it raises UserError that names the
+    extra.
+    """
     try:
         import transformers
     except ImportError as error:

@@ -1,5 +1,5 @@
-"""Frozen teachers: any timm model, or an earlier student, giving `Features` from the shared uint8
-crop.
+"""Frozen teachers: any timm model, an earlier student, or a detector's backbone, giving `Features`
+from the shared uint8 crop.
 
 To add a teacher, name it in a recipe. To support a new kind of network, see
 `Teacher.encode`.
@@ -12,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from contract.errors import UserError
-from distill.config import TeacherConfig, TeacherRuntime
+from distill.config import DETECTOR, TeacherConfig, TeacherRuntime
 from distill.features import FeatureDims, Features
 from distill.models.preprocess import Preprocess
 from distill.models.student import nearest_multiples, patch_size
 from distill.models.weights import tensors_sha256
+from distill.teachers.grounding_dino import (
+    MEAN,
+    SIZE,
+    STD,
+    DetectorBackbone,
+    build_detector_backbone,
+)
 from distill.teachers.packaged import PACKAGE, describe_package
 from distill.teachers.run import StudentNet
 from distill.teachers.timm import build_timm_teacher
@@ -97,7 +104,7 @@ class Teacher(nn.Module):
         network with neither.
         """
         net = self.net
-        if isinstance(net, StudentNet):
+        if isinstance(net, StudentNet | DetectorBackbone):
             return net(pixels)
         output = (
             self.tokens_of_block(pixels)
@@ -172,6 +179,9 @@ def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) ->
             )
         student = net.recipe.student
         size, mean, std, patch = student.image_size, student.mean, student.std, net.student.stride
+    elif config.name == DETECTOR:
+        net = build_detector_backbone(config, index)
+        size, mean, std, patch = SIZE, MEAN, STD, None
     else:
         net, (size, mean, std), patch = build_timm_teacher(config, index)
     size = config.image_size or size
@@ -195,6 +205,9 @@ def weights_source(config: TeacherConfig) -> str:
     """Where a teacher's weights come from, in a few words, without loading them."""
     if config.name == "run":
         return f"run folder {config.checkpoint}"
+    if config.name == DETECTOR and config.checkpoint:
+        place = "folder" if Path(config.checkpoint).is_dir() else "Hugging Face hub,"
+        return f"{place} {config.checkpoint}"
     if config.checkpoint and config.checkpoint.startswith(PACKAGE):
         return describe_package(config.checkpoint.removeprefix(PACKAGE))
     if config.checkpoint:

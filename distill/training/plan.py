@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract.errors import UserError
-from distill.config import Recipe, TeacherConfig
+from distill.config import DETECTOR, Recipe, TeacherConfig
 from distill.data.batches import check_batch_size
 from distill.data.crops import view_of
 from distill.data.pictures import open_pictures
@@ -23,6 +23,7 @@ from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
 from distill.models.meta import building
 from distill.teachers import Teacher, build_teacher, weights_source
+from distill.teachers.grounding_dino import architecture
 from distill.training.schedule import Schedule, resolve_views
 
 _GIGA = 1e9
@@ -61,7 +62,10 @@ def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
     """
     if config.name == "run":
         return build_teacher(config, recipe.teacher_runtime, index)
-    bare = config.model_copy(update={"checkpoint": None, "pretrained": False})
+    changes: dict = {"checkpoint": None, "pretrained": False}
+    if config.name == DETECTOR:
+        changes["kwargs"] = architecture(config, index)
+    bare = config.model_copy(update=changes)
     with building():
         return build_teacher(
             bare, recipe.teacher_runtime.model_copy(update={"compile": False}), index
@@ -298,8 +302,8 @@ def _print_memory(
     teachers: list[Teacher],
     world: int,
 ) -> None:
-    """Print an estimate of device memory on each of `world` ranks, as if every stream had the
-    largest batch.
+    """Print an estimate of device memory on each of `world` ranks. What is kept of one picture of
+    every stream is shared out by their pixels.
     """
     train = recipe.train
     trainable = sum(part.trainable for part in cost.parts)
@@ -310,13 +314,22 @@ def _print_memory(
     # a momentum network has weights alone, and so has the average of all
     copies = held - trainable + (held if train.ema_decay else 0)
     state = (trainable * 16 + copies * 4) / shards / _GIGA
-    micro = max(1, max(schedule.batch_sizes.values()) // (world * train.accumulate))
+    pixels = dict.fromkeys(schedule.batch_sizes, 0)
+    for view in schedule.views:
+        pixels[view.stream] += view.crops * view.size**2
+    images = {
+        stream: max(1, size // (world * train.accumulate))
+        for stream, size in schedule.batch_sizes.items()
+    }
+    kept = cost.activation_bytes / sum(pixels.values())
     half = train.precision != "fp32"
-    activations = micro * cost.activation_bytes * (0.6 if half else 1.0) / _GIGA
+    activations = sum(kept * pixels[stream] * count for stream, count in images.items())
+    activations *= (0.6 if half else 1.0) / _GIGA
     total = state + frozen * 4 / _GIGA + activations
     console.print(
         f"memory       about {total:.1f} GB a rank: {state:.1f} weights, gradients and moments, "
-        f"{frozen * 4 / _GIGA:.1f} teachers, {activations:.1f} activations of {micro} images "
+        f"{frozen * 4 / _GIGA:.1f} teachers, {activations:.1f} activations of "
+        f"{sum(images.values())} images "
         f"({world} rank{'s' if world > 1 else ''}"
         f"{', autocast keeps some in fp32' if half else ''})"
     )

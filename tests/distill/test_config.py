@@ -66,7 +66,7 @@ SEFA = {
 }
 """Student, teachers and the paper's figure of SeFA's rows."""
 
-KPU = ["kpu_vit_base_clip"]
+KPU = ["kpu_vit_base", "kpu_vit_base_clip", "kpu_vit_base_grounding_dino"]
 PAPER = [*SEFA, *UMT, *KPU]
 SHIPPED = ["quickstart", *PAPER]
 
@@ -406,7 +406,7 @@ MISTAKES = [
     ("teachers.0=mae", 'teachers.0 = "mae": Input should be a mapping of keys'),
     (
         "teachers.1.role=mea",
-        "teachers.1.role = \"mea\": Input should be 'classification', 'clip', 'mae' or 'dino'",
+        "teachers.1.role = \"mea\": Input should be 'classification', 'clip', 'mae', 'dino' or",
     ),
     ("teachers.0.alias=My-Name", 'teachers.0.alias = "My-Name": String should match pattern'),
     ("teachers.0.alias=backbone", "teachers: 'backbone' names the student's own outputs"),
@@ -539,7 +539,8 @@ def test_every_key_is_listed_with_type_default_and_meaning():
         Recipe.model_fields["train"].annotation.model_fields["lr"].description,
     ]
     assert rows["umt.space_dim"][:2] == ["int | auto | student", "auto"]
-    assert rows["teachers.N.role"][:2] == ["classification | clip | mae | dino", "required"]
+    roles = "classification | clip | mae | dino | detector"
+    assert rows["teachers.N.role"][:2] == [roles, "required"]
     assert rows["data.crop_scale"][:2] == ["[float, float]", "[0.08, 1.0]"]
     assert rows["train.steps"][:2] == ["int | null", "null"]
     listed = describe_recipes()

@@ -18,7 +18,7 @@ from distill.models.meta import building
 from distill.models.vit_adapter import ViTAdapter
 from distill.recipe_io import load_recipe, make_recipe
 from distill.runs import load_run
-from distill.tiny import tiny
+from distill.tiny import SWIN, tiny
 from distill.training.checkpoint import load_checkpoint
 from distill.training.plan import print_plan
 from tests.conftest import command, kill_after, metrics_of, run_here, small_recipe
@@ -30,7 +30,7 @@ VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
 def kpu_recipe(photos: Path, **changes: object) -> dict:
-    """CLIP-like and detector-like teachers with batches and sizes of their own."""
+    """CLIP-like and detector teachers with batches and sizes of their own."""
     teachers = [
         {
             "name": "vit_tiny_patch16_224",
@@ -41,12 +41,11 @@ def kpu_recipe(photos: Path, **changes: object) -> dict:
             "batch_size": 4,
         },
         {
-            "name": "resnet10t",
-            "role": "classification",
-            "alias": "detector",
+            "name": "grounding_dino",
+            "role": "detector",
             "pretrained": False,
+            "kwargs": SWIN,
             "image_size": 96,
-            "summary": False,
             "batch_size": 2,
         },
     ]
@@ -356,10 +355,18 @@ def test_teachers_without_a_batch_of_their_own_share_one_view(photo_folder):
     }
 
 
+def with_detector(folder: Path, photos: Path, **changes: object) -> dict:
+    """The recipe above with the weights of a detector's checkpoint."""
+    recipe = kpu_recipe(photos, kpu={"weighting": "famo"}, **changes)
+    del recipe["teachers"][1]["kwargs"], recipe["teachers"][1]["pretrained"]
+    recipe["teachers"][1]["checkpoint"] = str(folder)
+    return recipe
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, photo_folder) -> Path:
+def trained(tmp_path_factory, photo_folder, tiny_detector) -> Path:
     folder = tmp_path_factory.mktemp("kpu")
-    recipe = kpu_recipe(photo_folder, kpu={"weighting": "famo"})
+    recipe = with_detector(tiny_detector, photo_folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     done = run_here(folder / "recipe.yaml", "--output", folder / "run")
     assert done.returncode == 0, done.stderr
@@ -375,7 +382,8 @@ def test_a_run_logs_its_losses_and_ships_no_translators_into_the_student(trained
     assert not any(name.startswith(("t2s.", "rec.", "famo.")) for name in names)
     deployment = run.method.deploy()
     assert deployment.shipped["clip"].reads == ("maps.16", "summary")
-    assert deployment.shipped["detector"].reads == ("maps.32",)
+    detector = deployment.shipped["detector"]
+    assert detector.reads == ("maps.8", "maps.16", "maps.32") and detector.strides == (8, 16, 32)
     outputs = deployment(torch.rand(1, 3, 56, 70))
     assert [tuple(level.shape[1:3]) for level in outputs["backbone"].maps] == [
         (14, 18),
@@ -385,12 +393,16 @@ def test_a_run_logs_its_losses_and_ships_no_translators_into_the_student(trained
     ]
     assert outputs["clip"].token.shape == (1, 24) and outputs["clip"].patches.shape[1:3] == (4, 5)
     assert outputs["detector"].token is None
+    levels = (outputs["detector"].patches, *outputs["detector"].maps)
+    assert [tuple(level.shape[1:]) for level in levels] == [(7, 9, 32), (4, 5, 64), (2, 3, 128)]
 
 
 def test_the_sentinel_is_as_it_was(trained, photo_folder):
     first = load_checkpoint(trained / "checkpoint")
     assert not any(name.startswith("student.net") for name in first["optimizer"]["state"])
-    recipe, dims = make_recipe(kpu_recipe(photo_folder)), load_run(trained).dims
+    dims = load_run(trained).dims
+    assert dims == {"clip": FeatureDims(24, 32), "detector": FeatureDims(None, 32, (64, 128))}
+    recipe = make_recipe(kpu_recipe(photo_folder))
     torch.manual_seed(0)
     fresh = build_method(recipe, dims).state_dict()
     names = [name for name in fresh if name.startswith("student.net.")]
@@ -432,16 +444,15 @@ def test_other_settings_train_too(changes, tmp_path, photo_folder):
     assert done.returncode == 0, done.stderr
     assert all(row["skipped_steps"] == 0 for row in metrics_of(tmp_path / "run"))
     reads = [head.reads for head in load_run(tmp_path / "run").method.deploy().shipped.values()]
-    whole = [("maps.16", "summary"), ("maps.32",)]
+    whole = [("maps.16", "summary"), ("maps.8", "maps.16", "maps.32")]
     alone = [("patches", "summary"), ("patches",)]
     assert reads == (whole if changes["kpu"].get("preserve", True) else alone)
 
 
 @pytest.mark.slow
-def test_killed_it_resumes_bit_identically(trained, tmp_path, photo_folder):
-    recipe = kpu_recipe(
-        photo_folder, kpu={"weighting": "famo"}, checkpoint={"every_steps": 1, "keep": 50}
-    )
+def test_killed_it_resumes_bit_identically(trained, tmp_path, photo_folder, tiny_detector):
+    every_step = {"every_steps": 1, "keep": 50}
+    recipe = with_detector(tiny_detector, photo_folder, checkpoint=every_step)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     out = tmp_path / "run"
     kill_after(2, out, command(tmp_path / "recipe.yaml", "--output", out))
