@@ -48,16 +48,18 @@ def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
             config=config,
             use_safetensors=True,
             local_files_only=folder.is_dir(),
+            ignore_mismatched_sizes=True,  # refused below, with their names
             output_loading_info=True,
             dtype=torch.float32,
         )
-    except Exception as error:  # of the hub, of safetensors, and of shapes that do not fit
+    except Exception as error:  # the hub, safetensors and transformers raise errors of many kinds
         raise UserError(
             f"{field} = {source}: its weights cannot be loaded ({first_line(error)})"
         ) from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         # a buffer in files of old releases
-        names = [str(name) for name in loaded[kind] if not str(name).endswith("position_ids")]
+        names = [name[0] if kind == "mismatched_keys" else name for name in loaded[kind]]
+        names = [name for name in names if not name.endswith("position_ids")]
         if names:
             raise UserError(
                 f"{field} = {source}: its weights do not fit its config.json ({len(names)} "
@@ -68,8 +70,8 @@ def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
 
 
 def import_transformers(field: str):
-    """transformers, with its progress bars off; without it raises UserError that names the
-    extra.
+    """transformers, without its progress bars and warnings; raises UserError that names the extra
+    where it is missing.
     """
     try:
         import transformers
@@ -78,6 +80,8 @@ def import_transformers(field: str):
             f"{field}: GroundingDINO needs transformers: pip install 'vfm-distill[detection]'"
         ) from error
     transformers.utils.logging.disable_progress_bar()
+    # what does not fit is refused in a line, not shown in a table
+    transformers.utils.logging.set_verbosity_error()
     return transformers
 
 
@@ -130,6 +134,7 @@ def _check_config(config: "GroundingDinoConfig", name: str) -> None:
         "backbone_config.model_type": (config.backbone_config.model_type, "swin"),
         "text_config.model_type": (config.text_config.model_type, "bert"),
         "two_stage": (config.two_stage, True),
+        "embedding_init_target": (config.embedding_init_target, True),
     }
     for key, (value, needed) in parts.items():
         if value != needed:
@@ -225,9 +230,9 @@ class DetectorRest(nn.Module):
             **geometry,
         )
         vision, text = encoded.last_hidden_state_vision, encoded.last_hidden_state_text
-        queries, reference = self._queries(vision, text, text_mask, padded, shapes)
+        reference = self._propose(vision, text, text_mask, padded, shapes)
         decoded = self.core.decoder(
-            inputs_embeds=queries,
+            inputs_embeds=self.core.query_position_embeddings.weight.expand(len(vision), -1, -1),
             vision_encoder_hidden_states=vision,
             vision_encoder_attention_mask=~padded,
             text_encoder_hidden_states=text,
@@ -249,27 +254,23 @@ class DetectorRest(nn.Module):
             levels.append(project[number](maps[-1] if number == len(maps) else levels[-1]))
         return levels
 
-    def _queries(
+    def _propose(
         self,
         vision: Tensor,
         text: Tensor,
         text_mask: Tensor,
         padded: Tensor,
         shapes: list[tuple[int, int]],
-    ) -> tuple[Tensor, Tensor]:
-        """The decoder's queries [B, queries, d] and their boxes, at the positions that agree most
-        with any word.
+    ) -> Tensor:
+        """Boxes [B, queries, 4] that the decoder starts from: those of the positions that agree
+        most with any word.
         """
         core = self.core
         embedded, proposals = core.generate_encoder_output_proposals(vision, padded, shapes)
         scores = core.encoder_output_class_embed(embedded, text, text_mask).amax(-1)
         best = scores.topk(core.config.num_queries, dim=1).indices.unsqueeze(-1)
         boxes = core.encoder_output_bbox_embed(embedded) + proposals
-        if core.config.embedding_init_target:
-            queries = core.query_position_embeddings.weight.expand(len(vision), -1, -1)
-        else:
-            queries = embedded.gather(1, best.expand(-1, -1, embedded.shape[-1]))
-        return queries, boxes.gather(1, best.expand(-1, -1, 4)).sigmoid()
+        return boxes.gather(1, best.expand(-1, -1, 4)).sigmoid()
 
 
 def _without(module: nn.Module, *names: str) -> nn.Module:
