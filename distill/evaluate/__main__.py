@@ -46,6 +46,7 @@ NAMES = (
     "zero-shot",
     "segmentation",
     "depth",
+    "detection",
     "retrieval",
     "video",
     "robustness",
@@ -63,6 +64,7 @@ data layouts of --data ROOT (ROOT/classification, ROOT/dense, … come first):
   dense           {train,val}/{images,masks,depth}/*
                   images/{training,validation}/* with annotations/… (ADE20K)
                   {train,test}/SCENE/rgb_*.jpg with sync_depth_*.png (NYUv2)
+  detection       annotations/instances_val2017.json, val2017/*.jpg (COCO)
   retrieval       gnd_*.pkl or gnd_*.json, jpg/NAME.jpg (revisited Oxford and
                   Paris)
   video           JPEGImages/480p/SEQ/*.jpg, Annotations/480p/SEQ/*.png,
@@ -190,6 +192,7 @@ def evaluate(
     logging.getLogger("timm").setLevel(logging.WARNING)
 
     from distill.evaluate.cast import open_rows
+    from distill.evaluate.outcome import NotApplicable
     from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
     from distill.evaluate.tasks import Context
 
@@ -216,11 +219,18 @@ def evaluate(
             context = contexts.setdefault(
                 roots[task], Context(row.encoder, roots[task], config, output / "cache", row.folder)
             )
-            outcome = TASKS[task].run(context)
+            try:
+                outcome = TASKS[task].run(context)
+            except NotApplicable as error:
+                if not row.optional:
+                    raise
+                logging.info("left out  %s, %s: %s", row.name, task, error)
+                continue
             about["network"] = context.binding | {"device": str(row.encoder.device)}
             # after every task, so that an interrupted evaluation keeps its results so far
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)
             results[row.name][task] = outcome
+    results = {name: outcomes for name, outcomes in results.items() if outcomes}
     picture = draw_scores(output / "scores.png", results)
     print_table(results)
     for outcomes in results.values():

@@ -19,6 +19,8 @@ class Row:
     name: str
     encoder: Encoder
     folder: Path
+    optional: bool = False
+    """Whether it goes without the tasks that it has no output for: a teacher of the run."""
 
 
 def open_rows(
@@ -58,6 +60,7 @@ def open_rows(
                     f"teacher {config.label} ({config.name})",
                     encoder,
                     output / f"teacher-{config.label}",
+                    optional=True,
                 )
             )
     else:

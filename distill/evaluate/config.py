@@ -160,6 +160,22 @@ class DepthConfig(Section):
     )
 
 
+class DetectionConfig(Section):
+    """Zero-shot detection by the decoder of the detector that taught a student (COCO, AP)."""
+
+    checkpoint: str | None = Field(
+        None,
+        description="folder of the detector, or its name on the Hugging Face hub; default: the one "
+        "of the run's recipe",
+    )
+    annotations: str | None = Field(
+        None, description="file in annotations/; default: the only one, or that of val"
+    )
+    size: Positive = Field(800, description="shorter side in pixels; rounded to a student's stride")
+    top: Positive = Field(300, description="boxes of a picture that are scored")
+    threshold: _Share = Field(0.25, description="lowest score of the boxes in the picture drawn")
+
+
 class RetrievalConfig(Section):
     size: Positive = Field(
         224, description="square input in pixels; rounded to the network's stride"
@@ -208,6 +224,7 @@ class EvaluationConfig(Section):
     dense: DenseConfig = Field(default_factory=DenseConfig)
     segmentation: SegmentationConfig = Field(default_factory=SegmentationConfig)
     depth: DepthConfig = Field(default_factory=DepthConfig)
+    detection: DetectionConfig = Field(default_factory=DetectionConfig)
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     video: VideoConfig = Field(default_factory=VideoConfig)
     robustness: RobustnessConfig = Field(default_factory=RobustnessConfig)

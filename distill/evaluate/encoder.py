@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from contract.errors import UserError
 from distill.config import DETECTOR, TeacherConfig, TeacherRuntime
+from distill.evaluate.outcome import NotApplicable
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import BACKBONE, Deployment
 from distill.models.student import Layer, dpt_layers, map_stride, patch_size
@@ -22,7 +23,8 @@ from distill.teachers.run import StudentNet
 
 
 class Encoder(nn.Module):
-    """Frozen, in eval mode: uint8 images in, `Features` out, whatever stands behind.
+    """Frozen, in eval mode: uint8 images in, `Features` out, whatever stands behind. `detector` is
+    the teacher whose maps `detector_maps` gives, None without one.
 
     `name` is the row's name in tables, `read_out` the column of the student that is read
     ("backbone" for teachers), `image_size` the side it was trained at, `stride` the pixels per
@@ -34,6 +36,7 @@ class Encoder(nn.Module):
     image_size: int
     stride: int
     dims: FeatureDims
+    detector: TeacherConfig | None = None
 
     def forward(self, images: Tensor) -> Features:
         """Features of uint8 images [B, 3, H, W], H and W multiples of `stride`, as float32."""
@@ -79,10 +82,16 @@ class Encoder(nn.Module):
     def _layers(self, pixels: Tensor) -> tuple[object, list[Layer]]:
         raise NotImplementedError
 
+    def detector_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps of `detector`, or what a student predicts of them, finest first [B, h_l, w_l, d_l],
+        as float32.
+        """
+        raise NotImplementedError
+
     def need_summary(self, what: str) -> None:
-        """Raise UserError where the network has no image-level vector, which `what` reads."""
+        """Raise NotApplicable where the network has no image-level vector, which `what` reads."""
         if self.dims.summary is None:
-            raise UserError(
+            raise NotApplicable(
                 f"{self.name}: '{self.read_out}' has no image-level vector, which {what} needs: "
                 "choose a task on patches (segmentation, depth, video) or other --features"
             )
@@ -135,6 +144,12 @@ class RunEncoder(Encoder):
         self.dims = run.dims[read_out] if heads else FeatureDims(width, width)
         student = run.recipe.student
         self.settings = {"student": student.name, "kwargs": student.kwargs}
+        for teacher in run.recipe.teachers:
+            if teacher.role == "detector" and read_out in (BACKBONE, teacher.label):
+                self.detector, label = teacher, teacher.label
+                self.predictor = Deployment(
+                    whole.preprocess, whole.student, whole.coupling, {label: whole.shipped[label]}
+                )
 
     @property
     def net(self) -> nn.Module:
@@ -147,6 +162,10 @@ class RunEncoder(Encoder):
         if self.dims.summary is None:  # the head of a teacher without
             summary = None
         return Features(summary, result.patches).map(Tensor.float)
+
+    def detector_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        predicted = self.predictor(images.float().div(255))[self.detector.label]
+        return tuple(level.float() for level in (predicted.patches, *predicted.maps))
 
     def _layers(self, pixels: Tensor) -> tuple[Features, list[Layer]]:
         return self.deployment.student.layers(pixels)
@@ -167,6 +186,7 @@ class TeacherEncoder(Encoder):
             self.net, teacher.image_size, teacher.grid[0]
         )
         config = teacher.config
+        self.detector = config if config.name == DETECTOR else None
         self.settings = {
             "model": config.name,
             "role": config.role,
@@ -181,6 +201,10 @@ class TeacherEncoder(Encoder):
 
     def forward(self, images: Tensor) -> Features:
         return self.teacher.encode(self.normalize(images)).map(Tensor.float)
+
+    def detector_maps(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self(images)
+        return features.patches, *features.maps
 
     def _layers(self, pixels: Tensor) -> tuple[object, list[Layer]]:
         if isinstance(self.teacher.net, StudentNet):

@@ -6,6 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from contract.errors import UserError
+
+
+class NotApplicable(UserError):
+    """What a network has no output for: a teacher of a run goes without, the model itself is
+    refused.
+    """
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -1,5 +1,6 @@
-"""Figures of dense tasks: photograph, truth, prediction."""
+"""Figures of dense tasks and of detection: photograph, truth, prediction."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -7,7 +8,10 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from PIL import Image
 
+from contract.detection import Detections
+from distill.evaluate.boxes import Boxes
 from distill.figures import save_figure
 
 
@@ -47,6 +51,37 @@ def depth_figure(
         shown = line[2].imshow(metres, vmin=low, vmax=high, cmap="magma_r")
         figure.colorbar(shown, ax=line[2], shrink=0.8)
     return save_figure(figure, path)
+
+
+def boxes_figure(
+    path: Path,
+    rows: list[tuple[Image.Image, Boxes, Detections]],
+    classes: Sequence[str],
+    threshold: float,
+) -> Path:
+    """Photographs with the true boxes, and with those detected whose score exceeds the
+    threshold.
+    """
+    figure, axes = _grid(rows, ("truth", f"detected, score above {threshold:g}"))
+    colours = _palette(len(classes))
+    for line, (picture, truth, result) in zip(axes, rows, strict=True):
+        for axis in line:
+            axis.imshow(np.asarray(picture))
+        for edges, label in zip(truth.edges, truth.labels, strict=True):
+            _draw_box(line[0], edges, colours[label], classes[label])
+        kept = result.scores > threshold
+        detected = result.boxes[kept] * np.array(picture.size * 2)
+        for edges, label, score in zip(
+            detected, result.labels[kept], result.scores[kept], strict=True
+        ):
+            _draw_box(line[1], edges, colours[label], f"{classes[label]} {score:.2f}")
+    return save_figure(figure, path)
+
+
+def _draw_box(axis: plt.Axes, edges: np.ndarray, colour: np.ndarray, text: str) -> None:
+    left, upper, right, lower = edges
+    axis.plot([left, right, right, left, left], [upper, upper, lower, lower, upper], color=colour)
+    axis.text(left, upper, text, fontsize=7, va="bottom", color=colour, clip_on=True)
 
 
 def _grid(rows: list, titles: tuple[str, ...]) -> tuple[plt.Figure, np.ndarray]:

@@ -11,6 +11,7 @@ import torch
 
 from distill.evaluate import (
     depth,
+    detection,
     finetune,
     knn,
     linear_probe,
@@ -82,6 +83,10 @@ def _run_segmentation(c: Context) -> Outcome:
 
 def _run_depth(c: Context) -> Outcome:
     return depth.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
+
+
+def _run_detection(c: Context) -> Outcome:
+    return detection.evaluate(c.encoder, c.data, c.config, c.folder)
 
 
 def _run_transfer(c: Context) -> Outcome:
@@ -165,6 +170,7 @@ TASKS: dict[str, _Task] = {
     "zero-shot": _Task(_run_zero_shot, ("top1",), "nearest class embedding"),
     "segmentation": _Task(_run_segmentation, ("mIoU",), "linear head on patches, mIoU"),
     "depth": _Task(_run_depth, ("rmse", "delta1"), "linear or DPT head, RMSE in metres"),
+    "detection": _Task(_run_detection, ("AP", "AP50", "AP75"), "zero-shot boxes, COCO's AP"),
     "retrieval": _Task(_run_retrieval, ("mAP medium", "mAP hard"), "revisited Oxford and Paris"),
     "video": _Task(_run_video, ("J&F",), "DAVIS-2017 label propagation"),
     "robustness": _Task(_run_robustness, (), "ImageNet-A, -R, -V2, -C and -9"),
