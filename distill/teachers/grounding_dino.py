@@ -80,13 +80,19 @@ def build_detector_backbone(config: TeacherConfig, index: int) -> DetectorBackbo
             f"use {', '.join(_SHAPE)}"
         )
     try:
+        swin = transformers.SwinConfig(**{**config.kwargs, "out_indices": [2, 3, 4]})
+        for stage, heads in enumerate(swin.num_heads):
+            if swin.embed_dim * 2**stage % heads:
+                raise ValueError(
+                    f"{heads} heads do not divide {swin.embed_dim * 2**stage} channels"
+                )
         # Random weights are the same in every process, as of timm's networks
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(index)
-            swin = transformers.SwinConfig(**{**config.kwargs, "out_indices": [2, 3, 4]})
             return DetectorBackbone(transformers.SwinBackbone(swin))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"teachers.{index}.kwargs = {config.kwargs}: {error}") from error
+    except Exception as error:  # of a validator's many kinds
+        reason = " ".join(str(error).split())
+        raise UserError(f"teachers.{index}.kwargs = {config.kwargs}: {reason}") from error
 
 
 def architecture(config: TeacherConfig, index: int) -> dict[str, Any]:

@@ -363,15 +363,21 @@ def with_detector(folder: Path, photos: Path, **changes: object) -> dict:
     return recipe
 
 
+def train_with_detector(made_once, photos: Path, detector: Path) -> Path:
+    """A run of that recipe, once for all tests."""
+
+    def make(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(with_detector(detector, photos)))
+        done = run_here(folder / "recipe.yaml", "--output", folder / "run")
+        assert done.returncode == 0, done.stderr
+        assert "the sentinel's weights are random" in done.stdout + done.stderr
+
+    return made_once("kpu", make) / "run"
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, photo_folder, tiny_detector) -> Path:
-    folder = tmp_path_factory.mktemp("kpu")
-    recipe = with_detector(tiny_detector, photo_folder)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    done = run_here(folder / "recipe.yaml", "--output", folder / "run")
-    assert done.returncode == 0, done.stderr
-    assert "the sentinel's weights are random" in done.stdout + done.stderr
-    return folder / "run"
+def trained(made_once, photo_folder, tiny_detector) -> Path:
+    return train_with_detector(made_once, photo_folder, tiny_detector)
 
 
 def test_a_run_logs_its_losses_and_ships_no_translators_into_the_student(trained):
