@@ -266,9 +266,8 @@ def named_encoder(text: str, size: int | None = None, index: int = 0) -> Encoder
         return teacher_encoder(parse_model(text), size, index, text.replace("/", "_"))
     except UserError as error:
         # a recipe's remedies do not fit a command line
-        reason = re.sub(rf"teachers\.{index}\.", "", str(error)).removeprefix(
-            "teacher 'classification': "
-        )
+        reason = re.sub(rf"teachers\.{index}\.", "", str(error))
+        reason = re.sub(r"^teacher '\w+': ", "", reason)
         if "cannot fetch" in reason:
             reason = reason.split("): set")[0] + "): give NAME@FILE, NAME@package:… or NAME@random"
         raise UserError(f"{text}: {reason}") from error

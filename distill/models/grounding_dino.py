@@ -7,9 +7,10 @@ features as it does in its own.
 
 import copy
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,12 @@ STRIDES = (8, 16, 32)
 """Of the maps C3 to C5 of its Swin Transformer, in pixels."""
 
 _KIND = "grounding-dino"
+
+_IGNORED = {"attn_implementation", "_attn_implementation", "auto_map", "quantization_config"}
+"""Keys of a `config.json` that say which code to run, which may be fetched from the hub."""
+
+_MOST_LAYERS = 100
+"""Of a stack in a plausible configuration; building a million would take hours."""
 
 
 def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
@@ -80,8 +87,9 @@ def import_transformers(field: str):
             f"{field}: GroundingDINO needs transformers: pip install 'vfm-distill[detection]'"
         ) from error
     transformers.utils.logging.disable_progress_bar()
-    # what does not fit is refused in a line, not shown in a table
+    # what does not fit or cannot be had is refused in one line, without tables and retries
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     return transformers
 
 
@@ -97,7 +105,7 @@ def read_config(source: str, field: str) -> "GroundingDinoConfig":
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{field} = {source}: config.json is damaged: {error}") from error
     elif Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(
@@ -109,8 +117,9 @@ def read_config(source: str, field: str) -> "GroundingDinoConfig":
             values, _ = transformers.PreTrainedConfig.get_config_dict(source)
         except Exception as error:  # the hub's clients raise errors of many kinds
             raise UserError(
-                f"{field} = {source}: cannot fetch its configuration ({first_line(error)}): name "
-                "a local folder with config.json and model.safetensors"
+                f"{field} = {source}: its config.json is not here, nor to be had from the Hugging "
+                f"Face hub ({first_line(error)}): name a local folder with config.json and "
+                "model.safetensors"
             ) from error
     kind = values.get("model_type") if isinstance(values, dict) else None
     if kind != _KIND:
@@ -119,13 +128,22 @@ def read_config(source: str, field: str) -> "GroundingDinoConfig":
             f"({_KIND!r})"
         )
     try:
-        config = transformers.GroundingDinoConfig.from_dict(values)
+        config = transformers.GroundingDinoConfig.from_dict(_plain(values))
     except Exception as error:  # of a validator's many kinds
         raise UserError(
             f"{field} = {source}: its config.json is not valid ({first_line(error)})"
         ) from error
     _check_config(config, f"{field} = {source}")
     return config
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, and those inside it, without the keys that are ignored."""
+    return {
+        key: _plain(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in _IGNORED
+    }
 
 
 def _check_config(config: "GroundingDinoConfig", name: str) -> None:
@@ -139,11 +157,20 @@ def _check_config(config: "GroundingDinoConfig", name: str) -> None:
     for key, (value, needed) in parts.items():
         if value != needed:
             raise UserError(f"{name}: {key} = {value!r} is not supported, only {needed!r}")
+    swin = config.backbone_config
+    layers = max(
+        *swin.depths,
+        config.text_config.num_hidden_layers,
+        config.encoder_layers,
+        config.decoder_layers,
+    )
+    if layers > _MOST_LAYERS:
+        raise UserError(f"{name}: {layers} layers are not plausible (at most {_MOST_LAYERS})")
     stages = [f"stage{number}" for number in (2, 3, 4)]
-    if list(config.backbone_config.out_features) != stages:
+    if list(swin.out_features) != stages:
         raise UserError(
-            f"{name}: its backbone gives {config.backbone_config.out_features}, but the maps of "
-            f"{', '.join(stages)} are needed"
+            f"{name}: its backbone gives {swin.out_features}, but the maps of {', '.join(stages)} "
+            "are needed"
         )
 
 

@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from contract.errors import UserError
-from distill.models.grounding_dino import DetectorRest, TextSide, image_maps, load_detector
+from distill.models.grounding_dino import (
+    DetectorRest,
+    TextSide,
+    image_maps,
+    load_detector,
+    read_config,
+)
 
 pytestmark = pytest.mark.slow  # importing transformers takes seconds
 
@@ -93,6 +99,15 @@ BROKEN = {
         edit_config(text_config={"model_type": "roberta"}),
         ["text_config.model_type = 'roberta'"],
     ),
+    "other maps": (
+        edit_config(backbone_config={"model_type": "swin", "out_indices": [1, 2, 3]}),
+        ["stage1", "stage2, stage3, stage4 are needed"],
+    ),
+    "endless layers": (edit_config(encoder_layers=10**9), ["1000000000 layers"]),
+    "deep json": (
+        lambda f: (f / "config.json").write_text("[" * 100_000),
+        ["config.json is damaged"],
+    ),
     "a wrong value": (edit_config(num_queries="many"), ["config.json is not valid"]),
     "cut weights": (cut, ["cannot be loaded"]),
     "other shapes": (edit_config(d_model=64), ["mismatched", "bbox_embed.0"]),
@@ -114,6 +129,18 @@ def test_another_or_a_broken_checkpoint_is_refused_in_one_line(case, tiny_detect
     message = str(raised.value)
     assert message.startswith(f"teachers.1.checkpoint = {folder}: ") and "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_a_checkpoint_cannot_ask_for_code_of_a_hub(tiny_detector, tmp_path):
+    folder = shutil.copytree(tiny_detector, tmp_path / "detector")
+    code = {"attn_implementation": "someone/kernel", "auto_map": {"AutoModel": "theirs.Model"}}
+    edit_config(
+        **code, text_config=load_detector(str(folder), "x").config.text_config.to_dict() | code
+    )(folder)
+    config = read_config(str(folder), "x")
+    for part in (config, config.text_config):
+        assert part._attn_implementation is None and not hasattr(part, "auto_map")
+    load_detector(str(folder), "x")
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
