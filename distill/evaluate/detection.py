@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from contract.detection import Detections, TextInputs, detections, read_tokenizer, text_inputs
 from contract.errors import UserError, first_line
 from distill.evaluate.boxes import BoxedPictures, open_boxes
-from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.config import DetectionConfig, EvaluationConfig, ExtractConfig
 from distill.evaluate.encoder import Encoder, RunEncoder
+from distill.evaluate.extract import cast, precision_on
 from distill.evaluate.outcome import NotApplicable, Outcome
 from distill.evaluate.pictures import boxes_figure
 from distill.features import resize_map
@@ -72,7 +73,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     numbers = range(len(pictures))
     for number in track(numbers, description="pictures", disable=not sys.stdout.isatty()):
         picture = pictures.picture(number)
-        result = detector.detect(encoder, picture, settings.size, settings.top)
+        result = detector.detect(encoder, picture, settings, config.extract)
         results.append(result)
         if len(shown) < _SHOWN:
             shown.append((picture, pictures.boxes[number], result))
@@ -109,17 +110,25 @@ class Detector(nn.Module):
         self.rest = DetectorRest(model)
 
     @torch.inference_mode()
-    def detect(self, encoder: Encoder, picture: Image.Image, size: int, top: int) -> Detections:
-        """The `top` best boxes in a picture whose shorter side becomes `size` pixels."""
+    def detect(
+        self,
+        encoder: Encoder,
+        picture: Image.Image,
+        settings: DetectionConfig,
+        extract: ExtractConfig,
+    ) -> Detections:
+        """The best boxes in a picture; the encoder runs in the precision of `extract`, the detector
+        in float32.
+        """
         # a detector takes any size, a student multiples of its patch
         unit = encoder.stride if isinstance(encoder, RunEncoder) else 1
-        width, height = fitted(*picture.size, size, unit)
+        width, height = fitted(*picture.size, settings.size, unit)
         pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
         images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).to(encoder.device)
-        logits, boxes = self(encoder.detector_maps(images), (height, width))
-        return detections(
-            logits[0].float().cpu().numpy(), boxes[0].float().cpu().numpy(), self.label_map, top
-        )
+        with cast(encoder.device, precision_on(encoder.device, extract)):
+            maps = encoder.detector_maps(images)
+        logits, boxes = (values[0].cpu().numpy() for values in self(maps, (height, width)))
+        return detections(logits, boxes, self.label_map, settings.top)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Logits [1, queries, 256] and boxes [1, queries, 4] from a picture's maps

@@ -11,7 +11,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -122,9 +122,7 @@ def extract(
     Raises UserError for features that are not finite or exceed float16, and for pictures that
     cannot be read.
     """
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if encoder.device.type == "cuda" else "fp32"
+    precision = precision_on(encoder.device, config)
     # summaries are small: with as few files as patches need, a GPU would wait for the disk's
     # confirmations
     size = config.shard_size if patches else _SUMMARIES_A_SHARD * config.shard_size
@@ -172,6 +170,20 @@ def extract(
     return result
 
 
+def precision_on(device: torch.device, config: ExtractConfig) -> str:
+    """`extract.precision`, with what `auto` means on a device."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def cast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Context in which a network runs in a precision."""
+    if precision not in AUTOCAST:
+        return nullcontext()
+    return torch.autocast(device.type, AUTOCAST[precision])
+
+
 def _batches(
     encoder: Encoder,
     views: Views,
@@ -204,12 +216,7 @@ def _batches(
     )
     for images in loader:
         # entered again for every batch: a mode held across a yield would leak into the caller
-        cast = (
-            torch.autocast(device.type, AUTOCAST[precision])
-            if precision in AUTOCAST
-            else nullcontext()
-        )
-        with torch.inference_mode(), cast:
+        with torch.inference_mode(), cast(device, precision):
             features = encoder(images.to(device, non_blocking=True))
             result = {kind: getattr(features, kind) for kind in kinds}
             bad = {kind: ~torch.isfinite(values).all() for kind, values in result.items()}
