@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from contract.detection import Detections, TextInputs, detections, read_tokenizer, text_inputs
 from contract.errors import UserError, first_line
 from distill.evaluate.boxes import BoxedPictures, open_boxes
-from distill.evaluate.config import DetectionConfig, EvaluationConfig, ExtractConfig
+from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.encoder import Encoder, RunEncoder
 from distill.evaluate.extract import cast, precision_on
 from distill.evaluate.outcome import NotApplicable, Outcome
@@ -69,11 +69,12 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     _need_library()
     pictures = open_boxes(data, settings.annotations)
     detector = Detector(source, pictures.classes, str(pictures.source)).to(encoder.device)
+    precision = precision_on(encoder.device, config.extract)
     results, shown = [], []
     numbers = range(len(pictures))
     for number in track(numbers, description="pictures", disable=not sys.stdout.isatty()):
         picture = pictures.picture(number)
-        result = detector.detect(encoder, picture, settings, config.extract)
+        result = detector.detect(encoder, picture, settings.size, settings.top, precision)
         results.append(result)
         if len(shown) < _SHOWN:
             shown.append((picture, pictures.boxes[number], result))
@@ -114,21 +115,22 @@ class Detector(nn.Module):
         self,
         encoder: Encoder,
         picture: Image.Image,
-        settings: DetectionConfig,
-        extract: ExtractConfig,
+        size: int,
+        top: int,
+        precision: str = "fp32",
     ) -> Detections:
-        """The best boxes in a picture; the encoder runs in the precision of `extract`, the detector
-        in float32.
+        """The `top` best boxes in a picture whose shorter side becomes `size` pixels. The encoder
+        runs in `precision`, the detector in float32.
         """
         # a detector takes any size, a student multiples of its patch
         unit = encoder.stride if isinstance(encoder, RunEncoder) else 1
-        width, height = fitted(*picture.size, settings.size, unit)
+        width, height = fitted(*picture.size, size, unit)
         pixels = np.array(picture.resize((width, height), Image.Resampling.BILINEAR))
         images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).to(encoder.device)
-        with cast(encoder.device, precision_on(encoder.device, extract)):
+        with cast(encoder.device, precision):
             maps = encoder.detector_maps(images)
         logits, boxes = (values[0].cpu().numpy() for values in self(maps, (height, width)))
-        return detections(logits, boxes, self.label_map, settings.top)
+        return detections(logits, boxes, self.label_map, top)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Logits [1, queries, 256] and boxes [1, queries, 4] from a picture's maps

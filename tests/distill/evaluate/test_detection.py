@@ -14,7 +14,7 @@ from contract.detection import Detections, detections
 from contract.errors import UserError
 from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.boxes import open_boxes
-from distill.evaluate.config import DetectionConfig, EvaluationConfig, ExtractConfig
+from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.detection import Detector, average_precision, fitted
 from distill.evaluate.detection import evaluate as evaluate_detection
 from distill.evaluate.encoder import RunEncoder, named_encoder
@@ -230,8 +230,7 @@ def test_a_detector_finds_what_its_whole_network_finds(data, tiny_detector):
     labels = ("person", "cat", "dog")
     encoder = named_encoder(f"grounding_dino@{tiny_detector}")
     picture = open_boxes(data).picture(0)
-    detector = Detector(str(tiny_detector), labels, "labels")
-    result = detector.detect(encoder, picture, DetectionConfig(size=90), ExtractConfig())
+    result = Detector(str(tiny_detector), labels, "labels").detect(encoder, picture, 90, 300)
     # the pictures have the size that they become, so that nothing is resampled
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
     pixels = (pixels - encoder.preprocess.mean) / encoder.preprocess.std
