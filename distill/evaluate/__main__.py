@@ -25,6 +25,8 @@ examples:
       --tasks segmentation dense.steps=80000
   python -m distill.evaluate runs/mine --data /data/nyu \\
       --tasks depth depth.head=dpt depth.crop=eigen
+  python -m distill.evaluate runs/kpu_vit_base --data /data/coco \\
+      --tasks detection --with-teachers
   python -m distill.evaluate vit_base_patch16_dinov3 --data /data/imagenet
   python -m distill.evaluate mobilenetv2_100@package:mobilenet-v2 \\
       --data runs/scenes --tasks knn
@@ -32,9 +34,10 @@ examples:
 
 MODEL is a run folder, or NAME[@CHECKPOINT][:BLOCK]: a timm name with weights
 from its hub, or from a file or package:NAME (@random: none), its features read
-after a block. Trained heads are written to RUN/heads for export (those of the
-first of --features; others below --output). Extracted features are kept and
-reused. distill.scenes draws data to try the tasks on.
+after a block; or grounding_dino@FOLDER, a detector. Trained heads are written
+to RUN/heads for export (those of the first of --features; others below
+--output). Extracted features are kept and reused. distill.scenes draws data to
+try the tasks on.
 Exit status: 0 done, 1 a failure, 2 a mistake in the command line or its input.
 """
 

@@ -2,12 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distill.evaluate.__main__ import main
 from distill.evaluate.config import ExtractConfig, KNNConfig, ProbeConfig
 from distill.evaluate.datasets import open_classes
+from distill.evaluate.detection import Detector
+from distill.evaluate.encoder import named_encoder
 from distill.evaluate.extract import CentreViews, extract
 from distill.evaluate.knn import knn_votes
 from distill.evaluate.linear_probe import train_sweep
@@ -41,6 +45,19 @@ def test_votes_and_probe_are_the_cpus():
         train_sweep(train.to(d), labels.to(d), 5, config, seed=0) for d in ("cpu", "cuda")
     )
     torch.testing.assert_close(there.weight.cpu(), here.weight, rtol=1e-2, atol=1e-3)
+
+
+def test_a_detector_finds_what_it_finds_on_a_cpu(tiny_detector, photo_folder):
+    encoder = named_encoder(f"grounding_dino@{tiny_detector}")
+    detector = Detector(str(tiny_detector), ("cat", "dog"), "labels")
+    picture = Image.open(next(photo_folder.rglob("*.jpg")))
+    found = []
+    for device in ("cpu", "cuda"):
+        # 20 boxes of two labels, which may change places where they score alike
+        result = detector.to(device).detect(encoder.to(device), picture, 96, 40)
+        found.append((np.sort(result.scores), np.sort(result.boxes, axis=0)))
+    for here, there in zip(*found, strict=True):
+        np.testing.assert_allclose(there, here, atol=2e-2)
 
 
 def test_the_command_runs_every_frozen_task_and_finetuning(scenes, tmp_path):
