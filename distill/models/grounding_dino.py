@@ -64,8 +64,8 @@ def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
             f"{field} = {source}: its weights cannot be loaded ({first_line(error)})"
         ) from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        # a buffer in files of old releases
         names = [name[0] if kind == "mismatched_keys" else name for name in loaded[kind]]
+        # files of old releases have that buffer
         names = [name for name in names if not name.endswith("position_ids")]
         if names:
             raise UserError(
