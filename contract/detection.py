@@ -109,12 +109,12 @@ def text_inputs(labels: Sequence[str], tokenizer: "Tokenizer") -> TextInputs:
         known[tuple(pieces)] = shown
         spans.append((len(ids), len(ids) + len(pieces)))
         ids += [*pieces, _STOP]
+        if len(ids) >= WINDOW:  # before more are read, however many there are
+            raise ValueError(
+                f"the {len(labels)} labels make more than {WINDOW} tokens, which are not "
+                "accepted: give fewer or shorter ones"
+            )
     ids.append(_END)
-    if len(ids) > WINDOW:
-        raise ValueError(
-            f"the {len(labels)} labels make {len(ids)} tokens, at most {WINDOW} are accepted: "
-            "give fewer or shorter ones"
-        )
     label_map = np.zeros((len(labels), len(ids)), np.float32)
     for row, (start, end) in zip(label_map, spans, strict=True):
         row[start:end] = 1 / (end - start)
@@ -158,14 +158,14 @@ def detections(
     """
     # 1 / (1 + exp(-x)) without overflow; tokens beyond the text are -inf
     probabilities = 0.5 * (1 + np.tanh(0.5 * logits[:, : label_map.shape[1]].astype(np.float64)))
-    scores = (probabilities @ label_map.T.astype(np.float64)).ravel()
+    scores = (probabilities @ label_map.T.astype(np.float64)).ravel().astype(np.float32)
     order = np.argsort(-scores, kind="stable")[:top]
-    order = order[scores[order] > threshold]
+    order = order[scores[order] > np.float32(threshold)]
     rows, labels = np.divmod(order, len(label_map))
     centres, sides = boxes[rows, :2].astype(np.float64), boxes[rows, 2:].astype(np.float64)
     edges = np.concatenate([centres - sides / 2, centres + sides / 2], axis=1)
     return Detections(
-        scores[order].astype(np.float32),
+        scores[order],
         labels.astype(np.int64),
         np.clip(edges, 0, 1).astype(np.float32),
     )

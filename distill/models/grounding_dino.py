@@ -244,7 +244,8 @@ class DetectorRest(nn.Module):
             "spatial_shapes": sizes,
             "spatial_shapes_list": shapes,
             "level_start_index": sizes.prod(1).cumsum(0) - sizes.prod(1),
-            "valid_ratios": tokens.new_ones(len(tokens), len(levels), 2),
+            # not len, which would fix the batch of exported graphs
+            "valid_ratios": tokens.new_ones(tokens.shape[0], len(levels), 2),
         }
         encoded = self.core.encoder(
             vision_features=tokens,
@@ -259,7 +260,9 @@ class DetectorRest(nn.Module):
         vision, text = encoded.last_hidden_state_vision, encoded.last_hidden_state_text
         reference = self._propose(vision, text, text_mask, padded, shapes)
         decoded = self.core.decoder(
-            inputs_embeds=self.core.query_position_embeddings.weight.expand(len(vision), -1, -1),
+            inputs_embeds=self.core.query_position_embeddings.weight.expand(
+                vision.shape[0], -1, -1
+            ),
             vision_encoder_hidden_states=vision,
             vision_encoder_attention_mask=~padded,
             text_encoder_hidden_states=text,
