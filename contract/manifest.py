@@ -13,16 +13,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 from pydantic_core import to_json
 
 from contract.engine_record import EngineRecord, Record, first_problem
 from contract.errors import UserError
 from contract.files import file_sha256, write_atomically
+from contract.signature import DETECTOR, TEXT_DETECTOR
 
-FORMAT = 4
+FORMAT = 5
 """Version of the schema. 2: types of each graph's weights, engines' records. 4: a teacher may have
-no token. Raise it with a named `_upgrade_` function when the schema changes.
+no token. 5: a detector. Raise it with a named `_upgrade_` function when the schema changes.
 """
 
 MANIFEST = "manifest.json"
@@ -188,6 +189,45 @@ class CalibrationRecord(Record):
     sha256: str
 
 
+class DetectorRecord(Record):
+    """What makes detections of a teacher's predicted maps: the rest of that teacher's detector.
+
+    `text` reads a prompt (contract/detection.py), `boxes` the outputs `maps` of the teacher's head
+    and what `text` gives. Both are float32 whatever the bundle's precision.
+    """
+
+    teacher: str
+    source: str
+    """Where the detector came from: the name of a folder, or of a model on a hub."""
+    sha256: str
+    """Of its weights."""
+    maps: tuple[str, ...]
+    """Outputs of the teacher's head, finest first."""
+    vocabulary: FileName
+    text: GraphRecord
+    boxes: GraphRecord
+
+    @model_validator(mode="after")
+    def _check(self) -> "DetectorRecord":
+        """Both graphs have the names and tensors that serving knows them by."""
+        prompt = ("self_mask", "position_ids")
+        for graph, name, inputs, outputs in (
+            (self.text, TEXT_DETECTOR, ("ids", *prompt), ("text",)),
+            (self.boxes, DETECTOR, (*self.maps, "text", "text_mask", *prompt), ("logits", "boxes")),
+        ):
+            reads, gives = (
+                tuple(port.name for port in ports) for ports in (graph.inputs, graph.outputs)
+            )
+            if (graph.name, reads, gives) != (name, inputs, outputs):
+                raise ValueError(f"graph '{graph.name}' is not the {name} that it should be")
+        return self
+
+    @property
+    def graphs(self) -> tuple[GraphRecord, GraphRecord]:
+        """Both, in the order in which they run."""
+        return self.text, self.boxes
+
+
 class Manifest(Record):
     """Everything about a bundle."""
 
@@ -202,6 +242,7 @@ class Manifest(Record):
     engines: tuple[BundledEngine, ...] = ()
     parity: tuple[ParityRecord, ...]
     calibration: CalibrationRecord | None = None
+    detector: DetectorRecord | None = None
     files: dict[FileName, str]
     made: dict[str, str]
     seal: str = ""
@@ -274,7 +315,12 @@ def _upgrade_3(content: dict[str, Any]) -> dict[str, Any]:
     return content | {"format": 4}
 
 
-_UPGRADES = {3: _upgrade_3}
+def _upgrade_4(content: dict[str, Any]) -> dict[str, Any]:
+    """Format 5 only adds an optional detector."""
+    return content | {"format": 5}
+
+
+_UPGRADES = {3: _upgrade_3, 4: _upgrade_4}
 """What makes the next format of one, by the format it reads."""
 
 
@@ -285,7 +331,8 @@ def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _known_formats() -> str:
-    return " and ".join(map(str, sorted((*_UPGRADES, FORMAT))))
+    *older, last = sorted((*_UPGRADES, FORMAT))
+    return f"{', '.join(map(str, older))} and {last}"
 
 
 def add_files(bundle: Path, names: Sequence[str]) -> None:

@@ -14,10 +14,12 @@ The dot of `<teacher>.token` is an underscore here: ONNX and Triton names.
 | head of a teacher with several maps | features_global (if it has a token) and features_s<stride> | all that, and of each further map <teacher>_s<stride> |
 | <task> | the same as a head, or features alone, or (a DPT head) the layers | its task's output (contract/tasks.py) |
 | fused | image | everything a client may ask for |
+| text_detector | ids, self_mask, position_ids (contract/detection.py) | text |
+| detector | the maps of a detector teacher's head, text, text_mask, self_mask, position_ids | logits, boxes |
 
 `features` repeats `backbone_patches` under another name and shape on purpose: in a Triton ensemble
 a tensor must not be both an output and another step's input. For the same reason the layers are for
-graphs alone.
+graphs alone. The last two are no part of `fused`, nor of the front door: they need words.
 """
 
 import re
@@ -35,7 +37,11 @@ MAP_OF_STRIDE = "features_s"
 BACKBONE = "backbone"
 INTERACTION = "interaction"
 FUSED = "fused"
-DType = Literal["uint8", "float32"]
+TEXT_DETECTOR = "text_detector"
+DETECTOR = "detector"
+TEXT_TOKENS = "text_tokens"
+"""The axis of a prompt's tokens."""
+DType = Literal["uint8", "float32", "int64", "bool"]
 
 
 class Port(NamedTuple):
@@ -180,6 +186,41 @@ def layer_side(axis: str, rows: int, columns: int, stride: int) -> int:
     """
     side, _, pixels = axis.partition("_")
     return stride // int(pixels) * {"rows": rows, "columns": columns}[side]
+
+
+def text_ports() -> tuple[Port, ...]:
+    """A detector's prompt; see contract/detection.py."""
+    tokens = ("batch", TEXT_TOKENS)
+    return (
+        Port("ids", "int64", tokens, "a prompt in tokens of the vocabulary"),
+        Port("self_mask", "bool", (*tokens, TEXT_TOKENS), "whether a token sees another"),
+        Port("position_ids", "int64", tokens, "place in a phrase"),
+    )
+
+
+def detector_signatures(
+    maps: Sequence[Port], width: int, queries: int, window: int
+) -> tuple[Signature, Signature]:
+    """Those of `text_detector` and `detector`, of text features `width` wide."""
+    text = Port("text", "float32", ("batch", TEXT_TOKENS, width), "text features, for the detector")
+    ids, *masks = text_ports()
+    text_mask = Port("text_mask", "bool", ids.axes, "whether a token is text, not padding")
+    logits = Port(
+        "logits",
+        "float32",
+        ("batch", queries, window),
+        "a score of every token for every box, -inf beyond the text",
+    )
+    boxes = Port(
+        "boxes",
+        "float32",
+        ("batch", queries, 4),
+        "centre x and y, width and height as shares of the picture",
+    )
+    return (
+        Signature(TEXT_DETECTOR, (ids, *masks), (text,)),
+        Signature(DETECTOR, (*maps, text, text_mask, *masks), (logits, boxes)),
+    )
 
 
 class FurtherMap(NamedTuple):

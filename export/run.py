@@ -24,6 +24,8 @@ examples:
       --precision int8 --calibration /data/photos
   python -m export.run runs/mine --output bundles/mine-rtx \\
       --formats onnx,tensorrt-rtx --compute-capability 8.6 8.9
+  python -m export.run runs/kpu --output bundles/kpu \
+      --detector IDEA-Research/grounding-dino-tiny
 
 A bundle holds manifest.json, written last, so a folder with a manifest is
 complete. Beside it lies one ONNX graph each for the backbone, the method's
@@ -84,6 +86,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=Path,
         metavar="DIR",
         help="photographs to compare on (default: packaged ones)",
+    )
+    parser.add_argument(
+        "--detector",
+        metavar="CHECKPOINT",
+        help="add zero-shot detection: GroundingDINO, a folder or a name on the Hugging Face hub, "
+        "of the run's teacher of role detector",
     )
     parser.add_argument(
         "--calibration",

@@ -12,8 +12,9 @@ from onnxscript.optimizer import fold_constants
 from torch import nn
 from torch.export import Dim
 
+from contract.detection import WINDOW
 from contract.errors import UserError, first_line
-from contract.signature import Port, Signature, layer_side
+from contract.signature import TEXT_TOKENS, Port, Signature, layer_side
 from export.modules import Part
 from export.resample import dense_resampling
 
@@ -36,6 +37,10 @@ def _example(port: Port, sizes: dict[str, int]) -> torch.Tensor:
     shape = [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes]
     if port.dtype == "uint8":
         return torch.randint(256, shape, dtype=torch.uint8)
+    if port.dtype == "int64":
+        return torch.randint(2, shape)
+    if port.dtype == "bool":
+        return torch.ones(shape, dtype=torch.bool)
     return torch.randn(shape)
 
 
@@ -49,6 +54,7 @@ def _dynamic_axes(
         "rows": Dim("rows", min=2, max=1024),
         "columns": Dim("columns", min=2, max=1024),
         "tokens": Dim("tokens", min=2, max=1 << 20),
+        TEXT_TOKENS: Dim(TEXT_TOKENS, min=4, max=WINDOW),
     }
     # multiples of the stride: the rest of other sides would be dropped silently
     dims["height"], dims["width"] = stride * dims["rows"], stride * dims["columns"]
@@ -75,7 +81,7 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
     # constants
     sizes = {"batch": 2, "rows": 6, "columns": 4, "height": 6 * stride, "width": 4 * stride}
     prefix = getattr(part.module, "prefix", 0)
-    sizes["tokens"] = 24 + prefix
+    sizes["tokens"], sizes[TEXT_TOKENS] = 24 + prefix, 10
     sizes |= _layer_sides(signature, sizes, stride)
     arguments = tuple(_example(port, sizes) for port in signature.inputs)
     axes = _dynamic_axes(signature, stride, max_batch)

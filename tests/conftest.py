@@ -295,6 +295,43 @@ def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path
 
 
 @pytest.fixture(scope="session")
+def detection_bundle(
+    expensive: None, photo_folder: Path, tiny_detector: Path, made_once: Callable[..., Path]
+) -> Path:
+    """An exported KPU student of a detector alone, for pictures of 70 x 98, with that detector. Its
+    run lies beside it, in `run`.
+    """
+
+    def make(folder: Path) -> None:
+        (folder / "recipe.yaml").write_text(
+            yaml.safe_dump(detection_recipe(photo_folder, tiny_detector))
+        )
+        done = [run_here(folder / "recipe.yaml", "--output", folder / "run")]
+        words = ("--resolutions", "70x98", "--max-batch", 3, "--images", photo_folder)
+        words += ("--detector", tiny_detector, "--output", folder / "bundle")
+        done.append(run_here(folder / "run", *words, command=export))
+        assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
+
+    return made_once("detection", make) / "bundle"
+
+
+def detection_recipe(photos: Path, detector: Path) -> dict:
+    """KPU's with a detector alone, as small as can be."""
+    vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+    teacher = {"name": "grounding_dino", "role": "detector", "checkpoint": str(detector)}
+    recipe = small_recipe(
+        photos,
+        method="kpu",
+        teachers=[teacher | {"image_size": 96}],
+        targets={"normalize": "none"},
+        train={"steps": 1, "batch_size": 2},
+    )
+    recipe["student"] = {"name": "vit_small_patch14_dinov2", "image_size": 70, "kwargs": vit}
+    recipe["kpu"] = {"adapter": {"blocks": 1, "extra": 1, "heads": 2, "points": 2, "width": 32}}
+    return recipe
+
+
+@pytest.fixture(scope="session")
 def plain_run(photo_folder: Path, made_once: Callable[..., Path]) -> Path:
     """A run of plain heads and one teacher, `mae`: the fewest graphs to export."""
 

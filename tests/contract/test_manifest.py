@@ -48,7 +48,7 @@ def test_a_changed_manifest_of_format_3_is_refused_before_it_is_upgraded(old):
 def test_other_formats_are_named(old, version):
     content = json.loads(OLD.read_bytes()) | {"format": version}
     (old / MANIFEST).write_bytes(to_json(content, indent=1))
-    with pytest.raises(UserError, match=f"this version reads 3 and {FORMAT}: export again"):
+    with pytest.raises(UserError, match=f"this version reads 3, 4 and {FORMAT}: export"):
         read_manifest(old)
 
 

