@@ -16,7 +16,7 @@ import urllib.error
 import urllib.request
 import zlib
 
-_DOORS = ("features_encoded", "fused", "zero_shot", "text_encoder")
+_DOORS = ("features_encoded", "fused", "zero_shot", "text_encoder", "detection")
 """With the tasks that have a map, they reach every model a repository can have."""
 _BUSY = (429, 503)
 
@@ -102,23 +102,36 @@ def _answered(url: str, timeout: float) -> int:
 
 
 def _question(door: str, height: int, width: int) -> tuple[bytes, int]:
-    """A request's body, and how much of it is JSON: a black picture as a file or as pixels, or a
-    label.
+    """A request's body, and how much of it is JSON: a black picture as a file or as pixels, a
+    label, or both.
     """
-    name, kind, shape, data = "image", "UINT8", [1, height, width, 3], bytes(height * width * 3)
+    pixels = ("image", "UINT8", [1, height, width, 3], bytes(height * width * 3))
     if door == "features_encoded":
-        file = png(32)
-        name, kind, shape, data = "encoded", "BYTES", [1, 1], struct.pack("<I", len(file)) + file
+        inputs = [("encoded", "BYTES", [1, 1], _string(png(32)))]
     elif door == "text_encoder":
-        name, kind, shape, data = "labels", "BYTES", [1], struct.pack("<I", 5) + b"probe"
-    described = {
-        "name": name,
-        "datatype": kind,
-        "shape": shape,
-        "parameters": {"binary_data_size": len(data)},
-    }
-    head = json.dumps({"inputs": [described], "parameters": {"binary_data_output": True}}).encode()
-    return head + data, len(head)
+        inputs = [("labels", "BYTES", [1], _string(b"probe"))]
+    elif door == "detection":
+        # another word each time: its model of words is not asked for those that it knows
+        word = _string(str(time.time_ns() // 1000 % 1000).encode())
+        inputs = [pixels, ("labels", "BYTES", [1], word)]
+    else:
+        inputs = [pixels]
+    described = [
+        {
+            "name": name,
+            "datatype": kind,
+            "shape": shape,
+            "parameters": {"binary_data_size": len(data)},
+        }
+        for name, kind, shape, data in inputs
+    ]
+    head = json.dumps({"inputs": described, "parameters": {"binary_data_output": True}}).encode()
+    return head + b"".join(data for *_, data in inputs), len(head)
+
+
+def _string(data: bytes) -> bytes:
+    """An element of a BYTES tensor."""
+    return struct.pack("<I", len(data)) + data
 
 
 def png(side: int) -> bytes:

@@ -339,6 +339,9 @@ def show(server, seconds: float, kept: bool) -> None:
     say(f"metrics   http://{server.metrics}/metrics")
     say("next      request features of a picture, show the status, or stop with Ctrl-C:")
     say(f"  python -m serve.client {_sample_picture()}{options}")
+    if (server.repository / "detection").is_dir():
+        labels = '--task detection --labels cat dog "potted plant"'
+        say(f"  python -m serve.client {_sample_picture()} {labels}{options}")
     say(f"  python -m serve.status {where}")
     say("")
 

@@ -97,6 +97,10 @@ class GraphModel:
                 return f"input '{name}' holds NaN or infinity: give finite numbers"
         return ""
 
+    def is_whole(self, name: str, value: np.ndarray) -> bool:
+        """Whether an output is one that a client may get."""
+        return is_finite(value)
+
     def answer(self, requests: list, feeds: list[list[np.ndarray]]) -> list:
         """Responses to requests of equal shapes, from one call of the graph."""
         together = [
@@ -122,7 +126,7 @@ class GraphModel:
                 if name in requested
             }
             start = end
-            broken = [name for name, value in rows.items() if not is_finite(value)]
+            broken = [name for name, value in rows.items() if not self.is_whole(name, value)]
             if broken:
                 answers.append(
                     failed(
@@ -143,6 +147,21 @@ class ImageGraph(GraphModel):
     def refuse(self, feeds: list[np.ndarray]) -> str:
         """Sides must be multiples of the stride, within what the bundle was compared for."""
         return wrong_size(feeds[0].shape, self.about)
+
+
+class PromptGraph(GraphModel):
+    """A graph that reads a detector's prompt: masks by which it would compute NaN are refused here,
+    which is what zeros are.
+    """
+
+    def refuse(self, feeds: list[np.ndarray]) -> str:
+        """Every token must see itself, and some must be text."""
+        known = dict(zip(self.inputs, feeds, strict=True))
+        if not np.diagonal(known["self_mask"], axis1=1, axis2=2).all():
+            return "input 'self_mask': every token must see itself"
+        if "text_mask" in known and not known["text_mask"].any(1).all():
+            return "input 'text_mask': at least one token must be text"
+        return super().refuse(feeds)
 
 
 def _no_batch(

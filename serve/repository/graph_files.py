@@ -5,8 +5,10 @@ inputs.
 import json
 from pathlib import Path
 
+from contract.detection import WINDOW
 from contract.errors import UserError
 from contract.manifest import GraphRecord
+from contract.signature import TEXT_TOKENS
 from serve.bundle import Bundle
 
 
@@ -22,6 +24,7 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
         "columns": columns,
         "positions": rows * columns,
         "tokens": rows * columns + 1,
+        TEXT_TOKENS: WINDOW,
     }
     for graph in bundle.parts:  # a DPT head reads finer layers: `rows_4` is a row every 4 pixels
         for axis in {

@@ -23,6 +23,7 @@ TYPES = {
     "int32": "TYPE_INT32",
     "int64": "TYPE_INT64",
     "float32": "TYPE_FP32",
+    "bool": "TYPE_BOOL",
 }
 """Triton's names of the manifest's element types."""
 

@@ -18,6 +18,7 @@ from contract.manifest import GraphRecord
 from contract.signature import BACKBONE, FUSED, IMAGE
 from contract.tasks import TASKS, Task, map_tasks
 from serve.bundle import Bundle
+from serve.repository.detection import detection_parts
 from serve.repository.graph_files import engine_of, graph_files, graph_json, usual_sizes, weight
 from serve.repository.model_config import (
     CONTRACT,
@@ -94,7 +95,8 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     for task in map_tasks():
         if task.name in bundle.graphs:
             models += [_map_model(bundle, task, settings), _task_ensemble(bundle, task, settings)]
-    models += [Model(config, files) for config, files in zero_shot_parts(bundle, settings)]
+    further = [*zero_shot_parts(bundle, settings), *detection_parts(bundle, settings)]
+    models += [Model(config, files) for config, files in further]
     for model in models:
         if _UNBATCHED not in model.config.parameters:
             model.config.max_batch_size = most

@@ -217,6 +217,7 @@ def zero_shot(bundle: Bundle, result: ClassEmbeddings, missing: str, settings: S
         "classes.npz": data,
         "class_scores.py": CONTRACT / "class_scores.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
+        "calling_model.py": TEMPLATES / "calling_model.py",
         "zero_shot.json": json.dumps(about).encode(),
     }
     return config, files

@@ -1,0 +1,98 @@
+"""The models of zero-shot detection: a bundle's detector as two graphs, and the model that takes
+pictures and labels.
+"""
+
+import json
+
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from contract.errors import UserError
+from contract.manifest import DetectorRecord, GraphRecord
+from contract.signature import BACKBONE
+from serve.bundle import Bundle
+from serve.repository.graph_files import graph_files, graph_json
+from serve.repository.model_config import (
+    CONTRACT,
+    TEMPLATES,
+    add_tensor,
+    place,
+    read_template,
+    tune_batching,
+)
+from serve.repository.settings import Settings
+
+DETECTION = "detection"
+"""Triton's name of the model that clients ask."""
+
+
+def detection_parts(bundle: Bundle, settings: Settings) -> list[tuple]:
+    """Configurations and files of `text_detector`, `detector` and `detection`; none where the
+    bundle has no detector.
+
+    Raises UserError for a detector that reads what the bundle does not give.
+    """
+    detector = bundle.manifest.detector
+    if detector is None:
+        return []
+    outputs = {tensor.name for tensor in bundle.outputs}
+    if missing := [name for name in detector.maps if name not in outputs]:
+        raise UserError(
+            f"{bundle.path}: its detector reads '{missing[0]}', which no head gives: export again"
+        )
+    graphs = [_graph(bundle, graph, settings) for graph in detector.graphs]
+    return [*graphs, _detection(bundle, detector, settings)]
+
+
+def _graph(bundle: Bundle, graph: GraphRecord, settings: Settings) -> tuple:
+    """One of the detector's graphs, in the python backend and in onnxruntime whatever the others
+    run in.
+    """
+    config = read_template(graph.name)
+    for tensor in graph.inputs:
+        add_tensor(config.input, tensor)
+    for tensor in graph.outputs:
+        add_tensor(config.output, tensor)
+    for port in config.input:
+        port.reshape.shape[:] = [1, *port.dims]  # as of the other graphs: see graph_model
+    config.parameters["threads"].string_value = str(settings.threads)
+    place(config, settings, 1)
+    tune_batching(config, settings)
+    files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
+    code = {
+        "model.py": TEMPLATES / graph.name / "1" / "model.py",
+        "graph_model.py": TEMPLATES / "graph_model.py",
+        "model.json": graph_json(bundle, graph),
+    }
+    return config, files | code
+
+
+def _detection(
+    bundle: Bundle, detector: DetectorRecord, settings: Settings
+) -> tuple[ModelConfig, dict]:
+    """The model that takes pictures and labels."""
+    config = read_template(DETECTION)
+    add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
+    config.input[-1].dims.insert(0, -1)  # the batch: written out where Triton does not batch
+    resolution, vocabulary = bundle.manifest.resolution, detector.vocabulary
+    about = {
+        "vocabulary": vocabulary,
+        "sha256": bundle.manifest.files[vocabulary],
+        "maps": detector.maps,
+        "max_batch": settings.max_batch or bundle.manifest.max_batch,
+        **resolution.limits,
+    }
+    answer = {
+        "teacher": detector.teacher,
+        "height": resolution.height,
+        "width": resolution.width,
+    }
+    config.parameters["about"].string_value = json.dumps(answer)
+    files = {
+        "model.py": TEMPLATES / DETECTION / "1" / "model.py",
+        "detection.py": CONTRACT / "detection.py",
+        "graph_model.py": TEMPLATES / "graph_model.py",
+        "calling_model.py": TEMPLATES / "calling_model.py",
+        vocabulary: bundle.file(vocabulary),
+        "detection.json": json.dumps(about).encode(),
+    }
+    return config, files
