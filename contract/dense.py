@@ -17,7 +17,8 @@ def grid_of(
     are none.
 
     `stride` is a cell's side in pixels, of which the picture need not be a multiple: DPT's depth
-    over patches of 14 has cells of 4. Without it the cells must tile the picture squarely.
+    over patches of 14 has cells of 4. Without it the cells tile the picture squarely, or are those
+    of a pyramid of strides 4 to 32, whose sides round up.
     """
     if stride:
         rows, columns = int(height / stride + 0.5), int(width / stride + 0.5)
@@ -28,12 +29,16 @@ def grid_of(
             )
         return rows, columns
     rows = round((positions * height / width) ** 0.5)
-    if rows < 1 or positions % rows or height * (positions // rows) != width * rows:
-        raise ValueError(
-            f"{positions} positions do not form a grid of square cells over a picture of "
-            f"{height}x{width}"
-        )
-    return rows, positions // rows
+    if rows >= 1 and positions % rows == 0 and height * (positions // rows) == width * rows:
+        return rows, positions // rows
+    for cell in (4, 8, 16, 32):
+        rows, columns = -(-height // cell), -(-width // cell)
+        if rows * columns == positions:
+            return rows, columns
+    raise ValueError(
+        f"{positions} positions do not form a grid of square cells over a picture of "
+        f"{height}x{width}"
+    )
 
 
 def interpolation(size: int, cells: int) -> np.ndarray:

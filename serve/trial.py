@@ -56,6 +56,7 @@ def _run(
     from serve.bundle import read_bundle
     from serve.client import FeatureClient
     from serve.client.commands import Command, answer
+    from serve.client.tasks.detection import EXAMPLES
     from serve.server.checks import check_backend, check_gpus
     from serve.server.launch import Options
     from serve.server.process import Server
@@ -77,9 +78,11 @@ def _run(
             print(f"serving   {len(models)} models of {bundle_folder} on {server.grpc}", flush=True)
             tasks = ["features", *(task.name for task in map_tasks() if task.name in models)]
             tasks += ["zero-shot"] if "zero_shot" in models else []
+            tasks += ["detection"] if "detection" in models else []
             with FeatureClient(server.grpc) as client:
                 for task in tasks:
-                    for path in answer(client, Command([image], task, output)):
+                    labels = EXAMPLES if task == "detection" else None
+                    for path in answer(client, Command([image], task, output, labels=labels)):
                         print(f"wrote     {path}", flush=True)
     print("next      keep it running, and send requests from another terminal:")
     print(f"  python -m serve.run {bundle_folder}")

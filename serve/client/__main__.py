@@ -26,20 +26,23 @@ examples:
       --labels "a cat" "a dog" "a cup of coffee"
   python -m serve.client photo.jpg --task zero-shot --side client \\
       --embeddings bundles/mine/class_embeddings.safetensors
+  python -m serve.client photo.jpg --task detection \
+      --labels cat dog "traffic light" --threshold 0.25
   python -m serve.client *.jpg --encoded --partial \\
       --url gpu-server:8001 --ssl --ssl-root ca.pem
 
 Writes DIR/TASK.npz (or .safetensors) with one row per picture, and PNG files:
 features as principal components, classes as a map and as an overlay, depth
-with a scale, the most likely classes as bars. Pictures are resized to the
-model's size without keeping their aspect ratio.
+with a scale, the most likely classes as bars, objects as boxes (and as JSON,
+in pixels). Pictures are resized to the model's size without keeping their
+aspect ratio.
 
 Exit status: 0 success, 1 no server or another failure, 2 usage error.
 """
 
 
 def task_names() -> list[str]:
-    return ["features", *(task.name for task in map_tasks()), "zero-shot"]
+    return ["features", *(task.name for task in map_tasks()), "zero-shot", "detection"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults, maps = ClientOptions(), ", ".join(task.name for task in map_tasks())
     result = CommandLine(
         prog="python -m serve.client",
-        description=f"Request features, {maps} or zero-shot classes of pictures.",
+        description=f"Request features, {maps}, zero-shot classes or detections of pictures.",
         epilog=EPILOG,
     )
     result.add_argument(
@@ -70,7 +73,14 @@ def _parser() -> argparse.ArgumentParser:
         "--labels",
         nargs="+",
         metavar="LABEL",
-        help="zero-shot: classes (default: the bundle's); new ones need its text encoder",
+        help="zero-shot: classes (default: the bundle's); new ones need its text encoder; "
+        "detection: what to look for",
+    )
+    result.add_argument(
+        "--threshold",
+        type=float,
+        metavar="S",
+        help="detection: score above which something counts as found (default: 0.25)",
     )
     result.add_argument(
         "--embeddings",
@@ -166,6 +176,7 @@ def _answer(args: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
         outputs=args.outputs,
         labels=args.labels,
         embeddings=args.embeddings,
+        **({} if args.threshold is None else {"threshold": args.threshold}),
     )
     options = {
         "timeout": args.timeout,
@@ -196,14 +207,21 @@ def _check(args: argparse.Namespace) -> None:
     for path in args.images:
         if not path.is_file():
             raise UserError(f"image {path}: no such file")
-    for name, task in (
+    for name, *tasks in (
         ("outputs", "features"),
         ("partial", "features"),
-        ("labels", "zero-shot"),
+        ("labels", "zero-shot", "detection"),
         ("embeddings", "zero-shot"),
+        ("threshold", "detection"),
     ):
-        if getattr(args, name) and args.task != task:
-            raise UserError(f"--{name} is for --task {task}: leave it out, or choose that task")
+        if getattr(args, name) not in (None, False) and args.task not in tasks:
+            raise UserError(
+                f"--{name} is for --task {' or '.join(tasks)}: leave it out, or choose that task"
+            )
+    if args.task == "detection" and not args.labels:
+        raise UserError("--task detection needs --labels: say what to look for")
+    if args.task == "detection" and args.side == "client":
+        raise UserError("--side client: --task detection runs on the server only, leave it out")
     if args.task != "features" and args.side == "server" and args.encoded:
         raise UserError(
             f"--encoded goes with --task features or --side client: --task {args.task} takes pixels"

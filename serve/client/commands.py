@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from contract.detection import Detections
 from contract.errors import UserError
+from contract.files import write_atomically
 from contract.images import Limits
 from serve.client import FeatureClient
 from serve.client.inputs import Picture
 from serve.client.options import RequestOptions
 from serve.client.pictures import (
     class_image,
+    draw_boxes,
     features_figure,
     map_figure,
     plural,
@@ -22,6 +25,7 @@ from serve.client.pictures import (
     zero_shot_figure,
 )
 from serve.client.tasks import Side
+from serve.client.tasks.detection import THRESHOLD, Detected, detect
 from serve.client.tasks.maps import TaskMap, predict_map
 from serve.client.tasks.zero_shot import classify
 
@@ -39,8 +43,11 @@ class Command:
     outputs: Sequence[str] | None = None
     """Of the task `features`: which, None for all."""
     labels: Sequence[str] | None = None
+    """Of the tasks `zero-shot` and `detection`."""
     embeddings: Path | None = None
     """Of the task `zero-shot`."""
+    threshold: float = THRESHOLD
+    """Of the task `detection`."""
 
     @property
     def files(self) -> list[tuple[Path, Path]]:
@@ -55,6 +62,8 @@ def answer(client: FeatureClient, command: Command) -> list[Path]:
             return _features(client, command)
         case "zero-shot":
             return _zero_shot(client, command)
+        case "detection":
+            return _detection(client, command)
         case _:
             return _map(client, command)
 
@@ -128,6 +137,66 @@ def _zero_shot(client: FeatureClient, command: Command) -> list[Path]:
         figure = zero_shot_figure(_photograph(path), row, result.classes)
         wrote.append(save(figure, _named(stem, "zero_shot")))
     return wrote
+
+
+def _detection(client: FeatureClient, command: Command) -> list[Path]:
+    """Boxes, as numbers, in pixels as JSON, and drawn into the photograph."""
+    result = detect(
+        client,
+        command.images,
+        command.labels or (),
+        command.options,
+        threshold=command.threshold,
+    )
+    pictures, names = result.pictures, result.classes
+    arrays = {
+        name: np.concatenate([getattr(found, name) for found in pictures])
+        for name in ("boxes", "scores", "labels")
+    }
+    arrays["counts"] = np.array([len(found.scores) for found in pictures], np.int64)
+    facts = {"classes": list(names), "threshold": command.threshold}
+    wrote = [_write_arrays(command, arrays, facts)]
+    for (path, stem), found in zip(command.files, pictures, strict=True):
+        scored = zip(found.labels[:3], found.scores[:3], strict=True)
+        best = [f"{names[n]} {score:.2f}" for n, score in scored]
+        print(f"{path.name}: {len(found.scores)} found{': ' * bool(best)}{', '.join(best)}")
+        photo = _photograph(path)
+        wrote.append(_write_boxes(stem, path, photo.size, result, found, command.threshold))
+        wrote.append(save(draw_boxes(photo, found, names), _named(stem, "detection")))
+    return wrote
+
+
+def _write_boxes(
+    stem: Path,
+    image: Path,
+    size: tuple[int, int],
+    result: Detected,
+    found: Detections,
+    threshold: float,
+) -> Path:
+    """DIR/photo_detection.json: what was found in one picture of `size` (width, height)."""
+    pixels = found.boxes * np.array(size * 2)
+    content = {
+        "image": str(image),
+        "width": size[0],
+        "height": size[1],
+        "labels": list(result.classes),
+        "threshold": threshold,
+        "detections": [
+            {
+                "label": result.classes[number],
+                "score": round(float(score), 4),
+                "box": [round(float(edge), 1) for edge in box],
+            }
+            for box, number, score in zip(pixels, found.labels, found.scores, strict=True)
+        ],
+    }
+    path = stem.with_name(f"{stem.name}_detection.json")
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    write_atomically(
+        path, lambda temporary: temporary.write_text(text, "utf-8"), "choose another --output"
+    )
+    return path
 
 
 def _photograph(path: Path) -> Image.Image:

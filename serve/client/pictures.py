@@ -1,4 +1,6 @@
-"""Answers as pictures: principal components of features, maps of every kind, bars of classes."""
+"""Answers as pictures: principal components of features, maps of every kind, bars of classes,
+boxes.
+"""
 
 import colorsys
 from collections.abc import Mapping, Sequence
@@ -7,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
+from contract.detection import Detections
 from contract.errors import UserError
 from serve.client.tasks.maps import TaskMap
 
@@ -215,6 +218,34 @@ def zero_shot_figure(
     if len(classes) > most:
         bars.set_title(f"the {most} likeliest of {len(classes)} classes", fontsize=10)
     return figure
+
+
+def draw_boxes(photo: Image.Image, found: Detections, classes: Sequence[str]) -> Image.Image:
+    """A photograph with the boxes of what was found in it, a colour for each class, and the label
+    and score of each; the best lies on top.
+    """
+    picture = shown(photo)
+    draw = ImageDraw.Draw(picture)
+    line = max(2, round(max(picture.size) / 250))
+    font = ImageFont.load_default(max(11, round(max(picture.size) / 45)))
+    colours = palette(len(classes))
+    sides = np.array(picture.size * 2)
+    for place in reversed(range(len(found.scores))):
+        number = found.labels[place]
+        colour = tuple(colours[number].tolist())
+        left, upper, right, lower = (found.boxes[place] * sides).tolist()
+        draw.rectangle(
+            (left, upper, max(left, right), max(upper, lower)), outline=colour, width=line
+        )
+        text = f"{_shorten(classes[number])} {found.scores[place]:.2f}"
+        wide, tall = draw.textbbox((0, 0), text, font=font)[2:]
+        # above the box, inside it where there is no room, and never beyond the right edge
+        left = max(0, min(left, picture.width - wide - 4))
+        upper = upper - tall - 4 if upper > tall + 4 else upper
+        draw.rectangle((left, upper, left + wide + 4, upper + tall + 4), fill=colour)
+        dark = sum(colour) > 380
+        draw.text((left + 2, upper + 1), text, fill=(0, 0, 0) if dark else (255,) * 3, font=font)
+    return picture
 
 
 def plural(unit: str) -> str:

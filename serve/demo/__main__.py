@@ -26,9 +26,10 @@ examples:
   python -m serve.demo --labels "a cat" "a dog" "a cup of coffee"
 
 Serves http://127.0.0.1:7860 by default. The page shows principal components of
-the patches of the backbone and of each head, segmentation, depth and zero-shot
-classes, and for each request its latency and the models that ran. It connects
-only to the server. Ctrl-C stops it and deletes the uploaded pictures.
+the patches of the backbone and of each head, segmentation, depth, zero-shot
+classes and detected objects, and for each request its latency and the models
+that ran. It connects only to the server. Ctrl-C stops it and deletes the
+uploaded pictures.
 
 Exit status: 0 stopped on request, 1 no server, 2 usage error.
 """
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--labels",
         nargs="+",
         metavar="LABEL",
-        help="initial zero-shot classes (default: the bundle's)",
+        help="initial zero-shot classes (default: the bundle's) and objects to look for",
     )
     add_tls(parser)
     args = parser.parse_args(arguments)
@@ -117,7 +118,7 @@ def _check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None
     try:
         client.describe()
         if labels:
-            client.describe("zero_shot")
+            _check_labels(client)
     except Unavailable as error:
         raise ServerError(
             f"no server answers at {client.url}: start one with python -m serve.run BUNDLE, or "
@@ -128,13 +129,23 @@ def _check_server(client: "FeatureClient", labels: Sequence[str] | None) -> None
             f"the server at {client.url} refuses this client: {error.message}"
         ) from error
     except NotServed as error:
-        if "zero_shot" not in error.message:
-            raise UserError(
-                f"the server at {client.url} has no model 'features': is it one of serve.run?"
-            ) from error
         raise UserError(
-            "--labels: the server has no zero_shot (python -m export.text adds it to a bundle)"
+            f"the server at {client.url} has no model 'features': is it one of serve.run?"
         ) from error
+
+
+def _check_labels(client: "FeatureClient") -> None:
+    """Raise UserError for a server without a model that takes labels."""
+    for model in ("zero_shot", "detection"):
+        try:
+            client.describe(model)
+            return
+        except NotServed:
+            continue
+    raise UserError(
+        "--labels: the server has no zero_shot and no detection (python -m export.text and "
+        "export.run --detector add them to a bundle)"
+    )
 
 
 def show(client: "FeatureClient", host: str, port: int, labels: Sequence[str] | None) -> None:

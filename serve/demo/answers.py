@@ -13,10 +13,12 @@ from contract.images import fit
 from contract.tasks import map_tasks
 from serve.client import FeatureClient
 from serve.client.served import FRONT_DOOR, Served
+from serve.client.tasks.detection import EXAMPLES, detect
 from serve.client.tasks.maps import predict_map
 from serve.client.tasks.zero_shot import classify
 from serve.demo.cards import (
     Request,
+    detection_card,
     map_card,
     patches_card,
     problem_card,
@@ -30,6 +32,7 @@ Result = TypeVar("Result")
 _SHOWN = 640
 """Pixels of the longer side of photographs under maps."""
 _ZERO_SHOT = "zero_shot"
+DETECTION = "detection"
 
 
 class Offer(NamedTuple):
@@ -42,7 +45,13 @@ class Offer(NamedTuple):
 
     @property
     def new_labels(self) -> bool:
+        """Whether there are classes of the user's own to compare with."""
         return bool(self.zero_shot.get("new_labels"))
+
+    @property
+    def detection(self) -> bool:
+        """Whether objects can be looked for."""
+        return DETECTION in self.tasks
 
     @property
     def patches(self) -> list[str]:
@@ -56,7 +65,7 @@ def ask_offer(client: FeatureClient) -> Offer:
     """
     front_door = _describe(client, FRONT_DOOR)
     result = {}
-    for model in (*(task.name for task in map_tasks()), _ZERO_SHOT):
+    for model in (*(task.name for task in map_tasks()), _ZERO_SHOT, DETECTION):
         try:
             result[model] = _describe(client, model)
         except NotServed:
@@ -127,7 +136,11 @@ def look(
         if task.name in offer.tasks:
             parts[task.title] = partial(_map, timed, task.name, photo, small)
     if _ZERO_SHOT in offer.tasks:
-        parts["Zero-shot"] = lambda: _zero_shot(timed, offer, photo, labels)
+        # labels may be for the detector alone
+        own = labels if offer.new_labels or not offer.detection else None
+        parts["Zero-shot"] = lambda: _zero_shot(timed, offer, photo, own)
+    if offer.detection:
+        parts["Detection"] = lambda: _detection(timed, photo, small, labels or EXAMPLES)
     for title, part in parts.items():
         try:
             cards.append(part())
@@ -170,6 +183,12 @@ def _zero_shot(
         f"{'your labels' if labels else f'the {len(result.classes)} classes of the bundle'}"
     )
     return zero_shot_card(result.probabilities[0], result.classes, about)
+
+
+def _detection(timed: _Timed, photo: Image.Image, small: Image.Image, labels: Sequence[str]) -> str:
+    """Boxes of what the labels name."""
+    result = timed.call(DETECTION, lambda: detect(timed.client, photo, labels))
+    return detection_card(small, result.pictures[0], result.classes)
 
 
 def page_of(cards: Sequence[str]) -> str:

@@ -15,8 +15,10 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from contract.detection import Detections
 from serve.client.pictures import (
     SCALAR_COLOURS,
+    draw_boxes,
     overlay,
     palette,
     pca_rgb,
@@ -183,6 +185,23 @@ def zero_shot_card(probabilities: np.ndarray, classes: Sequence[str], about: str
     more = f", the {BARS} likeliest" if len(order) > BARS else ""
     title = f"Zero-shot <small>{escape(about)}{more}</small>"
     return card("zero-shot", title, f'<div class="bars">{bars}</div>', wide=True)
+
+
+def detection_card(photo: Image.Image, found: Detections, classes: Sequence[str]) -> str:
+    """Boxes of what was found in a photograph, and how many of each class there are."""
+    numbers, counts = np.unique(found.labels, return_counts=True)
+    colours = palette(len(classes))
+    entries = [
+        f'<li><i style="background: rgb{tuple(colours[number].tolist())}"></i>'
+        f"{escape(classes[number])} <span>{count}</span></li>"
+        for number, count in zip(numbers[:LEGEND], counts[:LEGEND], strict=True)
+    ]
+    if len(numbers) > LEGEND:
+        entries.append(f"<li><span>and {len(numbers) - LEGEND} more</span></li>")
+    picture = f'<img alt="detection" src="{_embed(draw_boxes(photo, found, classes))}">'
+    legend = f'<ul class="legend">{"".join(entries)}</ul>'
+    title = f"Detection <small>{len(found.scores)} found of {len(classes)} labels</small>"
+    return card("detection", title, f'<div class="beside">{picture}{legend}</div>')
 
 
 def requests_card(requests: Iterable[Request]) -> str:

@@ -43,7 +43,8 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
 
     def labels_box() -> Any:
         try:
-            return gradio.update(visible=ask_offer(client).new_labels)
+            offer = ask_offer(client)
+            return gradio.update(visible=offer.new_labels or offer.detection)
         except ClientError:
             return gradio.update()
 
@@ -81,7 +82,7 @@ def build(client: FeatureClient, labels: Sequence[str] | None) -> gradio.Blocks:
                     )
                 words = gradio.Textbox(
                     "\n".join(labels or ()),
-                    label="Zero-shot labels, one a line",
+                    label="Labels, one a line",
                     lines=5,
                     max_lines=12,
                     visible=False,

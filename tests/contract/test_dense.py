@@ -25,6 +25,7 @@ def test_maps_are_those_of_torch(grid, size, stride):
 
 def test_positions_that_are_no_grid_are_refused():
     assert grid_of(588, 448, 336) == (28, 21)
+    assert grid_of(9 * 13, 70, 98) == (9, 13) and grid_of(3 * 4, 70, 98) == (3, 4)
     with pytest.raises(
         ValueError,
         match="50 positions do not form a grid of square cells over a picture of 112x112",

@@ -394,7 +394,7 @@ def test_labels_for_a_server_without_zero_shot_are_refused(server, capsys):
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("the optional extra [demo] is not installed")
     assert main(["--url", server.grpc, "--port", str(free_port()), "--labels", "cat"]) == 2
-    assert "--labels: the server has no zero_shot" in capsys.readouterr().err
+    assert "--labels: the server has no zero_shot and no detection" in capsys.readouterr().err
 
 
 def test_a_server_without_tls_is_told_apart_from_none(server, capsys):

@@ -1,10 +1,11 @@
 """Tasks on features: maps (segmentation, depth) and zero-shot classification, by a head on the
-server or on the client.
+server or on the client, and zero-shot detection on the server.
 
 Every task is a function of a client and pictures. Given an AsyncFeatureClient it returns something
 to await.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 from serve.errors import BadRequest
@@ -17,3 +18,16 @@ def check_side(side: str) -> None:
     """Raise BadRequest for an unknown side."""
     if side not in ("server", "client"):
         raise BadRequest(f"side='{side}': choose 'server' or 'client'")
+
+
+def check_labels(labels: Sequence[str]) -> list[str]:
+    """Labels without blanks around them; raises BadRequest for none, an empty one, or one twice."""
+    if isinstance(labels, str):
+        raise BadRequest("labels: give a list of them, not one string")
+    result = [label.strip() for label in labels]
+    if not result or not all(result):
+        raise BadRequest("labels: give at least one, none of them empty")
+    twice = [label for label in result if result.count(label) > 1]
+    if twice:
+        raise BadRequest(f"label '{twice[0]}' is given twice")
+    return result

@@ -16,7 +16,7 @@ from serve.client.inputs import Images
 from serve.client.options import RequestOptions
 from serve.client.served import FRONT_DOOR, nearest
 from serve.client.steps import Steps, Work
-from serve.client.tasks import Side, check_side
+from serve.client.tasks import Side, check_labels, check_side
 from serve.errors import BadRequest, NotServed, WrongAnswer
 from serve.repository.zero_shot import ClassEmbeddings, read_class_embeddings
 
@@ -60,7 +60,7 @@ def _steps(
 ) -> Steps[ZeroShot]:
     """The task in steps; see serve.client.steps."""
     check_side(side)
-    labels = _check_labels(labels)
+    labels = None if labels is None else check_labels(labels)
     if side == "server":
         if embeddings is not None:
             raise BadRequest(
@@ -75,21 +75,6 @@ def _steps(
         result = yield from _from_token(calls, images, labels, embeddings, options)
     if not np.allclose(result.probabilities.sum(1), 1, atol=1e-3):
         raise WrongAnswer("probabilities that do not sum to 1")
-    return result
-
-
-def _check_labels(labels: Sequence[str] | None) -> list[str] | None:
-    """Labels without blanks around them; raises BadRequest for none, an empty one, or one twice."""
-    if labels is None:
-        return None
-    if isinstance(labels, str):
-        raise BadRequest("labels: give a list of them, not one string")
-    result = [label.strip() for label in labels]
-    if not result or not all(result):
-        raise BadRequest("labels: give at least one, none of them empty")
-    twice = [label for label in result if result.count(label) > 1]
-    if twice:
-        raise BadRequest(f"label '{twice[0]}' is given twice")
     return result
 
 
