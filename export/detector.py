@@ -5,6 +5,7 @@ They stay float32 in every bundle: queries are the best of thousands of position
 would change, and are read at positions that fp16 resolves to half a thousandth of a side.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from export.to_onnx import OPSET, export_part
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import GroundingDinoForObjectDetection
+
+log = logging.getLogger(__name__)
 
 VOCABULARY = "vocab.txt"
 """Of the detector's text tower, in its folder and in the bundle."""
@@ -77,8 +80,12 @@ def open_detector(source: str, student: Student) -> Detector:
     whose backbone has other maps than the teacher had.
     """
     option = f"--detector {source}"
-    labels = [teacher.label for teacher in student.run.recipe.teachers if teacher.role == _ROLE]
-    if not labels:
+    trained = {
+        teacher.label: teacher.checkpoint
+        for teacher in student.run.recipe.teachers
+        if teacher.role == _ROLE
+    }
+    if not trained:
         others = ", ".join(teacher.label for teacher in student.run.recipe.teachers) or "none"
         raise UserError(
             f"{option}: the run has no teacher of role detector (it has {others}): leave the "
@@ -86,15 +93,25 @@ def open_detector(source: str, student: Student) -> Detector:
         )
     model = load_detector(source, "--detector")
     widths = tuple(model.model.backbone.conv_encoder.intermediate_channel_sizes)
-    dims = {label: student.run.dims[label] for label in labels}
+    dims = {label: student.run.dims[label] for label in trained}
     known = {label: (dim.patches, *dim.maps) for label, dim in dims.items()}
-    fitting = [label for label in labels if known[label] == widths]
+    fitting = [label for label in known if known[label] == widths]
     if not fitting:
+        label = next(iter(known))
         raise UserError(
             f"{option}: its backbone's maps have {_listed(widths)} channels, those of teacher "
-            f"'{labels[0]}' {_listed(known[labels[0]])}: give the detector that was the teacher"
+            f"'{label}' {_listed(known[label])}: give the detector that was the teacher"
         )
-    label = fitting[0]
+    same = [label for label in fitting if _is_same(trained[label], source)]
+    label = next(iter(same or fitting))
+    if not same:
+        log.warning(
+            "detector  teacher '%s' was %s, not %s: boxes are only right if their backbones have "
+            "the same weights",
+            label,
+            trained[label] or "random",
+            source,
+        )
     if len(student.deployment.shipped[label].strides) != len(widths):
         raise UserError(
             f"{option}: the student predicts the maps of '{label}' on one grid, the detector needs "
@@ -115,6 +132,13 @@ def open_detector(source: str, student: Student) -> Detector:
             f"{model.config.text_config.vocab_size:,}: give the vocabulary it was trained with"
         )
     return Detector(source, label, model, path.read_bytes(), tokenizer)
+
+
+def _is_same(checkpoint: str | None, source: str) -> bool:
+    """Whether two names are of one folder, or of one model on the hub."""
+    if checkpoint is None:
+        return False
+    return checkpoint == source or Path(checkpoint).resolve() == Path(source).resolve()
 
 
 def _listed(widths: Sequence[int]) -> str:

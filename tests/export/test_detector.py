@@ -112,7 +112,7 @@ def test_a_manifest_whose_detector_is_something_else_is_refused(detection_bundle
 
 def student_of(dims: FeatureDims, strides=(8, 16, 32), role="detector") -> SimpleNamespace:
     """As much of a student as is looked at before anything is traced."""
-    teacher = SimpleNamespace(label="gd", role=role)
+    teacher = SimpleNamespace(label="gd", role=role, checkpoint="elsewhere")
     run = SimpleNamespace(recipe=SimpleNamespace(teachers=[teacher]), dims={"gd": dims})
     head = SimpleNamespace(strides=strides)
     return SimpleNamespace(run=run, deployment=SimpleNamespace(shipped={"gd": head}))
@@ -133,6 +133,16 @@ def test_a_student_that_a_detector_does_not_fit_is_refused(tiny_detector, studen
     with pytest.raises(UserError, match=message) as error:
         open_detector(str(tiny_detector), student)
     assert "\n" not in str(error.value) and str(tiny_detector) in str(error.value)
+
+
+def test_another_detector_than_the_teacher_is_warned_of(tiny_detector, tmp_path, caplog):
+    student = student_of(TINY)
+    assert open_detector(str(tiny_detector), student).teacher == "gd"
+    assert "teacher 'gd' was elsewhere" in caplog.text
+    caplog.clear()
+    student.run.recipe.teachers[0].checkpoint = f"{tiny_detector}/"
+    open_detector(str(tiny_detector), student)
+    assert not caplog.text
 
 
 def spoil(folder, kind: str) -> None:
