@@ -19,7 +19,7 @@ from contract.manifest import read_manifest
 from distill.features import FeatureDims
 from distill.models.grounding_dino import load_detector
 from export.check import check
-from export.detector import open_detector
+from export.detector import gathering, open_detector
 from export.run import main as export
 from serve.bundle import read_bundle
 from tests.conftest import run_here
@@ -59,8 +59,22 @@ def test_both_graphs_agree_with_torch_and_hold_no_grid_sample(detection_bundle):
     operators = Counter(
         node.op_type for node in onnx.load(detection_bundle / "detector.onnx").graph.node
     )
-    # four for each of four levels in a layer of the encoder and two of the decoder
-    assert operators["GridSample"] == 0 and operators["GatherElements"] >= 4 * 4 * 3
+    # one for each of four levels in a layer of the encoder and two of the decoder
+    assert operators["GridSample"] == 0 and operators["Gather"] >= 4 * 3
+
+
+def test_what_is_traced_of_deformable_attention_is_what_transformers_computes():
+    from transformers.models.grounding_dino import modeling_grounding_dino as modeling
+
+    attention = modeling.MultiScaleDeformableAttention()
+    grids = [(5, 7), (3, 4), (1, 1)]
+    value = torch.randn(2, sum(rows * columns for rows, columns in grids), 4, 8)
+    places = 1.6 * torch.rand(2, 11, 4, 3, 5, 2) - 0.3  # some outside
+    inputs = (value, torch.tensor(grids), grids, None, places, torch.rand(2, 11, 4, 3, 5), 64)
+    wanted = attention(*inputs)
+    with gathering():
+        assert (attention(*inputs) - wanted).abs().max() < 1e-5
+    assert torch.equal(attention(*inputs), wanted), "and it is as before afterwards"
 
 
 @torch.inference_mode()
