@@ -201,7 +201,8 @@ def write_graphs(
         facts = about | {"graph": graph, "precision": "fp32"}
         facts |= {key: str(value) for key, value in part.about.items()}
         with gathering():
-            export_part(part, stride, max_batch, paths[graph], facts, OPSET["fp32"])
+            # of a range of two sizes torch takes 2 for a constant, where it checks shapes as here
+            export_part(part, stride, max(3, max_batch), paths[graph], facts, OPSET["fp32"])
     return paths
 
 
@@ -227,18 +228,38 @@ def describe(
 
 @contextmanager
 def gathering() -> Iterator[None]:
-    """While entered, the deformable attention of transformers is traced as gathers, and its checks
-    of shapes, which have no ONNX form, are left out.
+    """While entered, transformers' detector is traced in a form that every runtime computes:
+    deformable attention by gathers, scores padded without a slice of varying length, and no checks
+    of shapes, which have no ONNX form.
     """
     from transformers.models.grounding_dino import modeling_grounding_dino as modeling
 
-    attention = modeling.MultiScaleDeformableAttention
-    before = attention.forward, modeling.torch_compilable_check
-    attention.forward, modeling.torch_compilable_check = _attend, lambda *_, **__: None
+    changes = (
+        (modeling.MultiScaleDeformableAttention, "forward", _attend),
+        (modeling.GroundingDinoContrastiveEmbedding, "forward", _score),
+        (modeling, "torch_compilable_check", lambda *_, **__: None),
+    )
+    before = [getattr(owner, name) for owner, name, _ in changes]
+    for owner, name, stand_in in changes:
+        setattr(owner, name, stand_in)
     try:
         yield
     finally:
-        attention.forward, modeling.torch_compilable_check = before
+        for (owner, name, _), original in zip(changes, before, strict=True):
+            setattr(owner, name, original)
+
+
+def _score(
+    self: nn.Module, vision_hidden_state: Tensor, text_hidden_state: Tensor, text_token_mask: Tensor
+) -> Tensor:
+    """Stands in for GroundingDinoContrastiveEmbedding.forward: scores [B, Q, WINDOW] of tokens
+    [B, T, d] for queries [B, Q, d], -inf where there is no text.
+    """
+    scores = vision_hidden_state @ text_hidden_state.transpose(-1, -2)
+    scores = scores.masked_fill(~text_token_mask.unsqueeze(1), float("-inf"))
+    places = torch.arange(WINDOW, device=scores.device)
+    padded = scores.index_select(-1, places.clamp(max=scores.shape[-1] - 1))
+    return padded.masked_fill(places >= scores.shape[-1], float("-inf"))
 
 
 def _attend(

@@ -77,6 +77,18 @@ def test_what_is_traced_of_deformable_attention_is_what_transformers_computes():
     assert torch.equal(attention(*inputs), wanted), "and it is as before afterwards"
 
 
+def test_scores_are_padded_as_transformers_pads_them():
+    from transformers.models.grounding_dino import modeling_grounding_dino as modeling
+
+    scoring = modeling.GroundingDinoContrastiveEmbedding(SimpleNamespace(max_text_len=WINDOW))
+    for length in (5, WINDOW):
+        text_mask = torch.rand(2, length) < 0.8
+        inputs = torch.randn(2, 3, 8), torch.randn(2, length, 8), text_mask
+        wanted = scoring(*inputs)
+        with gathering():
+            assert torch.equal(scoring(*inputs), wanted)
+
+
 @torch.inference_mode()
 def test_graphs_fed_the_detectors_own_maps_detect_as_it_does(detection_bundle, tiny_detector):
     """The whole of transformers' model, from pixels, against the two graphs on its maps."""

@@ -161,6 +161,16 @@ def test_without_a_threshold_it_is_a_quarter_and_the_rest_is_padding(raw, pixels
         assert (answer["classes"][row, count:] == -1).all()
 
 
+def test_a_prompt_of_256_tokens_is_answered_as_here(raw, detection_bundle, pixels):
+    label = " ".join(["a"] * 253)
+    (wanted,) = in_process(detection_bundle, pixels[:1], [label], 0.0)
+    answer = ask(raw, image=pixels[:1], labels=[label.encode()], threshold=[0.0])
+    assert answer["counts"].tolist() == [20] == [len(wanted.scores)]
+    np.testing.assert_allclose(answer["scores"][0], wanted.scores, atol=1e-4)
+    with pytest.raises(InferenceServerException, match="more than 256 tokens"):
+        ask(raw, image=pixels[:1], labels=[label.encode() + b" a"])
+
+
 BLACK = np.zeros((1, *SIZE, 3), np.uint8)
 BAD = {
     "no label": ({"labels": []}, "no labels: give at least one"),
