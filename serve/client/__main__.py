@@ -26,7 +26,7 @@ examples:
       --labels "a cat" "a dog" "a cup of coffee"
   python -m serve.client photo.jpg --task zero-shot --side client \\
       --embeddings bundles/mine/class_embeddings.safetensors
-  python -m serve.client photo.jpg --task detection \
+  python -m serve.client photo.jpg --task detection \\
       --labels cat dog "traffic light" --threshold 0.25
   python -m serve.client *.jpg --encoded --partial \\
       --url gpu-server:8001 --ssl --ssl-root ca.pem
