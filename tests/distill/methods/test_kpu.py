@@ -303,7 +303,7 @@ def test_famo_looks_at_the_same_pictures_again():
     losses = method(views, targets)
     losses["loss"].backward()
     optimizer.step()
-    before, after = method.famo._before, method.losses(views, targets)[0].detach()
+    before, after = method.famo.before.clone(), method.losses(views, targets)[0].detach()
     method.after_step(Progress(0, 4, 2))
     fell = (before.log() - after.log()).tolist()
     # of two weights the one whose loss fell by less rises, by Adam's first step
