@@ -14,7 +14,6 @@ from distill.methods.losses import Prediction, similarity
 from distill.methods.projectors import initialize, mlp
 from distill.models.deformable import Grid
 
-
 Levels = Literal["pick_and_fill", "pick", "every"]
 """What becomes of levels that are closest to no map of a teacher."""
 

@@ -181,6 +181,17 @@ class KPU(Method):
             )
         return super().check(recipe)
 
+    @classmethod
+    def other_memory(cls, recipe: Recipe) -> tuple[str, Recipe | None]:
+        """With `kpu.adapter.checkpoint` turned over."""
+        kpu = recipe.kpu
+        if not kpu.preserve:
+            return "", None
+        turned = not kpu.adapter.checkpoint
+        adapter = kpu.adapter.model_copy(update={"checkpoint": turned})
+        variant = {"kpu": kpu.model_copy(update={"adapter": adapter})}
+        return f"kpu.adapter.checkpoint={str(turned).lower()}", recipe.model_copy(update=variant)
+
     def before_step(self, progress: Progress) -> None:
         """Seed the step's drops, and note whether FAMO has losses of a step before to compare."""
         self._generator = drops_of_step(self.seed, progress.step, "cpu")
@@ -272,9 +283,7 @@ class KPU(Method):
         size, stride = self.student_sizes[view.stream], self.student.stride
         if size == "auto":
             size = max(1, round(images.shape[-1] / stride)) * stride
-        return self.student(
-            self.preprocess(images, size)
-        )
+        return self.student(self.preprocess(images, size))
 
     def _compare(
         self, label: str, student: Features, teacher: Features, pairs: Sequence[Pair]

@@ -147,6 +147,13 @@ class Method(nn.Module):
         """
         return "", {}
 
+    @classmethod
+    def other_memory(cls, recipe: Recipe) -> tuple[str, Recipe | None]:
+        """A switch that trades time for memory, as `key=value`, and the recipe with it turned over,
+        for `--dry-run` to compare; none by default.
+        """
+        return "", None
+
 
 def decay_groups(method: Method, named: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:
     """Trainable parameters with and without weight decay: none on vectors (norms, biases, tokens)

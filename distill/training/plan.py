@@ -4,7 +4,7 @@ arithmetic).
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from contract.errors import UserError
 from distill.config import Recipe, TeacherConfig
 from distill.data.batches import check_batch_size
-from distill.data.crops import view_of
+from distill.data.crops import View, view_of
 from distill.data.pictures import open_pictures
-from distill.features import features_of
+from distill.features import Features, features_of
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
 from distill.models.meta import building
@@ -45,14 +45,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """The student's side of a step: its parts, and the bytes one image keeps for the backward
-    pass.
+    """The student's side of a step: its parts, and the bytes a picture keeps for the backward
+    pass, by its stream.
     """
 
     parts: list[Part]
-    activation_bytes: int
+    stream_bytes: Mapping[str, int]
     method: Method
     """On the meta device."""
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a picture of every stream keeps."""
+        return sum(self.stream_bytes.values())
 
 
 def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
@@ -69,7 +74,9 @@ def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
 
 
 def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
-    """Count the parts of a recipe's method on the meta device, for one picture of every stream."""
+    """Count the parts of a recipe's method on the meta device, for one picture of every stream, and
+    what a picture of each keeps.
+    """
     student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
     # Statistics of targets do not exist yet, and they cost next to nothing.
     targets = recipe.targets.model_copy(update={"normalize": "none"})
@@ -77,23 +84,19 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
     with building():
         method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
     with torch.device("meta"):
-        views = {view.name: view for view in resolve_views(recipe, method, teachers)}
-        crops = {
-            name: torch.empty(shape, dtype=kind)
-            for view in views.values()
-            for name, (shape, kind) in view.shapes(1).items()
-        }
-        features = {}
-        for teacher in teachers:
-            count = views[view_of(method.teacher_views[teacher.label])].crops
-            shapes = teacher.shapes.items()
-            features[teacher.label] = features_of(
-                {name: torch.empty(count, *shape) for name, shape in shapes}
-            )
+        views = resolve_views(recipe, method, teachers)
         method.before_step(Progress(0, recipe.train.steps or 1, 1))
         kept = _KeptBytes(method)
         with FlopCounterMode(display=False) as counter, kept.hooks():
-            method(crops, features)
+            method(*_empty_batch(method, views, teachers, {}))
+        streams = list(dict.fromkeys(view.stream for view in views))
+        stream_bytes = {streams[0]: kept.total}
+        for stream in streams[1:]:  # what a second picture adds
+            more = _KeptBytes(method)
+            with more.hooks():
+                method(*_empty_batch(method, views, teachers, {stream: 2}))
+            stream_bytes[stream] = more.total - kept.total
+            stream_bytes[streams[0]] -= stream_bytes[stream]
     flops = counter.get_flop_counts()
     parts = [
         Part(
@@ -104,7 +107,29 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
         for name, child in method.named_children()
         if _count_parameters(child)[0]
     ]
-    return Cost(parts, kept.total, method)
+    return Cost(parts, stream_bytes, method)
+
+
+def _empty_batch(
+    method: Method, views: Sequence[View], teachers: list[Teacher], pictures: Mapping[str, int]
+) -> tuple[dict[str, torch.Tensor], dict[str, Features]]:
+    """Crops and teacher features without values of a batch with so many `pictures` of each stream,
+    one of those it does not name.
+    """
+    crops = {
+        name: torch.empty(shape, dtype=kind)
+        for view in views
+        for name, (shape, kind) in view.shapes(pictures.get(view.stream, 1)).items()
+    }
+    features = {}
+    for teacher in teachers:
+        seen = view_of(method.teacher_views[teacher.label])
+        view = next(view for view in views if view.name == seen)
+        count = view.crops * pictures.get(view.stream, 1)
+        features[teacher.label] = features_of(
+            {name: torch.empty(count, *shape) for name, shape in teacher.shapes.items()}
+        )
+    return crops, features
 
 
 def _flops_of(counts: Mapping[str, Mapping[object, int]], part: str) -> int:
@@ -298,8 +323,8 @@ def _print_memory(
     teachers: list[Teacher],
     world: int,
 ) -> None:
-    """Print an estimate of device memory on each of `world` ranks, as if every stream had the
-    largest batch.
+    """Print an estimate of device memory on each of `world` ranks; all streams share one backward
+    pass, so that their activations add up.
     """
     train = recipe.train
     trainable = sum(part.trainable for part in cost.parts)
@@ -310,14 +335,36 @@ def _print_memory(
     # a momentum network has weights alone, and so has the average of all
     copies = held - trainable + (held if train.ema_decay else 0)
     state = (trainable * 16 + copies * 4) / shards / _GIGA
-    micro = max(1, max(schedule.batch_sizes.values()) // (world * train.accumulate))
+    micro = {
+        stream: max(1, size // (world * train.accumulate))
+        for stream, size in schedule.batch_sizes.items()
+    }
     half = train.precision != "fp32"
-    activations = micro * cost.activation_bytes * (0.6 if half else 1.0) / _GIGA
+
+    def activations_of(cost: Cost) -> dict[str, float]:
+        share = 0.6 if half else 1.0
+        sizes = cost.stream_bytes.items()
+        return {stream: micro[stream] * size * share / _GIGA for stream, size in sizes}
+
+    streams = activations_of(cost)
+    activations = sum(streams.values())
     total = state + frozen * 4 / _GIGA + activations
     console.print(
         f"memory       about {total:.1f} GB a rank: {state:.1f} weights, gradients and moments, "
-        f"{frozen * 4 / _GIGA:.1f} teachers, {activations:.1f} activations of {micro} images "
+        f"{frozen * 4 / _GIGA:.1f} teachers, {activations:.1f} activations of "
+        f"{sum(micro.values())} images "
         f"({world} rank{'s' if world > 1 else ''}"
         f"{', autocast keeps some in fp32' if half else ''})"
     )
+    if len(streams) > 1:
+        parts = (
+            f"{size:.2f} of {micro[stream]} in stream {stream}" for stream, size in streams.items()
+        )
+        console.print(
+            f"activations  {' + '.join(parts)} = {activations:.2f} GB, in one backward pass"
+        )
+    switch, variant = METHODS[recipe.method].other_memory(recipe)
+    if variant:
+        other = sum(activations_of(method_cost(variant, teachers)).values())
+        console.print(f"activations  with {switch}: {other:.2f} GB in place of {activations:.2f}")
     console.print("[dim]An estimate from shapes: workspace and fragmentation come on top.[/dim]")

@@ -1,5 +1,5 @@
-"""KPU's keys beside the paper's defaults: levels that nobody picks, FAMO on the next batch, sizes of
-streams.
+"""KPU's keys beside the paper's defaults: levels that nobody picks, FAMO on the next batch, sizes and
+memory of streams.
 """
 
 import copy
@@ -95,3 +95,18 @@ def test_a_size_that_does_not_fit_is_refused(change, words, tmp_path, photo_fold
     done = run_here(tmp_path / "recipe.yaml", "--dry-run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert re.search(words, done.stderr), done.stderr
+
+
+def test_the_plan_adds_up_what_streams_keep_and_what_recomputing_saves(photo_folder, capsys):
+    recipe = kpu_recipe(photo_folder)
+    recipe["kpu"]["weighting"] = "equal"
+    print_plan(make_recipe(recipe))
+    plan = " ".join(capsys.readouterr().out.split())
+    line = re.search(
+        r"activations ([\d.]+) of 4 in stream clip \+ ([\d.]+) of 2 in stream detector = ([\d.]+)",
+        plan,
+    )
+    clip, detector, both = map(float, line.groups())
+    assert both == pytest.approx(clip + detector, abs=0.011)
+    other = re.search(r"with kpu.adapter.checkpoint=true: ([\d.]+) GB in place of ([\d.]+)", plan)
+    assert float(other[1]) < float(other[2]) == both
