@@ -18,7 +18,7 @@ from distill.config import Recipe, TeacherConfig
 from distill.data.batches import check_batch_size
 from distill.data.crops import View, view_of
 from distill.data.pictures import open_pictures
-from distill.features import Features, features_of
+from distill.features import features_of
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
 from distill.models.meta import building
@@ -77,26 +77,15 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
     """Count the parts of a recipe's method on the meta device, for one picture of every stream, and
     what a picture of each keeps.
     """
-    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
-    # Statistics of targets do not exist yet, and they cost next to nothing.
-    targets = recipe.targets.model_copy(update={"normalize": "none"})
-    recipe = recipe.model_copy(update={"student": student, "targets": targets})
-    with building():
-        method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
-    with torch.device("meta"):
-        views = resolve_views(recipe, method, teachers)
-        method.before_step(Progress(0, recipe.train.steps or 1, 1))
-        kept = _KeptBytes(method)
-        with FlopCounterMode(display=False) as counter, kept.hooks():
-            method(*_empty_batch(method, views, teachers, {}))
-        streams = list(dict.fromkeys(view.stream for view in views))
-        stream_bytes = {streams[0]: kept.total}
-        for stream in streams[1:]:  # what a second picture adds
-            more = _KeptBytes(method)
-            with more.hooks():
-                method(*_empty_batch(method, views, teachers, {stream: 2}))
-            stream_bytes[stream] = more.total - kept.total
-            stream_bytes[streams[0]] -= stream_bytes[stream]
+    method, views = _meta_method(recipe, teachers)
+    streams = list(dict.fromkeys(view.stream for view in views))
+    with FlopCounterMode(display=False) as counter:
+        kept = _kept_bytes(method, views, teachers, dict.fromkeys(streams, 1))
+    stream_bytes = {streams[0]: kept}
+    for stream in streams[1:]:
+        second = _kept_bytes(method, views, teachers, dict.fromkeys(streams, 1) | {stream: 2})
+        stream_bytes[stream] = second - kept
+        stream_bytes[streams[0]] -= stream_bytes[stream]
     flops = counter.get_flop_counts()
     parts = [
         Part(
@@ -110,26 +99,40 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
     return Cost(parts, stream_bytes, method)
 
 
-def _empty_batch(
+def _meta_method(recipe: Recipe, teachers: list[Teacher]) -> tuple[Method, tuple[View, ...]]:
+    """A recipe's method on the meta device, before its first step, and its views."""
+    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
+    # Statistics of targets do not exist yet, and they cost next to nothing.
+    targets = recipe.targets.model_copy(update={"normalize": "none"})
+    recipe = recipe.model_copy(update={"student": student, "targets": targets})
+    with building():
+        method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
+    method.before_step(Progress(0, recipe.train.steps or 1, 1))
+    return method, resolve_views(recipe, method, teachers)
+
+
+def _kept_bytes(
     method: Method, views: Sequence[View], teachers: list[Teacher], pictures: Mapping[str, int]
-) -> tuple[dict[str, torch.Tensor], dict[str, Features]]:
-    """Crops and teacher features without values of a batch with so many `pictures` of each stream,
-    one of those it does not name.
-    """
-    crops = {
-        name: torch.empty(shape, dtype=kind)
-        for view in views
-        for name, (shape, kind) in view.shapes(pictures.get(view.stream, 1)).items()
-    }
-    features = {}
-    for teacher in teachers:
-        seen = view_of(method.teacher_views[teacher.label])
-        view = next(view for view in views if view.name == seen)
-        count = view.crops * pictures.get(view.stream, 1)
-        features[teacher.label] = features_of(
-            {name: torch.empty(count, *shape) for name, shape in teacher.shapes.items()}
-        )
-    return crops, features
+) -> int:
+    """Bytes that autograd keeps of a forward pass of so many `pictures` of every stream."""
+    kept = _KeptBytes(method)
+    with torch.device("meta"), kept.hooks():
+        crops = {
+            name: torch.empty(shape, dtype=kind)
+            for view in views
+            for name, (shape, kind) in view.shapes(pictures[view.stream]).items()
+        }
+        features = {}
+        for teacher in teachers:
+            seen = view_of(method.teacher_views[teacher.label])
+            view = next(view for view in views if view.name == seen)
+            shapes = teacher.shapes.items()
+            count = view.crops * pictures[view.stream]
+            features[teacher.label] = features_of(
+                {name: torch.empty(count, *shape) for name, shape in shapes}
+            )
+        method(crops, features)
+    return kept.total
 
 
 def _flops_of(counts: Mapping[str, Mapping[object, int]], part: str) -> int:
@@ -340,13 +343,8 @@ def _print_memory(
         for stream, size in schedule.batch_sizes.items()
     }
     half = train.precision != "fp32"
-
-    def activations_of(cost: Cost) -> dict[str, float]:
-        share = 0.6 if half else 1.0
-        sizes = cost.stream_bytes.items()
-        return {stream: micro[stream] * size * share / _GIGA for stream, size in sizes}
-
-    streams = activations_of(cost)
+    share = (0.6 if half else 1.0) / _GIGA
+    streams = {stream: micro[stream] * size * share for stream, size in cost.stream_bytes.items()}
     activations = sum(streams.values())
     total = state + frozen * 4 / _GIGA + activations
     console.print(
@@ -365,6 +363,7 @@ def _print_memory(
         )
     switch, variant = METHODS[recipe.method].other_memory(recipe)
     if variant:
-        other = sum(activations_of(method_cost(variant, teachers)).values())
+        method, views = _meta_method(variant, teachers)
+        other = _kept_bytes(method, views, teachers, micro) * share
         console.print(f"activations  with {switch}: {other:.2f} GB in place of {activations:.2f}")
     console.print("[dim]An estimate from shapes: workspace and fragmentation come on top.[/dim]")
