@@ -44,7 +44,8 @@ class StudentConfig(Section):
         False, description="start from timm's weights; the papers start from random ones"
     )
     checkpoint: str | None = Field(
-        None, description="start from a .safetensors or weights-only .pth file"
+        None,
+        description="start from a .safetensors or weights-only .pth file, or from 'package:NAME'",
     )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
     mean: tuple[float, float, float] = Field(

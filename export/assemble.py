@@ -33,9 +33,9 @@ from contract.manifest import (
 )
 from contract.signature import FUSED
 from distill.config import TeacherConfig
+from distill.models.packaged import PACKAGE, WHEELS
 from distill.runs import git_commit
-from distill.teachers import PACKAGE, weights_source
-from distill.teachers.packaged import WHEELS
+from distill.teachers import weights_source
 from export.check import weight_dtypes
 from export.golden import write_golden
 from export.graph import Student, build_parts, open_student

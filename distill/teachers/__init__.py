@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from contract.errors import UserError
 from distill.config import TeacherConfig, TeacherRuntime
 from distill.features import FeatureDims, Features
+from distill.models.packaged import describe_checkpoint
 from distill.models.preprocess import Preprocess
 from distill.models.student import nearest_multiples, patch_size
 from distill.models.weights import tensors_sha256
-from distill.teachers.packaged import PACKAGE, describe_package
 from distill.teachers.run import StudentNet
 from distill.teachers.timm import build_timm_teacher
 
@@ -195,9 +195,6 @@ def weights_source(config: TeacherConfig) -> str:
     """Where a teacher's weights come from, in a few words, without loading them."""
     if config.name == "run":
         return f"run folder {config.checkpoint}"
-    if config.checkpoint and config.checkpoint.startswith(PACKAGE):
-        return describe_package(config.checkpoint.removeprefix(PACKAGE))
     if config.checkpoint:
-        note = "" if Path(config.checkpoint).is_file() else " (not found here)"
-        return f"file {config.checkpoint}{note}"
+        return describe_checkpoint(config.checkpoint)
     return f"timm hub, {config.name}" if config.pretrained else "random weights"

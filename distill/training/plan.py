@@ -22,6 +22,7 @@ from distill.features import features_of
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
 from distill.models.meta import building
+from distill.models.packaged import describe_checkpoint
 from distill.teachers import Teacher, build_teacher, weights_source
 from distill.training.schedule import Schedule, resolve_views
 
@@ -227,9 +228,8 @@ def _print_parts(
             column, justify="left" if column in ("part", "features", "weights") else "right"
         )
     for part in cost.parts:
-        table.add_row(
-            part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.gflop:.2f}", "", ""
-        )
+        row = [part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.gflop:.2f}", ""]
+        table.add_row(*row, _student_source(recipe) if part.name == "student" else "")
     crops = {view.name: view.crops for view in schedule.views}
     for config, teacher in zip(recipe.teachers, teachers, strict=True):
         shapes = ("x".join(map(str, shape)) for shape in teacher.shapes.values())
@@ -243,6 +243,13 @@ def _print_parts(
             weights_source(config),
         )
     console.print(table)
+
+
+def _student_source(recipe: Recipe) -> str:
+    """Where the student's weights come from, in a few words."""
+    if recipe.student.checkpoint:
+        return describe_checkpoint(recipe.student.checkpoint)
+    return f"timm hub, {recipe.student.name}" if recipe.student.pretrained else ""
 
 
 def teacher_gflop(teacher: Teacher) -> float:

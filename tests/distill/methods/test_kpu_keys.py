@@ -1,4 +1,4 @@
-"""KPU's keys beside the paper's defaults: levels that nobody picks, FAMO on the next batch, the size
+"""Keys of KPU beside the defaults of the paper: levels left out, FAMO on the next batch, the size
 and memory of a stream.
 """
 
