@@ -16,6 +16,7 @@ from distill.features import FeatureDims
 from distill.methods import build_method
 from distill.recipe_io import make_recipe
 from export.graph import Student, build_parts
+from export.options import PACKAGED
 from export.parity import reference
 from export.run import main as export
 from serve.bundle import read_bundle
@@ -76,9 +77,11 @@ def test_deformable_attention_is_exported_as_gathers_with_parity(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_half_precisions_agree_with_the_student(photo_folder, tmp_path, precision, small_run):
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_lower_precisions_agree_with_the_student(photo_folder, tmp_path, precision, small_run):
     words = ("--precision", precision, "--images", photo_folder, "--max-batch", 2)
+    if precision == "int8":
+        words += ("--calibration", PACKAGED)
     done = run_here(small_run, "--output", tmp_path / "bundle", *words, command=export)
     assert done.returncode == 0, done.stderr
     bundle = read_bundle(tmp_path / "bundle")
