@@ -11,14 +11,18 @@ import pytest
 import torch
 import yaml
 
+from contract.manifest import ParityRecord
 from contract.signature import further_names
+from distill.data.pictures import PackagedPhotos
 from distill.features import FeatureDims
 from distill.methods import build_method
 from distill.recipe_io import make_recipe
 from export.graph import Student, build_parts
 from export.options import PACKAGED
-from export.parity import reference
+from export.parity import RELATIVE, measure, reference
 from export.run import main as export
+from export.runtimes.onnx import OnnxRuntime
+from export.to_onnx import export_part
 from serve.bundle import read_bundle
 from tests.conftest import run_here
 from tests.distill.methods.test_kpu import kpu_recipe
@@ -36,6 +40,9 @@ def untrained(levels: list[int]) -> Student:
     method = build_method(make_recipe(values), DIMS, inference=True)
     for interaction in method.student.interactions:
         torch.nn.init.normal_(interaction.injector.gate)
+    for name, parameter in method.student.named_parameters():
+        if not name.startswith("net."):  # as after training: none is 0 or 1, nor equals another
+            parameter.data += 0.1 * torch.randn_like(parameter)
     method.heads["detector"].remember(levels)
     deployment = method.eval().deploy()
     run = SimpleNamespace(dims=DIMS, recipe=None)
@@ -74,6 +81,50 @@ def test_deformable_attention_is_exported_as_gathers_with_parity(tmp_path):
     operators = [node.op_type for node in onnx.load(tmp_path / "backbone.onnx").graph.node]
     # four for each of three levels and two extractors
     assert "GridSample" not in operators and operators.count("GatherElements") == 4 * (3 + 2)
+
+
+@pytest.mark.slow
+def test_where_torch_itself_is_inexact_graphs_are_compared_with_float64(tmp_path):
+    """Points far away but for what cancels out, and what they read counts for more than all else:
+    of the graph above, with other weights."""
+    student = untrained([1, 3, 3])
+    part, path = build_parts(student, 42, 70)[0], tmp_path / "backbone.onnx"
+    export_part(part, 16, 4, path, {}, 20)
+    extractor = student.deployment.student.interactions[0].extractor
+    attention = extractor.attention
+    far = attention.offsets.weight * 30_000
+    wild = {
+        extractor.norm.weight: torch.full_like(extractor.norm.weight, 1 / 3000),
+        extractor.norm.bias: torch.ones_like(extractor.norm.bias),
+        attention.offsets.weight: far,
+        attention.offsets.bias: attention.offsets.bias - far.double().sum(1).float(),
+        attention.out.weight: attention.out.weight * 1000,
+    }
+    model = onnx.load(path)
+    for parameter, values in wild.items():
+        (place,) = (t for t in model.graph.initializer if holds(t, parameter))
+        values = values.T if list(place.dims) != list(values.shape) else values
+        place.raw_data = values.contiguous().numpy().tobytes()
+        parameter.data = wild[parameter]
+    onnx.save(model, path)
+
+    def compared() -> list[ParityRecord]:
+        runtime, photos = OnnxRuntime({"backbone": path}), PackagedPhotos()
+        chosen = [(photos.name(n), photos.load(n)) for n in range(2)]
+        return measure(student, [part], [runtime], chosen, [2], [(42, 70)], "fp32")
+
+    rows = compared()
+    assert all(row.passed for row in rows), [row.problem for row in rows if not row.passed]
+    assert any(row.relative > RELATIVE["fp32"] for row in rows)
+    student.deployment.student.up.bias += 0.1
+    assert {"backbone_s4", "features_s4"} == {row.output for row in compared() if not row.passed}
+
+
+def holds(tensor: onnx.TensorProto, parameter: torch.Tensor) -> bool:
+    """Whether a graph's tensor is a parameter, perhaps transposed."""
+    values = onnx.numpy_helper.to_array(tensor)
+    own = parameter.detach().numpy()
+    return any(np.array_equal(values, form) for form in ((own, own.T) if own.ndim == 2 else (own,)))
 
 
 @pytest.mark.slow
