@@ -49,10 +49,10 @@ mean by this fraction of its length. Where pictures differ less, the rounding of
 only recorded.
 """
 
-_OWN = 2.0
-"""Where rounding takes float32 torch itself further from float64 than is allowed (attention to far
-places multiplies it), a graph of float32 is compared with float64, and may be this many times as
-far from it as torch is, but no further than a graph of half precision may be.
+_OWN = 5.0
+"""Where float32 itself is not exact (attention to far places multiplies its rounding), a graph of
+float32 is compared with the student in float64, and may be this many times as far from it as torch
+is in float32: the order of sums differs. In no case may it be further than one of half precision.
 """
 
 _GROUP = 8
@@ -197,8 +197,8 @@ class Agreement(NamedTuple):
     position: np.ndarray
     """Least cosine of any position of a map; NaN for outputs that are not maps."""
     own: np.ndarray
-    """Error over length, as `relative`, of the student's float32 where that was not good enough to
-    compare with, and the rest is of float64; else 0."""
+    """Largest error over length of the student in float32 on any picture of the batch, where the
+    rest compares with it in float64; else 0."""
 
 
 def agreement(got: np.ndarray, wanted: np.ndarray, mean: np.ndarray | None) -> Agreement:
@@ -391,12 +391,11 @@ def _from_float64(
     exact: np.ndarray | None,
     mean: np.ndarray | None,
 ) -> Agreement:
-    """How an output agrees with the float64 student's, if the float32 one's own error is larger
-    than is allowed on any picture; else the `result` there is.
+    """How an output agrees with the float64 student's; the `result` there is for one that this does
+    not have.
     """
     if exact is None:
         return result
-    own = agreement(wanted, exact, mean)
-    if not judge(own, "fp32")[1]:
-        return result
-    return agreement(got, exact, mean)._replace(own=own.relative)
+    # of small maps one picture may be right by luck
+    own = agreement(wanted, exact, mean).relative.max()
+    return agreement(got, exact, mean)._replace(own=np.full(len(got), own))

@@ -174,6 +174,19 @@ class KPU(Method):
                 f"kpu.weighting = {kpu.weighting}: there is a single teacher: set "
                 "kpu.weighting=equal or add a teacher"
             )
+        # what tiny.py sets is no wish of the user's
+        unset = AdapterConfig(), AdapterConfig(**Config.TINY["adapter"])
+        if not kpu.preserve and kpu.adapter not in unset:
+            raise UserError(
+                "kpu.adapter: kpu.preserve = false trains the student without an adapter: set "
+                "kpu.adapter={} or kpu.preserve=true"
+            )
+        own = [teacher.batch_size for teacher in recipe.teachers]
+        if any(own) and not all(own):
+            raise UserError(
+                f"teachers.{own.index(None)}.batch_size = null: the other teachers have streams of "
+                "their own: give each one a batch_size, or none"
+            )
         if kpu.preserve and recipe.student.drop_path:
             raise UserError(
                 f"student.drop_path = {recipe.student.drop_path:g}: the sentinel does not train: "

@@ -80,7 +80,7 @@ class Method(nn.Module):
     ships_averaged: bool = False
     """Whether `student.safetensors` holds the weights of `averaged`, and `ema.safetensors` the
     student's."""
-    shards: bool = True
+    shards: ClassVar[bool] = True
     """Whether FSDP2 may shard it; False for a method whose momentum network follows its weights."""
 
     def __init__(self, recipe: Recipe, dims: Mapping[str, FeatureDims], inference: bool = False):
@@ -91,9 +91,19 @@ class Method(nn.Module):
         """Check what the sections of a recipe say together, once it is read, and return it, perhaps
         without what the method will not use. Raises UserError.
         """
+        cls.check_parallel(recipe)
         if not recipe.teachers:
             raise UserError("teachers: no teachers: list at least one (name, role)")
         return recipe
+
+    @classmethod
+    def check_parallel(cls, recipe: Recipe) -> None:
+        """Raise UserError for FSDP2 with a method that it cannot shard."""
+        if recipe.train.parallel == "fsdp" and not cls.shards:
+            raise UserError(
+                f"train.parallel = fsdp: method {recipe.method} cannot be sharded: set "
+                "train.parallel=ddp"
+            )
 
     def warnings(self, values: Mapping[str, float]) -> list[str]:
         """What is wrong with the values of a log line, a sentence each: a collapse, say."""

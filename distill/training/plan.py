@@ -249,7 +249,7 @@ def _student_source(recipe: Recipe) -> str:
     """Where the student's weights come from, in a few words."""
     if recipe.student.checkpoint:
         return describe_checkpoint(recipe.student.checkpoint)
-    return f"timm hub, {recipe.student.name}" if recipe.student.pretrained else ""
+    return f"timm hub, {recipe.student.name}" if recipe.student.pretrained else "random weights"
 
 
 def teacher_gflop(teacher: Teacher) -> float:
