@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from contract.engine_record import EngineOptions
 from contract.manifest import ParityRecord
 from contract.signature import further_names
 from distill.data.pictures import PackagedPhotos
@@ -118,6 +119,20 @@ def test_where_torch_itself_is_inexact_graphs_are_compared_with_float64(tmp_path
     assert any(row.relative > RELATIVE["fp32"] for row in rows)
     student.deployment.student.norms[0].bias += 0.5
     assert {"backbone_s4", "features_s4"} == {row.output for row in compared() if not row.passed}
+
+
+@pytest.mark.slow
+def test_an_engine_is_built_of_the_graph(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs pip install tensorrt-rtx")
+    from export.tensorrt.engines import build_all
+
+    student = untrained([1, 3, 3])
+    part, path = build_parts(student, 42, 70)[0], tmp_path / "backbone.onnx"
+    export_part(part, 16, 4, path, {}, 20)
+    options = EngineOptions(flavour="tensorrt-rtx", compute_capabilities=("8.9",))
+    given = ([options], [part], {"backbone": path}, [(42, 70)], student.stride, 4, tmp_path)
+    (engine,) = build_all(*given)
+    assert {"backbone_s4", "backbone_s32"} < {tensor.name for tensor in engine.outputs}
 
 
 def holds(tensor: onnx.TensorProto, parameter: torch.Tensor) -> bool:
