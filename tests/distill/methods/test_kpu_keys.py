@@ -8,11 +8,14 @@ import re
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from distill.methods import build_method
 from distill.methods.alignment import choose_levels
 from distill.methods.method import Progress
-from distill.recipe_io import make_recipe
+from distill.models.packaged import packaged_checkpoint
+from distill.models.vit_adapter import ViTAdapter
+from distill.recipe_io import load_recipe, make_recipe
 from distill.training.plan import print_plan
 from tests.conftest import run_here
 from tests.distill.methods.test_kpu import DIMS, draw, kpu_recipe, pyramid, small_method
@@ -108,3 +111,12 @@ def test_the_plan_adds_up_what_streams_keep_and_what_recomputing_saves(photo_fol
     assert both == pytest.approx(clip + detector, abs=0.011)
     other = re.search(r"with kpu.adapter.checkpoint=true: ([\d.]+) GB in place of ([\d.]+)", plan)
     assert float(other[1]) < float(other[2]) == both
+
+
+def test_a_sentinels_weights_come_out_of_a_package():
+    recipe = load_recipe("kpu_vit_tiny", [])
+    student = ViTAdapter(recipe.student, recipe.kpu.adapter)
+    file = load_file(packaged_checkpoint("photo-mae"))
+    for name in ("blocks.5.mlp.fc1.weight", "norm.bias", "cls_token"):
+        assert torch.equal(student.net.state_dict()[name], file[name])
+    assert not any(p.requires_grad for p in student.net.parameters())
