@@ -65,7 +65,10 @@ _Above = Annotated[float, Field(gt=0)]
 class Config(Section):
     """KPU: a frozen sentinel, a trainable adapter, alignment in the teachers' spaces and in one."""
 
-    TINY: ClassVar = {"adapter": {"blocks": 2, "heads": 2, "points": 2, "width": 32}}
+    TINY: ClassVar = {
+        "hidden": 16,
+        "adapter": {"blocks": 2, "heads": 2, "points": 2, "width": 32},
+    }
 
     preserve: bool = Field(
         True,
