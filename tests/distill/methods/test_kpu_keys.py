@@ -120,3 +120,18 @@ def test_a_sentinels_weights_come_out_of_a_package():
     for name in ("blocks.5.mlp.fc1.weight", "norm.bias", "cls_token"):
         assert torch.equal(student.net.state_dict()[name], file[name])
     assert not any(p.requires_grad for p in student.net.parameters())
+
+
+@pytest.mark.slow
+def test_a_step_is_one_graph_to_torch_compile_and_changes_nothing():
+    """What torch captures, run without its compiler, which takes minutes."""
+    adapter = {"blocks": 1, "extra": 0, "heads": 2, "points": 1, "width": 32}
+    method = small_method({"clip": DIMS["clip"]}, unify=False, reconstruct=False, adapter=adapter)
+    batch, results = draw(method), []
+    for model in (method, torch.compile(method, backend="eager", fullgraph=True)):
+        method.zero_grad(set_to_none=True)
+        loss = model(*batch)["loss"]
+        loss.backward()
+        gradients = [p.grad for p in method.parameters() if p.requires_grad]
+        results.append([loss.detach(), *gradients])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
