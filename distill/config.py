@@ -47,7 +47,8 @@ class StudentConfig(Section):
         False, description="start from timm's weights; the papers start from random ones"
     )
     checkpoint: str | None = Field(
-        None, description="start from a .safetensors or weights-only .pth file"
+        None,
+        description="start from a .safetensors or weights-only .pth file, or from 'package:NAME'",
     )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
     mean: tuple[float, float, float] = Field(
@@ -104,6 +105,11 @@ class TeacherConfig(Section):
         None,
         description="pictures of its own stream per step, over all ranks; for methods whose "
         "teachers see pictures of their own (default: train.batch_size)",
+    )
+    student_size: Positive | Auto = Field(
+        "auto",
+        description="side at which the student sees this teacher's own stream, pixels; auto: the "
+        "multiple of its patch that is nearest to the side of the crops, by default the teacher's",
     )
     weight: Annotated[float, Field(ge=0)] = Field(
         1.0, description="scales both losses of this teacher"
@@ -309,7 +315,14 @@ class CheckpointConfig(Section):
     keep: Positive = Field(2, description="newest checkpoints kept")
 
 
-_NOT_THE_SOURCE = {"alias", "weight", "token_weight", "feature_weight", "batch_size"}
+_NOT_THE_SOURCE = {
+    "alias",
+    "weight",
+    "token_weight",
+    "feature_weight",
+    "batch_size",
+    "student_size",
+}
 """What may differ between two entries of one and the same teacher."""
 
 

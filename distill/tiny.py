@@ -41,6 +41,7 @@ def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
             "pretrained": False,
             "dim": None,
             "batch_size": teacher["batch_size"] and 2,
+            "student_size": "auto",
         }
         teacher["block"] = None if teacher["block"] is None else VIT["depth"] - 1
     values["teacher_runtime"] |= {"precision": "auto", "compile": False}

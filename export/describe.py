@@ -7,8 +7,8 @@ import timm
 
 from contract.manifest import GraphRecord, Precision, TeacherRecord, TensorRecord
 from distill.config import TeacherConfig
-from distill.teachers import PACKAGE, weights_source
-from distill.teachers.packaged import WHEELS
+from distill.models.packaged import PACKAGE, WHEELS
+from distill.teachers import weights_source
 from export.check import weight_dtypes
 from export.graph import Student
 from export.modules import Part

@@ -279,17 +279,34 @@ def _quiet():
 
 
 def left_alone(model: onnx.ModelProto) -> list[str]:
-    """Names of nodes that stay in float: their matrix or kernel is too small, or they compute the
-    same for every picture of a size.
+    """Names of nodes that stay in float: their matrix or kernel is too small, they compute the same
+    for every picture of a size, or a norm over a picture's own channels follows, which makes the
+    rounding of a channel that hardly varies as large as any signal.
     """
+    normed = _normed(model)
     sides = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     seen, result = {value.name for value in model.graph.input}, []
     for node in model.graph.node:
         depends = not seen.isdisjoint(node.input)
         if depends and node.op_type not in ("Shape", "Size"):
             seen.update(node.output)
-        if node.op_type in _QUANTIZED and (not depends or smallest_side(node, sides) < SMALLEST):
+        if node.op_type in _QUANTIZED and (
+            not depends
+            or smallest_side(node, sides) < SMALLEST
+            or not normed.isdisjoint(node.output)
+        ):
             result.append(node.name)
+    return result
+
+
+def _normed(model: onnx.ModelProto) -> set[str]:
+    """Tensors that instance norms read (a group norm is one, between changes of shape)."""
+    result: set[str] = set()
+    for node in reversed(model.graph.node):
+        if node.op_type == "InstanceNormalization" or (
+            node.op_type == "Reshape" and not result.isdisjoint(node.output)
+        ):
+            result.add(node.input[0])
     return result
 
 

@@ -116,7 +116,8 @@ class View(NamedTuple):
     """Key of the view's tensor in `Batch.views`."""
     size: int | None = None
     """Side in pixels; None: `data.image_size`, by default the largest input of the student and of
-    the teachers that see the view."""
+    the teachers that see the view. In a stream of a teacher's own the student's input is that of
+    `student_size`."""
     crops: int = 1
     """Crops of a picture; a batch holds them crop by crop: uint8 [crops * B, 3, size, size]."""
     scale: tuple[float, float] | None = None

@@ -14,6 +14,9 @@ from distill.methods.losses import Prediction, similarity
 from distill.methods.projectors import initialize, mlp
 from distill.models.deformable import Grid
 
+Levels = Literal["pick_and_fill", "pick", "every"]
+"""What becomes of levels that are closest to no map of a teacher."""
+
 
 class Pair(NamedTuple):
     """A level of the student that is compared with a map of a teacher, both by number."""
@@ -25,15 +28,15 @@ class Pair(NamedTuple):
 def choose_levels(
     students: Mapping[str, Sequence[Grid]],
     teachers: Mapping[str, Sequence[Grid]],
-    kind: Literal["pick_and_fill", "every"],
+    kind: Levels,
 ) -> dict[str, list[Pair]]:
     """The pairs to compare, by teacher: first the level of closest size for each of its maps, then
     what gives the other levels something to learn from.
 
     `students` are the grids of the student's levels on the pictures that each teacher sees, with as
     many levels for all; `teachers` those of its maps. A level that no map picked is compared with
-    the map of closest size of all teachers or, for "every", of each of them. Of two equally close
-    ones the first, that is the finer, is taken.
+    the map of closest size of all teachers or, for "every", of each of them, or for "pick" with
+    none. Of two equally close ones the first, that is the finer, is taken.
     """
 
     def apart(label: str, pair: Pair) -> float:
@@ -47,6 +50,8 @@ def choose_levels(
             min((Pair(level, m) for level in range(count)), key=lambda p, at=label: apart(at, p))
             for m in range(len(maps))
         ]
+    if kind == "pick":
+        return chosen
     picked = {label: {pair.level for pair in pairs} for label, pairs in chosen.items()}
     groups = [[label] for label in chosen] if kind == "every" else [list(chosen)]
     for group in groups:

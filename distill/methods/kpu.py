@@ -17,12 +17,13 @@ Our reading where the paper is silent: levels that no teacher is closest to are 
 closest map there is (`levels`), so that all of the adapter learns; several maps of a teacher count
 by their mean; nothing is detached in t2s (`stop_gradient`).
 
-A teacher with a `batch_size` sees pictures of its own, of its own size, and so does the student:
-every stream has a forward pass, and all share one backward. Other teachers share one view.
+A teacher with a `batch_size` sees pictures of its own, of its own size, and so does the student
+(`student_size`): every stream has a forward pass, and all share one backward. Other teachers share
+one view.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -35,6 +36,7 @@ from distill.data.crops import IMAGE, MAIN, View
 from distill.distributed import mean_over_ranks
 from distill.features import FeatureDims, Features, resize_map
 from distill.methods.alignment import (
+    Levels,
     Pair,
     TeacherHead,
     Translator,
@@ -51,7 +53,7 @@ from distill.methods.targets import FeatureNormalizer
 from distill.methods.unic import check_teachers, drops_of_step, keep_teachers
 from distill.methods.weighting import Famo
 from distill.models.preprocess import Preprocess
-from distill.models.student import Student
+from distill.models.student import Student, nearest_multiples
 from distill.models.vit_adapter import AdapterConfig, ViTAdapter
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,10 @@ _Above = Annotated[float, Field(gt=0)]
 class Config(Section):
     """KPU: a frozen sentinel, a trainable adapter, alignment in the teachers' spaces and in one."""
 
-    TINY: ClassVar = {"adapter": {"blocks": 2, "heads": 2, "points": 2, "width": 32}}
+    TINY: ClassVar = {
+        "hidden": 16,
+        "adapter": {"blocks": 2, "heads": 2, "points": 2, "width": 32},
+    }
 
     preserve: bool = Field(
         True,
@@ -83,10 +88,11 @@ class Config(Section):
     hidden: Positive | Auto = Field(
         "auto", description="hidden width of the translators; auto: the student's width"
     )
-    levels: Literal["pick_and_fill", "every"] = Field(
+    levels: Levels = Field(
         "pick_and_fill",
         description="each teacher's map picks the level of closest size, and levels that nobody "
-        "picked the closest map; every: each teacher is aligned with all levels",
+        "picked the closest map; pick: those are left untrained; every: each teacher is aligned "
+        "with all levels",
     )
     stop_gradient: bool = Field(
         False, description="whether t2s moves the translated teachers alone, not the student"
@@ -100,6 +106,11 @@ class Config(Section):
     )
     famo_lr: _Above = Field(0.025, description="learning rate of FAMO's logits")
     famo_decay: _NonNegative = Field(0.01, description="L2 penalty of FAMO's logits")
+    famo_update: Literal["same_batch", "next_batch"] = Field(
+        "same_batch",
+        description="what FAMO compares a step's losses with: those of the same pictures after it, "
+        "by a further forward pass, or of the next ones, for free",
+    )
     dense_scale: tuple[_Above, _Above] = Field(
         (0.5, 1.0),
         description="range of a crop's share of the picture's area, in streams of teachers without "
@@ -127,6 +138,7 @@ class KPU(Method):
             recipe.student.image_size, recipe.student.mean, recipe.student.std
         )
         self.student = _student(recipe, inference)
+        self.student_sizes = _student_sizes(recipe, self.student.stride)
         width = self.student.width
         hidden = width if config.hidden == "auto" else config.hidden
         levels = max(1, len(self.student.map_strides))
@@ -148,6 +160,8 @@ class KPU(Method):
             )
         if config.weighting == "famo":
             self.famo = Famo(len(dims), config.famo_lr, config.famo_decay)
+        self._due = False
+        self._told_untrained = False
 
     @classmethod
     def check(cls, recipe: Recipe) -> Recipe:
@@ -164,6 +178,19 @@ class KPU(Method):
                 f"kpu.weighting = {kpu.weighting}: there is a single teacher: set "
                 "kpu.weighting=equal or add a teacher"
             )
+        # what tiny.py sets is no wish of the user's
+        unset = AdapterConfig(), AdapterConfig(**Config.TINY["adapter"])
+        if not kpu.preserve and kpu.adapter not in unset:
+            raise UserError(
+                "kpu.adapter: kpu.preserve = false trains the student without an adapter: set "
+                "kpu.adapter={} or kpu.preserve=true"
+            )
+        own = [teacher.batch_size for teacher in recipe.teachers]
+        if any(own) and not all(own):
+            raise UserError(
+                f"teachers.{own.index(None)}.batch_size = null: the other teachers have streams of "
+                "their own: give each one a batch_size, or none"
+            )
         if kpu.preserve and recipe.student.drop_path:
             raise UserError(
                 f"student.drop_path = {recipe.student.drop_path:g}: the sentinel does not train: "
@@ -171,9 +198,21 @@ class KPU(Method):
             )
         return super().check(recipe)
 
+    @classmethod
+    def other_memory(cls, recipe: Recipe) -> tuple[str, Recipe | None]:
+        """With `kpu.adapter.checkpoint` turned over."""
+        kpu = recipe.kpu
+        if not kpu.preserve:
+            return "", None
+        turned = not kpu.adapter.checkpoint
+        adapter = kpu.adapter.model_copy(update={"checkpoint": turned})
+        variant = {"kpu": kpu.model_copy(update={"adapter": adapter})}
+        return f"kpu.adapter.checkpoint={str(turned).lower()}", recipe.model_copy(update=variant)
+
     def before_step(self, progress: Progress) -> None:
-        """Seed the step's drops."""
+        """Seed the step's drops, and note whether FAMO has losses of a step before to compare."""
         self._generator = drops_of_step(self.seed, progress.step, "cpu")
+        self._due = progress.step > 0 and self.config.famo_update == "next_batch"
 
     def forward(
         self, views: Mapping[str, Tensor], targets: Mapping[str, Features]
@@ -182,8 +221,12 @@ class KPU(Method):
         and `.rec`. With teachers dropped or weighted also `weight.<teacher>`.
         """
         losses, parts = self.losses(views, targets)
+        famo = self.config.weighting == "famo"
+        if famo and self._due:  # the first micro-batch of a step
+            self.famo.update(losses)
+            self._due = False
         loss, weights = self._weigh(losses)
-        if self.config.weighting == "famo" and not losses.is_meta:  # as in the plan
+        if famo and self.config.famo_update == "same_batch" and not losses.is_meta:  # the plan's
             # FAMO looks at the same pictures again after the step, as precisely as now
             kind = losses.device.type
             amp = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
@@ -194,7 +237,7 @@ class KPU(Method):
 
     def after_step(self, progress: Progress) -> None:
         """Let FAMO see what the step did to the losses of its last micro-batch."""
-        if self.config.weighting != "famo":
+        if self.config.weighting != "famo" or self.config.famo_update == "next_batch":
             return
         views, targets, (enabled, kind) = self._again
         device = self.famo.logits.device.type
@@ -218,6 +261,7 @@ class KPU(Method):
             self.config.levels,
         )
         rows, parts = [], {}
+        spare = self._unaligned(pairs, students.values())
         for label, target in normalized.items():
             picked = pairs[label][: len(maps_of(target))]
             self.heads[label].remember([pair.level for pair in picked])
@@ -225,18 +269,38 @@ class KPU(Method):
             scales = {"rec": self.config.reconstruct_weight}
             rows.append(sum(scales.get(kind, 1) * loss for kind, loss in kinds.items()))
             parts |= {f"loss.{label}.{kind}": loss.detach() for kind, loss in kinds.items()}
-        return torch.stack(rows), parts
+        return torch.stack(rows) + spare, parts
+
+    def _unaligned(
+        self, pairs: Mapping[str, Sequence[Pair]], students: Iterable[Features]
+    ) -> Tensor | float:
+        """Zero, with a gradient of zero for the levels that are compared with nothing: DDP waits
+        for every gradient.
+        """
+        strides = self.student.map_strides
+        compared = {pair.level for chosen in pairs.values() for pair in chosen}
+        idle = [level for level in range(len(strides)) if level not in compared]
+        if not idle:
+            return 0.0
+        if not self._told_untrained:
+            self._told_untrained = True
+            log.warning(
+                "kpu.levels = pick: no teacher has a map of the size of the student's at 1/%s, "
+                "which stay untrained (set kpu.levels=pick_and_fill)",
+                ", 1/".join(str(strides[level]) for level in idle),
+            )
+        return sum(0.0 * features.maps[level].sum() for features in students for level in idle)
 
     def _encode(self, view: View, images: Tensor) -> Features:
         """Features of uint8 crops [B, 3, S, S]: at the deployed size where teachers share a view,
-        else at the multiple of the patch that is closest to the teacher's own size.
+        else at the teacher's `student_size`.
         """
         if view.stream == MAIN:
             return self.student(self.preprocess(images))
-        stride = self.student.stride
-        return self.student(
-            self.preprocess(images, max(1, round(images.shape[-1] / stride)) * stride)
-        )
+        size, stride = self.student_sizes[view.stream], self.student.stride
+        if size == "auto":
+            size = max(1, round(images.shape[-1] / stride)) * stride
+        return self.student(self.preprocess(images, size))
 
     def _compare(
         self, label: str, student: Features, teacher: Features, pairs: Sequence[Pair]
@@ -342,6 +406,18 @@ def _views(
         views[view.name] = view
         seen[teacher.label] = view.name
     return tuple(views.values()), seen
+
+
+def _student_sizes(recipe: Recipe, stride: int) -> dict[str, int | Auto]:
+    """The side of the student's input in every teacher's stream."""
+    for number, teacher in enumerate(recipe.teachers):
+        size = teacher.student_size
+        if size != "auto" and size % stride:
+            raise UserError(
+                f"teachers.{number}.student_size = {size}: the student's patch of {stride} pixels "
+                f"does not divide it (use {nearest_multiples(size, stride)})"
+            )
+    return {teacher.label: teacher.student_size for teacher in recipe.teachers}
 
 
 def _normalizer(recipe: Recipe, label: str, dims: FeatureDims) -> FeatureNormalizer:

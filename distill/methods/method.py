@@ -82,7 +82,7 @@ class Method(nn.Module):
     student's."""
     several_maps: bool = False
     """Whether it learns from teachers with maps of several sizes, as detectors have."""
-    shards: bool = True
+    shards: ClassVar[bool] = True
     """Whether FSDP2 may shard it; False for a method whose momentum network follows its weights."""
 
     def __init__(self, recipe: Recipe, dims: Mapping[str, FeatureDims], inference: bool = False):
@@ -93,6 +93,7 @@ class Method(nn.Module):
         """Check what the sections of a recipe say together, once it is read, and return it, perhaps
         without what the method will not use. Raises UserError.
         """
+        cls.check_parallel(recipe)
         if not recipe.teachers:
             raise UserError("teachers: no teachers: list at least one (name, role)")
         for number, teacher in enumerate(recipe.teachers):
@@ -102,6 +103,15 @@ class Method(nn.Module):
                     "teacher, and a detector has three: set method=kpu, or remove it"
                 )
         return recipe
+
+    @classmethod
+    def check_parallel(cls, recipe: Recipe) -> None:
+        """Raise UserError for FSDP2 with a method that it cannot shard."""
+        if recipe.train.parallel == "fsdp" and not cls.shards:
+            raise UserError(
+                f"train.parallel = fsdp: method {recipe.method} cannot be sharded: set "
+                "train.parallel=ddp"
+            )
 
     def warnings(self, values: Mapping[str, float]) -> list[str]:
         """What is wrong with the values of a log line, a sentence each: a collapse, say."""
@@ -154,6 +164,13 @@ class Method(nn.Module):
         part's cost in each; none by default.
         """
         return "", {}
+
+    @classmethod
+    def other_memory(cls, recipe: Recipe) -> tuple[str, Recipe | None]:
+        """A switch that trades time for memory, as `key=value`, and the recipe with it turned over,
+        for `--dry-run` to compare; none by default.
+        """
+        return "", None
 
 
 def decay_groups(method: Method, named: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:

@@ -148,6 +148,7 @@ class SeFA(Method):
                 "ssl.ship=student"
             )
         if sefa.ssl_weight == 1:
+            cls.check_parallel(recipe)
             return recipe.model_copy(update={"teachers": ()})
         check_teachers(recipe)
         return super().check(recipe)
@@ -319,11 +320,6 @@ class SeFA(Method):
 def _check_objective(recipe: Recipe) -> None:
     """Raise UserError for settings of self-supervision that cannot go together."""
     ssl, train = recipe.ssl, recipe.train
-    if train.parallel == "fsdp":
-        raise UserError(
-            "train.parallel = fsdp: method sefa has a momentum network, which is not sharded: set "
-            "train.parallel=ddp"
-        )
     if ssl.kind == "udi" and not ssl.locals:
         raise UserError("ssl.locals = 0: ssl.kind = udi needs local crops: set ssl.locals=6")
     if train.epochs:

@@ -20,10 +20,9 @@ class Famo(nn.Module):
     def __init__(self, count: int, lr: float, decay: float) -> None:
         super().__init__()
         self.lr, self.decay = lr, decay
-        for name in ("logits", "mean", "square"):
+        for name in ("logits", "mean", "square", "before"):
             self.register_buffer(name, torch.zeros(count))
         self.register_buffer("steps", torch.zeros(()))
-        self._before: Tensor | None = None
 
     @property
     def weights(self) -> Tensor:
@@ -33,7 +32,7 @@ class Famo(nn.Module):
     def forward(self, losses: Tensor) -> Tensor:
         """The weighted sum of the logarithms of `losses` [T], over the sum of weight over loss."""
         whole = mean_over_ranks(losses.detach()) + _EPS
-        self._before = whole
+        self.before.copy_(whole)
         weights = self.weights
         scale = (weights / whole).sum()
         # the gradient of a process is that of its share of the mean
@@ -42,10 +41,10 @@ class Famo(nn.Module):
 
     @torch.no_grad()
     def update(self, losses: Tensor) -> None:
-        """Move the weights, given the losses [T] of the same pictures after the optimizer's
-        step.
+        """Move the weights, given the losses [T] after the optimizer's step: of the same pictures,
+        or, roughly, of the next ones.
         """
-        fell = self._before.log() - (mean_over_ranks(losses.detach()) + _EPS).log()
+        fell = self.before.log() - (mean_over_ranks(losses.detach()) + _EPS).log()
         # a step of non-finite losses was not taken
         fell = torch.where(fell.isfinite().all(), fell, torch.zeros_like(fell))
         weights = self.weights

@@ -22,7 +22,22 @@ def sample(values: Tensor, positions: Tensor) -> Tensor:
     """
     if torch.compiler.is_exporting():
         return sample_by_gathers(values, positions)
+    if values.is_meta:  # where grid_sample takes a thousand small operations
+        return _Unread.apply(values, positions)
     return F.grid_sample(values, 2 * positions - 1, padding_mode="zeros", align_corners=False)
+
+
+class _Unread(torch.autograd.Function):
+    """`sample` for shapes and memory alone: keeps what `grid_sample` keeps, and reads nothing."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, positions: Tensor) -> Tensor:
+        ctx.save_for_backward(values, positions)
+        return values.new_empty(*values.shape[:2], *positions.shape[1:3])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(tensor.new_empty(tensor.shape) for tensor in ctx.saved_tensors)
 
 
 def sample_by_gathers(values: Tensor, positions: Tensor) -> Tensor:

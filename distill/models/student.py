@@ -17,6 +17,7 @@ from contract.errors import UserError, first_line, suggest
 from distill.config import StudentConfig
 from distill.features import Features
 from distill.models.meta import building
+from distill.models.packaged import checkpoint_path
 from distill.models.weights import load_into, read_state_dict
 
 
@@ -295,7 +296,7 @@ def _with_weights(config: StudentConfig, arguments: dict[str, object]) -> nn.Mod
     if config.checkpoint:
         net = create_timm(config.name, **arguments)
         source = f"student.checkpoint {config.checkpoint}"
-        load_into(net, read_state_dict(config.checkpoint), source)
+        load_into(net, read_state_dict(checkpoint_path(config.checkpoint)), source)
         return net
     try:
         return create_timm(config.name, pretrained=config.pretrained, **arguments)

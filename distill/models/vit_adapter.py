@@ -215,10 +215,10 @@ class ViTAdapter(Student):
                 f"'{name}': use {', '.join(divisors)}"
             )
         inner = width * adapter.value_ratio
-        if inner % adapter.heads:
+        if inner % adapter.heads or width % adapter.heads:
             raise UserError(
-                f"kpu.adapter.heads = {adapter.heads} does not divide kpu.adapter.value_ratio x "
-                f"the width {width} of '{name}' = {inner:g}"
+                f"kpu.adapter.heads = {adapter.heads} does not divide the width {width} of "
+                f"'{name}' and, times kpu.adapter.value_ratio, {inner:g}: use another number"
             )
         sides = {"kpu.adapter.width": adapter.width, f"the width of '{name}'": width}
         for key, value in sides.items():

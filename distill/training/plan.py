@@ -4,7 +4,7 @@ arithmetic).
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from contract.errors import UserError
 from distill.config import DETECTOR, Recipe, TeacherConfig
 from distill.data.batches import check_batch_size
-from distill.data.crops import view_of
+from distill.data.crops import View, view_of
 from distill.data.pictures import open_pictures
 from distill.features import features_of
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
 from distill.models.meta import building
+from distill.models.packaged import describe_checkpoint
 from distill.teachers import Teacher, build_teacher, weights_source
 from distill.teachers.grounding_dino import architecture
 from distill.training.schedule import Schedule, resolve_views
@@ -46,14 +47,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """The student's side of a step: its parts, and the bytes one image keeps for the backward
-    pass.
+    """The student's side of a step: its parts, and the bytes a picture keeps for the backward
+    pass, by its stream.
     """
 
     parts: list[Part]
-    activation_bytes: int
+    stream_bytes: Mapping[str, int]
     method: Method
     """On the meta device."""
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a picture of every stream keeps."""
+        return sum(self.stream_bytes.values())
 
 
 def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
@@ -73,31 +79,18 @@ def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
 
 
 def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
-    """Count the parts of a recipe's method on the meta device, for one picture of every stream."""
-    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
-    # Statistics of targets do not exist yet, and they cost next to nothing.
-    targets = recipe.targets.model_copy(update={"normalize": "none"})
-    recipe = recipe.model_copy(update={"student": student, "targets": targets})
-    with building():
-        method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
-    with torch.device("meta"):
-        views = {view.name: view for view in resolve_views(recipe, method, teachers)}
-        crops = {
-            name: torch.empty(shape, dtype=kind)
-            for view in views.values()
-            for name, (shape, kind) in view.shapes(1).items()
-        }
-        features = {}
-        for teacher in teachers:
-            count = views[view_of(method.teacher_views[teacher.label])].crops
-            shapes = teacher.shapes.items()
-            features[teacher.label] = features_of(
-                {name: torch.empty(count, *shape) for name, shape in shapes}
-            )
-        method.before_step(Progress(0, recipe.train.steps or 1, 1))
-        kept = _KeptBytes(method)
-        with FlopCounterMode(display=False) as counter, kept.hooks():
-            method(crops, features)
+    """Count the parts of a recipe's method on the meta device, for one picture of every stream, and
+    what a picture of each keeps.
+    """
+    method, views = _meta_method(recipe, teachers)
+    streams = list(dict.fromkeys(view.stream for view in views))
+    with FlopCounterMode(display=False) as counter:
+        kept = _kept_bytes(method, views, teachers, dict.fromkeys(streams, 1))
+    stream_bytes = {streams[0]: kept}
+    for stream in streams[1:]:
+        second = _kept_bytes(method, views, teachers, dict.fromkeys(streams, 1) | {stream: 2})
+        stream_bytes[stream] = second - kept
+        stream_bytes[streams[0]] -= stream_bytes[stream]
     flops = counter.get_flop_counts()
     parts = [
         Part(
@@ -108,7 +101,43 @@ def method_cost(recipe: Recipe, teachers: list[Teacher]) -> Cost:
         for name, child in method.named_children()
         if _count_parameters(child)[0]
     ]
-    return Cost(parts, kept.total, method)
+    return Cost(parts, stream_bytes, method)
+
+
+def _meta_method(recipe: Recipe, teachers: list[Teacher]) -> tuple[Method, tuple[View, ...]]:
+    """A recipe's method on the meta device, before its first step, and its views."""
+    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
+    # Statistics of targets do not exist yet, and they cost next to nothing.
+    targets = recipe.targets.model_copy(update={"normalize": "none"})
+    recipe = recipe.model_copy(update={"student": student, "targets": targets})
+    with building():
+        method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
+    method.before_step(Progress(0, recipe.train.steps or 1, 1))
+    return method, resolve_views(recipe, method, teachers)
+
+
+def _kept_bytes(
+    method: Method, views: Sequence[View], teachers: list[Teacher], pictures: Mapping[str, int]
+) -> int:
+    """Bytes that autograd keeps of a forward pass of so many `pictures` of every stream."""
+    kept = _KeptBytes(method)
+    with torch.device("meta"), kept.hooks():
+        crops = {
+            name: torch.empty(shape, dtype=kind)
+            for view in views
+            for name, (shape, kind) in view.shapes(pictures[view.stream]).items()
+        }
+        features = {}
+        for teacher in teachers:
+            seen = view_of(method.teacher_views[teacher.label])
+            view = next(view for view in views if view.name == seen)
+            shapes = teacher.shapes.items()
+            count = view.crops * pictures[view.stream]
+            features[teacher.label] = features_of(
+                {name: torch.empty(count, *shape) for name, shape in shapes}
+            )
+        method(crops, features)
+    return kept.total
 
 
 def _flops_of(counts: Mapping[str, Mapping[object, int]], part: str) -> int:
@@ -203,9 +232,8 @@ def _print_parts(
             column, justify="left" if column in ("part", "features", "weights") else "right"
         )
     for part in cost.parts:
-        table.add_row(
-            part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.gflop:.2f}", "", ""
-        )
+        row = [part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.gflop:.2f}", ""]
+        table.add_row(*row, _student_source(recipe) if part.name == "student" else "")
     crops = {view.name: view.crops for view in schedule.views}
     for config, teacher in zip(recipe.teachers, teachers, strict=True):
         shapes = ("x".join(map(str, shape)) for shape in teacher.shapes.values())
@@ -219,6 +247,13 @@ def _print_parts(
             weights_source(config),
         )
     console.print(table)
+
+
+def _student_source(recipe: Recipe) -> str:
+    """Where the student's weights come from, in a few words."""
+    if recipe.student.checkpoint:
+        return describe_checkpoint(recipe.student.checkpoint)
+    return f"timm hub, {recipe.student.name}" if recipe.student.pretrained else "random weights"
 
 
 def teacher_gflop(teacher: Teacher) -> float:
@@ -302,8 +337,8 @@ def _print_memory(
     teachers: list[Teacher],
     world: int,
 ) -> None:
-    """Print an estimate of device memory on each of `world` ranks. What is kept of one picture of
-    every stream is shared out by their pixels.
+    """Print an estimate of device memory on each of `world` ranks; all streams share one backward
+    pass, so that their activations add up.
     """
     train = recipe.train
     trainable = sum(part.trainable for part in cost.parts)
@@ -314,23 +349,32 @@ def _print_memory(
     # a momentum network has weights alone, and so has the average of all
     copies = held - trainable + (held if train.ema_decay else 0)
     state = (trainable * 16 + copies * 4) / shards / _GIGA
-    pixels = dict.fromkeys(schedule.batch_sizes, 0)
-    for view in schedule.views:
-        pixels[view.stream] += view.crops * view.size**2
-    images = {
+    micro = {
         stream: max(1, size // (world * train.accumulate))
         for stream, size in schedule.batch_sizes.items()
     }
-    kept = cost.activation_bytes / sum(pixels.values())
     half = train.precision != "fp32"
-    activations = sum(kept * pixels[stream] * count for stream, count in images.items())
-    activations *= (0.6 if half else 1.0) / _GIGA
+    share = (0.6 if half else 1.0) / _GIGA
+    streams = {stream: micro[stream] * size * share for stream, size in cost.stream_bytes.items()}
+    activations = sum(streams.values())
     total = state + frozen * 4 / _GIGA + activations
     console.print(
         f"memory       about {total:.1f} GB a rank: {state:.1f} weights, gradients and moments, "
         f"{frozen * 4 / _GIGA:.1f} teachers, {activations:.1f} activations of "
-        f"{sum(images.values())} images "
+        f"{sum(micro.values())} images "
         f"({world} rank{'s' if world > 1 else ''}"
         f"{', autocast keeps some in fp32' if half else ''})"
     )
+    if len(streams) > 1:
+        parts = (
+            f"{size:.2f} of {micro[stream]} in stream {stream}" for stream, size in streams.items()
+        )
+        console.print(
+            f"activations  {' + '.join(parts)} = {activations:.2f} GB, in one backward pass"
+        )
+    switch, variant = METHODS[recipe.method].other_memory(recipe)
+    if variant:
+        method, views = _meta_method(variant, teachers)
+        other = _kept_bytes(method, views, teachers, micro) * share
+        console.print(f"activations  with {switch}: {other:.2f} GB in place of {activations:.2f}")
     console.print("[dim]An estimate from shapes: workspace and fragmentation come on top.[/dim]")

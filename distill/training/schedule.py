@@ -13,7 +13,8 @@ from distill.teachers import Teacher
 class Schedule:
     """How a recipe's method, teachers and pictures become views, streams and steps.
 
-    Raises UserError for a teacher with a batch size of its own if the method has no stream for it.
+    Raises UserError for a teacher with a batch size of its own if the method has no stream for it,
+    and for one with a size for the student but no stream.
     """
 
     def __init__(
@@ -28,6 +29,13 @@ class Schedule:
                     f"teachers.{number}.batch_size = {size}: method {recipe.method} gives teacher "
                     f"'{label}' the same pictures as the others: remove it, and set "
                     "train.batch_size"
+                )
+        for number, teacher in enumerate(recipe.teachers):
+            if teacher.student_size != "auto" and not own[teacher.label]:
+                raise UserError(
+                    f"teachers.{number}.student_size = {teacher.student_size}: teacher "
+                    f"'{teacher.label}' has no stream of its own: set its batch_size too, or "
+                    "student.image_size in its place"
                 )
         self.batch_sizes = {
             stream: (stream != MAIN and own.get(stream)) or recipe.train.batch_size
@@ -50,7 +58,11 @@ def resolve_views(recipe: Recipe, method: Method, teachers: Sequence[Teacher]) -
         if size is None and recipe.data.image_size != "auto":
             size = recipe.data.image_size
         if size is None:
-            size = max([recipe.student.image_size, *(teacher.image_size for teacher in seen_by)])
+            students = [recipe.student.image_size]
+            if view.stream != MAIN:
+                own = (teacher.config.student_size for teacher in seen_by)
+                students = [side for side in own if side != "auto"]
+            size = max([*students, *(teacher.image_size for teacher in seen_by)])
         resolved.append(view._replace(size=size, scale=view.scale or recipe.data.crop_scale))
     return tuple(resolved)
 

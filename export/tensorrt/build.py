@@ -81,6 +81,13 @@ def build_engine(
             f"{what} refuses the graph: {why or one_line(logger.errors)} (export it without that "
             "operation)"
         )
+    kinds = {network.get_layer(index).type for index in range(network.num_layers)}
+    if trt.LayerType.GRID_SAMPLE in kinds:
+        # engines with it build and run, and give other numbers (NVIDIA/TensorRT issue 4813)
+        raise UserError(
+            f"{graph}: {options.flavour} computes GridSample wrongly: export it as gathers (see "
+            "distill.models.deformable)"
+        )
     inputs = tuple(_tensor(network.get_input(index)) for index in range(network.num_inputs))
     config = builder.create_builder_config()
     for number, profile in enumerate(profiles):

@@ -11,13 +11,19 @@ import pytest
 import torch
 import yaml
 
+from contract.engine_record import EngineOptions
+from contract.manifest import ParityRecord
 from contract.signature import further_names
+from distill.data.pictures import PackagedPhotos
 from distill.features import FeatureDims
 from distill.methods import build_method
 from distill.recipe_io import make_recipe
 from export.graph import Student, build_parts
-from export.parity import reference
+from export.options import PACKAGED
+from export.parity import RELATIVE, measure, reference
 from export.run import main as export
+from export.runtimes.onnx import OnnxRuntime
+from export.to_onnx import export_part
 from serve.bundle import read_bundle
 from tests.conftest import run_here
 from tests.distill.methods.test_kpu import kpu_recipe
@@ -35,6 +41,9 @@ def untrained(levels: list[int]) -> Student:
     method = build_method(make_recipe(values), DIMS, inference=True)
     for interaction in method.student.interactions:
         torch.nn.init.normal_(interaction.injector.gate)
+    for name, parameter in method.student.named_parameters():
+        if not name.startswith("net."):  # as after training: none is 0 or 1, nor equals another
+            parameter.data += 0.1 * torch.randn_like(parameter)
     method.heads["detector"].remember(levels)
     deployment = method.eval().deploy()
     run = SimpleNamespace(dims=DIMS, recipe=None)
@@ -76,9 +85,69 @@ def test_deformable_attention_is_exported_as_gathers_with_parity(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_half_precisions_agree_with_the_student(photo_folder, tmp_path, precision, small_run):
+def test_where_torch_itself_is_inexact_graphs_are_compared_with_float64(tmp_path):
+    """Points far away but for what cancels out, and what they read counts for more than all else:
+    of the graph above, with other weights."""
+    student = untrained([1, 3, 3])
+    part, path = build_parts(student, 42, 70)[0], tmp_path / "backbone.onnx"
+    export_part(part, 16, 4, path, {}, 20)
+    extractor = student.deployment.student.interactions[0].extractor
+    attention = extractor.attention
+    far = attention.offsets.weight * 30_000
+    wild = {
+        extractor.norm.weight: torch.full_like(extractor.norm.weight, 1 / 3000),
+        extractor.norm.bias: torch.ones_like(extractor.norm.bias),
+        attention.offsets.weight: far,
+        attention.offsets.bias: attention.offsets.bias - far.double().sum(1).float(),
+        attention.out.weight: attention.out.weight * 1000,
+    }
+    model = onnx.load(path)
+    for parameter, values in wild.items():
+        (place,) = (t for t in model.graph.initializer if holds(t, parameter))
+        values = values.T if list(place.dims) != list(values.shape) else values
+        place.raw_data = values.contiguous().numpy().tobytes()
+        parameter.data = wild[parameter]
+    onnx.save(model, path)
+
+    def compared() -> list[ParityRecord]:
+        runtime, photos = OnnxRuntime({"backbone": path}), PackagedPhotos()
+        chosen = [(photos.name(n), photos.load(n)) for n in range(2)]
+        return measure(student, [part], [runtime], chosen, [2], [(42, 70)], "fp32")
+
+    rows = compared()
+    assert all(row.passed for row in rows), [row.problem for row in rows if not row.passed]
+    assert any(row.relative > RELATIVE["fp32"] for row in rows)
+    student.deployment.student.norms[0].bias += 0.5
+    assert {"backbone_s4", "features_s4"} == {row.output for row in compared() if not row.passed}
+
+
+@pytest.mark.slow
+def test_an_engine_is_built_of_the_graph(tmp_path):
+    pytest.importorskip("tensorrt_rtx", reason="needs pip install tensorrt-rtx")
+    from export.tensorrt.engines import build_all
+
+    student = untrained([1, 3, 3])
+    part, path = build_parts(student, 42, 70)[0], tmp_path / "backbone.onnx"
+    export_part(part, 16, 4, path, {}, 20)
+    options = EngineOptions(flavour="tensorrt-rtx", compute_capabilities=("8.9",))
+    given = ([options], [part], {"backbone": path}, [(42, 70)], student.stride, 4, tmp_path)
+    (engine,) = build_all(*given)
+    assert {"backbone_s4", "backbone_s32"} < {tensor.name for tensor in engine.outputs}
+
+
+def holds(tensor: onnx.TensorProto, parameter: torch.Tensor) -> bool:
+    """Whether a graph's tensor is a parameter, perhaps transposed."""
+    values = onnx.numpy_helper.to_array(tensor)
+    own = parameter.detach().numpy()
+    return any(np.array_equal(values, form) for form in ((own, own.T) if own.ndim == 2 else (own,)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_lower_precisions_agree_with_the_student(photo_folder, tmp_path, precision, small_run):
     words = ("--precision", precision, "--images", photo_folder, "--max-batch", 2)
+    if precision == "int8":
+        words += ("--calibration", PACKAGED)
     done = run_here(small_run, "--output", tmp_path / "bundle", *words, command=export)
     assert done.returncode == 0, done.stderr
     bundle = read_bundle(tmp_path / "bundle")

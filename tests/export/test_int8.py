@@ -232,6 +232,26 @@ def test_numbers_that_are_not_finite_are_no_range():
         Ranges("percentile").collect({"x": np.array([1, np.nan], np.float32)})
 
 
+def test_kernels_before_a_norm_over_a_picture_stay_in_float():
+    """As GroupNorm is exported, and as BatchNorm is, which has become part of the kernel."""
+    kernels = [
+        onnx.numpy_helper.from_array(np.zeros((32, 32, 1, 1), np.float32), name) for name in "kl"
+    ]
+    norm = [onnx.numpy_helper.from_array(np.ones(32, np.float32), name) for name in "sb"]
+    shape = onnx.numpy_helper.from_array(np.array([0, 32, -1]), "shape")
+    make = onnx.helper.make_node
+    nodes = [
+        make("Conv", ["x", "k"], ["a"], "normed"),
+        make("Reshape", ["a", "shape"], ["groups"]),
+        make("InstanceNormalization", ["groups", "s", "b"], ["n"]),
+        make("Conv", ["x", "l"], ["c"], "alone"),
+        make("Relu", ["c"], ["y"]),
+    ]
+    ports = [onnx.ValueInfoProto(name=name) for name in "xny"]
+    graph = onnx.helper.make_graph(nodes, "g", ports[:1], ports[1:], [*kernels, *norm, shape])
+    assert left_alone(onnx.helper.make_model(graph)) == ["normed"]
+
+
 def test_weights_are_no_activations(small_bundle):
     model = onnx.load(small_bundle / "backbone.onnx")
     found = activations(model)

@@ -232,6 +232,19 @@ def test_operation_the_parser_refuses_is_named_with_its_reason(tmp_path):
     assert "node 2 'shrink' (Resize)" in message and "Antialiasing is not supported" in message
 
 
+def test_an_operation_that_tensorrt_computes_wrongly_is_refused(tmp_path):
+    ports = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", (1, 2, 4, 4)), ("at", (1, 3, 3, 2)), ("y", (1, 2, 3, 3)))
+    ]
+    nodes = [helper.make_node("GridSample", ["x", "at"], ["y"], mode="linear")]
+    graph = helper.make_graph(nodes, "g", ports[:2], ports[2:])
+    path = tmp_path / "sampled.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+    assert "computes GridSample wrongly" in refused(path, FIXED)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sampled.onnx"]
+
+
 def test_missing_and_damaged_graphs_are_one_line(graph, tmp_path):
     assert "no such file" in refused(tmp_path / "absent.onnx", PROFILE)
     graph.write_bytes(graph.read_bytes()[:-700])

@@ -302,7 +302,7 @@ def test_famo_looks_at_the_same_pictures_again():
     losses = method(views, targets)
     losses["loss"].backward()
     optimizer.step()
-    before, after = method.famo._before, method.losses(views, targets)[0].detach()
+    before, after = method.famo.before.clone(), method.losses(views, targets)[0].detach()
     method.after_step(Progress(0, 4, 2))
     fell = (before.log() - after.log()).tolist()
     # of two weights the one whose loss fell by less rises, by Adam's first step
@@ -495,10 +495,20 @@ def test_any_recipe_can_be_trained_by_kpu_when_shrunk(tmp_path):
         ),
         ({"kpu": {"adapter": ADAPTER | {"blocks": 3}}}, ["kpu.adapter.blocks = 3", "use 1, 2"]),
         ({"kpu": {"adapter": ADAPTER | {"heads": 3}}}, ["kpu.adapter.heads = 3"]),
+        ({"kpu": {"adapter": ADAPTER | {"heads": 5, "value_ratio": 5 / 32}}}, ["width 32"]),
+        ({"kpu": {"adapter": ADAPTER | {"width": 24}}}, ["kpu.adapter.width = 24", "norm=batch"]),
+        ({"student": {"kwargs": VIT | {"embed_dim": 48}}}, ["= 48", "32 groups"]),
         ({"student": {"image_size": 60}}, ["student.image_size = 60", "56 or 70"]),
+        ({"student": {"checkpoint": "package:mobile"}}, ["package:mobile", "mobilenet-v2"]),
         ({"student": {"checkpoint": "nowhere.pth"}}, ["nowhere.pth", "no such file"]),
         ({"student": {"drop_path": 0.1}}, ["student.drop_path", "kpu.adapter.drop_path"]),
         ({"kpu": {"unify": False}}, ["kpu.reconstruct=false"]),
+        (
+            {"kpu": {"preserve": False, "adapter": ADAPTER | {"heads": 4}}},
+            ["kpu.adapter={}", "kpu.preserve=true"],
+        ),
+        ({"train": {"parallel": "fsdp"}}, ["cannot be sharded", "train.parallel=ddp"]),
+        ({"train": {"accumulate": 4}}, ["batch_size of teacher 'detector' = 2", "use 4"]),
     ],
 )
 def test_wrong_settings_are_one_line_and_leave_nothing(tmp_path, photo_folder, changes, words):
@@ -510,6 +520,14 @@ def test_wrong_settings_are_one_line_and_leave_nothing(tmp_path, photo_folder, c
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert all(word in done.stderr for word in words), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_all_teachers_have_streams_or_none(tmp_path, photo_folder):
+    recipe = kpu_recipe(photo_folder)
+    del recipe["teachers"][1]["batch_size"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = run_here(tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert done.returncode == 2 and "teachers.1.batch_size" in done.stderr
 
 
 def test_one_teacher_is_not_weighed(tmp_path, photo_folder):

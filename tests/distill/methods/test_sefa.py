@@ -356,7 +356,7 @@ def test_the_plan_counts_every_part_once(kind):
         ),
         (
             {"train": {"parallel": "fsdp", "clip_mode": "global"}},
-            ["train.parallel = fsdp", "momentum network", "train.parallel=ddp"],
+            ["train.parallel = fsdp", "cannot be sharded", "train.parallel=ddp"],
         ),
         (
             {"ssl": {"kind": "ibot", "ibot": {"mask_ratio": [], "ratio_spread": []}}},

@@ -48,7 +48,10 @@ def recipe_of(kind: str) -> Recipe:
         weighting = kind.removeprefix("kpu").removeprefix("_") or "equal"
         values["kpu"] = {"weighting": weighting, "adapter": adapter}
         if kind == "kpu":
-            teachers[1]["batch_size"] = BATCH  # a stream of its own
+            for teacher in teachers:
+                teacher["batch_size"] = BATCH  # a stream of its own
+        if kind == "kpu_teacher_drop":
+            values["kpu"]["levels"] = "pick"  # of four levels three learn nothing
     else:
         values["sefa"] = {"hidden": 16}
         values["ssl"] = {

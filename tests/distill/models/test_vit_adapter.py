@@ -189,6 +189,33 @@ def test_deformable_attention_is_what_its_definition_says():
     torch.testing.assert_close(result, attend_slowly(attention, queries, source, grid, grids))
 
 
+@torch.no_grad()
+def test_deformable_attention_agrees_with_transformers():
+    grounding_dino = pytest.importorskip("transformers.models.grounding_dino")
+    theirs = grounding_dino.modeling_grounding_dino.MultiScaleDeformableAttention()
+    attention = DeformableAttention(32, levels=3, heads=4, points=2, value_ratio=0.5).double()
+    attention.initialize()
+    for layer in (attention.offsets, attention.weights):
+        nn.init.normal_(layer.weight, std=0.3)
+    grid, grids = (5, 4), [(8, 6), (4, 3), (2, 2)]
+    queries = torch.randn(2, 20, 32, dtype=torch.float64)
+    source = torch.randn(2, 64, 32, dtype=torch.float64)
+    shapes = torch.tensor(grids)
+    offsets = attention.offsets(queries).view(2, 20, 4, 3, 2, 2)
+    centres = deformable.cell_centres(grid, queries)[:, None, None, None]
+    read = theirs(
+        attention.value(source).unflatten(-1, (4, -1)),
+        shapes,
+        grids,
+        torch.tensor([0, 48, 60]),
+        centres + offsets / shapes.flip(1)[:, None],
+        attention.weights(queries).view(2, 20, 4, 6).softmax(-1).view(2, 20, 4, 3, 2),
+        64,
+    )
+    expected = attention.out(read)
+    torch.testing.assert_close(attention(queries, source, [grid], grids), expected)
+
+
 def test_points_start_in_a_ring():
     attention = DeformableAttention(32, levels=3, heads=4, points=2, value_ratio=0.5)
     attention.initialize()

