@@ -190,6 +190,7 @@ def evaluate(
     logging.getLogger("timm").setLevel(logging.WARNING)
 
     from distill.evaluate.cast import open_rows
+    from distill.evaluate.outcome import Unsuited
     from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
     from distill.evaluate.tasks import Context
 
@@ -216,7 +217,13 @@ def evaluate(
             context = contexts.setdefault(
                 roots[task], Context(row.encoder, roots[task], config, output / "cache", row.folder)
             )
-            outcome = TASKS[task].run(context)
+            try:
+                outcome = TASKS[task].run(context)
+            except Unsuited as error:
+                if not row.teacher:
+                    raise
+                print(f"skipped   {row.name}: {error}", flush=True)
+                continue
             about["network"] = context.binding | {"device": str(row.encoder.device)}
             # after every task, so that an interrupted evaluation keeps its results so far
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)

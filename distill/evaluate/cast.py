@@ -19,6 +19,8 @@ class Row:
     name: str
     encoder: Encoder
     folder: Path
+    teacher: bool = False
+    """One of a run's teachers, beside its student."""
 
 
 def open_rows(
@@ -58,6 +60,7 @@ def open_rows(
                     f"teacher {config.label} ({config.name})",
                     encoder,
                     output / f"teacher-{config.label}",
+                    teacher=True,
                 )
             )
     else:

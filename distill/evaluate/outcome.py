@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from contract.errors import UserError
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -19,3 +21,7 @@ class Outcome:
     scores: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
+
+
+class Unsuited(UserError):
+    """The network lacks what a task reads; of a teacher, its row stays empty."""

@@ -163,7 +163,7 @@ TASKS: dict[str, _Task] = {
     "finetune": _Task(_run_finetune, ("top1",), "all weights, layer decay; LP-FT: init=probe"),
     "transfer": _Task(_run_transfer, (), "mean linear probe of several data sets"),
     "zero-shot": _Task(_run_zero_shot, ("top1",), "nearest class embedding"),
-    "segmentation": _Task(_run_segmentation, ("mIoU",), "linear head on patches, mIoU"),
+    "segmentation": _Task(_run_segmentation, ("mIoU",), "linear head on patches or UPerNet, mIoU"),
     "depth": _Task(_run_depth, ("rmse", "delta1"), "linear or DPT head, RMSE in metres"),
     "retrieval": _Task(_run_retrieval, ("mAP medium", "mAP hard"), "revisited Oxford and Paris"),
     "video": _Task(_run_video, ("J&F",), "DAVIS-2017 label propagation"),

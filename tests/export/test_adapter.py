@@ -1,7 +1,8 @@
 """A KPU student in ONNX: deformable attention as gathers, maps of odd sizes, heads of several
-maps.
+maps, a UPerNet head.
 """
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +12,21 @@ import pytest
 import torch
 import yaml
 
+from contract.dense import class_map
 from contract.signature import further_names
+from distill.data.pictures import PackagedPhotos
+from distill.evaluate.__main__ import main as evaluate
+from distill.evaluate.encoder import RunEncoder
 from distill.features import FeatureDims
 from distill.methods import build_method
+from distill.heads import load_head
 from distill.recipe_io import make_recipe
+from distill.runs import load_run
 from export.graph import Student, build_parts
 from export.parity import reference
 from export.run import main as export
 from serve.bundle import read_bundle
-from tests.conftest import run_here
+from tests.conftest import need_tritonserver, run_here
 from tests.distill.methods.test_kpu import kpu_recipe
 from tests.export.test_maps import run_graph
 
@@ -97,3 +104,84 @@ def small_run(expensive, photo_folder, tmp_path_factory) -> Path:
     done = run_here(folder / "recipe.yaml", "--output", folder / "run")
     assert done.returncode == 0, done.stderr
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def upernet_run(small_run, scenes) -> Path:
+    """`small_run` with a UPerNet head of a few steps; what its training printed is in `log`."""
+    quick = ("segmentation.width=16", "dense.size=56", "dense.steps=30", "dense.lr=1e-2")
+    words = ("--data", scenes, "--tasks", "segmentation", "--with-teachers", "extract.workers=0")
+    done = run_here(small_run, *words, "segmentation.head=upernet", *quick, command=evaluate)
+    assert done.returncode == 0, done.stderr
+    (small_run / "log").write_text(done.stdout)
+    return small_run
+
+
+def test_a_upernet_head_is_scored_and_teachers_without_maps_are_skipped(upernet_run):
+    rows = json.loads((upernet_run / "evaluation" / "evaluation.json").read_text())["rows"]
+    assert set(rows) == {"student backbone"}
+    result = rows["student backbone"]["segmentation"]
+    assert result["details"]["head"] == "upernet" and result["scores"]["pixel_accuracy"] > 0.4
+    skipped = [line for line in (upernet_run / "log").read_text().splitlines() if "skipped" in line]
+    assert len(skipped) == 2 and "needs maps of several resolutions" in skipped[0]
+    head = load_head(upernet_run / "heads" / "segmentation.safetensors")
+    assert head.kind == "upernet-segmentation" and head.about["output"] == "maps"
+
+
+@pytest.mark.parametrize("features", ["clip", "detector"])
+def test_upernet_on_a_head_is_refused_in_a_line(upernet_run, scenes, tmp_path, features):
+    words = ("--data", scenes, "--tasks", "segmentation", "--features", features)
+    output = ("--output", tmp_path, "segmentation.head=upernet")
+    done = run_here(upernet_run, *words, *output, command=evaluate)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"'{features}' does not have" in done.stderr
+
+
+def test_a_upernet_head_is_exported_with_parity_and_served(upernet_run, tmp_path):
+    """At 42 x 70 pixels, whose coarsest map of 2 x 3 positions is smaller than the pooling's
+    grids.
+    """
+    bundle = tmp_path / "bundle"
+    words = ("--resolutions", "42x70", "--max-batch", 2)
+    done = run_here(upernet_run, "--output", bundle, *words, command=export)
+    assert done.returncode == 0, done.stderr
+    manifest = read_bundle(bundle).manifest
+    graph = manifest.graph("segmentation")
+    assert [port.name for port in graph.inputs] == [f"features_s{s}" for s in (4, 8, 16, 32)]
+    assert graph.about["stride"] == 4 and graph.about["grid"] == [11, 18]
+    rows = [row for row in manifest.parity if row.output == "segmentation_logits"]
+    assert {row.graph for row in rows} == {"segmentation", "fused"}
+    assert all(row.passed for row in rows)
+
+    need_tritonserver()
+    from serve.client import FeatureClient
+    from serve.client.tasks.segmentation import segment
+    from serve.repository.build import make_repository
+    from serve.repository.settings import Settings
+    from serve.server.process import Options, Server
+    from serve.server.triton import find_tritonserver
+
+    photos = PackagedPhotos()
+    image = np.stack(
+        [np.asarray(photos.load(n).convert("RGB").resize((70, 42))) for n in range(2)]
+    )
+    with torch.inference_mode():
+        maps = RunEncoder(load_run(upernet_run), "backbone").pyramid(
+            torch.from_numpy(image).permute(0, 3, 1, 2)
+        )
+        head = load_head(upernet_run / "heads" / "segmentation.safetensors").module
+        logits = head(maps).flatten(2).transpose(1, 2).numpy()
+    wanted = class_map(logits, 42, 70, 4)
+    make_repository(
+        read_bundle(bundle), tmp_path / "repository", Settings(fused=False, encoded=False)
+    )
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
+    triton = find_tritonserver(None, tmp_path)
+    with (
+        Server(triton, tmp_path / "repository", options, lambda line: None) as server,
+        FeatureClient(server.grpc) as client,
+    ):
+        for side in ("server", "client"):
+            result = segment(client, image, side=side)
+            assert (result.class_map == wanted).mean() > 0.999
+    assert len(np.unique(wanted)) > 1
