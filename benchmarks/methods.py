@@ -77,6 +77,8 @@ _MAE = {
     "alias": "mae",
     "role": "mae",
     "checkpoint": "package:photo-mae",
+    "kwargs": {"embed_dim": 128, "depth": 6, "num_heads": 4},
+    "image_size": 64,
 }
 _SSL = {
     "prototypes": 1024,

@@ -190,7 +190,7 @@ def evaluate(
     logging.getLogger("timm").setLevel(logging.WARNING)
 
     from distill.evaluate.cast import open_rows
-    from distill.evaluate.outcome import Unsuited
+    from distill.evaluate.outcome import NotApplicable
     from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
     from distill.evaluate.tasks import Context
 
@@ -219,15 +219,16 @@ def evaluate(
             )
             try:
                 outcome = TASKS[task].run(context)
-            except Unsuited as error:
-                if not row.teacher:
+            except NotApplicable as error:
+                if not row.optional:
                     raise
-                print(f"skipped   {row.name}: {error}", flush=True)
+                logging.info("left out  %s, %s: %s", row.name, task, error)
                 continue
             about["network"] = context.binding | {"device": str(row.encoder.device)}
             # after every task, so that an interrupted evaluation keeps its results so far
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)
             results[row.name][task] = outcome
+    results = {name: outcomes for name, outcomes in results.items() if outcomes}
     picture = draw_scores(output / "scores.png", results)
     print_table(results)
     for outcomes in results.values():

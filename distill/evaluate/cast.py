@@ -19,8 +19,8 @@ class Row:
     name: str
     encoder: Encoder
     folder: Path
-    teacher: bool = False
-    """One of a run's teachers, beside its student."""
+    optional: bool = False
+    """Whether it goes without the tasks that it has no output for: a teacher of the run."""
 
 
 def open_rows(
@@ -60,7 +60,7 @@ def open_rows(
                     f"teacher {config.label} ({config.name})",
                     encoder,
                     output / f"teacher-{config.label}",
-                    teacher=True,
+                    optional=True,
                 )
             )
     else:

@@ -9,6 +9,12 @@ from typing import Any
 from contract.errors import UserError
 
 
+class NotApplicable(UserError):
+    """What a network has no output for: a teacher of a run goes without, the model itself is
+    refused.
+    """
+
+
 @dataclass(frozen=True)
 class Outcome:
     """Result of one task on one encoder.
@@ -21,7 +27,3 @@ class Outcome:
     scores: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
     files: tuple[Path, ...] = ()
-
-
-class Unsuited(UserError):
-    """The network lacks what a task reads; of a teacher, its row stays empty."""

@@ -26,7 +26,7 @@ from distill.evaluate.datasets import (
 from distill.evaluate.dense import train_head
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
-from distill.evaluate.outcome import Outcome, Unsuited
+from distill.evaluate.outcome import NotApplicable, Outcome
 from distill.evaluate.pictures import map_figure
 from distill.evaluate.windows import WindowLabels, WindowViews, merge_windows
 from distill.heads import LinearSegmenter, save_head
@@ -113,11 +113,11 @@ def evaluate(
 
 
 def _check_pyramid(encoder: Encoder, config: EvaluationConfig) -> None:
-    """Raise Unsuited for a network without maps, UserError for batches that norms cannot average
-    over.
+    """Raise NotApplicable for a network without maps, UserError for batches that its norms cannot
+    average over.
     """
     if not encoder.pyramid_widths:
-        raise Unsuited(
+        raise NotApplicable(
             f"{encoder.name}: segmentation.head = upernet needs maps of several resolutions, which "
             f"'{encoder.read_out}' does not have: use the backbone of a run of method kpu, or "
             "segmentation.head=linear"
