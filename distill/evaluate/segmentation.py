@@ -1,5 +1,5 @@
 """Semantic segmentation on frozen features by a linear head on patches (UMT A.1: ADE20K at 512 px,
-mIoU), or by UPerNet on a pyramid of maps (KPU Section 4).
+mIoU), or by UPerNet on a pyramid of maps (KPU, "Evaluation Metrics").
 """
 
 import logging
