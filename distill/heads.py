@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from contract.errors import UserError
 from distill.models.weights import read_tensors, write_tensors
 from distill.runs import git_commit
+from distill.upernet import UPerNet
 
 FORMAT = 1
 """Version of the file; raise it with a named `_upgrade_` function when it changes."""
@@ -184,6 +185,7 @@ class Residual(nn.Module):
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "classifier": Classifier,
     "linear-segmentation": LinearSegmenter,
+    "upernet-segmentation": UPerNet,
     "linear-depth": LinearDepth,
     "dpt-depth": DPTDepth,
 }

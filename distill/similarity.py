@@ -8,7 +8,7 @@ SeFA reports that students surpass their teachers where these agree moderately (
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from contract.command_line import CommandLine
@@ -29,8 +29,9 @@ examples:
 A teacher is NAME[@CHECKPOINT][:BLOCK]: a timm name with weights from its hub,
 or from a file or package:NAME (@random: none), its features read after a block.
 --run also compares the student with each teacher, and the teachers' spreads in
-its shared space. low (below 0.45), moderate and high (from 0.55) are the names
-that the paper gives to similarities.
+its shared space; those of kpu in the student's space, by the run's checkpoint.
+low (below 0.45), moderate and high (from 0.55) are the names that the paper
+gives to similarities.
 Pictures are centre crops at each teacher's own size. The default estimator is
 the debiased one: with few pictures the plain one (--biased, as in the paper)
 overestimates every similarity.
@@ -124,6 +125,7 @@ def compare(
     from distill.config import DataConfig
     from distill.data.pictures import open_pictures
     from distill.evaluate.representation import teacher_variance
+    from distill.unification import load_unifiers
 
     for name, value, least in (
         ("--images", images, 4),
@@ -135,6 +137,7 @@ def compare(
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available (use --device cpu)")
     names, encoders, finished = _open_networks(teachers, recipe, run)
+    unifiers, why_none = load_unifiers(finished) if finished else ({}, "")
     kind = {"kind": "folder", "path": str(data)} if data else {"kind": "packaged-photos"}
     pictures = open_pictures(DataConfig(**kind))
     count = min(images, len(pictures))
@@ -151,7 +154,9 @@ def compare(
                     f"--on summary: '{name}' has no image-level vector: use --on patches"
                 )
     numbers = torch.linspace(0, len(pictures) - 1, count).long().unique().tolist()
-    cka, spreads = _measure(encoders, deployment, pictures, numbers, on, batch_size)
+    for unifier in unifiers.values():
+        unifier.to(place)
+    cka, spreads = _measure(encoders, unifiers, deployment, pictures, numbers, on, batch_size)
     matrix = cka.matrix(debiased=not biased)
     rows = teacher_variance(
         {
@@ -178,6 +183,8 @@ def compare(
             "data"
         )
     _print_spreads(names, rows)
+    if why_none:
+        print(f"note      {why_none}")
     result = {
         "names": compared,
         "cka": matrix.tolist(),
@@ -232,7 +239,15 @@ def _open_networks(teachers: list[str] | None, recipe_name: str | None, run: Pat
     return names, encoders, finished
 
 
-def _measure(encoders: dict, deployment, pictures, numbers: list[int], on: str, batch_size: int):
+def _measure(
+    encoders: dict,
+    unifiers: Mapping,
+    deployment,
+    pictures,
+    numbers: list[int],
+    on: str,
+    batch_size: int,
+):
     """CKA sums and feature spreads of all encoders over the same pictures, in one pass.
 
     Maps are brought to the coarsest of their grids, so that row i of every network is the same
@@ -263,7 +278,10 @@ def _measure(encoders: dict, deployment, pictures, numbers: list[int], on: str, 
             for name, encoder in encoders.items():
                 views = torch.stack([centre_crop(photo, encoder.image_size) for photo in photos])
                 result[name] = encoder(views.to(encoder.device))
-                spreads["teachers, raw"][name].add(result[name].patches)
+                spreads["teachers, raw"][name].add(result[name].patches, *result[name].maps)
+                if name in unifiers:
+                    unified = unifiers[name](result[name])
+                    spreads["student's space, by t2s (KPU Eq 2)"][name].add(*unified)
             if deployment is not None:
                 views = torch.stack(
                     [centre_crop(photo, deployment.preprocess.size) for photo in photos]

@@ -2,6 +2,7 @@
 outputs.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,11 +45,14 @@ from export.modules import (
     InteractionGraph,
     LayersGraph,
     Part,
+    PyramidGraph,
     TaskGraph,
 )
 
 DPT = "dpt-depth"
 """Kind of the head that reads four layers."""
+UPERNET = "upernet-segmentation"
+"""Kind of the head that reads the student's further maps, all of them."""
 
 
 @dataclass(frozen=True)
@@ -181,12 +185,15 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
         heads.append(
             Part(readers[label], Signature(head_graph(label), reads, ports), {"teacher": label})
         )
-    tasks = [
-        build_dpt(head, layers, student.layer_strides[0], height, width)
-        if head.kind == DPT
-        else build_task(head, readers, read, inputs, positions, stride)
-        for head in student.heads
-    ]
+    tasks = []
+    for head in student.heads:
+        if head.kind == DPT:
+            part = build_dpt(head, layers, student.layer_strides[0], height, width)
+        elif head.kind == UPERNET:
+            part = _build_pyramid(head, tuple(by_read[f"maps.{s}"] for s in maps), maps[0])
+        else:
+            part = build_task(head, readers, read, inputs, positions, stride)
+        tasks.append(part)
     fused = FusedGraph(
         backbone, interaction.module if interaction else None, [*heads, *tasks], client
     )
@@ -246,6 +253,21 @@ def build_dpt(
         positions = about["grid"][0] * about["grid"][1]
     port = task_port(TASKS[head.task], 1, positions, f"cell of {finest / scale:g} pixels")
     return Part(DPTGraph(head.module), Signature(head.task, layers, (port,)), about)
+
+
+def _build_pyramid(head: Head, levels: tuple[Port, ...], finest: int) -> Part:
+    """The graph of a head on the student's maps, which says something at every position of the
+    finest, `finest` pixels each.
+    """
+    grid = levels[0].axes[1:3]
+    about = describe(head) | {"stride": finest, "grid": grid}
+    port = task_port(
+        TASKS[head.task],
+        head.module.settings["classes"],
+        math.prod(grid),
+        f"cell of {finest} pixels",
+    )
+    return Part(PyramidGraph(head.module), Signature(head.task, levels, (port,)), about)
 
 
 def describe(head: Head) -> dict:

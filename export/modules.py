@@ -173,6 +173,19 @@ class DPTGraph(nn.Module):
         return flatten_positions(self.head(pairs))
 
 
+class PyramidGraph(nn.Module):
+    """A head of `distill.evaluate` on the student's further maps."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        """The task's output, such as scores [B, h*w, C] at every position of the finest map."""
+        dtype = next(self.head.parameters()).dtype
+        return flatten_positions(self.head([map_.to(dtype) for map_ in maps]).float())
+
+
 def flatten_positions(values: Tensor) -> Tensor:
     """A head's [B, h, w] as [B, h*w], its [B, C, h, w] as [B, h*w, C]; scores [B, C] stay."""
     if values.ndim == 4:

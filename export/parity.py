@@ -27,7 +27,7 @@ from contract.signature import (
 )
 from contract.tasks import TASKS
 from distill.methods.deployment import BACKBONE
-from export.graph import DPT, Student
+from export.graph import DPT, UPERNET, Student
 from export.modules import Part, flatten_positions
 from export.runtimes.base import Outputs, Runtime
 
@@ -127,6 +127,8 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
         task, seen = TASKS[head.task], predictions[head.about["reads"]]
         if head.kind == DPT:
             value = layers
+        elif head.kind == UPERNET:
+            value = seen.maps
         elif task.dense:
             value = seen.patches
         else:

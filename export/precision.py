@@ -9,7 +9,7 @@ import torch
 
 from distill.methods.targets import FeatureNormalizer
 from distill.models.preprocess import Preprocess
-from export.graph import DPT, Student
+from export.graph import DPT, UPERNET, Student
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -18,7 +18,8 @@ def cast_student(student: Student, precision: str) -> Student:
     """A copy whose network, interaction and heads compute in `precision`.
 
     Inputs and outputs stay float32, as do the picture's normalization, the conversion back to the
-    teachers' units and the task heads; these are all tiny except DPT's, which is cast too.
+    teachers' units and the task heads; these are all tiny except DPT's and UPerNet's, which are
+    cast too.
     """
     if precision not in ("fp16", "bf16"):
         return student
@@ -30,7 +31,7 @@ def cast_student(student: Student, precision: str) -> Student:
                 rounded.copy_(exact)  # undo the rounding of the cast
     heads = tuple(
         replace(head, module=copy.deepcopy(head.module).to(DTYPES[precision]))
-        if head.kind == DPT
+        if head.kind in (DPT, UPERNET)
         else head
         for head in student.heads
     )

@@ -124,7 +124,13 @@ class DenseConfig(Section):
 
 
 class SegmentationConfig(Section):
-    """Linear head on frozen patches (UMT: ADE20K at 512 px, mIoU)."""
+    """A head on frozen features (UMT: ADE20K at 512 px, mIoU; KPU: UPerNet)."""
+
+    head: Literal["linear", "upernet"] = Field(
+        "linear",
+        description="linear on the last patches, or UPerNet on a pyramid of maps (students of kpu)",
+    )
+    width: Annotated[int, Field(ge=2)] = Field(512, description="channels of UPerNet")
 
     classes: Positive | None = Field(
         None, description="number of classes; default: the largest label + 1"

@@ -28,7 +28,7 @@ class Encoder(nn.Module):
 
     `name` is the row's name in tables, `read_out` the column of the student that is read
     ("backbone" for teachers), `image_size` the side it was trained at, `stride` the pixels per
-    position, `dims` the widths.
+    position, `dims` the widths, `pyramid_widths` those of the maps of `pyramid` (none without).
     """
 
     name: str
@@ -37,6 +37,7 @@ class Encoder(nn.Module):
     stride: int
     dims: FeatureDims
     detector: TeacherConfig | None = None
+    pyramid_widths: tuple[int, ...] = ()
 
     def forward(self, images: Tensor) -> Features:
         """Features of uint8 images [B, 3, H, W], H and W multiples of `stride`, as float32."""
@@ -73,6 +74,10 @@ class Encoder(nn.Module):
         )
         settings["normalization"] = [round(value, 6) for value in mean + std]
         return self.weights_sha256 + json.dumps(settings, sort_keys=True)
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Maps [B, h_l, w_l, d_l] of several resolutions, finest first, as float32."""
+        raise NotImplementedError
 
     def layers(self, images: Tensor) -> list[Layer]:
         """Four layers for a DPT head, shallow to deep, as float32 (see `dpt_layers`)."""
@@ -142,6 +147,8 @@ class RunEncoder(Encoder):
         self.image_size, self.stride = run.recipe.student.image_size, whole.student.stride
         width = whole.student.width
         self.dims = run.dims[read_out] if heads else FeatureDims(width, width)
+        if not heads and whole.student.map_strides:
+            self.pyramid_widths = tuple(whole.student.map_widths)
         student = run.recipe.student
         self.settings = {"student": student.name, "kwargs": student.kwargs}
         for teacher in run.recipe.teachers:
@@ -161,7 +168,10 @@ class RunEncoder(Encoder):
         summary = result.summary if result.token is None else result.token
         if self.dims.summary is None:  # the head of a teacher without
             summary = None
-        return Features(summary, result.patches).map(Tensor.float)
+        return Features(summary, result.patches, result.maps).map(Tensor.float)
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        return self(images).maps
 
     def detector_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         predicted = self.predictor(images.float().div(255))[self.detector.label]
@@ -185,6 +195,10 @@ class TeacherEncoder(Encoder):
         self.stride = patch_size(self.net) or map_stride(
             self.net, teacher.image_size, teacher.grid[0]
         )
+        dims = self.dims
+        if dims.maps:  # a run's patches are no level of its pyramid
+            own = isinstance(teacher.net, StudentNet)
+            self.pyramid_widths = dims.maps if own else (dims.patches, *dims.maps)
         config = teacher.config
         self.detector = config if config.name == DETECTOR else None
         self.settings = {
@@ -205,6 +219,11 @@ class TeacherEncoder(Encoder):
     def detector_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self(images)
         return features.patches, *features.maps
+
+    def pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        features = self(images)
+        whole = (features.patches, *features.maps)
+        return whole[-len(self.pyramid_widths) :]
 
     def _layers(self, pixels: Tensor) -> tuple[object, list[Layer]]:
         if isinstance(self.teacher.net, StudentNet):

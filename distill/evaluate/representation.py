@@ -238,14 +238,18 @@ class Spread:
     """
 
     def __init__(self) -> None:
-        self.moments: Moments | None = None
+        self.moments: list[Moments] = []
 
-    def add(self, features: Tensor) -> None:
-        """Take in vectors [..., d]."""
-        if self.moments is None:
-            self.moments = Moments(features.shape[-1], full=False)
-        self.moments.add(features)
+    def add(self, *maps: Tensor) -> None:
+        """Take in vectors [..., d] of one map or of several, which may have other widths, always in
+        the same order.
+        """
+        if not self.moments:
+            self.moments = [Moments(map_.shape[-1], full=False) for map_ in maps]
+        for moments, map_ in zip(self.moments, maps, strict=True):
+            moments.add(map_)
 
     def value(self) -> float:
-        """Root mean square over channels of the standard deviations."""
-        return self.moments.covariance().clamp_min(0).mean().sqrt().item()
+        """Root mean square over the channels of all maps of the standard deviations."""
+        variances = torch.cat([moments.covariance() for moments in self.moments])
+        return variances.clamp_min(0).mean().sqrt().item()

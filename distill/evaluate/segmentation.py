@@ -1,12 +1,16 @@
-"""Semantic segmentation by a linear head on frozen patches (UMT A.1: ADE20K at 512 px, mIoU)."""
+"""Semantic segmentation on frozen features by a linear head on patches (UMT A.1: ADE20K at 512 px,
+mIoU), or by UPerNet on a pyramid of maps (KPU, "Evaluation Metrics").
+"""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from contract.errors import UserError
@@ -22,10 +26,11 @@ from distill.evaluate.datasets import (
 from distill.evaluate.dense import train_head
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
-from distill.evaluate.outcome import Outcome
+from distill.evaluate.outcome import NotApplicable, Outcome
 from distill.evaluate.pictures import map_figure
 from distill.evaluate.windows import WindowLabels, WindowViews, merge_windows
 from distill.heads import LinearSegmenter, save_head
+from distill.upernet import AUXILIARY_WEIGHT, SupervisedUPerNet, UPerNet
 
 log = logging.getLogger(__name__)
 
@@ -41,35 +46,36 @@ def evaluate(
 
     Writes `heads/segmentation.safetensors` and `segmentation.png`.
     """
+    kind = config.segmentation.head
+    if kind == "upernet":
+        _check_pyramid(encoder, config)
     train, val = open_pairs(data, "train", "masks"), open_pairs(data, "val", "masks")
     labels = _Labelling(train, val, config)
     size = encoder.fit(config.dense.size)
     views = {split: WindowViews(pairs, size) for split, pairs in (("train", train), ("val", val))}
-    features = {
-        split: extract(encoder, view, cache, config.extract, patches=True, what=f"{split} windows")
-        for split, view in views.items()
-    }
+    inputs = (
+        _cached_patches(encoder, views, config, cache)
+        if kind == "linear"
+        else _pyramids(encoder, views)
+    )
     torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
-    head = LinearSegmenter(encoder.dims.patches, labels.classes)
+    if kind == "linear":
+        head = learner = LinearSegmenter(encoder.dims.patches, labels.classes)
+    else:
+        head = UPerNet(encoder.pyramid_widths, config.segmentation.width, labels.classes)
+        learner = SupervisedUPerNet(head)
     targets = WindowLabels(
         views["train"], lambda n: labels.read(train, n), max(1, size // config.dense.loss_stride)
     )
     device = encoder.device
 
-    def loss(logits: Tensor, truth: Tensor) -> Tensor:
-        logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
-        # a batch may have ignored pixels only: the mean over none would be NaN
-        total = F.cross_entropy(logits, truth.long(), ignore_index=IGNORED, reduction="sum")
-        return total / (truth != IGNORED).sum().clamp_min(1)
+    def loss(logits: Tensor | tuple[Tensor, Tensor], truth: Tensor) -> Tensor:
+        if kind == "linear":
+            return _cross_entropy(logits, truth)
+        main, auxiliary = (_cross_entropy(each, truth) for each in logits)
+        return main + AUXILIARY_WEIGHT * auxiliary
 
-    train_head(
-        head,
-        lambda numbers: features["train"].patches(numbers).to(device),
-        targets,
-        loss,
-        config,
-        device,
-    )
+    train_head(learner, inputs["train"], targets, loss, config, device)
 
     metric = MulticlassJaccardIndex(
         labels.classes, average="none", ignore_index=IGNORED, zero_division=float("nan")
@@ -78,9 +84,7 @@ def evaluate(
     shown = []
     for number, windows in enumerate(views["val"].of_picture()):
         picture, truth = read_matched(val, number), labels.read(val, number)
-        predicted = segment(
-            head, features["val"].patches(windows).to(device), views["val"], windows, picture.size
-        )
+        predicted = segment(head, inputs["val"](windows), views["val"], windows, picture.size)
         truth = torch.from_numpy(truth).to(device)
         metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
         valid = truth != IGNORED
@@ -92,7 +96,7 @@ def evaluate(
     scores = {"mIoU": sum(present) / len(present), "pixel_accuracy": right / max(1, counted)}
     about = {
         **binding,
-        "output": "patches",
+        "output": "patches" if kind == "linear" else "maps",
         "classes": labels.names,
         "size": size,
         "scores": scores,
@@ -104,18 +108,79 @@ def evaluate(
         name: None if np.isnan(value) else value
         for name, value in zip(labels.names, per_class, strict=True)
     }
-    details = {"size": size, "iou": iou}
+    details = {"size": size, "head": kind, "iou": iou}
     return Outcome(scores, details, (figure, path))
+
+
+def _check_pyramid(encoder: Encoder, config: EvaluationConfig) -> None:
+    """Raise NotApplicable for a network without maps, UserError for batches that its norms cannot
+    average over.
+    """
+    if not encoder.pyramid_widths:
+        raise NotApplicable(
+            f"{encoder.name}: segmentation.head = upernet needs maps of several resolutions, which "
+            f"'{encoder.read_out}' does not have: use the backbone of a run of method kpu, or "
+            "segmentation.head=linear"
+        )
+    if config.dense.batch_size < 2:
+        raise UserError(
+            f"dense.batch_size = {config.dense.batch_size}: UPerNet's batch norms need 2 or more"
+        )
+
+
+def _cached_patches(
+    encoder: Encoder, views: dict[str, WindowViews], config: EvaluationConfig, cache: Path
+) -> dict[str, Callable[[list[int]], Tensor]]:
+    """For each split its windows' patches [n, h, w, d], by number."""
+    features = {
+        split: extract(encoder, view, cache, config.extract, patches=True, what=f"{split} windows")
+        for split, view in views.items()
+    }
+    return {
+        split: (lambda numbers, f=f: f.patches(numbers).to(encoder.device))
+        for split, f in features.items()
+    }
+
+
+def _pyramids(
+    encoder: Encoder, views: dict[str, WindowViews]
+) -> dict[str, Callable[[list[int]], tuple[Tensor, ...]]]:
+    """For each split its windows' maps, by number, computed when asked for: kept, they would take
+    over sixteen times the room of patches.
+    """
+
+    @torch.no_grad()
+    def look(split: str, numbers: list[int]) -> tuple[Tensor, ...]:
+        images = torch.stack([views[split][number] for number in numbers])
+        return encoder.pyramid(images.to(encoder.device))
+
+    if len(views["train"]) < 2:
+        raise UserError("segmentation.head = upernet: its batch norms need 2 or more pictures")
+    if not all(torch.isfinite(level).all() for level in look("val", [0])):
+        raise UserError(f"{encoder.name}: its maps hold NaN or infinity: check its weights")
+    return {split: partial(look, split) for split in views}
+
+
+def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
+    """Of logits [B, C, h, w], at the resolution of the labels [B, p, p]."""
+    logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
+    # a batch may have ignored pixels only: the mean over none would be NaN
+    total = F.cross_entropy(logits, truth.long(), ignore_index=IGNORED, reduction="sum")
+    return total / (truth != IGNORED).sum().clamp_min(1)
 
 
 @torch.inference_mode()
 def segment(
-    head: torch.nn.Module, patches: Tensor, views: WindowViews, numbers: list[int], size: tuple
+    head: nn.Module,
+    features: Tensor | tuple[Tensor, ...],
+    views: WindowViews,
+    numbers: list[int],
+    size: tuple,
 ) -> Tensor:
-    """Labels [H, W] of a whole picture of `size` = (width, height) from the patches of its windows
-    [n, h, w, d].
+    """Labels [H, W] of a whole picture of `size` = (width, height) from what the head reads of its
+    windows: patches [n, h, w, d], or maps.
     """
-    logits = head(patches)
+    logits = head(features)
     return merge_windows(logits, [views.windows[n] for n in numbers], *size).argmax(0)
 
 

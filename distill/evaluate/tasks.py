@@ -168,7 +168,7 @@ TASKS: dict[str, _Task] = {
     "finetune": _Task(_run_finetune, ("top1",), "all weights, layer decay; LP-FT: init=probe"),
     "transfer": _Task(_run_transfer, (), "mean linear probe of several data sets"),
     "zero-shot": _Task(_run_zero_shot, ("top1",), "nearest class embedding"),
-    "segmentation": _Task(_run_segmentation, ("mIoU",), "linear head on patches, mIoU"),
+    "segmentation": _Task(_run_segmentation, ("mIoU",), "linear head on patches or UPerNet, mIoU"),
     "depth": _Task(_run_depth, ("rmse", "delta1"), "linear or DPT head, RMSE in metres"),
     "detection": _Task(_run_detection, ("AP", "AP50", "AP75"), "zero-shot boxes, COCO's AP"),
     "retrieval": _Task(_run_retrieval, ("mAP medium", "mAP hard"), "revisited Oxford and Paris"),

@@ -6,6 +6,7 @@ To add a teacher, name it in a recipe. To support a new kind of network, see
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn

@@ -21,18 +21,21 @@ from distill.heads import (
     save_head,
     scaled,
 )
+from distill.upernet import UPerNet
 
 
 def test_every_kind_round_trips_through_its_file(tmp_path):
     made = {
         "classifier": Classifier(6, 3),
         "linear-segmentation": LinearSegmenter(6, 4),
+        "upernet-segmentation": UPerNet([6] * 2, 8, 4),
         "linear-depth": LinearDepth(6, 16, 0.1, 10.0),
         "dpt-depth": DPTDepth([6] * 4, [4, 2, 1, 0.5], 8, 0.1, 10.0),
     }
     assert set(made) == set(KINDS)
     patches, summary = torch.randn(2, 4, 4, 6), torch.randn(2, 6)
     inputs = {"classifier": summary, "dpt-depth": [(summary, patches)] * 4}
+    inputs["upernet-segmentation"] = [patches, patches[:, ::2, ::2]]
     for kind, head in made.items():
         head.eval()
         path = save_head(tmp_path / "heads", kind, head, {"student_sha256": "x", "classes": ["a"]})
