@@ -15,6 +15,7 @@ exists is not computed again.
 """
 
 import argparse
+import copy
 import datetime
 import json
 import logging
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from contract.detection import Detections, read_tokenizer, text_inputs
+from contract.detection import Detections, TextInputs, read_tokenizer, text_inputs
 from contract.files import new_folder
 from distill.distributed import join_ranks
 from distill.evaluate.boxes import BoxedPictures, open_boxes
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train_detector(pictures, aside, args.detector_steps, args.batch, args.seed)
     for name, steps in {"untrained": 0, "distilled": args.steps}.items():
         if not (args.output / name / "student.safetensors").exists():
-            distil(scenes, detector, args.output / name, steps, args.seed)
+            distil(scenes, detector, args.output / name, steps, args.batch, args.seed)
     _sum_up(args, scenes, detector)
 
 
@@ -94,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     numbers = {
         "train": (2000, "scenes to learn from"),
         "val": (200, "scenes held out"),
-        "detector-steps": (2400, "optimizer steps of the detector"),
+        "detector-steps": (1800, "optimizer steps of the detector"),
         "steps": (800, "optimizer steps of the student"),
-        "batch": (16, "pictures a step"),
+        "batch": (12, "pictures a step"),
         "seed": (0, "of scenes, weights and orders"),
     }
     for name, (default, does) in numbers.items():
@@ -172,8 +173,7 @@ def train_detector(
     torch.manual_seed(seed)
     vocabulary = detector_vocabulary(pictures.classes)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    tokens = text_inputs(pictures.classes, read_tokenizer(folder / "vocab.txt")).ids
-    ids = torch.from_numpy(tokens).expand(batch, -1)
+    tokens = text_inputs(pictures.classes, read_tokenizer(folder / "vocab.txt"))
     images = torch.stack(
         [
             torch.from_numpy(np.array(pictures.picture(number))).permute(2, 0, 1)
@@ -182,7 +182,7 @@ def train_detector(
     )
     preprocess = Preprocess(SIZE, MEAN, STD)
     model = new_detector(len(vocabulary)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=8e-4, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     for step in range(1, steps + 1):
         numbers = torch.randint(len(pictures), (batch,)).tolist()
@@ -193,15 +193,43 @@ def train_detector(
             _target(pictures, number, flip)
             for number, flip in zip(numbers, flips.tolist(), strict=True)
         ]
-        output = model(pixel_values=pixels, input_ids=ids, labels=targets)
+        loss = _loss(model, pixels, tokens, targets)
         optimizer.zero_grad()
-        output.loss.backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0 or step == steps:
-            print(f"detector  step {step}: loss {output.loss.item():.2f}", flush=True)
+            print(f"detector  step {step}: loss {loss.item():.2f}", flush=True)
     model.save_pretrained(folder)
+
+
+def _loss(model: nn.Module, pixels: Tensor, tokens: TextInputs, targets: list) -> Tensor:
+    """transformers' loss of every layer of the decoder and, with the same weights, of the boxes
+    that the encoder proposes.
+
+    transformers' own loss of the proposals is left out: it reads their boxes without gradient and,
+    in place of their features, the queries' first embeddings, so nothing would learn to propose.
+    """
+    ids = torch.from_numpy(tokens.ids).expand(len(pixels), -1)
+    output = model(pixel_values=pixels, input_ids=ids, labels=targets)
+    weights = {"ce": 2.0, "bbox": 5.0, "giou": 2.0}
+    losses = [
+        weights[name.split("_")[1]] * value
+        for name, value in output.loss_dict.items()
+        if name.startswith("loss_") and not name.endswith("_enc")
+    ]
+    scores, boxes = output.enc_outputs_class, output.enc_outputs_coord_logits.sigmoid()
+    label_map = torch.zeros(len(tokens.label_map), scores.shape[-1])
+    label_map[:, : ids.shape[1]] = torch.from_numpy(tokens.label_map > 0).float()
+    words = torch.arange(scores.shape[-1]).expand_as(scores) < ids.shape[1]
+    one = copy.copy(model.config)
+    one.two_stage = one.auxiliary_loss = False
+    maps = (label_map,) * len(pixels)
+    return (
+        sum(losses)
+        + model.loss_function(scores, targets, scores.device, boxes, one, maps, words)[0]
+    )
 
 
 def _rate(step: int, steps: int) -> float:
@@ -226,7 +254,7 @@ def _target(pictures: BoxedPictures, number: int, flip: bool) -> dict[str, Tenso
 # ---- the student --------------------------------------------------------------------------------
 
 
-def distil(scenes: Path, detector: Path, run: Path, steps: int, seed: int) -> None:
+def distil(scenes: Path, detector: Path, run: Path, steps: int, batch: int, seed: int) -> None:
     """Train a student on the detector's maps of scenes; with 0 steps it stays as it starts."""
     optimizer = {"steps": steps, "lr": 1e-3, "min_lr": 1e-5, "warmup_steps": steps // 10}
     if not steps:  # a run has a step
@@ -257,7 +285,7 @@ def distil(scenes: Path, detector: Path, run: Path, steps: int, seed: int) -> No
                 "crop_scale": [0.6, 1.0],
             },
             "train": {
-                "batch_size": 16,
+                "batch_size": batch,
                 "weight_decay": 0.05,
                 "log_every": 20,
                 "seed": seed,
