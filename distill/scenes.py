@@ -192,9 +192,9 @@ class _Solid:
         return t, normal @ rotation.T, self.paint(_at(o, d, t))
 
 
-def _random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
-    """A solid texture of two colours: stripes, checks, blobs or a gradient; a function of points
-    [n, 3].
+def _random_paint(rng: np.random.Generator, plain: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """A solid texture of two colours: stripes, checks, blobs or a gradient, or (`plain`) its first
+    colour alone; a function of points [n, 3].
     """
     first, second = rng.uniform(0.1, 0.95, 3), rng.uniform(0.1, 0.95, 3)
     kind = rng.choice(["stripes", "checks", "blobs", "gradient"])
@@ -204,6 +204,8 @@ def _random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray
     waves, shifts = rng.normal(size=(3, 6)) * frequency, rng.uniform(0, 6.28, 6)
 
     def paint(points: np.ndarray) -> np.ndarray:
+        if plain:
+            return np.broadcast_to(first, points.shape)
         if kind == "stripes":
             mix = np.sin(points @ direction * frequency + phase) > 0
         elif kind == "checks":
@@ -217,9 +219,9 @@ def _random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray
     return paint
 
 
-def render(seed: int, number: int, size: int) -> Scene:
-    """Draw scene `number` of `seed` at `size` x `size` pixels; four rays a pixel for the image, one
-    for the labels.
+def render(seed: int, number: int, size: int, plain: bool = False) -> Scene:
+    """Draw scene `number` of `seed` at `size` x `size` pixels, textured or in `plain` colours; four
+    rays a pixel for the image, one for the labels.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number))))
     label = int(rng.integers(len(CLASSES)))
@@ -231,16 +233,22 @@ def render(seed: int, number: int, size: int) -> Scene:
             (rng.uniform(-0.5, 0.5), rng.uniform(2.3, 3.2)),
             rng.uniform(1.1, 1.6),
             rng.uniform(-0.7, 0.7),
-            _random_paint(rng),
+            _random_paint(rng, plain),
         )
     ]
     for side in rng.permutation([-1, 1])[: rng.integers(3)]:
         kind = CLASSES[rng.integers(len(CLASSES))]
         place = (side * rng.uniform(1.2, 2.0), rng.uniform(3.2, wall - 0.6))
         solids.append(
-            _Solid(kind, place, rng.uniform(0.5, 0.9), rng.uniform(-0.7, 0.7), _random_paint(rng))
+            _Solid(
+                kind,
+                place,
+                rng.uniform(0.5, 0.9),
+                rng.uniform(-0.7, 0.7),
+                _random_paint(rng, plain),
+            )
         )
-    surfaces = [_random_paint(rng), _random_paint(rng)]
+    surfaces = [_random_paint(rng, plain), _random_paint(rng, plain)]
     light = np.array([rng.uniform(-1, 1), rng.uniform(1.0, 2.0), rng.uniform(-1.2, -0.3)])
     light /= np.linalg.norm(light)
 
@@ -346,11 +354,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)"
     )
+    parser.add_argument(
+        "--plain", action="store_true", help="one colour for each surface, without texture"
+    )
     args = parser.parse_args(arguments)
-    return exit_status(lambda: write(args.output, args.train, args.val, args.size, args.seed))
+    return exit_status(
+        lambda: write(args.output, args.train, args.val, args.size, args.seed, args.plain)
+    )
 
 
-def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
+def write(folder: Path, train: int, val: int, size: int, seed: int, plain: bool = False) -> None:
     """Draw `train` + `val` scenes into `folder`; raises UserError for counts or sizes below their
     minimum.
     """
@@ -370,7 +383,7 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
             for number in track(
                 numbers, description=f"scenes {split}", disable=not sys.stdout.isatty()
             ):
-                scene = render(seed, number, size)
+                scene = render(seed, number, size, plain)
                 name = f"{number:06d}.png"
                 picture = Image.fromarray(scene.image)
                 save(picture, aside / "classification" / split / CLASSES[scene.label] / name)
@@ -391,6 +404,7 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
             "seed": seed,
             "train": train,
             "val": val,
+            **({"plain": True} if plain else {}),
         }
         (aside / "scenes.json").write_text(
             json.dumps({"made_by": "distill.scenes", **about}, indent=2)
