@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     for name, steps in {"untrained": 0, "distilled": args.steps}.items():
         if not (args.output / name / "student.safetensors").exists():
-            distil(scenes, detector, args.output / name, steps, args.batch, args.seed)
+            distil(scenes, detector, args.output / name, steps, args.seed)
     _sum_up(args, scenes, detector)
 
 
@@ -101,8 +101,8 @@ def _parser() -> argparse.ArgumentParser:
         "val": (200, "scenes held out"),
         "backbone-steps": (350, "optimizer steps of the detector's backbone alone"),
         "detector-steps": (650, "optimizer steps of the detector"),
-        "steps": (300, "optimizer steps of the student"),
-        "batch": (8, "pictures a step"),
+        "steps": (250, "optimizer steps of the student"),
+        "batch": (8, "pictures in a step of the detector"),
         "seed": (0, "of scenes, weights and orders"),
     }
     for name, (default, does) in numbers.items():
@@ -304,9 +304,10 @@ def _target(pictures: BoxedPictures, number: int, flip: bool) -> dict[str, Tenso
 # ---- the student --------------------------------------------------------------------------------
 
 
-def distil(scenes: Path, detector: Path, run: Path, steps: int, batch: int, seed: int) -> None:
+def distil(scenes: Path, detector: Path, run: Path, steps: int, seed: int) -> None:
     """Train a student on the detector's maps of scenes; with 0 steps it stays as it starts."""
-    optimizer = {"steps": steps, "lr": 1e-3, "min_lr": 1e-5, "warmup_steps": steps // 10}
+    pictures = scenes / "detection" / "train2017"
+    optimizer = {"steps": steps, "lr": 2e-3, "min_lr": 1e-5, "warmup_steps": steps // 10}
     if not steps:  # a run has a step
         optimizer = {"steps": 1, "lr": 1e-12, "min_lr": 0, "warmup_steps": 0}
     recipe = make_recipe(
@@ -330,12 +331,13 @@ def distil(scenes: Path, detector: Path, run: Path, steps: int, batch: int, seed
             "kpu": {"adapter": {"blocks": 2, "heads": 4, "width": 32, "extra": 0}},
             "data": {
                 "kind": "folder",
-                "path": str(scenes / "detection" / "train2017"),
+                "path": str(pictures),
                 "workers": 0,
+                "repeats": max(1, math.ceil(16 / len(list(pictures.iterdir())))),
                 "crop_scale": [0.6, 1.0],
             },
             "train": {
-                "batch_size": batch,
+                "batch_size": 16,
                 "weight_decay": 0.05,
                 "log_every": 20,
                 "seed": seed,
@@ -399,7 +401,8 @@ def _markdown(scores: dict[str, tuple[dict[str, float], dict[str, float]]]) -> s
         "|---" * (1 + len(_SCORES) + len(CLASSES)) + "|",
     ]
     for name, (whole, by_class) in scores.items():
-        values = [whole[score] for score in _SCORES] + [by_class[label] for label in CLASSES]
+        values = [whole[score] for score in _SCORES]
+        values += [by_class.get(label, math.nan) for label in CLASSES]
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
     return "\n".join(lines) + "\n"
 

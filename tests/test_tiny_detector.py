@@ -22,7 +22,14 @@ def benchmark(monkeypatch):
 def test_it_runs_from_scenes_to_a_table_and_a_picture_and_computes_nothing_twice(
     benchmark, tmp_path, capsys
 ):
-    counts = {"train": 4, "val": 2, "detector-steps": 2, "steps": 2, "batch": 2}
+    counts = {
+        "train": 4,
+        "val": 2,
+        "backbone-steps": 1,
+        "detector-steps": 2,
+        "steps": 1,
+        "batch": 2,
+    }
     options = [text for name, count in counts.items() for text in (f"--{name}", str(count))]
     output = tmp_path / "run"
     benchmark.main(["--output", str(output), *options])
@@ -41,14 +48,16 @@ def test_it_runs_from_scenes_to_a_table_and_a_picture_and_computes_nothing_twice
 
 
 def test_the_loss_teaches_the_encoder_what_to_propose(benchmark, tmp_path):
-    write(tmp_path / "scenes", 2, 1, 96, 0)
+    write(tmp_path / "scenes", 2, 1, benchmark.SIZE, 0)
     pictures = open_boxes(tmp_path / "scenes", "instances_train2017.json")
     words = benchmark.detector_vocabulary(CLASSES)
     (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
     tokens = text_inputs(CLASSES, read_tokenizer(tmp_path / "vocab.txt"))
     model = benchmark.new_detector(len(words)).train()
     targets = [benchmark._target(pictures, number, number == 1) for number in range(2)]
-    benchmark._loss(model, torch.randn(2, 3, 96, 96), tokens, targets).backward()
+    benchmark._loss(
+        model, torch.randn(2, 3, benchmark.SIZE, benchmark.SIZE), tokens, targets
+    ).backward()
     head = model.model.encoder_output_bbox_embed.layers[-1].weight
     assert head.grad.abs().max() > 0, "transformers' own loss does not reach it"
     # flipped twice is not flipped
