@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         "val": (200, "scenes held out"),
         "backbone-steps": (350, "optimizer steps of the detector's backbone alone"),
         "detector-steps": (650, "optimizer steps of the detector"),
-        "steps": (250, "optimizer steps of the student"),
+        "steps": (400, "optimizer steps of the student"),
         "batch": (8, "pictures in a step of the detector"),
         "seed": (0, "of scenes, weights and orders"),
     }
