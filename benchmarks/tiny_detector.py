@@ -420,6 +420,7 @@ def _draw(path: Path, pictures: BoxedPictures, shown: dict[str, list[Detections]
         for axis, name in zip(line, columns, strict=True):
             axis.imshow(np.asarray(picture))
             axis.set_axis_off()
+            axis.set_autoscale_on(False)  # a box at the edge must not move the picture
             if number == 0:
                 axis.set_title(name, fontsize=10)
             if name == "truth":
