@@ -88,6 +88,15 @@ def test_a_hidden_solid_has_no_box_and_two_of_a_kind_have_two():
     assert _boxes(owner, [4, 1, 4]) == (Box(4, (1, 0, 2, 2), 3), Box(4, (1, 1, 1, 1), 1))
 
 
+def test_a_plain_scene_has_the_same_labels_and_one_colour_a_surface():
+    textured, plain = render(0, 1, 48), render(0, 1, 48, plain=True)
+    np.testing.assert_array_equal(textured.mask, plain.mask)
+    assert textured.boxes == plain.boxes
+    wall = plain.mask == 0  # lit evenly, but for shadows
+    spread = [np.median(abs(s.image[wall] - s.image[wall].mean(0))) for s in (textured, plain)]
+    assert spread[1] < 5 < spread[0]
+
+
 def test_all_classes_come_up():
     assert {render(0, number, 16).label for number in range(40)} == set(range(len(CLASSES)))
 
