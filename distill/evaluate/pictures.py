@@ -80,7 +80,7 @@ def boxes_figure(
 
 def draw_box(axis: plt.Axes, edges: np.ndarray, colour: object, text: str) -> None:
     """A box [4] by its left, upper, right and lower edge in pixels, with `text` above it."""
-    left, upper, right, lower = edges
+    left, upper, right, lower = edges - 0.5  # imshow has the first pixel's centre at 0
     axis.plot([left, right, right, left, left], [upper, upper, lower, lower, upper], color=colour)
     axis.text(left, upper, text, fontsize=7, va="bottom", color=colour, clip_on=True)
 
