@@ -12,7 +12,7 @@
 
 The margin was set before anything was measured: the distilled student's AP50 has to exceed the
 untrained one's by MARGIN. Writes detection.json, detection.md and detection.png. What already
-exists is not computed again.
+exists is not computed again: other options need another --output.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import datetime
 import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
     for name, steps in {"untrained": 0, "distilled": args.steps}.items():
         if not (args.output / name / "student.safetensors").exists():
+            shutil.rmtree(args.output / name, ignore_errors=True)  # of a run that was killed
             distil(scenes, detector, args.output / name, steps, args.seed)
     _sum_up(args, scenes, detector)
 
