@@ -42,10 +42,10 @@ from distill.data.pictures import PackagedPhotos
 from distill.distributed import join_ranks
 from distill.evaluate.cast import Row, open_rows
 from distill.evaluate.encoder import teacher_encoder
+from distill.models.packaged import packaged_checkpoint
 from distill.recipe_io import make_recipe
 from distill.runs import git_commit
 from distill.scenes import write
-from distill.teachers.packaged import packaged_checkpoint
 from distill.training.loop import StopSignal, train
 from distill.training.metrics import read_metrics
 

@@ -1,5 +1,5 @@
-"""Procedural scenes with exact labels: textured solids on a floor, with class, mask and metric
-depth.
+"""Procedural scenes with exact labels: textured solids on a floor, with class, mask, metric
+depth and boxes.
 
 `python -m distill.scenes --output DIR` writes them. They serve to train dense heads and to test
 dense tasks without labelled photographs. They are drawings: results need real data.
@@ -11,9 +11,10 @@ cameras report it.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -41,16 +42,27 @@ solid's own frame.
 """
 
 
+class Box(NamedTuple):
+    """What is seen of one solid: its class, an index into CLASSES; x, y, width and height of the
+    pixels that show it; how many they are.
+    """
+
+    label: int
+    box: tuple[int, int, int, int]
+    area: int
+
+
 @dataclass(frozen=True)
 class Scene:
     """image uint8 [S, S, 3]; mask uint8 [S, S], an index into MASK_NAMES; depth float32 [S, S],
-    metres; label.
+    metres; label; the boxes of all solids that are seen.
     """
 
     image: np.ndarray
     mask: np.ndarray
     depth: np.ndarray
     label: int
+    boxes: tuple[Box, ...]
 
 
 # ---- solids: unit size, standing on y = 0 about the y axis ------------------------------------
@@ -180,9 +192,9 @@ class _Solid:
         return t, normal @ rotation.T, self.paint(_at(o, d, t))
 
 
-def _random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
-    """A solid texture of two colours: stripes, checks, blobs or a gradient; a function of points
-    [n, 3].
+def _random_paint(rng: np.random.Generator, plain: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """A solid texture of two colours: stripes, checks, blobs or a gradient, or (`plain`) its first
+    colour alone; a function of points [n, 3].
     """
     first, second = rng.uniform(0.1, 0.95, 3), rng.uniform(0.1, 0.95, 3)
     kind = rng.choice(["stripes", "checks", "blobs", "gradient"])
@@ -192,6 +204,8 @@ def _random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray
     waves, shifts = rng.normal(size=(3, 6)) * frequency, rng.uniform(0, 6.28, 6)
 
     def paint(points: np.ndarray) -> np.ndarray:
+        if plain:
+            return np.broadcast_to(first, points.shape)
         if kind == "stripes":
             mix = np.sin(points @ direction * frequency + phase) > 0
         elif kind == "checks":
@@ -205,9 +219,9 @@ def _random_paint(rng: np.random.Generator) -> Callable[[np.ndarray], np.ndarray
     return paint
 
 
-def render(seed: int, number: int, size: int) -> Scene:
-    """Draw scene `number` of `seed` at `size` x `size` pixels; four rays a pixel for the image, one
-    for the labels.
+def render(seed: int, number: int, size: int, plain: bool = False) -> Scene:
+    """Draw scene `number` of `seed` at `size` x `size` pixels, textured or in `plain` colours; four
+    rays a pixel for the image, one for the labels.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, number))))
     label = int(rng.integers(len(CLASSES)))
@@ -219,16 +233,22 @@ def render(seed: int, number: int, size: int) -> Scene:
             (rng.uniform(-0.5, 0.5), rng.uniform(2.3, 3.2)),
             rng.uniform(1.1, 1.6),
             rng.uniform(-0.7, 0.7),
-            _random_paint(rng),
+            _random_paint(rng, plain),
         )
     ]
     for side in rng.permutation([-1, 1])[: rng.integers(3)]:
         kind = CLASSES[rng.integers(len(CLASSES))]
         place = (side * rng.uniform(1.2, 2.0), rng.uniform(3.2, wall - 0.6))
         solids.append(
-            _Solid(kind, place, rng.uniform(0.5, 0.9), rng.uniform(-0.7, 0.7), _random_paint(rng))
+            _Solid(
+                kind,
+                place,
+                rng.uniform(0.5, 0.9),
+                rng.uniform(-0.7, 0.7),
+                _random_paint(rng, plain),
+            )
         )
-    surfaces = [_random_paint(rng), _random_paint(rng)]
+    surfaces = [_random_paint(rng, plain), _random_paint(rng, plain)]
     light = np.array([rng.uniform(-1, 1), rng.uniform(1.0, 2.0), rng.uniform(-1.2, -0.3)])
     light /= np.linalg.norm(light)
 
@@ -250,12 +270,13 @@ def render(seed: int, number: int, size: int) -> Scene:
     points = _at(origin, rays, depth)
     colour = np.where(kind[:, None] == 1, surfaces[1](points * 0.5), surfaces[0](points * 0.5))
     normal = np.where(kind[:, None] == 1, (0.0, 1.0, 0.0), (0.0, 0.0, -1.0))
-    for solid in solids:
+    owner = np.full(len(rays), -1)
+    for index, solid in enumerate(solids):
         t, n, c = solid.hit(camera, rays)
         nearer = t < depth
         depth = np.where(nearer, t, depth)
         colour, normal = np.where(nearer[:, None], c, colour), np.where(nearer[:, None], n, normal)
-        kind[nearer] = MASK_NAMES.index(solid.kind)
+        kind[nearer], owner[nearer] = MASK_NAMES.index(solid.kind), index
     points = _at(origin, rays, depth) + 1e-3 * normal
     toward = np.broadcast_to(light, rays.shape)
     shadow = np.zeros(len(rays), bool)
@@ -269,8 +290,26 @@ def render(seed: int, number: int, size: int) -> Scene:
     )
     noise = rng.normal(scale=0.015, size=shade.shape)
     image = (np.clip(shade + noise, 0, 1) * 255).round().astype(np.uint8)
-    mask, metres = kind.reshape(side, side)[::2, ::2], depth.reshape(side, side)[::2, ::2]
-    return Scene(image, np.ascontiguousarray(mask), np.ascontiguousarray(metres, np.float32), label)
+    mask, metres, owner = (a.reshape(side, side)[::2, ::2] for a in (kind, depth, owner))
+    return Scene(
+        image,
+        np.ascontiguousarray(mask),
+        np.ascontiguousarray(metres, np.float32),
+        label,
+        _boxes(owner, [CLASSES.index(solid.kind) for solid in solids]),
+    )
+
+
+def _boxes(owner: np.ndarray, labels: Sequence[int]) -> tuple[Box, ...]:
+    """Tight boxes of what is seen of solids; `owner` [S, S] numbers the solid at each pixel."""
+    boxes = []
+    for index, label in enumerate(labels):
+        rows, columns = np.nonzero(owner == index)
+        if len(rows):  # not hidden behind the others
+            x, y = int(columns.min()), int(rows.min())
+            size = int(columns.max()) + 1 - x, int(rows.max()) + 1 - y
+            boxes.append(Box(label, (x, y, *size), len(rows)))
+    return tuple(boxes)
 
 
 # ---- on disk ----------------------------------------------------------------------------------
@@ -285,6 +324,8 @@ writes:
       the class is the largest solid
   DIR/dense/{train,val}/{images,masks,depth}/*.png
       the same pictures, masks (0-6) and depth in millimetres (16 bit)
+  DIR/detection/{train2017,val2017}/*.png, DIR/detection/annotations/instances_*.json
+      the same pictures in COCO's layout, with a box around what is seen of every solid
   DIR/dense/classes.txt
       names of the labels, one per line
   DIR/scenes.json
@@ -295,7 +336,7 @@ writes:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandLine(
         prog="python -m distill.scenes",
-        description="Draw procedural scenes with class, mask and depth, for demos and tests.",
+        description="Draw procedural scenes with class, mask, depth and boxes.",
         epilog=EPILOG,
     )
     parser.add_argument(
@@ -313,11 +354,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="seed of the scenes (default: 0)"
     )
+    parser.add_argument(
+        "--plain", action="store_true", help="one colour for each surface, without texture"
+    )
     args = parser.parse_args(arguments)
-    return exit_status(lambda: write(args.output, args.train, args.val, args.size, args.seed))
+    return exit_status(
+        lambda: write(args.output, args.train, args.val, args.size, args.seed, args.plain)
+    )
 
 
-def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
+def write(folder: Path, train: int, val: int, size: int, seed: int, plain: bool = False) -> None:
     """Draw `train` + `val` scenes into `folder`; raises UserError for counts or sizes below their
     minimum.
     """
@@ -333,10 +379,11 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
         raise UserError(f"{folder} already has files: choose another --output")
     with new_folder(folder, f"--output {folder}") as aside:
         for split, numbers in (("train", range(train)), ("val", range(train, train + val))):
+            boxes = {}
             for number in track(
                 numbers, description=f"scenes {split}", disable=not sys.stdout.isatty()
             ):
-                scene = render(seed, number, size)
+                scene = render(seed, number, size, plain)
                 name = f"{number:06d}.png"
                 picture = Image.fromarray(scene.image)
                 save(picture, aside / "classification" / split / CLASSES[scene.label] / name)
@@ -344,6 +391,11 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
                 save(Image.fromarray(scene.mask), aside / "dense" / split / "masks" / name)
                 millimetres = (scene.depth * _DEPTH_SCALE).round().astype(np.uint16)
                 save(Image.fromarray(millimetres), aside / "dense" / split / "depth" / name)
+                save(picture, aside / "detection" / f"{split}2017" / name)
+                boxes[number] = scene.boxes
+            labels = aside / "detection" / "annotations" / f"instances_{split}2017.json"
+            labels.parent.mkdir(exist_ok=True)
+            labels.write_text(json.dumps(coco(boxes, size)))
         (aside / "dense" / "classes.txt").write_text("".join(f"{name}\n" for name in MASK_NAMES))
         about = {
             "classes": CLASSES,
@@ -352,11 +404,34 @@ def write(folder: Path, train: int, val: int, size: int, seed: int) -> None:
             "seed": seed,
             "train": train,
             "val": val,
+            **({"plain": True} if plain else {}),
         }
         (aside / "scenes.json").write_text(
             json.dumps({"made_by": "distill.scenes", **about}, indent=2)
         )
     print(f"scenes    {folder} ({train} + {val} drawings of {size} px)")
+
+
+def coco(boxes: Mapping[int, Sequence[Box]], size: int) -> dict[str, list[dict]]:
+    """Labels of scenes, by their number, of `size` x `size` pixels in COCO's format."""
+    pictures = [
+        {"id": number, "file_name": f"{number:06d}.png", "width": size, "height": size}
+        for number in boxes
+    ]
+    all_boxes = [(number, box) for number, own in boxes.items() for box in own]
+    annotations = [
+        {
+            "id": id_,
+            "image_id": number,
+            "category_id": box.label + 1,
+            "bbox": box.box,
+            "area": box.area,
+            "iscrowd": 0,
+        }
+        for id_, (number, box) in enumerate(all_boxes, start=1)  # COCO's tools take 0 for no match
+    ]
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+    return {"images": pictures, "annotations": annotations, "categories": categories}
 
 
 def save(picture: Image.Image, path: Path) -> None:

@@ -108,7 +108,7 @@ def save_tiny_detector(
     )
     from transformers.utils import logging
 
-    vocabulary = _vocabulary(labels)
+    vocabulary = detector_vocabulary(labels)
     config = GroundingDinoConfig(
         backbone_config=SwinConfig(**SWIN, out_indices=[2, 3, 4]),
         text_config=BertConfig(
@@ -137,7 +137,7 @@ def save_tiny_detector(
     return folder
 
 
-def _vocabulary(labels: Sequence[str]) -> list[str]:
+def detector_vocabulary(labels: Sequence[str]) -> list[str]:
     """BERT's special tokens where GroundingDINO looks for them, the words of labels, and letters
     for all other words.
     """

@@ -68,18 +68,19 @@ def boxes_figure(
         for axis in line:
             axis.imshow(np.asarray(picture))
         for edges, label in zip(truth.edges, truth.labels, strict=True):
-            _draw_box(line[0], edges, colours[label], classes[label])
+            draw_box(line[0], edges, colours[label], classes[label])
         kept = result.scores > threshold
         detected = result.boxes[kept] * np.array(picture.size * 2)
         for edges, label, score in zip(
             detected, result.labels[kept], result.scores[kept], strict=True
         ):
-            _draw_box(line[1], edges, colours[label], f"{classes[label]} {score:.2f}")
+            draw_box(line[1], edges, colours[label], f"{classes[label]} {score:.2f}")
     return save_figure(figure, path)
 
 
-def _draw_box(axis: plt.Axes, edges: np.ndarray, colour: np.ndarray, text: str) -> None:
-    left, upper, right, lower = edges
+def draw_box(axis: plt.Axes, edges: np.ndarray, colour: object, text: str) -> None:
+    """A box [4] by its left, upper, right and lower edge in pixels, with `text` above it."""
+    left, upper, right, lower = edges - 0.5  # imshow has the first pixel's centre at 0
     axis.plot([left, right, right, left, left], [upper, upper, lower, lower, upper], color=colour)
     axis.text(left, upper, text, fontsize=7, va="bottom", color=colour, clip_on=True)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.scenes import CLASSES, MASK_NAMES, MAX_DEPTH, SOLIDS, main, render
+from distill.scenes import CLASSES, MASK_NAMES, MAX_DEPTH, SOLIDS, Box, _boxes, main, render
 
 INSIDE = {
     "ball": lambda p: (p[:, 0] ** 2 + (p[:, 1] - 0.5) ** 2 + p[:, 2] ** 2) < 0.25,
@@ -62,11 +62,46 @@ def test_labels_agree_with_each_other():
         assert (scene.depth[-1, column] < scene.depth[scene.mask == 0].min()).all()
 
 
+def test_boxes_are_tight_around_what_the_mask_shows_of_each_solid():
+    hidden = 0
+    for number in range(12):
+        scene = render(0, number, 48)
+        for label in range(len(CLASSES)):
+            rows, columns = np.nonzero(scene.mask == 2 + label)
+            own = [box for box in scene.boxes if box.label == label]
+            assert sum(box.area for box in own) == len(rows)
+            if own:  # together they span the mask's pixels exactly
+                left, top = np.min([box.box[:2] for box in own], axis=0)
+                right, low = np.max([np.add(box.box[:2], box.box[2:]) for box in own], axis=0)
+                assert (left, top) == (columns.min(), rows.min())
+                assert (right, low) == (columns.max() + 1, rows.max() + 1)
+            if len(own) == 1:
+                hidden += own[0].area < own[0].box[2] * own[0].box[3]
+        assert scene.boxes[0].label == scene.label and len(scene.boxes) <= 3
+    assert hidden, "outlines are not all rectangles"
+
+
+def test_a_hidden_solid_has_no_box_and_two_of_a_kind_have_two():
+    counts = [len(render(0, number, 16).boxes) for number in range(40)]
+    assert set(counts) == {1, 2, 3}
+    owner = np.array([[-1, 0, 0], [-1, 2, 0], [-1, -1, -1]])
+    assert _boxes(owner, [4, 1, 4]) == (Box(4, (1, 0, 2, 2), 3), Box(4, (1, 1, 1, 1), 1))
+
+
+def test_a_plain_scene_has_the_same_labels_and_one_colour_a_surface():
+    textured, plain = render(0, 1, 48), render(0, 1, 48, plain=True)
+    np.testing.assert_array_equal(textured.mask, plain.mask)
+    assert textured.boxes == plain.boxes
+    wall = plain.mask == 0  # lit evenly, but for shadows
+    spread = [np.median(abs(s.image[wall] - s.image[wall].mean(0))) for s in (textured, plain)]
+    assert spread[1] < 5 < spread[0]
+
+
 def test_all_classes_come_up():
     assert {render(0, number, 16).label for number in range(40)} == set(range(len(CLASSES)))
 
 
-def test_command_writes_both_layouts_and_refuses_to_overwrite(tmp_path, capsys):
+def test_command_writes_all_layouts_and_refuses_to_overwrite(tmp_path, capsys):
     folder = tmp_path / "scenes"
     wanted = ["--output", str(folder), "--train", "3", "--val", "2", "--size", "32"]
     assert main(wanted) == 0
@@ -75,6 +110,16 @@ def test_command_writes_both_layouts_and_refuses_to_overwrite(tmp_path, capsys):
         assert len(list((folder / "dense" / "val" / kind).glob("*.png"))) == 2
     depth = np.asarray(Image.open(folder / "dense" / "val" / "depth" / "000003.png"))
     np.testing.assert_allclose(depth / 1000, render(0, 3, 32).depth, atol=6e-4)
+    labels = json.loads((folder / "detection/annotations/instances_val2017.json").read_text())
+    assert [category["name"] for category in labels["categories"]] == list(CLASSES)
+    for picture in labels["images"]:
+        copy = folder / "detection" / "val2017" / picture["file_name"]
+        scene = render(0, picture["id"], 32)
+        np.testing.assert_array_equal(np.asarray(Image.open(copy)), scene.image)
+        assert (picture["width"], picture["height"]) == (32, 32)
+        own = [a for a in labels["annotations"] if a["image_id"] == picture["id"]]
+        found = [(a["category_id"] - 1, tuple(a["bbox"]), a["area"]) for a in own]
+        assert found == list(scene.boxes)
     assert json.loads((folder / "scenes.json").read_text())["masks"] == list(MASK_NAMES)
     assert main(wanted) == 2
     assert "already has files" in capsys.readouterr().err
