@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contract.detection import WINDOW, read_tokenizer
 from contract.errors import UserError, first_line
 from contract.manifest import DetectorRecord
 from contract.signature import Port, detector_signatures, head_graph
-from distill.models.deformable import Grid
+from distill.models.deformable import Grid, sample_rows
 from distill.models.grounding_dino import DetectorRest, TextSide, load_detector
 from distill.models.weights import tensors_sha256
 from export.describe import describe_graph
@@ -276,26 +275,17 @@ def _attend(
     """Stands in for MultiScaleDeformableAttention.forward: `value` [B, S, heads, d] of the maps one
     after another, places [B, Q, heads, levels, points, 2] in [0, 1], outside of which are zeros;
     returns [B, Q, heads * d].
-
-    The four cells around each point are rows of one table: an index of rows is a small tensor,
-    where one of elements, as in distill/models/deformable.py, repeats itself for every channel.
     """
-    batch, length, heads, width = value.shape
-    table = value.transpose(1, 2).reshape(-1, width)
-    first = (torch.arange(batch * heads, device=value.device) * length).view(batch, heads, 1, 1)
-    read, start = None, 0
-    for level, (rows, columns) in enumerate(value_spatial_shapes_list):
-        places = sampling_locations[:, :, :, level].transpose(1, 2)
-        x, y = (places * places.new_tensor((columns, rows)) - 0.5).unsqueeze(-2).unbind(-1)
-        near = x.new_tensor((0, 1))
-        # [B, heads, Q, points, 4]: upper left, upper right, lower left, lower right
-        at_x, at_y = x.floor() + near.repeat(2), y.floor() + near.repeat_interleave(2)
-        weight = (1 - (x - at_x).abs()) * (1 - (y - at_y).abs())
-        inside = (at_x >= 0) & (at_x <= columns - 1) & (at_y >= 0) & (at_y <= rows - 1)
-        weight = weight * inside * attention_weights[:, :, :, level].transpose(1, 2).unsqueeze(-1)
-        cell = at_y.clamp(0, rows - 1).long() * columns + at_x.clamp(0, columns - 1).long()
-        seen = F.embedding(cell.flatten(3) + first + start, table)
-        part = (weight.flatten(3).unsqueeze(-2) @ seen).squeeze(-2)
-        read = part if read is None else read + part
-        start += rows * columns
+    batch, length, heads, _ = value.shape
+    table = value.transpose(1, 2).flatten(0, 2)
+    first, read = torch.arange(batch * heads, device=value.device) * length, None
+    for level, grid in enumerate(value_spatial_shapes_list):
+        places, weights = (
+            tensor[:, :, :, level].transpose(1, 2).flatten(0, 1)
+            for tensor in (sampling_locations, attention_weights)
+        )
+        seen = sample_rows(table, first, grid, places, weights)
+        read = seen if read is None else read + seen
+        first = first + grid[0] * grid[1]
+    read = read.unflatten(0, (batch, heads))
     return read.transpose(1, 2).flatten(2)

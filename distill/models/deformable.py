@@ -20,8 +20,6 @@ def sample(values: Tensor, positions: Tensor) -> Tensor:
     """Read maps [N, C, h, w] bilinearly at `positions` [N, Q, P, 2]: x and y, from 0 at the left or
     upper edge to 1 at the other one. Outside there are zeros. Returns [N, C, Q, P].
     """
-    if torch.compiler.is_exporting():
-        return sample_by_gathers(values, positions)
     if values.is_meta:  # where grid_sample takes a thousand small operations
         return _Unread.apply(values, positions)
     return F.grid_sample(values, 2 * positions - 1, padding_mode="zeros", align_corners=False)
@@ -40,27 +38,27 @@ class _Unread(torch.autograd.Function):
         return tuple(tensor.new_empty(tensor.shape) for tensor in ctx.saved_tensors)
 
 
-def sample_by_gathers(values: Tensor, positions: Tensor) -> Tensor:
-    """`sample` without `grid_sample`: every point is the weighted sum of the four cells around
-    it.
+def sample_rows(
+    table: Tensor, first: Tensor, grid: Grid, positions: Tensor, weights: Tensor
+) -> Tensor:
+    """The sum over points of what `sample` reads times `weights` [N, Q, P], without `grid_sample`.
+
+    `table` [R, C] has a row for every cell; those of map n, of size `grid`, begin at row
+    `first[n]`. Returns [N, Q, C].
     """
-    rows, columns = values.shape[-2:]
-    cells = values.flatten(2)
-    x, y = positions[..., 0] * columns - 0.5, positions[..., 1] * rows - 0.5
-    left, top = x.floor(), y.floor()
-    result = None
-    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        at_x, at_y = left + column, top + row
-        weight = (1 - (x - at_x).abs()) * (1 - (y - at_y).abs())
-        inside = (at_x >= 0) & (at_x <= columns - 1) & (at_y >= 0) & (at_y <= rows - 1)
-        weight = weight * inside.to(weight.dtype)
-        # whole numbers in floating point are exact up to 2^24 cells
-        index = (at_y.clamp(0, rows - 1) * columns + at_x.clamp(0, columns - 1)).long()
-        index = index.flatten(1).unsqueeze(1).expand(-1, values.shape[1], -1)
-        seen = cells.gather(2, index).unflatten(2, positions.shape[1:3])
-        seen = seen * weight.unsqueeze(1)
-        result = seen if result is None else result + seen
-    return result
+    # an index of rows is small, where one of numbers repeats itself for every channel
+    rows, columns = grid
+    x = positions[..., 0:1] * columns - 0.5
+    y = positions[..., 1:2] * rows - 0.5
+    # the four cells around a point: upper left, upper right, lower left, lower right
+    at_x = x.floor() + x.new_tensor((0, 1, 0, 1))
+    at_y = y.floor() + y.new_tensor((0, 0, 1, 1))
+    share = (1 - (x - at_x).abs()) * (1 - (y - at_y).abs())
+    inside = (at_x >= 0) & (at_x <= columns - 1) & (at_y >= 0) & (at_y <= rows - 1)
+    share = share * inside.to(share.dtype) * weights.unsqueeze(-1)
+    cell = at_y.clamp(0, rows - 1).long() * columns + at_x.clamp(0, columns - 1).long()
+    seen = F.embedding(cell.flatten(2) + first[:, None, None], table)
+    return (share.flatten(2).unsqueeze(-2) @ seen).squeeze(-2)
 
 
 def split_maps(tokens: Tensor, grids: Sequence[Grid], dim: int) -> list[Tensor]:
@@ -129,25 +127,57 @@ class DeformableAttention(nn.Module):
         """
         values = self.value(source)
         exact = torch.promote_types(values.dtype, torch.float32)
-        values = values.to(exact).unflatten(-1, (self.heads, -1)).permute(0, 2, 3, 1)
+        values = values.to(exact).unflatten(-1, (self.heads, -1))
         offsets, weights = self.offsets(queries).to(exact), self.weights(queries).to(exact)
         offsets = offsets.unflatten(-1, (self.heads, self.levels, self.points, 2))
         weights = weights.unflatten(-1, (self.heads, self.levels * self.points)).softmax(-1)
         weights = weights.unflatten(-1, (self.levels, self.points))
         centres = torch.cat([cell_centres(grid, offsets) for grid in query_grids])[:, None, None]
-        read = None
-        parts = split_maps(values, source_grids, dim=-1)
-        for level, (grid, part) in enumerate(zip(source_grids, parts, strict=True)):
+        places = []
+        for level, grid in enumerate(source_grids):
             # of cells, hence relative to the map's own size
             x = offsets[..., level, :, 0] / grid[1]
             y = offsets[..., level, :, 1] / grid[0]
-            places = (centres + torch.stack((x, y), -1)).transpose(1, 2).flatten(0, 1)
-            seen = sample(part.unflatten(-1, grid).flatten(0, 1), places)
-            weight = weights[..., level, :].transpose(1, 2).flatten(0, 1).unsqueeze(1)
-            seen = (seen * weight).sum(-1)
+            places.append((centres + torch.stack((x, y), -1)).transpose(1, 2).flatten(0, 1))
+        # a head's weights [B * heads, Q, points] of every level
+        shares = list(weights.transpose(1, 2).flatten(0, 1).unbind(-2))
+        read = self._gather if torch.compiler.is_exporting() else self._sample
+        seen = read(values, source_grids, places, shares)
+        seen = seen.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
+        return self.out(seen.to(queries.dtype))
+
+    def _sample(
+        self,
+        values: Tensor,
+        grids: Sequence[Grid],
+        places: Sequence[Tensor],
+        shares: Sequence[Tensor],
+    ) -> Tensor:
+        """What every query reads of `values` [B, S, heads, c], [B * heads, Q, c]."""
+        read = None
+        parts = split_maps(values.permute(0, 2, 3, 1), grids, dim=-1)
+        for grid, part, place, share in zip(grids, parts, places, shares, strict=True):
+            seen = sample(part.unflatten(-1, grid).flatten(0, 1), place)
+            seen = (seen * share.unsqueeze(1)).sum(-1)
             read = seen if read is None else read + seen
-        read = read.unflatten(0, (-1, self.heads)).flatten(1, 2).transpose(1, 2)
-        return self.out(read.to(queries.dtype))
+        return read.transpose(1, 2)
+
+    def _gather(
+        self,
+        values: Tensor,
+        grids: Sequence[Grid],
+        places: Sequence[Tensor],
+        shares: Sequence[Tensor],
+    ) -> Tensor:
+        """`_sample` as graphs have it."""
+        table = values.transpose(1, 2).flatten(0, 2)
+        maps = torch.arange(places[0].shape[0], device=values.device)
+        first, read = maps * values.shape[1], None
+        for grid, place, share in zip(grids, places, shares, strict=True):
+            seen = sample_rows(table, first, grid, place, share)
+            read = seen if read is None else read + seen
+            first = first + grid[0] * grid[1]
+        return read
 
 
 class PlainAttention(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from contract.errors import UserError
 from distill.config import StudentConfig
 from distill.models import deformable
-from distill.models.deformable import DeformableAttention, PlainAttention, sample_by_gathers
+from distill.models.deformable import DeformableAttention, PlainAttention, sample_rows
 from distill.models.meta import building
 from distill.models.student import Student
 from distill.models.vit_adapter import AdapterConfig, ViTAdapter, _ConvMLP
@@ -124,6 +124,20 @@ def read_slowly(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
                         weight = max(0, 1 - abs(x - column)) * max(0, 1 - abs(y - row))
                         result[n, :, q, p] += weight * values[n, :, row, column]
     return result
+
+
+def sample_by_gathers(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`sample` by `sample_rows`, a point at a time, behind rows that are not the maps'."""
+    count, channels, *grid = values.shape
+    cells = values.flatten(2).transpose(1, 2).flatten(0, 1)
+    table = torch.cat((torch.full((3, channels), torch.nan, dtype=values.dtype), cells))
+    first = 3 + torch.arange(count) * grid[0] * grid[1]
+    one = torch.ones(*positions.shape[:2], 1, dtype=values.dtype)
+    read = [
+        sample_rows(table, first, tuple(grid), positions[:, :, point, None], one)
+        for point in range(positions.shape[2])
+    ]
+    return torch.stack(read, -1).transpose(1, 2)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (1, 1), (1, 4)])
