@@ -181,11 +181,11 @@ def layer_ports(
 
 
 def layer_side(axis: str, rows: int, columns: int, stride: int) -> int:
-    """Size of a layer's axis `rows_N` or `columns_N` (a position every N pixels), of a student's
-    grid and stride.
+    """Size of a map's axis `rows_N` or `columns_N` (a position every N pixels, rounded up), of a
+    student's grid and stride.
     """
     side, _, pixels = axis.partition("_")
-    return stride // int(pixels) * {"rows": rows, "columns": columns}[side]
+    return -(-stride * {"rows": rows, "columns": columns}[side] // int(pixels))
 
 
 def text_ports() -> tuple[Port, ...]:

@@ -81,12 +81,14 @@ def adaptive_mean(map_: Tensor, bins: int) -> Tensor:
 
 
 def _averages(side: int, bins: int, like: Tensor) -> Tensor:
-    """[bins, side]: means of the stretches that overlap where `bins` does not divide `side`."""
-    matrix = []
-    for place in range(bins):
-        first, last = place * side // bins, math.ceil((place + 1) * side / bins)
-        matrix.append([1 / (last - first) if first <= n < last else 0.0 for n in range(side)])
-    return torch.tensor(matrix, dtype=like.dtype, device=like.device)
+    """[bins, side]: means of the stretches that overlap where `bins` does not divide `side`, which
+    may be symbolic.
+    """
+    place = torch.arange(bins, device=like.device)[:, None]
+    first, last = place * side // bins, ((place + 1) * side + bins - 1) // bins
+    number = torch.arange(side, device=like.device)
+    inside = (number >= first) & (number < last)
+    return inside.to(like.dtype) / (last - first).to(like.dtype)
 
 
 def _convolution(before: int, after: int, side: int) -> nn.Sequential:

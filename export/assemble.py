@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from contract.engine_record import EngineOptions
-from contract.errors import Failure
+from contract.errors import Failure, UserError
 from contract.files import file_sha256
 from contract.manifest import (
     MANIFEST,
@@ -66,6 +66,11 @@ def assemble(
     student = open_student(options.run)
     own = student.run.recipe.student.image_size
     sizes = parse_sizes(options.resolutions, student.stride, own)
+    if options.detector and len(sizes) > 1:
+        raise UserError(
+            f"--detector {options.detector}: its graphs take pictures of one size: give one "
+            "--resolutions"
+        )
     detector = open_detector(options.detector, student) if options.detector else None
     if options.precision == "int8":
         folder, count = options.calibration_folder, options.calibration_images

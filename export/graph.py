@@ -125,11 +125,6 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
             layers = layer_ports(
                 head.module.settings["widths"], student.layer_strides, stride, height, width
             )
-    if any(pixels > stride for pixels in maps) and not (height and width):
-        raise UserError(
-            f"--resolutions: the student's maps of a position every {max(maps)} pixels are coarser "
-            f"than its stride {stride}, so sizes cannot vary: give one"
-        )
     second = (second_port(d),) if deployment.student.second_token else ()
     client = backbone_ports(d, positions) + second
     inputs = feature_ports(d, rows, columns)

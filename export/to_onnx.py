@@ -58,7 +58,11 @@ def _dynamic_axes(
     }
     # multiples of the stride: the rest of other sides would be dropped silently
     dims["height"], dims["width"] = stride * dims["rows"], stride * dims["columns"]
-    dims |= _layer_sides(signature, dims, stride)
+    for axis in _layer_sides(signature, {name: 2 for name in dims}, stride):
+        side, _, pixels = axis.partition("_")
+        # torch.export has no rounding up; the graph's own input says how large such a map is
+        known = stride % int(pixels) == 0
+        dims[axis] = stride // int(pixels) * dims[side] if known else Dim(axis, min=1, max=4096)
     return tuple(
         {place: dims[axis] for place, axis in enumerate(port.axes) if isinstance(axis, str)}
         for port in signature.inputs

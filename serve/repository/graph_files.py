@@ -8,7 +8,7 @@ from pathlib import Path
 from contract.detection import WINDOW
 from contract.errors import UserError
 from contract.manifest import GraphRecord
-from contract.signature import TEXT_TOKENS
+from contract.signature import TEXT_TOKENS, layer_side
 from serve.bundle import Bundle
 
 
@@ -26,15 +26,11 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
         "tokens": rows * columns + 1,
         TEXT_TOKENS: WINDOW,
     }
-    for graph in bundle.parts:  # a DPT head reads finer layers: `rows_4` is a row every 4 pixels
+    for graph in bundle.parts:  # `rows_4` is a row every 4 pixels
         for axis in {
             axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)
-        }:
-            side, _, pixels = axis.partition("_")
-            if pixels:
-                result[axis] = {"rows": resolution.height, "columns": resolution.width}[
-                    side
-                ] // int(pixels)
+        } - set(result):
+            result[axis] = layer_side(axis, rows, columns, resolution.stride)
     return result
 
 

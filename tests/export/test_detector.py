@@ -207,6 +207,9 @@ def test_a_run_without_a_detector_teacher_is_told_in_one_line(plain_run, tiny_de
     assert done.returncode == 2 and not (tmp_path / "bundle").exists()
     (line,) = done.stderr.strip().splitlines()
     assert "the run has no teacher of role detector (it has mae)" in line
+    done = run_here(plain_run, *words, "--resolutions", 64, 96, command=export)
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and "its graphs take pictures of one size" in line
 
 
 @pytest.mark.slow

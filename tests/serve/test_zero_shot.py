@@ -29,6 +29,7 @@ from serve.repository.models import build_models
 from serve.repository.settings import Settings
 from serve.repository.zero_shot import EMBEDDINGS, read_class_embeddings
 from tests.conftest import need_tritonserver, run_here, small_recipe
+from tests.serve.running import until
 
 open_clip = pytest.importorskip("open_clip", reason="the optional extra [text] is not installed")
 
@@ -253,14 +254,13 @@ def test_the_front_door_runs_only_what_the_teachers_token_needs(client, pixels):
             for stat in client.get_inference_statistics().model_stats
         }
 
+    def ran():
+        return {name for name, count in counts().items() if count > before[name]}
+
     before = counts()
     ask(client, pixels)
-    assert {name for name, count in counts().items() if count > before[name]} == {
-        "zero_shot",
-        "features",
-        "backbone",
-        "head_clip",
-    }
+    until(lambda: "zero_shot" in ran(), 5)  # a call is counted after it is answered
+    assert ran() == {"zero_shot", "features", "backbone", "head_clip"}
 
 
 def test_requests_with_and_without_labels_at_once_each_get_their_own(client, pixels):
