@@ -5,7 +5,6 @@ Own code, although transformers has the same head: what ships needs no transform
 adaptive pooling cannot be exported where the bins do not divide the map.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
