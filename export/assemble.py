@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from contract.bundle_check import weight_dtypes
 from contract.engine_record import EngineOptions
 from contract.errors import Failure
 from contract.files import file_sha256
@@ -36,7 +37,6 @@ from distill.config import TeacherConfig
 from distill.runs import git_commit
 from distill.teachers import PACKAGE, weights_source
 from distill.teachers.packaged import WHEELS
-from export.check import weight_dtypes
 from export.golden import write_golden
 from export.graph import Student, build_parts, open_student
 from export.int8 import prepare, quantize_graphs
