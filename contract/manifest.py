@@ -7,50 +7,58 @@ with its sha256.
 
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import to_json
 
 from contract.engine_record import EngineRecord, Record, first_problem
 from contract.errors import UserError
 from contract.files import file_sha256, write_atomically
-from contract.signature import DETECTOR, TEXT_DETECTOR
+from contract.names import MANIFEST, SIGNATURE, Axis, FileName, GraphFile, Name, Sha256, Side
+from contract.signature import (
+    BACKBONE,
+    DETECTOR,
+    FUSED,
+    INTERACTION,
+    TEXT_DETECTOR,
+    head_graph,
+)
+from contract.tasks import TASKS
 
 FORMAT = 5
 """Version of the schema. 2: types of each graph's weights, engines' records. 4: a teacher may have
 no token. 5: a detector. Raise it with a named `_upgrade_` function when the schema changes.
 """
 
-MANIFEST = "manifest.json"
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
-
-def _inside(name: str) -> str:
-    """A file's name as manifests have it; ValueError for one that leads out of the bundle or is
-    spelt oddly.
-    """
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST):
-        raise ValueError(f"'{name}' is not the name of a file in a bundle")
-    return name
-
-
-FileName = Annotated[str, AfterValidator(_inside)]
+_MOST_BYTES = 32 * 2**20
+"""Of a manifest: one of a hundred graphs has a fortieth of that."""
+_MOST_ELEMENTS = 2**31
+"""Of a tensor for one picture."""
 
 
 class TensorRecord(Record):
     """An input or output: name, element type, shape (numbers, or names of what varies), meaning."""
 
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
+    name: Name
+    dtype: Literal["uint8", "int64", "float32", "bool"]
+    shape: Annotated[tuple[Axis, ...], Field(min_length=1, max_length=8)]
     """The first axis is the batch."""
     meaning: str
+
+    @field_validator("shape")
+    @classmethod
+    def _possible(cls, shape: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        if math.prod(axis for axis in shape if isinstance(axis, int)) > _MOST_ELEMENTS:
+            raise ValueError(f"{shape} is more than a tensor can hold")
+        return shape
 
     @property
     def dims(self) -> tuple[int, ...]:
@@ -61,10 +69,10 @@ class TensorRecord(Record):
 class GraphRecord(Record):
     """One ONNX graph. `about` says what a task head knows: its classes, unit, what it reads."""
 
-    name: str
-    file: FileName
-    inputs: tuple[TensorRecord, ...]
-    outputs: tuple[TensorRecord, ...]
+    name: Name
+    file: GraphFile
+    inputs: Annotated[tuple[TensorRecord, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[TensorRecord, ...], Field(min_length=1)]
     precision: Precision
     """As requested; small graphs may compute in float32 all the same."""
     dtypes: tuple[str, ...]
@@ -76,7 +84,7 @@ class GraphRecord(Record):
 class BundledEngine(EngineRecord):
     """An engine of a bundle: its sidecar, the graph it was built of and its file."""
 
-    graph: str
+    graph: Name
     file: FileName
 
     @property
@@ -90,7 +98,7 @@ class TeacherRecord(Record):
     licence as far as known.
     """
 
-    label: str
+    label: Name
     network: str
     role: str
     token_dim: int | None
@@ -131,11 +139,11 @@ class Resolution(Record):
     """
 
     dynamic: bool
-    height: int
-    width: int
-    min_height: int
-    min_width: int
-    stride: int
+    height: Side
+    width: Side
+    min_height: Side
+    min_width: Side
+    stride: Side
     checked: tuple[tuple[int, int], ...]
 
     @property
@@ -196,12 +204,12 @@ class DetectorRecord(Record):
     and what `text` gives. Both are float32 whatever the bundle's precision.
     """
 
-    teacher: str
+    teacher: Name
     source: str
     """Where the detector came from: the name of a folder, or of a model on a hub."""
-    sha256: str
+    sha256: Sha256
     """Of its weights."""
-    maps: tuple[str, ...]
+    maps: tuple[Name, ...]
     """Outputs of the teacher's head, finest first."""
     vocabulary: FileName
     text: GraphRecord
@@ -237,16 +245,42 @@ class Manifest(Record):
     precision: Precision
     preprocessing: Preprocessing
     resolution: Resolution
-    max_batch: int
+    max_batch: Annotated[int, Field(ge=1, le=2**16)]
     graphs: tuple[GraphRecord, ...]
     engines: tuple[BundledEngine, ...] = ()
     parity: tuple[ParityRecord, ...]
     calibration: CalibrationRecord | None = None
     detector: DetectorRecord | None = None
-    files: dict[FileName, str]
+    files: dict[FileName, Sha256]
     made: dict[str, str]
     seal: str = ""
     """sha256 over all of the above, so that a changed manifest is found too."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Manifest":
+        """Every file that a graph or an engine is in is listed; graphs are of known kinds, once
+        each.
+        """
+        parts = (*self.graphs, *self.engines, *(self.detector.graphs if self.detector else ()))
+        files = [part.file for part in parts]
+        if self.detector:
+            files.append(self.detector.vocabulary)
+            if self.detector.teacher not in {teacher.label for teacher in self.teachers}:
+                raise ValueError(f"its detector is of no teacher ('{self.detector.teacher}')")
+        for file in files:
+            if file not in self.files:
+                raise ValueError(f"'{file}' is not among the files")
+        names = [graph.name for graph in self.graphs]
+        heads = {head_graph(teacher.label) for teacher in self.teachers}
+        for name in names:
+            if name not in {BACKBONE, INTERACTION, FUSED, *TASKS, *heads}:
+                raise ValueError(f"'{name}' is no part of a student with these teachers")
+        if BACKBONE not in names or len({*names}) < len(names):
+            raise ValueError("graphs must be one 'backbone' and others, each once")
+        for engine in self.engines:
+            if engine.graph not in names:
+                raise ValueError(f"an engine is of '{engine.graph}', which is no graph here")
+        return self
 
     def sealed(self) -> "Manifest":
         """A copy that carries its own hash."""
@@ -276,6 +310,11 @@ def read_manifest(bundle: Path) -> Manifest:
         raise UserError(
             f"{bundle} is not a bundle: {MANIFEST} is missing. Create one with `python -m "
             "export.run`"
+        )
+    if path.stat().st_size > _MOST_BYTES:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, a manifest at most {_MOST_BYTES:,}: export "
+            "again"
         )
     data = path.read_bytes()
     try:
@@ -366,7 +405,7 @@ def strangers(present: dict[str, int], listed: Iterable[str]) -> list[str]:
     """What is in a folder that is neither a file listed, of whatever kind, nor a folder that holds
     one.
     """
-    names = {*listed, MANIFEST}
+    names = {*listed, MANIFEST, SIGNATURE}
     folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
     return [
         name

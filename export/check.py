@@ -4,17 +4,14 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from contract.bundle_check import encoder_problem, graph_problem
 from contract.command_line import CommandLine
 from contract.detection import read_tokenizer
-from contract.errors import UserError, exit_status, first_line
-from contract.files import file_sha256
+from contract.errors import UserError, exit_status
 from contract.golden import GOLDEN
-from contract.manifest import BundledEngine, GraphRecord, Manifest, read_manifest, verify_files
-
-if TYPE_CHECKING:
-    import onnx
+from contract.manifest import BundledEngine, Manifest, read_manifest, verify_files
+from contract.text_encoder import TEXT_ENCODER
 
 EPILOG = """\
 examples:
@@ -52,17 +49,17 @@ def check(bundle: Path) -> int:
     manifest = read_manifest(bundle)
     rows = [("file", name, problem) for name, problem in verify_files(bundle, manifest).items()]
     rows += [
-        ("graph", graph.name, _graph_problem(bundle, manifest, graph)) for graph in manifest.graphs
+        ("graph", graph.name, graph_problem(bundle, manifest, graph)) for graph in manifest.graphs
     ]
     if detector := manifest.detector:
         rows += [
-            ("graph", graph.name, _graph_problem(bundle, manifest, graph))
+            ("graph", graph.name, graph_problem(bundle, manifest, graph))
             for graph in detector.graphs
         ]
         rows.append(("detector", detector.vocabulary, _detector_problem(bundle, manifest)))
     for name in manifest.files:
-        if name == "text_encoder.json":
-            rows.append(("graph", "text_encoder", _encoder_problem(bundle, manifest, name)))
+        if name == TEXT_ENCODER:
+            rows.append(("graph", "text_encoder", encoder_problem(bundle, manifest, name)))
         elif name.endswith(".safetensors"):
             rows.append(("tensors", name, _tensors_problem(bundle / name, manifest)))
     rows += [
@@ -88,83 +85,6 @@ def check(bundle: Path) -> int:
         f"{bundle}: {'all checks passed' if not wrong else f'{wrong} of {len(rows)} checks failed'}"
     )
     return 1 if wrong else 0
-
-
-def _graph_problem(bundle: Path, manifest: Manifest, record: GraphRecord) -> str:
-    """What is wrong with a graph's file, "" if nothing is."""
-    model, problem = _open_graph(bundle, manifest, record.file, record.opset)
-    if model is None:
-        return problem
-    for values, tensors in (
-        (model.graph.input, record.inputs),
-        (model.graph.output, record.outputs),
-    ):
-        result = [_describe(value) for value in values]
-        wanted = [(t.name, t.dtype, tuple(t.shape)) for t in tensors]
-        if result != wanted:
-            return f"{result} where the manifest says {wanted}"
-    if weight_dtypes(model) != record.dtypes:
-        return (
-            f"weights of {', '.join(weight_dtypes(model))}, the manifest says "
-            f"{', '.join(record.dtypes)}"
-        )
-    return ""
-
-
-def _open_graph(
-    bundle: Path, manifest: Manifest, file: str, opset: int
-) -> "tuple[onnx.ModelProto | None, str]":
-    """A graph's model without its external weights, or None and what is wrong with the file."""
-    import onnx
-
-    path = bundle / file
-    if file not in manifest.files:
-        return None, "its file is not in the manifest"
-    if not path.is_file():
-        return None, "its file is missing"
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-        model = onnx.load(path, load_external_data=False)
-    # protobuf, checker and shape inference each raise their own
-    except Exception as error:
-        return None, f"not valid ONNX ({first_line(error)})"
-    result = next(
-        (entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), None
-    )
-    return (model, "") if result == opset else (None, f"opset {result}, the manifest says {opset}")
-
-
-def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
-    """Types of a graph's initializers, sorted."""
-    import onnx
-
-    names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.DOUBLE: "float64"}
-    kinds = {tensor.data_type for tensor in model.graph.initializer}
-    return tuple(
-        sorted(names.get(kind) or onnx.TensorProto.DataType.Name(kind).lower() for kind in kinds)
-    )
-
-
-def _encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
-    """What is wrong with the text encoder that a file of `export.text` describes, "" if nothing
-    is.
-    """
-    try:
-        about = json.loads((bundle / name).read_bytes())
-        graph, ports = about["graph"], [about["input"], about["output"]]
-        for part in (graph, about["tokenizer"]["vocabulary"]):
-            if part["file"] not in manifest.files:
-                return f"{part['file']} is not in the manifest"
-            if file_sha256(bundle / part["file"]) != part["sha256"]:
-                return f"{part['file']} is not the one that {name} describes"
-        model, problem = _open_graph(bundle, manifest, graph["file"], graph["opset"])
-        if model is None:
-            return problem
-        wanted = [(port["name"], port["dtype"], tuple(port["shape"])) for port in ports]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{name} does not describe an encoder ({type(error).__name__}: {error})"
-    result = [_describe(value) for value in (*model.graph.input, *model.graph.output)]
-    return "" if result == wanted else f"{result} where {name} says {wanted}"
 
 
 def _detector_problem(bundle: Path, manifest: Manifest) -> str:
@@ -232,15 +152,6 @@ def _engine_problem(bundle: Path, manifest: Manifest, entry: BundledEngine) -> s
     except UserError as error:
         return str(error)
     return "" if record == entry.record else "its sidecar differs from the manifest"
-
-
-def _describe(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int | str, ...]]:
-    """Name, element type and shape of a graph's input or output."""
-    import onnx
-
-    tensor = value.type.tensor_type
-    shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
-    return value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from pathlib import Path
 import onnx
 import timm
 
+from contract.bundle_check import weight_dtypes
 from contract.manifest import GraphRecord, Precision, TeacherRecord, TensorRecord
 from distill.config import TeacherConfig
 from distill.models.packaged import PACKAGE, WHEELS
 from distill.teachers import weights_source
-from export.check import weight_dtypes
 from export.graph import Student
 from export.modules import Part
 from export.to_onnx import OPSET

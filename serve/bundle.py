@@ -11,6 +11,7 @@ from contract.errors import UserError
 from contract.files import file_sha256
 from contract.manifest import MANIFEST, GraphRecord, Manifest, TensorRecord, read_manifest
 from contract.signature import FUSED, is_internal
+from contract.text_encoder import TEXT_ENCODER
 
 
 class Bundle:
@@ -46,6 +47,19 @@ class Bundle:
         return hashlib.sha256(json.dumps(self.manifest.files, sort_keys=True).encode()).hexdigest()[
             :12
         ]
+
+    @cached_property
+    def problem(self) -> str:
+        """What `export.check` would find wrong with the graphs, "" if nothing; needs onnx."""
+        from contract.bundle_check import encoder_problem, graph_problem
+
+        detector = self.manifest.detector
+        for graph in (*self.manifest.graphs, *(detector.graphs if detector else ())):
+            if problem := graph_problem(self.path, self.manifest, graph):
+                return f"{graph.file}: {problem}"
+        if TEXT_ENCODER in self.manifest.files:
+            return encoder_problem(self.path, self.manifest, TEXT_ENCODER)
+        return ""
 
     def file(self, name: str) -> Path:
         """A listed file whose bytes are those the manifest lists; raises UserError otherwise."""

@@ -6,9 +6,9 @@ Copied next to the model `text_encoder` in a repository, so it must not import a
 package.
 """
 
-import gzip
 import html
 import string
+import zlib
 from collections.abc import Callable, Sequence
 
 import ftfy
@@ -23,6 +23,12 @@ BYTES = 512
 """Tokens of single bytes, inside and at the end of a word: they come first in CLIP's vocabulary,
 then the merges.
 """
+
+_WORDS = r"|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+"""What CLIP cuts text into, beside its special tokens."""
+
+_MOST_VOCABULARY = 32 * 2**20
+"""Bytes of a vocabulary, unpacked: CLIP's has 3 MB."""
 
 _PROMPTS = 64
 """Sentences the graph reads at once: more would hold more memory and be no faster."""
@@ -44,7 +50,14 @@ class ClipTokenizer:
         """
         specials = {about[end]["token"]: about[end]["id"] for end in ("start", "end")}
         count = about["vocabulary_size"] - BYTES - len(specials)
-        lines = gzip.decompress(vocabulary).decode("utf-8").split("\n")
+        unpack = zlib.decompressobj(zlib.MAX_WBITS | 16)  # gzip
+        try:
+            text = unpack.decompress(vocabulary, _MOST_VOCABULARY).decode("utf-8")
+        except zlib.error as error:
+            raise ValueError(f"the vocabulary cannot be unpacked ({error})") from error
+        if unpack.unconsumed_tail:
+            raise ValueError(f"the vocabulary is larger than {_MOST_VOCABULARY:,} bytes")
+        lines = text.split("\n")
         merges = [
             tuple(line.split()) for line in lines[1 : count + 1]
         ]  # the first line is a comment
@@ -62,8 +75,12 @@ class ClipTokenizer:
         self.start, self.end = about["start"]["id"], about["end"]["id"]
         self.clean = _CLEAN[about["clean"]]
         # words are cut by `regex`, as in open_clip: the library's own expressions know another
-        # Unicode version's letters
-        self.pattern = regex.compile(about["pattern"], regex.IGNORECASE)
+        # Unicode version's letters. The expression is open_clip's, not the file's: one that a
+        # stranger wrote could take hours for a sentence
+        pattern = "|".join(specials) + _WORDS
+        if about["pattern"] != pattern:
+            raise ValueError(f"words are cut by another expression than open_clip's {pattern!r}")
+        self.pattern = regex.compile(pattern, regex.IGNORECASE)
         self.bpe = Tokenizer(models.BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>"))
         self.bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 

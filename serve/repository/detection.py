@@ -21,6 +21,9 @@ from serve.repository.model_config import (
 )
 from serve.repository.settings import Settings
 
+_VOCABULARY = "vocab.txt"
+"""In the repository, whatever the bundle calls it."""
+
 DETECTION = "detection"
 """Triton's name of the model that clients ask."""
 
@@ -73,10 +76,9 @@ def _detection(
     config = read_template(DETECTION)
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     config.input[-1].dims.insert(0, -1)  # the batch: written out where Triton does not batch
-    resolution, vocabulary = bundle.manifest.resolution, detector.vocabulary
+    resolution = bundle.manifest.resolution
     about = {
-        "vocabulary": vocabulary,
-        "sha256": bundle.manifest.files[vocabulary],
+        "sha256": bundle.manifest.files[detector.vocabulary],
         "maps": detector.maps,
         "max_batch": settings.max_batch or bundle.manifest.max_batch,
         **resolution.limits,
@@ -92,7 +94,7 @@ def _detection(
         "detection.py": CONTRACT / "detection.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
         "calling_model.py": TEMPLATES / "calling_model.py",
-        vocabulary: bundle.file(vocabulary),
+        _VOCABULARY: bundle.file(detector.vocabulary),
         "detection.json": json.dumps(about).encode(),
     }
     return config, files

@@ -78,14 +78,19 @@ def _template_of(graph: str) -> str:
 def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
     """Every model of a repository, in an order in which each follows those it is made of.
 
-    Raises UserError for files that do not match their hashes, missing engines, unchecked batch
-    sizes.
+    Raises UserError for files that do not match their hashes or hold another graph than the
+    manifest says, missing engines, unchecked batch sizes.
     """
     most = settings.max_batch or bundle.manifest.max_batch
     if most > bundle.manifest.max_batch:
         raise UserError(
             f"--max-batch {most}: the bundle was checked up to {bundle.manifest.max_batch} (export "
             f"with --max-batch {most})"
+        )
+    if bundle.problem:
+        raise UserError(
+            f"{bundle.path} is not what its manifest says: {bundle.problem} (export again, or get "
+            "it from where it was exported)"
         )
     graphs = [graph for graph in bundle.manifest.graphs if graph.name != FUSED or settings.fused]
     models = [graph_model(bundle, graph, settings) for graph in graphs]

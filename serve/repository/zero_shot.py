@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from contract.class_scores import ClassVectors
 from contract.errors import UserError
 from contract.signature import BACKBONE
+from contract.text_encoder import TEXT_ENCODER, TextEncoder, read_text_encoder
 from serve.bundle import Bundle
 from serve.repository.model_config import (
     CONTRACT,
@@ -25,8 +26,11 @@ from serve.repository.model_config import (
 )
 from serve.repository.settings import Settings
 
-EMBEDDINGS, ENCODER = "class_embeddings.safetensors", "text_encoder.json"
+EMBEDDINGS, ENCODER = "class_embeddings.safetensors", TEXT_ENCODER
 """What `export.text` writes into a bundle."""
+
+_GRAPH, _VOCABULARY = "model.onnx", "vocabulary.gz"
+"""In the repository."""
 
 _FORMAT = "1"
 _SCALE = 100.0
@@ -138,7 +142,7 @@ def _teacher_of(bundle: Bundle, result: ClassEmbeddings) -> str:
     )
 
 
-def _read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None, str]:
+def _read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[TextEncoder | None, str]:
     """The text encoder's description if it is of the embeddings' model, else None and why new
     labels are not supported.
     """
@@ -149,29 +153,32 @@ def _read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[dict | None,
             None,
             "this bundle has no text encoder (python -m export.text --with-encoder adds one)",
         )
-    about = json.loads(bundle.file(ENCODER).read_text(encoding="utf-8"))
-    if (
-        result.text_weights is None
-        or about.get("text_weights_sha256") != result.text_weights
-        or not result.templates
-    ):
+    about = read_text_encoder(bundle.file(ENCODER))
+    if about.text_weights_sha256 != result.text_weights or not result.templates:
         return None, "this bundle's text encoder is of another model than its class embeddings"
     return about, ""
 
 
-def text_encoder(bundle: Bundle, result: ClassEmbeddings, about: dict, settings: Settings) -> tuple:
+def text_encoder(
+    bundle: Bundle, result: ClassEmbeddings, about: TextEncoder, settings: Settings
+) -> tuple:
+    """The model that embeds labels. Its files have fixed names, whatever the bundle's."""
     config = read_template("text_encoder")
     add_port(config.output, "embeddings", "TYPE_FP32", [-1, result.width])
     config.parameters["threads"].string_value = str(settings.threads)
     place_on_cpu(config)  # a few short sentences, once a label
-    graph, vocabulary = about["graph"]["file"], about["tokenizer"]["vocabulary"]["file"]
+    vocabulary = about.tokenizer.vocabulary
+    facts = {
+        "sha256": {_GRAPH: about.graph.sha256, _VOCABULARY: vocabulary.sha256},
+        "tokenizer": about.tokenizer.model_dump(mode="json"),
+    }
     files = {
         "model.py": TEMPLATES / "text_encoder" / "1" / "model.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
         "clip_text.py": TEMPLATES / "clip_text.py",
-        ENCODER: bundle.file(ENCODER),
-        graph: bundle.file(graph),
-        vocabulary: bundle.file(vocabulary),
+        ENCODER: json.dumps(facts).encode(),
+        _GRAPH: bundle.file(about.graph.file),
+        _VOCABULARY: bundle.file(vocabulary.file),
         "templates.json": json.dumps(result.templates).encode(),
     }
     return config, files

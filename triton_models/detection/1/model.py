@@ -29,7 +29,7 @@ class TritonPythonModel(CallingModel):
             int(args["model_version"]),
         )
         self.about = json.loads((folder / "detection.json").read_text(encoding="utf-8"))
-        vocabulary = folder / self.about["vocabulary"]
+        vocabulary = folder / "vocab.txt"
         if hashlib.sha256(vocabulary.read_bytes()).hexdigest() != self.about["sha256"]:
             raise ValueError(
                 f"{vocabulary.name} does not match its sha256: it is not the one that was exported"

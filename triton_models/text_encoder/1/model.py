@@ -27,14 +27,12 @@ class TritonPythonModel:
         """
         folder = Path(args["model_repository"]) / args["model_version"]
         about = json.loads((folder / "text_encoder.json").read_text(encoding="utf-8"))
-        vocabulary = about["tokenizer"]["vocabulary"]
-        for entry in (about["graph"], vocabulary):
-            with open(folder / entry["file"], "rb") as file:
+        for name, expected in about["sha256"].items():
+            with open(folder / name, "rb") as file:
                 result = hashlib.file_digest(file, "sha256").hexdigest()
-            if result != entry["sha256"]:
+            if result != expected:
                 raise ValueError(
-                    f"{entry['file']} does not match its sha256: it is not the one that was "
-                    "exported"
+                    f"{name} does not match its sha256: it is not the one that was exported"
                 )
         settings = {
             key: value["string_value"]
@@ -45,13 +43,11 @@ class TritonPythonModel:
             int(settings["max_label_bytes"]),
         )
         self.templates = json.loads((folder / "templates.json").read_text(encoding="utf-8"))
-        self.tokenizer = ClipTokenizer(
-            about["tokenizer"], (folder / vocabulary["file"]).read_bytes()
-        )
+        self.tokenizer = ClipTokenizer(about["tokenizer"], (folder / "vocabulary.gz").read_bytes())
         # in onnxruntime whatever the other graphs run in: that is what it was compared with torch
         # in
         self.graph = open_graph(
-            folder / about["graph"]["file"], "onnxruntime", int(settings["threads"]), None
+            folder / "model.onnx", "onnxruntime", int(settings["threads"]), None
         )
         self.known: OrderedDict[str, np.ndarray] = OrderedDict()
         self.look_up(["warm-up"])

@@ -1,0 +1,39 @@
+"""Names that a bundle states: types that refuse whatever could lead out of a folder or replace
+code.
+
+A bundle may come from anybody, and its names become files, folders, models and tensors. They are
+checked by the schema that reads them, so that no reader can forget it.
+"""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, StringConstraints
+
+MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
+
+
+def _listed(name: str) -> str:
+    if name in (MANIFEST, SIGNATURE):
+        raise ValueError(f"'{name}' cannot be a file that the manifest lists")
+    return name
+
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
+"""Of a graph, tensor, teacher or axis that varies."""
+
+FileName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200),
+    AfterValidator(_listed),
+]
+"""Of a file directly in a bundle."""
+
+GraphFile = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*\.onnx$", max_length=200)]
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+Axis = Annotated[int, Field(ge=1, le=2**24)] | Name
+"""A tensor's size along an axis, or the name of a size that varies."""
+
+Side = Annotated[int, Field(ge=1, le=2**15)]
+"""Of a picture, in pixels."""
