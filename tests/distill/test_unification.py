@@ -18,6 +18,7 @@ from contract.files import file_sha256
 from distill.data.crops import centre_crop
 from distill.evaluate.encoder import teacher_encoder
 from distill.evaluate.representation import Spread
+from distill.methods.alignment import maps_of
 from distill.runs import load_run
 from distill.similarity import main as similarity
 from distill.unification import load_unifiers
@@ -39,8 +40,9 @@ def kpu_run(photo_folder, tmp_path_factory) -> Path:
     return folder / "run"
 
 
-def deviation(rows: np.ndarray) -> float:
-    return float(np.sqrt(rows.var(axis=0).mean()))
+def deviation(maps: list[np.ndarray]) -> float:
+    """Of maps [N, d_l]: the root of the mean over all channels of the variance."""
+    return float(np.sqrt(np.concatenate([rows.var(axis=0) for rows in maps]).mean()))
 
 
 def test_deviations_and_their_ratio_are_numpys(kpu_run, photo_folder, tmp_path):
@@ -58,12 +60,14 @@ def test_deviations_and_their_ratio_are_numpys(kpu_run, photo_folder, tmp_path):
         encoder = teacher_encoder(config, config.image_size, index)
         views = torch.stack([centre_crop(photo, encoder.image_size) for photo in photos])
         with torch.no_grad():
-            patches = encoder(views).patches.double().flatten(0, 2).numpy()
-        first, second = (f"t2s.{config.label}.maps.0.{layer}." for layer in (0, 2))
-        hidden = patches @ weights[f"{first}weight"].T + weights[f"{first}bias"]
-        hidden *= 0.5 * (1 + erf(hidden / np.sqrt(2)))  # GELU
-        unified = hidden @ weights[f"{second}weight"].T + weights[f"{second}bias"]
-        assert rows["teachers, raw"][config.label] == pytest.approx(deviation(patches), rel=1e-4)
+            maps = [map_.double().flatten(0, 2).numpy() for map_ in maps_of(encoder(views))]
+        unified = []
+        for number, own in enumerate(maps):
+            first, second = (f"t2s.{config.label}.maps.{number}.{layer}." for layer in (0, 2))
+            hidden = own @ weights[f"{first}weight"].T + weights[f"{first}bias"]
+            hidden *= 0.5 * (1 + erf(hidden / np.sqrt(2)))  # GELU
+            unified.append(hidden @ weights[f"{second}weight"].T + weights[f"{second}bias"])
+        assert rows["teachers, raw"][config.label] == pytest.approx(deviation(maps), rel=1e-4)
         assert rows[UNIFIED][config.label] == pytest.approx(deviation(unified), rel=1e-4)
     for row in rows.values():
         values = [row["clip"], row["detector"]]

@@ -293,7 +293,7 @@ def test_a_broken_detector_is_one_line(break_it, words, tiny_detector, tmp_path)
 @pytest.mark.slow
 def test_labels_that_a_prompt_cannot_hold_are_one_line(tiny_detector):
     many = [f"thing {number}" for number in range(100)]
-    with pytest.raises(UserError, match=r"^coco.json: its categories: .* at most 256"):
+    with pytest.raises(UserError, match=r"^coco.json: its categories: .* more than 256 tokens"):
         Detector(str(tiny_detector), many, "coco.json")
 
 
