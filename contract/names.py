@@ -5,6 +5,7 @@ A bundle may come from anybody, and its names become files, folders, models and 
 checked by the schema that reads them, so that no reader can forget it.
 """
 
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, StringConstraints
@@ -12,20 +13,16 @@ from pydantic import AfterValidator, Field, StringConstraints
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 
 
-def _listed(name: str) -> str:
-    if name in (MANIFEST, SIGNATURE):
-        raise ValueError(f"'{name}' cannot be a file that the manifest lists")
+def _plain(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name) or name in (MANIFEST, SIGNATURE):
+        raise ValueError(f"'{name[:200]}' is not the name of a file in a bundle")
     return name
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
 """Of a graph, tensor, teacher or axis that varies."""
 
-FileName = Annotated[
-    str,
-    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200),
-    AfterValidator(_listed),
-]
+FileName = Annotated[str, AfterValidator(_plain)]
 """Of a file directly in a bundle."""
 
 GraphFile = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*\.onnx$", max_length=200)]

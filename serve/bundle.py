@@ -50,9 +50,14 @@ class Bundle:
 
     @cached_property
     def problem(self) -> str:
-        """What `export.check` would find wrong with the graphs, "" if nothing; needs onnx."""
+        """What `export.check` would find wrong with the graphs, "" if nothing; needs onnx. Raises
+        UserError as `file` does.
+        """
         from contract.bundle_check import encoder_problem, graph_problem
 
+        for name in self.manifest.files:  # a copy's damage is told before what follows from it
+            if name.endswith(".onnx"):
+                self.file(name)
         detector = self.manifest.detector
         for graph in (*self.manifest.graphs, *(detector.graphs if detector else ())):
             if problem := graph_problem(self.path, self.manifest, graph):

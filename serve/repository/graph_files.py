@@ -26,10 +26,9 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
         "tokens": rows * columns + 1,
         TEXT_TOKENS: WINDOW,
     }
-    for graph in bundle.parts:  # `rows_4` is a row every 4 pixels
-        for axis in {
-            axis for tensor in graph.inputs for axis in tensor.shape if isinstance(axis, str)
-        } - set(result):
+    axes = {axis for graph in bundle.parts for tensor in graph.inputs for axis in tensor.shape[1:]}
+    for axis in axes - set(result):
+        if isinstance(axis, str):  # `rows_4` is a row every 4 pixels
             result[axis] = layer_side(axis, rows, columns, resolution.stride)
     return result
 

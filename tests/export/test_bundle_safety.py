@@ -501,13 +501,19 @@ def test_a_text_encoder_is_opened_and_held_against_its_description(copy):
     shutil.copy(copy / "depth.onnx", copy / "text_encoder.onnx")
     (copy / "words.gz").write_bytes(b"words")
     depth = read_manifest(copy).graph("depth")
+    special = {"token": "<start_of_text>", "id": 1}
+    tokenizer = {"kind": "clip-bpe", "vocabulary_size": 600, "context_length": 77, "pad_id": 0}
+    tokenizer |= {"pattern": "", "clean": "lower", "start": special, "end": special}
     about = {
+        "format": 1,
+        "text_weights_sha256": "0" * 64,
         "graph": {
             "file": "text_encoder.onnx",
             "sha256": file_sha256(copy / "depth.onnx"),
             "opset": depth.opset,
         },
-        "tokenizer": {"vocabulary": {"file": "words.gz", "sha256": file_sha256(copy / "words.gz")}},
+        "tokenizer": tokenizer
+        | {"vocabulary": {"file": "words.gz", "sha256": file_sha256(copy / "words.gz")}},
         "input": depth.inputs[0].model_dump(mode="json"),
         "output": depth.outputs[0].model_dump(mode="json"),
     }
@@ -523,6 +529,8 @@ def test_a_text_encoder_is_opened_and_held_against_its_description(copy):
     assert "where text_encoder.json says" in said(about | {"output": about["input"]})
     assert "is not the one that" in said(about | {"graph": about["graph"] | {"sha256": "0" * 64}})
     assert "does not describe an encoder" in said({})
+    replaced = about["graph"] | {"file": "model.py"}
+    assert "does not describe an encoder" in said(about | {"graph": replaced})
     (copy / "text_encoder.onnx").write_bytes(b"no graph")
     graph = about["graph"] | {"sha256": file_sha256(copy / "text_encoder.onnx")}
     assert "not valid ONNX" in said(about | {"graph": graph})
