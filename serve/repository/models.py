@@ -89,8 +89,8 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
         )
     if bundle.problem:
         raise UserError(
-            f"{bundle.path} is not what its manifest says: {bundle.problem[:500]} (export again, or "
-            "get it from where it was exported)"
+            f"{bundle.path} is not what its manifest says: {bundle.problem[:500]} (export again, "
+            "or get it from where it was exported)"
         )
     graphs = [graph for graph in bundle.manifest.graphs if graph.name != FUSED or settings.fused]
     models = [graph_model(bundle, graph, settings) for graph in graphs]
