@@ -176,10 +176,10 @@ def broken(kind, bundle):
         case "a missing file":
             (bundle / "backbone.onnx").unlink()
             return "backbone.onnx is missing"
-        case "a graph that does not load":
+        case "a file that is no graph":
             (bundle / "head_cls.onnx").write_bytes(b"no graph at all")
             rewrite(bundle)
-            return "staged_head_cls"
+            return "head_cls.onnx: not valid ONNX"
         case "a graph that says something else":
             disturb(bundle / "head_cls.onnx", 2.0)
             rewrite(bundle)
@@ -193,7 +193,7 @@ def broken(kind, bundle):
 KINDS = [
     "a changed byte",
     "a missing file",
-    "a graph that does not load",
+    "a file that is no graph",
     "a graph that says something else",
     "another interface",
 ]
