@@ -245,18 +245,21 @@ def test_right_requests_in_one_batch_with_refused_ones_are_answered(triton, know
         stats = triton.ModelStatistics(ModelStatisticsRequest(name="head_mae")).model_stats[0]
         return stats.execution_count, stats.inference_count
 
-    before = counts()
-    pending = []
-    for turn in range(90):
-        values = broken if turn % 3 == 1 else known["spaces"]
-        ask = request("head_mae", [array("spaces", values)], names)
-        pending.append((turn % 3 == 1, triton.ModelInfer.future(ask, timeout=30)))
-    for bad, future in pending:
-        if bad:
-            assert future.exception().code() == INVALID
-        else:
-            same(arrays(future.result()), expected)
-    runs, rows = (after - was for after, was in zip(counts(), before, strict=True))
+    for _ in range(5):  # on a busy machine none may meet another
+        before = counts()
+        pending = []
+        for turn in range(90):
+            values = broken if turn % 3 == 1 else known["spaces"]
+            ask = request("head_mae", [array("spaces", values)], names)
+            pending.append((turn % 3 == 1, triton.ModelInfer.future(ask, timeout=30)))
+        for bad, future in pending:
+            if bad:
+                assert future.exception().code() == INVALID
+            else:
+                same(arrays(future.result()), expected)
+        runs, rows = (after - was for after, was in zip(counts(), before, strict=True))
+        if rows > 1.2 * runs:
+            break
     assert rows > 1.2 * runs, "requests were not batched: nothing was shown"
 
 
