@@ -145,6 +145,8 @@ def _describe(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int | str, 
     """Name, element type and shape of a graph's input or output."""
     import onnx
 
+    if value.type.WhichOneof("value") != "tensor_type":  # a sequence, say, is legal ONNX
+        return value.name, "not a tensor", ()
     tensor = value.type.tensor_type
     shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
     return value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape

@@ -56,7 +56,7 @@ class Bundle:
         from contract.bundle_check import encoder_problem, graph_problem
 
         for name in self.manifest.files:  # a copy's damage is told before what follows from it
-            if name.endswith(".onnx"):
+            if name.endswith((".onnx", ".onnx.data")):
                 self.file(name)
         detector = self.manifest.detector
         for graph in (*self.manifest.graphs, *(detector.graphs if detector else ())):

@@ -131,7 +131,7 @@ def test_changed_manifests_write_nothing_outside_and_bring_no_code(copy, tmp_pat
     assert set(contents(tmp_path)) == before
 
 
-@pytest.mark.parametrize("kind", ["file", "domain", "function", "inner"])
+@pytest.mark.parametrize("kind", ["file", "domain", "function", "inner", "sequence"])
 def test_a_graph_that_reaches_beyond_itself_is_refused(copy, tmp_path, kind):
     (tmp_path / "secret").write_bytes(bytes(4096))
     model = onnx.load(copy / "head_mae.onnx")
@@ -145,6 +145,9 @@ def test_a_graph_that_reaches_beyond_itself_is_refused(copy, tmp_path, kind):
         model.opset_import.add(domain="com.example", version=1)
     elif kind == "function":
         model.functions.add(name="Add", domain="")
+    elif kind == "sequence":
+        value = onnx.helper.make_tensor_sequence_value_info("more", onnx.TensorProto.FLOAT, [2])
+        model.graph.input.append(value)
     else:
         value = onnx.TensorProto(data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
         value.external_data.add(key="location", value="/etc/hostname")
@@ -152,6 +155,7 @@ def test_a_graph_that_reaches_beyond_itself_is_refused(copy, tmp_path, kind):
     (copy / "head_mae.onnx").write_bytes(model.SerializeToString())
     add_files(copy, ["head_mae.onnx"])
     words = "which is not its own file" if kind in ("file", "inner") else "not ONNX's own"
+    words = "not a tensor" if kind == "sequence" else words
     with pytest.raises(UserError, match=words):
         build_models(read_bundle(copy), Settings())
 
