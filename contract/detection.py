@@ -156,9 +156,11 @@ def detections(
     centre x and y, width and height as shares of the image; `label_map` [C, T]. A label's score is
     the mean probability of its tokens, as GroundingDINO is evaluated on COCO.
     """
-    # 1 / (1 + exp(-x)) without overflow; tokens beyond the text are -inf
-    probabilities = 0.5 * (1 + np.tanh(0.5 * logits[:, : label_map.shape[1]].astype(np.float64)))
-    scores = (probabilities @ label_map.T.astype(np.float64)).ravel().astype(np.float32)
+    scores = (
+        (probabilities(logits[:, : label_map.shape[1]]) @ label_map.T.astype(np.float64))
+        .ravel()
+        .astype(np.float32)
+    )
     order = np.argsort(-scores, kind="stable")[:top]
     order = order[scores[order] > np.float32(threshold)]
     rows, labels = np.divmod(order, len(label_map))
@@ -169,6 +171,12 @@ def detections(
         labels.astype(np.int64),
         np.clip(edges, 0, 1).astype(np.float32),
     )
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Of tokens, float64; 0 for those beyond the text, whose logits are -inf."""
+    # 1 / (1 + exp(-x)) without overflow
+    return 0.5 * (1 + np.tanh(0.5 * logits.astype(np.float64)))
 
 
 def _plain(label: str) -> str:

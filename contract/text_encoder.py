@@ -14,7 +14,8 @@ from contract.errors import UserError, first_line
 from contract.names import Axis, FileName, GraphFile, Name, Sha256
 
 TEXT_ENCODER = "text_encoder.json"
-FORMAT = 1
+FORMAT: Literal[1] = 1
+"""Version of the file."""
 
 _MOST_BYTES = 2**20
 _MOST_TOKENS = 2**20

@@ -19,7 +19,7 @@ from contract.detection import WINDOW, read_tokenizer
 from contract.errors import UserError, first_line
 from contract.manifest import DetectorRecord
 from contract.signature import Port, detector_signatures, head_graph
-from distill.models.deformable import Grid, sample_rows
+from distill.models.deformable import Grid, gather_maps
 from distill.models.grounding_dino import DetectorRest, TextSide, load_detector
 from distill.models.weights import tensors_sha256
 from export.describe import describe_graph
@@ -276,16 +276,10 @@ def _attend(
     after another, places [B, Q, heads, levels, points, 2] in [0, 1], outside of which are zeros;
     returns [B, Q, heads * d].
     """
-    batch, length, heads, _ = value.shape
-    table = value.transpose(1, 2).flatten(0, 2)
-    first, read = torch.arange(batch * heads, device=value.device) * length, None
-    for level, grid in enumerate(value_spatial_shapes_list):
-        places, weights = (
-            tensor[:, :, :, level].transpose(1, 2).flatten(0, 1)
-            for tensor in (sampling_locations, attention_weights)
-        )
-        seen = sample_rows(table, first, grid, places, weights)
-        read = seen if read is None else read + seen
-        first = first + grid[0] * grid[1]
-    read = read.unflatten(0, (batch, heads))
+    places, weights = (
+        tensor.transpose(1, 2).flatten(0, 1).unbind(2)
+        for tensor in (sampling_locations, attention_weights)
+    )
+    read = gather_maps(value, value_spatial_shapes_list, places, weights)
+    read = read.unflatten(0, (value.shape[0], -1))
     return read.transpose(1, 2).flatten(2)

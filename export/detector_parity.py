@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import cdist
 
-from contract.detection import text_inputs
+from contract.detection import probabilities, text_inputs
 from contract.errors import UserError
 from contract.manifest import ParityRecord
 from contract.signature import DETECTOR, TEXT_DETECTOR
@@ -132,7 +132,8 @@ def _nearest(got: Outputs, wanted: Outputs) -> Outputs:
     for row in range(len(wanted["boxes"])):
         both = [
             np.nan_to_num(
-                np.concatenate([one["boxes"][row], _probabilities(one)[row]], axis=1), nan=9.0
+                np.concatenate([one["boxes"][row], probabilities(one["logits"])[row]], axis=1),
+                nan=9.0,
             )
             for one in (wanted, got)
         ]
@@ -145,7 +146,7 @@ def _nearest(got: Outputs, wanted: Outputs) -> Outputs:
 def _distances(got: Outputs, wanted: Outputs) -> dict[str, float]:
     """The largest distance of each output, infinite where one is finite and the other is not."""
     ends = np.isneginf(got["logits"]) == np.isneginf(wanted["logits"])
-    logits = np.abs(_probabilities(got) - _probabilities(wanted)).max()
+    logits = np.abs(probabilities(got["logits"]) - probabilities(wanted["logits"])).max()
     lengths = np.linalg.norm(wanted["text"], axis=-1)
     text = np.linalg.norm(got["text"] - wanted["text"], axis=-1) / lengths
     distances = {
@@ -156,10 +157,6 @@ def _distances(got: Outputs, wanted: Outputs) -> dict[str, float]:
     return {
         name: value if np.isfinite(value) else float("inf") for name, value in distances.items()
     }
-
-
-def _probabilities(outputs: Outputs) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * outputs["logits"].astype(np.float64)))
 
 
 def _record(

@@ -4,6 +4,7 @@ inside.
 
 import stat
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx
@@ -58,7 +59,7 @@ def _dynamic_axes(
     }
     # multiples of the stride: the rest of other sides would be dropped silently
     dims["height"], dims["width"] = stride * dims["rows"], stride * dims["columns"]
-    for axis in _layer_sides(signature, {name: 2 for name in dims}, stride):
+    for axis in _map_axes(signature, dims):
         side, _, pixels = axis.partition("_")
         # torch.export has no rounding up; the graph's own input says how large such a map is
         known = stride % int(pixels) == 0
@@ -69,13 +70,10 @@ def _dynamic_axes(
     )
 
 
-def _layer_sides(signature: Signature, known: dict, stride: int) -> dict:
-    """The inputs' axes that are not `known`: those of layers finer than the student's grid."""
+def _map_axes(signature: Signature, known: Collection[str]) -> list[str]:
+    """The inputs' axes that are not `known`: those of maps of other strides than the student's."""
     names = {axis for port in signature.inputs for axis in port.axes if isinstance(axis, str)}
-    return {
-        axis: layer_side(axis, known["rows"], known["columns"], stride)
-        for axis in sorted(names - set(known))
-    }
+    return sorted(names - set(known))
 
 
 def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProto:
@@ -86,7 +84,8 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
     sizes = {"batch": 2, "rows": 6, "columns": 4, "height": 6 * stride, "width": 4 * stride}
     prefix = getattr(part.module, "prefix", 0)
     sizes["tokens"], sizes[TEXT_TOKENS] = 24 + prefix, 10
-    sizes |= _layer_sides(signature, sizes, stride)
+    for axis in _map_axes(signature, sizes):
+        sizes[axis] = layer_side(axis, sizes["rows"], sizes["columns"], stride)
     arguments = tuple(_example(port, sizes) for port in signature.inputs)
     axes = _dynamic_axes(signature, stride, max_batch)
     # for torch.export, modules that take *inputs have one argument, a tuple

@@ -5,7 +5,7 @@ checked.
 import hashlib
 import json
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from contract.errors import UserError
 from contract.files import file_sha256
@@ -71,11 +71,10 @@ class Bundle:
         listed = self.manifest.files.get(name)
         if listed is None:
             raise UserError(f"{self.path}: its manifest does not list {name}: export again")
-        path, parts = self.path / name, PurePosixPath(name).parts
+        path = self.path / name
         if name in self._verified:
             return path
-        steps = [self.path.joinpath(*parts[: count + 1]) for count in range(len(parts))]
-        if any(step.is_symlink() for step in steps):
+        if path.is_symlink():
             raise UserError(
                 f"{path} is a link: copy the bundle again with the files themselves, or export "
                 "again"

@@ -61,6 +61,38 @@ def sample_rows(
     return (share.flatten(2).unsqueeze(-2) @ seen).squeeze(-2)
 
 
+def gather_maps(
+    values: Tensor, grids: Sequence[Grid], places: Sequence[Tensor], shares: Sequence[Tensor]
+) -> Tensor:
+    """What every query reads of `values` [B, S, heads, c], the cells of all maps one after another,
+    by gathers alone; [B * heads, Q, c].
+
+    Of every map, `places` [B * heads, Q, P, 2] as `sample` has them, and `shares` [B * heads, Q, P]
+    that what is read there has in the sum.
+    """
+    table = values.transpose(1, 2).flatten(0, 2)
+    first = torch.arange(places[0].shape[0], device=values.device) * values.shape[1]
+    read = None
+    for grid, place, share in zip(grids, places, shares, strict=True):
+        seen = sample_rows(table, first, grid, place, share)
+        read = seen if read is None else read + seen
+        first = first + grid[0] * grid[1]
+    return read
+
+
+def _sample_maps(
+    values: Tensor, grids: Sequence[Grid], places: Sequence[Tensor], shares: Sequence[Tensor]
+) -> Tensor:
+    """`gather_maps` as training has it."""
+    read = None
+    parts = split_maps(values.permute(0, 2, 3, 1), grids, dim=-1)
+    for grid, part, place, share in zip(grids, parts, places, shares, strict=True):
+        seen = sample(part.unflatten(-1, grid).flatten(0, 1), place)
+        seen = (seen * share.unsqueeze(1)).sum(-1)
+        read = seen if read is None else read + seen
+    return read.transpose(1, 2)
+
+
 def split_maps(tokens: Tensor, grids: Sequence[Grid], dim: int) -> list[Tensor]:
     """The tokens of each map, where those of all `grids` follow one another along `dim`."""
     # slices, since ONNX has no sequences of bf16, which `split` would become
@@ -141,43 +173,10 @@ class DeformableAttention(nn.Module):
             places.append((centres + torch.stack((x, y), -1)).transpose(1, 2).flatten(0, 1))
         # a head's weights [B * heads, Q, points] of every level
         shares = list(weights.transpose(1, 2).flatten(0, 1).unbind(-2))
-        read = self._gather if torch.compiler.is_exporting() else self._sample
+        read = gather_maps if torch.compiler.is_exporting() else _sample_maps
         seen = read(values, source_grids, places, shares)
         seen = seen.unflatten(0, (-1, self.heads)).transpose(1, 2).flatten(2)
         return self.out(seen.to(queries.dtype))
-
-    def _sample(
-        self,
-        values: Tensor,
-        grids: Sequence[Grid],
-        places: Sequence[Tensor],
-        shares: Sequence[Tensor],
-    ) -> Tensor:
-        """What every query reads of `values` [B, S, heads, c], [B * heads, Q, c]."""
-        read = None
-        parts = split_maps(values.permute(0, 2, 3, 1), grids, dim=-1)
-        for grid, part, place, share in zip(grids, parts, places, shares, strict=True):
-            seen = sample(part.unflatten(-1, grid).flatten(0, 1), place)
-            seen = (seen * share.unsqueeze(1)).sum(-1)
-            read = seen if read is None else read + seen
-        return read.transpose(1, 2)
-
-    def _gather(
-        self,
-        values: Tensor,
-        grids: Sequence[Grid],
-        places: Sequence[Tensor],
-        shares: Sequence[Tensor],
-    ) -> Tensor:
-        """`_sample` as graphs have it."""
-        table = values.transpose(1, 2).flatten(0, 2)
-        maps = torch.arange(places[0].shape[0], device=values.device)
-        first, read = maps * values.shape[1], None
-        for grid, place, share in zip(grids, places, shares, strict=True):
-            seen = sample_rows(table, first, grid, place, share)
-            read = seen if read is None else read + seen
-            first = first + grid[0] * grid[1]
-        return read
 
 
 class PlainAttention(nn.Module):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from contract.errors import UserError, suggest
 from contract.files import write_atomically
 from contract.manifest import MANIFEST, TeacherRecord, add_files, read_manifest
+from contract.text_encoder import TEXT_ENCODER
 from export.text.classifier_rows import classifier_rows
 from export.text.options import TextOptions
 from export.text.tower import (
@@ -28,7 +29,7 @@ if TYPE_CHECKING:  # mistakes in labels and options must not wait for torch to l
 _FORMAT = 1
 """Version of class_embeddings.safetensors' metadata."""
 
-_EMBEDDINGS, _SIDECAR = "class_embeddings.safetensors", "text_encoder.json"
+_EMBEDDINGS = "class_embeddings.safetensors"
 
 
 def write_embeddings(options: TextOptions) -> None:
@@ -82,9 +83,9 @@ def write_embeddings(options: TextOptions) -> None:
     )
     for name in (_EMBEDDINGS, *files):
         print(f"wrote     {options.output / name}")
-    if not files and (options.output / _SIDECAR).exists():
+    if not files and (options.output / TEXT_ENCODER).exists():
         print(
-            f"note      {_SIDECAR} and its graph were kept: add --with-encoder if they are of "
+            f"note      {TEXT_ENCODER} and its graph were kept: add --with-encoder if they are of "
             "another model"
         )
     print("next      score a student distilled from this CLIP, in that teacher's space:")

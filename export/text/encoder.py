@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contract.errors import UserError
+from contract.text_encoder import FORMAT, TEXT_ENCODER
 from export.text.tower import TextTower, quiet
 
-_FORMAT = 1
-"""Version of text_encoder.json."""
-
-_GRAPH, _SIDECAR = "text_encoder.onnx", "text_encoder.json"
+_GRAPH = "text_encoder.onnx"
 _INPUT, _OUTPUT, _OPSET = "token_ids", "text_embedding", 20
 _MIN_COSINE = 0.99999
 """Between the graph's and torch's embedding of one text, in float32."""
@@ -48,7 +46,7 @@ def encoder_files(tower: TextTower, tokens: Tensor) -> dict[str, bytes]:
     tokenizer = tower.tokenizer
     start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
     sidecar = {
-        "format": _FORMAT,
+        "format": FORMAT,
         **tower.about,
         "torch": torch.__version__,
         "onnx": onnx.__version__,
@@ -73,7 +71,7 @@ def encoder_files(tower: TextTower, tokens: Tensor) -> dict[str, bytes]:
             "end": {"token": tokenizer.decoder[end], "id": end},
         },
     }
-    return contents | {_SIDECAR: json.dumps(sidecar, indent=2).encode()}
+    return contents | {TEXT_ENCODER: json.dumps(sidecar, indent=2).encode()}
 
 
 def _text_graph(tower: TextTower) -> bytes:

@@ -26,8 +26,8 @@ from serve.repository.model_config import (
 )
 from serve.repository.settings import Settings
 
-EMBEDDINGS, ENCODER = "class_embeddings.safetensors", TEXT_ENCODER
-"""What `export.text` writes into a bundle."""
+EMBEDDINGS = "class_embeddings.safetensors"
+"""What `export.text` writes into a bundle, and perhaps TEXT_ENCODER."""
 
 _GRAPH, _VOCABULARY = "model.onnx", "vocabulary.gz"
 """In the repository."""
@@ -148,12 +148,12 @@ def _read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[TextEncoder 
     """
     if result.vectors.norms is not None:
         return None, "this bundle's classes are those of a classifier, which has no others"
-    if ENCODER not in bundle.manifest.files:
+    if TEXT_ENCODER not in bundle.manifest.files:
         return (
             None,
             "this bundle has no text encoder (python -m export.text --with-encoder adds one)",
         )
-    about = read_text_encoder(bundle.file(ENCODER))
+    about = read_text_encoder(bundle.file(TEXT_ENCODER))
     if about.text_weights_sha256 != result.text_weights or not result.templates:
         return None, "this bundle's text encoder is of another model than its class embeddings"
     return about, ""
@@ -176,7 +176,7 @@ def text_encoder(
         "model.py": TEMPLATES / "text_encoder" / "1" / "model.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
         "clip_text.py": TEMPLATES / "clip_text.py",
-        ENCODER: json.dumps(facts).encode(),
+        TEXT_ENCODER: json.dumps(facts).encode(),
         _GRAPH: bundle.file(about.graph.file),
         _VOCABULARY: bundle.file(vocabulary.file),
         "templates.json": json.dumps(result.templates).encode(),
