@@ -232,6 +232,18 @@ def failed(message: str, code: int):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 
+def label_text(number: int, data: bytes, most: int) -> str:
+    """Label `number` of a request as text; raises ValueError for more than `most` bytes, and for
+    bytes that are not UTF-8.
+    """
+    if len(data) > most:
+        raise ValueError(f"label {number} has {len(data)} bytes, at most {most} are accepted")
+    try:
+        return bytes(data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"label {number} is not UTF-8 text (byte {error.start})") from error
+
+
 def first_line(error: Exception) -> str:
     """The first line of an exception's text, or its kind."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -12,6 +12,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from calling_model import LATEST, CallingModel, Refused
 from detection import TextInputs, detections, read_tokenizer, text_inputs
+from graph_model import label_text
 
 _TOP = 300
 """Pairs of a box and a label that are answered, at most."""
@@ -70,17 +71,11 @@ class TritonPythonModel(CallingModel):
         tensor = pb_utils.get_input_tensor_by_name(request, "labels")
         if tensor is None:
             raise Refused("input 'labels' is missing")
-        labels = []
-        for number, data in enumerate(tensor.as_numpy().reshape(-1)):
-            if len(data) > self.max_bytes:
-                raise Refused(
-                    f"label {number} has {len(data)} bytes, at most {self.max_bytes} are accepted"
-                )
-            try:
-                labels.append(bytes(data).decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise Refused(f"label {number} is not UTF-8 text (byte {error.start})") from error
-        return tuple(labels)
+        data = tensor.as_numpy().reshape(-1)
+        try:
+            return tuple(label_text(n, each, self.max_bytes) for n, each in enumerate(data))
+        except ValueError as error:
+            raise Refused(str(error)) from error
 
     async def look_up(self, labels: tuple[str, ...], request) -> tuple[TextInputs, np.ndarray]:
         """A prompt and its text features [1, T, d], from `text_detector` if they are not known;

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from clip_text import BadLabel, ClipTokenizer, embed
-from graph_model import failed, first_line, open_graph
+from graph_model import failed, first_line, label_text, open_graph
 
 _KEPT = 4096
 """Labels whose embeddings are kept: clients send the same few with every picture."""
@@ -87,14 +87,10 @@ class TritonPythonModel:
             )
         labels = []
         for number, data in enumerate(raw):
-            if len(data) > self.max_bytes:
-                raise BadLabel(
-                    f"label {number} has {len(data)} bytes, at most {self.max_bytes} are accepted"
-                )
             try:
-                label = bytes(data).decode("utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise BadLabel(f"label {number} is not UTF-8 text (byte {error.start})") from error
+                label = label_text(number, data, self.max_bytes).strip()
+            except ValueError as error:
+                raise BadLabel(str(error)) from error
             if not label:
                 raise BadLabel(f"label {number} is empty")
             labels.append(label)
