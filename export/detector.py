@@ -15,12 +15,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from contract.detection import WINDOW, read_tokenizer
-from contract.errors import UserError, first_line
+from contract.detection import WINDOW
+from contract.errors import UserError
 from contract.manifest import DetectorRecord
 from contract.signature import Port, detector_signatures, head_graph
 from distill.models.deformable import Grid, gather_maps
-from distill.models.grounding_dino import DetectorRest, TextSide, load_detector
+from distill.models.grounding_dino import (
+    VOCABULARY,
+    DetectorRest,
+    TextSide,
+    is_same_checkpoint,
+    load_detector,
+    open_vocabulary,
+    positions,
+)
 from distill.models.weights import tensors_sha256
 from export.describe import describe_graph
 from export.graph import Student
@@ -32,9 +40,6 @@ if TYPE_CHECKING:
     from transformers import GroundingDinoForObjectDetection
 
 log = logging.getLogger(__name__)
-
-VOCABULARY = "vocab.txt"
-"""Of the detector's text tower, in its folder and in the bundle."""
 
 _ROLE = "detector"
 
@@ -103,7 +108,7 @@ def open_detector(source: str, student: Student) -> Detector:
             f"{option}: its backbone's maps have {_listed(widths)} channels, those of teacher "
             f"'{label}' {_listed(known[label])}: give the detector that was the teacher"
         )
-    same = [label for label in fitting if _is_same(trained[label], source)]
+    same = [label for label in fitting if is_same_checkpoint(trained[label], source)]
     label = next(iter(same or fitting))
     if not same:
         log.warning(
@@ -118,52 +123,12 @@ def open_detector(source: str, student: Student) -> Detector:
             f"{option}: the student predicts the maps of '{label}' on one grid, the detector needs "
             "three: distil with kpu.preserve=true"
         )
-    if model.config.max_text_len != WINDOW:
-        raise UserError(
-            f"{option}: max_text_len = {model.config.max_text_len} is not supported, only {WINDOW}"
-        )
-    path = _vocabulary_of(source)
-    try:
-        tokenizer = read_tokenizer(path)
-    except ValueError as error:
-        raise UserError(f"{option}: {error}") from error
-    if tokenizer.get_vocab_size() > model.config.text_config.vocab_size:
-        raise UserError(
-            f"{option}: {VOCABULARY} has {tokenizer.get_vocab_size():,} tokens, its text tower "
-            f"{model.config.text_config.vocab_size:,}: give the vocabulary it was trained with"
-        )
+    path, tokenizer = open_vocabulary(source, "--detector", model.config)
     return Detector(source, label, model, path.read_bytes(), tokenizer)
-
-
-def _is_same(checkpoint: str | None, source: str) -> bool:
-    """Whether two names are of one folder, or of one model on the hub."""
-    if checkpoint is None:
-        return False
-    return checkpoint == source or Path(checkpoint).resolve() == Path(source).resolve()
 
 
 def _listed(widths: Sequence[int]) -> str:
     return ", ".join(map(str, widths))
-
-
-def _vocabulary_of(source: str) -> Path:
-    """The vocabulary's file; raises UserError where there is none."""
-    if Path(source).is_dir():
-        path = Path(source) / VOCABULARY
-        if not path.is_file():
-            raise UserError(
-                f"--detector {source}: {VOCABULARY} is missing: save the detector's tokenizer there"
-            )
-        return path
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(source, VOCABULARY))
-    except Exception as error:  # the hub's clients raise errors of many kinds
-        raise UserError(
-            f"--detector {source}: cannot fetch {VOCABULARY} ({first_line(error)}): name a local "
-            "folder"
-        ) from error
 
 
 def make_parts(
@@ -177,14 +142,11 @@ def make_parts(
     strides = student.deployment.shipped[detector.teacher].strides
     # strided convolutions round up
     grids = [tuple(-(-side // stride) for side in size) for stride in strides]
-    shapes = [*grids]
-    for _ in range(detector.model.config.num_feature_levels - len(grids)):
-        shapes.append(tuple(-(-side // 2) for side in shapes[-1]))
-    positions = sum(rows * columns for rows, columns in shapes)
+    there = positions(grids, detector.model.config.num_feature_levels)
     queries = detector.model.config.num_queries
-    if positions < queries:
+    if there < queries:
         raise UserError(
-            f"--detector {detector.source}: pictures of {size[0]}x{size[1]} have {positions} "
+            f"--detector {detector.source}: pictures of {size[0]}x{size[1]} have {there} "
             f"positions, it looks for {queries} objects: choose larger --resolutions"
         )
     return detector.parts(head.signature.outputs, grids)

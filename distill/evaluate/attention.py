@@ -101,8 +101,17 @@ def last_block(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
     hook = attention.attn_drop.register_forward_hook(
         lambda module, inputs, output: result.append(output)
     )
+    normed: list[Tensor] = []
     try:
-        output = net.forward_features(encoder.normalize(images))
+        if encoder.is_bare:
+            output = net.forward_features(encoder.normalize(images))
+        else:  # an adapter changes the tokens between the blocks
+            kept = net.norm.register_forward_hook(lambda *call: normed.append(call[-1]))
+            try:
+                encoder(images)
+            finally:
+                kept.remove()
+            (output,) = normed
     finally:
         hook.remove()
         attention.fused_attn = fused

@@ -35,8 +35,12 @@ def evaluate(
     validation split.
 
     Writes `heads/depth.safetensors` (unless the backbone was trained along) and `depth.png`.
+    Raises NotApplicable for a network that is more than timm's where the backbone is to be trained,
+    and for one without four layers where these are read.
     """
     settings = config.depth
+    if settings.head == "dpt" and settings.backbone_lr:
+        encoder.need_bare("depth.backbone_lr trains", "set depth.backbone_lr=0")
     train, val = open_pairs(data, "train", "depth"), open_pairs(data, "val", "depth")
     size = encoder.fit(config.dense.size)
     views = {"train": WindowViews(train, size), "val": WindowViews(val, size)}

@@ -18,8 +18,8 @@ from PIL import Image
 from rich.progress import track
 from torch import Tensor, nn
 
-from contract.detection import Detections, TextInputs, detections, read_tokenizer, text_inputs
-from contract.errors import UserError, first_line
+from contract.detection import Detections, detections, text_inputs
+from contract.errors import UserError
 from distill.evaluate.boxes import BoxedPictures, open_boxes
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.encoder import Encoder, RunEncoder
@@ -31,8 +31,10 @@ from distill.models.grounding_dino import (
     STRIDES,
     DetectorRest,
     TextSide,
-    import_transformers,
+    is_same_checkpoint,
     load_detector,
+    open_vocabulary,
+    positions,
 )
 
 log = logging.getLogger(__name__)
@@ -50,17 +52,26 @@ _SCORES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
 def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Path) -> Outcome:
     """COCO's AP of the boxes of all classes, and a figure `detection.png`.
 
-    Raises NotApplicable for a network that no detector taught, and UserError for missing libraries,
-    files that are missing or damaged, and classes that do not fit into a prompt.
+    Raises NotApplicable for a network that no detector taught, and UserError for one that several
+    taught, missing libraries, files that are missing or damaged, classes that do not fit into a
+    prompt, pictures that become too small, and boxes that are NaN.
     """
     settings = config.detection
-    if encoder.detector is None:
+    if len(encoder.detectors) > 1:
+        labels = [teacher.label for teacher in encoder.detectors]
+        count = "two" if len(labels) == 2 else len(labels)
+        raise UserError(
+            f"{encoder.name}: the run has {count} detectors ({', '.join(labels)}): add "
+            f"{' or '.join(f'--features {label}' for label in labels)}"
+        )
+    if not encoder.detectors:
         raise NotApplicable(
             f"{encoder.name}: detection needs the maps of a detector, which '{encoder.read_out}' "
             "does not give: train with a teacher of role detector (recipe kpu_vit_base), and use "
             "--features backbone"
         )
-    source = settings.checkpoint or encoder.detector.checkpoint
+    (teacher,) = encoder.detectors
+    source = settings.checkpoint or teacher.checkpoint
     if not source:
         raise UserError(
             "detection needs the detector that taught the student: set detection.checkpoint to its "
@@ -69,6 +80,15 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     _need_library()
     pictures = open_boxes(data, settings.annotations)
     detector = Detector(source, pictures.classes, str(pictures.source)).to(encoder.device)
+    if not is_same_checkpoint(teacher.checkpoint, source):
+        log.warning(
+            "detection  %s: teacher '%s' was %s, not %s: boxes are only right if their backbones "
+            "have the same weights",
+            encoder.name,
+            teacher.label,
+            teacher.checkpoint or "random",
+            source,
+        )
     precision = precision_on(encoder.device, config.extract)
     results, shown = [], []
     numbers = range(len(pictures))
@@ -95,7 +115,11 @@ class Detector(nn.Module):
         super().__init__()
         field = "detection.checkpoint"
         model = load_detector(source, field)
-        inputs = _prompt(source, field, labels, asked)
+        _, tokenizer = open_vocabulary(source, field, model.config)
+        try:
+            inputs = text_inputs(labels, tokenizer)
+        except ValueError as error:
+            raise UserError(f"{asked}: its categories: {error}") from error
         self.label_map = inputs.label_map
         self.widths = tuple(model.model.backbone.conv_encoder.intermediate_channel_sizes)
         ids, self_mask, position_ids = (torch.from_numpy(values) for values in inputs[:3])
@@ -121,6 +145,8 @@ class Detector(nn.Module):
     ) -> Detections:
         """The `top` best boxes in a picture whose shorter side becomes `size` pixels. The encoder
         runs in `precision`, the detector in float32.
+
+        Raises UserError as `forward`, and for boxes that are NaN.
         """
         # a detector takes any size, a student multiples of its patch
         unit = encoder.stride if isinstance(encoder, RunEncoder) else 1
@@ -129,12 +155,19 @@ class Detector(nn.Module):
         images = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0).to(encoder.device)
         with cast(encoder.device, precision):
             maps = encoder.detector_maps(images)
-        logits, boxes = (values[0].cpu().numpy() for values in self(maps, (height, width)))
+        pair = self(maps, (height, width))
+        # not infinity, which logits beyond the text are
+        if any(values.isnan().any() for values in pair):
+            raise UserError(
+                f"{encoder.name}: its boxes hold NaN: check its weights and the detector's"
+            )
+        logits, boxes = (values[0].cpu().numpy() for values in pair)
         return detections(logits, boxes, self.label_map, top)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Logits [1, queries, 256] and boxes [1, queries, 4] from a picture's maps
-        [1, h_l, w_l, C_l]; raises UserError for maps of other widths.
+        [1, h_l, w_l, C_l], of `size` (height, width) pixels; raises UserError for maps of other
+        widths, and for fewer positions than boxes.
         """
         widths = tuple(level.shape[-1] for level in maps)
         if widths != self.widths:
@@ -146,27 +179,15 @@ class Detector(nn.Module):
             # of a student without a pyramid, whose maps have one grid
             grids = [tuple(math.ceil(side / stride) for side in size) for stride in STRIDES]
             maps = [resize_map(level, grid) for level, grid in zip(maps, grids, strict=True)]
+        config = self.rest.core.config
+        there = positions([level.shape[1:3] for level in maps], config.num_feature_levels)
+        if there < config.num_queries:
+            raise UserError(
+                f"detection.size: a picture becomes {size[1]}x{size[0]} pixels, which have {there} "
+                f"positions, too few for the detector's {config.num_queries} boxes: use a larger "
+                "size"
+            )
         return self.rest(maps, self.text, self.text_mask, self.self_mask, self.position_ids)
-
-
-def _prompt(source: str, field: str, labels: Sequence[str], asked: str) -> TextInputs:
-    """The inputs that ask a detector for labels."""
-    transformers = import_transformers(field)
-    try:
-        vocabulary = transformers.utils.cached_file(source, "vocab.txt")
-    except Exception as error:  # of the hub's many kinds
-        raise UserError(
-            f"{field} = {source}: its vocab.txt is missing ({first_line(error)}): put it beside "
-            "config.json"
-        ) from error
-    try:
-        tokenizer = read_tokenizer(vocabulary)
-    except ValueError as error:
-        raise UserError(f"{field} = {source}: {error}") from error
-    try:
-        return text_inputs(labels, tokenizer)
-    except ValueError as error:
-        raise UserError(f"{asked}: its categories: {error}") from error
 
 
 def fitted(width: int, height: int, shorter: int, unit: int) -> tuple[int, int]:

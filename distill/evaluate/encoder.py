@@ -23,8 +23,8 @@ from distill.teachers.run import StudentNet
 
 
 class Encoder(nn.Module):
-    """Frozen, in eval mode: uint8 images in, `Features` out, whatever stands behind. `detector` is
-    the teacher whose maps `detector_maps` gives, None without one.
+    """Frozen, in eval mode: uint8 images in, `Features` out, whatever stands behind. `detectors`
+    are the teachers whose maps it knows; `detector_maps` gives those of a single one.
 
     `name` is the row's name in tables, `read_out` the column of the student that is read
     ("backbone" for teachers), `image_size` the side it was trained at, `stride` the pixels per
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
     image_size: int
     stride: int
     dims: FeatureDims
-    detector: TeacherConfig | None = None
+    detectors: tuple[TeacherConfig, ...] = ()
     pyramid_widths: tuple[int, ...] = ()
 
     def forward(self, images: Tensor) -> Features:
@@ -47,6 +47,23 @@ class Encoder(nn.Module):
     def net(self) -> nn.Module:
         """The timm network at the heart."""
         raise NotImplementedError
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether a timm network alone gives the features: no adapter around it, and no detector's
+        backbone in its place.
+        """
+        raise NotImplementedError
+
+    def need_bare(self, what: str, remedy: str) -> None:
+        """Raise NotApplicable where more than a timm network gives the features; `what` says what
+        is done with it.
+        """
+        if not self.is_bare:
+            raise NotApplicable(
+                f"{self.name}: {what} a timm network alone, not one inside an adapter or a "
+                f"detector's backbone: {remedy}"
+            )
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images as the network expects them: scaled to [0, 1], the mean off, over the
@@ -88,8 +105,8 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def detector_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Maps of `detector`, or what a student predicts of them, finest first [B, h_l, w_l, d_l],
-        as float32.
+        """Maps of the only detector, or what a student predicts of them, finest first
+        [B, h_l, w_l, d_l], as float32.
         """
         raise NotImplementedError
 
@@ -151,16 +168,21 @@ class RunEncoder(Encoder):
             self.pyramid_widths = tuple(whole.student.map_widths)
         student = run.recipe.student
         self.settings = {"student": student.name, "kwargs": student.kwargs}
-        for teacher in run.recipe.teachers:
-            if teacher.role == "detector" and read_out in (BACKBONE, teacher.label):
-                self.detector, label = teacher, teacher.label
-                self.predictor = Deployment(
-                    whole.preprocess, whole.student, whole.coupling, {label: whole.shipped[label]}
-                )
+        self.detectors = tuple(
+            teacher
+            for teacher in run.recipe.teachers
+            if teacher.role == "detector" and read_out in (BACKBONE, teacher.label)
+        )
+        heads = {teacher.label: whole.shipped[teacher.label] for teacher in self.detectors}
+        self.predictor = Deployment(whole.preprocess, whole.student, whole.coupling, heads)
 
     @property
     def net(self) -> nn.Module:
         return self.deployment.student.net
+
+    @property
+    def is_bare(self) -> bool:
+        return not self.deployment.student.map_strides
 
     def forward(self, images: Tensor) -> Features:
         result = self.deployment(images.float().div(255))[self.read_out]
@@ -174,7 +196,8 @@ class RunEncoder(Encoder):
         return self(images).maps
 
     def detector_maps(self, images: Tensor) -> tuple[Tensor, ...]:
-        predicted = self.predictor(images.float().div(255))[self.detector.label]
+        (detector,) = self.detectors
+        predicted = self.predictor(images.float().div(255))[detector.label]
         return tuple(level.float() for level in (predicted.patches, *predicted.maps))
 
     def _layers(self, pixels: Tensor) -> tuple[Features, list[Layer]]:
@@ -200,7 +223,7 @@ class TeacherEncoder(Encoder):
             own = isinstance(teacher.net, StudentNet)
             self.pyramid_widths = dims.maps if own else (dims.patches, *dims.maps)
         config = teacher.config
-        self.detector = config if config.name == DETECTOR else None
+        self.detectors = (config,) if config.name == DETECTOR else ()
         self.settings = {
             "model": config.name,
             "role": config.role,
@@ -212,6 +235,11 @@ class TeacherEncoder(Encoder):
     def net(self) -> nn.Module:
         net = self.teacher.net
         return net.student.net if isinstance(net, StudentNet) else net
+
+    @property
+    def is_bare(self) -> bool:
+        net = self.teacher.net
+        return not (net.student.map_strides if isinstance(net, StudentNet) else self.detectors)
 
     def forward(self, images: Tensor) -> Features:
         return self.teacher.encode(self.normalize(images)).map(Tensor.float)
@@ -228,6 +256,11 @@ class TeacherEncoder(Encoder):
     def _layers(self, pixels: Tensor) -> tuple[object, list[Layer]]:
         if isinstance(self.teacher.net, StudentNet):
             return self.teacher.net.student.layers(pixels)
+        if self.detectors:
+            raise NotApplicable(
+                f"{self.name}: a detector's backbone does not give four layers: set "
+                "depth.head=linear"
+            )
         return dpt_layers(self.net, pixels, self.stride)
 
 
@@ -289,4 +322,7 @@ def named_encoder(text: str, size: int | None = None, index: int = 0) -> Encoder
         reason = re.sub(r"^teacher '\w+': ", "", reason)
         if "cannot fetch" in reason:
             reason = reason.split("): set")[0] + "): give NAME@FILE, NAME@package:… or NAME@random"
+        elif "is missing: name a folder" in reason:
+            reason = reason.split(" (random weights")[0]
+            reason += f": give {DETECTOR}@FOLDER, {DETECTOR}@NAME or {DETECTOR}@random"
         raise UserError(f"{text}: {reason}") from error

@@ -60,12 +60,13 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     The probe is heads/classification.safetensors in `folder`, where `finetuned.safetensors` is
     written. Raises UserError for a teacher's head (only backbones are fine-tuned), and for a probe
     that is missing, of other classes or of another vector than the network's own classifier reads;
-    Failure for a loss that is not finite.
+    NotApplicable for a network that is more than timm's; Failure for a loss that is not finite.
     """
     if encoder.read_out != BACKBONE:
         raise UserError(
             f"--features {encoder.read_out}: finetune trains the backbone (use --features backbone)"
         )
+    encoder.need_bare("finetune trains", "use --tasks linear")
     train, val = open_splits(data)
     settings, probe = config.finetune, None
     if settings.init == "probe":
@@ -240,8 +241,9 @@ def finetuned_classifier(encoder: Encoder, path: Path) -> Callable[[Tensor], Ten
     """The fine-tuned network in `path`: uint8 images [B, 3, S, S] to ImageNet logits [B, 1000].
 
     Raises UserError if there is no such file, or it is damaged, was fine-tuned from other weights
-    or at another size, or not on ImageNet's 1000 classes.
+    or at another size, or not on ImageNet's 1000 classes; NotApplicable as `evaluate`.
     """
+    encoder.need_bare("robustness.classifier=finetuned reads", "set robustness.classifier=probe")
     remedy = "run --tasks finetune again"
     if not path.is_file():
         raise UserError(

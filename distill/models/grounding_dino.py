@@ -6,19 +6,28 @@ features as it does in its own.
 """
 
 import copy
+import itertools
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from contract.detection import WINDOW, read_tokenizer
 from contract.errors import UserError, first_line
+from distill.models.meta import building
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+
+VOCABULARY = "vocab.txt"
+"""Of the detector's text tower, in its folder and in a bundle."""
 
 STRIDES = (8, 16, 32)
 """Of the maps C3 to C5 of its Swin Transformer, in pixels."""
@@ -26,10 +35,18 @@ STRIDES = (8, 16, 32)
 _KIND = "grounding-dino"
 
 _IGNORED = {"attn_implementation", "_attn_implementation", "auto_map", "quantization_config"}
-"""Keys of a `config.json` that say which code to run, which may be fetched from the hub."""
+_IGNORED |= {"backbone", "backbone_kwargs", "use_timm_backbone", "use_pretrained_backbone"}
+"""Keys of a `config.json` that say which code to run, or which network is within, either of which
+may be fetched from the hub."""
+
+_WEIGHTS = "model.safetensors"
 
 _MOST_LAYERS = 100
 """Of a stack in a plausible configuration; building a million would take hours."""
+
+_SPARE = 2**20
+"""Numbers that a network may have beyond twice those of its file, which lacks what is tied or
+computed."""
 
 
 def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
@@ -42,13 +59,28 @@ def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
     transformers = import_transformers(field)
     config = read_config(source, field)
     folder = Path(source)
-    if folder.is_dir() and not (folder / "model.safetensors").is_file():
+    if folder.is_dir() and not (folder / _WEIGHTS).is_file():
         raise UserError(
-            f"{field} = {source}: model.safetensors is missing (save the detector with "
-            "transformers' save_pretrained)"
+            f"{field} = {source}: {_WEIGHTS} is missing (save the detector with transformers' "
+            "save_pretrained)"
         )
     # custom kernels would be fetched from the hub
     config.disable_custom_kernels = True
+    try:
+        cached = transformers.utils.cached_file
+        file = folder / _WEIGHTS if folder.is_dir() else cached(source, _WEIGHTS)
+        mismatched, needed, held = _compare(config, file)
+    except Exception as error:  # the hub, safetensors and transformers raise errors of many kinds
+        raise UserError(
+            f"{field} = {source}: its weights cannot be loaded ({first_line(error)})"
+        ) from error
+    # before memory is taken for what config.json describes
+    _refuse("mismatched keys", mismatched, f"{field} = {source}")
+    if needed > 2 * held + _SPARE:
+        raise UserError(
+            f"{field} = {source}: its config.json describes {needed:,} numbers, its weights have "
+            f"{held:,}: save the detector with transformers' save_pretrained"
+        )
     try:
         model, loaded = transformers.GroundingDinoForObjectDetection.from_pretrained(
             source,
@@ -67,13 +99,77 @@ def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
         names = [name[0] if kind == "mismatched_keys" else name for name in loaded[kind]]
         # files of old releases have that buffer
         names = [name for name in names if not name.endswith("position_ids")]
-        if names:
-            raise UserError(
-                f"{field} = {source}: its weights do not fit its config.json ({len(names)} "
-                f"{kind.replace('_', ' ')}, the first is {min(names)}): save the detector with "
-                "transformers' save_pretrained"
-            )
+        _refuse(kind.replace("_", " "), names, f"{field} = {source}")
     return model.eval().requires_grad_(False)
+
+
+def _compare(config: "GroundingDinoConfig", file: Path | str) -> tuple[list[str], int, int]:
+    """Of the detector that `config` describes, without taking memory for it, and a file of weights:
+    the tensors whose shapes differ, how many numbers the detector has, and how many the file.
+
+    Tensors that transformers renames as it loads them only count.
+    """
+    from transformers import GroundingDinoForObjectDetection
+
+    with building():
+        model = GroundingDinoForObjectDetection(config)
+    with safe_open(file, "pt") as tensors:
+        held = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    mismatched = [n for n in held.keys() & needed.keys() if held[n] != needed[n]]
+    parts = itertools.chain(model.parameters(), model.buffers())
+    return mismatched, sum(part.numel() for part in parts), sum(map(math.prod, held.values()))
+
+
+def _refuse(kind: str, names: Sequence[str], name: str) -> None:
+    """Raise UserError where there are names of keys that do not fit."""
+    if names:
+        raise UserError(
+            f"{name}: its weights do not fit its config.json ({len(names)} {kind}, the first is "
+            f"{min(names)}): save the detector with transformers' save_pretrained"
+        )
+
+
+def is_same_checkpoint(checkpoint: str | None, source: str) -> bool:
+    """Whether two names are of one folder, or of one model on the hub; None is random weights."""
+    if checkpoint is None:
+        return False
+    return checkpoint == source or Path(checkpoint).resolve() == Path(source).resolve()
+
+
+def open_vocabulary(
+    source: str, field: str, config: "GroundingDinoConfig"
+) -> tuple[Path, "Tokenizer"]:
+    """The vocabulary of a detector, from its folder or the hub: its file and its tokenizer.
+
+    Raises UserError, naming the recipe's or command's `field`, for a file that is missing or none
+    of BERT's, and for one with tokens beyond those that the text tower has.
+    """
+    path = Path(source) / VOCABULARY
+    if not Path(source).is_dir():
+        try:
+            path = Path(import_transformers(field).utils.cached_file(source, VOCABULARY))
+        except Exception as error:  # the hub's clients raise errors of many kinds
+            raise UserError(
+                f"{field} = {source}: cannot fetch {VOCABULARY} ({first_line(error)}): name a "
+                "local folder"
+            ) from error
+    elif not path.is_file():
+        raise UserError(
+            f"{field} = {source}: its {VOCABULARY} is missing: save the detector's tokenizer there"
+        )
+    try:
+        tokenizer = read_tokenizer(path)
+    except ValueError as error:
+        raise UserError(f"{field} = {source}: {error}") from error
+    # not the number of tokens: lines that are blank or occur twice count
+    most = max(tokenizer.get_vocab().values()) + 1
+    if most > config.text_config.vocab_size:
+        raise UserError(
+            f"{field} = {source}: {VOCABULARY} has {most:,} tokens, its text tower "
+            f"{config.text_config.vocab_size:,}: give the vocabulary it was trained with"
+        )
+    return path, tokenizer
 
 
 def import_transformers(field: str):
@@ -153,16 +249,22 @@ def _check_config(config: "GroundingDinoConfig", name: str) -> None:
         "text_config.model_type": (config.text_config.model_type, "bert"),
         "two_stage": (config.two_stage, True),
         "embedding_init_target": (config.embedding_init_target, True),
+        "max_text_len": (config.max_text_len, WINDOW),
     }
     for key, (value, needed) in parts.items():
         if value != needed:
             raise UserError(f"{name}: {key} = {value!r} is not supported, only {needed!r}")
+    for key, least in {"max_position_embeddings": WINDOW, "type_vocab_size": 1}.items():
+        value = getattr(config.text_config, key)
+        if value < least:
+            raise UserError(f"{name}: text_config.{key} = {value} is too few (at least {least})")
     swin = config.backbone_config
     layers = max(
         *swin.depths,
         config.text_config.num_hidden_layers,
         config.encoder_layers,
         config.decoder_layers,
+        config.num_feature_levels,
     )
     if layers > _MOST_LAYERS:
         raise UserError(f"{name}: {layers} layers are not plausible (at most {_MOST_LAYERS})")
@@ -172,6 +274,16 @@ def _check_config(config: "GroundingDinoConfig", name: str) -> None:
             f"{name}: its backbone gives {swin.out_features}, but the maps of {', '.join(stages)} "
             "are needed"
         )
+
+
+def positions(grids: Sequence[tuple[int, int]], levels: int) -> int:
+    """How many positions a detector of `levels` maps looks at, of which the coarser ones are made
+    of the last of `grids`.
+    """
+    grids = [tuple(grid) for grid in grids]
+    while len(grids) < levels:
+        grids.append(tuple(-(-side // 2) for side in grids[-1]))
+    return sum(rows * columns for rows, columns in grids)
 
 
 def image_maps(model: nn.Module, pixels: Tensor) -> tuple[Tensor, ...]:

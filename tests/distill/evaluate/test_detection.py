@@ -12,6 +12,7 @@ from PIL import Image
 
 from contract.detection import Detections, detections
 from contract.errors import UserError
+from distill.evaluate import finetune
 from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.boxes import open_boxes
 from distill.evaluate.config import EvaluationConfig
@@ -19,11 +20,14 @@ from distill.evaluate.detection import Detector, average_precision, fitted
 from distill.evaluate.detection import evaluate as evaluate_detection
 from distill.evaluate.encoder import RunEncoder, named_encoder
 from distill.evaluate.outcome import NotApplicable
-from distill.features import resize_map
+from distill.features import FeatureDims, resize_map
+from distill.methods import build_method
 from distill.models.grounding_dino import load_detector
-from distill.runs import load_run
+from distill.recipe_io import make_recipe
+from distill.runs import Run, load_run
+from distill.tiny import SWIN
 from tests.conftest import run_here
-from tests.distill.methods.test_kpu import train_with_detector
+from tests.distill.methods.test_kpu import kpu_recipe, train_with_detector
 
 SIZES = [(120, 90), (90, 120), (100, 100)]
 NAMES = {3: "cat", 7: "dog", 20: "person"}
@@ -270,12 +274,22 @@ def test_maps_of_one_grid_are_brought_to_those_of_the_detector(tiny_detector):
         detector(maps[:2], (70, 98))
 
 
+def lengthen(folder, word: str, count: int) -> None:
+    """Put lines before the last word of the vocabulary, whose number they raise."""
+    path = folder / "vocab.txt"
+    *lines, last = path.read_text().splitlines()
+    numbered = [word and f"{word}{number}" for number in range(count)]
+    path.write_text("\n".join([*lines, *numbered, last]) + "\n")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
         (lambda f: (f / "vocab.txt").unlink(), "its vocab.txt is missing"),
         (lambda f: (f / "vocab.txt").write_text("a\nb\n"), "not a vocabulary of BERT's"),
+        (lambda f: lengthen(f, "another", 50), "the vocabulary it was trained with"),
+        (lambda f: lengthen(f, "", 10), "the vocabulary it was trained with"),
         (lambda f: (f / "config.json").write_text("{}"), "model_type is None"),
         (lambda f: shutil.rmtree(f), "no such folder"),
     ],
@@ -291,6 +305,65 @@ def test_a_broken_detector_is_one_line(break_it, words, tiny_detector, tmp_path)
 
 
 @pytest.mark.slow
+def test_pictures_that_are_too_small_and_boxes_of_nan_are_one_line(tiny_detector, monkeypatch):
+    encoder = named_encoder(f"grounding_dino@{tiny_detector}")
+    detector = Detector(str(tiny_detector), ("cat",), "labels")
+    picture = Image.new("RGB", (36, 24))
+    # 3 x 5, 2 x 3, 1 x 2 and 1 x 1 positions: enough for 20 boxes
+    assert len(detector.detect(encoder, picture, 24, 300).scores) == 20
+    words = r"a picture becomes 27x16 pixels, which have 14 .* 20 boxes: use a larger size"
+    with pytest.raises(UserError, match=words):
+        detector.detect(encoder, Image.new("RGB", (270, 160)), 16, 300)
+    one_grid = [torch.randn(1, 2, 3, width) for width in detector.widths]
+    with pytest.raises(UserError, match=words):
+        detector(one_grid, (16, 27))
+    broken = [torch.full((1, 9, 9, width), torch.nan) for width in detector.widths]
+    monkeypatch.setattr(encoder, "detector_maps", lambda images: broken)
+    with pytest.raises(UserError, match="its boxes hold NaN"):
+        detector.detect(encoder, picture, 72, 300)
+
+
+@pytest.mark.slow
+def test_another_detector_than_the_teacher_is_warned_of(data, tiny_detector, tmp_path, caplog):
+    name, other = f"grounding_dino@{tiny_detector}", shutil.copytree(tiny_detector, tmp_path / "a")
+    encoder = named_encoder(name)
+    for checkpoint, told in ((None, False), (f"{tiny_detector}/", False), (str(other), True)):
+        caplog.clear()
+        given = {"detection": {"checkpoint": checkpoint, "size": 90}}
+        evaluate_detection(encoder, data, EvaluationConfig.model_validate(given), tmp_path)
+        told_of = f"'detector' was {tiny_detector}, not {other}: boxes are only right if"
+        assert (told_of in caplog.text) == told
+
+
+def test_a_student_of_two_detectors_is_asked_which(data, photo_folder):
+    recipe = kpu_recipe(photo_folder)
+    _, detector = recipe["teachers"]
+    recipe["teachers"] = [detector | {"alias": name} for name in ("small", "large")]
+    recipe["teachers"][1]["kwargs"] = SWIN | {"window_size": 2}
+    dims = {"small": FeatureDims(None, 5, (7, 9)), "large": FeatureDims(None, 6, (7, 9))}
+    recipe = make_recipe(recipe)
+    method = build_method(recipe, dims)
+    for head in method.heads.values():
+        head.remember([1, 2, 3])
+    whole = Run(data, recipe, dims, method.eval(), None)
+    with pytest.raises(
+        UserError, match=r"two detectors \(small, large\): add --features small or "
+    ):
+        evaluate_detection(RunEncoder(whole, "backbone"), data, EvaluationConfig(), data)
+    (one,) = RunEncoder(whole, "small").detectors
+    assert one.label == "small"
+
+
+@pytest.mark.slow
+def test_a_detectors_backbone_trains_and_layers_nothing(data, tiny_detector):
+    encoder = named_encoder(f"grounding_dino@{tiny_detector}")
+    with pytest.raises(NotApplicable, match="finetune trains a timm network alone"):
+        finetune.evaluate(encoder, data, EvaluationConfig(), data)
+    with pytest.raises(NotApplicable, match=r"not give four layers: set depth.head=linear"):
+        encoder.layers(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+@pytest.mark.slow
 def test_labels_that_a_prompt_cannot_hold_are_one_line(tiny_detector):
     many = [f"thing {number}" for number in range(100)]
     with pytest.raises(UserError, match=r"^coco.json: its categories: .* more than 256 tokens"):
@@ -301,7 +374,7 @@ def test_without_a_detector_or_its_libraries_it_is_one_line(data, tiny_vit, monk
     with pytest.raises(NotApplicable, match="train with a teacher of role detector"):
         evaluate_detection(tiny_vit, data, EvaluationConfig(), data)
     monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    monkeypatch.setattr(tiny_vit, "detector", tiny_vit.teacher.config, raising=False)
+    monkeypatch.setattr(tiny_vit, "detectors", (tiny_vit.teacher.config,), raising=False)
     with pytest.raises(UserError, match="set detection.checkpoint"):
         evaluate_detection(tiny_vit, data, EvaluationConfig(), data)
     given = EvaluationConfig.model_validate({"detection": {"checkpoint": "somewhere"}})

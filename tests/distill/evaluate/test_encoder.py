@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contract.errors import UserError
-from distill.evaluate.encoder import parse_model, teacher_encoder
+from distill.evaluate.encoder import named_encoder, parse_model, teacher_encoder
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,14 @@ def test_a_task_on_image_level_vectors_names_a_network_without(tiny_vit):
     assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).summary is None
     with pytest.raises(UserError, match="map-only: .* no image-level vector, which knn needs"):
         encoder.need_summary("knn")
+
+
+def test_a_detector_without_weights_is_answered_in_the_words_of_the_command():
+    with pytest.raises(UserError) as raised:
+        named_encoder("grounding_dino")
+    message = str(raised.value)
+    assert message.endswith(
+        "or a detector of the Hugging Face hub: give grounding_dino@FOLDER, grounding_dino@NAME or "
+        "grounding_dino@random"
+    )
+    assert "pretrained" not in message and "\n" not in message

@@ -68,6 +68,14 @@ def edit_config(**changes):
     return edit
 
 
+def edit_backbone(**changes):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        edit_config(backbone_config=config["backbone_config"] | changes)(folder)
+
+    return edit
+
+
 def edit_weights(change):
     def edit(folder):
         path = folder / "model.safetensors"
@@ -104,6 +112,27 @@ BROKEN = {
         ["stage1", "stage2, stage3, stage4 are needed"],
     ),
     "endless layers": (edit_config(encoder_layers=10**9), ["1000000000 layers"]),
+    "endless levels": (edit_config(num_feature_levels=10**9), ["1000000000 layers"]),
+    "another window": (edit_config(max_text_len=4), ["max_text_len = 4", "only 256"]),
+    "a short text tower": (
+        edit_config(text_config={"model_type": "bert", "max_position_embeddings": 4}),
+        ["text_config.max_position_embeddings = 4", "at least 256"],
+    ),
+    # of sizes that no memory holds, so that a try to make them is another error
+    "endless queries": (
+        edit_config(num_queries=10**13),
+        ["1 mismatched keys", "query_position_embeddings"],
+    ),
+    "endless words": (
+        edit_config(text_config={"model_type": "bert", "vocab_size": 10**13}),
+        ["mismatched keys", "model.text_backbone."],
+    ),
+    "an endless backbone": (edit_backbone(embed_dim=960_000), ["mismatched", "conv_encoder"]),
+    # whose tensors are renamed as they are loaded
+    "endless blocks": (
+        edit_backbone(mlp_ratio=10.0**9),
+        ["config.json describes", "its weights have 484,833"],
+    ),
     "deep json": (
         lambda f: (f / "config.json").write_text("[" * 100_000),
         ["config.json is damaged"],
@@ -141,6 +170,8 @@ def test_a_checkpoint_cannot_ask_for_code_of_a_hub(tiny_detector, tmp_path):
     for part in (config, config.text_config):
         assert part._attn_implementation is None and not hasattr(part, "auto_map")
     load_detector(str(folder), "x")
+    edit_config(backbone="someone/backbone", backbone_config=None)(folder)
+    assert read_config(str(folder), "x").backbone_config.model_type == "swin"
 
 
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path):
