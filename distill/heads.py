@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contract.errors import UserError
-from distill.models.weights import read_tensors, write_tensors
+from contract.errors import UserError, first_line
+from distill.models.meta import building
+from distill.models.weights import misfit, read_tensors, write_tensors
 from distill.runs import git_commit
 from distill.upernet import UPerNet
 
@@ -244,6 +245,14 @@ def load_head(path: Path, student_sha256: str | None = None) -> Head:
             f"{path} was trained on another student's features: train it again with "
             "distill.evaluate"
         )
-    module = KINDS[metadata["kind"]](**json.loads(metadata["settings"]))
+    make, settings = KINDS[metadata["kind"]], json.loads(metadata["settings"])
+    try:
+        with building():  # before memory is taken for whatever size the settings say
+            wrong = misfit(make(**settings), weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        wrong = first_line(error)
+    if wrong:
+        raise UserError(f"{path} does not fit its own settings ({wrong}): train the head again")
+    module = make(**settings)
     module.load_state_dict(weights, strict=True)
     return Head(metadata["task"], metadata["kind"], module.eval().requires_grad_(False), about)

@@ -16,7 +16,8 @@ from distill.config import Recipe
 from distill.features import FeatureDims
 from distill.methods import build_method
 from distill.methods.method import Method
-from distill.models.weights import read_tensors, save_tensors, tensors_sha256
+from distill.models.meta import building
+from distill.models.weights import misfit, read_tensors, save_tensors, tensors_sha256
 from distill.recipe_files import RecipeDumper, RecipeLoader
 from distill.recipe_io import dump_recipe, parse_recipe
 
@@ -120,13 +121,12 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
     # The file holds every weight: nothing is to be fetched, whatever the recipe started from.
     student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
     offline = recipe.model_copy(update={"student": student})
+    with building():  # before memory is taken for whatever size the recipe says
+        wrong = misfit(build_method(offline, dims, inference=True), tensors)
+    if wrong:
+        raise UserError(f"{path} does not fit its own recipe: {wrong}")
     method = build_method(offline, dims, inference=True)
-    try:
-        method.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} does not fit its own recipe: {str(error).splitlines()[1].strip()}"
-        ) from error
+    method.load_state_dict(tensors, strict=True)
     step = metadata.get("step", "")
     return Run(folder, recipe, dims, method.eval(), int(step) if step.isdecimal() else None)
 

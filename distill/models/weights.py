@@ -90,6 +90,22 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, metadata
 
 
+def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor of a network, which may be on the meta device, that others do not fit, in
+    words; None where all do.
+    """
+    expected = model.state_dict()
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            return f"'{name}' is missing"
+        if name not in expected:
+            return f"'{name}' has no place in the network"
+        if tensors[name].shape != expected[name].shape:
+            shapes = list(tensors[name].shape), list(expected[name].shape)
+            return f"'{name}' has shape {shapes[0]}, but the network expects {shapes[1]}"
+    return None
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """Read a .safetensors file or a weights-only .pth file on the CPU, without its containers and
     prefixes.

@@ -118,6 +118,23 @@ def test_broken_files_are_refused(tmp_path, how, words):
         load_head(path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        # more than any memory holds, so that a try to make it is another error
+        ({"width": 10**12, "classes": 2}, "'linear.weight' has shape .* expects"),
+        ({"width": 4, "classes": 3}, "'linear.bias' has shape .2., but the network expects .3."),
+        ({"size": 4}, "unexpected keyword argument 'size'"),
+    ],
+)
+def test_settings_that_the_weights_do_not_fit_are_refused(tmp_path, settings, words):
+    head = LinearSegmenter(4, 2)
+    head.settings = settings
+    path = save_head(tmp_path, "segmentation", head, {})
+    with pytest.raises(UserError, match=f"does not fit its own settings .*{words}.*: train the"):
+        load_head(path)
+
+
 def test_files_are_as_readable_as_the_users_mask_allows(tmp_path):
     before = os.umask(0o022)
     try:

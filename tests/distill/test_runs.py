@@ -58,6 +58,25 @@ def test_a_file_of_a_later_version_is_refused_with_its_number(tmp_path):
         load_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        # more than any memory holds, so that a try to make it is another error
+        ("embed_dim: 8", "embed_dim: 8000000000", "has shape .* expects .*8000000000"),
+        ("depth: 1", "depth: 2", "'student.net.blocks.1.attn.proj.bias' is missing"),
+    ],
+)
+def test_weights_that_do_not_fit_the_recipe_are_refused(tmp_path, old, new, words):
+    with safe_open(OLD / STUDENT, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    about = metadata_of(OLD / STUDENT)
+    assert old in about["recipe"]
+    about["recipe"] = about["recipe"].replace(old, new)
+    save_tensors(tmp_path / STUDENT, tensors, about)
+    with pytest.raises(UserError, match=f"does not fit its own recipe: .*{words}"):
+        load_run(tmp_path)
+
+
 def test_metadata_are_kept_and_sorted(tmp_path):
     words = {"zeta": json.dumps({"ü": '\n\t"\\'}), "alpha": "\x01 and / and 日本"}
     save_tensors(tmp_path / "a.safetensors", {"x": torch.arange(3.0)}, words)
