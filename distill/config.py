@@ -8,7 +8,15 @@ line.
 from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 Role = Literal["classification", "clip", "mae", "dino", "detector"]
 """What a teacher was trained for; it decides the feature loss (UMT A.3,
@@ -22,6 +30,19 @@ Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _shares(value: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < value[0] <= value[1] <= 1:
+        raise ValueError("must be two shares of a picture's area, the smaller first")
+    return value
+
+
+Area = Annotated[tuple[float, float], AfterValidator(_shares)]
+"""Range of a random crop's share of the picture's area."""
+
+_Deviation = Annotated[float, Field(gt=0)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -54,7 +75,7 @@ class StudentConfig(Section):
     mean: tuple[float, float, float] = Field(
         _IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]"
     )
-    std: tuple[float, float, float] = Field(
+    std: tuple[_Deviation, _Deviation, _Deviation] = Field(
         _IMAGENET_STD, description="RGB standard deviation divided by"
     )
 
@@ -91,7 +112,7 @@ class TeacherConfig(Section):
     mean: tuple[float, float, float] | None = Field(
         None, description="default: the model's own data config"
     )
-    std: tuple[float, float, float] | None = Field(
+    std: tuple[_Deviation, _Deviation, _Deviation] | None = Field(
         None, description="default: the model's own data config"
     )
     block: int | None = Field(
@@ -188,9 +209,7 @@ class DataConfig(Section):
     image_size: Positive | Auto = Field(
         "auto", description="side of the shared crop; auto: the largest input needed"
     )
-    crop_scale: tuple[float, float] = Field(
-        (0.08, 1.0), description="area range of the random resized crop"
-    )
+    crop_scale: Area = Field((0.08, 1.0), description="area range of the random resized crop")
     crop_ratio: tuple[float, float] = Field(
         (0.75, 4 / 3), description="aspect-ratio range of the crop"
     )
@@ -205,7 +224,7 @@ class DataConfig(Section):
         0.01, description="stop once more than this share of pictures is unreadable"
     )
 
-    @field_validator("crop_scale", "crop_ratio")
+    @field_validator("crop_ratio")
     @classmethod
     def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 < value[0] <= value[1]:
@@ -253,7 +272,7 @@ class TrainConfig(Section):
     weight_decay_end: Annotated[float, Field(ge=0)] | None = Field(
         None, description="weight decay at the last step, by a cosine; default: constant"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW")
+    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="AdamW")
     clip_grad: Annotated[float, Field(ge=0)] = Field(
         1.0, description="largest norm of the gradients; 0: no clipping"
     )

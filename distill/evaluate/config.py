@@ -6,9 +6,9 @@ authors.
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from distill.config import NonNegative, Positive, Section
+from distill.config import Area, NonNegative, Positive, Section
 
 _Above0 = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -85,9 +85,7 @@ class FinetuneConfig(Section):
     )
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    crop_scale: tuple[float, float] = Field(
-        (0.08, 1.0), description="area of the random training crop"
-    )
+    crop_scale: Area = Field((0.08, 1.0), description="area of the random training crop")
 
     @property
     def passes(self) -> int:
@@ -164,6 +162,15 @@ class DepthConfig(Section):
         description="DPT: the backbone's rate over the head's (the papers' source uses 0.1); "
         "0 keeps it frozen; a head on a trained backbone cannot be served with other heads",
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DepthConfig":
+        if self.min_depth >= self.max_depth:
+            raise ValueError(
+                f"depth.min_depth = {self.min_depth:g} is not below depth.max_depth = "
+                f"{self.max_depth:g}: no pixel would count"
+            )
+        return self
 
 
 class DetectionConfig(Section):

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from contract.errors import UserError
-from distill.config import Auto, Fraction, Positive, Recipe, Section
+from distill.config import Area, Auto, Fraction, Positive, Recipe, Section
 from distill.data.crops import IMAGE, MAIN, View
 from distill.distributed import mean_over_ranks
 from distill.features import FeatureDims, Features, resize_map
@@ -111,7 +111,7 @@ class Config(Section):
         description="what FAMO compares a step's losses with: those of the same pictures after it, "
         "by a further forward pass, or of the next ones, for free",
     )
-    dense_scale: tuple[_Above, _Above] = Field(
+    dense_scale: Area = Field(
         (0.5, 1.0),
         description="range of a crop's share of the picture's area, in streams of teachers without "
         "a global feature (detectors); other crops follow data.crop_scale",
@@ -182,8 +182,9 @@ class KPU(Method):
         unset = AdapterConfig(), AdapterConfig(**Config.TINY["adapter"])
         if not kpu.preserve and kpu.adapter not in unset:
             raise UserError(
-                "kpu.adapter: kpu.preserve = false trains the student without an adapter: set "
-                "kpu.adapter={} or kpu.preserve=true"
+                "kpu.adapter: kpu.preserve = false trains the student without an adapter: on the "
+                "command line set kpu.adapter={} or kpu.preserve=true; in a file, start from a "
+                "base without one"
             )
         own = [teacher.batch_size for teacher in recipe.teachers]
         if any(own) and not all(own):

@@ -56,11 +56,6 @@ class Cost:
     method: Method
     """On the meta device."""
 
-    @property
-    def activation_bytes(self) -> int:
-        """What a picture of every stream keeps."""
-        return sum(self.stream_bytes.values())
-
 
 def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
     """A teacher without weights, for its shapes and costs (a run as a teacher is loaded: it is

@@ -66,7 +66,7 @@ SEFA = {
 }
 """Student, teachers and the paper's figure of SeFA's rows."""
 
-KPU = ["kpu_vit_base", "kpu_vit_base_clip", "kpu_vit_base_grounding_dino"]
+KPU = ["kpu_vit_base", "kpu_vit_base_clip", "kpu_vit_base_grounding_dino", "kpu_vit_base_plain"]
 PAPER = [*SEFA, *UMT, *KPU]
 SHIPPED = ["quickstart", "kpu_vit_tiny", *PAPER]
 
@@ -421,8 +421,12 @@ MISTAKES = [
     ("data.crop_scale=[0.5, 1, 2]", "data.crop_scale = [0.5, 1, 2]: too many values"),
     (
         "data.crop_scale=[1, 0.5]",
-        "data.crop_scale: must be two positive numbers, the smaller first",
+        "data.crop_scale: must be two shares of a picture's area, the smaller first",
     ),
+    ("data.crop_scale=[0.5, 2]", "data.crop_scale: must be two shares of a picture's area"),
+    ("data.crop_ratio=[2, 1]", "data.crop_ratio: must be two positive numbers, the smaller first"),
+    ("train.betas=[0.9, 1]", "train.betas.1 = 1: Input should be less than 1"),
+    ("student.std=[0, 1, 1]", "student.std.0 = 0: Input should be greater than 0"),
     ("data.path=[a.tar, 3]", "data.path.1 = 3: Input should be a valid string"),
     (
         "data.kind=folder",
@@ -436,6 +440,20 @@ MISTAKES = [
 )
 def test_a_wrong_override_names_the_key_the_value_and_the_remedy(override, expected):
     assert expected in error_of(override)
+
+
+@pytest.mark.parametrize("value", ["[0.9, 0.5]", "[2, 5]", "[0, 1]"])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("kpu_vit_tiny", "kpu.dense_scale"),
+        ("sefa_vit_small", "ssl.global_scale"),
+        ("sefa_vit_small", "ssl.local_scale"),
+    ],
+)
+def test_a_range_of_areas_is_one(name, key, value):
+    with pytest.raises(UserError, match=f"{key}: must be two shares of a picture's area"):
+        load_recipe(name, [f"{key}={value}"])
 
 
 @pytest.mark.parametrize("name", ["sefa_vit_small", "unic_vit_small"])

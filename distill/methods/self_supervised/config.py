@@ -4,10 +4,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from distill.config import Fraction, NonNegative, Positive, Section
+from distill.config import Area, Fraction, NonNegative, Positive, Section
 
 _Temperature = Annotated[float, Field(gt=0)]
-_Range = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]
 
 
 class IBOTConfig(Section):
@@ -77,8 +76,8 @@ class Config(Section):
     local_size: Positive | None = Field(
         96, description="their side, pixels; null: half of student.image_size"
     )
-    global_scale: _Range = Field((0.4, 1.0), description="area range of the two global crops")
-    local_scale: _Range = Field((0.05, 0.4), description="area range of the local crops")
+    global_scale: Area = Field((0.4, 1.0), description="area range of the two global crops")
+    local_scale: Area = Field((0.05, 0.4), description="area range of the local crops")
     ship: Literal["student", "ema"] = Field(
         "student", description="which network student.safetensors holds; ema.safetensors the other"
     )

@@ -238,6 +238,14 @@ def test_every_task_has_its_own_data_root(run, scenes, class_folders):
         ),
         (("RUN", "--data", "DATA", "probe.epochs=-3"), "probe.epochs = -3"),
         (("RUN", "--data", "DATA", "probe"), "'probe' is not a setting"),
+        (
+            ("RUN", "--data", "DATA", "finetune.crop_scale=[1, 0.5]"),
+            "finetune.crop_scale: must be two shares of a picture's area, the smaller first",
+        ),
+        (
+            ("RUN", "--data", "DATA", "depth.min_depth=10"),
+            "depth.min_depth = 10 is not below depth.max_depth = 10",
+        ),
         (("RUN", "--data", "DATA", "--size", "70"), "--size 70 is not a multiple"),
         (("no_such_model", "--data", "DATA"), "model 'no_such_model' is not a timm architecture"),
         (

@@ -505,7 +505,7 @@ def test_any_recipe_can_be_trained_by_kpu_when_shrunk(tmp_path):
         ({"kpu": {"unify": False}}, ["kpu.reconstruct=false"]),
         (
             {"kpu": {"preserve": False, "adapter": ADAPTER | {"heads": 4}}},
-            ["kpu.adapter={}", "kpu.preserve=true"],
+            ["kpu.adapter={}", "kpu.preserve=true", "in a file, start from a base without one"],
         ),
         ({"train": {"parallel": "fsdp"}}, ["cannot be sharded", "train.parallel=ddp"]),
         ({"train": {"accumulate": 4}}, ["batch_size of teacher 'detector' = 2", "use 4"]),

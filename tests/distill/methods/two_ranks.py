@@ -18,7 +18,8 @@ from distill.recipe_io import make_recipe
 from distill.training.loop import build_optimizer
 
 BATCH, STEPS, WIDTH = 4, 3, 24
-KINDS = ("unic", "unic_batch", "dino", "ibot", "udi", "kpu", "kpu_famo", "kpu_teacher_drop")
+KINDS = ("unic", "unic_batch", "dino", "ibot", "udi", "kpu", "kpu_famo", "kpu_famo_next")
+KINDS += ("kpu_teacher_drop",)
 
 
 def recipe_of(kind: str) -> Recipe:
@@ -45,8 +46,10 @@ def recipe_of(kind: str) -> Recipe:
             values["unic"]["scope"] = "image"
     elif method == "kpu":
         adapter = {"blocks": 2, "heads": 2, "points": 2, "width": 32}
-        weighting = kind.removeprefix("kpu").removeprefix("_") or "equal"
+        weighting = kind.removeprefix("kpu").removeprefix("_").removesuffix("_next") or "equal"
         values["kpu"] = {"weighting": weighting, "adapter": adapter}
+        if kind == "kpu_famo_next":
+            values["kpu"]["famo_update"] = "next_batch"
         if kind == "kpu":
             for teacher in teachers:
                 teacher["batch_size"] = BATCH  # a stream of its own
