@@ -15,6 +15,9 @@ from torch import Tensor
 
 from contract.errors import UserError
 
+# names of classes, files and teachers are shown as they are, whatever dollar signs they hold
+matplotlib.rcParams["text.parse_math"] = False
+
 
 def pca_figure(path: Path, photos: list[np.ndarray], groups: list[dict[str, Tensor]]) -> Path:
     """A row per photograph: the photograph, then PCA pictures of several models' maps [n, h, w, d].

@@ -89,7 +89,8 @@ def features_figure(photo: Image.Image, maps: Mapping[str, np.ndarray]) -> Figur
         axis.imshow(
             pca_rgb(values), interpolation="nearest", extent=(0, photo.width, photo.height, 0)
         )
-        axis.set_title(f"{name}, {values.shape[0]}x{values.shape[1]}", fontsize=10)
+        title = f"{name}, {values.shape[0]}x{values.shape[1]}"
+        axis.set_title(title, fontsize=10, parse_math=False)
     return figure
 
 
@@ -158,7 +159,11 @@ def class_figure(photo: Image.Image, class_map: np.ndarray, classes: Sequence[st
     ]
     if len(order) > 12:
         entries.append(Patch(color="none", label=f"and {len(order) - 12} more"))
-    axes[2].legend(handles=entries, loc="center left", frameon=False, fontsize=10, borderaxespad=0)
+    legend = axes[2].legend(
+        handles=entries, loc="center left", frameon=False, fontsize=10, borderaxespad=0
+    )
+    for text in legend.get_texts():  # whatever dollar signs a class has
+        text.set_parse_math(False)
     return figure
 
 
@@ -207,7 +212,8 @@ def zero_shot_figure(
             va="center",
             fontsize=9,
         )
-    bars.set_yticks(range(len(order)), [_shorten(classes[number]) for number in order], fontsize=10)
+    names = [_shorten(classes[number]) for number in order]
+    bars.set_yticks(range(len(order)), names, fontsize=10, parse_math=False)
     bars.set(
         xlim=(0, 1.12),
         ylim=(max(len(order), 4) - 0.4, -0.6),

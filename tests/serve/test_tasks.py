@@ -230,10 +230,11 @@ def test_figures_of_every_task_are_written(client, photos, tmp_path):
     photo, row = photos[0], np.array([0.7, 0.2, 0.1], np.float32)
     classes, depth = segment(client, photo), estimate_depth(client, photo)
     patches = client.features(photo, "backbone_patches")["backbone_patches"].reshape(4, 4, -1)
+    names = ["a $_$ b"] * len(classes.classes)  # not a formula that matplotlib could set
     figures = {
-        "segmentation": class_figure(photo, classes.class_map[0], classes.classes),
+        "segmentation": class_figure(photo, classes.class_map[0], names),
         "depth": scalar_figure(photo, depth.depth[0], depth.unit),
-        "zero_shot": zero_shot_figure(photo, row, ["cat", "dog", "x" * 90]),
+        "zero_shot": zero_shot_figure(photo, row, ["cat", "a $_$ b", "x" * 90]),
         "features": features_figure(photo.resize((100, 400)), {"backbone": patches}),
     }
     for name, figure in figures.items():

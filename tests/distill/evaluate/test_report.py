@@ -1,7 +1,17 @@
-"""The printed tables."""
+"""The printed tables, and figures of names that users give."""
 
+import numpy as np
+from PIL import Image
+
+from contract.detection import Detections
+from distill.evaluate.boxes import Boxes
 from distill.evaluate.outcome import Outcome
-from distill.evaluate.report import print_table
+from distill.evaluate.pictures import boxes_figure
+from distill.evaluate.report import draw_scores, print_table
+from distill.evaluate.representation import tsne_picture
+
+NAME = "a $_$ b"
+"""Not a formula that matplotlib could set."""
 
 
 def test_imagenet_9_has_a_table_of_its_own(capsys):
@@ -31,3 +41,15 @@ def test_without_imagenet_9_there_is_one_table(capsys):
     assert "ImageNet-9" not in capsys.readouterr().out
     print_table({"student": {"robustness": Outcome({"imagenet-9 original": 0.5})}})
     assert capsys.readouterr().out.startswith("ImageNet-9")
+
+
+def test_names_may_hold_dollar_signs(tmp_path):
+    draw_scores(tmp_path / "scores.png", {NAME: {"knn": Outcome({"top1": 0.5})}})
+    edges, labels = np.array([[1.0, 2.0, 9.0, 8.0]]), np.array([0])
+    boxes = Boxes(edges, labels, np.array([48.0]), np.array([False]))
+    found = Detections(np.array([0.9]), labels, edges / 10)
+    row = Image.new("RGB", (10, 10)), boxes, found
+    boxes_figure(tmp_path / "boxes.png", [row], [NAME], 0.5)
+    features = np.random.default_rng(0).normal(size=(8, 4))
+    tsne_picture(features, np.arange(8) % 2, [NAME, "b"], tmp_path / "tsne.png", 2, 0)
+    assert len(list(tmp_path.glob("*.png"))) == 3
