@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 import yaml
 
-from contract.errors import UserError
+from contract.errors import UserError, first_line
 from contract.files import write_atomically
 from distill.config import Recipe
 from distill.features import FeatureDims
@@ -121,8 +121,11 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
     # The file holds every weight: nothing is to be fetched, whatever the recipe started from.
     student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
     offline = recipe.model_copy(update={"student": student})
-    with building():  # before memory is taken for whatever size the recipe says
-        wrong = misfit(build_method(offline, dims, inference=True), tensors)
+    try:
+        with building():  # before memory is taken for whatever size the recipe says
+            wrong = misfit(build_method(offline, dims, inference=True), tensors)
+    except RuntimeError as error:  # sizes that torch cannot count
+        wrong = first_line(error)
     if wrong:
         raise UserError(f"{path} does not fit its own recipe: {wrong}")
     method = build_method(offline, dims, inference=True)

@@ -19,7 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from contract.detection import Detections, detections, text_inputs
-from contract.errors import UserError
+from contract.errors import UserError, first_line
 from distill.evaluate.boxes import BoxedPictures, open_boxes
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.encoder import Encoder, RunEncoder
@@ -187,7 +187,13 @@ class Detector(nn.Module):
                 f"positions, too few for the detector's {config.num_queries} boxes: use a larger "
                 "size"
             )
-        return self.rest(maps, self.text, self.text_mask, self.self_mask, self.position_ids)
+        try:
+            return self.rest(maps, self.text, self.text_mask, self.self_mask, self.position_ids)
+        except ValueError as error:  # of norms that see a single number
+            raise UserError(
+                f"detection.size: a picture becomes {size[1]}x{size[0]} pixels, too few for the "
+                f"detector ({first_line(error)}): use a larger size"
+            ) from error
 
 
 def fitted(width: int, height: int, shorter: int, unit: int) -> tuple[int, int]:

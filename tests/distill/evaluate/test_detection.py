@@ -309,9 +309,10 @@ def test_pictures_that_are_too_small_and_boxes_of_nan_are_one_line(tiny_detector
     encoder = named_encoder(f"grounding_dino@{tiny_detector}")
     detector = Detector(str(tiny_detector), ("cat",), "labels")
     picture = Image.new("RGB", (36, 24))
-    # 3 x 5, 2 x 3, 1 x 2 and 1 x 1 positions: enough for 20 boxes
-    assert len(detector.detect(encoder, picture, 24, 300).scores) == 20
-    words = r"a picture becomes 27x16 pixels, which have 14 .* 20 boxes: use a larger size"
+    # 3 x 5, 2 x 3, 1 x 2 and 1 x 1 positions: enough for 20 boxes, but not for its norms
+    with pytest.raises(UserError, match=r"becomes 36x24 pixels, too few .* more than 1 value"):
+        detector.detect(encoder, picture, 24, 300)
+    words = r"a picture becomes 27x16 pixels, which have 12 .* 20 boxes: use a larger size"
     with pytest.raises(UserError, match=words):
         detector.detect(encoder, Image.new("RGB", (270, 160)), 16, 300)
     one_grid = [torch.randn(1, 2, 3, width) for width in detector.widths]
