@@ -41,7 +41,9 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
         key = ".".join(
             str(part) for part in problem["loc"] if not str(part).startswith("function-")
         )
-        message = PLAIN_WORDS.get(problem["type"], problem["msg"])
+        message = PLAIN_WORDS.get(problem["type"], problem["msg"]).removeprefix("Value error, ")
+        if problem["type"] == "value_error":
+            raise UserError(message if message.startswith(key) else f"{key}: {message}") from error
         raise UserError(f"{key} = {show(problem['input'])}: {message}") from error
 
 
