@@ -31,6 +31,7 @@ from contract.manifest import (
 )
 from contract.signature import FUSED
 from distill.runs import git_commit
+from export.compose import write_fused
 from export.describe import describe_graph, describe_teacher, licence_of
 from export.detector import Detector, describe, make_parts, open_detector, write_graphs
 from export.detector_parity import compare_detector
@@ -115,24 +116,19 @@ def _fill(
         | {k: str(v) for k, v in part.about.items()}
         for part in parts
     }
-    for part in parts:
-        begun = time.perf_counter()
-        graph = part.signature.graph
-        if precision == "int8" and graph == FUSED:
-            continue  # made of the others below
-        opset = OPSET[precision]
+    opset, own = OPSET[precision], [part for part in parts if part.signature.graph != FUSED]
+    for part in own:
+        begun, graph = time.perf_counter(), part.signature.graph
         export_part(part, student.stride, max_batch, paths[graph], facts[graph], opset)
-        log.info(
-            "graph     %-16s %6.1f MB  %4.1f s",
-            graph,
-            paths[graph].stat().st_size / 1e6,
-            time.perf_counter() - begun,
-        )
+        _tell_graph(paths[graph], begun)
     record = (
-        _calibrate(options.calibration_method, parts, paths, facts[FUSED], sizes, chosen)
+        _calibrate(options.calibration_method, own, paths, sizes, chosen)
         if precision == "int8"
         else None
     )
+    begun = time.perf_counter()
+    write_fused(parts, paths, facts[FUSED], opset)
+    _tell_graph(paths[FUSED], begun)
     checked = check_sizes(student.stride, sizes, dynamic)
     prove = partial(
         _prove, student, parts, photos, precision, max_batch, options.allow_parity_failure
@@ -195,15 +191,23 @@ def _fill(
     )
 
 
+def _tell_graph(path: Path, begun: float) -> None:
+    log.info(
+        "graph     %-16s %6.1f MB  %4.1f s",
+        path.stem,
+        path.stat().st_size / 1e6,
+        time.perf_counter() - begun,
+    )
+
+
 def _calibrate(
     method: CalibrationMethod,
     parts: list[Part],
     paths: dict[str, Path],
-    about: dict[str, str],
     sizes: list[tuple[int, int]],
     chosen: Chosen,
 ) -> CalibrationRecord:
-    """Turn every graph into its int8 form; returns what its ranges are from."""
+    """Turn the graphs of `parts` into their int8 form; returns what its ranges are from."""
     images = prepare([photo for _, photo in chosen.calibration], sizes)
     others = "others" if chosen.held_out else "what may be the same"
     log.info(
@@ -213,7 +217,7 @@ def _calibrate(
         len(chosen.compared),
         others,
     )
-    quantize_graphs(parts, paths, about, method, images)
+    quantize_graphs(parts, paths, method, images)
     return CalibrationRecord(
         method=method,
         source=chosen.source,

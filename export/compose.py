@@ -1,12 +1,50 @@
-"""Several graphs in a chain, composed to one."""
+"""The graph `fused`: the others in their chain, composed to one."""
 
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    RemoveUnusedNodesPass,
+    ShapeInferencePass,
+)
+from onnxscript.rewriter import RewritePass
+from onnxscript.rewriter.rules.common import cast_cast_rule, no_op_cast_rule
 
-from contract.signature import Signature
+from contract.signature import FUSED, Signature
 from export.modules import Part
+from export.to_onnx import check, clean, save
+
+_SIMPLER = ir.passes.Sequential(
+    # a task on a teacher's output holds that teacher's head too
+    CommonSubexpressionEliminationPass(),
+    # what only other graphs read of the backbone
+    RemoveUnusedNodesPass(),
+    ShapeInferencePass(),
+    # between graphs values are float32, whatever the precision inside them
+    RewritePass([cast_cast_rule, no_op_cast_rule]),
+)
+
+
+def write_fused(
+    parts: Sequence[Part], paths: dict[str, Path], about: dict[str, str], opset: int
+) -> list[Path]:
+    """Compose `fused`, with metadata `about`, of the other graphs at their `paths`, so that it
+    computes exactly what they compute; returns its files.
+
+    (Tracing everything once more would take as long as all the others together.)
+    """
+    own = [part for part in parts if part.signature.graph != FUSED]
+    (whole,) = (part.signature for part in parts if part.signature.graph == FUSED)
+    models = {part.signature.graph: onnx.load(paths[part.signature.graph]) for part in own}
+    model = ir.to_proto(_SIMPLER(ir.from_proto(compose(whole, own, models))).model)
+    model = clean(model, about)
+    files = save(model, paths[FUSED])
+    check(model, paths[FUSED], whole, opset)
+    return files
 
 
 def compose(

@@ -1,5 +1,4 @@
-"""int8: ranges of activations from photographs, then Q/DQ nodes in every graph; `fused` is composed
-of the others.
+"""int8: ranges of activations from photographs, then Q/DQ nodes in every graph.
 
 Static symmetric s8s8 with one scale per channel of weights: one file for all runtimes, and a
 picture's result does not depend on its batch. Biases stay in float because TensorRT refuses
@@ -24,12 +23,11 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from PIL import Image
 
 from contract.errors import Failure
-from contract.signature import FUSED, IMAGE
-from export.compose import compose
+from contract.signature import IMAGE
 from export.modules import Part
 from export.runtimes.base import Outputs
 from export.runtimes.onnx import OnnxRuntime
-from export.to_onnx import OPSET, check, clean, save
+from export.to_onnx import OPSET, check, save
 
 log = logging.getLogger(__name__)
 
@@ -126,37 +124,24 @@ class Ranges(HistogramCollector):
 
 
 def quantize_graphs(
-    parts: Sequence[Part],
-    paths: dict[str, Path],
-    about: dict[str, str],
-    method: str,
-    images: Sequence[np.ndarray],
+    parts: Sequence[Part], paths: dict[str, Path], method: str, images: Sequence[np.ndarray]
 ) -> None:
-    """Quantize every graph at `paths`, with ranges measured on `images`, uint8 [1, H, W, 3] each.
-
-    `fused`, with metadata `about`, is written too, composed of the other graphs so that it computes
-    exactly what they compute.
+    """Quantize the graphs of `parts` at their `paths`, with ranges measured on `images`, uint8
+    [1, H, W, 3] each.
     """
-    own = [part for part in parts if part.signature.graph != FUSED]
-    models = {part.signature.graph: onnx.load(paths[part.signature.graph]) for part in own}
+    models = {part.signature.graph: onnx.load(paths[part.signature.graph]) for part in parts}
     for model in models.values():
         del model.graph.value_info[:]  # onnxruntime's own shape inference trips over the exporter's
-    ranges = _calibrate(own, models, method, images)
+    ranges = _calibrate(parts, models, method, images)
     for part in parts:
         begun = time.perf_counter()
         graph = part.signature.graph
-        if graph == FUSED:
-            models[graph] = clean(compose(part.signature, own, models), about)
-        else:
-            models[graph] = insert(models[graph], ranges[graph].compute())
+        model = insert(models[graph], ranges[graph].compute())
         path = paths[graph]
         for old in (path, path.with_name(path.name + ".data")):
             old.unlink(missing_ok=True)
-        # weights go to a file of their own when they are written outside: kept here for `fused`
-        kept = onnx.ModelProto()
-        kept.CopyFrom(models[graph])
-        save(kept, path)
-        check(kept, path, part.signature, OPSET["int8"])
+        save(model, path)
+        check(model, path, part.signature, OPSET["int8"])
         log.info(
             "int8      %-16s %6.1f MB  %4.1f s",
             graph,

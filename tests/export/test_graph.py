@@ -10,24 +10,26 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from contract.errors import UserError
+from export.compose import write_fused
 from export.graph import build_parts, open_student
 from export.resample import resample_grid
 from export.runtimes.onnx import OnnxRuntime
 from export.runtimes.openvino import OpenVINO
-from export.to_onnx import export_part
+from export.to_onnx import OPSET, export_part
 
 
 @pytest.fixture(scope="module")
 def graphs(expensive, small_bundle, tmp_path_factory) -> dict[str, Path]:
     """The backbone and the whole student for varying sizes, by name."""
     folder, student = tmp_path_factory.mktemp("graphs"), open_student(small_bundle.parent / "run")
-    parts = {part.signature.graph: part for part in build_parts(student, None, None)}
-    found = {}
-    for graph in ("backbone", "fused"):
-        found[graph], *_ = export_part(
-            parts[graph], student.stride, 4, folder / f"{graph}.onnx", {}
-        )
-    return found
+    *own, fused = build_parts(student, None, None)
+    paths = {
+        part.signature.graph: folder / f"{part.signature.graph}.onnx" for part in (*own, fused)
+    }
+    for part in own:
+        export_part(part, student.stride, 4, paths[part.signature.graph], {})
+    write_fused([*own, fused], paths, {}, OPSET["fp32"])
+    return {graph: paths[graph] for graph in ("backbone", "fused")}
 
 
 @pytest.mark.parametrize("kind", [OnnxRuntime, OpenVINO])

@@ -157,6 +157,18 @@ def test_only_what_matrices_read_is_quantised_and_every_weight_is_kept_once(bund
     assert model.doc_string == "" and not any(node.doc_string for node in model.graph.node)
 
 
+def test_what_two_graphs_compute_is_computed_once(bundle):
+    """Segmentation reads dino's output and holds dino's head."""
+    kinds = ("MatMul", "Gemm", "Conv")
+    graphs = {path.stem: onnx.load(path).graph for path in bundle.glob("*.onnx")}
+    count = {name: sum(n.op_type in kinds for n in graph.node) for name, graph in graphs.items()}
+    own = sum(value for name, value in count.items() if name not in ("fused", "segmentation"))
+    assert count["fused"] == own + count["segmentation"] - count["head_dino"]
+    read = {name for node in graphs["fused"].node for name in node.input}
+    made = {name for node in graphs["fused"].node for name in node.output}
+    assert made <= read | {value.name for value in graphs["fused"].output}
+
+
 def test_what_is_the_same_for_every_picture_stays_in_float(bundle):
     """A ViT's position embedding is resampled by matrix products, from the picture's size alone."""
     model = onnx.load(bundle / "backbone.onnx")
