@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import to_json
 
 from contract.engine_record import EngineRecord, Record, first_problem
@@ -28,6 +28,7 @@ from contract.signature import (
     INTERACTION,
     TEXT_DETECTOR,
     head_graph,
+    is_axis,
 )
 from contract.tasks import TASKS
 
@@ -75,10 +76,22 @@ class GraphRecord(Record):
     outputs: Annotated[tuple[TensorRecord, ...], Field(min_length=1)]
     precision: Precision
     """As requested; small graphs may compute in float32 all the same."""
-    dtypes: tuple[str, ...]
+    dtypes: tuple[Name, ...]
     """Types of the graph's weights and other constants (initialisers), sorted."""
     opset: int
     about: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("inputs", "outputs")
+    @classmethod
+    def _named(
+        cls, tensors: tuple[TensorRecord, ...], info: ValidationInfo
+    ) -> tuple[TensorRecord, ...]:
+        read = info.field_name == "inputs"
+        for name, first, axes in ((t.name, t.shape[0], t.shape[1:]) for t in tensors):
+            wrong = [axis for axis in axes if isinstance(axis, str) and not is_axis(axis, read)]
+            if first != "batch" or wrong:
+                raise ValueError(f"'{name}' may not have an axis '{(wrong or [first])[0]}' there")
+        return tensors
 
 
 class BundledEngine(EngineRecord):
@@ -277,6 +290,10 @@ class Manifest(Record):
                 raise ValueError(f"'{name}' is no part of a student with these teachers")
         if BACKBONE not in names or len({*names}) < len(names):
             raise ValueError("graphs must be one 'backbone' and others, each once")
+        for graph in self.graphs:
+            task = TASKS.get(graph.name)
+            if task and task.output not in {tensor.name for tensor in graph.outputs}:
+                raise ValueError(f"graph '{graph.name}' does not give '{task.output}'")
         for engine in self.engines:
             if engine.graph not in names:
                 raise ValueError(f"an engine is of '{engine.graph}', which is no graph here")
@@ -326,7 +343,7 @@ def read_manifest(bundle: Path) -> Manifest:
     version = content.get("format") if isinstance(content, dict) else type(content).__name__
     if type(version) is not int or version not in (*_UPGRADES, FORMAT):
         raise UserError(
-            f"{path} is of format {version}, this version reads {_known_formats()}: export again"
+            f"{path} is of format {version!r:.40}, this version reads {_known_formats()}: export again"
         )
     # The seal is of the bytes as they were written, so it is compared before any upgrade.
     try:

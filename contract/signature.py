@@ -26,7 +26,7 @@ import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from contract.tasks import CLASSES, POSITIONS, Task
+from contract.tasks import CLASSES, POSITIONS, TASKS, Task
 
 IMAGE = "image"
 FEATURES = "features"
@@ -41,6 +41,8 @@ TEXT_DETECTOR = "text_detector"
 DETECTOR = "detector"
 TEXT_TOKENS = "text_tokens"
 """The axis of a prompt's tokens."""
+_AXES = ("height", "width", "rows", "columns", POSITIONS, "tokens", TEXT_TOKENS)
+"""Sizes that vary beside the batch, of inputs and outputs."""
 DType = Literal["uint8", "float32", "int64", "bool"]
 
 
@@ -186,6 +188,21 @@ def layer_side(axis: str, rows: int, columns: int, stride: int) -> int:
     """
     side, _, pixels = axis.partition("_")
     return -(-stride * {"rows": rows, "columns": columns}[side] // int(pixels))
+
+
+def is_axis(name: str, read: bool) -> bool:
+    """Whether a size that varies may have this name; `read`: in an input, whose size a server must
+    know.
+    """
+    if name in _AXES or re.fullmatch(r"(rows|columns)_[1-9]\d{0,3}", name, re.ASCII):
+        return True
+    given = re.fullmatch(r"positions_[1-9]\d{0,3}", name, re.ASCII) or name in map(dpt_axis, TASKS)
+    return bool(given) and not read
+
+
+def dpt_axis(task: str) -> str:
+    """The axis of what a DPT head says, whose positions are finer than patches."""
+    return f"{task}_{POSITIONS}"
 
 
 def text_ports() -> tuple[Port, ...]:
