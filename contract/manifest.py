@@ -27,8 +27,8 @@ from contract.signature import (
     FUSED,
     INTERACTION,
     TEXT_DETECTOR,
+    check_axes,
     head_graph,
-    is_axis,
 )
 from contract.tasks import TASKS
 
@@ -83,14 +83,8 @@ class GraphRecord(Record):
 
     @field_validator("inputs", "outputs")
     @classmethod
-    def _named(
-        cls, tensors: tuple[TensorRecord, ...], info: ValidationInfo
-    ) -> tuple[TensorRecord, ...]:
-        read = info.field_name == "inputs"
-        for name, first, axes in ((t.name, t.shape[0], t.shape[1:]) for t in tensors):
-            wrong = [axis for axis in axes if isinstance(axis, str) and not is_axis(axis, read)]
-            if first != "batch" or wrong:
-                raise ValueError(f"'{name}' may not have an axis '{(wrong or [first])[0]}' there")
+    def _named(cls, tensors: tuple[TensorRecord, ...], info: ValidationInfo) -> Any:
+        check_axes({tensor.name: tensor.shape for tensor in tensors}, info.field_name == "inputs")
         return tensors
 
 
@@ -271,9 +265,7 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Manifest":
-        """Every file that a graph or an engine is in is listed; graphs are of known kinds, once
-        each.
-        """
+        """Files are listed; graphs are of known kinds, once each, and give what they are for."""
         parts = (*self.graphs, *self.engines, *(self.detector.graphs if self.detector else ()))
         files = [part.file for part in parts]
         if self.detector:
@@ -285,15 +277,14 @@ class Manifest(Record):
                 raise ValueError(f"'{file}' is not among the files")
         names = [graph.name for graph in self.graphs]
         heads = {head_graph(teacher.label) for teacher in self.teachers}
-        for name in names:
-            if name not in {BACKBONE, INTERACTION, FUSED, *TASKS, *heads}:
-                raise ValueError(f"'{name}' is no part of a student with these teachers")
-        if BACKBONE not in names or len({*names}) < len(names):
-            raise ValueError("graphs must be one 'backbone' and others, each once")
         for graph in self.graphs:
+            if graph.name not in {BACKBONE, INTERACTION, FUSED, *TASKS, *heads}:
+                raise ValueError(f"'{graph.name}' is no part of a student with these teachers")
             task = TASKS.get(graph.name)
             if task and task.output not in {tensor.name for tensor in graph.outputs}:
-                raise ValueError(f"graph '{graph.name}' does not give '{task.output}'")
+                raise ValueError(f"'{graph.name}' does not give '{task.output}'")
+        if BACKBONE not in names or len({*names}) < len(names):
+            raise ValueError("graphs must be one 'backbone' and others, each once")
         for engine in self.engines:
             if engine.graph not in names:
                 raise ValueError(f"an engine is of '{engine.graph}', which is no graph here")
@@ -343,7 +334,7 @@ def read_manifest(bundle: Path) -> Manifest:
     version = content.get("format") if isinstance(content, dict) else type(content).__name__
     if type(version) is not int or version not in (*_UPGRADES, FORMAT):
         raise UserError(
-            f"{path} is of format {version!r:.40}, this version reads {_known_formats()}: export again"
+            f"{path} is of format {version}, this version reads {_known_formats()}: export again"
         )
     # The seal is of the bytes as they were written, so it is compared before any upgrade.
     try:

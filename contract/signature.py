@@ -23,7 +23,7 @@ graphs alone. The last two are no part of `fused`, nor of the front door: they n
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from contract.tasks import CLASSES, POSITIONS, TASKS, Task
@@ -190,10 +190,17 @@ def layer_side(axis: str, rows: int, columns: int, stride: int) -> int:
     return -(-stride * {"rows": rows, "columns": columns}[side] // int(pixels))
 
 
-def is_axis(name: str, read: bool) -> bool:
-    """Whether a size that varies may have this name; `read`: in an input, whose size a server must
-    know.
+def check_axes(shapes: Mapping[str, Sequence[int | str]], read: bool) -> None:
+    """Raise ValueError if tensors, by name, have axes that no graph has; `read`: a graph's inputs,
+    whose sizes a server must know.
     """
+    for name, (first, *others) in shapes.items():
+        wrong = [axis for axis in others if isinstance(axis, str) and not _is_axis(axis, read)]
+        if first != "batch" or wrong:
+            raise ValueError(f"'{name}' may not have an axis '{(wrong or [first])[0]}' there")
+
+
+def _is_axis(name: str, read: bool) -> bool:
     if name in _AXES or re.fullmatch(r"(rows|columns)_[1-9]\d{0,3}", name, re.ASCII):
         return True
     given = re.fullmatch(r"positions_[1-9]\d{0,3}", name, re.ASCII) or name in map(dpt_axis, TASKS)

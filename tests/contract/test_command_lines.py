@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from contract.errors import Failure, UserError, exit_status
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "distill.run": "run",
@@ -59,3 +61,20 @@ def test_every_command_is_here():
     modules = (p for name in ("distill", "export", "serve") for p in (ROOT / name).rglob("*.py"))
     found = {path for path in modules if "CommandLine(" in path.read_text(encoding="utf-8")}
     assert found == {ROOT / f"{command.replace('.', '/')}.py" for command in COMMANDS}
+
+
+WORKER = """Caught UserError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+    raise UserError(message)
+contract.errors.UserError: """
+
+
+@pytest.mark.parametrize("kind", [UserError, Failure])
+@pytest.mark.parametrize("before", ["", WORKER])
+def test_a_message_is_one_line_whatever_it_quotes(capsys, kind, before):
+    def command() -> None:
+        raise kind(f"{before if kind is UserError else ''}a  b\nc.jpg: no\u2028such file")
+
+    assert exit_status(command) == (2 if kind is UserError else 1)
+    assert capsys.readouterr().err == "error: a  b c.jpg: no such file\n"
