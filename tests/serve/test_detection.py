@@ -27,6 +27,7 @@ from serve.client.tasks.detection import detect
 from serve.demo.answers import look
 from serve.errors import BadRequest, NotServed
 from serve.repository.build import make_repository
+from serve.repository.graph_files import graph_json
 from serve.repository.lint import lint
 from serve.repository.models import build_models
 from serve.repository.settings import Settings
@@ -331,3 +332,15 @@ def test_a_rollout_to_another_detector_is_refused(detection_bundle, tmp_path):
     with pytest.raises(UserError, match="model 'detection' has other parameters") as error:
         repository.check_interface(repository.render(bundle, 2))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_every_axis_of_the_detectors_inputs_has_a_size(detection_bundle):
+    bundle = read_bundle(detection_bundle)
+    detector = bundle.manifest.detector
+    ids, *others = detector.text.inputs
+    inputs = (ids.model_copy(update={"shape": ("batch", "rows_4")}), *others)
+    text = detector.text.model_copy(update={"inputs": inputs})
+    changed = detector.model_copy(update={"text": text})
+    bundle.manifest = bundle.manifest.model_copy(update={"detector": changed})
+    assert json.loads(graph_json(bundle, text))["largest"][0] == [18]  # of 70 pixels
