@@ -70,6 +70,8 @@ def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
 
     names = {onnx.TensorProto.FLOAT: "float32", onnx.TensorProto.DOUBLE: "float64"}
     kinds = {tensor.data_type for tensor in model.graph.initializer}
+    # the checker lets numbers pass that no type has
+    names |= {kind: f"type {kind}" for kind in kinds - {*onnx.TensorProto.DataType.values()}}
     return tuple(
         sorted(names.get(kind) or onnx.TensorProto.DataType.Name(kind).lower() for kind in kinds)
     )
@@ -146,4 +148,8 @@ def _describe(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int | str, 
         return value.name, "not a tensor", ()
     tensor = value.type.tensor_type
     shape = tuple(d.dim_param or d.dim_value for d in tensor.shape.dim)
-    return value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, shape
+    try:
+        kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    except KeyError:  # undefined, or a number that no type has, which the checker lets pass
+        kind = f"type {tensor.elem_type}"
+    return value.name, kind, shape

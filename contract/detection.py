@@ -72,11 +72,11 @@ def read_tokenizer(vocabulary: Path | str) -> "Tokenizer":
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"{vocabulary} cannot be read: {reason}") from error
     for number, token in _TOKENS.items():
-        if len(tokens) <= number or tokens[number].rstrip("\r") != token:
+        if len(tokens) <= number or tokens[number] != token:
             raise ValueError(
                 f"{vocabulary} is not a vocabulary of BERT's: its line {number + 1} must be {token}"
             )
-    numbers = {token.rstrip("\r"): number for number, token in enumerate(tokens) if token.strip()}
+    numbers = {token: number for number, token in enumerate(tokens) if token.strip()}
     result = Tokenizer(models.WordPiece(numbers, unk_token=_TOKENS[_UNKNOWN]))
     result.normalizer = normalizers.BertNormalizer(lowercase=True)
     result.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -95,7 +95,8 @@ def text_inputs(labels: Sequence[str], tokenizer: "Tokenizer") -> TextInputs:
     for number, label in enumerate(labels):
         # one by one, so that it is known which tokens are whose
         pieces = tokenizer.encode(_plain(label), add_special_tokens=False).ids
-        shown = label if len(label) <= 80 else label[:79] + "…"
+        shown = " ".join(label.split())  # a message has one line
+        shown = shown if len(shown) <= 80 else shown[:79] + "…"
         if not pieces:
             raise ValueError(f"label {number} is empty: give a word")
         if set(pieces) == {_UNKNOWN}:

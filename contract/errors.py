@@ -3,10 +3,14 @@
 import difflib
 import errno
 import os
+import re
 import select
 import signal
 import sys
 from collections.abc import Callable, Iterable
+
+_TRACEBACK = re.compile(r"\ACaught \w+ in .*\n[a-z_.]+\.[A-Z]\w+: ", re.DOTALL)
+"""In front of what a DataLoader's worker raised."""
 
 
 class UserError(ValueError):
@@ -52,8 +56,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
         )  # as shells count
     except UserError as error:
         status = 2
-        # A DataLoader worker's error comes with its traceback in front; the last line is ours.
-        message = str(error).strip().splitlines()[-1].removeprefix("contract.errors.UserError: ")
+        message = _TRACEBACK.sub("", str(error), count=1)
     except OSError as error:
         if error.errno == errno.EPIPE and _reader_has_gone():
             return 128 + signal.SIGPIPE
@@ -69,6 +72,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
         message = str(error)
     # Most mistakes are every rank's, but a picture may be damaged on one alone: each says its own.
     rank = os.environ.get("RANK", "0")
+    # a file's name, say, may hold line breaks
+    message = " ".join(line.strip() for line in message.splitlines())
     print(
         f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr
     )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import to_json
 
 from contract.engine_record import EngineRecord, Record, first_problem
@@ -27,6 +27,7 @@ from contract.signature import (
     FUSED,
     INTERACTION,
     TEXT_DETECTOR,
+    check_axes,
     head_graph,
 )
 from contract.tasks import TASKS
@@ -75,10 +76,16 @@ class GraphRecord(Record):
     outputs: Annotated[tuple[TensorRecord, ...], Field(min_length=1)]
     precision: Precision
     """As requested; small graphs may compute in float32 all the same."""
-    dtypes: tuple[str, ...]
+    dtypes: tuple[Name, ...]
     """Types of the graph's weights and other constants (initialisers), sorted."""
     opset: int
     about: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("inputs", "outputs")
+    @classmethod
+    def _named(cls, tensors: tuple[TensorRecord, ...], info: ValidationInfo) -> Any:
+        check_axes({tensor.name: tensor.shape for tensor in tensors}, info.field_name == "inputs")
+        return tensors
 
 
 class BundledEngine(EngineRecord):
@@ -258,9 +265,7 @@ class Manifest(Record):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Manifest":
-        """Every file that a graph or an engine is in is listed; graphs are of known kinds, once
-        each.
-        """
+        """Files are listed; graphs are of known kinds, once each, and give what they are for."""
         parts = (*self.graphs, *self.engines, *(self.detector.graphs if self.detector else ()))
         files = [part.file for part in parts]
         if self.detector:
@@ -272,9 +277,12 @@ class Manifest(Record):
                 raise ValueError(f"'{file}' is not among the files")
         names = [graph.name for graph in self.graphs]
         heads = {head_graph(teacher.label) for teacher in self.teachers}
-        for name in names:
-            if name not in {BACKBONE, INTERACTION, FUSED, *TASKS, *heads}:
-                raise ValueError(f"'{name}' is no part of a student with these teachers")
+        for graph in self.graphs:
+            if graph.name not in {BACKBONE, INTERACTION, FUSED, *TASKS, *heads}:
+                raise ValueError(f"'{graph.name}' is no part of a student with these teachers")
+            task = TASKS.get(graph.name)
+            if task and task.output not in {tensor.name for tensor in graph.outputs}:
+                raise ValueError(f"'{graph.name}' does not give '{task.output}'")
         if BACKBONE not in names or len({*names}) < len(names):
             raise ValueError("graphs must be one 'backbone' and others, each once")
         for engine in self.engines:

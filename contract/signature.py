@@ -23,10 +23,10 @@ graphs alone. The last two are no part of `fused`, nor of the front door: they n
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from contract.tasks import CLASSES, POSITIONS, Task
+from contract.tasks import CLASSES, POSITIONS, TASKS, Task
 
 IMAGE = "image"
 FEATURES = "features"
@@ -41,6 +41,8 @@ TEXT_DETECTOR = "text_detector"
 DETECTOR = "detector"
 TEXT_TOKENS = "text_tokens"
 """The axis of a prompt's tokens."""
+_AXES = ("height", "width", "rows", "columns", POSITIONS, "tokens", TEXT_TOKENS)
+"""Sizes that vary beside the batch, of inputs and outputs."""
 DType = Literal["uint8", "float32", "int64", "bool"]
 
 
@@ -186,6 +188,28 @@ def layer_side(axis: str, rows: int, columns: int, stride: int) -> int:
     """
     side, _, pixels = axis.partition("_")
     return -(-stride * {"rows": rows, "columns": columns}[side] // int(pixels))
+
+
+def check_axes(shapes: Mapping[str, Sequence[int | str]], read: bool) -> None:
+    """Raise ValueError if tensors, by name, have axes that no graph has; `read`: a graph's inputs,
+    whose sizes a server must know.
+    """
+    for name, (first, *others) in shapes.items():
+        wrong = [axis for axis in others if isinstance(axis, str) and not _is_axis(axis, read)]
+        if first != "batch" or wrong:
+            raise ValueError(f"'{name}' may not have an axis '{(wrong or [first])[0]}' there")
+
+
+def _is_axis(name: str, read: bool) -> bool:
+    if name in _AXES or re.fullmatch(r"(rows|columns)_[1-9]\d{0,3}", name, re.ASCII):
+        return True
+    given = re.fullmatch(r"positions_[1-9]\d{0,3}", name, re.ASCII) or name in map(dpt_axis, TASKS)
+    return bool(given) and not read
+
+
+def dpt_axis(task: str) -> str:
+    """The axis of what a DPT head says, whose positions are finer than patches."""
+    return f"{task}_{POSITIONS}"
 
 
 def text_ports() -> tuple[Port, ...]:

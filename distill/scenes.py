@@ -324,7 +324,7 @@ writes:
       the class is the largest solid
   DIR/dense/{train,val}/{images,masks,depth}/*.png
       the same pictures, masks (0-6) and depth in millimetres (16 bit)
-  DIR/detection/{train2017,val2017}/*.png
+  DIR/detection/{train2017,val2017}/*.png,
   DIR/detection/annotations/instances_*.json
       the same pictures in COCO's layout, with a box around what is seen of
       every solid

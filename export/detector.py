@@ -30,6 +30,7 @@ from distill.models.grounding_dino import (
     positions,
 )
 from distill.models.weights import tensors_sha256
+from distill.teachers.grounding_dino import SIZE
 from export.describe import describe_graph
 from export.graph import Student
 from export.modules import Part
@@ -134,9 +135,20 @@ def _listed(widths: Sequence[int]) -> str:
 def make_parts(
     detector: Detector, student: Student, parts: Sequence[Part], size: tuple[int, int]
 ) -> tuple[Part, Part]:
-    """The detector's graphs for pictures of `size` (height, width); raises UserError where these
-    have fewer positions than the detector looks for objects.
+    """The detector's graphs for pictures of `size` (height, width), of which a warning is logged if
+    the student was trained on larger ones; raises UserError where they have fewer positions than
+    the detector looks for objects.
     """
+    trained = _trained_side(student, detector.teacher)
+    if min(size) < trained:
+        log.warning(
+            "detector  pictures of %dx%d are smaller than those of %d pixels that the student "
+            "learnt '%s' on, and small objects are lost: add --resolutions %d",
+            *size,
+            trained,
+            detector.teacher,
+            trained,
+        )
     graph = head_graph(detector.teacher)
     head = next(part for part in parts if part.signature.graph == graph)
     strides = student.deployment.shipped[detector.teacher].strides
@@ -150,6 +162,19 @@ def make_parts(
             f"positions, it looks for {queries} objects: choose larger --resolutions"
         )
     return detector.parts(head.signature.outputs, grids)
+
+
+def _trained_side(student: Student, label: str) -> int:
+    """Pixels of a side of the pictures in which the student saw what the teacher says of them."""
+    recipe = student.run.recipe
+    teacher = next(teacher for teacher in recipe.teachers if teacher.label == label)
+    if teacher.batch_size is None:  # it shares the pictures of all
+        return recipe.student.image_size
+    if teacher.student_size != "auto":
+        return teacher.student_size
+    crops = recipe.data.image_size
+    crops = (teacher.image_size or SIZE) if crops == "auto" else crops
+    return max(1, round(crops / student.stride)) * student.stride
 
 
 def write_graphs(

@@ -2,7 +2,6 @@
 outputs.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +21,7 @@ from contract.signature import (
     Port,
     Signature,
     backbone_ports,
+    dpt_axis,
     feature_ports,
     head_graph,
     head_ports,
@@ -242,7 +242,7 @@ def build_dpt(
     """
     scale = head.module.settings["scales"][0]
     about = describe(head) | {"stride": finest / scale}
-    positions: int | str = f"{head.task}_positions"
+    positions: int | str = dpt_axis(head.task)
     if height and width:
         about["grid"] = (scaled(height // finest, scale), scaled(width // finest, scale))
         positions = about["grid"][0] * about["grid"][1]
@@ -254,14 +254,12 @@ def _build_pyramid(head: Head, levels: tuple[Port, ...], finest: int) -> Part:
     """The graph of a head on the student's maps, which says something at every position of the
     finest, `finest` pixels each.
     """
-    grid = levels[0].axes[1:3]
-    about = describe(head) | {"stride": finest, "grid": grid}
-    port = task_port(
-        TASKS[head.task],
-        head.module.settings["classes"],
-        math.prod(grid),
-        f"cell of {finest} pixels",
-    )
+    about = describe(head) | {"stride": finest}
+    positions = _positions_of(levels[:1], "positions")
+    if isinstance(positions, int):
+        about["grid"] = levels[0].axes[1:3]
+    classes, cell = head.module.settings["classes"], f"cell of {finest} pixels"
+    port = task_port(TASKS[head.task], classes, positions, cell)
     return Part(PyramidGraph(head.module), Signature(head.task, levels, (port,)), about)
 
 

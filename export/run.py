@@ -24,7 +24,7 @@ examples:
       --precision int8 --calibration /data/photos
   python -m export.run runs/mine --output bundles/mine-rtx \\
       --formats onnx,tensorrt-rtx --compute-capability 8.6 8.9
-  python -m export.run runs/kpu --output bundles/kpu \\
+  python -m export.run runs/kpu --output bundles/kpu --resolutions 798 \\
       --detector IDEA-Research/grounding-dino-tiny
 
 A bundle holds manifest.json, written last, so a folder with a manifest is

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     defaults, maps = ClientOptions(), ", ".join(task.name for task in map_tasks())
     result = CommandLine(
         prog="python -m serve.client",
-        description=f"Request features, {maps}, zero-shot classes or detections of pictures.",
+        description=f"Request features, {maps}, zero-shot classes or boxes of pictures.",
         epilog=EPILOG,
     )
     result.add_argument(
@@ -64,7 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         "--task",
         default="features",
         choices=task_names(),
-        help="what to request (default: features)",
+        metavar="TASK",
+        help=f"{', '.join(task_names())} (default: features)",
     )
     result.add_argument(
         "--outputs", nargs="+", metavar="NAME", help="features: output names (default: all)"
@@ -214,7 +215,8 @@ def _check(args: argparse.Namespace) -> None:
         ("embeddings", "zero-shot"),
         ("threshold", "detection"),
     ):
-        if getattr(args, name) not in (None, False) and args.task not in tasks:
+        value = getattr(args, name)
+        if value is not None and value is not False and args.task not in tasks:  # 0.0 == False
             raise UserError(
                 f"--{name} is for --task {' or '.join(tasks)}: leave it out, or choose that task"
             )

@@ -16,6 +16,7 @@ from serve.repository.model_config import (
     TEMPLATES,
     add_tensor,
     place,
+    place_on_cpu,
     read_template,
     tune_batching,
 )
@@ -58,7 +59,10 @@ def _graph(bundle: Bundle, graph: GraphRecord, settings: Settings) -> tuple:
     for port in config.input:
         port.reshape.shape[:] = [1, *port.dims]  # as of the other graphs: see graph_model
     config.parameters["threads"].string_value = str(settings.threads)
-    place(config, settings, 1)
+    if settings.backend == "python":
+        place(config, settings, 1)  # its environment has CUDA's onnxruntime, or no graph would load
+    else:
+        place_on_cpu(config)  # NVIDIA's image gets the CPU's onnxruntime alone
     tune_batching(config, settings)
     files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
     code = {
@@ -83,8 +87,11 @@ def _detection(
         "max_batch": settings.max_batch or bundle.manifest.max_batch,
         **resolution.limits,
     }
+    # `features` answers in the version that serves, the detector is of this one's: of two bundles
+    # with detectors that differ, one would read the other's maps for a moment
     answer = {
         "teacher": detector.teacher,
+        "detector": detector.sha256,
         "height": resolution.height,
         "width": resolution.width,
     }

@@ -14,7 +14,8 @@ from serve.bundle import Bundle
 
 def usual_sizes(bundle: Bundle) -> dict[str, int]:
     """The axes that vary, at the largest size the bundle was checked at."""
-    resolution = bundle.manifest.resolution
+    resolution, detector = bundle.manifest.resolution, bundle.manifest.detector
+    graphs = (*bundle.parts, *(detector.graphs if detector else ()))
     rows, columns = resolution.height // resolution.stride, resolution.width // resolution.stride
     # `tokens` may count a class position too; warm-up only needs a size that runs
     result = {
@@ -26,7 +27,7 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
         "tokens": rows * columns + 1,
         TEXT_TOKENS: WINDOW,
     }
-    axes = {axis for graph in bundle.parts for tensor in graph.inputs for axis in tensor.shape[1:]}
+    axes = {axis for graph in graphs for tensor in graph.inputs for axis in tensor.shape[1:]}
     for axis in axes - set(result):
         if isinstance(axis, str):  # `rows_4` is a row every 4 pixels
             result[axis] = layer_side(axis, rows, columns, resolution.stride)

@@ -214,6 +214,9 @@ def zero_shot(bundle: Bundle, result: ClassEmbeddings, missing: str, settings: S
     # over from this one
     answer = {
         "teacher": teacher,
+        # `features` answers in the version that serves: of two bundles whose classes are of spaces
+        # that differ, one would be compared with the other's vectors for a moment
+        "text_weights": result.text_weights,
         "new_labels": not missing,
         "height": resolution.height,
         "width": resolution.width,

@@ -3,11 +3,19 @@ know.
 """
 
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
+from contract.errors import Failure, UserError, exit_status
+
+ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "distill.run": "run",
+    "distill.visualize": "visualize",
+    "distill.similarity": "similarity",
+    "distill.scenes": "scenes",
+    "distill.pretrain_mae": "pretrain_mae",
     "distill.evaluate.__main__": "evaluate",
     "export.run": "run",
     "export.check": "check",
@@ -41,7 +49,32 @@ def test_a_word_that_is_no_option_is_one_line(capsys, command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_names_the_command_and_gives_an_example(capsys, command):
+def test_help_names_the_command_gives_an_example_and_fits_a_terminal(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
     status, said, _ = leave(capsys, command, "--help")
     name = f"python -m {command.split('.')[0]}.{COMMANDS[command]}"
     assert status == 0 and said.count(name) > 1
+    assert not [line for line in said.splitlines() if len(line) > 80]
+
+
+def test_every_command_is_here():
+    modules = (p for name in ("distill", "export", "serve") for p in (ROOT / name).rglob("*.py"))
+    found = {path for path in modules if "CommandLine(" in path.read_text(encoding="utf-8")}
+    assert found == {ROOT / f"{command.replace('.', '/')}.py" for command in COMMANDS}
+
+
+WORKER = """Caught UserError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+    raise UserError(message)
+contract.errors.UserError: """
+
+
+@pytest.mark.parametrize("kind", [UserError, Failure])
+@pytest.mark.parametrize("before", ["", WORKER])
+def test_a_message_is_one_line_whatever_it_quotes(capsys, kind, before):
+    def command() -> None:
+        raise kind(f"{before if kind is UserError else ''}a  b\nc.jpg: no\u2028such file")
+
+    assert exit_status(command) == (2 if kind is UserError else 1)
+    assert capsys.readouterr().err == "error: a  b c.jpg: no such file\n"

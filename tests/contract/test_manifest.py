@@ -8,7 +8,8 @@ import pytest
 from pydantic_core import to_json
 
 from contract.errors import UserError
-from contract.manifest import FORMAT, MANIFEST, add_files, read_manifest
+from contract.manifest import FORMAT, MANIFEST, GraphRecord, add_files, read_manifest
+from contract.tasks import TASKS
 
 OLD = Path(__file__).resolve().parents[1] / "data" / "manifest_format_3.json"
 """Of a real export, when 3 was the format."""
@@ -58,3 +59,69 @@ def test_a_teacher_without_a_token_is_read(old):
     changed = manifest.model_copy(update={"teachers": (teacher,)}).sealed()
     (old / MANIFEST).write_bytes(changed.to_bytes())
     assert read_manifest(old).teachers == (teacher,)
+
+
+def with_graphs(old: Path, *graphs: GraphRecord) -> Path:
+    """The manifest with these in place of the graphs of their names, sealed as anybody can."""
+    manifest = read_manifest(old)
+    named = {graph.name: graph for graph in (*manifest.graphs, *graphs)}
+    other = manifest.model_copy(update={"graphs": tuple(named.values())})
+    (old / MANIFEST).write_bytes(other.sealed().to_bytes())
+    return old
+
+
+def with_axis(graph: GraphRecord, where: str, axis: str, place: int = 1) -> GraphRecord:
+    """A graph whose first input or output has another axis."""
+    tensor, *others = getattr(graph, where)
+    shape = [*tensor.shape[:place], axis, *tensor.shape[place + 1 :]]
+    return graph.model_copy(
+        update={where: (tensor.model_copy(update={"shape": tuple(shape)}), *others)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("where", "axis"),
+    [
+        *(("inputs", axis) for axis in ("positions", "rows_4", "columns_9999", "text_tokens")),
+        *(("outputs", axis) for axis in ("rows", "positions_32", "depth_positions")),
+    ],
+)
+def test_axes_that_graphs_have_are_read(old, where, axis):
+    head = with_axis(read_manifest(old).graph("head_mae"), where, axis)
+    assert axis in getattr(read_manifest(with_graphs(old, head)).graph("head_mae"), where)[0].shape
+
+
+@pytest.mark.parametrize(
+    ("where", "axis", "place"),
+    [
+        ("inputs", "positions_4", 1),
+        ("inputs", "depth_positions", 1),
+        *(("inputs", axis, 1) for axis in ("foo", "rows_x", "rows_0", "rows_", "rows_12345")),
+        *(
+            ("outputs", axis, 1)
+            for axis in ("foo", "batch", "rows_04", "classes", "rows_4_positions")
+        ),
+        ("inputs", "rows", 0),
+        ("outputs", 1, 0),
+    ],
+)
+def test_an_axis_that_no_graph_has_is_refused_in_a_line(old, where, axis, place):
+    graph = with_axis(read_manifest(old).graph("head_mae"), where, axis, place)
+    with pytest.raises(UserError, match=f"may not have an axis '{axis}' there") as error:
+        read_manifest(with_graphs(old, graph))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_graph_without_its_tasks_output_is_refused(old, task):
+    graph = read_manifest(old).graph("head_mae").model_copy(update={"name": task})
+    with pytest.raises(UserError, match=f"'{task}' does not give '{TASKS[task].output}'"):
+        read_manifest(with_graphs(old, graph))
+
+
+@pytest.mark.parametrize("name", ["float\nx", "Float32", "", "a" * 200])
+def test_a_type_of_weights_is_a_name(old, name):
+    graph = read_manifest(old).graph("head_mae").model_copy(update={"dtypes": (name,)})
+    with pytest.raises(UserError, match="dtypes") as error:
+        read_manifest(with_graphs(old, graph))
+    assert "\n" not in str(error.value)

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from contract import files
+from contract.bundle_check import graph_problem
 from contract.errors import UserError, exit_status
 from contract.files import file_sha256
 from contract.gpu import compute_capabilities
@@ -542,6 +543,23 @@ def test_a_manifest_is_read_without_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("where", ["input", "initializer"])
+@pytest.mark.parametrize("number", [0, 99])
+def test_a_type_that_onnx_does_not_have_is_told(copy, where, number):
+    """The checker lets such a number pass where no node reads the tensor."""
+    record = read_manifest(copy).graph("depth")
+    model = onnx.load(copy / record.file)
+    if where == "input":
+        value = model.graph.input.add(name="more")
+        value.CopyFrom(onnx.helper.make_tensor_value_info("more", number, ["batch", 2]))
+    else:
+        model.graph.initializer.add(name="more", data_type=number, dims=[1], raw_data=bytes(8))
+    onnx.save(model, copy / record.file)
+    add_files(copy, [record.file])
+    said = graph_problem(copy, read_manifest(copy), record)
+    assert f"type {number}" in said or "UNDEFINED" in said
 
 
 # --- the command line

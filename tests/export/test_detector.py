@@ -16,10 +16,13 @@ import torch
 from contract.detection import WINDOW, read_tokenizer, text_inputs
 from contract.errors import UserError
 from contract.manifest import read_manifest
+from contract.signature import Port, Signature
 from distill.features import FeatureDims
 from distill.models.grounding_dino import load_detector
 from export.check import check
-from export.detector import gathering, open_detector
+from export.detector import gathering, make_parts, open_detector
+from export.detector_parity import judge
+from export.modules import Part
 from export.run import main as export
 from serve.bundle import read_bundle
 from tests.conftest import run_here
@@ -61,6 +64,26 @@ def test_both_graphs_agree_with_torch_and_hold_no_grid_sample(detection_bundle):
     )
     # one for each of four levels in a layer of the encoder and two of the decoder
     assert operators["GridSample"] == 0 and operators["Gather"] >= 4 * 3
+
+
+@pytest.mark.parametrize(
+    ("distance", "noise", "fits"),
+    [
+        (0.9e-3, 0.0, True),
+        (1.1e-3, 0.0, False),
+        (2.9e-3, 1e-3, True),  # twice as far as torch is, and the tolerance
+        (3.1e-3, 1e-3, False),
+        (0.9e-2, 1.0, True),
+        (1.2e-2, 1.0, False),  # where torch itself is useless
+        (float("inf"), 1e-3, False),
+        (float("nan"), 0.0, False),
+        (float("inf"), float("inf"), False),
+        (0.0, float("inf"), False),
+        (0.0, float("nan"), False),
+    ],
+)
+def test_a_graph_may_be_off_by_what_torch_is_up_to_a_limit(distance, noise, fits):
+    assert (judge(distance, noise) == "") is fits
 
 
 def test_what_is_traced_of_deformable_attention_is_what_transformers_computes():
@@ -169,6 +192,34 @@ def test_another_detector_than_the_teacher_is_warned_of(tiny_detector, tmp_path,
     student.run.recipe.teachers[0].checkpoint = f"{tiny_detector}/"
     open_detector(str(tiny_detector), student)
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("teacher", "crops", "size", "side"),
+    [
+        ({}, "auto", (784, 798), 798),
+        ({}, "auto", (798, 798), None),
+        ({"image_size": 400}, "auto", (224, 224), 406),
+        ({}, 448, (224, 224), 448),
+        ({"student_size": 560}, 448, (224, 560), 560),
+        ({"batch_size": None}, "auto", (196, 224), 224),  # of all teachers' pictures
+        ({"batch_size": None}, "auto", (224, 224), None),
+    ],
+)
+def test_smaller_pictures_than_in_training_are_warned_of(
+    tiny_detector, caplog, teacher, crops, size, side
+):
+    student = student_of(TINY)
+    detector = open_detector(str(tiny_detector), student)
+    known = {"student_size": "auto", "image_size": None, "batch_size": 32} | teacher
+    student.run.recipe.teachers[0].__dict__.update(known)
+    student.run.recipe.student = SimpleNamespace(image_size=224)
+    student.run.recipe.data = SimpleNamespace(image_size=crops)
+    student.stride = 14
+    head = Signature("head_gd", (), (Port("gd_patches", "float32", ("batch", 1, 32), ""),) * 3)
+    caplog.clear()
+    make_parts(detector, student, [Part(None, head)], size)
+    assert (f"add --resolutions {side}" in caplog.text) if side else not caplog.text
 
 
 def spoil(folder, kind: str) -> None:

@@ -10,13 +10,16 @@ import torch
 import yaml
 
 from contract.dense import class_map
+from contract.manifest import GraphRecord
 from distill.data.pictures import PackagedPhotos
 from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.encoder import RunEncoder
 from distill.heads import Head, load_head
 from distill.runs import load_run
 from distill.upernet import UPerNet
+from export.describe import describe_graph
 from export.graph import UPERNET, Student, build_parts
+from export.modules import Part
 from export.parity import reference
 from export.precision import cast_student
 from export.run import main as export
@@ -116,11 +119,7 @@ def test_a_head_is_exported_with_parity_and_served(run, tmp_path):
 
 
 def test_a_head_computes_in_the_bundles_precision(tmp_path):
-    student = toy(with_head=False)
-    about = {"reads": "backbone", "classes": ["a", "b", "c"]}
-    head = Head("segmentation", UPERNET, UPerNet((8,) * 4, 16, 3).eval(), about)
-    run = SimpleNamespace(dims={})
-    exact = Student(run, student.deployment, (head,), student.stride, student.sha256)
+    exact = toy_with_upernet()
     cast = cast_student(exact, "bf16")
     assert next(cast.heads[0].module.parameters()).dtype == torch.bfloat16
     (part,) = (p for p in build_parts(cast, 64, 96) if p.signature.graph == "segmentation")
@@ -132,3 +131,36 @@ def test_a_head_computes_in_the_bundles_precision(tmp_path):
     (logits,) = OpenVINO({"segmentation": path}).run("segmentation", feeds)
     off = np.linalg.norm(logits - wanted["segmentation_logits"])
     assert 0 < off / np.linalg.norm(wanted["segmentation_logits"]) < 0.05
+
+
+def toy_with_upernet() -> Student:
+    """A student of four convolutions, and an untrained head on their maps."""
+    student = toy(with_head=False)
+    about = {"reads": "backbone", "classes": ["a", "b", "c"]}
+    head = Head("segmentation", UPERNET, UPerNet((8,) * 4, 16, 3).eval(), about)
+    run = SimpleNamespace(dims={})
+    return Student(run, student.deployment, (head,), student.stride, student.sha256)
+
+
+@pytest.mark.parametrize("graph", ["segmentation", "fused"])
+def test_one_graph_answers_at_every_size(tmp_path, graph):
+    student = toy_with_upernet()
+    (part,) = (p for p in build_parts(student, None, None) if p.signature.graph == graph)
+    port = part.signature.outputs[-1]
+    assert port.axes == ("batch", "positions_4", 3) and "4 pixels" in port.meaning
+    record = export_and_describe(part, student.stride, tmp_path)
+    assert "grid" not in record.about and (graph == "fused" or record.about["stride"] == 4)
+    runtime = OpenVINO({graph: tmp_path / record.file})
+    for count, height, width in ((3, 64, 96), (1, 32, 32), (2, 160, 48)):
+        image = torch.randint(256, (count, height, width, 3), dtype=torch.uint8)
+        wanted = reference(student, [], image) | {"image": image.numpy()}
+        logits = runtime.run(graph, {p.name: wanted[p.name] for p in part.signature.inputs})[-1]
+        np.testing.assert_allclose(logits, wanted["segmentation_logits"], atol=1e-5)
+        assert class_map(logits, height, width, 4).shape == (count, height, width)
+
+
+def export_and_describe(part: Part, stride: int, folder: Path) -> GraphRecord:
+    """A part's graph in a folder, and what a manifest says of it."""
+    paths = {part.signature.graph: folder / f"{part.signature.graph}.onnx"}
+    export_part(part, stride, 4, paths[part.signature.graph], {}, OPSET["fp32"])
+    return describe_graph(part, paths, "fp32")

@@ -15,6 +15,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from contract.detection import detections, read_tokenizer, text_inputs
+from contract.errors import UserError
 from contract.images import fit
 from distill.data.pictures import PackagedPhotos
 from export.runtimes.onnx import OnnxRuntime
@@ -25,9 +26,12 @@ from serve.client.aio import AsyncFeatureClient
 from serve.client.tasks.detection import detect
 from serve.demo.answers import look
 from serve.errors import BadRequest, NotServed
+from serve.repository.build import make_repository
+from serve.repository.graph_files import graph_json
 from serve.repository.lint import lint
 from serve.repository.models import build_models
 from serve.repository.settings import Settings
+from serve.repository.versions import Repository
 from tests.conftest import need_tritonserver
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +43,6 @@ LABELS = ("cat", "traffic light", "dog")
 def served(expensive, detection_bundle, tmp_path_factory):
     """A server on the bundle."""
     need_tritonserver()
-    from serve.repository.build import make_repository
     from serve.server.process import Options, Server
     from serve.server.triton import find_tritonserver
 
@@ -261,6 +264,7 @@ def test_the_command_draws_boxes_and_writes_them_in_pixels(served, tmp_path, cap
         (["--task", "detection"], "--task detection needs --labels"),
         (["--task", "detection", "--labels", "cat", "--side", "client"], "on the server only"),
         (["--task", "depth", "--threshold", "0.5"], "--threshold is for --task detection"),
+        (["--task", "depth", "--threshold", "0"], "--threshold is for --task detection"),
         (["--task", "detection", "--labels", "cat", "--encoded"], "takes pixels"),
         (["--task", "detection", "--labels", "cat", "--threshold", "7"], "from 0 to 1"),
     ],
@@ -296,13 +300,47 @@ def test_a_server_without_a_detector_says_how_to_get_one(server):
 
 @pytest.mark.slow
 def test_the_lint_agrees_and_every_backend_runs_the_detector_in_onnxruntime(detection_bundle):
-    for settings in (Settings(), Settings(backend="onnxruntime"), Settings(runtime="openvino")):
+    for settings, on_gpu in (
+        (Settings(), False),
+        (Settings(runtime="openvino"), False),
+        (Settings(kind="gpu"), True),
+        (Settings(backend="onnxruntime"), False),
+        (Settings(backend="onnxruntime", kind="gpu"), False),  # as NVIDIA's image is started
+    ):
         models = {m.name: m for m in build_models(read_bundle(detection_bundle), settings)}
         assert lint({name: model.config for name, model in models.items()}) == []
         for name in GRAPHS:
             config = models[name].config
             assert config.backend == "python" and config.max_batch_size == 3
             assert config.parameters["runtime"].string_value == "onnxruntime"
+            (group,) = config.instance_group
+            assert group.kind == (group.KIND_GPU if on_gpu else group.KIND_CPU)
         assert models["detection"].config.max_batch_size == 0
         steps = {step.model_name for step in models["features"].config.ensemble_scheduling.step}
         assert not steps & {*GRAPHS, "detection"}
+
+
+@pytest.mark.slow
+def test_a_rollout_to_another_detector_is_refused(detection_bundle, tmp_path):
+    settings = Settings(fused=False, encoded=False)
+    make_repository(read_bundle(detection_bundle), tmp_path / "repository", settings)
+    repository = Repository(tmp_path / "repository")
+    bundle = read_bundle(detection_bundle)
+    repository.check_interface(repository.render(bundle, 2))
+    other = bundle.manifest.detector.model_copy(update={"sha256": "0" * 64})
+    bundle.manifest = bundle.manifest.model_copy(update={"detector": other})
+    with pytest.raises(UserError, match="model 'detection' has other parameters") as error:
+        repository.check_interface(repository.render(bundle, 2))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_every_axis_of_the_detectors_inputs_has_a_size(detection_bundle):
+    bundle = read_bundle(detection_bundle)
+    detector = bundle.manifest.detector
+    ids, *others = detector.text.inputs
+    inputs = (ids.model_copy(update={"shape": ("batch", "rows_4")}), *others)
+    text = detector.text.model_copy(update={"inputs": inputs})
+    changed = detector.model_copy(update={"text": text})
+    bundle.manifest = bundle.manifest.model_copy(update={"detector": changed})
+    assert json.loads(graph_json(bundle, text))["largest"][0] == [18]  # of 70 pixels

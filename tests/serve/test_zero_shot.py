@@ -13,6 +13,7 @@ import timm
 import torch
 import tritonclient.grpc as grpc
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tritonclient.utils import InferenceServerException
 
@@ -20,13 +21,16 @@ from contract.class_scores import ClassVectors, probabilities
 from contract.errors import UserError
 from contract.images import fit
 from contract.manifest import add_files
+from contract.text_encoder import TEXT_ENCODER
 from distill.data.pictures import PackagedPhotos
 from export.run import main as export
 from export.text.__main__ import main as text
 from serve.bundle import read_bundle
+from serve.repository.build import make_repository
 from serve.repository.lint import lint
 from serve.repository.models import build_models
 from serve.repository.settings import Settings
+from serve.repository.versions import Repository
 from serve.repository.zero_shot import EMBEDDINGS, read_class_embeddings
 from tests.conftest import need_tritonserver, run_here, small_recipe
 from tests.serve.running import until
@@ -149,7 +153,6 @@ def serving(expensive, tmp_path_factory):
     need_tritonserver()
     from contextlib import ExitStack
 
-    from serve.repository.build import make_repository
     from serve.server.process import Options, Server
     from serve.server.triton import find_tritonserver
 
@@ -438,6 +441,22 @@ def test_two_clip_teachers_of_one_width_must_be_told_apart(clip_bundle):
     bundle.manifest = bundle.manifest.model_copy(update={"teachers": twins})
     with pytest.raises(UserError, match=r"several \(clip, cls\): name one with --teacher"):
         build_models(bundle, Settings())
+
+
+def test_a_rollout_to_another_text_tower_is_refused(clip_bundle, tmp_path):
+    make_repository(read_bundle(clip_bundle), tmp_path / "repository", Settings(fused=False))
+    repository = Repository(tmp_path / "repository")
+    repository.check_interface(repository.render(read_bundle(clip_bundle), 2))
+    bundle = shutil.copytree(clip_bundle, tmp_path / "bundle")
+    other = {"text_weights_sha256": "0" * 64}
+    about = json.loads((bundle / TEXT_ENCODER).read_text()) | other
+    (bundle / TEXT_ENCODER).write_text(json.dumps(about))
+    with safe_open(bundle / EMBEDDINGS, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    save_file(tensors, bundle / EMBEDDINGS, metadata | other)
+    add_files(bundle, [TEXT_ENCODER, EMBEDDINGS])
+    with pytest.raises(UserError, match="model 'zero_shot' has other parameters"):
+        repository.check_interface(repository.render(read_bundle(bundle), 2))
 
 
 def test_a_changed_file_of_the_encoder_is_refused(clip_bundle, tmp_path):
