@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def graph_problem(
     bundle: Path, manifest: Manifest, record: GraphRecord, data: bytes | None = None
 ) -> str:
-    """What is wrong with a graph's file, "" if nothing is; `data` are its bytes where they were read
-    already.
+    """What is wrong with a graph's file, "" if nothing is; `data` are its bytes where they were
+    read already.
     """
     model, problem = _open_graph(bundle, manifest, record.file, record.opset, data)
     if model is None:

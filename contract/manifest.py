@@ -312,8 +312,8 @@ def manifest_bytes(bundle: Path) -> bytes:
 
 
 def read_manifest(bundle: Path, data: bytes | None = None) -> Manifest:
-    """Read BUNDLE/manifest.json, of this format or an older one that can be upgraded; `data` are its
-    bytes where somebody has read them already.
+    """Read BUNDLE/manifest.json, of this format or an older one that can be upgraded; `data` are
+    its bytes where they were read already.
 
     Raises UserError for a folder without one, and for a manifest that is damaged or was changed.
     """

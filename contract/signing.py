@@ -1,5 +1,5 @@
-"""Signatures of bundles: ed25519 over the bytes of a manifest, which lists the sha256 of every other
-file, in `manifest.sig` beside it. What openssl makes and verifies.
+"""Signatures of bundles: ed25519 over the bytes of a manifest, which lists the sha256 of every
+other file, in `manifest.sig` beside it. openssl makes and verifies the same.
 """
 
 import argparse

@@ -85,8 +85,8 @@ class TextEncoder(_Part):
 
 
 def read_text_encoder(path: Path, data: bytes | None = None) -> TextEncoder:
-    """Read text_encoder.json, or its bytes where they were read already; raises UserError for a file
-    that is not of this schema.
+    """Read text_encoder.json, or its bytes where they were read already; raises UserError for a
+    file that is not of this schema.
     """
     again = "make it again with python -m export.text --with-encoder"
     data = read_file(path, _MOST_BYTES, again) if data is None else data

@@ -143,4 +143,8 @@ def read_bundle(path: Path, trust: Sequence[PublicKey] = ()) -> Bundle:
     """
     data = manifest_bytes(path)
     key = signer(path, data, trust)
-    return Bundle(path, read_manifest(path, data), key)
+    bundle = Bundle(path, read_manifest(path, data), key)
+    # whoever asks for a signature wants all of what was signed
+    for name in bundle.manifest.files if key else ():
+        bundle.file(name)
+    return bundle

@@ -54,8 +54,8 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(\d+\.tmp|old)")
 
 
 class MadeWith(BaseModel):
-    """made_with.json, in the repository's folder: what it was rendered from. It says that the folder
-    is ours, and which of the folders in it are.
+    """made_with.json, in the repository's folder: what it was rendered from. It says that the
+    folder is ours, and which of those in it are.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -106,8 +106,8 @@ def destination(folder: Path, name: str) -> Path:
 
 
 def foreign_file(repository: Path) -> str:
-    """The first thing in a folder that serve.repository, a server or a rollout did not make, "" where
-    there is none.
+    """The first thing in a folder that serve.repository, a server or a rollout did not make, ""
+    where there is none.
     """
     names = sorted(os.listdir(repository))
     if not names:
@@ -142,8 +142,8 @@ def strangers(repository: Path, models: tuple[str, ...]) -> list[str]:
 
 
 def set_aside(repository: Path, log: Callable[[str], None]) -> None:
-    """Move what a killed rollout left out of the way, and name it and all else that a server on this
-    repository does not load.
+    """Move what a killed rollout left out of the way, and name it and all else that a server on
+    this repository does not load.
 
     Raises UserError while a rollout is under way.
     """
@@ -169,7 +169,9 @@ def set_aside(repository: Path, log: Callable[[str], None]) -> None:
 
 
 def remove_staged(repository: Path, models: tuple[str, ...]) -> None:
-    """Delete what rollouts staged, also killed ones; raises UserError for what they did not make."""
+    """Delete what rollouts staged, also killed ones; raises UserError for what they did not
+    make.
+    """
     aside = repository / _ASIDE
     staged = [repository / f"{STAGED}{name}" for name in models]
     if _is_folder(aside):

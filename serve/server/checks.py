@@ -16,8 +16,8 @@ from serve.server.triton import Tritonserver
 def check_repository(
     repository: Path, bundle: Bundle | None, settings: Settings, trust: Sequence[PublicKey] = ()
 ) -> Settings:
-    """The settings to serve with; raises UserError if a kept repository is another bundle's, in use,
-    or was not rendered from a bundle signed by one of the keys to `trust`.
+    """The settings to serve with; raises UserError if a kept repository is another bundle's, in
+    use, or was not rendered from a bundle signed by one of the keys to `trust`.
     """
     if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
         if bundle is None:

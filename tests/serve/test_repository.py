@@ -12,7 +12,6 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInput
 
 from contract.errors import UserError
-from contract.files import file_sha256
 from contract.manifest import read_manifest
 from contract.untrusted import open_file
 from serve.bundle import read_bundle
