@@ -82,8 +82,7 @@ def read_golden(path: Path, data: bytes | None = None) -> Golden:
         if not isinstance(about, dict) or about.get("format") != _FORMAT:
             version = about.get("format") if isinstance(about, dict) else None
             raise UserError(
-                f"{path} is of format {str(version)[:20]}, this version reads {_FORMAT}: export "
-                "again"
+                f"{path} is of format {version!r:.20}, this version reads {_FORMAT}: export again"
             )
         known = _About.model_validate(about)
         image = tensors.pop(IMAGE)

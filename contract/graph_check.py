@@ -4,8 +4,11 @@ weights in other files, and sizes that no server has memory for.
 Needs onnx, no torch.
 """
 
+import contextlib
 import math
+import resource
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ _MOST_SIDE, _MOST_VALUES = 2**31, 2**34
 """Of any tensor, also of one that is only computed: attention over 20,000 positions in 16 heads has
 a third of that.
 """
+_MOST_AXES, _MOST_MEMORY = 64, 2**30
+"""Of a tensor; and bytes that following shapes may take: weights are left out of it."""
 _LIGHT = 2**16
 """Bytes of initialisers whose values may say a shape."""
 
@@ -83,17 +88,44 @@ def absurd(model: "onnx.ModelProto") -> str:
     """
     import onnx
 
-    inferred = onnx.shape_inference.infer_shapes(
-        _without_weights(model), check_type=True, strict_mode=True, data_prop=True
-    )
-    for one in (model, inferred):
-        for name, shape in _shapes(one.graph):
-            if (
-                min(shape, default=0) < 0
-                or math.prod(max(1, side) for side in shape) > _MOST_VALUES
-            ):
-                return f"'{name[:60]}' of {'x'.join(map(str, shape))[:100]} values"
+    # first those stated: what follows from them could fill the memory
+    if problem := _large_shape(model.graph):
+        return problem
+    try:
+        with _bounded_memory():
+            inferred = onnx.shape_inference.infer_shapes(
+                _without_weights(model), check_type=True, strict_mode=True, data_prop=True
+            )
+            return _large_shape(inferred.graph)
+    except MemoryError:
+        return f"shapes that take more than {_MOST_MEMORY >> 30} GiB to follow"
+
+
+def _large_shape(graph: "onnx.GraphProto") -> str:
+    """A shape that is too large or negative, "" if there is none."""
+    for name, shape in _shapes(graph):
+        values = math.prod(max(1, side) for side in shape[:_MOST_AXES])
+        if len(shape) > _MOST_AXES or min(shape, default=0) < 0 or values > _MOST_VALUES:
+            return f"'{name[:60]}' of {'x'.join(map(str, shape[:_MOST_AXES]))[:100]} values"
     return ""
+
+
+@contextlib.contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Let this process take only so much more memory: a short graph may have shapes of billions of
+    axes, and following them would take all there is.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = soft
+    with contextlib.suppress(OSError):  # not on every system is this told
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        known = [most for most in (soft, hard) if most != resource.RLIM_INFINITY]
+        limit = min(used + _MOST_MEMORY, *known) if known else used + _MOST_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _tensor_problem(tensor: "onnx.TensorProto", weights: str, size: int) -> str:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import to_json
 
 from contract.engine_record import EngineRecord, Record, first_problem
-from contract.errors import UserError
+from contract.errors import UserError, one_line
 from contract.files import file_sha256, write_atomically
 from contract.names import MANIFEST, SIGNATURE, Axis, FileName, GraphFile, Name, Sha256, Side
 from contract.signature import (
@@ -76,7 +76,7 @@ class GraphRecord(Record):
     outputs: Annotated[tuple[TensorRecord, ...], Field(min_length=1)]
     precision: Precision
     """As requested; small graphs may compute in float32 all the same."""
-    dtypes: tuple[str, ...]
+    dtypes: tuple[Name, ...]
     """Types of the graph's weights and other constants (initialisers), sorted."""
     opset: int
     about: dict[str, Any] = Field(default_factory=dict)
@@ -328,7 +328,8 @@ def read_manifest(bundle: Path, data: bytes | None = None) -> Manifest:
     version = content.get("format") if isinstance(content, dict) else type(content).__name__
     if type(version) is not int or version not in (*_UPGRADES, FORMAT):
         raise UserError(
-            f"{path} is of format {version}, this version reads {_known_formats()}: export again"
+            f"{path} is of format {one_line([str(version)])[:40]}, this version reads "
+            f"{_known_formats()}: export again"
         )
     # The seal is of the bytes as they were written, so it is compared before any upgrade.
     try:

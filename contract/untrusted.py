@@ -55,8 +55,9 @@ def open_file(path: Path, again: str = AGAIN, links: bool = False) -> BinaryIO:
 def read_file(path: Path, most: int, again: str = AGAIN, links: bool = False) -> bytes:
     """A regular file's bytes; raises UserError as `open_file` does, and for more than `most`."""
     with open_file(path, again, links) as file:
-        data = file.read(most + 1)
-    if len(data) > most:
+        large = os.fstat(file.fileno()).st_size > most  # before there is memory for it
+        data = b"" if large else file.read(most + 1)
+    if large or len(data) > most:
         raise UserError(f"{path} has more than {most:,} bytes, which it must not: {again}")
     return data
 

@@ -3,6 +3,7 @@ inputs.
 """
 
 import json
+import re
 
 from contract.detection import WINDOW
 from contract.errors import UserError
@@ -25,9 +26,16 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
         "tokens": rows * columns + 1,
         TEXT_TOKENS: WINDOW,
     }
-    axes = {axis for graph in bundle.parts for tensor in graph.inputs for axis in tensor.shape[1:]}
+    detector = bundle.manifest.detector
+    graphs = (*bundle.parts, *(detector.graphs if detector else ()))
+    axes = {axis for graph in graphs for tensor in graph.inputs for axis in tensor.shape[1:]}
     for axis in axes - set(result):
-        if isinstance(axis, str):  # `rows_4` is a row every 4 pixels
+        if isinstance(axis, str):
+            # `rows_4` is a row every 4 pixels
+            if not re.fullmatch(r"(rows|columns)_[1-9]\d{0,4}", axis):
+                raise UserError(
+                    f"{bundle.path}: '{axis}' is not the name of a size that varies: export again"
+                )
             result[axis] = layer_side(axis, rows, columns, resolution.stride)
     return result
 

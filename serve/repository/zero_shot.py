@@ -81,8 +81,10 @@ def read_class_embeddings(path: Path, data: bytes | None = None) -> ClassEmbeddi
     # a client names its own file, which may be a link
     message, tensors = read_tensors(path, data, again, links=True)
     if message.get("format") != _FORMAT:
-        version = str(message.get("format"))[:20]
-        raise UserError(f"{path} is of format {version}, this version reads {_FORMAT}: {again}")
+        version = message.get("format")
+        raise UserError(
+            f"{path} is of format {version!r:.20}, this version reads {_FORMAT}: {again}"
+        )
     try:
         lists = {
             name: parse_json(message[name]) for name in ("classes", "templates") if name in message
