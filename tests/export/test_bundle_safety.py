@@ -396,7 +396,6 @@ def replace_by_link(path: Path, elsewhere: Path) -> None:
 
 CHANGES = {
     "backbone.onnx": lambda b, out: replace_by_link(b / "backbone.onnx", out / "elsewhere.onnx"),
-    "manifest.json": lambda b, out: replace_by_link(b / "manifest.json", out / "elsewhere.json"),
     "link": lambda b, _: (b / "link").symlink_to(b / "backbone.onnx"),
     "dangling": lambda b, _: (b / "dangling").symlink_to("nowhere"),
     "folder-link": lambda b, out: (b / "folder-link").symlink_to(out),
@@ -415,6 +414,12 @@ def test_whatever_does_not_belong_in_a_bundle_is_found(copy, tmp_path, name):
     assert name in {name for name, problem in found.items() if problem}
     done = run_here(copy, command=check)
     assert done.returncode == 1 and name.split("\udcff")[0] in done.stdout
+
+
+def test_a_manifest_that_is_a_link_is_refused(copy, tmp_path):
+    replace_by_link(copy / MANIFEST, tmp_path / "elsewhere.json")
+    done = run_here(copy, command=check)
+    assert done.returncode == 2 and f"{MANIFEST} is a link" in done.stderr
 
 
 def test_a_listed_pipe_is_no_file_and_nobody_waits_for_it(copy):
