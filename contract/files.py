@@ -222,7 +222,7 @@ def _abandoned(folder: Path, pid: int) -> bool:
         except (OSError, OverflowError):
             return False
     try:
-        held = os.open(folder, os.O_RDONLY)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return False
     try:

@@ -40,6 +40,7 @@ class PublicKey:
 
     def __init__(self, path: Path) -> None:
         """Read a PEM file; raises UserError for a file that does not hold an ed25519 public key."""
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -47,7 +48,7 @@ class PublicKey:
         data = read_file(path, _MOST_BYTES, again, links=True)
         try:
             key = load_pem_public_key(data)
-        except (ValueError, TypeError) as error:
+        except (ValueError, UnsupportedAlgorithm) as error:
             raise UserError(f"--trust {path} does not hold a public key: {again}") from error
         if not isinstance(key, Ed25519PublicKey):
             raise UserError(f"--trust {path} is not a key of ed25519: {_MAKE}")

@@ -110,6 +110,19 @@ def test_an_output_above_what_is_read_is_refused(tmp_path, option):
     )
 
 
+def test_the_current_and_the_home_folder_stay(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match="is or holds the current folder"):
+        check_output(copy, True, {})
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setenv("HOME", str(copy / "me"))
+    with pytest.raises(UserError, match="is or holds the home folder"):
+        check_output(copy, True, {})
+    os.mkfifo(copy.parent / f".{copy.name}.1.tmp")  # a killed export's would have such a name
+    monkeypatch.setenv("HOME", "/")
+    assert check_output(copy, True, {}) == copy
+
+
 def test_force_replaces_bundles_of_other_formats_and_damaged_ones_and_empty_folders(copy, tmp_path):
     content = json.loads((copy / MANIFEST).read_text()) | {"format": 1}
     (copy / MANIFEST).write_text(json.dumps(content))
