@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from contract.errors import UserError, one_line
+from contract.errors import UserError, one_line, printable
 
 
 class Record(BaseModel):
@@ -119,4 +119,4 @@ def first_problem(error: ValidationError) -> str:
         if problem["type"] in ("missing", "value_error")
         else f" (given: {str(problem['input'])[:60]})"
     )
-    return one_line([f"{place}: {message}{given}" if place else f"{message}{given}"])
+    return printable(one_line([f"{place}: {message}{given}" if place else f"{message}{given}"]))

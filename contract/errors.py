@@ -54,8 +54,7 @@ def exit_status(command: Callable[[], int | None]) -> int:
         status = 2
         # A DataLoader worker's error comes with its traceback in front; the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix("contract.errors.UserError: ")
-        # what a stranger's file says may be in it, and must not move a terminal's cursor
-        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        message = printable(message)
     except OSError as error:
         if error.errno == errno.EPIPE and _reader_has_gone():
             return 128 + signal.SIGPIPE
@@ -93,6 +92,11 @@ def first_line(error: BaseException | str) -> str:
     """The first line of an exception's text, or its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text in which what a stranger's file says cannot steer a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(messages: list[str]) -> str:

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 from pydantic_core import to_json
 
 from contract.engine_record import EngineRecord, Record, first_problem
 from contract.errors import UserError, one_line
 from contract.files import file_sha256, write_atomically
-from contract.names import MANIFEST, SIGNATURE, Axis, FileName, GraphFile, Name, Sha256, Side
+from contract.names import MANIFEST, SIGNATURE, Axis, FileName, GraphFile, Name, Sha256, Side, Text
 from contract.signature import (
     BACKBONE,
     DETECTOR,
@@ -41,6 +41,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 _MOST_BYTES = 32 * 2**20
 """Of a manifest: one of a hundred graphs has a fortieth of that."""
+_TEXT = TypeAdapter(Text)
 _MOST_ELEMENTS = 2**31
 """Of a tensor for one picture."""
 
@@ -80,6 +81,15 @@ class GraphRecord(Record):
     """Types of the graph's weights and other constants (initialisers), sorted."""
     opset: int
     about: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("about")
+    @classmethod
+    def _readable(cls, about: dict[str, Any]) -> dict[str, Any]:
+        for value in about.values():
+            for text in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(text, str):
+                    _TEXT.validate_python(text)
+        return about
 
 
 class BundledEngine(EngineRecord):

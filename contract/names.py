@@ -29,6 +29,9 @@ GraphFile = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*\.onnx$",
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=2000)]
+"""What people read, of a class say: clients print it, so it must not steer their terminals."""
+
 Axis = Annotated[int, Field(ge=1, le=2**24)] | Name
 """A tensor's size along an axis, or the name of a size that varies."""
 

@@ -145,9 +145,12 @@ def set_aside(repository: Path, log: Callable[[str], None]) -> None:
     """Move what a killed rollout left out of the way, and name it and all else that a server on
     this repository does not load.
 
-    Raises UserError while a rollout is under way.
+    Raises UserError while a rollout is under way, and for a model whose folder is missing.
     """
     models = read_made_with(repository).models
+    for name in models:
+        if not (repository / name / CONFIG).is_file():
+            raise UserError(f"{repository} lacks its model '{name}': render it again")
     others = strangers(repository, models)
     left = [name for name in others if name.startswith(STAGED) and name[len(STAGED) :] in models]
     foreign = [name for name in others if name not in left]

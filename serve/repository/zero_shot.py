@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contract.class_scores import ClassVectors
 from contract.engine_record import first_problem
 from contract.errors import UserError, first_line
-from contract.names import Name, Sha256
+from contract.names import Name, Sha256, Text
 from contract.signature import BACKBONE
 from contract.text_encoder import TEXT_ENCODER, TextEncoder, read_text_encoder
 from contract.untrusted import parse_json, read_tensors
@@ -38,8 +38,8 @@ _GRAPH, _VOCABULARY = "model.onnx", "vocabulary.gz"
 _FORMAT = "1"
 _SCALE = 100.0
 """CLIP's own temperature, for embeddings that name none."""
-_MOST_LETTERS, _MOST_TEMPLATES = 2000, 1000
-"""Of a class or a template, and of templates: each makes a sentence of every label."""
+_MOST_TEMPLATES = 1000
+"""Each makes a sentence of every label."""
 
 
 class ClassEmbeddings(NamedTuple):
@@ -63,11 +63,8 @@ class _About(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    classes: tuple[Annotated[str, StringConstraints(min_length=1, max_length=_MOST_LETTERS)], ...]
-    templates: Annotated[
-        tuple[Annotated[str, StringConstraints(max_length=_MOST_LETTERS)], ...],
-        Field(max_length=_MOST_TEMPLATES),
-    ] = ()
+    classes: tuple[Text, ...]
+    templates: Annotated[tuple[Text, ...], Field(max_length=_MOST_TEMPLATES)] = ()
     teacher: Name | None = None
     text_weights_sha256: Sha256 | None = None
     logit_scale: Annotated[float, Field(gt=0, le=1e6)] = _SCALE

@@ -267,6 +267,17 @@ def test_a_text_encoder_cannot_bring_code(tmp_path):
         read_text_encoder(tmp_path / TEXT_ENCODER)
 
 
+def test_names_of_classes_do_not_steer_terminals(copy):
+    content = json.loads((copy / MANIFEST).read_bytes())
+    next(graph for graph in content["graphs"] if graph["name"] == "segmentation")["about"] = {
+        "classes": ["cat", "\x1b[2J"]
+    }
+    write_sealed(copy, content)
+    with pytest.raises(UserError, match=r"graphs.3.about") as caught:
+        read_manifest(copy)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

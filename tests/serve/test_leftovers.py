@@ -127,6 +127,12 @@ def test_what_a_killed_rollout_left_is_set_aside_and_named(repository):
     assert not (repository / ".set_aside").exists()
 
 
+def test_a_missing_model_is_named(repository):
+    shutil.rmtree(repository / "decode")
+    with pytest.raises(UserError, match="lacks its model 'decode': render it again"):
+        set_aside(repository, print)
+
+
 def test_a_rollout_deletes_nothing_of_the_users(repository):
     put(repository, "staged_backbone/1/notes.txt")
     with pytest.raises(UserError, match="is not of a rollout, and in the way of one"):
