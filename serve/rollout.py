@@ -28,6 +28,8 @@ examples:
 those recorded at export, and switches. --back returns to the previous
 version; --finish deletes the versions that do not serve.
 
+A repository that was rendered with --trust takes signed bundles only.
+
 The new bundle must have the same models, inputs, outputs and largest batch,
 because clients rely on them; a bundle that differs needs its own server.
 Versions are numbered 1, 2, …; `features` answers with the number of the

@@ -103,13 +103,18 @@ class Repository:
     def stage(self, models: Sequence[Model]) -> list[str]:
         """Write models under other names, each after those it is made of; returns the names."""
         self.unstage()
-        for model in models:
-            config = ModelConfig()
-            config.CopyFrom(model.config)
-            config.name = STAGED + model.name
-            for step in config.ensemble_scheduling.step:
-                step.model_name = STAGED + step.model_name
-            write_model(self.path / config.name, Model(config, model.files), _version_of(models))
+        try:
+            for model in models:
+                config = ModelConfig()
+                config.CopyFrom(model.config)
+                config.name = STAGED + model.name
+                for step in config.ensemble_scheduling.step:
+                    step.model_name = STAGED + step.model_name
+                staged = Model(config, model.files)
+                write_model(self.path / config.name, staged, _version_of(models))
+        except BaseException:  # a full disk, a bundle that was changed meanwhile
+            self.unstage()
+            raise
         # Triton loads an ensemble's steps with it, but the other models must be tried too
         return [STAGED + model.name for model in models]
 
