@@ -140,6 +140,18 @@ def test_a_rollout_deletes_nothing_of_the_users(repository):
     assert (repository / "staged_backbone" / "1" / "notes.txt").read_text() == "mine"
 
 
+def test_a_rollout_whose_bundle_changes_while_it_copies_leaves_nothing(
+    bundle, repository, tmp_path
+):
+    copy = Path(shutil.copytree(bundle, tmp_path / "second"))
+    rollout = Repository(repository)
+    models = rollout.render(read_bundle(copy), 2)
+    (copy / "fused.onnx").write_bytes(b"another graph")
+    with pytest.raises(UserError, match="fused.onnx does not match its sha256"):
+        rollout.stage(models)
+    assert not list(repository.glob(f"{STAGED}*"))
+
+
 def test_a_start_waits_for_no_rollout(repository):
     shutil.copytree(repository / "backbone", repository / f"{STAGED}backbone")
     with (
