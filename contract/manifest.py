@@ -41,7 +41,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 
 _MOST_BYTES = 32 * 2**20
 """Of a manifest: one of a hundred graphs has a fortieth of that."""
-_TEXT = TypeAdapter(Text)
+_TEXTS = TypeAdapter(list[Text])
 _MOST_ELEMENTS = 2**31
 """Of a tensor for one picture."""
 
@@ -86,9 +86,8 @@ class GraphRecord(Record):
     @classmethod
     def _readable(cls, about: dict[str, Any]) -> dict[str, Any]:
         for value in about.values():
-            for text in value if isinstance(value, list | tuple) else [value]:
-                if isinstance(text, str):
-                    _TEXT.validate_python(text)
+            texts = value if isinstance(value, list | tuple) else [value]
+            _TEXTS.validate_python([text for text in texts if isinstance(text, str)])
         return about
 
 
