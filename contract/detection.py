@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 WINDOW = 256
 """Tokens of a prompt, at most."""
 
+_MOST_VOCABULARY = 2**24
+"""Bytes: BERT's has 230,000."""
 _UNKNOWN, _START, _END, _STOP, _QUESTION = 100, 101, 102, 1012, 1029
 _TOKENS = {_UNKNOWN: "[UNK]", _START: "[CLS]", _END: "[SEP]", _STOP: ".", _QUESTION: "?"}
 """Where BERT's vocabulary has the tokens by which GroundingDINO divides a prompt into phrases."""
@@ -67,7 +69,11 @@ def read_tokenizer(vocabulary: Path | str) -> "Tokenizer":
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     try:
-        tokens = Path(vocabulary).read_text(encoding="utf-8").split("\n")
+        with open(vocabulary, "rb") as file:
+            data = file.read(_MOST_VOCABULARY + 1)
+        if len(data) > _MOST_VOCABULARY:
+            raise ValueError(f"{vocabulary} has more than {_MOST_VOCABULARY:,} bytes")
+        tokens = data.decode("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"{vocabulary} cannot be read: {reason}") from error

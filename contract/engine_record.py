@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from contract.errors import UserError, one_line
+from contract.errors import UserError, one_line, printable
 
 
 class Record(BaseModel):
@@ -106,15 +106,17 @@ class EngineRecord(Record):
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first complaint of pydantic's, with the field's name and value, on one line."""
+    """The first complaint of pydantic's, with the field's name and value, on one line of bounded
+    length.
+    """
     problem = error.errors()[0]
     place, message = (
-        ".".join(map(str, problem["loc"])),
-        problem["msg"].removeprefix("Value error, "),
+        ".".join(map(str, problem["loc"]))[:200],
+        problem["msg"].removeprefix("Value error, ")[:600],
     )
     given = (
         ""
         if problem["type"] in ("missing", "value_error")
         else f" (given: {str(problem['input'])[:60]})"
     )
-    return one_line([f"{place}: {message}{given}" if place else f"{message}{given}"])
+    return printable(one_line([f"{place}: {message}{given}" if place else f"{message}{given}"]))

@@ -72,8 +72,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
         message = str(error)
     # Most mistakes are every rank's, but a picture may be damaged on one alone: each says its own.
     rank = os.environ.get("RANK", "0")
-    # a file's name, say, may hold line breaks
-    message = " ".join(line.strip() for line in message.splitlines())
+    # a file's name, say, may hold line breaks and worse
+    message = printable(" ".join(line.strip() for line in message.splitlines()))
     print(
         f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr
     )
@@ -96,6 +96,11 @@ def first_line(error: BaseException | str) -> str:
     """The first line of an exception's text, or its kind where it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text in which what a stranger's file says cannot steer a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def one_line(messages: list[str]) -> str:

@@ -6,9 +6,9 @@ checked by the schema that reads them, so that no reader can forget it.
 """
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter
 
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 
@@ -28,6 +28,21 @@ FileName = Annotated[str, AfterValidator(_plain)]
 GraphFile = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*\.onnx$", max_length=200)]
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=2000)]
+"""What people read, of a class say: clients print it, so it must not steer their terminals."""
+
+
+def _readable(about: dict[str, Any]) -> dict[str, Any]:
+    for value in about.values():
+        texts = value if isinstance(value, list | tuple) else [value]
+        _TEXTS.validate_python([text for text in texts if isinstance(text, str)])
+    return about
+
+
+_TEXTS = TypeAdapter(list[Text])
+About = Annotated[dict[str, Any], AfterValidator(_readable)]
+"""Facts of a graph, whose texts people read."""
 
 Axis = Annotated[int, Field(ge=1, le=2**24)] | Name
 """A tensor's size along an axis, or the name of a size that varies."""

@@ -64,7 +64,7 @@ def _graph(bundle: Bundle, graph: GraphRecord, settings: Settings) -> tuple:
     else:
         place_on_cpu(config)  # NVIDIA's image gets the CPU's onnxruntime alone
     tune_batching(config, settings)
-    files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
+    files = {name: bundle.part(listed) for name, listed in graph_files(bundle, graph).items()}
     code = {
         "model.py": TEMPLATES / graph.name / "1" / "model.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
@@ -101,7 +101,7 @@ def _detection(
         "detection.py": CONTRACT / "detection.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
         "calling_model.py": TEMPLATES / "calling_model.py",
-        _VOCABULARY: bundle.file(detector.vocabulary),
+        _VOCABULARY: bundle.part(detector.vocabulary),
         "detection.json": json.dumps(about).encode(),
     }
     return config, files

@@ -3,13 +3,12 @@ inputs.
 """
 
 import json
-from pathlib import Path
 
 from contract.detection import WINDOW
 from contract.errors import UserError
 from contract.manifest import GraphRecord
 from contract.signature import TEXT_TOKENS, layer_side
-from serve.bundle import Bundle
+from serve.bundle import Bundle, BundleFile
 
 
 def usual_sizes(bundle: Bundle) -> dict[str, int]:
@@ -70,7 +69,7 @@ def graph_json(bundle: Bundle, graph: GraphRecord) -> bytes:
     return json.dumps(facts, indent=1).encode()
 
 
-def engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
+def engine_of(bundle: Bundle, graph: GraphRecord) -> BundleFile:
     """The engine of full TensorRT for a graph; UserError if there is none, or only
     TensorRT-RTX's.
     """
@@ -88,4 +87,4 @@ def engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
             "--formats onnx,tensorrt on the GPU that serves, or choose --backend python or "
             "onnxruntime"
         )
-    return bundle.file(flavours["tensorrt"].file)
+    return bundle.part(flavours["tensorrt"].file)

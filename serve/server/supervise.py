@@ -21,7 +21,7 @@ from typing import Any
 
 from contract.errors import first_line
 from serve.errors import ServerError
-from serve.repository.versions import STAGED
+from serve.repository.contents import STAGED
 from serve.server.process import Server
 from serve.server.rest import Refused, Tensor
 from serve.server.stubs import Stub, find_stubs, remove_regions

@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from contract.gpu import compute_capabilities
-from contract.manifest import MANIFEST, read_manifest
+from contract.manifest import MANIFEST, add_files, read_manifest
 from export.bench.__main__ import main as bench
 from export.bench.timing import Feeds, fastest
 from export.runtimes.base import Bound
@@ -115,6 +115,9 @@ def test_rows_that_do_not_say_what_torch_says_are_marked(small_bundle, tmp_path)
     weights.CopyFrom(numpy_helper.from_array(values[::-1].copy(), weights.name))
     onnx.save(model, copy / "head_mae.onnx")
     wanted = ("--batches", 1, "--graphs", "head_mae", "head_cls")
+    done = time(copy, *wanted, "--output", tmp_path)
+    assert done.returncode == 2 and "head_mae.onnx: does not match its sha256" in done.stderr
+    add_files(copy, ["head_mae.onnx"])
     done = time(copy, "--run", small_bundle.parent / "run", *wanted, "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     wrong = {(row["graph"], row["runtime"]) for row in rows_of(tmp_path) if not row["agrees"]}

@@ -111,6 +111,19 @@ def test_an_output_above_what_is_read_is_refused(tmp_path, option):
     )
 
 
+def test_the_current_and_the_home_folder_stay(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    with pytest.raises(UserError, match="is or holds the current folder"):
+        check_output(copy, True, {})
+    monkeypatch.chdir(copy.parent)
+    monkeypatch.setenv("HOME", str(copy / "me"))
+    with pytest.raises(UserError, match="is or holds the home folder"):
+        check_output(copy, True, {})
+    os.mkfifo(copy.parent / f".{copy.name}.1.tmp")  # a killed export's would have such a name
+    monkeypatch.setenv("HOME", "/")
+    assert check_output(copy, True, {}) == copy
+
+
 def test_force_replaces_bundles_of_other_formats_and_damaged_ones_and_empty_folders(copy, tmp_path):
     content = json.loads((copy / MANIFEST).read_text()) | {"format": 1}
     (copy / MANIFEST).write_text(json.dumps(content))
@@ -397,7 +410,6 @@ def replace_by_link(path: Path, elsewhere: Path) -> None:
 
 CHANGES = {
     "backbone.onnx": lambda b, out: replace_by_link(b / "backbone.onnx", out / "elsewhere.onnx"),
-    "manifest.json": lambda b, out: replace_by_link(b / "manifest.json", out / "elsewhere.json"),
     "link": lambda b, _: (b / "link").symlink_to(b / "backbone.onnx"),
     "dangling": lambda b, _: (b / "dangling").symlink_to("nowhere"),
     "folder-link": lambda b, out: (b / "folder-link").symlink_to(out),
@@ -416,6 +428,12 @@ def test_whatever_does_not_belong_in_a_bundle_is_found(copy, tmp_path, name):
     assert name in {name for name, problem in found.items() if problem}
     done = run_here(copy, command=check)
     assert done.returncode == 1 and name.split("\udcff")[0] in done.stdout
+
+
+def test_a_manifest_that_is_a_link_is_refused(copy, tmp_path):
+    replace_by_link(copy / MANIFEST, tmp_path / "elsewhere.json")
+    done = run_here(copy, command=check)
+    assert done.returncode == 2 and f"{MANIFEST} is a link" in done.stderr
 
 
 def test_a_listed_pipe_is_no_file_and_nobody_waits_for_it(copy):
