@@ -7,7 +7,6 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import TextIO
 
 from contract.errors import UserError
 from serve.errors import ServerError
+from serve.server.child import Child
 from serve.server.launch import RESTRICTED, Options, Tls, choose_ports, command_line, listen
 from serve.server.loading import load_rest, one_line
 from serve.server.rest import Rest
@@ -53,22 +53,9 @@ _MESSAGE = re.compile(
 )
 """A line of Triton's log in either of its formats: level and time, thread, place, message."""
 
-_LAUNCH = """\
-import ctypes, os, signal, sys
-# PR_SET_PDEATHSIG: however the parent ends, tritonserver drains and ends
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-os.getppid() == int(sys.argv[1]) or sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Run by a Python of its own, because code between fork and exec is unsafe in a process with
-threads.
-"""
-
 
 class Server:
-    """One tritonserver process; `start`, then `stop`, from the main thread: the process ends with
-    the thread that made it.
-    """
+    """One tritonserver process; `start`, then `stop`. It does not outlive this process."""
 
     def __init__(
         self,
@@ -86,7 +73,7 @@ class Server:
         self.admin_key = secrets.token_urlsafe(24)
         self.restarts: dict[str, int] = {}
         self.server_restarts = 0
-        self.process: subprocess.Popen | None = None
+        self.process: Child | None = None
         self.narrowed: dict[str, str] = {}
         """Configurations of models of which a version had to be left out."""
         self.regions: set[str] = set()
@@ -168,18 +155,14 @@ class Server:
     def start_once(self) -> None:
         """Launch tritonserver and wait until every model answers."""
         self._errors, self._complaints = [], []
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self.command]
-        self.process = subprocess.Popen(
-            launch,
+        self.process = Child(
+            self.command,
+            self.options.exit_seconds,
             env={**os.environ, **self.tritonserver.environment},
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # a group of its own: Ctrl-C in a terminal reaches this process only, and stubs can be
-            # ended with it
-            start_new_session=True,
         )
         self._reader = threading.Thread(
             target=self.pass_on, args=(self.process.stdout,), daemon=True
@@ -295,9 +278,7 @@ class Server:
         """Kill tritonserver and its stub processes."""
         if self.process is None:
             return
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.end()
         self._reader.join(5)
         remove_regions(self.regions)
         self.regions.clear()
