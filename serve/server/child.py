@@ -19,10 +19,10 @@ exec 3<&0 </dev/null
 shift
 exec "$@" 3<&-
 """
-"""The shell becomes the command. Its watcher waits for the end of a pipe whose other end this process
-holds, and stays in the group, so that it ends with it. A signal at
-the parent's death (PR_SET_PDEATHSIG) would be one signal only, to one process of the group, and
-lost where the command hangs in its exit handlers.
+"""The shell becomes the command. Its watcher waits for the end of a pipe whose other end this
+process holds, and stays in the group, so that it ends with it. A signal at the parent's death
+(PR_SET_PDEATHSIG) would be a single one, to one process of the group, and lost where the command
+hangs in its exit handlers.
 """
 
 

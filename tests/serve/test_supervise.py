@@ -14,12 +14,13 @@ from serve.bundle import read_bundle
 from serve.errors import ServerError
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
+from serve.server.backend import PICTURE, describe
 from serve.server.launch import Options
 from serve.server.process import Server
 from serve.server.rest import Tensor
 from serve.server.state import read_state
 from serve.server.stubs import SHARED_MEMORY, Stub, find_stubs, remove_stale_regions
-from serve.server.supervise import PICTURE, Supervisor, describe
+from serve.server.supervise import Supervisor
 from serve.server.triton import find_tritonserver
 from tests.conftest import need_tritonserver
 from tests.serve.running import Load, Run, ask, processes, until
