@@ -4,6 +4,7 @@ stopped.
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import importlib.util
 import os
@@ -182,7 +183,9 @@ def _run(
 ) -> int:
     from serve.bundle import read_bundle
     from serve.server.checks import check_backend, check_gpus, check_repository
+    from serve.server.orphans import end_orphans
     from serve.server.process import Server
+    from serve.server.space import check_shared_memory
     from serve.server.stubs import remove_stale_regions
     from serve.server.supervise import Supervisor
     from serve.server.triton import find_tritonserver
@@ -190,6 +193,7 @@ def _run(
     with Signals() as signals, _make_workspace() as workspace:
         result = find_tritonserver(tritonserver, workspace)
         repository = kept or workspace / "repository"
+        end_orphans(repository, say)
         # refuse what can be refused before graphs are copied
         bundle = read_bundle(bundle_folder) if bundle_folder else None
         settings = check_repository(repository, bundle, settings)
@@ -202,6 +206,7 @@ def _run(
         if not repository.exists() or not any(repository.iterdir()):
             make_repository(bundle, repository, settings, durable=kept is not None)
         remove_stale_regions()
+        check_shared_memory(repository)
         signals.server = server
         try:
             seconds = server.start()
@@ -225,9 +230,12 @@ def _make_workspace() -> Iterator[Path]:
     """A temporary folder that is gone afterwards, as are those of killed runs, whose locks
     are free.
     """
+    from serve.server.orphans import end_orphans
+
     for old in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}*/lock"):
         with contextlib.suppress(OSError), open(old, "rb") as file:  # another user's, or in use
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            end_orphans(old.parent / "repository", say)
             shutil.rmtree(old.parent, ignore_errors=True)
     with (
         tempfile.TemporaryDirectory(prefix=WORKSPACE) as folder,
@@ -238,9 +246,15 @@ def _make_workspace() -> Iterator[Path]:
 
 
 def say(line: str) -> None:
-    """Print a line and flush it, in one write because threads print too."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    """Print a line and flush it, in one write because threads print too. A full disk loses the
+    line, not the server.
+    """
+    try:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
 
 
 class Signals:

@@ -16,9 +16,11 @@ from typing import TextIO
 
 from contract.errors import UserError
 from serve.errors import ServerError
+from serve.server.activity import Activity
 from serve.server.child import Child
 from serve.server.launch import RESTRICTED, Options, Tls, choose_ports, command_line, listen
 from serve.server.loading import load_rest, one_line
+from serve.server.orphans import owner
 from serve.server.rest import Rest
 from serve.server.state import State, remove_state, write_state
 from serve.server.stubs import find_stubs, remove_regions
@@ -43,6 +45,11 @@ its processes (boost's lock_exception; server#8882): another start is made then,
 does later.
 """
 
+_HANG_SECONDS = 30.0
+"""A start hangs in which nothing was logged and no process did anything for so long."""
+
+_LOOK_SECONDS = 0.5
+
 _UNLOAD_SECONDS = 5.0
 """For unloading, which never ends where a backend was killed."""
 
@@ -52,6 +59,10 @@ _MESSAGE = re.compile(
     r'"?(?P<text>.*?)"? *$'
 )
 """A line of Triton's log in either of its formats: level and time, thread, place, message."""
+
+
+class _Hang(ServerError):
+    """A start that was cut because nothing happened."""
 
 
 class Server:
@@ -80,11 +91,16 @@ class Server:
         """Shared memory of stub processes; tritonserver does not remove that of those that were
         killed.
         """
+        self.unsaved = False
+        """Whether the state file is older than the counts, because its disk was full."""
         self.stopping = False
         self._ready = False
         self._drained = 0.0
         self._errors: list[str] = []
         self._complaints: list[str] = []
+        self._heard = 0.0
+        self._last = ""
+        """The last line of the log, and when it came."""
         names = ("grpc", "http", "metrics")
         self.ports = choose_ports(
             {name: getattr(options, f"{name}_port") for name in names}, options.host
@@ -143,22 +159,33 @@ class Server:
                         self.process.wait(2)
                 status = self.process.poll()
                 self.kill()
-                if status not in _CRASHES or self.stopping or not left:
+                if isinstance(error, OSError) and status is None:
+                    error = ServerError(f"tritonserver did not answer while it started ({error})")
+                    again = "gave no answer"
+                elif isinstance(error, _Hang):
+                    again = f"did nothing for {_HANG_SECONDS:.0f} s"
+                elif status in _CRASHES:
+                    again = f"crashed while it started (signal {-status})"
+                else:
                     raise
-                self.log(
-                    f"tritonserver crashed while it started (signal {-status}): starting it again"
-                )
+                if self.stopping or not left:
+                    raise error
+                self.log(f"tritonserver {again}: starting it again")
+        if self._ready:
+            self.try_save()
+        else:
+            self.save()  # a start that nobody could find is a mistake; a restart is not given up
         self._ready = True
-        self.save()
         return time.monotonic() - began
 
     def start_once(self) -> None:
         """Launch tritonserver and wait until every model answers."""
         self._errors, self._complaints = [], []
+        self._heard = time.monotonic()
         self.process = Child(
             self.command,
             self.options.exit_seconds,
-            env={**os.environ, **self.tritonserver.environment},
+            env={**os.environ, **self.tritonserver.environment, **owner()},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -182,15 +209,26 @@ class Server:
         """Return when the server says READY; raises ServerError if it ends before, or is not by the
         deadline.
         """
+        activity, idle, look = Activity(time.monotonic()), 0.0, 0.0
         while not self.rest.ready():
             if self.process.poll() is not None:
                 raise self.explain_end()
             if self.stopping:
                 raise ServerError("stopped before it was ready")
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise ServerError(
                     f"tritonserver was not ready within {self.options.start_seconds:.0f} s "
                     "(--start-timeout gives it more)"
+                )
+            if now > look:
+                look = now + _LOOK_SECONDS
+                pids = [self.process.pid, *(stub.pid for stub in find_stubs(self.process.pid))]
+                idle = min(activity.idle(pids, now), now - self._heard)
+            if idle > _HANG_SECONDS:
+                raise _Hang(
+                    f"tritonserver hung {_STARTS} times while it started: "
+                    f"{one_line(self._last) or 'it logged nothing'}"
                 )
             time.sleep(0.05)
 
@@ -199,6 +237,7 @@ class Server:
         begun = False
         with stream:
             for line in map(str.rstrip, stream):
+                self._heard, self._last = time.monotonic(), line
                 message = _MESSAGE.match(line)
                 begun = begun or message is not None
                 if not begun:  # before the log begins: an error about flags, then its help
@@ -210,7 +249,9 @@ class Server:
                     self._drained = time.monotonic()
                 if message and (message["level"] or message["iso"]) in "EF":
                     self._errors.append(message["text"])
-                self.log(line.replace(self.admin_key, "…"))
+                # whatever becomes of the log, tritonserver must not wait for a reader
+                with suppress(OSError):
+                    self.log(line.replace(self.admin_key, "…"))
 
     def explain_end(self) -> Exception:
         """The reason that tritonserver logged for ending before it was ready."""
@@ -234,7 +275,7 @@ class Server:
         )
 
     def save(self) -> None:
-        """Write the state file; called whenever a count changes."""
+        """Write the state file; raises UserError where it cannot be written."""
         state = State(
             pid=os.getpid(),
             server_pid=self.process.pid,
@@ -246,6 +287,17 @@ class Server:
             server_restarts=self.server_restarts,
         )
         write_state(self.repository, state)
+
+    def try_save(self) -> None:
+        """Write the state file if that is possible, and note whether it was."""
+        try:
+            self.save()
+        except (OSError, UserError) as error:
+            if not self.unsaved:
+                self.log(f"supervisor: counts of restarts are not written: {error}")
+            self.unsaved = True
+        else:
+            self.unsaved = False
 
     def drain(self) -> None:
         """Stop accepting requests, and end when the accepted ones are answered. Safe in a

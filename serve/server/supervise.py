@@ -19,13 +19,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from contract.errors import first_line
+from contract.errors import UserError, first_line
 from serve.errors import ServerError
 from serve.repository.versions import STAGED
 from serve.server.activity import Activity, cpu_seconds
 from serve.server.backend import Backend, Canary, describe
 from serve.server.process import Server
 from serve.server.rest import Refused
+from serve.server.space import FULL, Space
 from serve.server.stubs import Stub, find_stubs, remove_regions
 
 _LOOK_SECONDS = 0.5
@@ -76,6 +77,7 @@ class Supervisor:
         self.dismissed: dict[Stub, float] = {}
         self.deaths: list[float] = []
         self.survey_due = 0.0
+        self.space = Space(server.repository, log)
         self.heard = time.monotonic()
         """When tritonserver last answered."""
         self.activity = Activity(self.heard)
@@ -112,8 +114,9 @@ class Supervisor:
         self.server.regions.update(stub.region for stub in stubs)
         surveyed = now >= self.survey_due
         if surveyed:
-            self.survey(now)
             self.survey_due = now + _SURVEY_SECONDS
+            self.check_space(now)
+            self.survey(now)
         for backend in self.backends.values():
             self.count(backend, stubs)
             self.judge(backend, now)
@@ -123,6 +126,14 @@ class Supervisor:
             backend for backend in self.backends.values() if backend.reason and now >= backend.retry
         ]
         list(self.pool.map(lambda backend: self.replace(backend, stubs), dead))
+
+    def check_space(self, now: float) -> None:
+        """Say which folders are full; where there is room again, go on at once with what failed."""
+        if self.space.look():
+            for backend in self.backends.values():
+                backend.retry = min(backend.retry, now)
+        if self.server.unsaved:
+            self.server.try_save()
 
     def survey(self, now: float) -> None:
         """List the models and what they answered; send canaries to those that answered
@@ -231,6 +242,11 @@ class Supervisor:
                     backend.canary_seconds = min(answer.seconds)
                     backend.due = now + min(CANARY_SECONDS, sum(answer.seconds) / CANARY_SHARE)
                 continue
+            if any(words in answer.wrong for words in FULL):
+                # loading it again would take more room for a while
+                backend.due = now + CANARY_SECONDS
+                self.log(f"supervisor: {backend.model} cannot take a request: {answer.wrong}")
+                continue
             backend.strikes += 1
             certain = "is not healthy" in answer.wrong
             if (certain or backend.strikes > 1) and self.server.rest.model_ready(
@@ -267,6 +283,8 @@ class Supervisor:
         now = time.monotonic()
         if wrong:
             backend.quick, backend.retry = backend.quick + 1, now + min(60, 2**backend.quick)
+            if lack := self.space.explain():
+                wrong = f"{lack} ({wrong})"
             self.log(
                 f"supervisor: {model} did not recover: {wrong} (next attempt in "
                 f"{backend.retry - now:.0f} s)"
@@ -274,7 +292,7 @@ class Supervisor:
             return
         with self.counting:
             count = self.server.restarts[model] = self.server.restarts.get(model, 0) + 1
-            self.server.save()
+            self.server.try_save()
         self.log(f"supervisor: {model} is back after {now - began:.1f} s (restart {count})")
         end(hung)
         backend.old |= {stub.pid for stub in mine}
@@ -331,7 +349,7 @@ class Supervisor:
                 return
             try:
                 seconds = self.server.start()
-            except ServerError as error:
+            except (ServerError, UserError) as error:  # a port may have been taken meanwhile
                 how = str(error)
                 continue
             if self.server.stopping:
@@ -339,7 +357,7 @@ class Supervisor:
             self.heard = time.monotonic()
             self.activity = Activity(self.heard)
             self.server.server_restarts += 1
-            self.server.save()
+            self.server.try_save()
             self.log(
                 f"supervisor: tritonserver is back after {seconds:.1f} s (restart "
                 f"{self.server.server_restarts})"
