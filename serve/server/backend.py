@@ -98,7 +98,10 @@ class Backend:
     replaced: float = -math.inf
     quick: int = 0
     """Deaths in a row that came soon after a replacement."""
+    failed: int = 0
+    """Attempts in a row to load it again that failed."""
     retry: float = 0.0
+    """When the next attempt may be made."""
     reason: str = ""
     hung: set[int] = field(default_factory=set)
     old: set[int] = field(default_factory=set)
@@ -200,7 +203,7 @@ class Backend:
     def forget(self) -> None:
         """Begin anew with the processes of a model that was loaded again."""
         self.reason, self.hung, self.canaries, self.refused_since = "", set(), [], math.inf
-        self.complete, self.short, self.strikes = False, 0, 0
+        self.complete, self.short, self.strikes, self.failed = False, 0, 0, 0
         self.activity, self.window, self.missed = {}, None, {}
 
 

@@ -48,6 +48,8 @@ _STEADY_SECONDS = 60.0
 """A model that stayed up so long is replaced at once when it dies; one that did not waits twice as
 long each time.
 """
+_RETRY_SECONDS = 60.0
+"""The longest pause between two attempts to load a model."""
 SERVER_STARTS, SERVER_WINDOW = 5, 600.0
 """A tritonserver that died is started again so often in so many seconds."""
 
@@ -270,7 +272,7 @@ class Supervisor:
         if not others:
             end(hung)  # their clients would wait for ever
         backend.quick = backend.quick + 1 if began - backend.replaced < _STEADY_SECONDS else 0
-        backend.retry = began + min(60, 2**backend.quick if backend.quick > 1 else 0)
+        backend.retry = began + min(_RETRY_SECONDS, 2**backend.quick if backend.quick > 1 else 0)
         try:
             # Triton loads what has changed
             os.utime(min((self.server.repository / model / backend.version).iterdir()))
@@ -282,7 +284,8 @@ class Supervisor:
             return
         now = time.monotonic()
         if wrong:
-            backend.quick, backend.retry = backend.quick + 1, now + min(60, 2**backend.quick)
+            backend.failed += 1
+            backend.retry = now + min(_RETRY_SECONDS, 2**backend.failed)
             if lack := self.space.explain():
                 wrong = f"{lack} ({wrong})"
             self.log(
