@@ -5,26 +5,28 @@ standard operators, has the inputs and outputs of the manifest, and reads no fil
 Needs onnx, no torch.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.errors import UserError, first_line
+from contract.graph_check import DOMAINS, MOST_BYTES, absurd, reach
 from contract.manifest import GraphRecord, Manifest
 from contract.text_encoder import read_text_encoder
+from contract.untrusted import open_file, read_file
 
 if TYPE_CHECKING:
     import onnx
 
-_DOMAINS = ("", "ai.onnx")
-"""Of operators that a graph may have: those of ONNX itself, which runtimes do not load from
-files.
-"""
 
-
-def graph_problem(bundle: Path, manifest: Manifest, record: GraphRecord) -> str:
-    """What is wrong with a graph's file, "" if nothing is."""
-    model, problem = _open_graph(bundle, manifest, record.file, record.opset)
+def graph_problem(
+    bundle: Path, manifest: Manifest, record: GraphRecord, data: bytes | None = None
+) -> str:
+    """What is wrong with a graph's file, "" if nothing is; `data` are its bytes where they were
+    read already.
+    """
+    model, problem = _open_graph(bundle, manifest, record.file, record.opset, data)
     if model is None:
         return problem
     for values, tensors in (
@@ -43,12 +45,14 @@ def graph_problem(bundle: Path, manifest: Manifest, record: GraphRecord) -> str:
     return ""
 
 
-def encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
+def encoder_problem(
+    bundle: Path, manifest: Manifest, name: str, read: Callable[[str], bytes] | None = None
+) -> str:
     """What is wrong with the text encoder that a file of `export.text` describes, "" if nothing
-    is.
+    is; `read` gives a file's bytes where more than reading it is to be done.
     """
     try:
-        about = read_text_encoder(bundle / name)
+        about = read_text_encoder(bundle / name, read(name) if read else None)
     except UserError as error:
         return str(error)
     for part in (about.graph, about.tokenizer.vocabulary):
@@ -56,7 +60,8 @@ def encoder_problem(bundle: Path, manifest: Manifest, name: str) -> str:
             return f"{part.file} is not in the manifest"
         if manifest.files[part.file] != part.sha256:  # the files are held against the manifest
             return f"{part.file} is not the one that {name} describes"
-    model, problem = _open_graph(bundle, manifest, about.graph.file, about.graph.opset)
+    data = read(about.graph.file) if read else None
+    model, problem = _open_graph(bundle, manifest, about.graph.file, about.graph.opset, data)
     if model is None:
         return problem
     wanted = [(port.name, port.dtype, port.shape) for port in (about.input, about.output)]
@@ -76,66 +81,36 @@ def weight_dtypes(model: "onnx.ModelProto") -> tuple[str, ...]:
 
 
 def _open_graph(
-    bundle: Path, manifest: Manifest, file: str, opset: int
+    bundle: Path, manifest: Manifest, file: str, opset: int, data: bytes | None
 ) -> "tuple[onnx.ModelProto | None, str]":
     """A graph's model without its external weights, or None and what is wrong with the file."""
     import onnx
 
-    path = bundle / file
+    path, weights = bundle / file, f"{file}.data"
     if file not in manifest.files:
         return None, "its file is not in the manifest"
-    if path.is_symlink() or not path.is_file():
-        return None, "its file is missing"
     try:
-        model = onnx.load(path, load_external_data=False)
+        data = read_file(path, MOST_BYTES) if data is None else data
+        size = 0
+        if weights in manifest.files:
+            with open_file(bundle / weights) as beside:
+                size = os.fstat(beside.fileno()).st_size
+    except UserError as error:
+        return None, str(error)
+    try:
+        model = onnx.load_model_from_string(data)
         # before the checker, which opens the files that weights are said to be in
-        if problem := _reach(model, file, manifest):
+        if problem := reach(model, weights, size):
             return None, problem
-        onnx.checker.check_model(str(path), full_check=True)
+        # the checker finds weights beside a file, and reads no others by now
+        onnx.checker.check_model(str(path) if size else data)
+        if problem := absurd(model):
+            return None, problem
     # protobuf, checker and shape inference each raise their own
     except Exception as error:
         return None, f"not valid ONNX ({first_line(error)})"
-    result = next((entry.version for entry in model.opset_import if entry.domain in _DOMAINS), None)
+    result = next((entry.version for entry in model.opset_import if entry.domain in DOMAINS), None)
     return (model, "") if result == opset else (None, f"opset {result}, the manifest says {opset}")
-
-
-def _reach(model: "onnx.ModelProto", file: str, manifest: Manifest) -> str:
-    """What a graph wants beside itself and its own weights, "" if nothing."""
-    import onnx
-
-    weights = f"{file}.data"
-    # a library of operators would be loaded by the name of its domain, and a function replaces one
-    foreign = [entry.domain for entry in model.opset_import if entry.domain not in _DOMAINS]
-    if foreign or model.functions:
-        name = (foreign or [model.functions[0].name])[0]
-        return f"operators that are not ONNX's own ('{name[:60]}')"
-    for message in _messages(model.graph):
-        if isinstance(message, onnx.NodeProto) and message.domain not in _DOMAINS:
-            return f"operators that are not ONNX's own ('{message.domain[:60]}')"
-        if isinstance(message, onnx.TensorProto):
-            kept = {entry.key: entry.value for entry in message.external_data}
-            outside = message.data_location == onnx.TensorProto.EXTERNAL or kept
-            if outside and (kept.get("location") != weights or weights not in manifest.files):
-                return f"weights in '{kept.get('location', '')[:60]}', which is not its own file"
-    return ""
-
-
-def _messages(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto | onnx.TensorProto]":
-    """Every node and tensor of a graph and of the graphs inside its nodes."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield sparse.values
-        yield sparse.indices
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            yield attribute.t
-            yield from attribute.tensors
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield sparse.values
-                yield sparse.indices
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _messages(inner)
 
 
 def _describe(value: "onnx.ValueInfoProto") -> tuple[str, str, tuple[int | str, ...]]:

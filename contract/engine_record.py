@@ -106,11 +106,13 @@ class EngineRecord(Record):
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first complaint of pydantic's, with the field's name and value, on one line."""
+    """The first complaint of pydantic's, with the field's name and value, on one line of bounded
+    length.
+    """
     problem = error.errors()[0]
     place, message = (
-        ".".join(map(str, problem["loc"])),
-        problem["msg"].removeprefix("Value error, "),
+        ".".join(map(str, problem["loc"]))[:200],
+        problem["msg"].removeprefix("Value error, ")[:600],
     )
     given = (
         ""

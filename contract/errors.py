@@ -54,6 +54,8 @@ def exit_status(command: Callable[[], int | None]) -> int:
         status = 2
         # A DataLoader worker's error comes with its traceback in front; the last line is ours.
         message = str(error).strip().splitlines()[-1].removeprefix("contract.errors.UserError: ")
+        # what a stranger's file says may be in it, and must not move a terminal's cursor
+        message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)
     except OSError as error:
         if error.errno == errno.EPIPE and _reader_has_gone():
             return 128 + signal.SIGPIPE

@@ -23,8 +23,8 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
+    """Hex sha256 of a file; nobody waits for a pipe."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -80,6 +80,18 @@ def write_all_atomically(
         for temporary in temporaries.values():
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def check_place(place: Path, what: str) -> None:
+    """Raise UserError, which begins with `what`, for a folder that must not be replaced whatever it
+    holds: where a file system is mounted, the current and the home folder, and those above them.
+    """
+    if place.is_mount():
+        raise UserError(f"{what} is where a file system is mounted: name a folder inside it")
+    for kind, folder in (("current", Path.cwd), ("home", Path.home)):
+        with contextlib.suppress(OSError, RuntimeError):  # the folder is gone, or there is none
+            if folder().resolve().is_relative_to(place):
+                raise UserError(f"{what} is or holds the {kind} folder: name one inside it")
 
 
 @contextmanager

@@ -8,16 +8,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from safetensors.numpy import save
 
-from contract.errors import UserError
+from contract.engine_record import first_problem
+from contract.errors import UserError, first_line
+from contract.names import Name
 from contract.signature import IMAGE
+from contract.untrusted import parse_json, read_tensors
 
 GOLDEN = "golden.safetensors"
 _FORMAT = 2
+_Bounds = tuple[Annotated[float, Field(ge=-1, le=1)], Annotated[float, Field(ge=0, le=1e9)]]
+_Picture = Annotated[str, StringConstraints(max_length=255)]
 
 
 @dataclass(frozen=True)
@@ -55,32 +61,48 @@ class Golden:
         return save(tensors, {"golden": json.dumps(about, sort_keys=True)})
 
 
-def read_golden(path: Path) -> Golden:
-    """Read golden.safetensors; raises UserError for a file of something else."""
+class _About(BaseModel):
+    """The JSON of a golden set's metadata."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    precision: Annotated[str, Field(max_length=100)]
+    bounds: _Bounds
+    allowed: dict[Name, _Bounds]
+    pictures: Annotated[tuple[_Picture, ...], Field(min_length=1)]
+
+
+def read_golden(path: Path, data: bytes | None = None) -> Golden:
+    """Read golden.safetensors, or its bytes where they were read already; raises UserError for a
+    file of something else.
+    """
+    metadata, tensors = read_tensors(path, data, "export again")
     try:
-        with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        about = json.loads(metadata["golden"]) if "golden" in metadata else metadata
-        if about["format"] != _FORMAT:
+        about = parse_json(metadata["golden"]) if "golden" in metadata else metadata
+        if not isinstance(about, dict) or about.get("format") != _FORMAT:
+            version = about.get("format") if isinstance(about, dict) else None
             raise UserError(
-                f"{path} is of format {about['format']}, this version reads {_FORMAT}: export again"
+                f"{path} is of format {version!r:.20}, this version reads {_FORMAT}: export again"
             )
-        least, most = about["bounds"]
-        allowed = {
-            name: (float(cosine), float(relative))
-            for name, (cosine, relative) in about["allowed"].items()
-        }
-        return Golden(
-            tensors.pop(IMAGE),
-            tensors,
-            (float(least), float(most)),
-            tuple(about["pictures"]),
-            allowed,
-            about["precision"],
+        known = _About.model_validate(about)
+        image = tensors.pop(IMAGE)
+    except ValidationError as error:
+        raise UserError(
+            f"{path} is not a golden set ({first_problem(error)}): export again"
+        ) from error
+    except (KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path} is not a golden set ({first_line(error)}): export again"
+        ) from error
+    rows = {len(tensor) if tensor.ndim else 0 for tensor in (image, *tensors.values())}
+    if image.dtype != np.uint8 or image.ndim != 4 or rows != {len(known.pictures)}:
+        raise UserError(
+            f"{path} is not a golden set (its tensors are not of {len(known.pictures)} pictures): "
+            "export again"
         )
-    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a golden set ({error}): export again") from error
+    return Golden(image, tensors, known.bounds, known.pictures, known.allowed, known.precision)
 
 
 def compare(golden: Golden, answers: Mapping[str, np.ndarray | None]) -> list[str]:

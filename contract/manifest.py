@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_core import to_json
 
 from contract.engine_record import EngineRecord, Record, first_problem
-from contract.errors import UserError
+from contract.errors import UserError, one_line
 from contract.files import file_sha256, write_atomically
 from contract.names import MANIFEST, SIGNATURE, Axis, FileName, GraphFile, Name, Sha256, Side
 from contract.signature import (
@@ -30,6 +30,7 @@ from contract.signature import (
     head_graph,
 )
 from contract.tasks import TASKS
+from contract.untrusted import parse_json, read_file
 
 FORMAT = 5
 """Version of the schema. 2: types of each graph's weights, engines' records. 4: a teacher may have
@@ -75,7 +76,7 @@ class GraphRecord(Record):
     outputs: Annotated[tuple[TensorRecord, ...], Field(min_length=1)]
     precision: Precision
     """As requested; small graphs may compute in float32 all the same."""
-    dtypes: tuple[str, ...]
+    dtypes: tuple[Name, ...]
     """Types of the graph's weights and other constants (initialisers), sorted."""
     opset: int
     about: dict[str, Any] = Field(default_factory=dict)
@@ -300,33 +301,35 @@ class Manifest(Record):
         )
 
 
-def read_manifest(bundle: Path) -> Manifest:
-    """Read BUNDLE/manifest.json, of this format or an older one that can be upgraded.
-
-    Raises UserError for a folder without one, and for a manifest that is damaged or was changed.
-    """
-    path = bundle / MANIFEST
-    if not path.is_file():
+def manifest_bytes(bundle: Path) -> bytes:
+    """What BUNDLE/manifest.json holds; raises UserError for a folder without one."""
+    if not os.path.lexists(bundle / MANIFEST):
         raise UserError(
             f"{bundle} is not a bundle: {MANIFEST} is missing. Create one with `python -m "
             "export.run`"
         )
-    if path.stat().st_size > _MOST_BYTES:
-        raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes, a manifest at most {_MOST_BYTES:,}: export "
-            "again"
-        )
-    data = path.read_bytes()
+    return read_file(bundle / MANIFEST, _MOST_BYTES)
+
+
+def read_manifest(bundle: Path, data: bytes | None = None) -> Manifest:
+    """Read BUNDLE/manifest.json, of this format or an older one that can be upgraded; `data` are
+    its bytes where they were read already.
+
+    Raises UserError for a folder without one, and for a manifest that is damaged or was changed.
+    """
+    path = bundle / MANIFEST
+    data = manifest_bytes(bundle) if data is None else data
     try:
-        content = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
+        content = parse_json(data)
+    except ValueError as error:
         raise UserError(
             f"{path} is not whole JSON ({error}): copy the bundle again, or export again"
         ) from error
     version = content.get("format") if isinstance(content, dict) else type(content).__name__
     if type(version) is not int or version not in (*_UPGRADES, FORMAT):
         raise UserError(
-            f"{path} is of format {version}, this version reads {_known_formats()}: export again"
+            f"{path} is of format {one_line([str(version)])[:40]}, this version reads "
+            f"{_known_formats()}: export again"
         )
     # The seal is of the bytes as they were written, so it is compared before any upgrade.
     try:
@@ -374,17 +377,22 @@ def _known_formats() -> str:
     return f"{', '.join(map(str, older))} and {last}"
 
 
-def add_files(bundle: Path, names: Sequence[str]) -> None:
-    """Enter files written into a bundle later (class embeddings, say) in its manifest, by rename.
+def add_files(bundle: Path, names: Sequence[str]) -> bool:
+    """Enter files written into a bundle later (class embeddings, say) in its manifest, by rename;
+    returns whether it was signed, which it is no longer.
 
     A folder without a manifest is left as it is. Raises UserError for a manifest that is damaged.
     """
     if not (bundle / MANIFEST).exists():
-        return
+        return False
     manifest = read_manifest(bundle)
     files = manifest.files | {name: file_sha256(bundle / name) for name in names}
     data = manifest.model_copy(update={"files": files}).sealed().to_bytes()
+    signed = (bundle / SIGNATURE).is_file()
+    if signed:
+        (bundle / SIGNATURE).unlink()
     write_atomically(bundle / MANIFEST, lambda temporary: temporary.write_bytes(data))
+    return signed
 
 
 def entries(folder: Path) -> dict[str, int]:

@@ -3,7 +3,6 @@
 Whoever reads it uses this schema, because a bundle may come from anybody.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from contract.engine_record import first_problem
 from contract.errors import UserError, first_line
 from contract.names import Axis, FileName, GraphFile, Name, Sha256
+from contract.untrusted import parse_json, read_file
 
 TEXT_ENCODER = "text_encoder.json"
 FORMAT: Literal[1] = 1
@@ -84,20 +84,17 @@ class TextEncoder(_Part):
     tokenizer: TokenizerOf
 
 
-def read_text_encoder(path: Path) -> TextEncoder:
-    """Read text_encoder.json; raises UserError for a file that is not of this schema."""
+def read_text_encoder(path: Path, data: bytes | None = None) -> TextEncoder:
+    """Read text_encoder.json, or its bytes where they were read already; raises UserError for a
+    file that is not of this schema.
+    """
+    again = "make it again with python -m export.text --with-encoder"
+    data = read_file(path, _MOST_BYTES, again) if data is None else data
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UserError(f"{path} is no text encoder's description: more than a megabyte")
-        content = json.loads(path.read_bytes().decode())
-        return TextEncoder.model_validate(content)
+        return TextEncoder.model_validate(parse_json(data))
     except ValidationError as error:
         raise UserError(
-            f"{path} does not describe an encoder: {first_problem(error)} (make it again with "
-            "python -m export.text --with-encoder)"
+            f"{path} does not describe an encoder: {first_problem(error)} ({again})"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}): make it again with python -m "
-            "export.text --with-encoder"
-        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}): {again}") from error

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import onnx
 import onnxruntime
@@ -30,6 +31,7 @@ from contract.manifest import (
     StudentRecord,
 )
 from contract.signature import FUSED
+from contract.signing import write_signature
 from distill.runs import git_commit
 from export.describe import describe_graph, describe_teacher, licence_of
 from export.detector import Detector, describe, make_parts, open_detector, write_graphs
@@ -48,14 +50,20 @@ from export.runtimes.base import Exported, Runtime
 from export.tensorrt.engines import build_all
 from export.to_onnx import OPSET, export_part
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 log = logging.getLogger(__name__)
 
 
 def assemble(
-    options: ExportOptions, engine_options: Sequence[EngineOptions], place: Path
+    options: ExportOptions,
+    engine_options: Sequence[EngineOptions],
+    place: Path,
+    key: "Ed25519PrivateKey | None" = None,
 ) -> Manifest:
-    """Make the bundle of `options` beside its `place` and rename it; nothing is left of a failed or
-    stopped export.
+    """Make the bundle of `options` beside its `place`, sign it if there is a key, and rename it;
+    nothing is left of a failed or stopped export.
 
     Raises UserError for what the user can correct and Failure where graphs disagree with the
     student.
@@ -80,6 +88,8 @@ def assemble(
     with appearing(options.output, place, options.force) as aside:
         manifest = _fill(options, engine_options, student, detector, sizes, chosen, aside).sealed()
         (aside / MANIFEST).write_bytes(manifest.to_bytes())
+        if key:
+            write_signature(aside, manifest.to_bytes(), key)
     log.info(
         "bundle    %s, %d graphs, %.1f MB, %.0f s",
         options.output,

@@ -7,6 +7,7 @@ manifest = export_bundle(ExportOptions(run="runs/mine", output="bundles/mine", m
 """
 
 from contract.manifest import Manifest
+from contract.signing import read_private_key
 from export.options import ExportOptions
 from export.output import check_output
 
@@ -20,6 +21,8 @@ def export_bundle(options: ExportOptions) -> Manifest:
     """
     place = check_output(options.output, options.force, options.inputs)
 
+    key = read_private_key(options.sign, "--sign") if options.sign else None
+
     # torch and timm take seconds to load: mistakes in the options are reported before
     from export.assemble import assemble
     from export.tensorrt.engines import check_buildable
@@ -28,4 +31,4 @@ def export_bundle(options: ExportOptions) -> Manifest:
     engines = options.engines()
     for engine in engines:
         check_buildable(engine)
-    return assemble(options, engines, place)
+    return assemble(options, engines, place, key)

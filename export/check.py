@@ -1,21 +1,32 @@
 """`python -m export.check`: verify that a bundle is complete, valid and as its manifest says."""
 
-import json
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from contract.bundle_check import encoder_problem, graph_problem
 from contract.command_line import CommandLine
 from contract.detection import read_tokenizer
 from contract.errors import UserError, exit_status
-from contract.golden import GOLDEN
-from contract.manifest import BundledEngine, Manifest, read_manifest, verify_files
+from contract.golden import GOLDEN, read_golden
+from contract.manifest import (
+    BundledEngine,
+    Manifest,
+    manifest_bytes,
+    read_manifest,
+    verify_files,
+)
+from contract.signature import FUSED
+from contract.signing import PublicKey, add_trust, signer
 from contract.text_encoder import TEXT_ENCODER
+from contract.untrusted import open_file, parse_json, read_tensors
 
 EPILOG = """\
 examples:
   python -m export.check bundles/quickstart
+  python -m export.check bundles/quickstart --trust public.pem
 
 Verifies
   files    the sha256 of every file, and that there are no others
@@ -25,8 +36,10 @@ Verifies
   tensors  the golden set and the class embeddings
   engines  every engine's sidecar
   parity   the recorded comparisons with the student
+  signed   with --trust, that one of these keys has signed the manifest
 
-Exit status: 0 everything is correct, 1 something is wrong, 2 not a bundle.
+Exit status: 0 everything is correct, 1 something is wrong, 2 not a bundle, or
+not signed by a key of --trust.
 """
 
 
@@ -36,18 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m export.check", description="Verify a bundle of export.run.", epilog=EPILOG
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
+    add_trust(parser)
     args = parser.parse_args(arguments)
-    return exit_status(lambda: check(args.bundle))
+    return exit_status(lambda: check(args.bundle, args.trust))
 
 
-def check(bundle: Path) -> int:
-    """Verify a bundle and print a table; returns 0 if everything is correct, else 1."""
+def check(bundle: Path, trust: Sequence[Path] = ()) -> int:
+    """Verify a bundle and print a table; returns 0 if everything is correct, else 1.
+
+    Raises UserError for a folder that is not a bundle, and for one that none of the public keys to
+    `trust` has signed.
+    """
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    manifest = read_manifest(bundle)
+    keys = [PublicKey(path) for path in trust]
+    data = manifest_bytes(bundle)
+    key = signer(bundle, data, keys)
+    manifest = read_manifest(bundle, data)
     rows = [("file", name, problem) for name, problem in verify_files(bundle, manifest).items()]
+    if key:
+        rows.append(("signed", str(trust[keys.index(key)]), ""))
     rows += [
         ("graph", graph.name, graph_problem(bundle, manifest, graph)) for graph in manifest.graphs
     ]
@@ -98,6 +121,7 @@ def _detector_problem(bundle: Path, manifest: Manifest) -> str:
         if name not in outputs or outputs[name] != inputs.get(name):
             return f"the detector reads '{name}', which no graph gives in that form"
     try:
+        open_file(bundle / detector.vocabulary).close()  # nobody waits for a pipe
         read_tokenizer(bundle / detector.vocabulary)
     except ImportError:
         return "cannot be read without tokenizers: pip install tokenizers"
@@ -110,20 +134,19 @@ def _tensors_problem(path: Path, manifest: Manifest) -> str:
     """What is wrong with a file of tensors (golden set, class embeddings, or another), "" if
     nothing is.
     """
-    import numpy as np
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="np") as file:
-            about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        about, tensors = read_tensors(path)
         if path.name == "class_embeddings.safetensors":
-            classes, rows = len(json.loads(about["classes"])), len(tensors["embeddings"])
+            classes, rows = len(parse_json(about["classes"])), len(tensors["embeddings"])
             if classes != rows:
                 return f"{rows} embeddings for {classes} classes"
-        if path.name == GOLDEN and (lacking := _missing_outputs(tensors, manifest)):
-            return f"lacks {', '.join(lacking)}"
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        if path.name == GOLDEN:
+            if lacking := _missing_outputs(tensors, manifest):
+                return f"lacks {', '.join(lacking)}"
+            read_golden(path)
+    except UserError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError) as error:
         return f"cannot be read ({type(error).__name__}: {' '.join(str(error).split())})"
     odd = [
         name
@@ -135,7 +158,9 @@ def _tensors_problem(path: Path, manifest: Manifest) -> str:
 
 def _missing_outputs(tensors: Iterable[str], manifest: Manifest) -> list[str]:
     """Input and outputs of `fused` that a golden set lacks."""
-    fused = manifest.graph("fused")
+    fused = next((graph for graph in manifest.graphs if graph.name == FUSED), None)
+    if fused is None:
+        return [FUSED]
     return sorted({tensor.name for tensor in (*fused.inputs, *fused.outputs)} - set(tensors))
 
 

@@ -98,6 +98,9 @@ class ExportOptions(Options):
     strip_weights: bool = False
     refit: bool = False
 
+    sign: Path | None = None
+    """ed25519 private key (PEM) to sign the bundle with."""
+
     allow_parity_failure: bool = False
     """Record outputs that disagree with the student instead of raising Failure."""
 
@@ -178,6 +181,7 @@ class ExportOptions(Options):
             "--images": self.images,
             "--timing-cache": self.timing_cache,
             "--calibration": self.calibration_folder,
+            "--sign": self.sign,
         }
         if self.detector and Path(self.detector).is_dir():  # else a name on a hub
             paths["--detector"] = Path(self.detector)

@@ -3,7 +3,6 @@ whole or not at all (contract/files.py). What a killed export left is put in ord
 """
 
 import contextlib
-import json
 import os
 import signal
 import stat
@@ -14,8 +13,10 @@ from functools import partial
 from pathlib import Path
 
 from contract.errors import Stopped, UserError
-from contract.files import new_folder, tidy
-from contract.manifest import MANIFEST, entries, strangers
+from contract.files import check_place, new_folder, tidy
+from contract.manifest import MANIFEST, entries, manifest_bytes, strangers
+from contract.names import SIGNATURE
+from contract.untrusted import parse_json
 
 
 def check_output(output: Path, force: bool, read: Mapping[str, Path]) -> Path:
@@ -37,10 +38,7 @@ def check_output(output: Path, force: bool, read: Mapping[str, Path]) -> Path:
             raise UserError(
                 f"--output {output} {verb} {name} {path}, which is read: choose another"
             )
-    if place.is_mount():
-        raise UserError(
-            f"--output {output} is where a file system is mounted: name a folder inside it"
-        )
+    check_place(place, f"--output {output}")
     try:
         tidy(place, lambda old: not _stranger(old))
         _check_replaceable(output, place, force)
@@ -75,8 +73,9 @@ def _stranger(folder: Path) -> str:
     present, listed = entries(folder), []
     if stat.S_ISREG(present.get(MANIFEST, 0)):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            manifest = json.loads((folder / MANIFEST).read_bytes())
-            listed = [MANIFEST, *manifest["files"].keys()] if manifest["seal"] else []
+            manifest = parse_json(manifest_bytes(folder))
+            names = [MANIFEST, SIGNATURE, *manifest["files"].keys()]
+            listed = names if manifest["seal"] else []
     odd = [name for name, mode in present.items() if name in listed and not stat.S_ISREG(mode)]
     if MANIFEST in present and not listed:
         odd.append(MANIFEST)

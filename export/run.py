@@ -26,6 +26,7 @@ examples:
       --formats onnx,tensorrt-rtx --compute-capability 8.6 8.9
   python -m export.run runs/kpu --output bundles/kpu \\
       --detector IDEA-Research/grounding-dino-tiny
+  python -m export.run runs/mine --output bundles/mine --sign key.pem
 
 A bundle holds manifest.json, written last, so a folder with a manifest is
 complete. Beside it lies one ONNX graph each for the backbone, the method's
@@ -141,6 +142,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--refit", action="store_true", help="TensorRT: engines whose weights can be replaced"
+    )
+    parser.add_argument(
+        "--sign",
+        type=Path,
+        metavar="KEY",
+        help="sign the bundle with this ed25519 private key (PEM), for servers with --trust",
     )
     parser.add_argument(
         "--allow-parity-failure",

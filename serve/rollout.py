@@ -7,15 +7,14 @@ and the ensembles are switched, each in one step. The old version stays loaded u
 that `--back` is just as fast.
 """
 
-import contextlib
-import fcntl
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from contract.signing import PublicKey, add_trust
 from serve.errors import ServerError
 
 EPILOG = """\
@@ -58,15 +57,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     what.add_argument(
         "--finish", action="store_true", help="unload and delete the versions that do not serve"
     )
+    add_trust(parser)
     args = parser.parse_args(arguments)
-    return exit_status(lambda: _run(args.repository, args.bundle, args.back, args.finish))
+    return exit_status(
+        lambda: _run(args.repository, args.bundle, args.trust, args.back, args.finish)
+    )
 
 
-def _run(folder: Path, bundle: Path | None, go_back: bool, only_finish: bool) -> int:
+def _run(
+    folder: Path, bundle: Path | None, trust: Sequence[Path], go_back: bool, only_finish: bool
+) -> int:
+    from serve.repository.contents import rollout_lock
     from serve.repository.versions import Repository
     from serve.server.admin import Admin
 
-    with _locked(folder), Admin(folder) as admin:
+    keys = [PublicKey(path) for path in trust]
+    if keys and not bundle:
+        raise UserError("--trust is for --bundle: add it, or leave --trust out")
+    _check_folder(folder)
+    with rollout_lock(folder), Admin(folder) as admin:
         repository = Repository(folder)
         if only_finish:
             return finish(repository, admin)
@@ -86,22 +95,27 @@ def _run(folder: Path, bundle: Path | None, go_back: bool, only_finish: bool) ->
                 "loads it again)"
             )
             return 0
-        return _roll_out(repository, admin, bundle)
+        if repository.made_with.signed_by and not keys:
+            raise UserError(
+                f"{folder} was rendered from a signed bundle: add --trust KEY, so that this one is "
+                "checked too"
+            )
+        return _roll_out(repository, admin, bundle, keys)
 
 
-def _roll_out(repository, admin, path: Path) -> int:
+def _roll_out(repository, admin, path: Path, trust: Sequence[PublicKey]) -> int:
     """Try a bundle under other names, then switch to it."""
     from contract.golden import GOLDEN, read_golden
     from serve.bundle import read_bundle
-    from serve.repository.versions import STAGED
+    from serve.repository.contents import STAGED
 
     begun = time.perf_counter()
-    bundle = read_bundle(path)
-    golden = read_golden(bundle.file(GOLDEN))
+    bundle = read_bundle(path, trust)
+    golden = read_golden(path / GOLDEN, bundle.read(GOLDEN))
     version = repository.versions[-1] + 1
     models = repository.render(bundle, version)
     repository.check_interface(models)
-    staged = repository.stage(models, STAGED)
+    staged = repository.stage(models)
     try:
         print(f"trying    version {version} ({path}) under other names", flush=True)
         for name in staged:
@@ -116,7 +130,7 @@ def _roll_out(repository, admin, path: Path) -> int:
     finally:
         for name in reversed(staged):
             admin.unload(name)
-        repository.unstage(STAGED)
+        repository.unstage()
     loaded = []
     try:
         for model in repository.add(models, version):
@@ -151,22 +165,13 @@ def finish(repository, admin) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One rollout at a time; raises UserError for a folder that is not a repository or is being
-    changed.
-    """
+def _check_folder(folder: Path) -> None:
+    """Raise UserError for a folder that is not a repository."""
     if not (folder / "features" / "config.pbtxt").is_file():
         raise UserError(
             f"{folder} is not a repository of serve.run (start one: python -m serve.run BUNDLE "
             f"--repository {folder})"
         )
-    with open(folder / ".rollout.lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{folder}: another rollout is under way: wait for it") from error
-        yield
 
 
 if __name__ == "__main__":

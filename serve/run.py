@@ -3,21 +3,18 @@ stopped.
 """
 
 import argparse
-import contextlib
 import errno
-import fcntl
 import importlib.util
 import os
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from contract.signing import PublicKey, add_trust
 from serve.errors import ServerError
 from serve.repository.build import add_settings, make_repository, read_settings
 from serve.repository.settings import Settings
@@ -42,6 +39,8 @@ examples:
 
 --repository keeps the rendered repository: rollouts need it, and the next
 start is faster. Without BUNDLE it is served as it is, rollouts included.
+With --trust the bundle, or the one that a kept repository was rendered from,
+must be signed by one of the keys (export.sign).
 --backend tensorrt and onnxruntime need NVIDIA's container image.
 
 The first Ctrl-C or SIGTERM refuses new requests and waits for those already
@@ -57,9 +56,6 @@ are passed to tritonserver unchanged. See docs/serving.md.
 Exit status: 0 stopped on request, 1 the server failed or requests were cut
 off, 2 usage error.
 """
-
-WORKSPACE = "serve-run-"
-"""Prefix of temporary folders."""
 
 _OURS = (
     "model-repository",
@@ -97,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.repository,
             args.tritonserver,
             _read_options(args, words[split + 1 :]),
+            args.trust,
             read_settings(args),
         )
     )
@@ -124,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="executable (default: NVIDIA image, PATH, nvidia-pytriton)",
     )
+    add_trust(result)
     listening = result.add_argument_group("listening")
     listening.add_argument(
         "--host",
@@ -179,9 +177,11 @@ def _run(
     kept: Path | None,
     tritonserver: Path | None,
     options: "Options",
+    trust: Sequence[Path],
     settings: Settings,
 ) -> int:
     from serve.bundle import read_bundle
+    from serve.repository.contents import set_aside
     from serve.server.checks import check_backend, check_gpus, check_repository
     from serve.server.orphans import end_orphans
     from serve.server.process import Server
@@ -189,14 +189,16 @@ def _run(
     from serve.server.stubs import remove_stale_regions
     from serve.server.supervise import Supervisor
     from serve.server.triton import find_tritonserver
+    from serve.server.workspace import REPOSITORY, make_workspace
 
-    with Signals() as signals, _make_workspace() as workspace:
+    keys = [PublicKey(path) for path in trust]
+    with Signals() as signals, make_workspace(say) as workspace:
         result = find_tritonserver(tritonserver, workspace)
-        repository = kept or workspace / "repository"
+        repository = kept or workspace / REPOSITORY
         end_orphans(repository, say)
         # refuse what can be refused before graphs are copied
-        bundle = read_bundle(bundle_folder) if bundle_folder else None
-        settings = check_repository(repository, bundle, settings)
+        bundle = read_bundle(bundle_folder, keys) if bundle_folder else None
+        settings = check_repository(repository, bundle, settings, keys)
         check_backend(result, settings.backend)
         check_gpus(settings, bundle)
         server = Server(
@@ -205,6 +207,7 @@ def _run(
         server.check_ports()
         if not repository.exists() or not any(repository.iterdir()):
             make_repository(bundle, repository, settings, durable=kept is not None)
+        set_aside(repository, say)
         remove_stale_regions()
         check_shared_memory(repository)
         signals.server = server
@@ -223,26 +226,6 @@ def _run(
             )
         say("stopped: every request that was accepted has been answered")
     return 0
-
-
-@contextlib.contextmanager
-def _make_workspace() -> Iterator[Path]:
-    """A temporary folder that is gone afterwards, as are those of killed runs, whose locks
-    are free.
-    """
-    from serve.server.orphans import end_orphans
-
-    for old in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}*/lock"):
-        with contextlib.suppress(OSError), open(old, "rb") as file:  # another user's, or in use
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            end_orphans(old.parent / "repository", say)
-            shutil.rmtree(old.parent, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=WORKSPACE) as folder,
-        open(Path(folder) / "lock", "wb") as file,
-    ):
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield Path(folder)
 
 
 def say(line: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from contract.signing import PublicKey, add_trust
 from contract.tasks import map_tasks
 from serve.repository.build import add_settings, make_repository, read_settings
 from serve.repository.settings import Settings
@@ -43,15 +44,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result.add_argument(
         "--tritonserver", type=Path, metavar="FILE", help="executable (default: as serve.run)"
     )
+    add_trust(result)
     add_settings(result.add_argument_group("models"))
     args = result.parse_args(arguments)
     return exit_status(
-        lambda: _run(args.bundle, args.image, args.output, args.tritonserver, read_settings(args))
+        lambda: _run(
+            args.bundle, args.image, args.output, args.tritonserver, args.trust, read_settings(args)
+        )
     )
 
 
 def _run(
-    bundle_folder: Path, image: Path, output: Path, executable: Path | None, settings: Settings
+    bundle_folder: Path,
+    image: Path,
+    output: Path,
+    executable: Path | None,
+    trust: Sequence[Path],
+    settings: Settings,
 ) -> int:
     from serve.bundle import read_bundle
     from serve.client import FeatureClient
@@ -68,7 +77,7 @@ def _run(
         repository = Path(folder) / "repository"
         tritonserver = find_tritonserver(executable, Path(folder))
         check_backend(tritonserver, settings.backend)
-        bundle = read_bundle(bundle_folder)
+        bundle = read_bundle(bundle_folder, [PublicKey(path) for path in trust])
         check_gpus(settings, bundle)
         models = make_repository(bundle, repository, settings, durable=False)
         options = Options(

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from contract.bundle_check import graph_problem
 from contract.errors import UserError
 from contract.gpu import compute_capabilities
-from contract.manifest import Manifest, read_manifest
+from contract.manifest import Manifest, read_manifest, verify_files
 from contract.signature import BACKBONE, FUSED, INTERACTION, head_graph
 from export.bench.options import BenchOptions
 from export.bench.report import draw, show
@@ -67,6 +68,13 @@ def bench(options: BenchOptions) -> list[dict]:
 def _read_bundles(bundles: Sequence[Path]) -> dict[Path, Manifest]:
     """Manifests by bundle; raises UserError for bundles that cannot share one table."""
     manifests = {path: read_manifest(path) for path in bundles}
+    for path, manifest in manifests.items():  # runtimes open whatever a graph names
+        problems = verify_files(path, manifest)
+        wrong = [f"{name}: {problems[name]}" for name in manifest.files if problems[name]]
+        graphs = {graph.name: graph_problem(path, manifest, graph) for graph in manifest.graphs}
+        wrong += [f"{name}: {problem}" for name, problem in graphs.items() if problem]
+        if wrong:
+            raise UserError(f"{path} is not what its manifest says: {wrong[0]} (export again)")
     first = manifests[bundles[0]]
     precisions: dict[str, Path] = {}
     for path, manifest in manifests.items():

@@ -7,6 +7,7 @@ written from the network it was built of.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,15 @@ from contract.engine_record import (
     Record,
     first_problem,
 )
-from contract.errors import UserError, one_line, suggest
+from contract.errors import UserError, first_line, one_line, suggest
 from contract.files import file_sha256, write_all_atomically, write_atomically
 from contract.gpu import compute_capabilities
+from contract.untrusted import parse_json, read_file
 from export.tensorrt import bindings as gpu
 from export.tensorrt.bindings import load_bindings
+
+_MOST_BYTES = 2**20
+"""Of an engine's record."""
 
 
 class Inspection(Record):
@@ -205,15 +210,18 @@ def record_path(engine: Path) -> Path:
 
 def read_record(path: Path) -> EngineRecord:
     """Read a sidecar; raises UserError if it is missing, damaged or of another layout."""
+    if not os.path.lexists(path):
+        raise UserError(f"{path}: an engine's record is missing (build the engine again)")
+    data = read_file(path, _MOST_BYTES, "build the engine again", links=True)
     try:
-        return EngineRecord.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path}: an engine's record is missing (build the engine again)"
-        ) from error
+        return EngineRecord.model_validate(parse_json(data))
     except ValidationError as error:
         raise UserError(
             f"{path}: a damaged engine record: {first_problem(error)} (build the engine again)"
+        ) from error
+    except ValueError as error:
+        raise UserError(
+            f"{path}: a damaged engine record: {first_line(error)} (build the engine again)"
         ) from error
 
 

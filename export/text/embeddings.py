@@ -76,7 +76,7 @@ def write_embeddings(options: TextOptions) -> None:
         | ({"teacher": options.teacher} if options.teacher else {})
     )
     _write_files(options.output, files, {"embeddings": embeddings}, about)
-    add_files(options.output, [_EMBEDDINGS, *files])
+    signed = add_files(options.output, [_EMBEDDINGS, *files])
     print(
         f"labels    {len(labels)}, each in {len(templates)} sentences: embeddings "
         f"{list(embeddings.shape)}"
@@ -88,6 +88,8 @@ def write_embeddings(options: TextOptions) -> None:
             f"note      {TEXT_ENCODER} and its graph were kept: add --with-encoder if they are of "
             "another model"
         )
+    if signed:
+        _say_unsigned(options.output)
     print("next      score a student distilled from this CLIP, in that teacher's space:")
     print(
         "  python -m distill.evaluate RUN --tasks zero-shot "
@@ -112,15 +114,22 @@ def _teacher_spaces(options: TextOptions) -> list[TeacherRecord]:
 def _write_classifier(options: TextOptions, labels: list[Label]) -> None:
     tensors, about = classifier_rows(options.run, options.classifier, labels, options.labels)
     _write_files(options.output, {}, tensors, about | {"format": _FORMAT})
-    add_files(options.output, [_EMBEDDINGS])
+    signed = add_files(options.output, [_EMBEDDINGS])
     print(
         f"classes   {len(labels)} rows of the classifier of '{options.classifier}': "
         f"{list(tensors['embeddings'].shape)}"
     )
     print(f"wrote     {options.output / _EMBEDDINGS}")
+    if signed:
+        _say_unsigned(options.output)
     if (options.output / MANIFEST).exists():
         print("next      serve them:")
         print(f"  python -m serve.run {options.output}")
+
+
+def _say_unsigned(bundle: Path) -> None:
+    print("note      the bundle has changed, so its signature was removed; sign it again:")
+    print(f"  python -m export.sign {bundle} --key KEY")
 
 
 def _check_writable(folder: Path) -> None:

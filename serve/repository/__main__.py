@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from contract.command_line import CommandLine
-from contract.errors import UserError, exit_status
-from serve.repository.build import add_settings, make_repository, read_settings
+from contract.errors import exit_status
+from contract.signing import PublicKey, add_trust
+from serve.repository.build import add_settings, check_output, make_repository, read_settings
 from serve.repository.settings import Settings
 
 EPILOG = """\
@@ -22,7 +23,7 @@ examples:
 --backend python runs in every Triton: the graphs run in onnxruntime or
 OpenVINO inside Triton's python backend. onnxruntime and tensorrt are Triton's
 native backends, which NVIDIA's container image has. Every file is checked
-against the hashes in the bundle.
+against the hashes in the bundle; --trust also wants the bundle to be signed.
 
 Exit status: 0 success, 2 usage error.
 """
@@ -39,20 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="repository to create"
     )
-    parser.add_argument("--force", action="store_true", help="replace the repository at DIR")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace the repository at DIR, and only a repository",
+    )
+    add_trust(parser)
     add_settings(parser)
     args = parser.parse_args(arguments)
-    return exit_status(lambda: _run(args.bundle, args.output, args.force, read_settings(args)))
+    return exit_status(
+        lambda: _run(args.bundle, args.output, args.force, args.trust, read_settings(args))
+    )
 
 
-def _run(bundle: Path, output: Path, force: bool, settings: Settings) -> int:
+def _run(bundle: Path, output: Path, force: bool, trust: Sequence[Path], settings: Settings) -> int:
     from serve.bundle import read_bundle
 
-    if output.exists() and (not output.is_dir() or any(output.iterdir())) and not force:
-        raise UserError(
-            f"--output {output} is already there: add --force to replace it, or choose another"
-        )
-    names = make_repository(read_bundle(bundle), output, settings)
+    keys = [PublicKey(path) for path in trust]
+    check_output(output, output.resolve(), force)
+    names = make_repository(read_bundle(bundle, keys), output, settings)
     print(f"repository  {output}: {', '.join(names)}")
     if settings.backend == "python":
         print("next        serve it:")

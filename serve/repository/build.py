@@ -3,25 +3,20 @@ place.
 """
 
 import argparse
-import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.errors import UserError
-from contract.files import new_folder, tidy
+from contract.files import check_place, new_folder, tidy
+from serve.repository.contents import CONFIG, MadeWith, destination, foreign_file
 from serve.repository.settings import Settings
 
 if TYPE_CHECKING:
     from serve.bundle import Bundle
     from serve.repository.models import Model
-
-CONFIG = "config.pbtxt"
-
-
-_MADE_WITH = "made_with.json"
-"""In the repository's folder: the bundle and the settings it was rendered from."""
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
@@ -171,34 +166,36 @@ def make_repository(
             f"{'; '.join(wrong)}"
         )
     place = output.resolve()
-    tidy(place, lambda old: not _foreign_file(old))
-    replaceable = partial(_check_replaceable, output, place)
+    tidy(place, lambda old: not foreign_file(old))
+    replaceable = partial(check_output, output, place, True)
     with new_folder(place, f"--output {output}", replaceable, durable) as aside:
         for model in models:
             write_model(aside / model.name, model, settings.version)
-        made_with = {"bundle": bundle.version, "settings": settings.model_dump(mode="json")}
-        (aside / _MADE_WITH).write_text(json.dumps(made_with, indent=1))
+        names = tuple(model.name for model in models)
+        MadeWith(
+            bundle=bundle.version, settings=settings, models=names, signed_by=bundle.signed_by
+        ).write(aside)
     return [model.name for model in models]
 
 
-def _check_replaceable(output: Path, place: Path) -> None:
-    """Raise UserError for a file, or a folder that holds anything but a repository."""
+def check_output(output: Path, place: Path, force: bool) -> None:
+    """Raise UserError for a file, a folder that may not be replaced, one that holds anything but a
+    repository, and without `force` one that holds anything.
+    """
+    check_place(place, f"--output {output}")
+    if not os.path.lexists(place):
+        return
     if not place.is_dir():
         raise UserError(f"--output {output} is a file: give a folder")
-    if result := _foreign_file(place):
+    if not force and any(place.iterdir()):
+        raise UserError(
+            f"--output {output} is already there: add --force to replace it, or choose another"
+        )
+    if result := foreign_file(place):
         raise UserError(
             f"--output {output} holds {result}, which is not part of a repository: move it away, "
             "or choose another"
         )
-
-
-def _foreign_file(repository: Path) -> str:
-    """The first thing in a folder that a repository does not hold, "" where there is none."""
-    names = sorted(path.name for path in repository.iterdir() if not path.name.startswith("."))
-    if names and _MADE_WITH not in names:
-        return names[0]
-    models = (name for name in names if name != _MADE_WITH)
-    return next((name for name in models if not (repository / name / CONFIG).is_file()), "")
 
 
 def write_model(folder: Path, model: "Model", version: int) -> None:
@@ -211,10 +208,13 @@ def write_version(folder: Path, model: "Model") -> None:
     """Write the files of one version into its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in model.files.items():
+        target = destination(folder, name)
         if isinstance(content, bytes):
-            (folder / name).write_bytes(content)
+            target.write_bytes(content)
+        elif isinstance(content, Path):
+            shutil.copyfile(content, target)
         else:
-            shutil.copyfile(content, folder / name)
+            content.copy(target)
     # a rollout goes back and forth between its versions' configurations
     if model.config.platform == "ensemble":
         (folder / CONFIG).write_text(_config_text(model), encoding="utf-8")
@@ -225,16 +225,3 @@ def _config_text(model: "Model") -> str:
 
     source = "rendered by serve.repository; triton_models/ of the project explains the fields"
     return f"# {source}\n{text_format.MessageToString(model.config)}"
-
-
-def read_made_with(repository: Path) -> tuple[str, Settings]:
-    """The bundle version and settings a repository was rendered from; raises UserError for any
-    other folder.
-    """
-    try:
-        content = json.loads((repository / _MADE_WITH).read_text(encoding="utf-8"))
-        return content["bundle"], Settings.model_validate(content["settings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{repository} is not a repository of serve.repository: render one, or name another"
-        ) from error

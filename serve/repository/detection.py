@@ -60,7 +60,7 @@ def _graph(bundle: Bundle, graph: GraphRecord, settings: Settings) -> tuple:
     config.parameters["threads"].string_value = str(settings.threads)
     place(config, settings, 1)
     tune_batching(config, settings)
-    files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
+    files = {name: bundle.part(listed) for name, listed in graph_files(bundle, graph).items()}
     code = {
         "model.py": TEMPLATES / graph.name / "1" / "model.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
@@ -94,7 +94,7 @@ def _detection(
         "detection.py": CONTRACT / "detection.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
         "calling_model.py": TEMPLATES / "calling_model.py",
-        _VOCABULARY: bundle.file(detector.vocabulary),
+        _VOCABULARY: bundle.part(detector.vocabulary),
         "detection.json": json.dumps(about).encode(),
     }
     return config, files

@@ -3,13 +3,13 @@ inputs.
 """
 
 import json
-from pathlib import Path
+import re
 
 from contract.detection import WINDOW
 from contract.errors import UserError
 from contract.manifest import GraphRecord
 from contract.signature import TEXT_TOKENS, layer_side
-from serve.bundle import Bundle
+from serve.bundle import Bundle, BundleFile
 
 
 def usual_sizes(bundle: Bundle) -> dict[str, int]:
@@ -26,9 +26,16 @@ def usual_sizes(bundle: Bundle) -> dict[str, int]:
         "tokens": rows * columns + 1,
         TEXT_TOKENS: WINDOW,
     }
-    axes = {axis for graph in bundle.parts for tensor in graph.inputs for axis in tensor.shape[1:]}
+    detector = bundle.manifest.detector
+    graphs = (*bundle.parts, *(detector.graphs if detector else ()))
+    axes = {axis for graph in graphs for tensor in graph.inputs for axis in tensor.shape[1:]}
     for axis in axes - set(result):
-        if isinstance(axis, str):  # `rows_4` is a row every 4 pixels
+        if isinstance(axis, str):
+            # `rows_4` is a row every 4 pixels
+            if not re.fullmatch(r"(rows|columns)_[1-9]\d{0,4}", axis):
+                raise UserError(
+                    f"{bundle.path}: '{axis}' is not the name of a size that varies: export again"
+                )
             result[axis] = layer_side(axis, rows, columns, resolution.stride)
     return result
 
@@ -69,7 +76,7 @@ def graph_json(bundle: Bundle, graph: GraphRecord) -> bytes:
     return json.dumps(facts, indent=1).encode()
 
 
-def engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
+def engine_of(bundle: Bundle, graph: GraphRecord) -> BundleFile:
     """The engine of full TensorRT for a graph; UserError if there is none, or only
     TensorRT-RTX's.
     """
@@ -87,4 +94,4 @@ def engine_of(bundle: Bundle, graph: GraphRecord) -> Path:
             "--formats onnx,tensorrt on the GPU that serves, or choose --backend python or "
             "onnxruntime"
         )
-    return bundle.file(flavours["tensorrt"].file)
+    return bundle.part(flavours["tensorrt"].file)

@@ -7,6 +7,7 @@ tritonclient ships.
 """
 
 from collections.abc import Iterable, Sequence, Set
+from functools import cache
 from pathlib import Path
 
 from google.protobuf import text_format
@@ -29,6 +30,13 @@ TYPES = {
 
 
 def read_template(folder: str) -> ModelConfig:
+    result = ModelConfig()
+    result.CopyFrom(_parse_template(folder))
+    return result
+
+
+@cache
+def _parse_template(folder: str) -> ModelConfig:
     return text_format.Parse(
         (TEMPLATES / folder / "config.pbtxt").read_text(encoding="utf-8"), ModelConfig()
     )

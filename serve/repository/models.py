@@ -17,7 +17,7 @@ from contract.errors import UserError
 from contract.manifest import GraphRecord
 from contract.signature import BACKBONE, FUSED, IMAGE
 from contract.tasks import TASKS, Task, map_tasks
-from serve.bundle import Bundle
+from serve.bundle import Bundle, BundleFile
 from serve.repository.detection import detection_parts
 from serve.repository.graph_files import engine_of, graph_files, graph_json, usual_sizes, weight
 from serve.repository.model_config import (
@@ -49,12 +49,12 @@ UMT's interaction is one.
 
 @dataclass
 class Model:
-    """A folder of the repository: its configuration and the files of its version, by name (a path
-    is copied).
+    """A folder of the repository: its configuration and the files of its version, by name (paths
+    are copied).
     """
 
     config: ModelConfig
-    files: dict[str, bytes | Path] = field(default_factory=dict)
+    files: dict[str, bytes | Path | BundleFile] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
         add_tensor(config.input, tensor)
     for tensor in graph.outputs:
         add_tensor(config.output, tensor)
-    files = {name: bundle.file(listed) for name, listed in graph_files(bundle, graph).items()}
+    files = {name: bundle.part(listed) for name, listed in graph_files(bundle, graph).items()}
     large = weight(bundle, graph) >= _LARGE * weight(bundle, bundle.graphs[BACKBONE])
     threads = str(settings.threads if large else 1)
     place(config, settings, settings.instances if large else 1)

@@ -18,14 +18,13 @@ from contract.errors import UserError
 from contract.files import new_folder, tidy, write_atomically
 from contract.signature import BACKBONE
 from serve.bundle import Bundle
-from serve.repository.build import CONFIG, read_made_with, write_model, write_version
+from serve.repository.build import write_model, write_version
+from serve.repository.contents import CONFIG, STAGED, read_made_with, remove_staged
 from serve.repository.lint import lint
 from serve.repository.models import Model, build_models
 from serve.repository.settings import Settings
 
 _DOOR = "features"
-STAGED = "staged_"
-"""Prefix of the names under which a rollout tries a version."""
 _ROOM = "free some space on the disk of the repository"
 
 
@@ -33,8 +32,8 @@ class Repository:
     """A repository of serve.repository on disk; what a server has loaded of it is `Admin`'s."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.settings: Settings = read_made_with(path)[1]
+        self.path, self.made_with = path, read_made_with(path)
+        self.settings: Settings = self.made_with.settings
 
     @property
     def serving(self) -> int:
@@ -50,7 +49,7 @@ class Repository:
 
     @property
     def models(self) -> list[str]:
-        return sorted(path.parent.name for path in self.path.glob(f"*/{CONFIG}"))
+        return sorted(self.made_with.models)
 
     def config(self, model: str) -> ModelConfig:
         return text_format.Parse(
@@ -101,23 +100,24 @@ class Repository:
                     "its own, or restart this one"
                 )
 
-    def stage(self, models: Sequence[Model], prefix: str) -> list[str]:
+    def stage(self, models: Sequence[Model]) -> list[str]:
         """Write models under other names, each after those it is made of; returns the names."""
-        self.unstage(prefix)
+        self.unstage()
         for model in models:
             config = ModelConfig()
             config.CopyFrom(model.config)
-            config.name = prefix + model.name
+            config.name = STAGED + model.name
             for step in config.ensemble_scheduling.step:
-                step.model_name = prefix + step.model_name
+                step.model_name = STAGED + step.model_name
             write_model(self.path / config.name, Model(config, model.files), _version_of(models))
         # Triton loads an ensemble's steps with it, but the other models must be tried too
-        return [prefix + model.name for model in models]
+        return [STAGED + model.name for model in models]
 
-    def unstage(self, prefix: str) -> None:
-        """Delete what was staged, also left by a killed rollout behind."""
-        for folder in self.path.glob(f"{prefix}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+    def unstage(self) -> None:
+        """Delete what was staged, also by a rollout that was killed; raises UserError for what a
+        rollout did not make.
+        """
+        remove_staged(self.path, self.made_with.models)
 
     def add(self, models: Sequence[Model], version: int) -> Iterator[str]:
         """Put a version's files beside the others; yields each model that must be loaded now that

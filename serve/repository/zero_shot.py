@@ -6,15 +6,18 @@ import hashlib
 import io
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from contract.class_scores import ClassVectors
-from contract.errors import UserError
+from contract.engine_record import first_problem
+from contract.errors import UserError, first_line
+from contract.names import Name, Sha256
 from contract.signature import BACKBONE
 from contract.text_encoder import TEXT_ENCODER, TextEncoder, read_text_encoder
+from contract.untrusted import parse_json, read_tensors
 from serve.bundle import Bundle
 from serve.repository.model_config import (
     CONTRACT,
@@ -35,6 +38,8 @@ _GRAPH, _VOCABULARY = "model.onnx", "vocabulary.gz"
 _FORMAT = "1"
 _SCALE = 100.0
 """CLIP's own temperature, for embeddings that name none."""
+_MOST_LETTERS, _MOST_TEMPLATES = 2000, 1000
+"""Of a class or a template, and of templates: each makes a sentence of every label."""
 
 
 class ClassEmbeddings(NamedTuple):
@@ -53,47 +58,65 @@ class ClassEmbeddings(NamedTuple):
         return self.vectors.embeddings.shape[1]
 
 
-def read_class_embeddings(path: Path) -> ClassEmbeddings:
-    """Read a file of `export.text`; raises UserError for a damaged one, or one of another
-    version.
+class _About(BaseModel):
+    """The metadata of a file of class embeddings, as far as serving uses it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    classes: tuple[Annotated[str, StringConstraints(min_length=1, max_length=_MOST_LETTERS)], ...]
+    templates: Annotated[
+        tuple[Annotated[str, StringConstraints(max_length=_MOST_LETTERS)], ...],
+        Field(max_length=_MOST_TEMPLATES),
+    ] = ()
+    teacher: Name | None = None
+    text_weights_sha256: Sha256 | None = None
+    logit_scale: Annotated[float, Field(gt=0, le=1e6)] = _SCALE
+
+
+def read_class_embeddings(path: Path, data: bytes | None = None) -> ClassEmbeddings:
+    """Read a file of `export.text`, or its bytes where they were read already; raises UserError for
+    a damaged one, or one of another version.
     """
     again = "make it again with python -m export.text"
+    # a client names its own file, which may be a link
+    message, tensors = read_tensors(path, data, again, links=True)
+    if message.get("format") != _FORMAT:
+        version = message.get("format")
+        raise UserError(
+            f"{path} is of format {version!r:.20}, this version reads {_FORMAT}: {again}"
+        )
     try:
-        with safe_open(path, framework="np") as file:
-            message = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if message.get("format") != _FORMAT:
-            raise UserError(
-                f"{path} is of format {message.get('format')}, this version reads {_FORMAT}: "
-                f"{again}"
-            )
-        scale = float(message.get("logit_scale", _SCALE))
+        lists = {
+            name: parse_json(message[name]) for name in ("classes", "templates") if name in message
+        }
+        about = _About.model_validate(message | lists)
         vectors = ClassVectors(
-            tensors["embeddings"], scale, tensors.get("norms"), tensors.get("bias")
+            tensors["embeddings"], about.logit_scale, tensors.get("norms"), tensors.get("bias")
         )
-        result = ClassEmbeddings(
-            tuple(json.loads(message["classes"])),
-            vectors,
-            message.get("teacher"),
-            tuple(json.loads(message.get("templates", "[]"))),
-            message.get("text_weights_sha256"),
-        )
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file ({again})") from error
-    except (SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} does not hold class embeddings ({error}): {again}") from error
+    except ValidationError as error:
+        raise UserError(
+            f"{path} does not hold class embeddings ({first_problem(error)}): {again}"
+        ) from error
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold class embeddings ({first_line(error)}): {again}"
+        ) from error
     rows = [tensor for tensor in (vectors.norms, vectors.bias) if tensor is not None]
     shaped = vectors.embeddings.ndim == 2 and all(
         row.shape == vectors.embeddings.shape[:1] for row in rows
     )
-    if not shaped or len(rows) == 1 or len(result.classes) != len(vectors.embeddings):
+    if not shaped or len(rows) == 1 or len(about.classes) != len(vectors.embeddings):
         raise UserError(
-            f"{path}: its tensors and its {len(result.classes)} classes do not belong together: "
+            f"{path}: its tensors and its {len(about.classes)} classes do not belong together: "
             f"{again}"
         )
-    return result
+    if not all(
+        part.dtype.kind == "f" and np.isfinite(part).all() for part in (vectors.embeddings, *rows)
+    ):
+        raise UserError(f"{path}: its tensors hold something else than finite numbers: {again}")
+    return ClassEmbeddings(
+        about.classes, vectors, about.teacher, about.templates, about.text_weights_sha256
+    )
 
 
 def zero_shot_parts(bundle: Bundle, settings: Settings) -> list[tuple]:
@@ -104,7 +127,7 @@ def zero_shot_parts(bundle: Bundle, settings: Settings) -> list[tuple]:
     """
     if EMBEDDINGS not in bundle.manifest.files:
         return []
-    result = read_class_embeddings(bundle.file(EMBEDDINGS))
+    result = read_class_embeddings(bundle.path / EMBEDDINGS, bundle.read(EMBEDDINGS))
     encoder, missing = _read_encoder(bundle, result)
     parts = [text_encoder(bundle, result, encoder, settings)] if encoder else []
     return [*parts, zero_shot(bundle, result, missing, settings)]
@@ -153,7 +176,7 @@ def _read_encoder(bundle: Bundle, result: ClassEmbeddings) -> tuple[TextEncoder 
             None,
             "this bundle has no text encoder (python -m export.text --with-encoder adds one)",
         )
-    about = read_text_encoder(bundle.file(TEXT_ENCODER))
+    about = read_text_encoder(bundle.path / TEXT_ENCODER, bundle.read(TEXT_ENCODER))
     if about.text_weights_sha256 != result.text_weights or not result.templates:
         return None, "this bundle's text encoder is of another model than its class embeddings"
     return about, ""
@@ -177,8 +200,8 @@ def text_encoder(
         "graph_model.py": TEMPLATES / "graph_model.py",
         "clip_text.py": TEMPLATES / "clip_text.py",
         TEXT_ENCODER: json.dumps(facts).encode(),
-        _GRAPH: bundle.file(about.graph.file),
-        _VOCABULARY: bundle.file(vocabulary.file),
+        _GRAPH: bundle.part(about.graph.file),
+        _VOCABULARY: bundle.part(vocabulary.file),
         "templates.json": json.dumps(result.templates).encode(),
     }
     return config, files

@@ -1,19 +1,23 @@
 """Checks of `serve.run` before anything is copied or started; each error names the remedy."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from contract.errors import UserError
 from contract.gpu import compute_capabilities
+from contract.signing import PublicKey
 from serve.bundle import Bundle
-from serve.repository.build import read_made_with
+from serve.repository.contents import read_made_with
 from serve.repository.settings import Settings
 from serve.server.state import read_state
 from serve.server.triton import Tritonserver
 
 
-def check_repository(repository: Path, bundle: Bundle | None, settings: Settings) -> Settings:
-    """The settings to serve with; raises UserError if a kept repository is another bundle's, or in
-    use.
+def check_repository(
+    repository: Path, bundle: Bundle | None, settings: Settings, trust: Sequence[PublicKey] = ()
+) -> Settings:
+    """The settings to serve with; raises UserError if a kept repository is another bundle's, in
+    use, or was not rendered from a bundle signed by one of the keys to `trust`.
     """
     if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
         if bundle is None:
@@ -21,7 +25,13 @@ def check_repository(repository: Path, bundle: Bundle | None, settings: Settings
                 "name a BUNDLE, or an existing --repository (python -m serve.run --help)"
             )
         return settings
-    version, made_with = read_made_with(repository)
+    known = read_made_with(repository)
+    version, made_with = known.bundle, known.settings
+    if trust and known.signed_by not in {key.fingerprint for key in trust}:
+        raise UserError(
+            f"--repository {repository} was not rendered from a bundle that a key of --trust has "
+            "signed: render it again (python -m serve.repository BUNDLE --trust KEY --force)"
+        )
     state = read_state(repository)
     if state:
         raise UserError(

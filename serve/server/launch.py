@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from contract.errors import UserError
+from serve.repository.contents import read_made_with
 from serve.server.loading import CONFIG, read_config
 from serve.server.rest import ADMIN_HEADER
 from serve.server.triton import Tritonserver
@@ -66,7 +67,8 @@ def command_line(
         line += [f"--{name}-address={host}", f"--{name}-port={port}"]
     line += [
         "--model-control-mode=explicit",
-        "--load-model=*",
+        # those that the repository was made with: all else in its folder may be anybody's
+        *(f"--load-model={name}" for name in read_made_with(repository).models),
         # a broken new version must not keep the old one from starting: serve.server.loading
         # decides, not Triton
         "--exit-on-error=false",
@@ -99,7 +101,8 @@ def command_line(
 
 def _caches_answers(repository: Path) -> bool:
     """Whether a model of the repository wants Triton's response cache."""
-    return any(read_config(path).response_cache.enable for path in repository.glob(f"*/{CONFIG}"))
+    models = read_made_with(repository).models
+    return any(read_config(repository / name / CONFIG).response_cache.enable for name in models)
 
 
 def choose_ports(requested: dict[str, int], host: str) -> dict[str, int]:

@@ -14,6 +14,7 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from serve.errors import ServerError
+from serve.repository.contents import read_made_with
 from serve.server.rest import Refused, Rest
 
 CONFIG = "config.pbtxt"
@@ -25,8 +26,10 @@ def load_rest(rest: Rest, repository: Path, log: Callable[[str], None]) -> dict[
     Raises ServerError with the reason of the first model that has no version to load.
     """
     narrowed: dict[str, str] = {}
+    models = read_made_with(repository).models
     while True:
-        states = _read_index(rest)
+        index = _read_index(rest)
+        states = {name: index.get(name, {}) for name in models}
         missing = [
             name
             for name, versions in states.items()

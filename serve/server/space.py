@@ -15,6 +15,7 @@ from pathlib import Path
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from contract.errors import UserError
+from serve.repository.contents import read_made_with
 from serve.server.loading import CONFIG, read_config
 from serve.server.stubs import SHARED_MEMORY
 
@@ -39,8 +40,8 @@ def check_shared_memory(repository: Path) -> None:
     Encoded pictures, by far the largest, count for one decoder.
     """
     processes, least, encoded = 0, 0, 0
-    for path in repository.glob(f"*/{CONFIG}"):
-        config = read_config(path)
+    for name in read_made_with(repository).models:
+        config = read_config(repository / name / CONFIG)
         if config.backend != "python":
             continue
         count = sum(group.count * max(1, len(group.gpus)) for group in config.instance_group)

@@ -2,14 +2,16 @@
 second starts find it.
 """
 
+import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contract.errors import UserError
 from contract.files import write_atomically
+from serve.repository.contents import STATE
 
-STATE = ".serve.json"
+_MOST_BYTES = 2**20
 
 
 class State(BaseModel):
@@ -48,7 +50,10 @@ def read_state(repository: Path) -> State | None:
     """
     path = repository / STATE
     try:
-        state = State.model_validate_json(path.read_bytes())
+        # a pipe of this name would otherwise be waited for
+        opened = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(opened, "rb") as file:
+            state = State.model_validate_json(file.read(_MOST_BYTES))
     except FileNotFoundError:
         return None
     except PermissionError as error:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from contract.errors import UserError, first_line
 from serve.errors import ServerError
-from serve.repository.versions import STAGED
+from serve.repository.contents import STAGED
 from serve.server.activity import Activity, cpu_seconds
 from serve.server.backend import Backend, Canary, describe
 from serve.server.process import Server

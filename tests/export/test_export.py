@@ -15,6 +15,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from safetensors.numpy import save_file
 from yaml import safe_dump
 
@@ -161,13 +163,25 @@ def test_graphs_carry_nothing_of_this_machine(bundle):
         assert not any(n.op_type == "Resize" for n in model.graph.node)
 
 
+def sign_keys(folder: Path) -> tuple[Path, Path]:
+    """A private and its public key, as files."""
+    private = Ed25519PrivateKey.generate()
+    plain = serialization.NoEncryption()
+    spki = serialization.PublicFormat.SubjectPublicKeyInfo
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / "key.pem").write_bytes(private.private_bytes(pem, pkcs8, plain))
+    (folder / "public.pem").write_bytes(private.public_key().public_bytes(pem, spki))
+    return folder / "key.pem", folder / "public.pem"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "precision"), [("cnn", "fp32"), ("plain", "fp32"), ("vit", "fp16"), ("cnn", "bf16")]
 )
 def test_students_of_every_kind_pass_parity(student, precision, request, tmp_path):
     run = request.getfixturevalue(student)
-    wanted = ("--precision", precision, "--max-batch", 4)
+    key, public = sign_keys(tmp_path)
+    wanted = ("--precision", precision, "--max-batch", 4, "--sign", key)
     done = call(main, run, "--output", tmp_path / "b", *wanted)
     assert done.returncode == 0, done.stderr
     manifest = read_manifest(tmp_path / "b")
@@ -180,7 +194,7 @@ def test_students_of_every_kind_pass_parity(student, precision, request, tmp_pat
         "bf16": onnx.TensorProto.BFLOAT16,
     }
     assert wanted[precision] in types
-    assert call(check, tmp_path / "b").returncode == 0
+    assert call(check, tmp_path / "b", "--trust", public).returncode == 0
 
 
 @pytest.mark.slow

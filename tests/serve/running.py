@@ -2,6 +2,7 @@
 starting and watching.
 """
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import tritonclient.grpc as grpc
 
 from serve.bundle import read_bundle
 from serve.repository.build import make_repository
+from serve.repository.contents import MADE_WITH
 from serve.repository.settings import Settings
 
 ANY_PORTS = ("--grpc-port", 0, "--http-port", 0, "--metrics-port", 0)
@@ -134,9 +136,11 @@ def small_repository(bundle: Path, folder: Path, instances: int = 2) -> Path:
     """
     settings = Settings(fused=False, instances=instances, threads=1, decoders=2)
     make_repository(read_bundle(bundle), folder, settings)
-    for model in folder.iterdir():
-        if model.is_dir() and model.name not in ("backbone", "decode"):
-            shutil.rmtree(model)
+    about = json.loads((folder / MADE_WITH).read_text())
+    for model in set(about["models"]) - {"backbone", "decode"}:
+        shutil.rmtree(folder / model)
+    about["models"] = ["backbone", "decode"]
+    (folder / MADE_WITH).write_text(json.dumps(about))
     return folder
 
 

@@ -3,12 +3,15 @@ theirs is put into a repository.
 """
 
 import json
-import random
-import shutil
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+from onnx import ModelProto, TensorProto
 from pydantic_core import to_json
 
 from contract.errors import UserError
@@ -19,71 +22,7 @@ from serve.bundle import read_bundle
 from serve.repository.build import make_repository
 from serve.repository.models import build_models
 from serve.repository.settings import Settings
-
-ROOT = Path(__file__).resolve().parents[2]
-OURS = {
-    file_sha256(path)
-    for folder in ("triton_models", "contract")
-    for path in (ROOT / folder).rglob("*.py")
-}
-"""Of all code that a repository may hold."""
-
-NAMES = (
-    "../../outside",
-    "/tmp/outside",
-    "head_/../../outside",
-    "model.py",
-    "graph_model.py",
-    "config.pbtxt",
-    "1/model.py",
-    "a\x00b",
-    "a\nb",
-    ".",
-    "..",
-    "",
-    "é",
-    "features",
-    "decode",
-    "zero_shot",
-    "CON",
-    "x" * 5000,
-    MANIFEST,
-    "backbone",
-    "fused",
-)
-VALUES = (*NAMES, -1, 0, 1, 2**40, 2**70, 1.5, float("inf"), None, True, [], {}, ["a"], {"a": "b"})
-
-
-def places(node: object, path: tuple = ()) -> list[tuple]:
-    """Where in a JSON value something is, itself left out."""
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    found = []
-    for key, value in items:
-        found.append((*path, key))
-        if isinstance(value, dict | list):
-            found += places(value, (*path, key))
-    return found
-
-
-def mutate(content: dict, where: list[tuple], chosen: random.Random) -> dict:
-    """A copy with one to three values or keys replaced, or removed."""
-    content = json.loads(json.dumps(content))
-    for _ in range(chosen.randint(1, 3)):
-        *path, last = chosen.choice(where)
-        node = content
-        try:
-            for key in path:
-                node = node[key]
-            how = chosen.randrange(4)
-            if how == 0 and isinstance(node, dict):
-                node[chosen.choice(NAMES)] = node.pop(last)
-            elif how == 1:
-                del node[last]
-            else:
-                node[last] = chosen.choice(VALUES)
-        except (KeyError, IndexError, TypeError):  # an earlier change took it away
-            continue
-    return content
+from tests.serve.made_bundle import graph_bytes, make_bundle
 
 
 def write_sealed(folder: Path, content: dict) -> None:
@@ -92,71 +31,232 @@ def write_sealed(folder: Path, content: dict) -> None:
     (folder / MANIFEST).write_bytes(to_json(content | {"seal": _seal(content)}, indent=1))
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
 @pytest.fixture
-def copy(small_bundle, tmp_path) -> Path:
+def copy(tmp_path) -> Path:
     """A bundle that a test may break, in a folder of its own."""
-    return shutil.copytree(small_bundle, tmp_path / "in" / "bundle")
+    return make_bundle(tmp_path / "in" / "bundle")
+
+
+def constant(name: str, *dims: int, kind: int = TensorProto.FLOAT, **content) -> TensorProto:
+    return TensorProto(name=name, data_type=kind, dims=dims, **content)
+
+
+def outside(model: ModelProto, **entries: str) -> None:
+    """Put a constant's values into another file."""
+    tensor = model.graph.initializer[1]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+
+
+def own_domain(model: ModelProto) -> None:
+    model.graph.node[0].domain = "com.example"
+    model.opset_import.add(domain="com.example", version=1)
+
+
+def inner(model: ModelProto, node: onnx.NodeProto) -> None:
+    """Put a node into a branch."""
+    out = onnx.helper.make_tensor_value_info("y", TensorProto.FLOAT, [2])
+    branch = onnx.helper.make_graph([node], "branch", [], [out])
+    yes = onnx.numpy_helper.from_array(np.array(True), "yes")
+    model.graph.initializer.append(yes)
+    both = {"then_branch": branch, "else_branch": branch}
+    model.graph.node.append(onnx.helper.make_node("If", ["yes"], ["branched"], **both))
+
+
+def compute(model: ModelProto, *dims: int) -> None:
+    """Add a tensor of zeros, of which the file holds the shape alone."""
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(dims), "wanted"))
+    model.graph.node.append(onnx.helper.make_node("ConstantOfShape", ["wanted"], ["zeros"]))
+
+
+def axes_without_end(model: ModelProto) -> None:
+    """Add a picture of as many axes as a tensor has values."""
+    compute(model, 2**31)
+    model.graph.node.append(
+        onnx.helper.make_node("Cast", ["zeros"], ["many"], to=TensorProto.INT64)
+    )
+    model.graph.node.append(onnx.helper.make_node("Reshape", ["values", "many"], ["end"]))
+
+
+def sequence(model: ModelProto) -> None:
+    value = onnx.helper.make_tensor_sequence_value_info("more", TensorProto.FLOAT, [2])
+    model.graph.input.append(value)
+
+
+GRAPHS: dict[str, tuple[Callable[[ModelProto], object], str]] = {
+    "another file": (
+        lambda model: outside(model, location="../../secret"),
+        "which is not its own file",
+    ),
+    "an absolute file": (
+        lambda model: outside(model, location="/etc/hostname"),
+        "which is not its own file",
+    ),
+    "a file that is not listed": (
+        lambda model: outside(model, location="head_clip.onnx.data"),
+        "which is not its own file",
+    ),
+    "another file in a branch": (
+        lambda model: inner(
+            model,
+            onnx.helper.make_node(
+                "Constant",
+                [],
+                ["y"],
+                value=TensorProto(
+                    data_type=1,
+                    dims=[2],
+                    data_location=TensorProto.EXTERNAL,
+                    external_data=[{"key": "location", "value": "/etc/hostname"}],
+                ),
+            ),
+        ),
+        "which is not its own file",
+    ),
+    "own operators": (own_domain, "not ONNX's own"),
+    "own operators in a branch": (
+        lambda model: inner(
+            model, onnx.helper.make_node("Run", ["clip"], ["y"], domain="com.microsoft")
+        ),
+        "not ONNX's own",
+    ),
+    "a function": (lambda model: model.functions.add(name="Add", domain=""), "not ONNX's own"),
+    "training": (lambda model: model.training_info.add(), "a part for training"),
+    "a sequence": (sequence, "not a tensor"),
+    "terabytes": (
+        lambda model: model.graph.initializer.append(constant("x", 2**31, 2**10, raw_data=b"12")),
+        "weights 'x' of 2147483648x1024 values",
+    ),
+    "gigabytes that are not there": (
+        lambda model: model.graph.initializer.append(constant("x", 2**31, raw_data=b"12")),
+        "weights 'x' hold 2 of 8589934592",
+    ),
+    "numbers that are not there": (
+        lambda model: model.graph.initializer.append(constant("x", 2**20, float_data=[1.0])),
+        "weights 'x' hold 1 of 1048576",
+    ),
+    "less than nothing": (
+        lambda model: model.graph.initializer.append(constant("x", -4, -1, raw_data=bytes(16))),
+        "weights 'x' of -4x-1 values",
+    ),
+    "nothing times too much": (
+        lambda model: model.graph.initializer.append(constant("x", 0, 2**60)),
+        "weights 'x' of 0x1152921504606846976 values",
+    ),
+    "an unknown type": (
+        lambda model: model.graph.initializer.append(constant("x", 1, kind=99, raw_data=b"1")),
+        r"unknown type \(99\)",
+    ),
+    "parts": (
+        lambda model: model.graph.initializer.append(
+            constant("x", 1, float_data=[1.0], segment=TensorProto.Segment(begin=0, end=2**60))
+        ),
+        "in parts",
+    ),
+    "sparse weights": (
+        lambda model: model.graph.sparse_initializer.add(dims=[2**40]),
+        "sparse weights",
+    ),
+    "terabytes that are computed": (lambda model: compute(model, 2**20, 2**20), "'zeros' of"),
+    "a stated shape of terabytes": (
+        lambda model: model.graph.value_info.append(
+            onnx.helper.make_tensor_value_info("values", TensorProto.FLOAT, [2**40])
+        ),
+        "'values' of 1099511627776 values",
+    ),
+    "a stated shape of less than nothing": (
+        lambda model: model.graph.value_info.append(
+            onnx.helper.make_tensor_value_info("values", TensorProto.FLOAT, [-5])
+        ),
+        "'values' of -5 values",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_graph_that_reaches_beyond_itself_or_is_absurd_is_refused(copy, tmp_path, kind):
+    change, words = GRAPHS[kind]
+    (tmp_path / "secret").write_bytes(bytes(4096))
+    model = onnx.load(copy / "head_clip.onnx")
+    change(model)
+    (copy / "head_clip.onnx").write_bytes(model.SerializeToString())
+    add_files(copy, ["head_clip.onnx"])
+    with pytest.raises(UserError, match=words):
+        build_models(read_bundle(copy), Settings())
 
 
 @pytest.mark.slow
-def test_changed_manifests_write_nothing_outside_and_bring_no_code(copy, tmp_path):
-    chosen, content = random.Random(0), json.loads((copy / MANIFEST).read_bytes())
-    where, rendered = places(content), 0
-    before = None
-    for turn in range(2_000):
-        write_sealed(copy, mutate(content, where, chosen))
-        before = before or set(contents(tmp_path))
-        try:
-            bundle = read_bundle(copy)
-            models = build_models(bundle, Settings())
-        except UserError as error:
-            assert "\n" not in str(error) and len(str(error)) < 3000, turn
-            continue
-        for model in models:
-            assert model.name.isidentifier() and all("/" not in name for name in model.files)
-            code = [data for name, data in model.files.items() if name.endswith(".py")]
-            assert all(isinstance(path, Path) and file_sha256(path) in OURS for path in code)
-        if rendered < 20:
-            rendered += 1
-            make_repository(bundle, tmp_path / "out", Settings(), durable=False)
-            shutil.rmtree(tmp_path / "out")
-    assert rendered == 20, "some changes are harmless, and these were rendered"
-    assert set(contents(tmp_path)) == before
+def test_a_short_graph_whose_shapes_fill_all_memory_is_refused(copy):
+    model = onnx.load(copy / "head_clip.onnx")
+    axes_without_end(model)
+    (copy / "head_clip.onnx").write_bytes(model.SerializeToString())
+    add_files(copy, ["head_clip.onnx"])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(UserError, match="shapes that take more than 1 GiB"):
+        build_models(read_bundle(copy), Settings())
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
 
 
-@pytest.mark.parametrize("kind", ["file", "domain", "function", "inner", "sequence"])
-def test_a_graph_that_reaches_beyond_itself_is_refused(copy, tmp_path, kind):
-    (tmp_path / "secret").write_bytes(bytes(4096))
-    model = onnx.load(copy / "head_mae.onnx")
-    if kind == "file":
-        tensor = model.graph.initializer[0]
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        tensor.external_data.add(key="location", value="../../secret")
-    elif kind == "domain":
-        model.graph.node[0].domain = "com.example"
-        model.opset_import.add(domain="com.example", version=1)
-    elif kind == "function":
-        model.functions.add(name="Add", domain="")
-    elif kind == "sequence":
-        value = onnx.helper.make_tensor_sequence_value_info("more", onnx.TensorProto.FLOAT, [2])
-        model.graph.input.append(value)
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"offset": "4"}, ""),
+        ({"offset": "8"}, "past the end"),
+        ({"offset": "9" * 400}, "past the end"),
+        ({"offset": "-4"}, "at no place"),
+        ({"length": "8"}, "hold 8 of 12"),
+    ],
+)
+def test_weights_beside_a_graph_must_be_inside_their_file(copy, entries, words):
+    (copy / "head_clip.onnx.data").write_bytes(bytes(16))
+    model = onnx.load(copy / "head_clip.onnx")
+    outside(model, location="head_clip.onnx.data", **entries)
+    (copy / "head_clip.onnx").write_bytes(model.SerializeToString())
+    add_files(copy, ["head_clip.onnx", "head_clip.onnx.data"])
+    problem = read_bundle(copy).problem
+    assert words in problem if words else not problem
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "large"])
+@pytest.mark.parametrize("name", ["manifest.json", "backbone.onnx", "class_embeddings.safetensors"])
+def test_what_is_no_file_is_refused_and_not_waited_for(copy, tmp_path, kind, name):
+    path = copy / name
+    path.rename(tmp_path / "kept")
+    if kind == "link":
+        path.symlink_to(tmp_path / "kept")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
     else:
-        value = onnx.TensorProto(data_type=1, dims=[4], data_location=onnx.TensorProto.EXTERNAL)
-        value.external_data.add(key="location", value="/etc/hostname")
-        model.graph.node.append(onnx.helper.make_node("Constant", [], ["x"], value=value))
-    (copy / "head_mae.onnx").write_bytes(model.SerializeToString())
-    add_files(copy, ["head_mae.onnx"])
-    words = "which is not its own file" if kind in ("file", "inner") else "not ONNX's own"
-    words = "not a tensor" if kind == "sequence" else words
-    with pytest.raises(UserError, match=words):
+        with open(path, "wb") as file:
+            file.truncate(2**32)  # of nothing: it takes no room
+    with pytest.raises(UserError, match=kind if kind == "link" else "regular|bytes"):
+        build_models(read_bundle(copy), Settings())
+
+
+def test_what_is_copied_is_what_was_checked(copy, tmp_path):
+    bundle = read_bundle(copy)
+    build_models(bundle, Settings())
+    (copy / "head_clip.onnx").write_bytes(b"another graph")
+    with pytest.raises(UserError, match="head_clip.onnx does not match its sha256"):
+        make_repository(bundle, tmp_path / "out", Settings())
+    assert not (tmp_path / "out").exists()
+
+
+def test_axes_of_no_known_size_are_refused(copy):
+    """Both the manifest and the graph say so, as the one who made them would have it."""
+    content = json.loads((copy / MANIFEST).read_bytes())
+    for number, graph in enumerate(content["graphs"]):
+        if graph["name"] == "head_clip":
+            graph["inputs"][0]["shape"][1] = "rows_0"
+            (copy / graph["file"]).write_bytes(graph_bytes(graph))
+            content["files"][graph["file"]] = file_sha256(copy / graph["file"])
+            content["graphs"][number] = graph
+    write_sealed(copy, content)
+    with pytest.raises(UserError, match="'rows_0' is not the name of a size"):
         build_models(read_bundle(copy), Settings())
 
 
@@ -173,7 +273,7 @@ def test_a_text_encoder_cannot_bring_code(tmp_path):
         ({"graphs": []}, "backbone"),
         ({"max_batch": 10**9}, "max_batch"),
         ({"files": {"model.onnx": "0"}}, "files"),
-        ({"teachers": []}, "is no part of a student with these teachers"),
+        ({"teachers": [], "detector": None}, "is no part of a student with these teachers"),
     ],
 )
 def test_a_manifest_that_does_not_fit_together_is_refused(copy, change, words):

@@ -4,14 +4,16 @@ serve wrongly is refused.
 
 import json
 import shutil
+from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInput
 
 from contract.errors import UserError
-from contract.files import file_sha256
 from contract.manifest import read_manifest
+from contract.untrusted import open_file
 from serve.bundle import read_bundle
 from serve.repository.__main__ import main
 from serve.repository.build import make_repository
@@ -219,15 +221,22 @@ def test_force_replaces_a_repository_and_nothing_else(small_bundle, repository, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
 
 
-def test_a_bundle_is_hashed_once(small_bundle, tmp_path, monkeypatch):
-    hashed = []
-    monkeypatch.setattr(
-        "serve.bundle.file_sha256", lambda path: (hashed.append(path), file_sha256(path))[1]
-    )
+def test_a_bundles_files_are_read_once_to_be_checked_and_once_to_be_copied(
+    small_bundle, tmp_path, monkeypatch
+):
+    opened = []
+
+    def watched(path: Path, *options: object) -> BinaryIO:
+        opened.append(path)
+        return open_file(path, *options)
+
+    monkeypatch.setattr("serve.bundle.open_file", watched)
+    monkeypatch.setattr("contract.untrusted.open_file", watched)
     bundle = read_bundle(small_bundle)
+    opened.clear()
     for name in ("one", "two"):
         make_repository(bundle, tmp_path / name, Settings())
-    assert len(hashed) == len(set(hashed)) and small_bundle / "backbone.onnx" in hashed
+        assert opened.count(small_bundle / "backbone.onnx") == (2 if name == "one" else 3)
 
 
 @pytest.mark.parametrize(
