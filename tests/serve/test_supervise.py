@@ -173,18 +173,20 @@ class Odd:
         return errors
 
 
+@pytest.fixture(scope="module")
+def odd(expensive, small_bundle, tmp_path_factory):
+    """serve.run with two processes of such a backbone, requests to it, and its repository."""
+    need_tritonserver()
+    repository = small_repository(small_bundle, tmp_path_factory.mktemp("odd") / "repository")
+    with open(repository / "backbone" / "1" / "model.py", "a", encoding="utf-8") as file:
+        file.write(_ODD)
+    with Run("--repository", repository) as run:
+        run.ready()
+        yield run, Odd(run.grpc), repository
+
+
 class TestHangs:
     """A process hangs that does nothing although there is something to do, and no other."""
-
-    @pytest.fixture(scope="class")
-    def odd(self, expensive, small_bundle, tmp_path_factory):
-        need_tritonserver()
-        repository = small_repository(small_bundle, tmp_path_factory.mktemp("odd") / "repository")
-        with open(repository / "backbone" / "1" / "model.py", "a", encoding="utf-8") as file:
-            file.write(_ODD)
-        with Run("--repository", repository) as run:
-            run.ready()
-            yield run, Odd(run.grpc), repository
 
     def test_long_work_and_what_waits_behind_it_is_answered(self, odd):
         run, requests, _ = odd
