@@ -53,6 +53,9 @@ _LOOK_SECONDS = 0.5
 _UNLOAD_SECONDS = 5.0
 """For unloading, which never ends where a backend was killed."""
 
+_WORK_SECONDS = 1.0
+"""A process that did something so shortly before the end has not answered its request."""
+
 _MESSAGE = re.compile(
     r"^((?P<level>[EWIF])\d{4} [\d:.]+|\d{4}-\d\d-\d\dT[\d:.]+Z (?P<iso>[EWIF])) +\d+ "
     r"[\w.]+:\d+\] +"
@@ -317,14 +320,21 @@ class Server:
         self.regions |= {stub.region for stub in find_stubs(self.process.pid)}
         if not self.stopping:
             self.drain()
-        deadline = time.monotonic() + self.options.exit_seconds + 5
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if self._drained:
-                deadline = min(deadline, self._drained + _UNLOAD_SECONDS)
+        # Triton counts requests that wait, not those that a process has: what processes do tells
+        now = time.monotonic()
+        activity, deadline = Activity(now), now + self.options.exit_seconds + 5
+        while self.process.poll() is None and now < deadline:
+            activity.idle([stub.pid for stub in find_stubs(self.process.pid)], now)
+            if self._drained and now - max(self._drained, activity.since) > _UNLOAD_SECONDS:
+                break
             time.sleep(0.05)
+            now = time.monotonic()
+        at_work = now - activity.since < _WORK_SECONDS and self.process.returncode != 0
         self.kill()
         remove_state(self.repository)
-        return not self._ready or bool(self._drained) or self.process.returncode == 0
+        return (
+            not self._ready or self.process.returncode == 0 or (bool(self._drained) and not at_work)
+        )
 
     def kill(self) -> None:
         """Kill tritonserver and its stub processes."""
