@@ -18,7 +18,7 @@ from serve.server.launch import choose_ports
 from serve.server.state import read_state
 from serve.server.stubs import SHARED_MEMORY, find_stubs
 from tests.conftest import need_tritonserver, run_here
-from tests.serve.running import Load, Run, ask, processes, until
+from tests.serve.running import Load, Run, ask, processes
 
 SIZE = 64
 ROUNDS = 2
@@ -107,9 +107,8 @@ class Killer:
 def test_the_next_start_serves_whatever_was_killed_and_when(seed, tiny_bundle, tmp_path, capsys):
     need_tritonserver()
     (tmp_path / "temporary").mkdir()
-    before = set(SHARED_MEMORY.glob("triton_python_backend_shm_region_*"))
     killer = Killer(tiny_bundle, tmp_path, seed)
-    usual, run = 5.0, None
+    usual = 5.0
     for _ in range(ROUNDS):
         run = killer.start()
         time.sleep(killer.rng.uniform(0, usual))
@@ -128,7 +127,5 @@ def test_the_next_start_serves_whatever_was_killed_and_when(seed, tiny_bundle, t
     assert run.end(signal.SIGTERM) == 0
     assert not processes(killer.repository)
     assert not list((tmp_path / "temporary").iterdir())
-    left = set(SHARED_MEMORY.glob("triton_python_backend_shm_region_*")) - before
-    assert until(lambda: not [path for path in left if path.exists()], 10)
     with capsys.disabled():
         print(f"\n  {len(killer.kills)} kills, starts took at most {max(killer.seconds):.1f} s")
