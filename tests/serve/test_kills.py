@@ -16,14 +16,13 @@ import tritonclient.grpc as grpc
 from export.run import main as export
 from serve.server.launch import choose_ports
 from serve.server.state import read_state
-from serve.server.stubs import SHARED_MEMORY, find_stubs
+from serve.server.stubs import command_line, find_stubs
 from tests.conftest import need_tritonserver, run_here
 from tests.serve.running import Load, Run, ask, processes
 
 SIZE = 64
 ROUNDS = 2
 """Of three kills, for each of five seeds: thirty."""
-SERVER = "tritonserver"
 WITHIN = 30.0
 """Seconds in which the next start must serve."""
 
@@ -75,12 +74,14 @@ class Killer:
     def kill(self, victim: str, during: str, run: Run, rollout: subprocess.Popen | None) -> None:
         """Kill one of them now; then the supervisor, while it may be mending that."""
         self.kills.append(f"{victim} during {during}")
-        found = processes(self.repository)
-        servers = [
-            pid for pid in found if Path(f"/proc/{pid}/comm").read_text() == "tritonserver\n"
-        ]
-        others = sorted(set(found) - set(servers))
-        pids = {"server": servers, "stub": others, "rollout": [rollout.pid] if rollout else []}
+        names = {
+            pid: Path((command_line(pid) or [""])[0]).name for pid in processes(self.repository)
+        }
+        pids = {
+            "server": [pid for pid, name in names.items() if name == "tritonserver"],
+            "stub": [pid for pid, name in names.items() if name == "triton_python_backend_stub"],
+            "rollout": [rollout.pid] if rollout else [],
+        }
         if victim != "supervisor" and pids[victim]:
             os.kill(self.rng.choice(pids[victim]), signal.SIGKILL)
             time.sleep(self.rng.uniform(0, 1))
