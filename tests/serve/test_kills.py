@@ -53,10 +53,21 @@ class Killer:
         self.seconds: list[float] = []
         """How long each start took that was not killed."""
         self.kills: list[str] = []
+        self.run: Run | None = None
 
     def start(self) -> Run:
         words = ("--repository", self.repository, "--instances", 1, "--threads", 1, "--no-fused")
-        return Run(self.bundle, *words, ports=self.ports, temporary=self.folder / "temporary")
+        temporary = self.folder / "temporary"
+        self.run = Run(self.bundle, *words, ports=self.ports, temporary=temporary)
+        return self.run
+
+    def __enter__(self) -> "Killer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.run:  # nothing is left of a test that failed
+            self.run.process.kill()
+            self.run.process.wait()
 
     def serve(self) -> Run:
         """Start and ask once; fails if that takes too long."""
@@ -108,25 +119,25 @@ class Killer:
 def test_the_next_start_serves_whatever_was_killed_and_when(seed, tiny_bundle, tmp_path, capsys):
     need_tritonserver()
     (tmp_path / "temporary").mkdir()
-    killer = Killer(tiny_bundle, tmp_path, seed)
-    usual = 5.0
-    for _ in range(ROUNDS):
-        run = killer.start()
-        time.sleep(killer.rng.uniform(0, usual))
-        killer.kill(killer.rng.choice(("supervisor", "server", "stub")), "start", run, None)
+    with Killer(tiny_bundle, tmp_path, seed) as killer:
+        usual = 5.0
+        for _ in range(ROUNDS):
+            run = killer.start()
+            time.sleep(killer.rng.uniform(0, usual))
+            killer.kill(killer.rng.choice(("supervisor", "server", "stub")), "start", run, None)
+            run = killer.serve()
+            with Load(run.grpc, SIZE, 2):
+                time.sleep(killer.rng.uniform(0, 1))
+                killer.kill(killer.rng.choice(("supervisor", "server", "stub")), "load", run, None)
+            run = killer.serve()
+            usual = killer.seconds[-1]
+            rollout = killer.rollout()
+            time.sleep(killer.rng.uniform(0, 4))
+            victim = killer.rng.choice(("supervisor", "server", "stub", "rollout", "rollout"))
+            killer.kill(victim, "rollout", run, rollout)
         run = killer.serve()
-        with Load(run.grpc, SIZE, 2):
-            time.sleep(killer.rng.uniform(0, 1))
-            killer.kill(killer.rng.choice(("supervisor", "server", "stub")), "load", run, None)
-        run = killer.serve()
-        usual = killer.seconds[-1]
-        rollout = killer.rollout()
-        time.sleep(killer.rng.uniform(0, 4))
-        victim = killer.rng.choice(("supervisor", "server", "stub", "rollout", "rollout"))
-        killer.kill(victim, "rollout", run, rollout)
-    run = killer.serve()
-    assert run.end(signal.SIGTERM) == 0
-    assert not processes(killer.repository)
-    assert not list((tmp_path / "temporary").iterdir())
-    with capsys.disabled():
-        print(f"\n  {len(killer.kills)} kills, starts took at most {max(killer.seconds):.1f} s")
+        assert run.end(signal.SIGTERM) == 0
+        assert not processes(killer.repository)
+        assert not list((tmp_path / "temporary").iterdir())
+        with capsys.disabled():
+            print(f"\n  {len(killer.kills)} kills, starts took at most {max(killer.seconds):.1f} s")
