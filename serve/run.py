@@ -3,6 +3,7 @@ stopped.
 """
 
 import argparse
+import errno
 import importlib.util
 import os
 import signal
@@ -182,16 +183,19 @@ def _run(
     from serve.bundle import read_bundle
     from serve.repository.contents import set_aside
     from serve.server.checks import check_backend, check_gpus, check_repository
+    from serve.server.orphans import end_orphans
     from serve.server.process import Server
+    from serve.server.space import check_shared_memory
     from serve.server.stubs import remove_stale_regions
     from serve.server.supervise import Supervisor
     from serve.server.triton import find_tritonserver
-    from serve.server.workspace import make_workspace
+    from serve.server.workspace import REPOSITORY, make_workspace
 
     keys = [PublicKey(path) for path in trust]
-    with Signals() as signals, make_workspace() as workspace:
+    with Signals() as signals, make_workspace(say) as workspace:
         result = find_tritonserver(tritonserver, workspace)
-        repository = kept or workspace / "repository"
+        repository = kept or workspace / REPOSITORY
+        end_orphans(repository, say)
         # refuse what can be refused before graphs are copied
         bundle = read_bundle(bundle_folder, keys) if bundle_folder else None
         settings = check_repository(repository, bundle, settings, keys)
@@ -205,6 +209,7 @@ def _run(
             make_repository(bundle, repository, settings, durable=kept is not None)
         set_aside(repository, say)
         remove_stale_regions()
+        check_shared_memory(repository)
         signals.server = server
         try:
             seconds = server.start()
@@ -224,9 +229,15 @@ def _run(
 
 
 def say(line: str) -> None:
-    """Print a line and flush it, in one write because threads print too."""
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
+    """Print a line and flush it, in one write because threads print too. A full disk loses the
+    line, not the server.
+    """
+    try:
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
 
 
 class Signals:

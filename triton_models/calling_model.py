@@ -6,7 +6,7 @@ import asyncio
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from graph_model import failed, first_line, wrong_size
+from graph_model import failed, unexpected, wrong_size
 
 LATEST = -1
 _MARK = "refused: "
@@ -55,7 +55,7 @@ class CallingModel:
         except (
             Exception
         ) as error:  # left to Triton, it would be a traceback for every client of the batch
-            return failed(f"the model failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)
+            return unexpected("the model failed", error)
         names = request.requested_output_names()
         return pb_utils.InferenceResponse(
             [pb_utils.Tensor(name, answers[name]) for name in answers if name in names]

@@ -8,6 +8,7 @@ its files' sha256, and sizes it takes.
 
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -115,7 +116,7 @@ class GraphModel:
                     self.answer([request], [feed])[0]
                     for request, feed in zip(requests, feeds, strict=True)
                 ]
-            return [failed(f"the graph failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)]
+            return [unexpected("the graph failed", error)]
         answers, start = [], 0
         for request, feed in zip(requests, feeds, strict=True):
             end = start + len(feed[0])
@@ -222,14 +223,21 @@ def answer_each(requests: list, answer) -> list:
         except Refused as refused:
             answers.append(failed(str(refused), pb_utils.TritonError.INVALID_ARG))
         except Exception as error:
-            answers.append(
-                failed(f"the model failed: {first_line(error)}", pb_utils.TritonError.INTERNAL)
-            )
+            answers.append(unexpected("the model failed", error))
     return answers
 
 
 def failed(message: str, code: int):
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def unexpected(what: str, error: Exception):
+    """The response for an exception that nobody expected: its text may name paths of the server,
+    and is for the log.
+    """
+    sys.stderr.write(f"{what}: {type(error).__name__}: {first_line(error)}\n")
+    sys.stderr.flush()
+    return failed(f"{what}: the server's log says why", pb_utils.TritonError.INTERNAL)
 
 
 def label_text(number: int, data: bytes, most: int) -> str:

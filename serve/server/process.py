@@ -7,7 +7,6 @@ import re
 import secrets
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,8 +16,11 @@ from typing import TextIO
 
 from contract.errors import UserError
 from serve.errors import ServerError
+from serve.server.activity import Activity
+from serve.server.child import Child
 from serve.server.launch import RESTRICTED, Options, Tls, choose_ports, command_line, listen
 from serve.server.loading import load_rest, one_line
+from serve.server.orphans import owner
 from serve.server.rest import Rest
 from serve.server.state import State, remove_state, write_state
 from serve.server.stubs import find_stubs, remove_regions
@@ -43,8 +45,16 @@ its processes (boost's lock_exception; server#8882): another start is made then,
 does later.
 """
 
+_HANG_SECONDS = 30.0
+"""A start hangs in which nothing was logged and no process did anything for so long."""
+
+_LOOK_SECONDS = 0.5
+
 _UNLOAD_SECONDS = 5.0
 """For unloading, which never ends where a backend was killed."""
+
+_WORK_SECONDS = 1.0
+"""A process that did something so shortly before the end has not answered its request."""
 
 _MESSAGE = re.compile(
     r"^((?P<level>[EWIF])\d{4} [\d:.]+|\d{4}-\d\d-\d\dT[\d:.]+Z (?P<iso>[EWIF])) +\d+ "
@@ -53,22 +63,13 @@ _MESSAGE = re.compile(
 )
 """A line of Triton's log in either of its formats: level and time, thread, place, message."""
 
-_LAUNCH = """\
-import ctypes, os, signal, sys
-# PR_SET_PDEATHSIG: however the parent ends, tritonserver drains and ends
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-os.getppid() == int(sys.argv[1]) or sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-"""Run by a Python of its own, because code between fork and exec is unsafe in a process with
-threads.
-"""
+
+class _Hang(ServerError):
+    """A start that was cut because nothing happened."""
 
 
 class Server:
-    """One tritonserver process; `start`, then `stop`, from the main thread: the process ends with
-    the thread that made it.
-    """
+    """One tritonserver process; `start`, then `stop`. It does not outlive this process."""
 
     def __init__(
         self,
@@ -86,18 +87,23 @@ class Server:
         self.admin_key = secrets.token_urlsafe(24)
         self.restarts: dict[str, int] = {}
         self.server_restarts = 0
-        self.process: subprocess.Popen | None = None
+        self.process: Child | None = None
         self.narrowed: dict[str, str] = {}
         """Configurations of models of which a version had to be left out."""
         self.regions: set[str] = set()
         """Shared memory of stub processes; tritonserver does not remove that of those that were
         killed.
         """
+        self.unsaved = False
+        """Whether the state file is older than the counts, because its disk was full."""
         self.stopping = False
         self._ready = False
         self._drained = 0.0
         self._errors: list[str] = []
         self._complaints: list[str] = []
+        self._heard = 0.0
+        self._last = ""
+        """The last line of the log, and when it came."""
         names = ("grpc", "http", "metrics")
         self.ports = choose_ports(
             {name: getattr(options, f"{name}_port") for name in names}, options.host
@@ -156,30 +162,37 @@ class Server:
                         self.process.wait(2)
                 status = self.process.poll()
                 self.kill()
-                if status not in _CRASHES or self.stopping or not left:
+                if isinstance(error, OSError) and status is None:
+                    error = ServerError(f"tritonserver did not answer while it started ({error})")
+                    again = "gave no answer"
+                elif isinstance(error, _Hang):
+                    again = f"did nothing for {_HANG_SECONDS:.0f} s"
+                elif status in _CRASHES:
+                    again = f"crashed while it started (signal {-status})"
+                else:
                     raise
-                self.log(
-                    f"tritonserver crashed while it started (signal {-status}): starting it again"
-                )
+                if self.stopping or not left:
+                    raise error
+                self.log(f"tritonserver {again}: starting it again")
+        if self._ready:
+            self.try_save()
+        else:
+            self.save()  # a start that nobody could find is a mistake; a restart is not given up
         self._ready = True
-        self.save()
         return time.monotonic() - began
 
     def start_once(self) -> None:
         """Launch tritonserver and wait until every model answers."""
         self._errors, self._complaints = [], []
-        launch = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid()), *self.command]
-        self.process = subprocess.Popen(
-            launch,
-            env={**os.environ, **self.tritonserver.environment},
-            stdin=subprocess.DEVNULL,
+        self._heard = time.monotonic()
+        self.process = Child(
+            self.command,
+            self.options.exit_seconds,
+            env={**os.environ, **self.tritonserver.environment, **owner()},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            # a group of its own: Ctrl-C in a terminal reaches this process only, and stubs can be
-            # ended with it
-            start_new_session=True,
         )
         self._reader = threading.Thread(
             target=self.pass_on, args=(self.process.stdout,), daemon=True
@@ -199,15 +212,26 @@ class Server:
         """Return when the server says READY; raises ServerError if it ends before, or is not by the
         deadline.
         """
+        activity, idle, look = Activity(time.monotonic()), 0.0, 0.0
         while not self.rest.ready():
             if self.process.poll() is not None:
                 raise self.explain_end()
             if self.stopping:
                 raise ServerError("stopped before it was ready")
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise ServerError(
                     f"tritonserver was not ready within {self.options.start_seconds:.0f} s "
                     "(--start-timeout gives it more)"
+                )
+            if now > look:
+                look = now + _LOOK_SECONDS
+                pids = [self.process.pid, *(stub.pid for stub in find_stubs(self.process.pid))]
+                idle = min(activity.idle(pids, now), now - self._heard)
+            if idle > _HANG_SECONDS:
+                raise _Hang(
+                    f"tritonserver hung {_STARTS} times while it started: "
+                    f"{one_line(self._last) or 'it logged nothing'}"
                 )
             time.sleep(0.05)
 
@@ -216,6 +240,7 @@ class Server:
         begun = False
         with stream:
             for line in map(str.rstrip, stream):
+                self._heard, self._last = time.monotonic(), line
                 message = _MESSAGE.match(line)
                 begun = begun or message is not None
                 if not begun:  # before the log begins: an error about flags, then its help
@@ -227,7 +252,9 @@ class Server:
                     self._drained = time.monotonic()
                 if message and (message["level"] or message["iso"]) in "EF":
                     self._errors.append(message["text"])
-                self.log(line.replace(self.admin_key, "…"))
+                # whatever becomes of the log, tritonserver must not wait for a reader
+                with suppress(OSError):
+                    self.log(line.replace(self.admin_key, "…"))
 
     def explain_end(self) -> Exception:
         """The reason that tritonserver logged for ending before it was ready."""
@@ -251,7 +278,7 @@ class Server:
         )
 
     def save(self) -> None:
-        """Write the state file; called whenever a count changes."""
+        """Write the state file; raises UserError where it cannot be written."""
         state = State(
             pid=os.getpid(),
             server_pid=self.process.pid,
@@ -263,6 +290,17 @@ class Server:
             server_restarts=self.server_restarts,
         )
         write_state(self.repository, state)
+
+    def try_save(self) -> None:
+        """Write the state file if that is possible, and note whether it was."""
+        try:
+            self.save()
+        except (OSError, UserError) as error:
+            if not self.unsaved:
+                self.log(f"supervisor: counts of restarts are not written: {error}")
+            self.unsaved = True
+        else:
+            self.unsaved = False
 
     def drain(self) -> None:
         """Stop accepting requests, and end when the accepted ones are answered. Safe in a
@@ -282,22 +320,27 @@ class Server:
         self.regions |= {stub.region for stub in find_stubs(self.process.pid)}
         if not self.stopping:
             self.drain()
-        deadline = time.monotonic() + self.options.exit_seconds + 5
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if self._drained:
-                deadline = min(deadline, self._drained + _UNLOAD_SECONDS)
+        # Triton counts requests that wait, not those that a process has: what processes do tells
+        now = time.monotonic()
+        activity, deadline = Activity(now), now + self.options.exit_seconds + 5
+        while self.process.poll() is None and now < deadline:
+            activity.idle([stub.pid for stub in find_stubs(self.process.pid)], now)
+            if self._drained and now - max(self._drained, activity.since) > _UNLOAD_SECONDS:
+                break
             time.sleep(0.05)
+            now = time.monotonic()
+        at_work = now - activity.since < _WORK_SECONDS and self.process.returncode != 0
         self.kill()
         remove_state(self.repository)
-        return not self._ready or bool(self._drained) or self.process.returncode == 0
+        return (
+            not self._ready or self.process.returncode == 0 or (bool(self._drained) and not at_work)
+        )
 
     def kill(self) -> None:
         """Kill tritonserver and its stub processes."""
         if self.process is None:
             return
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.end()
         self._reader.join(5)
         remove_regions(self.regions)
         self.regions.clear()

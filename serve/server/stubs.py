@@ -47,6 +47,15 @@ def _read_stub(pid: int) -> Stub | None:
     return Stub(pid, folder.parent.name, folder.name, words[2])
 
 
+def is_stub_of(words: list[str], repository: Path) -> bool:
+    """Whether a command line is that of a stub process on a repository."""
+    return (
+        len(words) > 2
+        and Path(words[0]).name == _STUB
+        and Path(words[1]).parent.parent.parent == repository
+    )
+
+
 def command_line(pid: int) -> list[str]:
     """The words a process was started with; none for a zombie, or one that is gone."""
     try:

@@ -2,10 +2,11 @@
 started again.
 
 Triton goes on calling a model READY after the process behind it was killed, and loading it again
-does nothing as long as its files are unchanged. So two things are looked at from outside: the stub
-processes of the python backend, twice a second (one dead of several makes only every k-th request
-fail), and the answer to a canary, an inference of zeros, wherever no real request was answered
-since the last look. A model that fails either gets a file touched and is loaded again.
+does nothing as long as its files are unchanged. So three things are looked at from outside: the
+stub processes of the python backend, twice a second (one dead of several makes only every k-th
+request fail); the answer to a canary, an inference of zeros, wherever no real request was answered
+since the last look; and whether processes that have requests to answer do anything
+(serve/server/backend.py). A model that fails gets a file touched and is loaded again.
 """
 
 import math
@@ -14,16 +15,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
 
-from contract.errors import first_line
+from contract.errors import UserError, first_line
 from serve.errors import ServerError
 from serve.repository.contents import STAGED
+from serve.server.activity import Activity, cpu_seconds
+from serve.server.backend import Backend, Canary, describe
 from serve.server.process import Server
-from serve.server.rest import Refused, Tensor
+from serve.server.rest import Refused
+from serve.server.space import FULL, Space
 from serve.server.stubs import Stub, find_stubs, remove_regions
 
 _LOOK_SECONDS = 0.5
@@ -33,57 +36,33 @@ _SURVEY_SECONDS = 2.0
 """
 CANARY_SHARE, CANARY_SECONDS = 0.05, 10.0
 """Canaries of a model take at most this share of the time, but there is one in so many seconds."""
-_PATIENCE_SECONDS = 20.0
-"""A model that gives no answer to anybody for so long (and for as long as many canaries take)
-hangs.
-"""
+_CANARY_PATIENCE = 3600.0
+"""Seconds after which a canary is forgotten; that its model hangs shows long before."""
+_SILENT_SECONDS, _SILENT_LONG = 20.0, 300.0
+"""A tritonserver hangs that answers nothing for so long, and does nothing; or whatever it does."""
+_WORK_SECONDS = 5.0
+"""A model was at work if one of its processes was seen at work within so many seconds."""
 _GRACE_SECONDS = 10.0
 """Seconds a replaced backend has to finish its requests."""
 _STEADY_SECONDS = 60.0
 """A model that stayed up so long is replaced at once when it dies; one that did not waits twice as
 long each time.
 """
+_RETRY_SECONDS = 60.0
+"""The longest pause between two attempts to load a model."""
 SERVER_STARTS, SERVER_WINDOW = 5, 600.0
 """A tritonserver that died is started again so often in so many seconds."""
-PICTURE = (
-    b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x00\x01\x00\x00\x00\x01\x08\x02\x00\x00\x00\x90wS\xde\x00\x00\x00\x0cIDATx\x9c"
-    b"c```\x00\x00\x00\x04\x00\x01\xf6\x178U\x00\x00\x00\x00IEND\xaeB`\x82"
-)
-"""A black pixel as a PNG file: what models that read bytes get; one that wants text may refuse it,
-and so is alive.
-"""
 
 
 @dataclass
-class _Backend:
-    """State of one version of a model."""
+class Answer:
+    """What came back for a canary."""
 
-    model: str
-    version: str
-    inputs: tuple[Tensor, ...]
-    output: str
-    instances: int
-    """Expected stub processes; 0 for backends other than python."""
-    answered: int = -1
-    """Requests answered at the last look."""
-    complete: bool = False
-    """Whether all stub processes were seen at once since it was loaded."""
-    short: int = 0
-    """Looks in a row that missed some of them."""
-    due: float = 0.0
-    canary: Future | None = None
-    canary_baseline: int = 0
-    """Requests answered when the canary was sent."""
-    canary_seconds: float = 0.0
-    strikes: int = 0
-    """Canaries in a row that failed."""
-    replaced: float = -math.inf
-    quick: int = 0
-    """Deaths in a row that came soon after a replacement."""
-    retry: float = 0.0
-    reason: str = ""
-    old: set[int] = field(default_factory=set)
-    """Stub processes of before the last replacement."""
+    wrong: str = ""
+    seconds: list[float] = field(default_factory=list)
+    """What each of its inferences took."""
+    full: bool = False
+    """Whether it was refused because the queue is full."""
 
 
 class Supervisor:
@@ -91,14 +70,19 @@ class Supervisor:
 
     def __init__(self, server: Server, log: Callable[[str], None]) -> None:
         self.server, self.log = server, log
-        self.backends: dict[tuple[str, str], _Backend] = {}
+        self.backends: dict[tuple[str, str], Backend] = {}
         self.counting = threading.Lock()
-        self.pool = ThreadPoolExecutor(8, "canary")
+        # canaries wait in their threads, as many as there are stub processes
+        self.pool = ThreadPoolExecutor(256, "canary")
         self.seen: set[Stub] = set()
         """Stub processes that were alive once and whose shared memory may still be there."""
         self.dismissed: dict[Stub, float] = {}
         self.deaths: list[float] = []
         self.survey_due = 0.0
+        self.space = Space(server.repository, log)
+        self.heard = time.monotonic()
+        """When tritonserver last answered."""
+        self.activity = Activity(self.heard)
 
     def run(self) -> None:
         """Look until the server is stopped; raises ServerError if tritonserver cannot be kept
@@ -112,26 +96,46 @@ class Supervisor:
                     # a server that stops or dies during a look is handled in the next look
                     with suppress(OSError, Refused):
                         self.look(time.monotonic())
+                        self.heard = time.monotonic()
+                    self.check_server(time.monotonic())
                 time.sleep(_LOOK_SECONDS)
         finally:
             self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def check_server(self, now: float) -> None:
+        """End a tritonserver that hangs, so that it is started again."""
+        idle = self.activity.idle([self.server.process.pid], now)
+        silent = now - self.heard
+        if silent > _SILENT_LONG or (silent > _SILENT_SECONDS and idle > _SILENT_SECONDS):
+            self.log(f"supervisor: tritonserver gives no answer for {silent:.0f} s: killing it")
+            self.server.kill()
 
     def look(self, now: float) -> None:
         stubs = find_stubs(self.server.process.pid)
         self.seen.update(stubs)
         self.server.regions.update(stub.region for stub in stubs)
-        if now >= self.survey_due:
-            self.survey(now)
+        surveyed = now >= self.survey_due
+        if surveyed:
             self.survey_due = now + _SURVEY_SECONDS
+            self.check_space(now)
+            self.survey(now)
         for backend in self.backends.values():
             self.count(backend, stubs)
-            if backend.canary is not None and backend.canary.done():
-                self.judge(backend, now)
+            self.judge(backend, now)
+            self.watch(backend, stubs, now, surveyed)
         self.dismiss(stubs, now)
         dead = [
             backend for backend in self.backends.values() if backend.reason and now >= backend.retry
         ]
         list(self.pool.map(lambda backend: self.replace(backend, stubs), dead))
+
+    def check_space(self, now: float) -> None:
+        """Say which folders are full; where there is room again, go on at once with what failed."""
+        if self.space.look():
+            for backend in self.backends.values():
+                backend.retry = min(backend.retry, now)
+        if self.server.unsaved:
+            self.server.try_save()
 
     def survey(self, now: float) -> None:
         """List the models and what they answered; send canaries to those that answered
@@ -142,24 +146,55 @@ class Supervisor:
             key = entry["name"], entry["version"]
             if key[0].startswith(STAGED):  # a rollout tries it and handles its failures
                 continue
-            backend = result[key] = self.backends.get(key) or describe(
-                self.server.rest.config(*key), *key
-            )
+            backend = result[key] = self.backends.get(key) or self.describe(*key)
             answered = int(entry["inference_stats"]["success"]["count"])
             progress, backend.answered = answered != backend.answered, answered
-            if backend.output and not progress and backend.canary is None and now >= backend.due:
-                backend.canary, backend.canary_baseline = (
-                    self.pool.submit(self.ask, backend),
-                    answered,
-                )
+            backend.executions = int(entry.get("execution_count", 0))
+            # of several processes one may hang while the others answer
+            wanted = not progress or backend.instances > 1
+            if backend.output and wanted and not backend.canaries and now >= backend.due:
+                self.send(backend, now)
         self.backends = result
 
-    def count(self, backend: _Backend, stubs: list[Stub]) -> None:
-        """Give a backend a reason to be replaced if processes of it are missing."""
-        alive = sum(
-            (s.model, s.version) == (backend.model, backend.version) and s.pid not in backend.old
-            for s in stubs
+    def describe(self, model: str, version: str) -> Backend:
+        result = describe(self.server.rest.config(model, version), model, version)
+        folder = self.server.repository / model / version
+        result.calls_others = (folder / "calling_model.py").exists()
+        return result
+
+    def send(self, backend: Backend, now: float) -> None:
+        """Send a canary."""
+        pids = [stub.pid for stub in self.seen if backend.owns(stub)]
+        backend.canaries.append(
+            Canary(now, self.pool.submit(self.ask, backend), backend.answered, cpu_seconds(pids))
         )
+
+    def watch(self, backend: Backend, stubs: list[Stub], now: float, surveyed: bool) -> None:
+        """Give a backend a reason to be replaced if processes of it hang."""
+        pids = [stub.pid for stub in stubs if backend.owns(stub)]
+        if any(other.calls_others for other in self.backends.values()):
+            backend.work.idle(pids, now)
+
+        def elsewhere() -> bool:
+            return any(
+                other is not backend and now - other.work.since < _WORK_SECONDS
+                for other in self.backends.values()
+            )
+
+        if backend.wants_another(pids, now):
+            self.send(backend, now)
+        hung, how = backend.find_hung(pids, now, elsewhere)
+        if not how and surveyed:
+            hung, how = backend.find_missed(pids, now, elsewhere)
+            if backend.missed:
+                backend.due = now
+        if how and self.server.rest.model_ready(backend.model, backend.version):
+            backend.hung = hung
+            backend.reason = f"{len(hung)} of {len(pids)} backend processes hang ({how})"
+
+    def count(self, backend: Backend, stubs: list[Stub]) -> None:
+        """Give a backend a reason to be replaced if processes of it are missing."""
+        alive = sum(map(backend.owns, stubs))
         backend.complete |= alive >= backend.instances
         backend.short = backend.short + 1 if backend.complete and alive < backend.instances else 0
         # twice, because an instance that is being replaced in order may be between two processes
@@ -168,73 +203,91 @@ class Supervisor:
                 f"{backend.instances - alive} of {backend.instances} backend processes died"
             )
 
-    def ask(self, backend: _Backend) -> tuple[str, float]:
-        """Send a canary; returns what is wrong ("" for nothing) and the seconds it took. Any
-        sensible answer will do.
-        """
-        began, wrong = time.monotonic(), ""
-        patience = max(_PATIENCE_SECONDS, 100 * backend.canary_seconds)
-        try:
-            self.server.rest.infer(
-                backend.model, backend.version, backend.inputs, backend.output, patience
-            )
-        except Refused as error:
-            if (
-                error.status >= 500 and error.status != 503
-            ):  # 503: its queue is full, so others are being answered
-                wrong = first_line(error)
-        except TimeoutError:
-            wrong = f"no answer for {patience:.0f} s"
-        except OSError:
-            pass  # the server is gone, which the next look at its process shows
-        return wrong, time.monotonic() - began
+    def ask(self, backend: Backend) -> Answer:
+        """Send a canary and wait for its answer. Any sensible answer will do."""
+        answer = Answer()
+        for _ in range(backend.count()):
+            began = time.monotonic()
+            try:
+                self.server.rest.infer(
+                    backend.model,
+                    backend.version,
+                    backend.inputs,
+                    backend.output,
+                    _CANARY_PATIENCE,
+                )
+            except Refused as error:
+                answer.full = error.status == 503  # its queue
+                if error.status >= 500 and not answer.full:
+                    answer.wrong = first_line(error)
+            except OSError:
+                break  # the server is gone, which the next look at its process shows
+            answer.seconds.append(time.monotonic() - began)
+            if answer.wrong or answer.full:
+                break
+        return answer
 
-    def judge(self, backend: _Backend, now: float) -> None:
-        """Evaluate a finished canary."""
-        wrong, seconds = backend.canary.result()
-        backend.canary = None
-        if not wrong:
-            backend.strikes, backend.canary_seconds = 0, seconds
-            backend.due = now + min(CANARY_SECONDS, seconds / CANARY_SHARE)
+    def judge(self, backend: Backend, now: float) -> None:
+        """Evaluate the canaries that were answered."""
+        answers = [canary.done.result() for canary in backend.canaries if canary.done.done()]
+        if not answers:
             return
-        backend.strikes += 1
-        certain = "is not healthy" in wrong or (
-            wrong.startswith("no answer") and backend.answered == backend.canary_baseline
-        )
-        if (certain or backend.strikes > 1) and self.server.rest.model_ready(
-            backend.model, backend.version
-        ):
-            backend.reason = wrong
+        backend.canaries = [canary for canary in backend.canaries if not canary.done.done()]
+        for answer in answers:
+            if answer.full:
+                backend.refused_since = min(backend.refused_since, now)
+                continue
+            backend.refused_since = math.inf
+            if not answer.wrong:
+                backend.strikes = 0
+                if answer.seconds:
+                    backend.canary_seconds = min(answer.seconds)
+                    backend.due = now + min(CANARY_SECONDS, sum(answer.seconds) / CANARY_SHARE)
+                continue
+            if any(words in answer.wrong for words in FULL):
+                # loading it again would take more room for a while
+                backend.due = now + CANARY_SECONDS
+                self.log(f"supervisor: {backend.model} cannot take a request: {answer.wrong}")
+                continue
+            backend.strikes += 1
+            certain = "is not healthy" in answer.wrong
+            if (certain or backend.strikes > 1) and self.server.rest.model_ready(
+                backend.model, backend.version
+            ):
+                backend.reason = answer.wrong
 
-    def replace(self, backend: _Backend, stubs: list[Stub]) -> None:
+    def replace(self, backend: Backend, stubs: list[Stub]) -> None:
         """Load a model again next to what is left of it; the old processes are ended when they had
-        time to finish.
+        time to finish, those that hang at once.
         """
         model, began = backend.model, time.monotonic()
         mine = [
             stub for stub in self.seen if (stub.model, stub.version) == (model, backend.version)
         ]
+        hung = [stub for stub in mine if stub.pid in backend.hung and stub in stubs]
+        others = [stub for stub in stubs if backend.owns(stub) and stub not in hung]
         self.log(
             f"supervisor: {model} version {backend.version}: {backend.reason}: loading it again"
         )
-        if backend.reason.startswith("no answer"):
-            end(
-                [stub for stub in mine if stub in stubs]
-            )  # they hang, and their clients would wait for ever
+        if not others:
+            end(hung)  # their clients would wait for ever
         backend.quick = backend.quick + 1 if began - backend.replaced < _STEADY_SECONDS else 0
-        backend.retry = began + min(60, 2**backend.quick if backend.quick > 1 else 0)
+        backend.retry = began + min(_RETRY_SECONDS, 2**backend.quick if backend.quick > 1 else 0)
         try:
             # Triton loads what has changed
             os.utime(min((self.server.repository / model / backend.version).iterdir()))
             self.server.rest.load(model, self.server.narrowed.get(model, ""))
-            wrong = self.ask(backend)[0]
+            wrong = self.try_out(backend)
         except (OSError, Refused) as error:
             wrong = first_line(error)
         if self.server.stopping or self.server.process.poll() is not None:
             return
         now = time.monotonic()
         if wrong:
-            backend.quick, backend.retry = backend.quick + 1, now + min(60, 2**backend.quick)
+            backend.failed += 1
+            backend.retry = now + min(_RETRY_SECONDS, 2**backend.failed)
+            if lack := self.space.explain():
+                wrong = f"{lack} ({wrong})"
             self.log(
                 f"supervisor: {model} did not recover: {wrong} (next attempt in "
                 f"{backend.retry - now:.0f} s)"
@@ -242,12 +295,20 @@ class Supervisor:
             return
         with self.counting:
             count = self.server.restarts[model] = self.server.restarts.get(model, 0) + 1
-            self.server.save()
+            self.server.try_save()
         self.log(f"supervisor: {model} is back after {now - began:.1f} s (restart {count})")
+        end(hung)
         backend.old |= {stub.pid for stub in mine}
         self.dismissed |= {stub: now + _GRACE_SECONDS for stub in mine}
-        backend.replaced, backend.reason, backend.canary = now, "", None
-        backend.complete, backend.short, backend.strikes = False, 0, 0
+        backend.replaced = now
+        backend.forget()
+
+    def try_out(self, backend: Backend) -> str:
+        """What is wrong with a model that was loaded; "" also where it is too busy to say."""
+        done = self.pool.submit(self.ask, backend)
+        with suppress(TimeoutError):
+            return done.result(_GRACE_SECONDS).wrong
+        return ""
 
     def dismiss(self, stubs: list[Stub], now: float) -> None:
         """End processes of replaced backends: Triton waits for the one that died, and so never ends
@@ -291,13 +352,15 @@ class Supervisor:
                 return
             try:
                 seconds = self.server.start()
-            except ServerError as error:
+            except (ServerError, UserError) as error:  # a port may have been taken meanwhile
                 how = str(error)
                 continue
             if self.server.stopping:
                 return
+            self.heard = time.monotonic()
+            self.activity = Activity(self.heard)
             self.server.server_restarts += 1
-            self.server.save()
+            self.server.try_save()
             self.log(
                 f"supervisor: tritonserver is back after {seconds:.1f} s (restart "
                 f"{self.server.server_restarts})"
@@ -309,33 +372,3 @@ def end(stubs: list[Stub]) -> None:
     for stub in stubs:
         with suppress(ProcessLookupError):
             os.kill(stub.pid, signal.SIGKILL)
-
-
-def describe(config: dict[str, Any], model: str, version: str) -> _Backend:
-    """What a model's configuration says of how to watch it. An ensemble has no backend; its steps
-    are watched.
-    """
-    if config.get("platform") == "ensemble":
-        return _Backend(model, version, (), "", 0)
-    warm_up = {
-        name: data["dims"]
-        for sample in config.get("model_warmup", ())
-        for name, data in sample["inputs"].items()
-    }
-    inputs = []
-    for port in config["input"]:
-        if port.get("optional"):
-            continue
-        # sizes that vary are those of the warm-up, which the model is known to take
-        dims = warm_up.get(port["name"], port["dims"])
-        sizes = tuple(max(1, int(size)) for size in dims)
-        shape = (1, *sizes) if config.get("max_batch_size", 0) > 0 else sizes
-        kind = port["data_type"].removeprefix("TYPE_").replace("STRING", "BYTES")
-        inputs.append(Tensor(port["name"], kind, shape, PICTURE))
-    stubs = config["backend"] == "python"
-    instances = (
-        sum(group["count"] * max(1, len(group["gpus"])) for group in config["instance_group"])
-        if stubs
-        else 0
-    )
-    return _Backend(model, version, tuple(inputs), config["output"][0]["name"], instances)

@@ -8,22 +8,27 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from serve.server.orphans import end_orphans
 
 WORKSPACE = "serve-run-"
 """Prefix of the folders' names."""
+
+REPOSITORY = "repository"
+"""Name of a repository that is not kept, in its workspace."""
 
 _LOCK = "lock"
 
 
 @contextlib.contextmanager
-def make_workspace() -> Iterator[Path]:
+def make_workspace(log: Callable[[str], None]) -> Iterator[Path]:
     """A temporary folder of this process alone, which is gone afterwards, as are those of this
-    user's killed runs, whose locks are free.
+    user's killed runs, whose locks are free, and the servers they left.
     """
     for old in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}*"):
-        _remove_abandoned(old)
+        _remove_abandoned(old, log)
     with tempfile.TemporaryDirectory(prefix=WORKSPACE) as folder:
         held = os.open(Path(folder) / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         try:
@@ -33,7 +38,7 @@ def make_workspace() -> Iterator[Path]:
             os.close(held)
 
 
-def _remove_abandoned(folder: Path) -> None:
+def _remove_abandoned(folder: Path, log: Callable[[str], None]) -> None:
     """Delete a folder of a killed run. Anybody may put something of such a name there: what is not
     as `make_workspace` makes it is neither opened nor waited for.
     """
@@ -47,6 +52,7 @@ def _remove_abandoned(folder: Path) -> None:
         try:
             if stat.S_ISREG(os.fstat(held).st_mode):
                 fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a run that lives
+                end_orphans(folder / REPOSITORY, log)
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(held)

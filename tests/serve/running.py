@@ -2,8 +2,10 @@
 starting and watching.
 """
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +16,11 @@ from pathlib import Path
 import numpy as np
 import tritonclient.grpc as grpc
 
+from serve.bundle import read_bundle
+from serve.repository.build import make_repository
+from serve.repository.contents import MADE_WITH
+from serve.repository.settings import Settings
+
 ANY_PORTS = ("--grpc-port", 0, "--http-port", 0, "--metrics-port", 0)
 
 
@@ -23,10 +30,16 @@ class Run:
     """
 
     def __init__(
-        self, *arguments: object, ports: tuple = ANY_PORTS, temporary: Path | None = None
+        self,
+        *arguments: object,
+        ports: tuple = ANY_PORTS,
+        temporary: Path | None = None,
+        within: tuple[str, ...] = (),
     ) -> None:
+        """`within`: a command that runs the command that follows it."""
         before, after = split(arguments)
         command = [sys.executable, "-m", "serve.run", *map(str, (*before, *ports, *after))]
+        command = [*within, *command]
         environment = (
             os.environ
             | {"OMP_NUM_THREADS": "1"}
@@ -115,6 +128,20 @@ def processes(word: Path | str) -> list[int]:
         ) in "\0".join(words):
             found.append(int(path.parent.name))
     return found
+
+
+def small_repository(bundle: Path, folder: Path, instances: int = 2) -> Path:
+    """A repository with a bundle's backbone, in so many processes, and the decoder alone: what
+    starts within seconds. It has no front door.
+    """
+    settings = Settings(fused=False, instances=instances, threads=1, decoders=2)
+    make_repository(read_bundle(bundle), folder, settings)
+    about = json.loads((folder / MADE_WITH).read_text())
+    for model in set(about["models"]) - {"backbone", "decode"}:
+        shutil.rmtree(folder / model)
+    about["models"] = ["backbone", "decode"]
+    (folder / MADE_WITH).write_text(json.dumps(about))
+    return folder
 
 
 class Load:

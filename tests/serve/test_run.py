@@ -30,7 +30,7 @@ from serve.server.rest import Refused, Rest
 from serve.server.state import STATE, State, read_state
 from serve.server.triton import find_tritonserver
 from tests.conftest import need_tritonserver
-from tests.serve.running import ANY_PORTS, Load, Run, ask, processes, until
+from tests.serve.running import ANY_PORTS, Load, Run, ask, processes, small_repository, until
 
 SIZE = 64
 NOT_TAKEN = "Server is stopping"
@@ -500,6 +500,48 @@ def test_a_state_file_whose_process_is_gone_says_nothing(tmp_path):
     assert read_state(tmp_path) is None  # a process of that id runs, but is no tritonserver
     (tmp_path / STATE).write_text("{")
     assert read_state(tmp_path) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hangs", "starts"), [(1, 2), (9, 3)])
+def test_a_start_that_hangs_is_cut_and_followed_by_another(
+    small_bundle, tmp_path, monkeypatch, hangs, starts
+):
+    monkeypatch.setattr("serve.server.process._HANG_SECONDS", 5.0)
+    repository = small_repository(small_bundle, tmp_path / "repository", instances=1)
+    found, count, lines = find_tritonserver(None, tmp_path), tmp_path / "count", []
+    script = tmp_path / "tritonserver"
+    script.write_text(
+        f"#!/bin/sh\necho >> {count}\n"
+        f'[ $(wc -l < {count}) -gt {hangs} ] || exec sleep 1000\nexec {found.executable} "$@"\n'
+    )
+    script.chmod(0o755)
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
+    server = Server(replace(found, executable=script), repository, options, lines.append)
+    if hangs < starts:
+        with server:
+            assert server.rest.ready()
+    else:
+        with pytest.raises(ServerError, match="tritonserver hung 3 times while it started"):
+            server.start()
+    assert count.read_text().count("\n") == starts
+    assert sum("did nothing for 5 s: starting it again" in line for line in lines) == starts - 1
+
+
+@pytest.mark.slow
+def test_the_next_start_ends_a_tritonserver_that_was_left_and_will_not_end(small_bundle, tmp_path):
+    repository = small_repository(small_bundle, tmp_path / "repository", instances=1)
+    with Run("--repository", repository) as run:
+        run.ready()
+        left = processes(repository)
+        for pid in left:
+            os.kill(pid, signal.SIGSTOP)
+        run.end(signal.SIGKILL)
+    with Run("--repository", repository) as run:
+        run.ready()
+        assert f"which serve.run {run.process.pid}" not in run.text
+        assert re.search(r"^ending tritonserver \d+, which serve\.run \d+ left", run.text, re.M)
+        assert not set(left) & set(processes(repository))
 
 
 @pytest.mark.slow

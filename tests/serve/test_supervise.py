@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 
@@ -14,15 +15,16 @@ from serve.bundle import read_bundle
 from serve.errors import ServerError
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
+from serve.server.backend import PICTURE, describe
 from serve.server.launch import Options
 from serve.server.process import Server
 from serve.server.rest import Tensor
 from serve.server.state import read_state
 from serve.server.stubs import SHARED_MEMORY, Stub, find_stubs, remove_stale_regions
-from serve.server.supervise import PICTURE, Supervisor, describe
+from serve.server.supervise import Supervisor
 from serve.server.triton import find_tritonserver
 from tests.conftest import need_tritonserver
-from tests.serve.running import Load, Run, ask, processes, until
+from tests.serve.running import Load, Run, ask, processes, small_repository, until
 
 SIZE = 64
 
@@ -112,6 +114,115 @@ class TestRunning:
         assert regions and run.end(signal.SIGTERM) == 0
         assert not processes(repository)
         assert not [region for region in regions if (SHARED_MEMORY / region).exists()]
+
+
+_ODD = """
+
+    def refuse(self, feeds):
+        import threading, time
+        what, seconds = map(int, feeds[0].flat[:2])
+        if what == 1:
+            lock = threading.Lock()
+            lock.acquire()
+            lock.acquire()
+        while what == 2:
+            time.sleep(1)
+        end = time.monotonic() + seconds
+        while what == 3 and time.monotonic() < end:
+            pass
+        return super().refuse(feeds)
+"""
+LOCK, SLEEP, WORK = 1, 2, 3
+"""What a backbone of that does, told by a picture's first value; the second is how many seconds it
+works.
+"""
+
+
+class Odd:
+    """Requests to a backbone that does as it is told, each in a thread."""
+
+    def __init__(self, address: str) -> None:
+        self.address, self.threads = address, []
+        self.errors: list[str] = []
+
+    def ask(self, what: int = 0, seconds: int = 0) -> str:
+        image = np.full((1, SIZE, SIZE, 3), 128, np.uint8)
+        image.flat[:2] = what, seconds
+        tensor = grpc.InferInput("image", image.shape, "UINT8")
+        tensor.set_data_from_numpy(image)
+        wanted = [grpc.InferRequestedOutput("backbone_global")]
+        with grpc.InferenceServerClient(self.address) as client:
+            try:
+                client.infer("backbone", [tensor], outputs=wanted, client_timeout=90)
+            except grpc.InferenceServerException as error:
+                return str(error)
+        return ""
+
+    def begin(self, what: int, seconds: int = 0) -> None:
+        """Ask, and go on once a process has it."""
+        self.threads.append(
+            threading.Thread(target=lambda: self.errors.append(self.ask(what, seconds)))
+        )
+        self.threads[-1].start()
+        time.sleep(0.5)
+
+    def finish(self) -> list[str]:
+        for thread in self.threads:
+            thread.join(100)
+        errors, self.threads, self.errors = self.errors, [], []
+        return errors
+
+
+@pytest.fixture(scope="module")
+def odd(expensive, small_bundle, tmp_path_factory):
+    """serve.run with two processes of such a backbone, requests to it, and its repository."""
+    need_tritonserver()
+    repository = small_repository(small_bundle, tmp_path_factory.mktemp("odd") / "repository")
+    with open(repository / "backbone" / "1" / "model.py", "a", encoding="utf-8") as file:
+        file.write(_ODD)
+    with Run("--repository", repository) as run:
+        run.ready()
+        yield run, Odd(run.grpc), repository
+
+
+class TestHangs:
+    """A process hangs that does nothing although there is something to do, and no other."""
+
+    def test_long_work_and_what_waits_behind_it_is_answered(self, odd):
+        run, requests, _ = odd
+        for _ in range(3):  # two processes
+            requests.begin(WORK, 13)
+        assert requests.finish() == ["", "", ""]
+        assert "loading it again" not in run.text
+
+    def test_one_of_two_that_waits_for_ever_is_found_while_the_other_answers(self, odd):
+        run, requests, _ = odd
+        began = time.monotonic()
+        requests.begin(LOCK)
+        while "is back" not in run.text and time.monotonic() - began < 60:
+            assert requests.ask() == ""
+            time.sleep(0.2)
+        assert time.monotonic() - began < 30
+        assert "1 of 2 backend processes hang (no part in what the others answer" in run.text
+        assert ["is not healthy" in error for error in requests.finish()] == [True]
+
+    def test_all_that_sleep_for_ever_are_found(self, odd):
+        run, requests, _ = odd
+        began = time.monotonic()
+        for _ in range(2):
+            requests.begin(SLEEP)
+        run.wait_for(r"supervisor: backbone is back after .* \(restart [23]\)", 60)
+        assert time.monotonic() - began < 35  # 30 s are promised, and the start of two processes
+        assert requests.ask() == ""
+        requests.finish()
+
+    def test_a_tritonserver_that_hangs_is_started_again(self, odd):
+        run, requests, repository = odd
+        began, server = time.monotonic(), read_state(repository).server_pid
+        os.kill(server, signal.SIGSTOP)
+        run.wait_for(r"supervisor: tritonserver is back after .* \(restart 1\)", 90)
+        assert time.monotonic() - began < 70
+        assert requests.ask() == ""
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from clip_text import BadLabel, ClipTokenizer, embed
-from graph_model import failed, first_line, label_text, open_graph
+from graph_model import failed, label_text, open_graph, unexpected
 
 _KEPT = 4096
 """Labels whose embeddings are kept: clients send the same few with every picture."""
@@ -67,9 +67,7 @@ class TritonPythonModel:
             mark = json.loads(request.parameters() or "{}").get("refusal_mark", "")
             return failed(f"{mark}{error}", pb_utils.TritonError.INVALID_ARG)
         except Exception as error:  # whatever the graph failed with, the next request may do better
-            return failed(
-                f"the text tower failed: {first_line(error)}", pb_utils.TritonError.INTERNAL
-            )
+            return unexpected("the text tower failed", error)
         if not np.isfinite(result).all():
             return failed("the text tower gives NaN or infinity", pb_utils.TritonError.INTERNAL)
         return pb_utils.InferenceResponse([pb_utils.Tensor("embeddings", result)])

@@ -1,0 +1,106 @@
+"""Processes that a killed serve.run has left on a repository: found by their command line, ended by
+their id.
+
+They end by themselves (serve/server/child.py), but a tritonserver that still answers what it has
+accepted holds its ports until then, and the next start need not wait for it.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from contract.errors import UserError
+from serve.server.stubs import command_line, find_stubs, is_stub_of
+
+_OWNER = "SERVE_RUN_OWNER"
+"""In tritonserver's environment: the process that started it, as its id and when that began, since
+ids are used again.
+"""
+_END_SECONDS = 10.0
+"""A killed process is gone within a moment, unless it waits for a disk."""
+
+
+def owner() -> dict[str, str]:
+    """Environment by which a child can be told from an orphan later."""
+    return {_OWNER: f"{os.getpid()}:{_began(os.getpid())}"}
+
+
+def end_orphans(repository: Path, log: Callable[[str], None]) -> None:
+    """End tritonserver and its processes where the serve.run that started them on a repository is
+    gone, and wait until their ports are free.
+
+    Raises UserError if it is not gone. Processes of other users, and those that serve.run has not
+    started, are left alone.
+    """
+    folder = repository.absolute()
+    ended = []
+    for pid in _processes():
+        words = command_line(pid)
+        if f"--model-repository={folder}" in words and Path(words[0]).name == "tritonserver":
+            pid_of_owner, _, began = _read_owner(pid).partition(":")
+            if not began:
+                continue
+            if _began(int(pid_of_owner)) == began:
+                raise UserError(
+                    f"--repository {repository} is served by process {pid_of_owner}: stop it first"
+                )
+            log(
+                f"ending tritonserver {pid}, which serve.run {pid_of_owner} left when it was killed"
+            )
+            stubs = [stub.pid for stub in find_stubs(pid)]
+            _kill(pid)
+            ended += [pid, *stubs]
+        elif is_stub_of(words, folder) and not _has_server(pid):
+            ended.append(pid)
+    for pid in ended:
+        _kill(pid)
+    deadline = time.monotonic() + _END_SECONDS
+    while any(command_line(pid) for pid in ended) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _processes() -> Iterator[int]:
+    """Ids of this user's processes, without this one."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if path.stat().st_uid == os.geteuid() and int(path.name) != os.getpid():
+                yield int(path.name)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError, PermissionError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _has_server(pid: int) -> bool:
+    """Whether a stub's parent is a tritonserver."""
+    with suppress(OSError, IndexError, ValueError):
+        words = command_line(int(_stat(pid)[1]))
+        return bool(words) and Path(words[0]).name == "tritonserver"
+    return False
+
+
+def _read_owner(pid: int) -> str:
+    """The value of `owner` in a process's environment, "" if it has none."""
+    with suppress(OSError):
+        for entry in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+            name, _, value = entry.decode(errors="replace").partition("=")
+            if name == _OWNER:
+                return value
+    return ""
+
+
+def _began(pid: int) -> str:
+    """When a process began, in the kernel's ticks; "" if it is gone, or waits to be reaped."""
+    with suppress(OSError, IndexError):
+        fields = _stat(pid)
+        return "" if fields[0] in "ZX" else fields[19]
+    return ""
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields of /proc/PID/stat after the command's name: state, parent, …"""
+    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
