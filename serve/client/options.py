@@ -2,6 +2,7 @@
 
 import uuid
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from contract.images import Limits
 from serve.client.retry import Retry
@@ -84,3 +85,18 @@ class RequestOptions:
             timeout=self.timeout or client.timeout,
             request_id=self.request_id or uuid.uuid4().hex,
         )
+
+
+def check_url(url: Any) -> str:
+    """HOST:PORT of a gRPC endpoint, or another target that gRPC knows; raises BadRequest for what
+    is none.
+    """
+    if not isinstance(url, str) or not url.strip() or not url.isprintable():
+        raise BadRequest(f"url={url!r}: give HOST:PORT of the server's gRPC port")
+    scheme, _, rest = url.partition("://")
+    if rest and scheme.lower() in ("http", "https", "grpc", "grpcs", "tcp"):
+        raise BadRequest(
+            f"url='{url}': give HOST:PORT of the server's gRPC port (8001 by default), without "
+            f"'{scheme}://'"
+        )
+    return url.strip()
