@@ -5,7 +5,9 @@ the server.
 """
 
 import io
+import os
 import re
+import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -92,17 +94,9 @@ def decode(
     inverse DCT, done for that many pixels only. Raises UnreadableImage, with the picture's `name`,
     for anything empty, truncated, corrupt, of another format or beyond the limits.
     """
-    try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(name, error.strerror or str(error)) from error
+    data = source if isinstance(source, bytes) else read_file(source, limits, name)
+    _check_length(len(data), limits, name)
     kinds = " or ".join((", ".join(FORMATS[:-1]), FORMATS[-1]))
-    if limits.max_bytes is not None and len(data) > limits.max_bytes:
-        raise UnreadableImage(
-            name,
-            f"the picture has {len(data):,} bytes, more than the {limits.max_bytes:,} that are "
-            "taken: make it smaller",
-        )
     if not data and limits.formats:
         raise UnreadableImage(
             name, "the picture is empty (0 bytes): send the bytes of a JPEG, PNG or WebP file"
@@ -143,6 +137,25 @@ def decode(
         raise UnreadableImage(name, _damaged(error)) from error
 
 
+def read_file(path: Path, limits: Limits = Limits(), name: str = "") -> bytes:
+    """The bytes of a picture's file; raises UnreadableImage for one that cannot be read, has more
+    than may be taken, or is no ordinary file.
+    """
+    try:
+        # Of a FIFO, opening would wait for a writer, and a device has no end.
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise UnreadableImage(name, "it is not a regular file: give a picture's file")
+            _check_length(about.st_size, limits, name)
+            # it may grow, and those of /proc have no size
+            return file.read(-1 if limits.max_bytes is None else limits.max_bytes + 1)
+    except OSError as error:
+        raise UnreadableImage(name, error.strerror or str(error)) from error
+    except ValueError as error:  # a path with a zero byte
+        raise UnreadableImage(name, f"it is not a path: {error}") from error
+
+
 def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
     """Any Pillow picture as RGB, upright as its EXIF tag says.
 
@@ -170,6 +183,19 @@ def fit(picture: Image.Image, height: int, width: int) -> np.ndarray:
     not kept.
     """
     return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_length(length: int, limits: Limits, name: str) -> None:
+    if limits.max_bytes is not None and length > limits.max_bytes:
+        raise UnreadableImage(
+            name,
+            f"the picture has {length:,} bytes, more than the {limits.max_bytes:,} that are "
+            "taken: make it smaller",
+        )
 
 
 def _check_limits(picture: Image.Image, data: bytes, limits: Limits, name: str) -> None:

@@ -54,6 +54,7 @@ class AsyncFeatureClient:
         )
         # for forked children, where asyncio's half of gRPC is dead
         self.caller = Caller(self.url, self.calls.options)
+        self.closed = False
         connection.watch(self)
 
     def renew(self) -> None:
@@ -99,7 +100,12 @@ class AsyncFeatureClient:
         """Carry out a piece of work of serve.client.calls or serve.client.tasks; returns its
         answer.
         """
-        self.caller.check_open()
+        if self.closed:
+            raise connection.closed()
+        return await self.carry_on(steps)
+
+    async def carry_on(self, steps: Steps[Result]) -> Result:
+        """The same while the client is being closed."""
         try:
             step = next(steps)
             while True:
@@ -174,7 +180,7 @@ class AsyncFeatureClient:
 
         async def one(part: Steps[Result]) -> Result:
             async with contextlib.nullcontext() if at_once else places:
-                return await self.run(part)
+                return await self.carry_on(part)
 
         tasks = [asyncio.create_task(one(part)) for part in parts]
         try:
@@ -189,13 +195,13 @@ class AsyncFeatureClient:
         those of other loops end with them. Later calls raise BadRequest; closing again does
         nothing.
         """
-        if self.caller.closed:
+        if self.closed:
             return
-        loop = self.loop
+        self.closed, loop = True, self.loop
         if loop.left:
             await asyncio.wait(loop.left, timeout=LAST_WAIT)  # closing cancels them
         with contextlib.suppress(Exception):  # a server that is gone has forgotten it by itself
-            await self.run(self.calls.clean(everything=True))
+            await self.carry_on(self.calls.clean(everything=True))
         self.caller.close()
         await _close(loop.lines.hang_up())
 

@@ -52,7 +52,7 @@ class Calls:
         same for all.
         """
         options = options.complete(self.options)
-        pictures = list_pictures(images)
+        pictures = list_pictures(images, self.options.limits)
         about = options.timeout, options.request_id
         served = yield from self.describe(options.model, *about)
         names = served.choose(outputs)

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from tritonclient.utils import InferenceServerException
 
 from contract.errors import first_line
-from serve.errors import ClientError
+from serve.errors import BadRequest, ClientError
 
 Result = TypeVar("Result")
 
@@ -65,7 +65,7 @@ class Line:
     """tritonclient's InferenceServerClient."""
     busy: int = 0
     """Requests under way."""
-    heard: float = field(default_factory=time.monotonic)
+    heard: float = field(default_factory=lambda: time.monotonic())
     """When the server last answered anything."""
     lost: int = 0
     """Deadlines in a row that passed without a word."""
@@ -161,6 +161,11 @@ def ours(error: Exception) -> Exception:
     if isinstance(error, (InferenceServerException, ClientError)):
         return error
     return InferenceServerException(f"the call failed: {first_line(error)}")
+
+
+def closed() -> BadRequest:
+    """The error of a call of a closed client."""
+    return BadRequest("the client is closed: make a new one")
 
 
 def close(lines: Iterable[Line]) -> None:

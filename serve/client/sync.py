@@ -29,7 +29,6 @@ from serve.client.inputs import Images
 from serve.client.options import ClientOptions, RequestOptions, check_url
 from serve.client.served import FRONT_DOOR, Outputs, Served
 from serve.client.steps import Rpc, Sleep, Step, Steps, Together
-from serve.errors import BadRequest
 
 Result = TypeVar("Result")
 
@@ -58,6 +57,7 @@ class FeatureClient:
         self.caller = Caller(self.url, self.calls.options)
         self.threads: ThreadPoolExecutor | None = None
         self.lock = threading.Lock()
+        self.closed = False
         connection.watch(self)
 
     def renew(self) -> None:
@@ -96,7 +96,12 @@ class FeatureClient:
         """Carry out a piece of work of serve.client.calls or serve.client.tasks; returns its
         answer.
         """
-        self.caller.check_open()
+        if self.closed:
+            raise connection.closed()
+        return self.carry_on(steps)
+
+    def carry_on(self, steps: Steps[Result]) -> Result:
+        """The same while the client is being closed."""
         try:
             step = next(steps)
             while True:
@@ -126,19 +131,17 @@ class FeatureClient:
         thread of its own.
         """
         if len(parts) == 1:
-            return [self.run(parts[0])]
+            return [self.carry_on(parts[0])]
         if at_once:
             with ThreadPoolExecutor(len(parts)) as threads:
-                return list(threads.map(self.run, parts))
+                return list(threads.map(self.carry_on, parts))
         with self.lock:
+            if self.closed:
+                raise connection.closed()
             self.threads = self.threads or ThreadPoolExecutor(
                 self.calls.options.concurrency, "feature-client"
             )
-        try:
-            futures = [self.threads.submit(self.run, part) for part in parts]
-        except RuntimeError:  # its threads were shut down
-            self.caller.check_open()
-            raise
+            futures = [self.threads.submit(self.carry_on, part) for part in parts]
         try:
             return [future.result() for future in futures]
         finally:
@@ -149,13 +152,15 @@ class FeatureClient:
         """Wait for requests under way, give back shared memory, close the connection. Later calls
         raise BadRequest; closing again does nothing.
         """
-        if self.caller.closed:
-            return
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
         if self.threads is not None:
             self.threads.shutdown()
         wait(self.caller.left.copy(), LAST_WAIT)  # closing cancels them
         with contextlib.suppress(Exception):  # a server that is gone has forgotten it by itself
-            self.run(self.calls.clean(everything=True))
+            self.carry_on(self.calls.clean(everything=True))
         self.caller.close()
 
     def __enter__(self) -> "FeatureClient":
@@ -184,7 +189,7 @@ class Caller:
 
     def check_open(self) -> None:
         if self.closed:
-            raise BadRequest("the client is closed: make a new one")
+            raise connection.closed()
 
     def call(self, step: Rpc) -> Any:
         """The result of a call; raises InferenceServerException, or BadRequest if it is closed."""
