@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile  # Pillow's files of two pictures are of it too
+from PIL.PngImagePlugin import PngImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that are decoded for others. The rest have had more of Pillow's vulnerabilities than of
@@ -108,9 +110,9 @@ def decode(
             warnings.simplefilter("ignore")  # what Pillow only warns of is decided here
             with Image.open(io.BytesIO(data), formats=limits.formats) as picture:
                 _check_limits(picture, data, limits, name)
-                if picture.format == "PNG":
+                if isinstance(picture, PngImageFile):
                     _check_sums(data)
-                if size and picture.format == "JPEG":
+                if size and isinstance(picture, JpegImageFile):
                     height, width = size if _orientation(picture) < 5 else size[::-1]
                     picture.draft(None, (2 * width, 2 * height))
                 return to_rgb(picture, name)
@@ -167,8 +169,9 @@ def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
         size = f"{picture.width}x{picture.height}"
         raise UnreadableImage(name, f"the picture is {size} pixels: give one that is not empty")
     try:
+        hidden = _hidden(picture)
         picture.load()
-        rgb = _flattened(picture)
+        rgb = _flattened(picture, hidden)
     except MemoryError:
         raise
     except Exception as error:  # as many kinds as there are decoders
@@ -202,9 +205,9 @@ def _check_limits(picture: Image.Image, data: bytes, limits: Limits, name: str) 
     """Raise for a picture, opened but not decoded, that would cost too much to decode."""
     if picture.width * picture.height > limits.max_pixels:
         raise UnreadableImage(name, _too_large(f"{picture.width}x{picture.height}", limits))
-    # A start-of-scan marker cannot occur in the compressed data itself. Pillow calls a JPEG that
-    # names further pictures MPO, as telephones write.
-    scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 1
+    # A start-of-scan marker cannot occur in the compressed data itself. Decided by the decoder:
+    # Pillow has another name for the format of a JPEG that names further pictures.
+    scans = data.count(b"\xff\xda") if isinstance(picture, JpegImageFile) else 1
     if scans > _MAX_SCANS:
         raise UnreadableImage(
             name,
@@ -249,15 +252,34 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _flattened(picture: Image.Image) -> Image.Image:
+def _hidden(picture: Image.Image) -> int | tuple[int, ...] | bytes | None:
+    """The colour that a picture declares transparent, in the values that its pixels will have.
+
+    Before loading: Pillow scales the pixels of a PNG to eight bits, but not that colour.
+    """
     hidden = picture.info.get("transparency")
+    stored = picture.tile[0].args if getattr(picture, "tile", None) else ""
+    if isinstance(hidden, int) and stored in ("L;2", "L;4"):
+        return hidden * (85 if stored == "L;2" else 17)
+    if isinstance(hidden, tuple) and stored == "RGB;16B":
+        return tuple(value >> 8 for value in hidden)
+    return hidden
+
+
+def _flattened(picture: Image.Image, hidden: int | tuple | bytes | None) -> Image.Image:
+    """A loaded picture as RGB, its transparency laid on white."""
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
         grey = _eight_bits(values)
         if isinstance(hidden, int):  # the one transparent grey of a PNG
             grey[values == hidden] = 255
         return Image.fromarray(grey).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or hidden is not None:
+    if picture.mode == "La":  # Pillow converts it to nothing else
+        picture = picture.convert("LA")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or hidden is not None:
+        if picture.info.get("transparency") != hidden:
+            picture = picture.copy()
+            picture.info["transparency"] = hidden
         layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         paper = Image.new("RGB", layer.size, "white")
         paper.paste(layer, mask=layer)

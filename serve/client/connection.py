@@ -47,7 +47,7 @@ TIME_IS_UP = ("Deadline Exceeded", "StatusCode.DEADLINE_EXCEEDED")
 
 _SILENT = 1.0
 """Seconds that a request must have waited for its lost deadline to speak against the connection."""
-_SILENT_TWICE = 0.2
+_SILENT_TWICE = 0.5
 """The same for the second deadline in a row."""
 AFTERWARDS = 300.0
 """Seconds after its deadline when a request that was left to itself has surely ended on the server;
