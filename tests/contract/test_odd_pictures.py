@@ -29,8 +29,8 @@ WHITE = np.uint8(255)
 @dataclass
 class Odd:
     """A picture, as a file or as Pillow's, and what it shows; `near`: the mean error that is left
-    to its coding; `served` is False for files of formats that only training reads, `opened` for those
-    that Pillow itself refuses.
+    to its coding; `served` is False for files of formats that only training reads, `opened` for
+    those that Pillow itself refuses.
     """
 
     make: Callable[[], bytes | Image.Image]
@@ -197,10 +197,10 @@ ODD = {
     ),
     "RGB of 16 bits+tRNS": Odd(
         lambda: raw(
-            RAMP.astype(np.uint16) * 257,
+            RAMP.astype(np.uint16) * 256,
             16,
             2,
-            chunk(b"tRNS", struct.pack(">3H", *(RAMP[5, 7].astype(int) * 257).tolist())),
+            chunk(b"tRNS", struct.pack(">3H", *(RAMP[5, 7].astype(int) * 256).tolist())),
         ),
         white(RAMP, (RAMP == RAMP[5, 7]).all(-1)),
     ),
