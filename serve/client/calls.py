@@ -111,6 +111,9 @@ class Calls:
                     )
                 return fixed
             if size is not None:
+                most = self.options.limits.max_pixels
+                if size[0] * size[1] > most:  # before pictures of that size are made
+                    raise BadRequest(f"size={size}: at most {most:,} pixels are taken")
                 return size
             own = common_size(pictures)
             if (yield from self.describe(FRONT_DOOR, *about)).takes(own):

@@ -80,11 +80,12 @@ class FeatureClient:
         """Outputs (None: all) for pictures, each an array with a row a picture: tokens [B, d],
         patches [B, h*w, d].
 
-        `images`: paths, bytes of JPEG, PNG or WebP files, PIL pictures, uint8 arrays [H, W, 3] or
-        [B, H, W, 3], or a list of any of these. They are decoded here and brought to the model's
-        size as the server would, or with `encoded=True` sent as files and decoded there. More than
-        the model's batch are split and joined. Fields of `options` may be given as keyword
-        arguments: `model`, `encoded`, `partial`, `size`, `timeout`, `request_id`.
+        `images`: paths, bytes of JPEG, PNG or WebP files, such files opened in binary mode (read
+        from where they stand, and left there), PIL pictures, uint8 arrays [H, W, 3] or
+        [B, H, W, 3], or an iterable of any of these. They are decoded here and brought to the
+        model's size as the server would, or with `encoded=True` sent as files and decoded there.
+        More than the model's batch are split and joined. Fields of `options` may be given as
+        keyword arguments: `model`, `encoded`, `partial`, `size`, `timeout`, `request_id`.
         """
         return self.run(self.calls.features(images, outputs, replace(options, **changes)))
 
