@@ -5,13 +5,17 @@ the server.
 """
 
 import io
+import os
 import re
+import stat
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile  # Pillow's files of two pictures are of it too
+from PIL.PngImagePlugin import PngImageFile
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats that are decoded for others. The rest have had more of Pillow's vulnerabilities than of
@@ -92,17 +96,9 @@ def decode(
     inverse DCT, done for that many pixels only. Raises UnreadableImage, with the picture's `name`,
     for anything empty, truncated, corrupt, of another format or beyond the limits.
     """
-    try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(name, error.strerror or str(error)) from error
+    data = source if isinstance(source, bytes) else read_file(source, limits, name)
+    _check_length(len(data), limits, name)
     kinds = " or ".join((", ".join(FORMATS[:-1]), FORMATS[-1]))
-    if limits.max_bytes is not None and len(data) > limits.max_bytes:
-        raise UnreadableImage(
-            name,
-            f"the picture has {len(data):,} bytes, more than the {limits.max_bytes:,} that are "
-            "taken: make it smaller",
-        )
     if not data and limits.formats:
         raise UnreadableImage(
             name, "the picture is empty (0 bytes): send the bytes of a JPEG, PNG or WebP file"
@@ -114,9 +110,9 @@ def decode(
             warnings.simplefilter("ignore")  # what Pillow only warns of is decided here
             with Image.open(io.BytesIO(data), formats=limits.formats) as picture:
                 _check_limits(picture, data, limits, name)
-                if picture.format == "PNG":
+                if isinstance(picture, PngImageFile):
                     _check_sums(data)
-                if size and picture.format == "JPEG":
+                if size and isinstance(picture, JpegImageFile):
                     height, width = size if _orientation(picture) < 5 else size[::-1]
                     picture.draft(None, (2 * width, 2 * height))
                 return to_rgb(picture, name)
@@ -143,6 +139,25 @@ def decode(
         raise UnreadableImage(name, _damaged(error)) from error
 
 
+def read_file(path: Path, limits: Limits = Limits(), name: str = "") -> bytes:
+    """The bytes of a picture's file; raises UnreadableImage for one that cannot be read, has more
+    than may be taken, or is no ordinary file.
+    """
+    try:
+        # Of a FIFO, opening would wait for a writer, and a device has no end.
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            about = os.fstat(file.fileno())
+            if not stat.S_ISREG(about.st_mode):
+                raise UnreadableImage(name, "it is not a regular file: give a picture's file")
+            _check_length(about.st_size, limits, name)
+            # it may grow, and those of /proc have no size
+            return file.read(-1 if limits.max_bytes is None else limits.max_bytes + 1)
+    except OSError as error:
+        raise UnreadableImage(name, error.strerror or str(error)) from error
+    except ValueError as error:  # a path with a zero byte
+        raise UnreadableImage(name, f"it is not a path: {error}") from error
+
+
 def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
     """Any Pillow picture as RGB, upright as its EXIF tag says.
 
@@ -154,8 +169,9 @@ def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
         size = f"{picture.width}x{picture.height}"
         raise UnreadableImage(name, f"the picture is {size} pixels: give one that is not empty")
     try:
+        hidden = _hidden(picture)
         picture.load()
-        rgb = _flattened(picture)
+        rgb = _flattened(picture, hidden)
     except MemoryError:
         raise
     except Exception as error:  # as many kinds as there are decoders
@@ -172,13 +188,26 @@ def fit(picture: Image.Image, height: int, width: int) -> np.ndarray:
     return np.asarray(picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC))
 
 
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _check_length(length: int, limits: Limits, name: str) -> None:
+    if limits.max_bytes is not None and length > limits.max_bytes:
+        raise UnreadableImage(
+            name,
+            f"the picture has {length:,} bytes, more than the {limits.max_bytes:,} that are "
+            "taken: make it smaller",
+        )
+
+
 def _check_limits(picture: Image.Image, data: bytes, limits: Limits, name: str) -> None:
     """Raise for a picture, opened but not decoded, that would cost too much to decode."""
     if picture.width * picture.height > limits.max_pixels:
         raise UnreadableImage(name, _too_large(f"{picture.width}x{picture.height}", limits))
-    # A start-of-scan marker cannot occur in the compressed data itself. Pillow calls a JPEG that
-    # names further pictures MPO, as telephones write.
-    scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 1
+    # A start-of-scan marker cannot occur in the compressed data itself. Decided by the decoder:
+    # Pillow has another name for the format of a JPEG that names further pictures.
+    scans = data.count(b"\xff\xda") if isinstance(picture, JpegImageFile) else 1
     if scans > _MAX_SCANS:
         raise UnreadableImage(
             name,
@@ -223,15 +252,34 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _flattened(picture: Image.Image) -> Image.Image:
+def _hidden(picture: Image.Image) -> int | tuple[int, ...] | bytes | None:
+    """The colour that a picture declares transparent, in the values that its pixels will have.
+
+    Before loading: Pillow scales the pixels of a PNG to eight bits, but not that colour.
+    """
     hidden = picture.info.get("transparency")
+    stored = picture.tile[0].args if getattr(picture, "tile", None) else ""
+    if isinstance(hidden, int) and stored in ("L;2", "L;4"):
+        return hidden * (85 if stored == "L;2" else 17)
+    if isinstance(hidden, tuple) and stored == "RGB;16B":
+        return tuple(value >> 8 for value in hidden)
+    return hidden
+
+
+def _flattened(picture: Image.Image, hidden: int | tuple | bytes | None) -> Image.Image:
+    """A loaded picture as RGB, its transparency laid on white."""
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
         grey = _eight_bits(values)
         if isinstance(hidden, int):  # the one transparent grey of a PNG
             grey[values == hidden] = 255
         return Image.fromarray(grey).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or hidden is not None:
+    if picture.mode == "La":  # Pillow converts it to nothing else
+        picture = picture.convert("LA")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa") or hidden is not None:
+        if picture.info.get("transparency") != hidden:
+            picture = picture.copy()
+            picture.info["transparency"] = hidden
         layer = picture if picture.mode == "RGBA" else picture.convert("RGBA")
         paper = Image.new("RGB", layer.size, "white")
         paper.paste(layer, mask=layer)

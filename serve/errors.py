@@ -11,20 +11,48 @@ class ServerError(Failure):
     """
 
 
+_LONGEST, _LONGEST_ID = 220, 60
+"""Characters of a message and of a request's id in an error: a text that someone sent by mistake
+for a path is megabytes long, and so is what a server quotes of it.
+"""
+
+
 class ClientError(Exception):
     """Base of the errors of a request; keeps the request's id, which Triton's log has too, in
     case of a failure.
+
+    The message is one line, and together with the id shorter than 300 characters.
     """
 
     def __init__(self, message: str, request_id: str = "") -> None:
-        super().__init__(message)
         self.message, self.request_id = message, request_id
+        super().__init__(self.message, request_id)
+
+    @property
+    def message(self) -> str:
+        return self._message
+
+    @message.setter
+    def message(self, message: str) -> None:
+        self._message = shorten(message, _LONGEST)
 
     def __str__(self) -> str:
-        return f"{self.message} [request {self.request_id}]" if self.request_id else self.message
+        shown = shorten(self.request_id, _LONGEST_ID)
+        return f"{self.message} [request {shown}]" if shown else self.message
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self)!r})"
+
+
+def shorten(text: str, most: int) -> str:
+    """A text as one printable line of at most so many characters, with what is too long left out of
+    its middle.
+    """
+    if len(text) > most:  # first of all, for it may be megabytes
+        end = most // 3
+        text = f"{text[: most - end - 3]} … {text[-end:]}"
+    line = " ".join(text.encode("utf-8", "replace").decode().split())
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
 class BadRequest(ClientError, UserError):

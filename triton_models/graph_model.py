@@ -15,6 +15,9 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+LONGEST = 280
+"""Characters of an error that a client is sent."""
+
 
 class GraphModel:
     """Batches requests itself, as the python backend requires: one call of the graph for all
@@ -228,6 +231,9 @@ def answer_each(requests: list, answer) -> list:
 
 
 def failed(message: str, code: int):
+    """An error's response; a message that quotes megabytes of a request is cut."""
+    if len(message) > LONGEST:
+        message = f"{message[: LONGEST - 60]} … {message[-56:]}"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
 
 

@@ -52,7 +52,7 @@ class Calls:
         same for all.
         """
         options = options.complete(self.options)
-        pictures = list_pictures(images)
+        pictures = list_pictures(images, self.options.limits)
         about = options.timeout, options.request_id
         served = yield from self.describe(options.model, *about)
         names = served.choose(outputs)
@@ -111,6 +111,9 @@ class Calls:
                     )
                 return fixed
             if size is not None:
+                most = self.options.limits.max_pixels
+                if size[0] * size[1] > most:  # before pictures of that size are made
+                    raise BadRequest(f"size={size}: at most {most:,} pixels are taken")
                 return size
             own = common_size(pictures)
             if (yield from self.describe(FRONT_DOOR, *about)).takes(own):

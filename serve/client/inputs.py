@@ -2,9 +2,11 @@
 a file's bytes.
 """
 
+import contextlib
 import io
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,13 +15,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from contract.images import Limits, UnreadableImage, decode, fit, to_rgb
-from serve.errors import BadRequest
+from contract.errors import first_line
+from contract.images import Limits, UnreadableImage, decode, fit, read_file, to_rgb
+from serve.errors import BadRequest, ClientError
 
 Images = Any
-"""A path, an encoded file's bytes, a PIL picture, uint8 [H, W, 3] or [B, H, W, 3], or any iterable
-of those.
+"""A path, an encoded file's bytes, the file opened in binary mode, a PIL picture, uint8 [H, W, 3]
+or [B, H, W, 3], or any iterable of those.
 """
+
+_LONGEST_PATH = 4096
+_PART = 1 << 20
+"""Bytes of an open file that are read at a time."""
 
 
 @dataclass(frozen=True)
@@ -38,53 +45,62 @@ class Picture:
         """As an RGB picture, which may be a smaller one if it will be fitted to a `size`; raises
         BadRequest.
         """
-        try:
+        with _refusing(self.name):
             if isinstance(self.source, np.ndarray):
                 return Image.fromarray(self.source)
             if isinstance(self.source, Image.Image):
                 return to_rgb(self.source, self.name)
-            return decode(self.read(limits), limits, size, self.name)
-        except UnreadableImage as error:
-            raise BadRequest(str(error)) from error
+            return decode(self.source, limits, size, self.name)
 
     def read(self, limits: Limits) -> bytes:
         """As a file's bytes, untouched if it is one (PNG otherwise: nothing is lost); raises
         BadRequest.
         """
-        if isinstance(self.source, bytes):
-            return self.source
-        if isinstance(self.source, Path):
-            try:
-                size = self.source.stat().st_size
-                if limits.max_bytes is not None and size > limits.max_bytes:  # do not even read it
-                    raise BadRequest(
-                        f"{self.name}: more than the {limits.max_bytes:,} bytes that are taken"
-                    )
-                return self.source.read_bytes()
-            except OSError as error:
-                raise BadRequest(f"{self.name}: {error.strerror or error}") from error
-        buffer = io.BytesIO()
-        self.open(limits).save(buffer, "PNG")
-        return buffer.getvalue()
+        with _refusing(self.name):
+            if isinstance(self.source, bytes):
+                return self.source
+            if isinstance(self.source, Path):
+                return read_file(self.source, limits, self.name)
+            buffer = io.BytesIO()
+            self.open(limits).save(buffer, "PNG")
+            return buffer.getvalue()
 
     def pixels(self, height: int, width: int, limits: Limits) -> np.ndarray:
-        """uint8 [height, width, 3]; an array of that size stays as it is."""
+        """uint8 [height, width, 3]; an array of that size stays as it is. Raises BadRequest."""
         if self.size == (height, width):
             return self.source
-        return fit(self.open(limits, (height, width)), height, width)
+        with _refusing(self.name):
+            return fit(self.open(limits, (height, width)), height, width)
 
 
-def list_pictures(images: Images) -> list[Picture]:
-    """Every picture, in order; raises BadRequest for none, or for what is not a
-    picture.
+@contextlib.contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Whatever is wrong with a picture, as a BadRequest that names it."""
+    try:
+        yield
+    except ClientError:
+        raise
+    except UnreadableImage as error:
+        raise BadRequest(str(error)) from error
+    # pictures and iterables of others' making raise what they like
+    except Exception as error:
+        raise BadRequest(
+            f"{name} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def list_pictures(images: Images, limits: Limits = Limits()) -> list[Picture]:
+    """Every picture, in order; raises BadRequest for none, or for what is not a picture. Open files
+    are read here, up to the limits.
     """
-    result = list(each(images, ""))
+    with _refusing("a picture"):
+        result = list(_each(images, "", limits))
     if not result:
         raise BadRequest("no pictures were given")
     return result
 
 
-def each(images: Images, place: str) -> Iterable[Picture]:
+def _each(images: Images, place: str, limits: Limits) -> Iterator[Picture]:
     """Pictures of one value or of an iterable; `place` is its number in the list it came in."""
     name = f"picture {place}" if place else "the picture"
     if isinstance(images, (bytes, bytearray, memoryview)):
@@ -92,17 +108,81 @@ def each(images: Images, place: str) -> Iterable[Picture]:
     elif isinstance(images, Image.Image):
         yield Picture(images, name)
     elif isinstance(images, (str, PathLike)):
-        yield Picture(Path(images), str(images))
+        path = os.fsdecode(images)
+        _check_path(path, name)
+        yield Picture(Path(path), path)
     elif isinstance(images, np.ndarray) and images.dtype != np.object_:
         yield from _rows_of(images, name)
-    elif isinstance(images, Iterable) and not isinstance(images, dict):
+    elif callable(getattr(images, "read", None)):
+        yield Picture(_read_open(images, name, limits), name)
+    elif _is_tensor(images):
+        raise BadRequest(
+            f"{name} is a {type(images).__name__} and not a numpy array: give numpy.asarray of "
+            "it, on the CPU, uint8 [H, W, 3]"
+        )
+    elif isinstance(images, Iterable) and not isinstance(images, Mapping):
         for number, image in enumerate(images):
-            yield from each(image, f"{place}.{number}" if place else str(number))
+            yield from _each(image, f"{place}.{number}" if place else str(number), limits)
     else:
         raise BadRequest(
             f"{name} is of type {type(images).__name__}: give a path, a file's bytes, a PIL "
             "picture, or a uint8 array"
         )
+
+
+def _check_path(path: str, name: str) -> None:
+    """Raise BadRequest for a text that is a picture or says where one is, but no path."""
+    if path.startswith(("http://", "https://", "data:")):
+        what = f"a URL ({path.partition(':')[0]}:)"
+    elif len(path) > _LONGEST_PATH:
+        what = f"a text of {len(path):,} characters"
+    elif not path:
+        what = "an empty text"
+    else:
+        return
+    raise BadRequest(f"{name} is {what} and not a path: give a path, or the file's bytes")
+
+
+def _read_open(file: Any, name: str, limits: Limits) -> bytes:
+    """What is left of an open file, which stays open and, where it can seek, as it stood."""
+    seeks = callable(getattr(file, "seekable", None)) and file.seekable()
+    start = file.tell() if seeks else 0
+    data = bytearray()
+    try:
+        while True:
+            part = file.read(_PART)
+            if not isinstance(part, bytes):
+                if hasattr(part, "close"):
+                    part.close()  # a coroutine that nobody will await
+                raise BadRequest(
+                    f"{name} is a file whose .read() gives {type(part).__name__}: open it in "
+                    "binary mode, or give the bytes of its .read()"
+                )
+            if not part:
+                break
+            data += part
+            if limits.max_bytes is not None and len(data) > limits.max_bytes:
+                raise BadRequest(
+                    f"{name}: more than the {limits.max_bytes:,} bytes that are taken: make it "
+                    "smaller"
+                )
+    finally:
+        if seeks:
+            file.seek(start)
+    if not data and start:
+        raise BadRequest(f"{name} is a file that stands at its end: call .seek(0) first")
+    return bytes(data)
+
+
+def _is_tensor(value: Any) -> bool:
+    """Whether a value is an array of another library; a column of a table is a list."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        return False
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return False
+    return hasattr(value, "__dlpack__") or (
+        hasattr(value, "__array__") and str(value.dtype) not in ("object", "str", "string")
+    )
 
 
 def _rows_of(array: np.ndarray, name: str) -> Iterable[Picture]:

@@ -1,7 +1,10 @@
 """How a client behaves, and how one of its calls is made; every default is stated here."""
 
+import operator
 import uuid
 from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
 
 from contract.images import Limits
 from serve.client.retry import Retry
@@ -15,6 +18,10 @@ ADMIN = f"triton-grpc-protocol-{ADMIN_HEADER}"
 """gRPC's header for the key of restricted endpoints; the part after `triton-grpc-protocol-` is the
 server's to choose.
 """
+
+
+_LONGEST_WAIT = 1_000_000
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,23 @@ class ClientOptions:
     limits: Limits = Limits()
     """Of encoded pictures that are decoded here."""
 
+    def __post_init__(self) -> None:
+        _check_seconds("timeout", self.timeout)
+        if not isinstance(self.concurrency, int) or self.concurrency < 1:
+            raise BadRequest(f"concurrency={self.concurrency!r}: give 1 or more")
+        for name, kind in (("retry", Retry), ("limits", Limits), ("tls", Tls | None)):
+            if not isinstance(getattr(self, name), kind):
+                raise BadRequest(
+                    f"{name} is of type {type(getattr(self, name)).__name__}: give a "
+                    f"{name.capitalize()}"
+                )
+        for name in ("admin_key", "admin_header"):
+            value = getattr(self, name)
+            if value is not None and not (
+                isinstance(value, str) and value.isascii() and value.isprintable()
+            ):
+                raise BadRequest(f"{name}: give a text of printable ASCII characters")
+
 
 @dataclass(frozen=True)
 class RequestOptions:
@@ -62,8 +86,13 @@ class RequestOptions:
     """Goes through Triton's log and is in every error; None: made up."""
 
     def __post_init__(self) -> None:
-        if self.timeout is not None and self.timeout <= 0:
-            raise BadRequest(f"timeout={self.timeout}: give seconds above 0")
+        if self.timeout is not None:
+            _check_seconds("timeout", self.timeout)
+        for name, value in (("model", self.model), ("request_id", self.request_id or "made up")):
+            if not isinstance(value, str) or not value or not value.isprintable():
+                raise BadRequest(f"{name}={value!r}: give a text of printable characters")
+        if self.size is not None:
+            object.__setattr__(self, "size", _checked_size(self.size))
         if self.encoded and self.model not in (FRONT_DOOR, ENCODED):
             raise BadRequest(
                 f"encoded pictures are taken by '{FRONT_DOOR}' only, not by '{self.model}': leave "
@@ -84,3 +113,35 @@ class RequestOptions:
             timeout=self.timeout or client.timeout,
             request_id=self.request_id or uuid.uuid4().hex,
         )
+
+
+def _check_seconds(name: str, value: object) -> None:
+    """Raise BadRequest for what is not a number of seconds that can be waited for."""
+    if not isinstance(value, Real) or not 0 < value <= _LONGEST_WAIT:
+        raise BadRequest(f"{name}={value!r}: give seconds above 0, at most {_LONGEST_WAIT:,}")
+
+
+def _checked_size(size: Any) -> tuple[int, int]:
+    """A (height, width) of plain integers; raises BadRequest."""
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        height = width = 0
+    if min(height, width) < 1:
+        raise BadRequest(f"size={size!r}: give (height, width), both above 0")
+    return height, width
+
+
+def check_url(url: Any) -> str:
+    """HOST:PORT of a gRPC endpoint, or another target that gRPC knows; raises BadRequest for what
+    is none.
+    """
+    if not isinstance(url, str) or not url.strip() or not url.isprintable():
+        raise BadRequest(f"url={url!r}: give HOST:PORT of the server's gRPC port")
+    scheme, _, rest = url.partition("://")
+    if rest and scheme.lower() in ("http", "https", "grpc", "grpcs", "tcp"):
+        raise BadRequest(
+            f"url='{url}': give HOST:PORT of the server's gRPC port (8001 by default), without "
+            f"'{scheme}://'"
+        )
+    return url.strip()

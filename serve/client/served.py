@@ -10,7 +10,7 @@ import numpy as np
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import triton_to_np_dtype
 
-from serve.errors import BadRequest, WrongAnswer
+from serve.errors import BadRequest, WrongAnswer, shorten
 
 FRONT_DOOR, ENCODED, DECODER = "features", "features_encoded", "decode"
 """Triton's names of the models a client talks to; the decoder's configuration says the model's
@@ -71,13 +71,21 @@ class Served:
         """
         if outputs is None:
             return tuple(self.outputs)
-        names = tuple(dict.fromkeys([outputs] if isinstance(outputs, str) else outputs))
+        listed = [outputs] if isinstance(outputs, str) else outputs
+        if not isinstance(listed, Iterable) or isinstance(listed, (bytes, bytearray)):
+            raise BadRequest(f"outputs are of type {type(outputs).__name__}: give a list of names")
+        listed = list(listed)
+        for name in listed:
+            if not isinstance(name, str):
+                raise BadRequest(f"an output is of type {type(name).__name__}: give its name")
+        names = tuple(dict.fromkeys(listed))
         if not names:
             raise BadRequest(
                 f"no outputs were requested of '{self.name}' (it has {', '.join(self.outputs)})"
             )
         for name in names:
             if name not in self.outputs:
+                name = shorten(name, 60)
                 raise BadRequest(
                     f"output '{name}': '{self.name}' has no such "
                     f"output{nearest(name, self.outputs)}; it has {', '.join(self.outputs)}"

@@ -270,7 +270,8 @@ def test_shared_memory_changes_nothing_and_leaves_nothing(client, server, files)
                 assert np.allclose(found[name], expected[name], atol=1e-4)
         assert regions(server)
         # a server that was started anew knows no regions
-        fast.triton.unregister_system_shared_memory(headers=fast.calls.headers())
+        with grpc.InferenceServerClient(server.grpc) as triton:
+            triton.unregister_system_shared_memory(headers=fast.calls.headers())
         assert np.allclose(fast.features(files, outputs)["depth"], expected["depth"], atol=1e-4)
         mine = regions(server)
     assert not regions(server) and not any((Path("/dev/shm") / name).exists() for name in mine)

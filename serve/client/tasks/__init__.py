@@ -5,7 +5,7 @@ Every task is a function of a client and pictures. Given an AsyncFeatureClient i
 to await.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from serve.errors import BadRequest
@@ -22,8 +22,14 @@ def check_side(side: str) -> None:
 
 def check_labels(labels: Sequence[str]) -> list[str]:
     """Labels without blanks around them; raises BadRequest for none, an empty one, or one twice."""
-    if isinstance(labels, str):
-        raise BadRequest("labels: give a list of them, not one string")
+    if isinstance(labels, (str, bytes)) or not isinstance(labels, Iterable):
+        raise BadRequest(f"labels: give a list of them, not a {type(labels).__name__}")
+    labels = list(labels)
+    for label in labels:
+        if not isinstance(label, str):
+            raise BadRequest(f"a label is of type {type(label).__name__}: give texts")
+        if any("\ud800" <= letter <= "\udfff" for letter in label):
+            raise BadRequest(f"label {label!r} is not text: it holds half a character")
     result = [label.strip() for label in labels]
     if not result or not all(result):
         raise BadRequest("labels: give at least one, none of them empty")

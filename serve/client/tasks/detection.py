@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,8 +63,8 @@ def _steps(
 ) -> Steps[Detected]:
     """The task in steps; see serve.client.steps."""
     names = check_labels(labels)
-    if not 0 <= threshold <= 1:
-        raise BadRequest(f"threshold {threshold:g}: give a number from 0 to 1")
+    if not isinstance(threshold, Real) or not 0 <= threshold <= 1:
+        raise BadRequest(f"threshold {threshold}: give a number from 0 to 1")
     extra = {
         "labels": np.array([name.encode() for name in names], dtype=np.object_),
         "threshold": np.array([threshold], np.float32),
