@@ -17,7 +17,18 @@ from typing import TextIO
 
 from contract.errors import UserError
 from serve.errors import ServerError
-from serve.server.launch import RESTRICTED, Options, Tls, choose_ports, command_line, listen
+from serve.server.front import FrontOptions
+from serve.server.front_process import Front, front_options, split_flags
+from serve.server.launch import (
+    RESTRICTED,
+    Options,
+    Tls,
+    choose_ports,
+    command_line,
+    inner_address,
+    is_loopback,
+    listen,
+)
 from serve.server.loading import load_rest, one_line
 from serve.server.rest import Rest
 from serve.server.state import State, remove_state, write_state
@@ -93,6 +104,11 @@ class Server:
         """Shared memory of stub processes; tritonserver does not remove that of those that were
         killed.
         """
+        self.front: Front | None = None
+        self.message_bytes = FrontOptions.message_bytes
+        """Of a request, at most, where there is a front."""
+        self._inner = inner_address(options.front) if options.front else None
+        """Where tritonserver answers gRPC behind a front: host or unix:PATH, and port."""
         self.stopping = False
         self._ready = False
         self._drained = 0.0
@@ -123,9 +139,12 @@ class Server:
 
     def host_of(self, name: str) -> str:
         """The address an endpoint listens on. HTTP has no TLS: where gRPC has it, HTTP is for this
-        machine alone.
+        machine alone; so are HTTP and metrics of the embedded server, which is not patched.
         """
-        return "127.0.0.1" if name == "http" and self.options.tls else self.options.host
+        private = (name == "http" and self.options.tls) or (
+            name != "grpc" and self.tritonserver.embedded and not is_loopback(self.options.host)
+        )
+        return "127.0.0.1" if private else self.options.host
 
     @property
     def rest(self) -> Rest:
@@ -134,9 +153,13 @@ class Server:
     @property
     def command(self) -> list[str]:
         listening = {name: (self.host_of(name), port) for name, port in self.ports.items()}
-        return command_line(
-            self.tritonserver, self.repository, self.options, listening, self.admin_key
-        )
+        options = self.options
+        if self._inner:  # TLS and what else concerns clients' connections is the front's
+            listening["grpc"] = self._inner
+            options = options.model_copy(
+                update={"tls": None, "extra": split_flags(options.extra)[0]}
+            )
+        return command_line(self.tritonserver, self.repository, options, listening, self.admin_key)
 
     def start(self) -> float:
         """Start and wait until every model answers; returns the seconds it took.
@@ -161,6 +184,18 @@ class Server:
                 self.log(
                     f"tritonserver crashed while it started (signal {-status}): starting it again"
                 )
+        if self._inner and self.front is None:
+            host = self.host_of("grpc")
+            outer = (
+                f"[{host}]:{self.ports['grpc']}" if ":" in host else f"{host}:{self.ports['grpc']}"
+            )
+            inner = f"{self._inner[0]}:{self._inner[1]}"
+            self.front = Front(
+                front_options(self.options, outer, inner, self.message_bytes),
+                self.log,
+                self.end_tritonserver,
+            )
+            self.front.start()
         self._ready = True
         self.save()
         return time.monotonic() - began
@@ -193,7 +228,8 @@ class Server:
         loading all models.
         """
         for name, port in self.ports.items():
-            listen(name, self.host_of(name), port).close()
+            if name != "grpc" or self.front is None:
+                listen(name, self.host_of(name), port).close()
 
     def wait_ready(self, deadline: float) -> None:
         """Return when the server says READY; raises ServerError if it ends before, or is not by the
@@ -255,6 +291,7 @@ class Server:
         state = State(
             pid=os.getpid(),
             server_pid=self.process.pid,
+            front_pid=self.front.process.pid if self.front else None,
             grpc=self.grpc,
             http=self.http,
             metrics=self.metrics,
@@ -269,6 +306,13 @@ class Server:
         signal handler.
         """
         self.stopping = True
+        if self.front:
+            self.front.drain()  # and tritonserver once that has ended
+        else:
+            self.end_tritonserver()
+
+    def end_tritonserver(self) -> None:
+        """Tell tritonserver to answer what it accepted, and to end."""
         if self.process and self.process.returncode is None:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGTERM)
@@ -288,8 +332,10 @@ class Server:
                 deadline = min(deadline, self._drained + _UNLOAD_SECONDS)
             time.sleep(0.05)
         self.kill()
+        answered = self.front is None or self.front.stop()
         remove_state(self.repository)
-        return not self._ready or bool(self._drained) or self.process.returncode == 0
+        drained = bool(self._drained) or self.process.returncode == 0
+        return not self._ready or (answered and drained)
 
     def kill(self) -> None:
         """Kill tritonserver and its stub processes."""
