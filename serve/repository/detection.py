@@ -15,6 +15,7 @@ from serve.repository.model_config import (
     CONTRACT,
     TEMPLATES,
     add_tensor,
+    bound_queue,
     place,
     read_template,
     tune_batching,
@@ -76,6 +77,7 @@ def _detection(
     config = read_template(DETECTION)
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     config.input[-1].dims.insert(0, -1)  # the batch: written out where Triton does not batch
+    bound_queue(config, settings)
     resolution = bundle.manifest.resolution
     about = {
         "sha256": bundle.manifest.files[detector.vocabulary],

@@ -39,6 +39,11 @@ def add_port(ports, name: str, kind: str, dims: Iterable[int]) -> None:
     ports.add(name=name, data_type=DataType.Value(kind), dims=dims)
 
 
+def add_rows(ports, name: str, kind: str, dims: Iterable[int]) -> None:
+    """Append an input or output of a model without batches, with the batch written out."""
+    add_port(ports, name, kind, (-1, *dims))
+
+
 def add_tensor(ports, tensor: TensorRecord) -> None:
     """Append a tensor of the manifest as an input or output, without its batch."""
     add_port(ports, tensor.name, TYPES[tensor.dtype], tensor.dims)
@@ -80,6 +85,14 @@ def tune_batching(config: ModelConfig, settings: Settings) -> None:
     if settings.queue_delay_us is not None and config.dynamic_batching.max_queue_delay_microseconds:
         config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
     config.dynamic_batching.default_queue_policy.max_queue_size = settings.max_queue
+
+
+def bound_queue(config: ModelConfig, settings: Settings) -> None:
+    """Let no more requests wait for a model without batches than its template says, or the
+    settings if they say fewer.
+    """
+    policy = config.dynamic_batching.default_queue_policy
+    policy.max_queue_size = min(policy.max_queue_size, settings.max_queue)
 
 
 def warm_up(config: ModelConfig, inputs: Sequence[TensorRecord], sizes: dict[str, int]) -> None:

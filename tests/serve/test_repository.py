@@ -300,7 +300,8 @@ class TestLint:
         assert any("without max_queue_size" in said for said in lint(configs))
 
     def test_strings_in_one_batch_with_those_of_others(self, configs):
-        configs["decode"].dynamic_batching.default_queue_policy.max_queue_size = 9
+        assert not any("decode" in said for said in lint(configs))
+        configs["decode"].max_batch_size = 8
         assert any("decode: dynamic_batching of strings" in said for said in lint(configs))
 
     def test_warm_up_by_random_bytes(self, configs):
