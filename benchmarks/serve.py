@@ -283,7 +283,7 @@ def front(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             outer = f"127.0.0.1:{free.getsockname()[1]}"
         options = FrontOptions(listen=outer, upstream=address, parent=os.getpid())
-        proxy = Front(options, lambda line: print(line, file=sys.stderr), lambda: None)
+        proxy = Front(options, lambda line: print(line, file=sys.stderr))
         proxy.start()
         try:
             for model, outputs in (("backbone", ["backbone_global"]), (FUSED, every)):

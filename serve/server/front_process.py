@@ -48,12 +48,17 @@ class Front:
     """
 
     def __init__(
-        self, options: FrontOptions, log: Callable[[str], None], ended: Callable[[], None]
+        self,
+        options: FrontOptions,
+        log: Callable[[str], None],
+        ended: Callable[[], None] = lambda: None,
+        restarted: Callable[[], None] = lambda: None,
     ) -> None:
-        """`ended` is called once, when it was told to stop and has ended."""
-        self.options, self.log, self.ended = options, log, ended
+        """`ended` is called once, when it was told to stop and has ended; `restarted` whenever
+        another process took its place.
+        """
+        self.options, self.log, self.ended, self.restarted = options, log, ended, restarted
         self.process: subprocess.Popen | None = None
-        self.restarts = 0
         self.stopping = False
         self._ready, self._lines = threading.Event(), []
         self._thread = threading.Thread(target=self._run, name="front", daemon=True)
@@ -100,7 +105,6 @@ class Front:
                     time.sleep(0.05)
                 steady = time.monotonic() - began > _STEADY_SECONDS
                 pause = 0.0 if steady else min(_LONGEST_PAUSE, 2 * pause or 0.5)
-                self.restarts += 1
         finally:
             if self.stopping:
                 self.ended()
@@ -123,6 +127,8 @@ class Front:
         with self.process.stdout as stream:
             for line in map(str.rstrip, stream):
                 if line == READY:
+                    if self._ready.is_set():
+                        self.restarted()
                     self._ready.set()
                 else:
                     self._lines = [line]

@@ -194,6 +194,7 @@ class Server:
                 front_options(self.options, outer, inner, self.message_bytes),
                 self.log,
                 self.end_tritonserver,
+                self.save,
             )
             self.front.start()
         self._ready = True
