@@ -13,6 +13,7 @@ from typing import Any
 from tritonclient.utils import InferenceServerException
 
 from serve.client.steps import Rpc, Sleep, Steps
+from serve.client.unreachable import explain
 from serve.errors import (
     BadRequest,
     ClientError,
@@ -118,6 +119,9 @@ def _typed_error(error: InferenceServerException, request_id: str = "") -> tuple
     if status == "UNAVAILABLE":
         if "protocol is restricted" in lower:
             return NotAllowed(f"{message} (give the server's admin key)", request_id), False
+        reason, again = explain(message)
+        if reason:
+            return (Unavailable if again else NotAllowed)(reason, request_id), again
         if any(word in lower for word in _NOT_TRUSTED):
             return NotAllowed(f"no TLS connection: {message}", request_id), False
         return Unavailable(message, request_id), True
