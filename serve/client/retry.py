@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
-from serve.client.steps import Rpc, Sleep, Steps
-from serve.client.unreachable import explain
+from serve.client.steps import Rpc, Sleep, Steps, Work
+from serve.client.unreachable import ask_in_http, explain, is_cut_off
 from serve.errors import (
     BadRequest,
     ClientError,
@@ -169,6 +170,9 @@ def attempt(
             return (yield Rpc(method, dict(arguments), patience=left))
         except InferenceServerException as raised:
             error, again = _typed_error(raised, request_id)
+            if again and tries == 0 and is_cut_off(error.message):
+                if reason := (yield Work(partial(ask_in_http, error.message))):
+                    raise NotAllowed(reason, request_id) from raised
             wait = retry.wait(tries)
             if isinstance(error, DeadlineExceeded):
                 error.message = f"no answer in {time.monotonic() - began:.1f} s"
