@@ -30,7 +30,10 @@ import grpc
 READY = "the front is ready"
 """Printed once it listens."""
 _INFER = "/inference.GRPCInferenceService/ModelInfer"
-_STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
+_STREAMS = ("/inference.GRPCInferenceService/ModelStreamInfer", "/grpc.health.v1.Health/Watch")
+"""Methods of more than one message; with others an answer cannot cross a message that is still
+being sent, which gRPC's streams take for an error of their own.
+"""
 
 _LONGEST_SECONDS = 900.0
 """For a request passed on: longer than any answer takes, so that none is ever cancelled."""
@@ -39,6 +42,8 @@ _SLOW_SECONDS = 2.0
 _WRITE_SECONDS = 60.0
 """A client that does not take its answer for so long is given up."""
 _POLL_SECONDS = 0.02
+_SIGN_SECONDS = 2.0
+"""Between two empty lines in the log, by which the parent knows that the front is not stuck."""
 _PR_SET_PDEATHSIG = 1
 
 _NO_METADATA = ("user-agent", "content-type", "te")
@@ -48,6 +53,8 @@ _LOST = re.compile(
     r"[Cc]onnection (reset|refused|closed)|[Bb]roken pipe"
 )
 """How gRPC says that there is no server: with addresses that are no business of clients."""
+_LOST_STREAM = re.compile("^Internal error from Core$")
+"""How grpc.aio says that a stream ended while it wrote into it."""
 _RESTARTING = "tritonserver is being started again: try again in a few seconds"
 _STOPPING = "Server is stopping: try another one, or again later"
 
@@ -115,8 +122,8 @@ class Front(grpc.GenericRpcHandler):
         self.requests = self.bytes = 0
         """In hand: passed on and not answered, or answered and not taken."""
         self.stopping = False
-        self.relays = 0
-        """Open calls of other methods than inference."""
+        self.streams = self.coming = 0
+        """Open streams, and requests whose bodies have not arrived."""
         self.arriving, self.waiting = asyncio.Semaphore(options.arriving), 0
         self.tasks: set[asyncio.Task] = set()
         self.refused, self.told = 0, 0.0
@@ -129,12 +136,13 @@ class Front(grpc.GenericRpcHandler):
         async def handle(_: object, context: grpc.aio.ServicerContext) -> None:
             if self.stopping:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, _STOPPING)
-            # health and administration are answered, however full the server is
-            held = self.requests if path == _INFER else self.relays
-            if held >= self.options.requests:
+            # health and administration are answered, however many inferences there are
+            streams, most = path in _STREAMS, self.options.requests
+            held = self.streams if streams else self.requests + self.coming
+            if held >= (most if streams or path == _INFER else 2 * most):
                 await self.refuse(context, f"{held} requests are in hand")
             try:
-                await (self.infer(context) if path == _INFER else self.relay(path, context))
+                await (self.relay if streams else self.pass_on)(path, context)
             except TimeoutError:
                 await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the answer was not read")
 
@@ -166,17 +174,24 @@ class Front(grpc.GenericRpcHandler):
             reading.cancel()
             self.arriving.release()
 
-    async def infer(self, context: grpc.aio.ServicerContext) -> None:
+    async def pass_on(self, path: str, context: grpc.aio.ServicerContext) -> None:
         """One request, one answer."""
+        infers = path == _INFER
+        self.coming += 1
+        try:
+            message = await (self.read(context) if infers else context.read())
+        finally:
+            self.coming -= 1
+        if message is grpc.aio.EOF:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request has no message")
+        if self.stopping:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, _STOPPING)
         place, asking = _Place(self), None
         try:
-            message = await self.read(context)
-            if message is grpc.aio.EOF:
-                await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the request has no message")
-            if self.bytes + len(message) > self.options.bytes:
+            if infers and self.bytes + len(message) > self.options.bytes:
                 await self.refuse(context, f"{self.bytes >> 20} MiB of requests are in hand")
             place.grow(len(message))
-            asking = self.keep(self.ask(message, _passed_on(context.invocation_metadata())))
+            asking = self.keep(self.ask(path, message, _passed_on(context.invocation_metadata())))
             del message
             answer, first, status = await asyncio.shield(asking)
             if first:
@@ -200,11 +215,11 @@ class Front(grpc.GenericRpcHandler):
         task.add_done_callback(self.tasks.discard)
         return task
 
-    async def ask(self, message: bytes, metadata: tuple) -> tuple[bytes | None, tuple, Status]:
+    async def ask(
+        self, path: str, message: bytes, metadata: tuple
+    ) -> tuple[bytes | None, tuple, Status]:
         """tritonserver's answer (None if it refuses), its initial metadata and status."""
-        call = self.channel.unary_unary(_INFER)(
-            message, metadata=metadata, timeout=_LONGEST_SECONDS
-        )
+        call = self.channel.unary_unary(path)(message, metadata=metadata, timeout=_LONGEST_SECONDS)
         try:
             answer = await call
         except grpc.aio.AioRpcError as error:
@@ -213,16 +228,15 @@ class Front(grpc.GenericRpcHandler):
         return answer, _passed_on(await call.initial_metadata()), status
 
     async def relay(self, path: str, context: grpc.aio.ServicerContext) -> None:
-        """Any other method, as a stream in both directions."""
+        """Messages in both directions until both sides end."""
         places: deque[_Place] = deque()
         answers: asyncio.Queue = asyncio.Queue()
         call = self.channel.stream_stream(path)(
             metadata=_passed_on(context.invocation_metadata()),
-            timeout=None if path == _STREAM else _LONGEST_SECONDS,
         )
         sending = self.keep(self.send(context, call, places))
         receiving = self.keep(self.receive(call, answers, places))
-        self.relays += 1
+        self.streams += 1
         try:
             while (answer := await answers.get()) is not None:
                 async with asyncio.timeout(_WRITE_SECONDS):
@@ -231,7 +245,7 @@ class Front(grpc.GenericRpcHandler):
                     places.popleft().release()
             await _finish(context, await receiving)
         finally:
-            self.relays -= 1
+            self.streams -= 1
             sending.cancel()  # what was sent is answered; its `finally` ends the stream
 
     async def send(
@@ -301,8 +315,9 @@ def _passed_on(metadata: Iterable[tuple[str, Any]] | None) -> tuple[tuple[str, A
 
 def _status(error: grpc.aio.AioRpcError) -> Status:
     code, details = error.code(), error.details() or ""
-    if code is grpc.StatusCode.UNAVAILABLE and _LOST.search(details):
-        details = _RESTARTING
+    lost = _LOST if code is grpc.StatusCode.UNAVAILABLE else _LOST_STREAM
+    if lost.search(details):
+        code, details = grpc.StatusCode.UNAVAILABLE, _RESTARTING
     return code, details, error.trailing_metadata() or ()
 
 
@@ -355,7 +370,10 @@ async def serve(options: FrontOptions) -> bool:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
         print(READY, flush=True)
-        await stop.wait()
+        while not stop.is_set():
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), _SIGN_SECONDS)
+            print(flush=True)
         answered = await front.drain()
         await server.stop(_SLOW_SECONDS)
     return answered

@@ -3,15 +3,17 @@ and its end before tritonserver's.
 """
 
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from contract.errors import UserError
 from serve.errors import ServerError
@@ -22,6 +24,8 @@ _START_SECONDS = 30.0
 _LONGEST_PAUSE = 8.0
 """Between two starts of a front that keeps dying; the first follows at once."""
 _STEADY_SECONDS = 60.0
+_SILENT_SECONDS = 30.0
+"""The front says something every two seconds."""
 _ROOT = Path(__file__).resolve().parents[2]
 
 _ARGUMENTS = {
@@ -118,14 +122,13 @@ class Front:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
+            bufsize=0,
             start_new_session=True,  # Ctrl-C in a terminal reaches serve.run only
         )
         if self.stopping:  # told so meanwhile
             self.drain()
         with self.process.stdout as stream:
-            for line in map(str.rstrip, stream):
+            for line in filter(None, self._read_lines(stream)):
                 if line == READY:
                     if self._ready.is_set():
                         self.restarted()
@@ -134,6 +137,21 @@ class Front:
                     self._lines = [line]
                     self.log(line)
         self.process.wait()
+
+    def _read_lines(self, stream: IO[bytes]) -> Iterator[str]:
+        """Lines of its log until it ends. A front that says nothing for long is stuck: it is
+        killed, and so started again.
+        """
+        start = b""
+        while True:
+            if not select.select([stream], [], [], _SILENT_SECONDS)[0]:
+                self.log(f"front: no sign of life for {_SILENT_SECONDS:.0f} s: ending it")
+                self.process.kill()
+            data = stream.read(1 << 16)
+            *lines, start = (start + data).split(b"\n")
+            yield from (line.decode(errors="replace").rstrip() for line in lines)
+            if not data:
+                return
 
 
 def front_options(options: Options, listen: str, upstream: str, message_bytes: int) -> FrontOptions:

@@ -6,16 +6,18 @@ import io
 import os
 import random
 import re
+import signal
 import socket
 import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -26,6 +28,7 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from contract.errors import UserError
 from serve.errors import ServerError
+from serve.server import front_process
 from serve.server.front import FrontOptions
 from serve.server.front_process import Front, split_flags
 from serve.server.launch import is_loopback
@@ -50,15 +53,17 @@ def kept(expensive, small_bundle, tmp_path_factory):
 
 
 @contextmanager
-def front(upstream: str, **changes: object) -> Iterator[str]:
-    """Another front of a server; yields its address."""
+def front(
+    upstream: str, log: Callable[[str], None] = print, **changes: object
+) -> Iterator[tuple[str, Front]]:
+    """Another front of a server; yields its address, and itself."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     options = FrontOptions(listen=address, upstream=upstream, parent=os.getpid())
-    result = Front(replace(options, **changes), lambda line: None)
+    result = Front(replace(options, **changes), log)
     result.start()
     try:
-        yield address
+        yield address, result
     finally:
         result.stop()
 
@@ -81,10 +86,14 @@ def call(channel: grpc.Channel, path: str, data: bytes = b"", **options: object)
 
 def at_once(channel: grpc.Channel, count: int) -> Counter:
     """Status and message of as many requests of one picture."""
+    return Counter((one.code(), one.details()) for one in send(channel, count))
+
+
+def send(channel: grpc.Channel, count: int) -> list[Any]:
+    """As many requests under way, of one picture each."""
     image = array("image", np.zeros((1, SIZE, SIZE, 3), np.uint8))
     data = message("features", [image], ["backbone_global"]).SerializeToString()
-    calls = [channel.unary_unary(INFER).future(data, timeout=30) for _ in range(count)]
-    return Counter((one.code(), one.details()) for one in calls)
+    return [channel.unary_unary(INFER).future(data, timeout=30) for _ in range(count)]
 
 
 def picture() -> triton.InferInput:
@@ -231,7 +240,7 @@ class TestBounds:
 
     def test_more_requests_than_the_front_holds(self, kept):
         with (
-            front(inner_address(*kept), requests=2) as address,
+            front(inner_address(*kept), requests=2) as (address, _),
             grpc.insecure_channel(address) as channel,
         ):
             errors = at_once(channel, 60)
@@ -245,7 +254,7 @@ class TestBounds:
 
     def test_more_bytes_than_the_front_holds(self, kept):
         with (
-            front(inner_address(*kept), bytes=2 * SIZE * SIZE * 3) as address,
+            front(inner_address(*kept), bytes=2 * SIZE * SIZE * 3) as (address, _),
             grpc.insecure_channel(address) as channel,
         ):
             errors = at_once(channel, 60)
@@ -260,7 +269,7 @@ class TestBounds:
     def test_a_request_that_is_too_large(self, kept):
         limits = {"bytes": 3 << 20, "message_bytes": 2 << 20}
         with (
-            front(inner_address(*kept), **limits) as address,
+            front(inner_address(*kept), **limits) as (address, _),
             grpc.insecure_channel(address) as channel,
         ):
             large = call(channel, INFER, bytes(5 << 20))
@@ -271,7 +280,7 @@ class TestBounds:
 
     def test_requests_that_arrive_slowly_make_room(self, kept):
         """Bodies that never come, on connections that stay open."""
-        with front(inner_address(*kept), arriving=2) as address:
+        with front(inner_address(*kept), arriving=2) as (address, _):
             hanging = [Hanging(address) for _ in range(6)]
             try:
                 with triton.InferenceServerClient(address) as client:
@@ -332,6 +341,31 @@ class TestDying:
             assert until(lambda: ask(client, SIZE) == "", 30)
         run.wait_for(r"^front: it ended \(signal 9\): starting it again")
         assert until(lambda: read_state(folder).front_pid not in (None, pid), 10)
+
+    def test_a_front_that_is_stuck_is_replaced(self, kept, monkeypatch):
+        monkeypatch.setattr(front_process, "_SILENT_SECONDS", 4)
+        lines: list[str] = []
+        with front(inner_address(*kept), log=lines.append) as (address, running):
+            os.kill(running.process.pid, signal.SIGSTOP)
+            with triton.InferenceServerClient(address) as client:
+                assert until(lambda: lines and ask(client, SIZE) == "", 40), lines
+        assert lines[0] == "front: no sign of life for 4 s: ending it"
+
+    def test_stopping_waits_for_requests_but_not_for_bodies_that_never_come(self, kept):
+        with front(inner_address(*kept)) as (address, running):
+            hanging = Hanging(address)
+            with grpc.insecure_channel(address) as channel:
+                calls = send(channel, 10)
+                assert call(channel, f"{SERVICE}ServerLive")[0] is grpc.StatusCode.OK
+                running.drain()
+                errors = Counter((one.code(), one.details()) for one in calls)
+            assert running.process.wait(20) == 0
+            hanging.close()
+        assert errors.keys() <= {
+            (grpc.StatusCode.OK, ""),
+            (grpc.StatusCode.UNAVAILABLE, "Server is stopping: try another one, or again later"),
+        }
+        assert errors[grpc.StatusCode.OK, ""]
 
     def test_a_tritonserver_that_is_killed_is_awaited(self, kept):
         """The client hears UNAVAILABLE, without addresses, and then answers, on one connection."""

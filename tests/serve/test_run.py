@@ -431,7 +431,7 @@ class TestMistakes:
                 ["--host", "192.0.2.1", "--expose-embedded"],
                 "--host 192.0.2.1: not an address of this machine",
             ),
-            (["--host", "0.0.0.0"], "--host 0.0.0.0: the embedded Triton 2.51 .* CVE-2025-23310"),
+            (["--host", "0.0.0.0"], "--host 0.0.0.0: the embedded Triton 2.51 .*CVE-2025-23310"),
             (["--tritonserver", "/nowhere"], "--tritonserver /nowhere: not an executable file"),
             (["--ssl-certificate", "/nowhere"], "--ssl-certificate /nowhere: no such file"),
             (["--ssl-key", __file__], "--ssl-certificate is missing"),
