@@ -199,6 +199,7 @@ def _run(
     exposed: bool,
 ) -> int:
     from serve.bundle import read_bundle
+    from serve.repository.model_config import FRONT_QUEUES
     from serve.server.checks import check_backend, check_gpus, check_host, check_repository
     from serve.server.launch import largest_request
     from serve.server.process import Server
@@ -222,6 +223,7 @@ def _run(
         server.check_ports()
         if not repository.exists() or not any(repository.iterdir()):
             make_repository(bundle, repository, settings, durable=kept is not None)
+        server.front_requests = FRONT_QUEUES * settings.max_queue
         server.message_bytes = largest_request(repository, settings.max_image_bytes)
         remove_stale_regions()
         signals.server = server

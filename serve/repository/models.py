@@ -33,6 +33,7 @@ from serve.repository.model_config import (
     pin,
     place,
     place_on_cpu,
+    queue_size,
     read_template,
     step,
     tune_batching,
@@ -133,7 +134,7 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
     large = weight(bundle, graph) >= _LARGE * weight(bundle, bundle.graphs[BACKBONE])
     threads = str(settings.threads if large else 1)
     place(config, settings, settings.instances if large else 1)
-    tune_batching(config, settings)
+    tune_batching(config, settings, later=graph.name not in (BACKBONE, FUSED))
     if settings.warmup:
         warm_up(config, graph.inputs, usual_sizes(bundle))
     else:
@@ -275,7 +276,8 @@ def _map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
     config.parameters["cell"].string_value = str(cell)
     config.parameters["function"].string_value = task.map.function
     place_on_cpu(config)
-    bound_queue(config, settings)
+    policy = config.dynamic_batching.default_queue_policy
+    policy.max_queue_size = queue_size(settings, later=True)
     files = {
         "model.py": TEMPLATES / "task_map" / "1" / "model.py",
         "graph_model.py": TEMPLATES / "graph_model.py",

@@ -154,7 +154,7 @@ class Front:
                 return
 
 
-def front_options(options: Options, listen: str, upstream: str, message_bytes: int) -> FrontOptions:
+def front_options(options: Options, listen: str, upstream: str) -> FrontOptions:
     """A front for clients of a server with these options."""
     _, arguments, compression = split_flags(options.extra)
     result = FrontOptions(
@@ -164,8 +164,6 @@ def front_options(options: Options, listen: str, upstream: str, message_bytes: i
         arguments=arguments,
         compression=compression,
         exit_seconds=options.exit_seconds,
-        message_bytes=message_bytes,
-        bytes=max(FrontOptions.bytes, 4 * message_bytes),
     )
     if options.tls is None:
         return result

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -107,6 +108,8 @@ class Server:
         self.front: Front | None = None
         self.message_bytes = FrontOptions.message_bytes
         """Of a request, at most, where there is a front."""
+        self.front_requests = FrontOptions.requests
+        """That a front lets in at once."""
         self._inner = inner_address(options.front) if options.front else None
         """Where tritonserver answers gRPC behind a front: host or unix:PATH, and port."""
         self.stopping = False
@@ -191,7 +194,12 @@ class Server:
             )
             inner = f"{self._inner[0]}:{self._inner[1]}"
             self.front = Front(
-                front_options(self.options, outer, inner, self.message_bytes),
+                replace(
+                    front_options(self.options, outer, inner),
+                    message_bytes=self.message_bytes,
+                    requests=self.front_requests,
+                    bytes=max(FrontOptions.bytes, 4 * self.message_bytes),
+                ),
                 self.log,
                 self.end_tritonserver,
                 self.save,
