@@ -38,7 +38,7 @@ class TritonPythonModel:
         if encoded.ndim != 2 or not len(encoded):
             raise Refused("input 'encoded' is a batch of 0: give 1 or more")
         if len(encoded) > self.max_batch:
-            raise Refused(f"input 'encoded' has {len(encoded)} pictures: give {self.max_batch}")
+            raise Refused(f"input 'encoded' has {len(encoded)} pictures: at most {self.max_batch}")
         pictures = np.empty((len(encoded), self.height, self.width, 3), np.uint8)
         for number, data in enumerate(encoded[:, 0]):
             try:
