@@ -220,8 +220,11 @@ class TestEnding:
         with Run("--repository", repository, temporary=temporary) as run:
             run.ready()
             assert processes(repository)
+            front = Path(f"/proc/{read_state(repository).front_pid}")
+            assert front.exists()
             run.end(signal.SIGKILL)
         assert until(lambda: not processes(repository), 40), processes(repository)
+        assert until(lambda: not front.exists(), 40)
         (left,) = temporary.glob("serve-run-*")
         with Run(
             "--repository", repository, temporary=temporary
