@@ -11,9 +11,11 @@ is a ratio of two measurements that alternate.
 (d) JPEG bytes over pixels
 (e) dynamic batching on over off
 (f) LitServe
+(g) the front of the embedded server
 
---settings only compares settings; each is RUNTIME:INSTANCESxTHREADS. Clients,
-server and the in-process calls share the same cores.
+--front measures (g) alone. --settings only compares settings; each is
+RUNTIME:INSTANCESxTHREADS. Clients, server and the in-process calls share the
+same cores.
 """
 
 import argparse
@@ -55,6 +57,8 @@ from serve.repository.settings import (  # noqa: E402
     cores,
     instances_and_threads,
 )
+from serve.server.front import FrontOptions  # noqa: E402
+from serve.server.front_process import Front  # noqa: E402
 from serve.server.process import Options, Server  # noqa: E402
 from serve.server.triton import find_tritonserver  # noqa: E402
 
@@ -75,11 +79,15 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", default=[], metavar="R:IxT", help="compare settings and stop"
     )
+    parser.add_argument("--front", action="store_true", help="measure (g) and stop")
     parser.add_argument("--no-peer", action="store_true", help="leave out LitServe")
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     bundle = read_bundle(args.bundle)
-    rows = search(args, bundle) if args.settings else compare(args, bundle)
+    if args.front:
+        rows = front(args, bundle)
+    else:
+        rows = search(args, bundle) if args.settings else compare(args, bundle)
     print(f"\n{bundle.manifest.student.network}, {bundle.manifest.precision}, {cores()} cores\n")
     print("| what | this | that | ratio | least, most |\n|---|---|---|---|---|")
     for row in rows:
@@ -264,6 +272,33 @@ def compare(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
             if not args.no_peer:
                 rows += peer(args, bundle, address, every, pixels, settings)
     rows.append(batching(args, bundle, every, pixels))
+    return rows + front(args, bundle)
+
+
+def front(args: argparse.Namespace, bundle: Bundle) -> list[dict]:
+    """(g): the same tritonserver through its front and directly, in turns."""
+    pixels, _ = photograph(bundle)
+    every, n, rows = [tensor.name for tensor in bundle.outputs], args.concurrency, []
+    with served(args.bundle, _default_settings()) as address:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            outer = f"127.0.0.1:{free.getsockname()[1]}"
+        options = FrontOptions(listen=outer, upstream=address, parent=os.getpid())
+        proxy = Front(options, lambda line: print(line, file=sys.stderr))
+        proxy.start()
+        try:
+            for model, outputs in (("backbone", ["backbone_global"]), (FUSED, every)):
+                for at_once in (n, 1):
+                    rates, medians = ([], []), ([], [])
+                    for _ in range(args.rounds):
+                        for side, url in enumerate((outer, address)):
+                            result = load(url, model, outputs, pixels, at_once, args.seconds)
+                            rates[side].append(result.rate)
+                            medians[side].append(result.percentile(50))
+                    what = f"(g) {model}, {at_once} at once: through the front / directly"
+                    rows.append(row(f"{what}, requests/s", *rates))
+                    rows.append(row(f"{what}, p50 ms", *medians))
+        finally:
+            proxy.stop()
     return rows
 
 

@@ -31,7 +31,7 @@ examples:
       --metrics-port 9002
   python -m serve.run bundles/mine --backend tensorrt --kind gpu --devices 0 1 \\
       --host 0.0.0.0
-  python -m serve.run bundles/mine --host 0.0.0.0 \\
+  python -m serve.run bundles/mine --host 0.0.0.0 --expose-embedded \\
       --ssl-certificate server.pem --ssl-key server.key
   python -m serve.run bundles/mine -- --trace-config rate=100 \\
       --trace-config mode=opentelemetry \\
@@ -47,6 +47,9 @@ The first Ctrl-C or SIGTERM refuses new requests and waits for those already
 accepted; the second stops the server immediately. A model whose backend
 process dies is loaded again; `python -m serve.status --repository DIR` counts
 these restarts.
+
+With the embedded Triton, clients reach gRPC through a small proxy, because it
+crashes when they cancel requests, and --host needs --expose-embedded.
 
 Loading models, shared memory, tracing and logging require the key in
 DIR/.serve.json, over both gRPC and HTTP, unless listed in --open. With TLS,
@@ -95,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _read_options(args, words[split + 1 :]),
             args.trust,
             read_settings(args),
+            args.front,
+            args.expose_embedded,
         )
     )
 
@@ -128,6 +133,17 @@ def _parser() -> argparse.ArgumentParser:
         default="127.0.0.1",
         metavar="ADDRESS",
         help="0.0.0.0: all interfaces (default: 127.0.0.1)",
+    )
+    listening.add_argument(
+        "--expose-embedded",
+        action="store_true",
+        help="allow --host for gRPC of the embedded, unpatched Triton",
+    )
+    listening.add_argument(
+        "--front",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="proxy between gRPC clients and Triton (auto: if it is the embedded one)",
     )
     for name, port in (("grpc", 8001), ("http", 8000), ("metrics", 8002)):
         listening.add_argument(
@@ -179,10 +195,14 @@ def _run(
     options: "Options",
     trust: Sequence[Path],
     settings: Settings,
+    front: str,
+    exposed: bool,
 ) -> int:
     from serve.bundle import read_bundle
     from serve.repository.contents import set_aside
-    from serve.server.checks import check_backend, check_gpus, check_repository
+    from serve.repository.model_config import FRONT_QUEUES
+    from serve.server.checks import check_backend, check_gpus, check_host, check_repository
+    from serve.server.launch import largest_request
     from serve.server.orphans import end_orphans
     from serve.server.process import Server
     from serve.server.space import check_shared_memory
@@ -194,6 +214,7 @@ def _run(
     keys = [PublicKey(path) for path in trust]
     with Signals() as signals, make_workspace(say) as workspace:
         result = find_tritonserver(tritonserver, workspace)
+        check_host(result, options.host, exposed)
         repository = kept or workspace / REPOSITORY
         end_orphans(repository, say)
         # refuse what can be refused before graphs are copied
@@ -201,13 +222,16 @@ def _run(
         settings = check_repository(repository, bundle, settings, keys)
         check_backend(result, settings.backend)
         check_gpus(settings, bundle)
-        server = Server(
-            result, repository, options.model_copy(update={"gpu": settings.kind == "gpu"}), say
-        )
+        update = {"gpu": settings.kind == "gpu"}
+        if front == "on" or (front == "auto" and result.embedded):
+            update["front"] = workspace
+        server = Server(result, repository, options.model_copy(update=update), say)
         server.check_ports()
         if not repository.exists() or not any(repository.iterdir()):
             make_repository(bundle, repository, settings, durable=kept is not None)
         set_aside(repository, say)
+        server.front_requests = FRONT_QUEUES * settings.max_queue
+        server.message_bytes = largest_request(repository, settings.max_image_bytes)
         remove_stale_regions()
         check_shared_memory(repository)
         signals.server = server
@@ -331,7 +355,8 @@ def show(server, seconds: float, kept: bool) -> None:
     )
     say("")
     say(f"ready     after {seconds:.1f} s: {server.tritonserver.executable}")
-    say(f"grpc      {server.grpc}{' (TLS)' if tls else ''}")
+    behind = " behind a front" if server.front else ""
+    say(f"grpc      {server.grpc}{' (TLS)' if tls else ''}{behind}")
     say(f"http      http://{server.http}")
     say(f"metrics   http://{server.metrics}/metrics")
     say("next      request features of a picture, show the status, or stop with Ctrl-C:")

@@ -8,11 +8,13 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tritonclient.utils import InferenceServerException
 
-from serve.client.steps import Rpc, Sleep, Steps
+from serve.client.steps import Rpc, Sleep, Steps, Work
+from serve.client.unreachable import ask_in_http, explain, is_cut_off
 from serve.errors import (
     BadRequest,
     ClientError,
@@ -118,6 +120,9 @@ def _typed_error(error: InferenceServerException, request_id: str = "") -> tuple
     if status == "UNAVAILABLE":
         if "protocol is restricted" in lower:
             return NotAllowed(f"{message} (give the server's admin key)", request_id), False
+        reason, again = explain(message)
+        if reason:
+            return (Unavailable if again else NotAllowed)(reason, request_id), again
         if any(word in lower for word in _NOT_TRUSTED):
             return NotAllowed(f"no TLS connection: {message}", request_id), False
         return Unavailable(message, request_id), True
@@ -165,6 +170,9 @@ def attempt(
             return (yield Rpc(method, dict(arguments), patience=left))
         except InferenceServerException as raised:
             error, again = _typed_error(raised, request_id)
+            if again and tries == 0 and is_cut_off(error.message):
+                if reason := (yield Work(partial(ask_in_http, error.message))):
+                    raise NotAllowed(reason, request_id) from raised
             wait = retry.wait(tries)
             if isinstance(error, DeadlineExceeded):
                 error.message = f"no answer in {time.monotonic() - began:.1f} s"

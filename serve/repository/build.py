@@ -76,7 +76,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"waiting requests, at most (default: {default})",
     )
-    parser.add_argument("--no-batching", action="store_true", help="one request at a time")
+    parser.add_argument(
+        "--no-batching",
+        action="store_true",
+        help="one request at a time, and any number waiting",
+    )
     parser.add_argument(
         "--no-warmup", action="store_true", help="report ready before the graphs have run once"
     )

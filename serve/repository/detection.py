@@ -15,6 +15,7 @@ from serve.repository.model_config import (
     CONTRACT,
     TEMPLATES,
     add_tensor,
+    bound_queue,
     place,
     place_on_cpu,
     read_template,
@@ -80,6 +81,7 @@ def _detection(
     config = read_template(DETECTION)
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     config.input[-1].dims.insert(0, -1)  # the batch: written out where Triton does not batch
+    bound_queue(config, settings)
     resolution = bundle.manifest.resolution
     about = {
         "sha256": bundle.manifest.files[detector.vocabulary],

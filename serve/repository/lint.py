@@ -2,11 +2,14 @@
 happen.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import TYPE_STRING, ModelConfig
 
 _Configs = Mapping[str, ModelConfig]
+_UNBATCHED = "unbatched"
+"""Parameter of models whose first axis is a request's own batch."""
 
 
 def lint(configs: _Configs) -> list[str]:
@@ -66,14 +69,16 @@ def _explicit_batch(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Left out, Triton's auto-complete picks 4, and an ensemble cannot pass larger batches to its
     steps.
     """
-    if config.max_batch_size < 1 and "unbatched" not in config.parameters:
+    if config.max_batch_size < 1 and _UNBATCHED not in config.parameters:
         yield (
             "max_batch_size is not set: set it (or the parameter `unbatched` for a model without "
             "batches)"
         )
     for step in config.ensemble_scheduling.step:
         part = configs.get(step.model_name)
-        if part is not None and part.max_batch_size < config.max_batch_size:
+        if part is None or (_UNBATCHED in part.parameters):
+            continue
+        if part.max_batch_size < config.max_batch_size:
             yield (
                 f"max_batch_size {config.max_batch_size} is more than the {part.max_batch_size} "
                 f"of step '{step.model_name}'"
@@ -82,10 +87,9 @@ def _explicit_batch(config: ModelConfig, configs: _Configs) -> Iterator[str]:
 
 def _bounded_queue(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """Without a limit a server that falls behind takes requests until memory ends."""
-    if (
-        config.HasField("dynamic_batching")
-        and not config.dynamic_batching.default_queue_policy.max_queue_size
-    ):
+    # a batching model without dynamic_batching is what --no-batching asks for
+    has_queue = config.HasField("dynamic_batching") or _UNBATCHED in config.parameters
+    if has_queue and not config.dynamic_batching.default_queue_policy.max_queue_size:
         yield (
             "dynamic_batching without max_queue_size: an overloaded server would never reject "
             "requests"
@@ -94,12 +98,11 @@ def _bounded_queue(config: ModelConfig, configs: _Configs) -> Iterator[str]:
 
 def _strings_alone(config: ModelConfig, configs: _Configs) -> Iterator[str]:
     """A python model gets strings one request at a time."""
-    if config.HasField("dynamic_batching") and any(
-        port.data_type == TYPE_STRING for port in config.input
-    ):
+    batches = config.HasField("dynamic_batching") and config.max_batch_size > 0
+    if batches and any(port.data_type == TYPE_STRING for port in config.input):
         yield (
             "dynamic_batching of strings: Triton fails all requests of a batch for one whose "
-            "strings are malformed (remove dynamic_batching)"
+            "strings are malformed (set max_batch_size 0 and the parameter `unbatched`)"
         )
 
 
@@ -112,6 +115,12 @@ def _warm_up_data(config: ModelConfig, configs: _Configs) -> Iterator[str]:
                     f"warm-up of '{name}' by random_data: bytes that are NaN would be refused and "
                     "the model not load"
                 )
+
+
+def _row_ports(config: ModelConfig, ports: Iterable[Any]) -> dict[str, tuple]:
+    """Type and dims of ports by name, without the batch that a model without batches writes out."""
+    start = 1 if _UNBATCHED in config.parameters else 0
+    return {port.name: (port.data_type, tuple(port.dims)[start:]) for port in ports}
 
 
 def _joined_steps(config: ModelConfig, configs: _Configs) -> Iterator[str]:
@@ -130,8 +139,7 @@ def _joined_steps(config: ModelConfig, configs: _Configs) -> Iterator[str]:
         if part is None:
             yield f"step '{step.model_name}' is not a model of this repository"
             continue
-        reads = {port.name: (port.data_type, tuple(port.dims)) for port in part.input}
-        gives = {port.name: (port.data_type, tuple(port.dims)) for port in part.output}
+        reads, gives = _row_ports(part, part.input), _row_ports(part, part.output)
         for inner in sorted(set(reads) - set(step.input_map)):
             yield f"step '{step.model_name}' gets no '{inner}'"
         for inner, outer in sorted(step.input_map.items()):

@@ -27,6 +27,8 @@ TYPES = {
     "bool": "TYPE_BOOL",
 }
 """Triton's names of the manifest's element types."""
+FRONT_QUEUES = 4
+"""Requests that a front lets in at once, in times `--max-queue`."""
 
 
 def read_template(folder: str) -> ModelConfig:
@@ -45,6 +47,11 @@ def _parse_template(folder: str) -> ModelConfig:
 def add_port(ports, name: str, kind: str, dims: Iterable[int]) -> None:
     """Append an input or output; `kind` is Triton's name of its type."""
     ports.add(name=name, data_type=DataType.Value(kind), dims=dims)
+
+
+def add_rows(ports, name: str, kind: str, dims: Iterable[int]) -> None:
+    """Append an input or output of a model without batches, with the batch written out."""
+    add_port(ports, name, kind, (-1, *dims))
 
 
 def add_tensor(ports, tensor: TensorRecord) -> None:
@@ -80,14 +87,31 @@ def place_on_cpu(config: ModelConfig, count: int = 1) -> None:
     config.instance_group.append(ModelInstanceGroup(count=count, kind=ModelInstanceGroup.KIND_CPU))
 
 
-def tune_batching(config: ModelConfig, settings: Settings) -> None:
-    """Carry over the settings of the dynamic batcher, or take it away."""
+def tune_batching(config: ModelConfig, settings: Settings, later: bool = False) -> None:
+    """Carry over the settings of the dynamic batcher, or take it away; see `queue_size`."""
     if not settings.batching:
         config.ClearField("dynamic_batching")
         return
     if settings.queue_delay_us is not None and config.dynamic_batching.max_queue_delay_microseconds:
         config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
-    config.dynamic_batching.default_queue_policy.max_queue_size = settings.max_queue
+    size = queue_size(settings, later)
+    config.dynamic_batching.default_queue_policy.max_queue_size = size
+
+
+def queue_size(settings: Settings, later: bool) -> int:
+    """Requests that may wait for a model. `later`: one that follows others in ensembles."""
+    # Triton 2.51 ends in a segmentation fault where a step's queue is full while other steps of the
+    # same request run. So it is the first steps that refuse; the queues of later ones take whatever
+    # a front lets in (as many as FRONT_QUEUES allow), and some for the supervisor and python models
+    return FRONT_QUEUES * settings.max_queue + 64 if later else settings.max_queue
+
+
+def bound_queue(config: ModelConfig, settings: Settings) -> None:
+    """Let no more requests wait for a model without batches than its template says, or the
+    settings if they say fewer.
+    """
+    policy = config.dynamic_batching.default_queue_policy
+    policy.max_queue_size = min(policy.max_queue_size, settings.max_queue)
 
 
 def warm_up(config: ModelConfig, inputs: Sequence[TensorRecord], sizes: dict[str, int]) -> None:

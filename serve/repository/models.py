@@ -25,12 +25,15 @@ from serve.repository.model_config import (
     TEMPLATES,
     TYPES,
     add_port,
+    add_rows,
     add_tensor,
+    bound_queue,
     join,
     keep_latest,
     pin,
     place,
     place_on_cpu,
+    queue_size,
     read_template,
     step,
     tune_batching,
@@ -131,7 +134,7 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
     large = weight(bundle, graph) >= _LARGE * weight(bundle, bundle.graphs[BACKBONE])
     threads = str(settings.threads if large else 1)
     place(config, settings, settings.instances if large else 1)
-    tune_batching(config, settings)
+    tune_batching(config, settings, later=graph.name not in (BACKBONE, FUSED))
     if settings.warmup:
         warm_up(config, graph.inputs, usual_sizes(bundle))
     else:
@@ -262,15 +265,19 @@ def _map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
     """The step that makes a map of a head's output."""
     config, graph = read_template("task_map"), bundle.graphs[task.name]
     config.name = _map_name(task)
-    add_tensor(config.input, next(tensor for tensor in graph.outputs if tensor.name == task.output))
-    add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
-    _add_map(config, task)
+    values = next(tensor for tensor in graph.outputs if tensor.name == task.output)
+    for tensor in (values, bundle.graphs[BACKBONE].inputs[0]):
+        add_rows(config.input, tensor.name, TYPES[tensor.dtype], tensor.dims)
+    add_rows(config.output, task.map.name, TYPES[task.map.dtype], (-1, -1, *task.map.axes))
     _set_sizes(config, bundle)
+    _set_batch(config, bundle, settings)
     # a DPT head's output is finer than the patches
     cell = graph.about.get("stride", bundle.manifest.resolution.stride)
     config.parameters["cell"].string_value = str(cell)
     config.parameters["function"].string_value = task.map.function
     place_on_cpu(config)
+    policy = config.dynamic_batching.default_queue_policy
+    policy.max_queue_size = queue_size(settings, later=True)
     files = {
         "model.py": TEMPLATES / "task_map" / "1" / "model.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
@@ -281,20 +288,28 @@ def _map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
 
 def decoder(bundle: Bundle, settings: Settings) -> Model:
     config = read_template("decode")
-    add_port(config.output, IMAGE, "TYPE_UINT8", bundle.graphs[BACKBONE].inputs[0].dims)
+    add_rows(config.output, IMAGE, "TYPE_UINT8", bundle.graphs[BACKBONE].inputs[0].dims)
     _set_sizes(config, bundle)
+    _set_batch(config, bundle, settings)
     for name, value in {
         "max_bytes": settings.max_image_bytes,
         "max_pixels": settings.max_image_pixels,
     }.items():
         config.parameters[name].string_value = str(value)
     place_on_cpu(config, settings.decoders)
+    bound_queue(config, settings)
     files = {
         "model.py": TEMPLATES / "decode" / "1" / "model.py",
         "graph_model.py": TEMPLATES / "graph_model.py",
         "images.py": CONTRACT / "images.py",
     }
     return Model(config, files)
+
+
+def _set_batch(config: ModelConfig, bundle: Bundle, settings: Settings) -> None:
+    """Set the parameter that limits the pictures of a request where Triton does not."""
+    most = settings.max_batch or bundle.manifest.max_batch
+    config.parameters["max_batch"].string_value = str(most)
 
 
 def _set_sizes(config: ModelConfig, bundle: Bundle) -> None:

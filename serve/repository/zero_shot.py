@@ -24,6 +24,7 @@ from serve.repository.model_config import (
     TEMPLATES,
     add_port,
     add_tensor,
+    bound_queue,
     place_on_cpu,
     read_template,
 )
@@ -187,6 +188,7 @@ def text_encoder(
     add_port(config.output, "embeddings", "TYPE_FP32", [-1, result.width])
     config.parameters["threads"].string_value = str(settings.threads)
     place_on_cpu(config)  # a few short sentences, once a label
+    bound_queue(config, settings)
     vocabulary = about.tokenizer.vocabulary
     facts = {
         "sha256": {_GRAPH: about.graph.sha256, _VOCABULARY: vocabulary.sha256},
@@ -210,6 +212,7 @@ def zero_shot(bundle: Bundle, result: ClassEmbeddings, missing: str, settings: S
     image = bundle.graphs[BACKBONE].inputs[0]
     add_tensor(config.input, image)
     config.input[-1].dims.insert(0, -1)  # the batch: written out where Triton does not batch
+    bound_queue(config, settings)
     teacher = _teacher_of(bundle, result)
     vectors = {
         name: value

@@ -9,6 +9,7 @@ from contract.signing import PublicKey
 from serve.bundle import Bundle
 from serve.repository.contents import read_made_with
 from serve.repository.settings import Settings
+from serve.server.launch import is_loopback
 from serve.server.state import read_state
 from serve.server.triton import Tritonserver
 
@@ -53,6 +54,20 @@ def check_repository(
             "replace it (python -m serve.repository --force)"
         )
     return made_with
+
+
+def check_host(tritonserver: Tritonserver, host: str, exposed: bool) -> None:
+    """Raise UserError for an address on a network and a tritonserver that is fit for one machine
+    only, unless the user accepts that.
+    """
+    if exposed or not tritonserver.embedded or is_loopback(host):
+        return
+    raise UserError(
+        f"--host {host}: the embedded Triton 2.51 has holes that 25.07 closed (CVE-2025-23310 and "
+        "-23311: chunked HTTP bodies crash it or run code; CVE-2025-23319, -23320 and -23334: the "
+        "python backend's memory can be taken over): use NVIDIA's image (--tritonserver) or stay "
+        "on 127.0.0.1; --expose-embedded opens gRPC alone all the same"
+    )
 
 
 def check_backend(tritonserver: Tritonserver, backend: str) -> None:

@@ -1,6 +1,8 @@
 """Options of a tritonserver, its command line, and free ports."""
 
 import errno
+import ipaddress
+import json
 import socket
 from pathlib import Path
 
@@ -15,6 +17,10 @@ from serve.server.triton import Tritonserver
 RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")
 """Endpoints that change a server or read its memory require the key; statistics are open.
 """
+
+_LEAST_MESSAGE = 256 * 2**20
+_LONGEST_SOCKET = 100
+"""Bytes of a Unix socket's path; Linux allows 107."""
 
 
 class Tls(BaseModel):
@@ -46,6 +52,10 @@ class Options(BaseModel):
     cache_bytes: int = Field(default=64 * 2**20, ge=1)
     """Of the response cache, if a model has one."""
     gpu: bool = False
+    front: Path | None = None
+    """Clients reach gRPC through a front (serve.server.front): a private folder for the socket
+    between it and tritonserver. None: they reach tritonserver itself.
+    """
     extra: tuple[str, ...] = ()
     """Further arguments of tritonserver."""
 
@@ -148,3 +158,35 @@ def listen(name: str, host: str, port: int) -> socket.socket:
         raise UserError(
             f"--host {host}: not an address of this machine ({error.strerror})"
         ) from error
+
+
+def largest_request(repository: Path, max_image_bytes: int) -> int:
+    """Bytes that a request to any of a repository's models may have: a batch of pictures, encoded
+    or not, and some room for names; at least 256 MiB.
+    """
+    config = read_config(repository / "features" / CONFIG)
+    about = json.loads(config.parameters["about"].string_value or "{}")
+    pixels = 3 * about.get("height", 0) * about.get("width", 0)
+    batch = max(1, config.max_batch_size)
+    return max(_LEAST_MESSAGE, batch * max(max_image_bytes, pixels) + 2**20)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address; a name is looked up, and unknown ones are not
+    loopback.
+    """
+    try:
+        found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def inner_address(folder: Path) -> tuple[str, int]:
+    """Host and port for a tritonserver behind a front: a socket in a private folder, which no other
+    user reaches, or a port of 127.0.0.1 where that folder's path is too long for one.
+    """
+    path = f"unix:{folder.absolute() / 'grpc'}"  # tritonserver appends the port
+    if len(f"{path}:1") < _LONGEST_SOCKET:
+        return path, 1
+    return "127.0.0.1", choose_ports({"grpc": 0}, "127.0.0.1")["grpc"]

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -18,7 +19,18 @@ from contract.errors import UserError
 from serve.errors import ServerError
 from serve.server.activity import Activity
 from serve.server.child import Child
-from serve.server.launch import RESTRICTED, Options, Tls, choose_ports, command_line, listen
+from serve.server.front import FrontOptions
+from serve.server.front_process import Front, front_options, split_flags
+from serve.server.launch import (
+    RESTRICTED,
+    Options,
+    Tls,
+    choose_ports,
+    command_line,
+    inner_address,
+    is_loopback,
+    listen,
+)
 from serve.server.loading import load_rest, one_line
 from serve.server.orphans import owner
 from serve.server.rest import Rest
@@ -96,6 +108,13 @@ class Server:
         """
         self.unsaved = False
         """Whether the state file is older than the counts, because its disk was full."""
+        self.front: Front | None = None
+        self.message_bytes = FrontOptions.message_bytes
+        """Of a request, at most, where there is a front."""
+        self.front_requests = FrontOptions.requests
+        """That a front lets in at once."""
+        self._inner = inner_address(options.front) if options.front else None
+        """Where tritonserver answers gRPC behind a front: host or unix:PATH, and port."""
         self.stopping = False
         self._ready = False
         self._drained = 0.0
@@ -129,9 +148,12 @@ class Server:
 
     def host_of(self, name: str) -> str:
         """The address an endpoint listens on. HTTP has no TLS: where gRPC has it, HTTP is for this
-        machine alone.
+        machine alone; so are HTTP and metrics of the embedded server, which is not patched.
         """
-        return "127.0.0.1" if name == "http" and self.options.tls else self.options.host
+        private = (name == "http" and self.options.tls) or (
+            name != "grpc" and self.tritonserver.embedded and not is_loopback(self.options.host)
+        )
+        return "127.0.0.1" if private else self.options.host
 
     @property
     def rest(self) -> Rest:
@@ -140,9 +162,13 @@ class Server:
     @property
     def command(self) -> list[str]:
         listening = {name: (self.host_of(name), port) for name, port in self.ports.items()}
-        return command_line(
-            self.tritonserver, self.repository, self.options, listening, self.admin_key
-        )
+        options = self.options
+        if self._inner:  # TLS and what else concerns clients' connections is the front's
+            listening["grpc"] = self._inner
+            options = options.model_copy(
+                update={"tls": None, "extra": split_flags(options.extra)[0]}
+            )
+        return command_line(self.tritonserver, self.repository, options, listening, self.admin_key)
 
     def start(self) -> float:
         """Start and wait until every model answers; returns the seconds it took.
@@ -174,12 +200,32 @@ class Server:
                 if self.stopping or not left:
                     raise error
                 self.log(f"tritonserver {again}: starting it again")
+        if self._inner and self.front is None:
+            self._start_front()
         if self._ready:
             self.try_save()
         else:
             self.save()  # a start that nobody could find is a mistake; a restart is not given up
         self._ready = True
         return time.monotonic() - began
+
+    def _start_front(self) -> None:
+        """Listen for clients, in front of a tritonserver that is ready."""
+        host = self.host_of("grpc")
+        outer = f"[{host}]:{self.ports['grpc']}" if ":" in host else f"{host}:{self.ports['grpc']}"
+        inner = f"{self._inner[0]}:{self._inner[1]}"
+        self.front = Front(
+            replace(
+                front_options(self.options, outer, inner),
+                message_bytes=self.message_bytes,
+                requests=self.front_requests,
+                bytes=max(FrontOptions.bytes, 4 * self.message_bytes),
+            ),
+            self.log,
+            self.end_tritonserver,
+            self.try_save,
+        )
+        self.front.start()
 
     def start_once(self) -> None:
         """Launch tritonserver and wait until every model answers."""
@@ -206,7 +252,8 @@ class Server:
         loading all models.
         """
         for name, port in self.ports.items():
-            listen(name, self.host_of(name), port).close()
+            if name != "grpc" or self.front is None:
+                listen(name, self.host_of(name), port).close()
 
     def wait_ready(self, deadline: float) -> None:
         """Return when the server says READY; raises ServerError if it ends before, or is not by the
@@ -282,6 +329,7 @@ class Server:
         state = State(
             pid=os.getpid(),
             server_pid=self.process.pid,
+            front_pid=self.front.process.pid if self.front else None,
             grpc=self.grpc,
             http=self.http,
             metrics=self.metrics,
@@ -307,6 +355,13 @@ class Server:
         signal handler.
         """
         self.stopping = True
+        if self.front:
+            self.front.drain()  # and tritonserver once that has ended
+        else:
+            self.end_tritonserver()
+
+    def end_tritonserver(self) -> None:
+        """Tell tritonserver to answer what it accepted, and to end."""
         if self.process and self.process.returncode is None:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGTERM)
@@ -331,10 +386,10 @@ class Server:
             now = time.monotonic()
         at_work = now - activity.since < _WORK_SECONDS and self.process.returncode != 0
         self.kill()
+        answered = self.front is None or self.front.stop()
         remove_state(self.repository)
-        return (
-            not self._ready or self.process.returncode == 0 or (bool(self._drained) and not at_work)
-        )
+        drained = self.process.returncode == 0 or (bool(self._drained) and not at_work)
+        return not self._ready or (answered and drained)
 
     def kill(self) -> None:
         """Kill tritonserver and its stub processes."""

@@ -24,6 +24,8 @@ class State(BaseModel):
     pid: int
     """The process that started tritonserver and watches it."""
     server_pid: int
+    front_pid: int | None = None
+    """The front that clients reach gRPC through, if there is one."""
     grpc: str
     http: str
     metrics: str

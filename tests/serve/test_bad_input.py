@@ -286,7 +286,18 @@ def test_a_batch_of_nothing_with_the_bytes_of_one_is_refused_and_harms_no_other(
             else:
                 same(arrays(future.result()), expected)
     said = refusal(triton, request("decode", [strings("encoded", [FILE], (0, 1))]))
+    assert "unexpected number of string elements 1 for inference input 'encoded'" in said
+    said = refusal(triton, request("decode", [strings("encoded", [], (0, 1))]))
     assert said == "input 'encoded' is a batch of 0: give 1 or more"
+
+
+def test_models_without_batches_bound_the_pictures_of_a_request(triton, known):
+    most = 4
+    said = refusal(triton, request("decode", [strings("encoded", [FILE] * (most + 1))]))
+    assert said == f"input 'encoded' has {most + 1} pictures: at most {most}"
+    values, image = (np.repeat(tensor[:1], most + 1, 0) for tensor in (known["depth"], PIXELS))
+    said = refusal(triton, request("depth_map", [array("depth", values), array("image", image)]))
+    assert said.endswith(f"give as many of each, at most {most}")
 
 
 # Picture files

@@ -18,7 +18,7 @@ from serve.bundle import read_bundle
 from serve.repository.__main__ import main
 from serve.repository.build import make_repository
 from serve.repository.lint import lint
-from serve.repository.model_config import TEMPLATES, read_template
+from serve.repository.model_config import FRONT_QUEUES, TEMPLATES, read_template
 from serve.repository.models import build_models, needed, served_name
 from serve.repository.settings import Settings, choose_runtime, instances_and_threads, runtimes_here
 
@@ -308,8 +308,17 @@ class TestLint:
         configs["backbone"].dynamic_batching.default_queue_policy.max_queue_size = 0
         assert any("without max_queue_size" in said for said in lint(configs))
 
+    def test_later_steps_never_refuse_what_a_front_lets_in(self, configs):
+        """Triton 2.51 crashes where a step refuses while others of its request run."""
+        for config in configs.values():
+            for step in config.ensemble_scheduling.step:
+                if step.model_name not in ("backbone", "decode"):
+                    policy = configs[step.model_name].dynamic_batching.default_queue_policy
+                    assert policy.max_queue_size > FRONT_QUEUES * Settings().max_queue
+
     def test_strings_in_one_batch_with_those_of_others(self, configs):
-        configs["decode"].dynamic_batching.default_queue_policy.max_queue_size = 9
+        assert not any("decode" in said for said in lint(configs))
+        configs["decode"].max_batch_size = 8
         assert any("decode: dynamic_batching of strings" in said for said in lint(configs))
 
     def test_warm_up_by_random_bytes(self, configs):

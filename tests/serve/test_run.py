@@ -220,8 +220,11 @@ class TestEnding:
         with Run("--repository", repository, temporary=temporary) as run:
             run.ready()
             assert processes(repository)
+            front = Path(f"/proc/{read_state(repository).front_pid}")
+            assert front.exists()
             run.end(signal.SIGKILL)
         assert until(lambda: not processes(repository), 40), processes(repository)
+        assert until(lambda: not front.exists(), 40)
         (left,) = temporary.glob("serve-run-*")
         with Run(
             "--repository", repository, temporary=temporary
@@ -317,6 +320,23 @@ class TestStarting:
                 assert "head_cls" not in traced()
             collector.shutdown()
 
+    def test_of_the_embedded_server_only_grpc_is_on_the_network(self, repository):
+        with Run("--repository", repository, "--host", "0.0.0.0", "--expose-embedded") as run:
+            run.ready()
+            lines = [
+                line.split()[1:4]
+                for name in ("tcp", "tcp6")
+                for line in Path(f"/proc/net/{name}").read_text().splitlines()
+            ]
+            for address, hosts in (
+                (run.grpc, {"00000000", 32 * "0"}),
+                (run.http, {"0100007F"}),
+                (run.metrics, {"0100007F"}),
+            ):
+                port = f"{int(address.split(':')[1]):04X}"
+                open_on = {at[:-5] for at, _, state in lines if at[-4:] == port and state == "0A"}
+                assert open_on and open_on <= hosts, address
+
     def test_mutual_tls_lets_in_only_whom_it_knows(self, repository, tmp_path):
         if shutil.which("openssl") is None:
             pytest.skip("no openssl command to make certificates with")
@@ -410,7 +430,11 @@ class TestMistakes:
             ),
             (["--grpc-port", "9", "--http-port", "9"], "--http-port 9 is also --grpc-port"),
             (["--grpc-port", "70000"], "--grpc-port 70000: ports are 0 to 65535"),
-            (["--host", "192.0.2.1"], "--host 192.0.2.1: not an address of this machine"),
+            (
+                ["--host", "192.0.2.1", "--expose-embedded"],
+                "--host 192.0.2.1: not an address of this machine",
+            ),
+            (["--host", "0.0.0.0"], "--host 0.0.0.0: the embedded Triton 2.51 .*CVE-2025-23310"),
             (["--tritonserver", "/nowhere"], "--tritonserver /nowhere: not an executable file"),
             (["--ssl-certificate", "/nowhere"], "--ssl-certificate /nowhere: no such file"),
             (["--ssl-key", __file__], "--ssl-certificate is missing"),

@@ -19,7 +19,9 @@ class TritonPythonModel:
         settings = {
             key: int(value["string_value"])
             for key, value in json.loads(args["model_config"])["parameters"].items()
+            if key != "unbatched"
         }
+        self.max_batch = settings["max_batch"]
         self.height, self.width = settings["height"], settings["width"]
         self.limits = Limits(settings["max_bytes"], settings["max_pixels"])
 
@@ -32,10 +34,11 @@ class TritonPythonModel:
         pictures it is.
         """
         encoded = pb_utils.get_input_tensor_by_name(request, "encoded").as_numpy()
-        if (
-            encoded.ndim != 2
-        ):  # Triton passes a batch of 0 on without its axis, if there is one string
+        # Triton passes a batch of 0 on without its axis, if there is one string
+        if encoded.ndim != 2 or not len(encoded):
             raise Refused("input 'encoded' is a batch of 0: give 1 or more")
+        if len(encoded) > self.max_batch:
+            raise Refused(f"input 'encoded' has {len(encoded)} pictures: at most {self.max_batch}")
         pictures = np.empty((len(encoded), self.height, self.width, 3), np.uint8)
         for number, data in enumerate(encoded[:, 0]):
             try:

@@ -18,6 +18,8 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.values, self.map = config["input"][0]["name"], config["output"][0]["name"]
         settings = {key: value["string_value"] for key, value in config["parameters"].items()}
+        settings.pop("unbatched")
+        self.max_batch = int(settings.pop("max_batch"))
         self.make = getattr(dense, settings.pop("function"))
         # of DPT heads a fraction: 14 / 4 pixels
         self.cell = float(settings.pop("cell"))
@@ -34,11 +36,16 @@ class TritonPythonModel:
         # Triton passes a batch of 0 on without its axis, if the bytes are those of one picture
         message = (
             wrong_size(image, self.limits)
-            if len(image) == 4
+            if len(image) == 4 and image[0]
             else "input 'image' is a batch of 0: give 1 or more"
         )
         if message:
             raise Refused(message)
+        if image[0] > self.max_batch or image[0] != len(values):
+            raise Refused(
+                f"'image' has {image[0]} pictures and '{self.values}' {len(values)} rows: give as "
+                f"many of each, at most {self.max_batch}"
+            )
         if not is_finite(values):
             raise Refused(f"input '{self.values}' holds NaN or infinity: give finite numbers")
         try:
