@@ -73,7 +73,8 @@ def read_tokenizer(vocabulary: Path | str) -> "Tokenizer":
             data = file.read(_MOST_VOCABULARY + 1)
         if len(data) > _MOST_VOCABULARY:
             raise ValueError(f"{vocabulary} has more than {_MOST_VOCABULARY:,} bytes")
-        tokens = data.decode("utf-8").split("\n")
+        # lines as text files have them on every system
+        tokens = data.decode("utf-8").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ValueError(f"{vocabulary} cannot be read: {reason}") from error

@@ -164,6 +164,8 @@ def largest_request(repository: Path, max_image_bytes: int) -> int:
     """Bytes that a request to any of a repository's models may have: a batch of pictures, encoded
     or not, and some room for names; at least 256 MiB.
     """
+    if not (repository / "features" / CONFIG).exists():  # of other models
+        return _LEAST_MESSAGE
     config = read_config(repository / "features" / CONFIG)
     about = json.loads(config.parameters["about"].string_value or "{}")
     pixels = 3 * about.get("height", 0) * about.get("width", 0)

@@ -19,6 +19,7 @@ COMMANDS = {
     "distill.evaluate.__main__": "evaluate",
     "export.run": "run",
     "export.check": "check",
+    "export.sign": "sign",
     "export.bench.__main__": "bench",
     "export.text.__main__": "text",
     "serve.repository.__main__": "repository",
