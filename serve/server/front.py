@@ -12,7 +12,6 @@ because it is started again while clients wait.
 """
 
 import asyncio
-import ctypes
 import json
 import os
 import re
@@ -44,7 +43,6 @@ _WRITE_SECONDS = 60.0
 _POLL_SECONDS = 0.02
 _SIGN_SECONDS = 2.0
 """Between two empty lines in the log, by which the parent knows that the front is not stuck."""
-_PR_SET_PDEATHSIG = 1
 
 _NO_METADATA = ("user-agent", "content-type", "te")
 """Of a connection, not of a request."""
@@ -70,8 +68,6 @@ class FrontOptions:
     """HOST:PORT."""
     upstream: str
     """tritonserver's address, HOST:PORT or unix:PATH."""
-    parent: int
-    """The front ends with this process."""
     key: str = ""
     certificate: str = ""
     """PEM files; "": no TLS."""
@@ -392,10 +388,6 @@ def _credentials(options: FrontOptions) -> grpc.ServerCredentials:
 
 def main(arguments: Sequence[str]) -> int:
     options = FrontOptions(**json.loads(arguments[0]))
-    # however the parent ends, the front drains and ends
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != options.parent:
-        return 1
     try:
         return 0 if asyncio.run(serve(options)) else 1
     except (OSError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 and its end before tritonserver's.
 """
 
+import math
 import os
 import select
 import signal
@@ -17,6 +18,7 @@ from typing import IO
 
 from contract.errors import UserError
 from serve.errors import ServerError
+from serve.server.child import Child
 from serve.server.front import READY, FrontOptions
 from serve.server.launch import Options
 
@@ -47,8 +49,7 @@ _COMPRESSION = "grpc-infer-response-compression-level"
 class Front:
     """A running front. `start` returns when it listens; `drain` and `stop` end it.
 
-    One thread starts it, passes its log on and starts it again: it lives as long as this object,
-    because a child process ends with the thread that made it.
+    One thread starts it, passes its log on and starts it again.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Front:
         another process took its place.
         """
         self.options, self.log, self.ended, self.restarted = options, log, ended, restarted
-        self.process: subprocess.Popen | None = None
+        self.process: Child | None = None
         self.stopping = False
         self._ready, self._lines = threading.Event(), []
         self._thread = threading.Thread(target=self._run, name="front", daemon=True)
@@ -116,14 +117,13 @@ class Front:
     def _run_once(self) -> None:
         """Start it and pass its log on until it ends."""
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
-        self.process = subprocess.Popen(
+        self.process = Child(
             [sys.executable, "-m", "serve.server.front", self.options.to_json()],
+            math.ceil(self.options.exit_seconds),
             env=os.environ | {"PYTHONPATH": path},
-            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,
-            start_new_session=True,  # Ctrl-C in a terminal reaches serve.run only
         )
         if self.stopping:  # told so meanwhile
             self.drain()
@@ -137,6 +137,7 @@ class Front:
                     self._lines = [line]
                     self.log(line)
         self.process.wait()
+        self.process.end()
 
     def _read_lines(self, stream: IO[bytes]) -> Iterator[str]:
         """Lines of its log until it ends. A front that says nothing for long is stuck: it is
@@ -160,7 +161,6 @@ def front_options(options: Options, listen: str, upstream: str) -> FrontOptions:
     result = FrontOptions(
         listen=listen,
         upstream=upstream,
-        parent=os.getpid(),
         arguments=arguments,
         compression=compression,
         exit_seconds=options.exit_seconds,

@@ -60,7 +60,7 @@ def front(
     """Another front of a server; yields its address, and itself."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    options = FrontOptions(listen=address, upstream=upstream, parent=os.getpid())
+    options = FrontOptions(listen=address, upstream=upstream)
     result = Front(replace(options, **changes), log)
     result.start()
     try:
@@ -292,9 +292,7 @@ class TestBounds:
 
     def test_a_front_that_cannot_listen(self, kept):
         with socket.create_server(("127.0.0.1", 0)) as taken:
-            options = FrontOptions(
-                listen=f"127.0.0.1:{taken.getsockname()[1]}", upstream="x:1", parent=os.getpid()
-            )
+            options = FrontOptions(listen=f"127.0.0.1:{taken.getsockname()[1]}", upstream="x:1")
             with pytest.raises(ServerError, match="the front does not start: front: "):
                 Front(options, lambda line: None).start()
 
