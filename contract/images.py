@@ -258,7 +258,8 @@ def _hidden(picture: Image.Image) -> int | tuple[int, ...] | bytes | None:
     Before loading: Pillow scales the pixels of a PNG to eight bits, but not that colour.
     """
     hidden = picture.info.get("transparency")
-    stored = picture.tile[0].args if getattr(picture, "tile", None) else ""
+    # a named tuple, which older versions of Pillow do not have
+    stored = picture.tile[0][3] if getattr(picture, "tile", None) else ""
     if isinstance(hidden, int) and stored in ("L;2", "L;4"):
         return hidden * (85 if stored == "L;2" else 17)
     if isinstance(hidden, tuple) and stored == "RGB;16B":

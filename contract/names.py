@@ -29,8 +29,18 @@ GraphFile = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*\.onnx$",
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
-Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f-\x9f]*$", max_length=2000)]
+MOST_TEMPLATES = 1000
+"""Of class embeddings."""
+_MOST_TEXT = 2000
+_TEXT = r"^[^\x00-\x1f\x7f-\x9f]*$"
+
+Text = Annotated[str, StringConstraints(pattern=_TEXT, max_length=_MOST_TEXT)]
 """What people read, of a class say: clients print it, so it must not steer their terminals."""
+
+
+def is_text(value: str) -> bool:
+    """Whether a bundle may state this text, as `Text` does."""
+    return len(value) <= _MOST_TEXT and re.search(_TEXT, value) is not None
 
 
 def _readable(about: dict[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,10 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
         type=Path,
-        nargs="+",
-        action="extend",
+        action="append",
         default=[],
         metavar="KEY",
-        help="public keys (PEM): refuse a bundle that is signed by none of them",
+        help="public key (PEM), may be given several times: refuse a bundle that none has signed",
     )
 
 

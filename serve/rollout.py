@@ -7,6 +7,7 @@ and the ensembles are switched, each in one step. The old version stays loaded u
 that `--back` is just as fast.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -79,6 +80,8 @@ def _run(
     _check_folder(folder)
     with rollout_lock(folder), Admin(folder) as admin:
         repository = Repository(folder)
+        for model in repository.settle():
+            admin.load(model)
         if only_finish:
             return finish(repository, admin)
         if go_back:
@@ -113,6 +116,11 @@ def _roll_out(repository, admin, path: Path, trust: Sequence[PublicKey]) -> int:
 
     begun = time.perf_counter()
     bundle = read_bundle(path, trust)
+    if repository.made_with.signed_by not in ("", bundle.signed_by):
+        raise UserError(
+            f"{path} is signed by another key than the bundle that {repository.path} was rendered "
+            "from: render a repository with that key (python -m serve.repository --trust)"
+        )
     golden = read_golden(path / GOLDEN, bundle.read(GOLDEN))
     version = repository.versions[-1] + 1
     models = repository.render(bundle, version)
@@ -139,10 +147,12 @@ def _roll_out(repository, admin, path: Path, trust: Sequence[PublicKey]) -> int:
             loaded.append(model)
             admin.load(model)
         switch(repository, admin, version)
-    except ServerError as error:
-        switch(repository, admin, repository.serving)
-        for model in repository.forget(version):
-            admin.load(model)
+    except BaseException as error:  # Ctrl-C, a full disk, a bundle that was changed meanwhile
+        with contextlib.suppress(ServerError):  # the server is gone: its next start finds it undone
+            for model in repository.settle():
+                admin.load(model)
+        if not isinstance(error, ServerError):
+            raise
         raise ServerError(f"{error} (version {repository.serving} still serves)") from error
     print(f"serving   version {version} ({path}), {time.perf_counter() - begun:.0f} s")
     print("next      go back, or free the old version:")

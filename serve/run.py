@@ -201,6 +201,7 @@ def _run(
     from serve.bundle import read_bundle
     from serve.repository.contents import set_aside
     from serve.repository.model_config import FRONT_QUEUES
+    from serve.repository.versions import settle
     from serve.server.checks import check_backend, check_gpus, check_host, check_repository
     from serve.server.launch import largest_request
     from serve.server.orphans import end_orphans
@@ -230,6 +231,7 @@ def _run(
         if not repository.exists() or not any(repository.iterdir()):
             make_repository(bundle, repository, settings, durable=kept is not None)
         set_aside(repository, say)
+        settle(repository, say)
         server.front_requests = FRONT_QUEUES * settings.max_queue
         server.message_bytes = largest_request(repository, settings.max_image_bytes)
         remove_stale_regions()

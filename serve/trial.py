@@ -3,7 +3,6 @@ pictures, stop.
 """
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -70,12 +69,13 @@ def _run(
     from serve.server.launch import Options
     from serve.server.process import Server
     from serve.server.triton import find_tritonserver
+    from serve.server.workspace import REPOSITORY, make_workspace
 
     if not image.is_file():
         raise UserError(f"{image}: no such file (name a JPEG, PNG or WebP picture)")
-    with tempfile.TemporaryDirectory(prefix="serve-") as folder:
-        repository = Path(folder) / "repository"
-        tritonserver = find_tritonserver(executable, Path(folder))
+    with make_workspace(lambda line: None) as folder:
+        repository = folder / REPOSITORY
+        tritonserver = find_tritonserver(executable, folder)
         check_backend(tritonserver, settings.backend)
         bundle = read_bundle(bundle_folder, [PublicKey(path) for path in trust])
         check_gpus(settings, bundle)

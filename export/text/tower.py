@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from contract.errors import UserError, suggest
+from contract.names import MOST_TEMPLATES, is_text
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -79,6 +80,15 @@ def _read_lines(path: Path, option: str, holds: str) -> list[tuple[int, str]]:
     return lines
 
 
+def _check_text(path: Path, number: int, text: str) -> None:
+    """Raise UserError for what a server would refuse to state."""
+    if not is_text(text):
+        raise UserError(
+            f"{path}:{number}: a text with control characters, or of more than 2,000 characters: "
+            "write plain, shorter text"
+        )
+
+
 def read_labels(path: Path) -> list[Label]:
     """Read a class per line: its name, or `NAME<tab>WORDS` where the words of the prompt differ.
 
@@ -92,6 +102,7 @@ def read_labels(path: Path) -> list[Label]:
                 f"{path}:{number}: '{name}{words}' has a tab with nothing on one side: "
                 "NAME<tab>WORDS, or NAME"
             )
+        _check_text(path, number, name)
         if name in labels:
             raise UserError(
                 f"{path}:{number}: label '{name}' is a duplicate of line {labels[name].line}: give "
@@ -108,7 +119,10 @@ def read_templates(path: Path | None) -> list[str]:
     if path is None:
         return list(DEFAULT_TEMPLATES)
     lines = _read_lines(path, "--templates", f"a sentence with {_PLACE} for the label")
+    if len(lines) > MOST_TEMPLATES:
+        raise UserError(f"{path} has {len(lines)} templates: give at most {MOST_TEMPLATES}")
     for number, line in lines:
+        _check_text(path, number, line)
         if _PLACE not in line:
             raise UserError(
                 f"{path}:{number}: template '{line}' has no {_PLACE} for the label: write for "

@@ -58,7 +58,7 @@ def _run(bundle: Path, output: Path, force: bool, trust: Sequence[Path], setting
 
     keys = [PublicKey(path) for path in trust]
     check_output(output, output.resolve(), force)
-    names = make_repository(read_bundle(bundle, keys), output, settings)
+    names = make_repository(read_bundle(bundle, keys), output, settings, force=force)
     print(f"repository  {output}: {', '.join(names)}")
     if settings.backend == "python":
         print("next        serve it:")

@@ -152,12 +152,16 @@ def read_settings(args: argparse.Namespace) -> Settings:
 
 
 def make_repository(
-    bundle: "Bundle", output: Path, settings: Settings, durable: bool = True
+    bundle: "Bundle",
+    output: Path,
+    settings: Settings,
+    durable: bool = True,
+    force: bool = False,
 ) -> list[str]:
     """Render, lint and write a repository to a temporary folder, then rename it into place.
 
     `durable`: flush it to disk before the rename. Returns the models' names. Raises UserError
-    for an `output` that holds anything but a repository.
+    for an `output` that holds anything, with `force` anything but a repository.
     """
     from serve.repository.lint import lint
     from serve.repository.models import build_models
@@ -171,7 +175,7 @@ def make_repository(
         )
     place = output.resolve()
     tidy(place, lambda old: not foreign_file(old))
-    replaceable = partial(check_output, output, place, True)
+    replaceable = partial(check_output, output, place, force)
     with new_folder(place, f"--output {output}", replaceable, durable) as aside:
         for model in models:
             write_model(aside / model.name, model, settings.version)

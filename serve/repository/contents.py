@@ -158,17 +158,21 @@ def set_aside(repository: Path, log: Callable[[str], None]) -> None:
         log(f"not served: {', '.join(foreign)} (in {repository}, not of its models)")
     if not left:
         return
-    with rollout_lock(repository):
-        aside = repository / _ASIDE
-        aside.mkdir(exist_ok=True)
-        for name in left:
-            place = aside / name
-            for number in range(2, 1000):
-                if not os.path.lexists(place):
-                    break
-                place = aside / f"{name}.{number}"
-            os.rename(repository / name, place)
-    log(f"set aside: {', '.join(left)}, which a killed rollout left (now in {aside})")
+    try:
+        with rollout_lock(repository):
+            aside = repository / _ASIDE
+            aside.mkdir(exist_ok=True)
+            for name in left:
+                place = aside / name
+                for number in range(2, 1000):
+                    if not os.path.lexists(place):
+                        break
+                    place = aside / f"{name}.{number}"
+                os.rename(repository / name, place)
+    except RolloutUnderWay:  # it goes on after the server that it began with was killed
+        log(f"not served: {', '.join(left)}, of a rollout that is under way")
+    else:
+        log(f"set aside: {', '.join(left)}, which a killed rollout left (now in {aside})")
 
 
 def remove_staged(repository: Path, models: tuple[str, ...]) -> None:
@@ -191,9 +195,13 @@ def remove_staged(repository: Path, models: tuple[str, ...]) -> None:
         aside.rmdir()
 
 
+class RolloutUnderWay(UserError):
+    """Another process is changing the repository."""
+
+
 @contextlib.contextmanager
 def rollout_lock(repository: Path) -> Iterator[None]:
-    """One rollout at a time; raises UserError for a repository that is being changed."""
+    """One rollout at a time; raises RolloutUnderWay for a repository that is being changed."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     path = repository / _LOCK
     try:
@@ -206,7 +214,7 @@ def rollout_lock(repository: Path) -> Iterator[None]:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise UserError(f"{repository}: another rollout is under way: wait for it") from error
+        raise RolloutUnderWay(f"{repository}: another rollout is under way: wait for it") from error
     finally:
         os.close(held)
 

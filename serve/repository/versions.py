@@ -6,8 +6,9 @@ ensemble keeps each version's configuration in that version's folder, and the on
 is the one that serves.
 """
 
+import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,14 @@ from contract.files import new_folder, tidy, write_atomically
 from contract.signature import BACKBONE
 from serve.bundle import Bundle
 from serve.repository.build import write_model, write_version
-from serve.repository.contents import CONFIG, STAGED, read_made_with, remove_staged
+from serve.repository.contents import (
+    CONFIG,
+    STAGED,
+    RolloutUnderWay,
+    read_made_with,
+    remove_staged,
+    rollout_lock,
+)
 from serve.repository.lint import lint
 from serve.repository.models import Model, build_models
 from serve.repository.settings import Settings
@@ -139,11 +147,37 @@ class Repository:
     def point(self, version: int) -> Iterator[str]:
         """Give every ensemble the configuration of a version; yields each, to be loaded."""
         for name in self.ensembles():
-            config = (self.path / name / str(version) / CONFIG).read_bytes()
-            write_atomically(
-                self.path / name / CONFIG, partial(Path.write_bytes, data=config), _ROOM
-            )
+            self._point(name, version)
             yield name
+
+    def _point(self, ensemble: str, version: int) -> None:
+        config = (self.path / ensemble / str(version) / CONFIG).read_bytes()
+        write_atomically(
+            self.path / ensemble / CONFIG, partial(Path.write_bytes, data=config), _ROOM
+        )
+
+    def settle(self) -> Iterator[str]:
+        """Undo what a rollout left half done: every ensemble is of the version that serves, which
+        is the front door's, and newer versions are gone, as are those of which a part is gone;
+        yields each model that must be loaded again.
+
+        (A newer version than the one that serves would take its place among those that stay
+        loaded.)
+        """
+        serving, whole = self.serving, self.versions
+        for name in self.ensembles():
+            if list(self.config(name).version_policy.specific.versions) != [serving]:
+                self._point(name, serving)
+                yield name
+        there = {
+            int(path.name)
+            for name in self.models
+            for path in (self.path / name).iterdir()
+            if path.name.isdecimal()
+        }
+        for version in sorted(there):
+            if version > serving or version not in whole:
+                yield from self.forget(version)
 
     def forget(self, version: int) -> Iterator[str]:
         """Delete a version that does not serve; yields each model that must be loaded again to drop
@@ -155,6 +189,14 @@ class Repository:
                 shutil.rmtree(folder)
                 if self.config(name).platform != "ensemble":
                     yield name
+
+
+def settle(repository: Path, log: Callable[[str], None]) -> None:
+    """Before a start: undo what a killed rollout left half done, unless one is under way."""
+    with contextlib.suppress(RolloutUnderWay), rollout_lock(repository):
+        undone = sorted(set(Repository(repository).settle()))
+        if undone:
+            log(f"undone: a killed rollout's changes of {', '.join(undone)}")
 
 
 def _version_of(models: Sequence[Model]) -> int:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from contract.class_scores import ClassVectors
 from contract.engine_record import first_problem
 from contract.errors import UserError, first_line
-from contract.names import Name, Sha256, Text
+from contract.names import MOST_TEMPLATES, Name, Sha256, Text
 from contract.signature import BACKBONE
 from contract.text_encoder import TEXT_ENCODER, TextEncoder, read_text_encoder
 from contract.untrusted import parse_json, read_tensors
@@ -39,7 +39,6 @@ _GRAPH, _VOCABULARY = "model.onnx", "vocabulary.gz"
 _FORMAT = "1"
 _SCALE = 100.0
 """CLIP's own temperature, for embeddings that name none."""
-_MOST_TEMPLATES = 1000
 """Each makes a sentence of every label."""
 
 
@@ -65,7 +64,7 @@ class _About(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     classes: tuple[Text, ...]
-    templates: Annotated[tuple[Text, ...], Field(max_length=_MOST_TEMPLATES)] = ()
+    templates: Annotated[tuple[Text, ...], Field(max_length=MOST_TEMPLATES)] = ()
     teacher: Name | None = None
     text_weights_sha256: Sha256 | None = None
     logit_scale: Annotated[float, Field(gt=0, le=1e6)] = _SCALE

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from contract.errors import UserError
 from serve.server.orphans import end_orphans
 
 WORKSPACE = "serve-run-"
@@ -33,6 +34,8 @@ def make_workspace(log: Callable[[str], None]) -> Iterator[Path]:
         held = os.open(Path(folder) / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         try:
             fcntl.flock(held, fcntl.LOCK_EX)
+            if os.fstat(held).st_nlink == 0:
+                raise UserError("another start took this one's folder for abandoned: start again")
             yield Path(folder)
         finally:
             os.close(held)

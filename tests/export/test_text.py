@@ -362,6 +362,16 @@ BAD_FILES = {
     ),
     "a tab without words": ("labels", "cat\t\n", (":1: 'cat' has a tab with nothing",)),
     "a tab without a name": ("labels", "\tcat\n", (":1: 'cat' has a tab with nothing",)),
+    "a label that rings": ("labels", "dog\nc\aat\n", (":2: a text with control characters",)),
+    "an endless template": (
+        "templates",
+        "a {}" + 2000 * "!",
+        (
+            ":1: ",
+            "more than 2,000",
+        ),
+    ),
+    "templates without end": ("templates", 1001 * "a {}\n", ("has 1001 templates",)),
     "no UTF-8": ("labels", b"caf\xe9\n", ("not UTF-8",)),
     "a template without a place": (
         "templates",

@@ -17,7 +17,7 @@ from serve.repository.__main__ import main as render
 from serve.repository.build import make_repository
 from serve.repository.contents import MADE_WITH, STAGED, foreign_file, rollout_lock, set_aside
 from serve.repository.settings import Settings
-from serve.repository.versions import Repository
+from serve.repository.versions import Repository, settle
 from serve.rollout import main as roll_out
 from serve.server.state import STATE, read_state
 from serve.server.workspace import WORKSPACE, make_workspace
@@ -152,13 +152,40 @@ def test_a_rollout_whose_bundle_changes_while_it_copies_leaves_nothing(
     assert not list(repository.glob(f"{STAGED}*"))
 
 
-def test_a_start_waits_for_no_rollout(repository):
+def test_a_start_waits_for_no_rollout(repository, capsys):
+    """One that a killed server began with, and that goes on."""
     shutil.copytree(repository / "backbone", repository / f"{STAGED}backbone")
-    with (
-        rollout_lock(repository),
-        pytest.raises(UserError, match="another rollout is under way"),
-    ):
+    with rollout_lock(repository):
         set_aside(repository, print)
+        settle(repository, print)
+    assert "staged_backbone, of a rollout that is under way" in capsys.readouterr().out
+    assert (repository / f"{STAGED}backbone").exists()
+
+
+def test_a_rollout_killed_while_it_switches_is_undone(repository, bundle):
+    made, lines = Repository(repository), []
+    models = made.render(read_bundle(bundle), 2)
+    list(made.add(models, 2))
+    switched = next(made.point(2))
+    assert made.config(switched).version_policy.specific.versions[:] == [2] and made.serving == 1
+    settle(repository, lines.append)
+    assert "undone: a killed rollout's changes of " in lines[0] and switched in lines[0]
+    assert made.versions == [1] and not list(repository.glob("*/2"))
+    for name in made.ensembles():
+        assert made.config(name).version_policy.specific.versions[:] == [1]
+    settle(repository, lines.append)
+    assert len(lines) == 1, "there is nothing more to undo"
+
+
+def test_what_a_killed_rollout_added_or_deleted_in_part_is_deleted(repository, bundle):
+    made = Repository(repository)
+    adding = made.add(made.render(read_bundle(bundle), 2), 2)
+    next(adding)
+    adding.close()
+    assert made.versions == [1, 2] and list(made.settle()) and made.versions == [1]
+    (repository / "features" / "7").mkdir()  # older ones go from the backbone first
+    settle(repository, print)
+    assert not (repository / "features" / "7").exists()
 
 
 def test_pipes_in_a_repository_are_not_waited_for(repository, capsys):
@@ -187,7 +214,7 @@ def test_strange_things_in_the_temporary_folder_are_left_alone(tmp_path, monkeyp
     abandoned = tmp_path / f"{WORKSPACE}abandoned"
     abandoned.mkdir(0o700)
     put(abandoned, "lock")
-    with make_workspace() as one, make_workspace() as other:
+    with make_workspace(print) as one, make_workspace(print) as other:
         assert one.is_dir() and other.is_dir() and one.stat().st_mode & 0o777 == 0o700
     assert not one.exists() and not abandoned.exists()
     assert all(os.path.lexists(path) for path in strange.values())

@@ -49,9 +49,13 @@ def signed(keys, tmp_path_factory) -> Path:
     return folder
 
 
+def trusting(*keys: object) -> list[object]:
+    return [word for key in keys for word in ("--trust", key)]
+
+
 def commands(bundle: Path, folder: Path, *trust: Path) -> list[tuple]:
     """Everything that takes a bundle and --trust, none of which comes to start a server."""
-    trusted = ("--trust", *trust)
+    trusted = trusting(*trust)
     return [
         (render, bundle, "--output", folder / "repository", *trusted),
         (check, bundle, *trusted),
@@ -74,11 +78,11 @@ def test_openssl_verifies_what_is_signed(signed, keys):
 
 def test_a_bundle_of_a_trusted_key_is_taken(signed, keys, tmp_path, capsys):
     for public in (["one.pub"], ["two.pub", "one.pub"]):
-        trust = [str(keys / name) for name in public]
+        trust = [str(word) for word in trusting(*(keys / name for name in public))]
         output = tmp_path / public[0]
-        assert render([str(signed), "--output", str(output), "--trust", *trust]) == 0
+        assert render([str(signed), *trust, "--output", str(output)]) == 0
         assert read_made_with(output).signed_by
-        assert check([str(signed), "--trust", *trust]) == 0
+        assert check([*trust, str(signed)]) == 0
         assert "all checks passed" in capsys.readouterr().out
     assert check([str(signed)]) == 0, "a signature is no stranger where nobody asks for it"
 
