@@ -3,6 +3,7 @@ stopped.
 """
 
 import argparse
+import contextlib
 import errno
 import importlib.util
 import os
@@ -255,14 +256,14 @@ def _run(
 
 
 def say(line: str) -> None:
-    """Print a line and flush it, in one write because threads print too. A full disk loses the
-    line, not the server.
+    """Print a line and flush it, in one write because threads print too. A full disk, or a reader
+    that has gone, loses the line, not the server.
     """
     try:
         sys.stdout.write(f"{line}\n")
         sys.stdout.flush()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE):
             raise
 
 
@@ -279,7 +280,8 @@ class Signals:
         if self.server is None:
             raise SystemExit(0)
         if self.server.stopping and self.server.process:
-            os.killpg(self.server.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.server.process.pid, signal.SIGKILL)
         self.server.drain()
 
     def __enter__(self) -> "Signals":

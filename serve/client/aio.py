@@ -136,6 +136,7 @@ class AsyncFeatureClient:
         """The result of a call; raises InferenceServerException, or BadRequest if the client is
         closed.
         """
+        connection.gate.used = True  # a forked child must not use asyncio's half of gRPC
         loop = self.loop
         try:
             await _close(loop.lines.spent())

@@ -138,6 +138,14 @@ class Backend:
             and any(self._idle(pid, now) > _ANOTHER_SECONDS for pid in pids)
         )
 
+    def is_waited_for(self, now: float) -> bool:
+        """Whether it may be computing, of a model without processes to look at."""
+        return (
+            not self.instances
+            and bool(self.canaries)
+            and now - self.canaries[0].sent < _LONG_SECONDS
+        )
+
     def find_hung(
         self, pids: list[int], now: float, elsewhere: Callable[[], bool]
     ) -> tuple[set[int], str]:

@@ -231,7 +231,8 @@ class Front(grpc.GenericRpcHandler):
             metadata=_passed_on(context.invocation_metadata()),
         )
         sending = self.keep(self.send(context, call, places))
-        receiving = self.keep(self.receive(call, answers, places))
+        gone = asyncio.Event()
+        receiving = self.keep(self.receive(call, answers, places, gone))
         self.streams += 1
         try:
             while (answer := await answers.get()) is not None:
@@ -242,7 +243,10 @@ class Front(grpc.GenericRpcHandler):
             await _finish(context, await receiving)
         finally:
             self.streams -= 1
+            gone.set()
             sending.cancel()  # what was sent is answered; its `finally` ends the stream
+            if receiving.done():  # and `send` went on for a moment
+                _release(places)
 
     async def send(
         self, context: grpc.aio.ServicerContext, call: Any, places: deque[_Place]
@@ -250,7 +254,7 @@ class Front(grpc.GenericRpcHandler):
         """Pass a client's messages on, as fast as there is room for them."""
         try:
             # not `read`: a stream that is idle holds up nobody
-            while (message := await context.read()) is not grpc.aio.EOF:
+            while (message := await context.read()) is not grpc.aio.EOF and not call.done():
                 while (
                     self.requests >= self.options.requests
                     or self.bytes + len(message) > self.options.bytes
@@ -268,18 +272,27 @@ class Front(grpc.GenericRpcHandler):
         """Write a message; a cancelled `write` would cancel the call."""
         await asyncio.shield(self.keep(_write(call, message)))
 
-    async def receive(self, call: Any, answers: asyncio.Queue, places: deque[_Place]) -> Status:
-        """Read tritonserver's messages to their end; returns the status."""
+    async def receive(
+        self, call: Any, answers: asyncio.Queue, places: deque[_Place], gone: asyncio.Event
+    ) -> Status:
+        """Read tritonserver's messages to their end, and drop them once the client has `gone`;
+        returns the status.
+        """
         try:
             async for answer in call:
+                if gone.is_set():
+                    if places:
+                        places.popleft().release()
+                    continue
+                if places:  # counted until it is taken
+                    places[0].grow(len(answer))
                 answers.put_nowait(answer)
             return await call.code(), await call.details(), await call.trailing_metadata()
         except grpc.aio.AioRpcError as error:
             return _status(error)
         finally:
             answers.put_nowait(None)
-            while places:
-                places.popleft().release()
+            _release(places)
 
     async def drain(self) -> bool:
         """Refuse what is new and wait for what is in hand; whether it was answered in time."""
@@ -288,6 +301,11 @@ class Front(grpc.GenericRpcHandler):
         while self.requests and time.monotonic() < end:
             await asyncio.sleep(_POLL_SECONDS)
         return not self.requests
+
+
+def _release(places: deque[_Place]) -> None:
+    while places:
+        places.popleft().release()
 
 
 async def _write(call: Any, message: bytes) -> None:

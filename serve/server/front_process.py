@@ -99,12 +99,16 @@ class Front:
         try:
             while not self.stopping:
                 began = time.monotonic()
-                self._run_once()
+                try:
+                    self._run_once()
+                    status = self.process.returncode
+                    how = f"signal {-status}" if status < 0 else f"exit status {status}"
+                except OSError as error:  # no memory, no room for another process
+                    how = str(error)
+                    self._lines = [how]
                 if self.stopping or not self._ready.is_set():
                     return
-                status = self.process.returncode
-                how = f"signal {-status}" if status < 0 else f"exit status {status}"
-                self.log(f"front: it ended ({how}): starting it again in {pause:.0f} s")
+                self._say(f"front: it ended ({how}): starting it again in {pause:.0f} s")
                 until = time.monotonic() + pause
                 while time.monotonic() < until and not self.stopping:
                     time.sleep(0.05)
@@ -113,6 +117,11 @@ class Front:
         finally:
             if self.stopping:
                 self.ended()
+
+    def _say(self, line: str) -> None:
+        # whatever becomes of the log, the front goes on
+        with suppress(OSError):
+            self.log(line)
 
     def _run_once(self) -> None:
         """Start it and pass its log on until it ends."""
@@ -135,7 +144,7 @@ class Front:
                     self._ready.set()
                 else:
                     self._lines = [line]
-                    self.log(line)
+                    self._say(line)
         self.process.wait()
         self.process.end()
 
@@ -146,7 +155,7 @@ class Front:
         start = b""
         while True:
             if not select.select([stream], [], [], _SILENT_SECONDS)[0]:
-                self.log(f"front: no sign of life for {_SILENT_SECONDS:.0f} s: ending it")
+                self._say(f"front: no sign of life for {_SILENT_SECONDS:.0f} s: ending it")
                 self.process.kill()
             data = stream.read(1 << 16)
             *lines, start = (start + data).split(b"\n")

@@ -145,6 +145,8 @@ def listen(name: str, host: str, port: int) -> socket.socket:
         result.bind(address)
         result.listen()
         return result
+    except UnicodeError as error:
+        raise UserError(f"--host {host}: not an address of this machine") from error
     except OSError as error:
         if result:
             result.close()
@@ -179,7 +181,7 @@ def is_loopback(host: str) -> bool:
     """
     try:
         found = {str(entry[4][0]).partition("%")[0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
+    except (OSError, UnicodeError):  # the latter of names that cannot be
         return False
     return all(ipaddress.ip_address(address).is_loopback for address in found)
 

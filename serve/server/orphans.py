@@ -35,7 +35,7 @@ def end_orphans(repository: Path, log: Callable[[str], None]) -> None:
     Raises UserError if it is not gone. Processes of other users, and those that serve.run has not
     started, are left alone.
     """
-    folder = repository.absolute()
+    folder = repository.resolve()
     ended = []
     for pid in _processes():
         words = command_line(pid)

@@ -92,7 +92,7 @@ class Server:
     ) -> None:
         self.tritonserver, self.repository, self.options, self.log = (
             tritonserver,
-            repository.absolute(),
+            repository.resolve(),
             options,
             log,
         )
@@ -183,6 +183,8 @@ class Server:
                 self.start_once()
                 break
             except BaseException as error:
+                if self.process is None:
+                    raise
                 if isinstance(error, OSError):  # the connection broke: the process is about to end
                     with suppress(subprocess.TimeoutExpired):
                         self.process.wait(2)
@@ -229,7 +231,7 @@ class Server:
 
     def start_once(self) -> None:
         """Launch tritonserver and wait until every model answers."""
-        self._errors, self._complaints = [], []
+        self._errors, self._complaints, self._drained = [], [], 0.0
         self._heard = time.monotonic()
         self.process = Child(
             self.command,

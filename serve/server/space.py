@@ -49,7 +49,7 @@ def check_shared_memory(repository: Path) -> None:
         least += count * (_REGION_BYTES + _tensor_bytes(config))
         if "max_bytes" in config.parameters:
             limit = int(config.parameters["max_bytes"].string_value)
-            encoded = max(encoded, limit * max(1, config.max_batch_size))
+            encoded = max(encoded, limit * _batch(config))
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
@@ -76,7 +76,13 @@ def _tensor_bytes(config: ModelConfig) -> int:
         item = next((size for end, size in _ITEM_SIZES.items() if kind.endswith(end)), 1)
         dims = warm_up.get(port.name, port.dims)
         total += item * math.prod(max(1, size) for size in dims)
-    return total * max(1, config.max_batch_size)
+    return total * _batch(config)
+
+
+def _batch(config: ModelConfig) -> int:
+    """The largest batch of a model, also of one for which a request is a batch."""
+    stated = config.parameters["max_batch"].string_value if "max_batch" in config.parameters else ""
+    return max(1, config.max_batch_size, int(stated or 0))
 
 
 @dataclass

@@ -64,7 +64,7 @@ def read_state(repository: Path) -> State | None:
         ) from error
     except ValidationError:
         return None  # not ours, or of a version before this
-    return state if runs(state.server_pid) else None
+    return state if runs(state.server_pid, repository) else None
 
 
 def remove_state(repository: Path) -> None:
@@ -72,10 +72,11 @@ def remove_state(repository: Path) -> None:
     (repository / STATE).unlink(missing_ok=True)
 
 
-def runs(pid: int) -> bool:
-    """Whether a process of this id is a tritonserver: ids are used again."""
+def runs(pid: int, repository: Path) -> bool:
+    """Whether a process of this id is a tritonserver on a repository: ids are used again."""
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return b"tritonserver" in command
+    wanted = f"--model-repository={repository.resolve()}"
+    return b"tritonserver" in words[0] and os.fsencode(wanted) in words

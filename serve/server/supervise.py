@@ -94,8 +94,9 @@ class Supervisor:
                     self.revive()
                 else:
                     # a server that stops or dies during a look is handled in the next look
-                    with suppress(OSError, Refused):
-                        self.look(time.monotonic())
+                    with suppress(OSError):
+                        with suppress(Refused):  # an answer, too
+                            self.look(time.monotonic())
                         self.heard = time.monotonic()
                     self.check_server(time.monotonic())
                 time.sleep(_LOOK_SECONDS)
@@ -149,6 +150,8 @@ class Supervisor:
             backend = result[key] = self.backends.get(key) or self.describe(*key)
             answered = int(entry["inference_stats"]["success"]["count"])
             progress, backend.answered = answered != backend.answered, answered
+            if progress and not backend.instances:  # without processes, answers are what tells
+                backend.work.since = now
             backend.executions = int(entry.get("execution_count", 0))
             # of several processes one may hang while the others answer
             wanted = not progress or backend.instances > 1
@@ -177,7 +180,8 @@ class Supervisor:
 
         def elsewhere() -> bool:
             return any(
-                other is not backend and now - other.work.since < _WORK_SECONDS
+                other is not backend
+                and (now - other.work.since < _WORK_SECONDS or other.is_waited_for(now))
                 for other in self.backends.values()
             )
 

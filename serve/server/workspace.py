@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from contract.errors import UserError
 from serve.server.orphans import end_orphans
 
 WORKSPACE = "serve-run-"
@@ -31,11 +30,12 @@ def make_workspace(log: Callable[[str], None]) -> Iterator[Path]:
     for old in Path(tempfile.gettempdir()).glob(f"{WORKSPACE}*"):
         _remove_abandoned(old, log)
     with tempfile.TemporaryDirectory(prefix=WORKSPACE) as folder:
-        held = os.open(Path(folder) / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        new = Path(folder) / f"{_LOCK}.new"
+        held = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         try:
+            # locked before it has the name at which other starts look
             fcntl.flock(held, fcntl.LOCK_EX)
-            if os.fstat(held).st_nlink == 0:
-                raise UserError("another start took this one's folder for abandoned: start again")
+            new.rename(Path(folder) / _LOCK)
             yield Path(folder)
         finally:
             os.close(held)

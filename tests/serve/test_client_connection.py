@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
-from serve.client import FeatureClient
+from serve.client import FeatureClient, connection
 from serve.client.aio import AsyncFeatureClient
 from serve.client.connection import TIME_IS_UP, Lines
 from serve.errors import BadRequest, ClientError, DeadlineExceeded
@@ -196,6 +196,18 @@ def test_a_client_that_was_used_answers_in_forked_children_and_in_the_parent(ser
         assert all(one.result() for one in loads)
         assert np.allclose(client.features(PIXELS, OUTPUT)[OUTPUT], expected, atol=1e-4)
         asyncio.run(asynchronous.close())
+
+
+def test_a_client_used_under_asyncio_alone_answers_in_a_forked_child(server, monkeypatch):
+    monkeypatch.setattr(connection.gate, "used", False)
+    client = AsyncFeatureClient(server.grpc)
+
+    def ask() -> np.ndarray:
+        return asyncio.run(client.features(PIXELS, OUTPUT, timeout=5))[OUTPUT]
+
+    expected = ask()
+    assert np.allclose(in_child(ask), expected, atol=1e-4)
+    asyncio.run(client.close())
 
 
 def test_a_forked_child_shares_neither_connection_nor_memory_with_its_parent(server):

@@ -296,6 +296,31 @@ class TestBounds:
             with pytest.raises(ServerError, match="the front does not start: front: "):
                 Front(options, lambda line: None).start()
 
+    def test_an_overload_harms_nobody(self, kept):
+        """In Triton 2.51 a step with a full queue ends the server, if others of its request run."""
+        run, folder = kept
+        pid, end, statuses = read_state(folder).server_pid, time.monotonic() + 8, Counter()
+        image = array("image", np.zeros((1, SIZE, SIZE, 3), np.uint8))
+        data = message("features", [image]).SerializeToString()
+
+        async def ask_again(method: grpc.aio.UnaryUnaryMultiCallable) -> None:
+            while time.monotonic() < end:
+                try:
+                    await method(data, timeout=60)
+                    statuses["OK"] += 1
+                except grpc.RpcError as error:
+                    statuses[error.details()[-27:]] += 1
+                    await asyncio.sleep(0.05)
+
+        async def overload() -> None:
+            async with grpc.aio.insecure_channel(run.grpc) as channel:
+                method = channel.unary_unary(INFER)
+                await asyncio.gather(*(ask_again(method) for _ in range(400)))
+
+        asyncio.run(overload())
+        assert statuses.keys() == {"OK", "Exceeds maximum queue size"[-27:]}, statuses
+        assert read_state(folder).server_pid == pid
+
 
 class Hanging:
     """A request whose body stops after its first bytes, as HTTP/2 frames on a socket."""
@@ -328,31 +353,6 @@ class Hanging:
 
 def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
     return struct.pack(">I", len(content))[1:] + struct.pack(">BBI", kind, flags, stream) + content
-
-    def test_an_overload_harms_nobody(self, kept):
-        """In Triton 2.51 a step with a full queue ends the server, if others of its request run."""
-        run, folder = kept
-        pid, end, statuses = read_state(folder).server_pid, time.monotonic() + 8, Counter()
-        image = array("image", np.zeros((1, SIZE, SIZE, 3), np.uint8))
-        data = message("features", [image]).SerializeToString()
-
-        async def ask_again(method: grpc.aio.UnaryUnaryMultiCallable) -> None:
-            while time.monotonic() < end:
-                try:
-                    await method(data, timeout=60)
-                    statuses["OK"] += 1
-                except grpc.RpcError as error:
-                    statuses[error.details()[-27:]] += 1
-                    await asyncio.sleep(0.05)
-
-        async def overload() -> None:
-            async with grpc.aio.insecure_channel(run.grpc) as channel:
-                method = channel.unary_unary(INFER)
-                await asyncio.gather(*(ask_again(method) for _ in range(400)))
-
-        asyncio.run(overload())
-        assert statuses.keys() == {"OK", "Exceeds maximum queue size"[-27:]}, statuses
-        assert read_state(folder).server_pid == pid
 
 
 class TestDying:
