@@ -193,6 +193,8 @@ class Repository:
 
 def settle(repository: Path, log: Callable[[str], None]) -> None:
     """Before a start: undo what a killed rollout left half done, unless one is under way."""
+    if not (repository / _DOOR / CONFIG).is_file():  # of a few models, which no rollout changes
+        return
     with contextlib.suppress(RolloutUnderWay), rollout_lock(repository):
         undone = sorted(set(Repository(repository).settle()))
         if undone:

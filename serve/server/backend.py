@@ -23,6 +23,10 @@ it.
 """
 _HANG_SECONDS = 10.0
 """A process hangs that did nothing for so long while every process was sent a canary."""
+_PART_NS = 1_000_000
+"""Processor time that shows a part in a window's executions, however much others took: one of them
+may have been long. A process that hangs uses a tenth of that in the same time.
+"""
 _LONG_SECONDS = 300.0
 """No request may take so long, in seconds and in processor time: a model that answers nothing for
 so long hangs, whatever it does.
@@ -195,7 +199,7 @@ class Backend:
         turns = {pid: ns - window.used[pid] for pid, ns in used.items()}
         self.turn = min(self.turn, sum(turns.values()) / count)
         for pid, turn in turns.items():
-            if turn > self.turn / 2 or is_awake(pid):
+            if turn > min(self.turn / 2, _PART_NS) or is_awake(pid):
                 self.missed.pop(pid, None)
             else:
                 self.missed.setdefault(pid, []).append(now)

@@ -21,6 +21,7 @@ from serve.errors import ServerError
 from serve.server.child import Child
 from serve.server.front import READY, FrontOptions
 from serve.server.launch import Options
+from serve.server.orphans import FRONT, owner
 
 _START_SECONDS = 30.0
 _LONGEST_PAUSE = 8.0
@@ -127,9 +128,9 @@ class Front:
         """Start it and pass its log on until it ends."""
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         self.process = Child(
-            [sys.executable, "-m", "serve.server.front", self.options.to_json()],
+            [sys.executable, "-m", FRONT, self.options.to_json()],
             math.ceil(self.options.exit_seconds),
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path} | owner(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             bufsize=0,

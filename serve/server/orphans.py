@@ -19,6 +19,8 @@ _OWNER = "SERVE_RUN_OWNER"
 """In tritonserver's environment: the process that started it, as its id and when that began, since
 ids are used again.
 """
+FRONT = "serve.server.front"
+"""The module that a front runs."""
 _END_SECONDS = 10.0
 """A killed process is gone within a moment, unless it waits for a disk."""
 
@@ -55,10 +57,15 @@ def end_orphans(repository: Path, log: Callable[[str], None]) -> None:
             ended += [pid, *stubs]
         elif is_stub_of(words, folder) and not _has_server(pid):
             ended.append(pid)
+        elif FRONT in words:
+            pid_of_owner, _, began = _read_owner(pid).partition(":")
+            if began and _began(int(pid_of_owner)) != began:
+                ended.append(pid)
     for pid in ended:
         _kill(pid)
     deadline = time.monotonic() + _END_SECONDS
-    while any(command_line(pid) for pid in ended) and time.monotonic() < deadline:
+    # its command line goes before its ports do
+    while any(_began(pid) for pid in ended) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

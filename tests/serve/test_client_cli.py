@@ -132,7 +132,7 @@ def test_segmentation_and_depth_are_written_from_either_side(
         (["--shm"], "--admin-key"),
         (["--shm", "cuda"], "cuda"),
         (["--ssl-root", "nowhere.pem"], "nowhere.pem"),
-        (["--ssl"], "no TLS connection"),
+        (["--ssl"], "does not answer in TLS"),
         (["nowhere.jpg"], "nowhere.jpg: no such file"),
     ],
 )

@@ -401,7 +401,7 @@ def test_a_server_without_tls_is_told_apart_from_none(server, capsys):
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("the optional extra [demo] is not installed")
     assert main(["--url", server.grpc, "--port", str(free_port()), "--ssl"]) == 2
-    assert "no TLS connection" in capsys.readouterr().err
+    assert "does not answer in TLS" in capsys.readouterr().err
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):

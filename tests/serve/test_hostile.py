@@ -256,7 +256,7 @@ def test_axes_of_no_known_size_are_refused(copy):
             content["files"][graph["file"]] = file_sha256(copy / graph["file"])
             content["graphs"][number] = graph
     write_sealed(copy, content)
-    with pytest.raises(UserError, match="'rows_0' is not the name of a size"):
+    with pytest.raises(UserError, match="'features' may not have an axis 'rows_0'"):
         build_models(read_bundle(copy), Settings())
 
 
