@@ -61,9 +61,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Two processes: much of the suite waits for servers. Files go to them whole and in order, so that the fixtures of a
-# file are made once; those of all files are made once for both (tests/conftest.py, `made_once`).
-PYTEST := $(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Three processes: a fifth of the suite waits for servers. Files go to them whole and in order, so that the fixtures of a
+# file are made once; those of all files are made once for all (tests/conftest.py, `made_once`).
+PYTEST := $(BIN)/python -m pytest -q --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 check: lint
 	$(PYTEST) -m 'not slow'
