@@ -23,6 +23,7 @@ from serve.bundle import read_bundle
 from serve.errors import ServerError
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
+from serve.repository.versions import Repository
 from serve.run import main
 from serve.server import checks
 from serve.server.process import Options, Server
@@ -235,16 +236,23 @@ class TestEnding:
 
 @pytest.mark.slow
 class TestStarting:
-    def test_a_broken_new_version_does_not_keep_the_old_one_from_serving(self, repository, capsys):
-        shutil.copytree(repository / "head_cls" / "1", repository / "head_cls" / "2")
-        with open(repository / "head_cls" / "2" / "model.onnx", "ab") as file:
+    def test_a_broken_version_does_not_keep_the_other_from_serving(
+        self, repository, small_bundle, capsys
+    ):
+        made = Repository(repository)
+        list(made.add(made.render(read_bundle(small_bundle), 2), 2))
+        list(made.point(2))
+        with open(repository / "head_cls" / "1" / "model.onnx", "ab") as file:
             file.write(b"!")
+        shutil.copytree(repository / "head_cls" / "1", repository / "head_cls" / "3")
         with Run("--repository", repository) as run:
             run.ready()
-            assert "warning: head_cls version 2 does not load" in run.text and "sha256" in run.text
+            # of a rollout that was killed before it switched
+            assert "undone: a killed rollout's changes of head_cls" in run.text
+            assert "warning: head_cls version 1 does not load" in run.text and "sha256" in run.text
             with grpc.InferenceServerClient(run.grpc) as client:
                 assert ask(client, SIZE) == ""
-                assert client.is_model_ready("head_cls", "1")
+                assert client.is_model_ready("head_cls", "2")
 
     def test_a_model_that_does_not_load_is_named_with_its_reason(self, repository, capsys):
         with open(repository / "head_cls" / "1" / "model.onnx", "ab") as file:
