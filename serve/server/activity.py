@@ -53,16 +53,16 @@ def is_awake(pid: int) -> bool:
         threads = list(Path(f"/proc/{pid}/task").iterdir())
     except OSError:
         return False
-    return any((_stat(thread / "stat") or ["S"])[0] in "RD" for thread in threads)
+    return any((read_stat(thread / "stat") or ["S"])[0] in "RD" for thread in threads)
 
 
 def _ticks(pid: int) -> int:
     """Processor time of all threads, -1 for a process that is gone."""
-    fields = _stat(Path(f"/proc/{pid}/stat"))
+    fields = read_stat(Path(f"/proc/{pid}/stat"))
     return int(fields[11]) + int(fields[12]) if fields else -1
 
 
-def _stat(path: Path) -> list[str]:
+def read_stat(path: Path) -> list[str]:
     """The fields after the command's name, of which the first is the state; none for a process or
     thread that is gone.
     """

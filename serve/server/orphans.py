@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from contract.errors import UserError
+from serve.server.activity import read_stat
 from serve.server.stubs import command_line, find_stubs, is_stub_of
 
 _OWNER = "SERVE_RUN_OWNER"
@@ -42,10 +43,10 @@ def end_orphans(repository: Path, log: Callable[[str], None]) -> None:
     for pid in _processes():
         words = command_line(pid)
         if f"--model-repository={folder}" in words and Path(words[0]).name == "tritonserver":
-            pid_of_owner, _, began = _read_owner(pid).partition(":")
-            if not began:
+            pid_of_owner, alive = _owner_of(pid)
+            if not pid_of_owner:
                 continue
-            if _began(int(pid_of_owner)) == began:
+            if alive:
                 raise UserError(
                     f"--repository {repository} is served by process {pid_of_owner}: stop it first"
                 )
@@ -58,8 +59,8 @@ def end_orphans(repository: Path, log: Callable[[str], None]) -> None:
         elif is_stub_of(words, folder) and not _has_server(pid):
             ended.append(pid)
         elif FRONT in words:
-            pid_of_owner, _, began = _read_owner(pid).partition(":")
-            if began and _began(int(pid_of_owner)) != began:
+            pid_of_owner, alive = _owner_of(pid)
+            if pid_of_owner and not alive:
                 ended.append(pid)
     for pid in ended:
         _kill(pid)
@@ -84,10 +85,16 @@ def _kill(pid: int) -> None:
 
 def _has_server(pid: int) -> bool:
     """Whether a stub's parent is a tritonserver."""
-    with suppress(OSError, IndexError, ValueError):
-        words = command_line(int(_stat(pid)[1]))
+    with suppress(IndexError, ValueError):
+        words = command_line(int(read_stat(Path(f"/proc/{pid}/stat"))[1]))
         return bool(words) and Path(words[0]).name == "tritonserver"
     return False
+
+
+def _owner_of(pid: int) -> tuple[str, bool]:
+    """Id of the process that started one, "" where it was not a serve.run; and whether it lives."""
+    owner_pid, _, began = _read_owner(pid).partition(":")
+    return (owner_pid, _began(int(owner_pid)) == began) if began else ("", False)
 
 
 def _read_owner(pid: int) -> str:
@@ -102,12 +109,7 @@ def _read_owner(pid: int) -> str:
 
 def _began(pid: int) -> str:
     """When a process began, in the kernel's ticks; "" if it is gone, or waits to be reaped."""
-    with suppress(OSError, IndexError):
-        fields = _stat(pid)
+    with suppress(IndexError):
+        fields = read_stat(Path(f"/proc/{pid}/stat"))
         return "" if fields[0] in "ZX" else fields[19]
     return ""
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat after the command's name: state, parent, …"""
-    return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from contract.errors import UserError
 from contract.files import write_atomically
 from serve.repository.contents import STATE
+from serve.server.stubs import command_line
 
 _MOST_BYTES = 2**20
 
@@ -64,7 +65,7 @@ def read_state(repository: Path) -> State | None:
         ) from error
     except ValidationError:
         return None  # not ours, or of a version before this
-    return state if runs(state.server_pid, repository) else None
+    return state if _runs(state.server_pid, repository) else None
 
 
 def remove_state(repository: Path) -> None:
@@ -72,11 +73,8 @@ def remove_state(repository: Path) -> None:
     (repository / STATE).unlink(missing_ok=True)
 
 
-def runs(pid: int, repository: Path) -> bool:
+def _runs(pid: int, repository: Path) -> bool:
     """Whether a process of this id is a tritonserver on a repository: ids are used again."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-    except OSError:
-        return False
+    words = command_line(pid)
     wanted = f"--model-repository={repository.resolve()}"
-    return b"tritonserver" in words[0] and os.fsencode(wanted) in words
+    return bool(words) and "tritonserver" in words[0] and wanted in words

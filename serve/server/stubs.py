@@ -59,7 +59,7 @@ def is_stub_of(words: list[str], repository: Path) -> bool:
 def command_line(pid: int) -> list[str]:
     """The words a process was started with; none for a zombie, or one that is gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
     except OSError:
         return []
 
