@@ -355,7 +355,8 @@ async def serve(options: FrontOptions) -> bool:
         "grpc.max_receive_message_length": -1,
         "grpc.enable_retries": 0,
         "grpc.initial_reconnect_backoff_ms": 100,
-        "grpc.min_reconnect_backoff_ms": 100,
+        # how long a connection may take to come up, too: a busy tritonserver is not a lost one
+        "grpc.min_reconnect_backoff_ms": 5000,
         "grpc.max_reconnect_backoff_ms": 500,
     }
     to_clients = {

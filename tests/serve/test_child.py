@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from serve.server.activity import Activity, main_thread_ns
+from serve.server.activity import Activity, is_awake, main_thread_ns
 from serve.server.child import Child
 from tests.serve.running import until
 
@@ -72,7 +72,7 @@ class TestActivity:
                 longest = max(longest, activity.idle([starved.pid], time.monotonic()))
             assert longest < 1
             starved.send_signal(signal.SIGSTOP)
-            time.sleep(0.1)
+            assert until(lambda: not is_awake(starved.pid), 30)  # it takes its turn to stop
             activity.idle([starved.pid], time.monotonic())
             time.sleep(0.5)
             assert activity.idle([starved.pid], time.monotonic()) > 0.4

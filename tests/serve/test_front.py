@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -352,6 +352,23 @@ class Hanging:
         self.socket.close()
 
 
+def pass_on_late(listening: socket.socket, path: str) -> None:
+    """Accept connections and connect each with a socket, after a second."""
+
+    def copy(source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+
+    with suppress(OSError):  # until it is closed
+        while True:
+            near, far = listening.accept()[0], socket.socket(socket.AF_UNIX)
+            far.connect(path)
+            time.sleep(1)
+            for ends in ((near, far), (far, near)):
+                threading.Thread(target=copy, args=ends, daemon=True).start()
+
+
 def frame(kind: int, flags: int, stream: int, content: bytes) -> bytes:
     return struct.pack(">I", len(content))[1:] + struct.pack(">BBI", kind, flags, stream) + content
 
@@ -406,6 +423,15 @@ class TestDying:
         assert not [error for error in errors if re.search(r"unix:|ipv4:|/", error)], errors
         # written a moment after the first answer
         assert until(lambda: (now := read_state(folder)) and now.front_pid == state.front_pid, 10)
+
+    def test_a_tritonserver_too_busy_to_shake_hands_is_awaited(self, kept):
+        """A connection that is slow to come up is not one that was lost."""
+        path = inner_address(*kept).removeprefix("unix:")
+        with socket.create_server(("127.0.0.1", 0)) as slow:
+            threading.Thread(target=pass_on_late, args=(slow, path), daemon=True).start()
+            with front(f"127.0.0.1:{slow.getsockname()[1]}") as (address, _):
+                with triton.InferenceServerClient(address) as client:
+                    assert ask(client, SIZE) == ""
 
     def test_it_does_not_grow(self, kept):
         """Given-up requests leave nothing behind in the front."""
