@@ -264,32 +264,30 @@ def further_names(label: str, strides: Sequence[int]) -> list[str]:
     ]
 
 
+TEACHERS = "in the teacher's units"
+FITTED = f"{TEACHERS}; trained by cosine: one factor for all, fitted, gives its length"
+FREE = "of free length (trained by cosine): compare directions"
+
+
 def head_ports(
     label: str,
     token: int | None,
     patches: int,
     positions: int | str,
-    restored: bool,
+    units: Mapping[str, str],
     further: Sequence[FurtherMap] = (),
 ) -> tuple[Port, ...]:
-    """A teacher's predictions; `restored` says whether their length is the teacher's, or only their
-    direction.
-    """
-    unit = (
-        "in the teacher's units"
-        if restored
-        else "of free length (trained by cosine): compare directions"
-    )
+    """A teacher's predictions; `units` says of "token" and "patches" what their length means."""
     ports = [
         Port(
             f"{label}_patches",
             "float32",
             ("batch", positions, patches),
-            f"predicts '{label}' at every patch, {unit}",
+            f"predicts '{label}' at every patch, {units['patches']}",
         )
     ]
     if token is not None:
-        meaning = f"predicts the image-level vector of '{label}', in the teacher's units"
+        meaning = f"predicts the image-level vector of '{label}', {units['token']}"
         ports.insert(0, Port(f"{label}_token", "float32", ("batch", token), meaning))
     names = further_names(label, [map_.stride for map_ in further])
     ports += [
@@ -297,7 +295,8 @@ def head_ports(
             name,
             "float32",
             ("batch", map_.positions, map_.width),
-            f"predicts a further map of '{label}', a position every {map_.stride} pixels, {unit}",
+            f"predicts a further map of '{label}', a position every {map_.stride} pixels, "
+            + TEACHERS,
         )
         for name, map_ in zip(names, further, strict=True)
     ]

@@ -15,15 +15,16 @@ from contract.files import write_atomically
 from distill.config import Recipe
 from distill.features import FeatureDims
 from distill.methods import build_method
+from distill.methods.lengths import with_lengths
 from distill.methods.method import Method
 from distill.models.meta import building
 from distill.models.weights import misfit, read_tensors, save_tensors, tensors_sha256
 from distill.recipe_files import RecipeDumper, RecipeLoader
 from distill.recipe_io import dump_recipe, parse_recipe
 
-FORMAT = 2
+FORMAT = 3
 """Version of both files; raise it with a named `_upgrade_` function when it changes. 2: the recipe
-holds the section of its own method alone."""
+holds the section of its own method alone. 3: normalisers have lengths."""
 
 STUDENT = "student.safetensors"
 EMA = "ema.safetensors"
@@ -97,6 +98,8 @@ class Run:
     method: Method
     step: int | None
     """Optimizer steps behind its weights; None where the file does not say."""
+    sha256: str
+    """Of the tensors in its file, by which heads know the student that they were trained for."""
 
 
 def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student") -> Run:
@@ -112,26 +115,36 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
     tensors, metadata = read_tensors(path, "train again or copy it again")
     if not {"recipe", "teacher_dims", "sha256"} <= set(metadata):
         raise UserError(f"{path} was not written by distill.run: its metadata has no recipe")
+    version = metadata.get("format", "")
     metadata = _upgraded(path, metadata)
     recipe = parse_recipe(metadata["recipe"], str(path))
     dims = {
         label: FeatureDims(summary, patches, tuple(maps))
         for label, (summary, patches, *maps) in json.loads(metadata["teacher_dims"]).items()
     }
-    # The file holds every weight: nothing is to be fetched, whatever the recipe started from.
-    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
-    offline = recipe.model_copy(update={"student": student})
     try:
         with building():  # before memory is taken for whatever size the recipe says
-            wrong = misfit(build_method(offline, dims, inference=True), tensors)
+            sketch = build_shipped(recipe, dims)
+        if int(version) < 3:
+            tensors = with_lengths(tensors, sketch)
+        wrong = misfit(sketch, tensors)
     except RuntimeError as error:  # sizes that torch cannot count
         wrong = first_line(error)
     if wrong:
         raise UserError(f"{path} does not fit its own recipe: {wrong}")
-    method = build_method(offline, dims, inference=True)
+    method = build_shipped(recipe, dims)
     method.load_state_dict(tensors, strict=True)
     step = metadata.get("step", "")
-    return Run(folder, recipe, dims, method.eval(), int(step) if step.isdecimal() else None)
+    steps = int(step) if step.isdecimal() else None
+    return Run(folder, recipe, dims, method.eval(), steps, metadata["sha256"])
+
+
+def build_shipped(recipe: Recipe, dims: Mapping[str, FeatureDims]) -> Method:
+    """A method without the parts that never ship, whose weights are still to be loaded: nothing is
+    fetched, whatever the recipe started from.
+    """
+    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
+    return build_method(recipe.model_copy(update={"student": student}), dims, inference=True)
 
 
 def _widths(dims: FeatureDims) -> list[int | None]:
@@ -155,7 +168,7 @@ def _upgraded(path: Path, metadata: dict[str, str]) -> dict[str, str]:
     version = metadata.get("format", "")
     if version == "1":
         metadata = _upgrade_1(metadata)
-    elif version != str(FORMAT):
+    elif version not in ("2", str(FORMAT)):
         raise UserError(
             f"{path} has format {version or 'none'}, but this version reads 1 to {FORMAT}: update "
             "vfm-distill"

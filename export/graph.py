@@ -13,10 +13,13 @@ from torch import nn
 from contract.errors import UserError
 from contract.signature import (
     FEATURES,
+    FITTED,
+    FREE,
     FUSED,
     INTERACTION,
     MAP_OF_STRIDE,
     SPACES,
+    TEACHERS,
     FurtherMap,
     Port,
     Signature,
@@ -34,8 +37,7 @@ from contract.signature import (
 from contract.tasks import TASKS
 from distill.evaluate.encoder import RunEncoder
 from distill.heads import Head, load_head, scaled
-from distill.methods.deployment import BACKBONE, COUPLING, Deployment
-from distill.models.weights import tensors_sha256
+from distill.methods.deployment import BACKBONE, COUPLING, Deployment, ShippedHead
 from distill.runs import Run, load_run
 from export.modules import (
     BackboneGraph,
@@ -78,14 +80,13 @@ def open_student(folder: Path) -> Student:
     student.
     """
     run = load_run(folder)
-    sha256 = tensors_sha256(run.method.state_dict())
     heads = [
-        load_head(folder / "heads" / f"{task}.safetensors", sha256)
+        load_head(folder / "heads" / f"{task}.safetensors", run.sha256)
         for task in TASKS
         if (folder / "heads" / f"{task}.safetensors").exists()
     ]
     deployment = run.method.deploy()
-    student = Student(run, deployment, tuple(heads), deployment.student.stride, sha256)
+    student = Student(run, deployment, tuple(heads), deployment.student.stride, run.sha256)
     if any(head.kind == DPT for head in heads):
         return replace(student, layer_strides=measure_strides(student))
     return student
@@ -174,7 +175,7 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
             dims.summary if head.has_token else None,
             dims.patches,
             first,
-            not head.free_length,
+            units_of(head),
             [FurtherMap(*of) for of in zip(head.strides[1:], dims.maps, further, strict=False)],
         )
         heads.append(
@@ -194,6 +195,13 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
     )
     outputs = client + tuple(p for part in [*heads, *tasks] for p in part.signature.outputs)
     return [*parts, *heads, *tasks, Part(fused, Signature(FUSED, (image,), outputs))]
+
+
+def units_of(head: ShippedHead) -> dict[str, str]:
+    """What the length of a head's outputs means."""
+    normalizer = head.normalizer
+    free = FITTED if normalizer is not None and bool(normalizer.lengths.fitted) else FREE
+    return {kind: free if kind in head.free_length else TEACHERS for kind in ("token", "patches")}
 
 
 def _positions_of(reads: Sequence[Port], positions: int | str) -> int | str:

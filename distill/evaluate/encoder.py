@@ -151,7 +151,7 @@ class RunEncoder(Encoder):
     def __init__(self, run: Run, read_out: str) -> None:
         super().__init__()
         whole = run.method.deploy()
-        self.weights_sha256 = tensors_sha256(run.method.state_dict())
+        self.weights_sha256 = run.sha256
         if read_out != BACKBONE and read_out not in whole.heads:
             raise UserError(
                 f"--features {read_out}: this student has {', '.join((BACKBONE, *whole.heads))}"

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from distill.features import Features
+from distill.methods.lengths import Kind, Restoring
 from distill.methods.losses import Prediction
 from distill.models.preprocess import Preprocess
 from distill.models.student import StudentLike
@@ -23,7 +24,8 @@ COUPLING = "coupling"
 class ShippedHead(NamedTuple):
     """A teacher's head, and what its outputs mean.
 
-    `module(features, grid)` returns a `Prediction` in the teacher's own units; `features` are the
+    `module(features, grid)` returns a `Prediction` in the teacher's own units, to which its
+    `normalizer` brings it; `features` are the
     coupling part's output, or the student's `Features` of which it reads `reads`: "summary",
     "patches", "maps.<stride>". `grid` is the (h, w) of the student's map.
     """
@@ -31,11 +33,16 @@ class ShippedHead(NamedTuple):
     module: nn.Module
     reads: tuple[str, ...] = ("patches", "summary")
     has_token: bool = True
-    free_length: bool = False
-    """Whether only the direction of its patches means something (trained by cosine)."""
+    free_length: tuple[Kind, ...] = ()
+    """Outputs trained by cosine alone, whose length is a fitted factor (`lengths`)."""
     strides: tuple[int, ...] = ()
     """Of a head that predicts maps on the grids of the student's: the stride of the student's map
     that has the grid of `patches`, then those of each of `maps`. Empty: see what it reads."""
+
+    @property
+    def normalizer(self) -> Restoring | None:
+        """What brings its predictions to the teacher's units; None for a head that needs none."""
+        return getattr(self.module, "normalizer", None)
 
 
 class RestoredHead(nn.Module):
@@ -43,7 +50,7 @@ class RestoredHead(nn.Module):
     `normalizer.restore` brings them there.
     """
 
-    def __init__(self, head: nn.Module, normalizer: nn.Module) -> None:
+    def __init__(self, head: nn.Module, normalizer: Restoring) -> None:
         super().__init__()
         self.head, self.normalizer = head, normalizer
 

@@ -92,6 +92,10 @@ class AttentionInteraction(nn.Module):
         self.block = Block(
             channels, heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=LayerNorm
         )
+        for module in self.modules():  # as timm's ViTs, which a block alone does not do
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Attend among the N positions; `grid` is not needed."""

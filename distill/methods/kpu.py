@@ -353,6 +353,8 @@ class KPU(Method):
         levels that they were trained on.
         """
         heads, strides = {}, self.student.map_strides
+        # Eq 1 compares the directions of global features alone
+        free = ("token",) if self.config.align[2] else ("token", "patches")
         for label, head in self.heads.items():
             shipped = head.shipped()
             levels = sorted(set(shipped.levels))
@@ -364,6 +366,7 @@ class KPU(Method):
                 restored,
                 reads,
                 has_token=head.summary is not None,
+                free_length=free,
                 strides=tuple(strides[level] for level in shipped.levels) if strides else (),
             )
         return Deployment(self.preprocess, self.student, nn.Identity(), heads)

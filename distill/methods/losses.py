@@ -73,11 +73,11 @@ FEATURE_LOSS: dict[Role, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def has_free_length(role: Role) -> bool:
-    """Whether the feature loss of a role compares directions only, so that the length of what a
-    head predicts is free.
+def free_length_of_role(role: Role) -> tuple[str, ...]:
+    """Kinds of output ("patches") whose length is free, for the feature loss of a role compares
+    directions only.
     """
-    return FEATURE_LOSS[role] in (pooled_cosine, patch_cosine)
+    return ("patches",) if FEATURE_LOSS[role] in (pooled_cosine, patch_cosine) else ()
 
 
 def align_maps(
@@ -197,6 +197,11 @@ def similarity_losses(
             parts[f"{name}.cosine"] = kinds[kind].cosine.detach().mean()
             parts[f"{name}.smooth_l1"] = kinds[kind].smooth_l1.detach().mean()
     return torch.stack(rows), parts
+
+
+def free_length_of_similarity(cosine_weight: float) -> tuple[str, ...]:
+    """Kinds of output whose length is free: all without smooth L1."""
+    return ("token", "patches") if cosine_weight == 1 else ()
 
 
 def similarity_loss_names(labels: Sequence[str], with_token: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from distill.methods.losses import (
     Prediction,
     alignment_loss_names,
     alignment_losses,
-    has_free_length,
+    free_length_of_role,
 )
 from distill.methods.method import Method
 from distill.methods.targets import FeatureNormalizer
@@ -80,7 +80,7 @@ class Plain(Method):
             teacher.label: ShippedHead(
                 RestoredHead(self.heads[teacher.label], self.normalizers[teacher.label]),
                 has_token=self.heads[teacher.label].token is not None,
-                free_length=has_free_length(teacher.role),
+                free_length=free_length_of_role(teacher.role),
             )
             for teacher in self.teachers
         }

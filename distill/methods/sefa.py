@@ -25,7 +25,11 @@ from distill.config import Fraction, Positive, Recipe, Section
 from distill.data.crops import IMAGE, View, plain_name
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import Deployment, RestoredHead, ShippedHead
-from distill.methods.losses import similarity_loss_names, similarity_losses
+from distill.methods.losses import (
+    free_length_of_similarity,
+    similarity_loss_names,
+    similarity_losses,
+)
 from distill.methods.method import Method, ParameterGroup, Progress, decay_groups
 from distill.methods.projectors import FeatureHead, mlp
 from distill.methods.self_supervised import OBJECTIVES
@@ -263,7 +267,9 @@ class SeFA(Method):
         """What ships: the student, and the distillation heads."""
         heads = {
             label: ShippedHead(
-                RestoredHead(head, self.normalizers[label]), has_token=head.token is not None
+                RestoredHead(head, self.normalizers[label]),
+                has_token=head.token is not None,
+                free_length=free_length_of_similarity(self.config.cosine_weight),
             )
             for label, head in self.heads.items()
         }

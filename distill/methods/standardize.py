@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from distill.distributed import sum_over_ranks
 from distill.features import FeatureDims, Features
-from distill.methods.losses import Prediction
+from distill.methods.lengths import Restoring
 from distill.methods.targets import MIN_DEVIATION
 
 EPS = 1e-6
@@ -58,7 +58,7 @@ class RunningStandardizer(nn.Module):
         return torch.maximum(self.deviation + EPS, MIN_DEVIATION * typical)
 
 
-class FeatureStandardizer(nn.Module):
+class FeatureStandardizer(Restoring):
     """The standardisers of one teacher's summary, where it has one, and patches."""
 
     def __init__(self, dims: FeatureDims) -> None:
@@ -76,12 +76,3 @@ class FeatureStandardizer(nn.Module):
         if self.summary is not None:
             self.summary.update(features.summary, momentum)
         self.patches.update(features.patches, momentum)
-
-    def restore(self, prediction: Prediction) -> Prediction:
-        """Bring a student's prediction back to the teacher's units."""
-        token, summary = prediction.token, prediction.summary
-        return prediction._replace(
-            token=None if token is None else self.summary.inverse(token),
-            patches=self.patches.inverse(prediction.patches),
-            summary=None if summary is None else self.patches.inverse(summary),
-        )

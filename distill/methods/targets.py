@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from contract.errors import UserError
 from distill.features import FeatureDims, Features
 from distill.methods.hadamard import hadamard, has_hadamard
-from distill.methods.losses import Prediction
+from distill.methods.lengths import Restoring
 
 EPS = 1e-6
 
@@ -121,7 +121,7 @@ class TargetNormalizer(nn.Module):
         return (scaled if self.mode == "standardize" else scaled @ self.rotation) + self.mean
 
 
-class FeatureNormalizer(nn.Module):
+class FeatureNormalizer(Restoring):
     """The normalisers of one teacher's summary and patches."""
 
     def __init__(self, label: str, dims: FeatureDims, mode: str) -> None:
@@ -143,16 +143,6 @@ class FeatureNormalizer(nn.Module):
         summary = None if features.summary is None else self.summary(features.summary)
         return features._replace(summary=summary, patches=self.patches(features.patches))
 
-    def restore(self, prediction: Prediction) -> Prediction:
-        """Bring a student's prediction back to the teacher's units."""
-        token = None if prediction.token is None else self.summary.inverse(prediction.token)
-        summary = prediction.summary
-        return prediction._replace(
-            token=token,
-            patches=self.patches.inverse(prediction.patches),
-            summary=None if summary is None else self.patches.inverse(summary),
-        )
-
 
 def fit_normalizers(
     normalizers: nn.ModuleDict,
@@ -167,7 +157,7 @@ def fit_normalizers(
         (label, kind): part
         for label, normalizer in normalizers.items()
         for kind, part in normalizer.named_children()
-        if part.needs_fit
+        if getattr(part, "needs_fit", False)
     }
     if not parts:
         return

@@ -41,7 +41,7 @@ from distill.methods.losses import (
     Prediction,
     alignment_loss_names,
     alignment_losses,
-    has_free_length,
+    free_length_of_role,
 )
 from distill.methods.method import Method
 from distill.methods.targets import FeatureNormalizer
@@ -162,7 +162,7 @@ class UMT(Method):
                 SpaceHead(self.read_out, teacher.label, self.normalizers[teacher.label]),
                 reads=(COUPLING,),
                 has_token=self.read_out.predicts_token(teacher.label),
-                free_length=has_free_length(teacher.role),
+                free_length=free_length_of_role(teacher.role),
             )
             for teacher in self.teachers
         }

@@ -28,7 +28,12 @@ from distill.data.crops import IMAGE, View, plain_name
 from distill.distributed import mean_over_ranks, own_share, sum_over_ranks, world_size
 from distill.features import FeatureDims, Features, resize_map
 from distill.methods.deployment import Deployment, RestoredHead, ShippedHead
-from distill.methods.losses import Prediction, similarity_loss_names, similarity_losses
+from distill.methods.losses import (
+    Prediction,
+    free_length_of_similarity,
+    similarity_loss_names,
+    similarity_losses,
+)
 from distill.methods.method import Method, Progress, cosine
 from distill.methods.projectors import FeatureHead, LadderHead, mlp
 from distill.methods.standardize import FeatureStandardizer
@@ -193,7 +198,9 @@ class UNIC(Method):
         shipped = {} if self.config.heads == "ladder" else self.heads
         heads = {
             label: ShippedHead(
-                RestoredHead(head, self.standardizers[label]), has_token=head.token is not None
+                RestoredHead(head, self.standardizers[label]),
+                has_token=head.token is not None,
+                free_length=free_length_of_similarity(self.config.cosine_weight),
             )
             for label, head in shipped.items()
         }

@@ -10,7 +10,7 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from distill.data.pictures import open_pictures
 from distill.distributed import Ranks, full_state, load_full_state, without_sync, wrap
 from distill.features import Features
 from distill.methods import build_method
+from distill.methods.lengths import with_lengths
 from distill.methods.method import Method, Progress
 from distill.methods.targets import fit_normalizers
 from distill.models.student import Student
@@ -34,6 +35,7 @@ from distill.runs import save_student
 from distill.teachers import Teacher, build_teacher
 from distill.teachers.cache import open_cache
 from distill.training.checkpoint import claim_folder, load_checkpoint, save_checkpoint
+from distill.training.lengths import fit_shipped
 from distill.training.metrics import MetricsLog
 from distill.training.schedule import Schedule, learning_rate, weight_decay
 
@@ -129,11 +131,11 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     )  # skipped steps: all, in a row now, longest row
     torch.manual_seed(settings.seed + 1 + ranks.rank)  # stochastic depth differs between ranks
     if saved:
-        load_full_state(model, optimizer, saved["model"], saved["optimizer"])
+        load_full_state(model, optimizer, with_lengths(saved["model"], method), saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         counters.copy_(saved["counters"])
         if average:
-            average.load_state_dict(saved["average"])
+            average.load_state_dict(with_lengths(saved["average"], average))
         _set_rng(saved["rng"][ranks.rank], device)
         log.info("resumed from step %d of %d", start, steps)
     compiled = torch.compile(model) if settings.compile else model
@@ -247,6 +249,12 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     if average:
         weights = average.module.state_dict()
     if ranks.first:
+
+        def first_batches() -> Iterable[Batch]:
+            few = step_batches(0, min(recipe.targets.batches, steps))
+            return make_loader(dataset, few, 0, False)
+
+        weights = fit_shipped(recipe, dims, weights, first_batches, compute, device)
         save_student(folder, weights, method, recipe, dims, steps)
     ranks.barrier()
     return True

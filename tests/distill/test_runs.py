@@ -29,7 +29,15 @@ def test_a_run_of_format_1_is_rebuilt_with_the_section_of_its_own_method():
     run = load_run(OLD)
     assert run.step == 2 and run.dims == {"mae": (8, 8, ())}
     assert set(METHODS) & set(type(run.recipe).model_fields) == {"plain"}
-    assert tensors_sha256(run.method.state_dict()) == before["sha256"]
+    assert run.sha256 == before["sha256"]
+    state = run.method.state_dict()
+    added = {name: state.pop(name) for name in list(state) if ".lengths." in name}
+    assert tensors_sha256(state) == run.sha256
+    assert {name.rpartition(".")[2]: float(value) for name, value in added.items()} == {
+        "fitted": 0,
+        "token": 1,
+        "patches": 1,
+    }
     with torch.inference_mode():
         predictions = run.method.deploy()(torch.rand(1, 3, 32, 32))
     assert predictions["mae"].token.shape == (1, 8) and predictions["mae"].patches.shape[-1] == 8
@@ -45,7 +53,7 @@ def test_a_student_file_is_the_same_to_the_byte_each_time_it_is_written(tmp_path
         files.append((folder / STUDENT).read_bytes())
     assert len(set(files)) == 1
     about = metadata_of(tmp_path / "0" / STUDENT)
-    assert about["format"] == "2" and "\numt:" not in about["recipe"]
+    assert about["format"] == "3" and "\numt:" not in about["recipe"]
     again = load_run(tmp_path / "0")
     assert again.recipe == run.recipe and again.dims == run.dims
 
@@ -54,7 +62,7 @@ def test_a_file_of_a_later_version_is_refused_with_its_number(tmp_path):
     with safe_open(OLD / STUDENT, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     save_tensors(tmp_path / STUDENT, tensors, metadata_of(OLD / STUDENT) | {"format": "9"})
-    with pytest.raises(UserError, match="has format 9, but this version reads 1 to 2: update"):
+    with pytest.raises(UserError, match="has format 9, but this version reads 1 to 3: update"):
         load_run(tmp_path)
 
 

@@ -49,7 +49,7 @@ class ToyHead(nn.Module):
 
 def toy(with_head=True):
     torch.manual_seed(0)
-    head = ShippedHead(ToyHead(5), ("maps.8",), has_token=False, free_length=True)
+    head = ShippedHead(ToyHead(5), ("maps.8",), has_token=False, free_length=("patches",))
     heads = {"detector": head} if with_head else {}
     preprocess = Preprocess(SIZE, (0.5,) * 3, (0.25,) * 3)
     deployment = Deployment(preprocess, ToyStudent(), nn.Identity(), heads)

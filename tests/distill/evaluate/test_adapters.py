@@ -29,7 +29,7 @@ def encoder(request, tmp_path_factory) -> Encoder:
     recipe = make_recipe(values)
     folder = tmp_path_factory.mktemp("kpu")
     if request.param == "run":
-        return RunEncoder(Run(folder, recipe, dims, method.eval(), None), "backbone")
+        return RunEncoder(Run(folder, recipe, dims, method.eval(), None, "0" * 64), "backbone")
     save_student(folder, method.state_dict(), method, recipe, dims, 1)
     config = TeacherConfig(name="run", role="classification", checkpoint=str(folder))
     return TeacherEncoder(build_teacher(config, TeacherRuntime(), 0), "teacher")

@@ -346,7 +346,7 @@ def test_a_student_of_two_detectors_is_asked_which(data, photo_folder):
     method = build_method(recipe, dims)
     for head in method.heads.values():
         head.remember([1, 2, 3])
-    whole = Run(data, recipe, dims, method.eval(), None)
+    whole = Run(data, recipe, dims, method.eval(), None, "0" * 64)
     with pytest.raises(
         UserError, match=r"two detectors \(small, large\): add --features small or "
     ):

@@ -45,7 +45,7 @@ def student(name: str, **kwargs) -> RunEncoder:
     )
     dims = {"mae": FeatureDims(48, 48)}
     method = build_method(recipe, dims).eval()
-    return RunEncoder(Run(Path("run"), recipe, dims, method, None), "backbone")
+    return RunEncoder(Run(Path("run"), recipe, dims, method, None, "0" * 64), "backbone")
 
 
 def probe_of(encoder, classes: int = 3) -> Classifier:

@@ -289,3 +289,21 @@ def test_intra_space_modules_never_mix_spaces(block):
 @pytest.mark.parametrize(("channels", "heads"), [(832, 13), (768, 12), (256, 4), (48, 1), (100, 2)])
 def test_default_heads_divide_the_width_and_come_near_64_channels(channels, heads):
     assert default_heads(channels) == heads
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        AttentionInteraction(192, 3, 1.0),
+        GroupedAttentionInteraction(192, 3, 3, 1.0),
+        ConvInteraction(192, 3, True),
+    ],
+    ids=lambda block: type(block).__name__,
+)
+def test_every_block_starts_from_weights_of_deviation_002_without_biases(block):
+    for name, parameter in block.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.ndim > 1:
+            assert abs(float(parameter.std()) / 0.02 - 1) < 0.1, name
+            assert float(parameter.abs().max()) < 0.2, name

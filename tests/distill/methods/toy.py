@@ -112,7 +112,7 @@ class Toy(Method):
 
     def deploy(self) -> Deployment:
         heads = {
-            label: ShippedHead(head, has_token=head.token is not None, free_length=True)
+            label: ShippedHead(head, has_token=head.token is not None, free_length=("patches",))
             for label, head in self.heads.items()
         }
         return Deployment(self.preprocess, self.student, nn.Identity(), heads)
