@@ -2,6 +2,7 @@
 hour.
 
     python benchmarks/ablation.py --output runs/ablation
+    python benchmarks/ablation.py --output runs/modes --modes
 
 Five ways to learn from the quickstart's three real teachers, over several seeds: plain heads per
 teacher, UMT, and UMT without its model token, cross-space or intra-space module; compared with the
@@ -9,6 +10,9 @@ untrained student (a floor) and the teachers (a ceiling). The student is a small
 64 px, stride 16), the pictures drawn scenes (distill.scenes), of which no label is used in
 distilling. Reported: losses on pictures held out, and k-NN, linear probe and linear segmentation of
 the backbone and of two teachers' heads, mean and standard deviation over seeds.
+
+With `--modes` instead UMT's cross-space modes, and plain heads, for a small ViT (64 px, 8 x 8
+positions).
 
 Writes ablation.json, ablation.md and ablation.png. Existing results are not computed again.
 """
@@ -20,6 +24,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import matplotlib
 
@@ -34,6 +39,7 @@ from distill.evaluate.cast import Row, open_rows
 from distill.evaluate.datasets import open_classes, read_picture
 from distill.evaluate.encoder import teacher_encoder
 from distill.features import Features
+from distill.methods.umt import CrossMode
 from distill.recipe_io import load_recipe
 from distill.runs import git_commit, load_run
 from distill.scenes import write
@@ -48,7 +54,18 @@ _VARIANTS = {
     "UMT w/o cross-space": ["umt.cross_space=false"],
     "UMT w/o intra-space": ["umt.intra_space=false"],
 }
+_MODES = {
+    "untrained": _VARIANTS["untrained"],
+    "plain heads": ["method=plain"],
+    **{f"UMT, {mode}": [f"umt.cross_space={mode}"] for mode in get_args(CrossMode)},
+    "UMT w/o cross-space": ["umt.cross_space=false"],
+}
 _STUDENT = ["student.name=resnet10t", "student.image_size=64", "student.kwargs={output_stride: 16}"]
+_VIT = [
+    "student.name=vit_tiny_patch16_224",
+    "student.image_size=64",
+    "student.kwargs={patch_size: 8, embed_dim: 128, depth: 4, num_heads: 2}",
+]
 _INTERACTION = ["umt.space_dim=128", "umt.token_dim=128", "umt.groups=64"]
 _READ_OUTS = ["backbone", "cls", "focus"]
 
@@ -57,7 +74,9 @@ def main() -> None:
     """Prepare data and teachers' features, run every variant and seed, `--jobs` at a time, and sum
     up.
     """
-    args = parser(__doc__, "runs/ablation", steps=240).parse_args()
+    options = parser(__doc__, "runs/ablation", steps=240)
+    options.add_argument("--modes", action="store_true", help="cross-space modes of a ViT student")
+    args = options.parse_args()
     if args.one:
         _run_one(args, args.one[0], int(args.one[1]))
         return
@@ -69,9 +88,13 @@ def main() -> None:
     # seed); its others read it
     seeds = range(args.seeds)
     run_all(args.jobs, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
-    rest = [variant for variant in _VARIANTS if variant != "untrained"]
+    rest = [variant for variant in _variants(args) if variant != "untrained"]
     run_all(args.jobs, [(variant, seed) for seed in seeds for variant in rest])
     _sum_up(args, (time.perf_counter() - start) / 60)
+
+
+def _variants(args: argparse.Namespace) -> dict[str, list[str]]:
+    return _MODES if args.modes else _VARIANTS
 
 
 def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
@@ -83,7 +106,7 @@ def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
     torch.manual_seed(seed)
     logging.getLogger().setLevel(logging.WARNING)
     scenes = args.output / "scenes"
-    recipe = load_recipe("quickstart", _overrides(args, _VARIANTS.get(variant, []), seed))
+    recipe = load_recipe("quickstart", _overrides(args, _variants(args).get(variant, []), seed))
     result: dict = {
         "variant": variant,
         "seed": seed,
@@ -128,7 +151,7 @@ def _overrides(args: argparse.Namespace, variant: list[str], seed: int) -> list[
         f"train.steps={args.steps}",
         "train.log_every=20",
         "checkpoint.every_steps=100000",
-        *_STUDENT,
+        *(_VIT if args.modes else _STUDENT),
         *_INTERACTION,
         f"train.device={args.device}",
         f"train.seed={seed}",
@@ -172,7 +195,8 @@ def _sum_up(args: argparse.Namespace, minutes: float) -> None:
         json.dumps({"about": about, "results": results}, indent=1)
     )
     by_variant = {
-        v: [r for r in results if r["variant"] == v and r["seed"] < args.seeds] for v in _VARIANTS
+        v: [r for r in results if r["variant"] == v and r["seed"] < args.seeds]
+        for v in _variants(args)
     }
     (teachers,) = (r for r in results if r["variant"] == "teachers")
     text = _markdown(by_variant, teachers)
