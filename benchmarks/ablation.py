@@ -57,7 +57,7 @@ _VARIANTS = {
 _MODES = {
     "untrained": _VARIANTS["untrained"],
     "plain heads": ["method=plain"],
-    **{f"UMT, {mode}": [f"umt.cross_space={mode}"] for mode in get_args(CrossMode)},
+    **{f"UMT {mode}": [f"umt.cross_space={mode}"] for mode in get_args(CrossMode)},
     "UMT w/o cross-space": ["umt.cross_space=false"],
 }
 _STUDENT = ["student.name=resnet10t", "student.image_size=64", "student.kwargs={output_stride: 16}"]
