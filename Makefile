@@ -71,6 +71,10 @@ check: lint
 test: lint
 	$(PYTEST)
 
+# with further seeds and combinations, about three minutes more
+test-all: lint
+	$(PYTEST) -m ''
+
 # The environment and caches; runs/ holds trained models and stays.
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

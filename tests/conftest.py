@@ -41,6 +41,11 @@ from export.run import main as export
 torch.set_num_threads(1)
 
 
+def long_case(*values: object) -> object:
+    """One set of values of a parametrized test that `make test` leaves to `make test-all`."""
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
@@ -54,7 +59,7 @@ def expensive() -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "expensive" in getattr(item, "fixturenames", ()):
+        if "expensive" in getattr(item, "fixturenames", ()) or item.get_closest_marker("long"):
             item.add_marker(pytest.mark.slow)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from distill import distributed
 from distill.distributed import Ranks
 from distill.run import main
-from tests.conftest import small_recipe
+from tests.conftest import long_case, small_recipe
 
 
 def fails(capsys: pytest.CaptureFixture, out: Path, *arguments: object) -> str:
@@ -187,10 +187,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, recipe_file, out):
     [
         "umt_resnet50",
         "umt_convnext_base_cnn",
-        "umt_convnext_base_vit",
-        "umt_convnext_base_dinov3",
+        long_case("umt_convnext_base_vit"),
+        long_case("umt_convnext_base_dinov3"),
         "umt_vit_base",
-        "umt_vit_large",
+        long_case("umt_vit_large"),
         "quickstart",
         "kpu_vit_tiny",
         # of SeFA's rows, one of each student, method and objective

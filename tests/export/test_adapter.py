@@ -26,7 +26,7 @@ from export.run import main as export
 from export.runtimes.onnx import OnnxRuntime
 from export.to_onnx import export_part
 from serve.bundle import read_bundle
-from tests.conftest import run_here
+from tests.conftest import long_case, run_here
 from tests.distill.methods.test_kpu import kpu_recipe
 
 DIMS = {"clip": FeatureDims(6, 10), "detector": FeatureDims(None, 5, (7, 9))}
@@ -152,7 +152,7 @@ def holds(tensor: onnx.TensorProto, parameter: torch.Tensor) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", [long_case("bf16"), "int8"])
 def test_lower_precisions_agree_with_the_student(photo_folder, tmp_path, precision, small_run):
     words = ("--precision", precision, "--images", photo_folder, "--max-batch", 2)
     # at the student's own 56 px the coarsest map is normed over four numbers a group

@@ -28,7 +28,7 @@ from distill.runs import load_run
 from export.check import main as check
 from export.run import main
 from serve.bundle import read_bundle
-from tests.conftest import need_tritonserver, run_here, small_recipe
+from tests.conftest import long_case, need_tritonserver, run_here, small_recipe
 
 pytestmark = pytest.mark.slow
 
@@ -167,7 +167,7 @@ def engines_of(bundle: Path) -> dict[str, dict]:
     }
 
 
-@pytest.mark.parametrize("student", ["vit", "cnn"])
+@pytest.mark.parametrize("student", ["vit", long_case("cnn")])
 def test_backbone_gives_the_layers_and_the_depth_graph_reads_them_at_any_size(
     student, request, tmp_path
 ):
@@ -301,7 +301,7 @@ def test_layers_cost_one_pass_and_nothing_without_the_head(cnn, tmp_path):
 
 @pytest.mark.parametrize(
     ("student", "precision"),
-    [("patch14", "fp16"), ("cnn", "bf16"), ("vit", "int8"), ("cnn", "int8")],
+    [("patch14", "fp16"), ("cnn", "bf16"), long_case("vit", "int8"), long_case("cnn", "int8")],
 )
 def test_a_dpt_head_computes_in_the_bundles_precision_at_varying_sizes(
     student, precision, request, tmp_path

@@ -26,7 +26,7 @@ from contract.manifest import add_files, read_manifest, verify_files
 from distill.runs import load_run
 from export.check import main as check
 from export.run import main
-from tests.conftest import run_here, small_recipe
+from tests.conftest import long_case, run_here, small_recipe
 
 
 def call(command, *arguments: object) -> subprocess.CompletedProcess:
@@ -176,7 +176,8 @@ def sign_keys(folder: Path) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("student", "precision"), [("cnn", "fp32"), ("plain", "fp32"), ("vit", "fp16"), ("cnn", "bf16")]
+    ("student", "precision"),
+    [long_case("cnn", "fp32"), ("plain", "fp32"), ("vit", "fp16"), ("cnn", "bf16")],
 )
 def test_students_of_every_kind_pass_parity(student, precision, request, tmp_path):
     run = request.getfixturevalue(student)

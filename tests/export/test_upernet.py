@@ -26,7 +26,7 @@ from export.run import main as export
 from export.runtimes.openvino import OpenVINO
 from export.to_onnx import OPSET, export_part
 from serve.bundle import read_bundle
-from tests.conftest import need_tritonserver, run_here
+from tests.conftest import long_case, need_tritonserver, run_here
 from tests.distill.methods.test_kpu import kpu_recipe
 from tests.export.test_maps import toy
 
@@ -142,7 +142,7 @@ def toy_with_upernet() -> Student:
     return Student(run, student.deployment, (head,), student.stride, student.sha256)
 
 
-@pytest.mark.parametrize("graph", ["segmentation", "fused"])
+@pytest.mark.parametrize("graph", [long_case("segmentation"), "fused"])
 def test_one_graph_answers_at_every_size(tmp_path, graph):
     student = toy_with_upernet()
     (part,) = (p for p in build_parts(student, None, None) if p.signature.graph == graph)

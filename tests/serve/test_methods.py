@@ -14,7 +14,7 @@ from export.run import main as export
 from serve.bundle import read_bundle
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
-from tests.conftest import need_tritonserver, run_here
+from tests.conftest import long_case, need_tritonserver, run_here
 from tests.distill.methods.test_sefa import sefa_recipe
 
 
@@ -54,7 +54,7 @@ def test_a_second_class_token_is_an_output(bundles):
     assert {"backbone_global", "backbone_second", "cls_token", "mae_patches"} <= outputs
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp16", long_case("bf16"), "int8"])
 def test_every_precision_agrees_with_the_student(runs, photo_folder, tmp_path, precision):
     calibration = ("--calibration", photo_folder) if precision == "int8" else ()
     words = ("--precision", precision, "--images", photo_folder, "--max-batch", 2, *calibration)

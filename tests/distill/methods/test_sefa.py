@@ -24,7 +24,15 @@ from distill.training.checkpoint import load_checkpoint
 from distill.training.plan import meta_teacher, method_cost, print_plan
 from distill.training.schedule import resolve_views
 from export.run import main as export
-from tests.conftest import command, environment, kill_after, metrics_of, run_here, small_recipe
+from tests.conftest import (
+    command,
+    environment,
+    kill_after,
+    long_case,
+    metrics_of,
+    run_here,
+    small_recipe,
+)
 from tests.distill.methods import two_ranks
 from tests.distill.methods.two_ranks import BATCH, KINDS, WIDTH, draw, train
 
@@ -426,7 +434,7 @@ def test_every_kind_takes_half_precision_and_other_tokens(kind, student):
     assert idle == [] and "loss.mae.token" not in losses
 
 
-@pytest.mark.parametrize("kind", ["dino", "ibot", "udi"])
+@pytest.mark.parametrize("kind", [long_case("dino"), long_case("ibot"), "udi"])
 def test_a_step_is_one_graph_for_the_compiler(kind):
     method = small_method(kind)
     views, targets = draw(method, 0)
