@@ -25,8 +25,9 @@ from distill.teachers.grounding_dino import (
     DetectorBackbone,
     build_detector_backbone,
 )
+from distill.teachers.reading import read_map, read_tokens
 from distill.teachers.run import StudentNet
-from distill.teachers.timm import build_timm_teacher
+from distill.teachers.timm import blocks_of, build_timm_teacher
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -96,21 +97,15 @@ class Teacher(nn.Module):
         return features if self.config.summary else features._replace(summary=None)
 
     def _encode_network(self, pixels: Tensor) -> Features:
-        """Features by the network's kind.
+        """Features by the network's kind, as the table in `distill/teachers/reading.py` says.
 
-        Tokens [B, prefix + h*w, d]: the summary is the class token after the final norm, or what
-        the network's own head would pool. Maps: the network's pooled features. For role `clip` the
-        summary is the image embedding, after CLIP's projection (UMT A.3). Raises UserError for a
-        network with neither.
+        Raises UserError for a network with neither tokens on a grid nor one map.
         """
         net = self.net
         if isinstance(net, StudentNet | DetectorBackbone):
             return net(pixels)
-        output = (
-            self.tokens_of_block(pixels)
-            if self.config.block is not None
-            else net.forward_features(pixels)
-        )
+        block = self.config.block
+        output = self._output_of_block(pixels) if block is not None else net.forward_features(pixels)
         prefix, patch = getattr(net, "num_prefix_tokens", 0), patch_size(net)
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch) if patch else (0, 0)
         dimensions = output.ndim if isinstance(output, Tensor) else 0
@@ -123,21 +118,15 @@ class Teacher(nn.Module):
                 f"teacher '{self.label}': '{self.config.name}' has no single feature map (choose a "
                 "ViT or a CNN that has)"
             )
+        last = block is None or block in (-1, blocks_of(net) - 1)
+        # an earlier block is not what the projection was trained on, and the last one's features
+        # before it are asked for by its number
+        projected = self.config.role == "clip" and block is None
         if dimensions == 3:
-            patches = output[:, prefix:].unflatten(1, grid)
-            if self.config.role == "clip":
-                return Features(net.forward_head(output), patches)
-            if getattr(net, "cls_token", None) is not None:
-                return Features(output[:, 0], patches)
-            return Features(net.forward_head(output, pre_logits=True), patches)
-        patches = (
-            output if getattr(net, "output_fmt", "NCHW") == "NHWC" else output.permute(0, 2, 3, 1)
-        )
-        if self.config.block is not None:  # the head belongs to the last block
-            return Features(patches.mean(dim=(1, 2)), patches)
-        return Features(net.forward_head(output, pre_logits=self.config.role != "clip"), patches)
+            return read_tokens(net, output, grid, projected, last)
+        return read_map(net, output, projected, block is not None, last)
 
-    def tokens_of_block(self, pixels: Tensor) -> Tensor:
+    def _output_of_block(self, pixels: Tensor) -> Tensor:
         """Output of block `config.block`: normalised tokens [B, prefix + h*w, d], or a CNN stage's
         map.
         """

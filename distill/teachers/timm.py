@@ -35,7 +35,7 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
             f"teacher '{config.label}': its patch of {patch} pixels does not divide "
             f"teachers.{index}.image_size = {size} (use {nearest_multiples(size, patch)})"
         )
-    blocks = len(getattr(probe, "blocks", None) or getattr(probe, "feature_info", None) or ())
+    blocks = blocks_of(probe)
     if config.block is not None and not -blocks <= config.block < blocks:
         raise UserError(
             f"teacher '{config.label}': teachers.{index}.block = {config.block} does not exist: it "
@@ -57,6 +57,11 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
             needs_head=config.role == "clip",
         )
     return net, (size, data["mean"], data["std"]), patch
+
+
+def blocks_of(net: nn.Module) -> int:
+    """How many blocks, or stages of a CNN, `block` may name."""
+    return len(getattr(net, "blocks", None) or getattr(net, "feature_info", None) or ())
 
 
 def _fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.Module:
