@@ -18,7 +18,8 @@ from distill.config import StudentConfig
 from distill.features import Features
 from distill.models.meta import building
 from distill.models.packaged import checkpoint_path
-from distill.models.weights import load_into, read_state_dict
+from distill.models.weight_files import read_state_dict
+from distill.models.weights import load_into
 
 
 def create_timm(name: str, **kwargs: object) -> nn.Module:

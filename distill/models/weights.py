@@ -1,40 +1,54 @@
-"""Weights from files: read without running anything, renamed to timm's layout, loaded strictly."""
+"""Weights: hashed, written, and those of files renamed to timm's layout and loaded strictly."""
 
-import argparse
+import contextlib
 import hashlib
+import io
 import logging
-import pickle
+import re
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from contract.errors import UserError, first_line
+from contract.errors import UserError
 from contract.files import sort_safetensors_metadata, write_atomically
 
 log = logging.getLogger(__name__)
 
-_CONTAINERS = ("teacher", "state_dict", "model", "module", "student")
-"""Keys under which published files keep the weights; of DINO's two networks the teacher is the one
-to use.
-"""
+_PREFERRED = ("teacher", "target_encoder", "base_encoder", "encoder_q", "online")
+_SECOND = ("student", "momentum", "encoder_k", "context_encoder", "optim")
+"""Parts of prefixes, of the copy of a network that its authors use and of the one they do not."""
 
-_PREFIXES = (
-    "module.",
-    "teacher.",
-    "backbone.",
-    "sparse_encoder.sp_cnn.",
-    "sparse_encoder.",
-    "encoder.",
-    "net.",
+_DEEPEST = 6
+"""Parts of a wrapper's prefix."""
+
+_SPECIAL = {
+    "cls_token": "a class token",
+    "dist_token": "a distillation token",
+    "reg_token": "some register tokens",
+    "pos_embed": "a position embedding",
+    "norm_pre": "a norm before the blocks",
+    "norm": "a final norm",
+    "fc_norm": "a norm after average pooling",
+}
+"""timm's names of what a ViT has or lacks as a whole."""
+
+_LAYOUTS = (
+    (r"encoder_layer_\d+\.|^conv_proj\.", "torchvision's ViT"),
+    (r"embeddings\.patch_embeddings|encoder\.layers?\.\d+\.|^layer\.\d+\.", "transformers"),
+    (r"encoder\.stages\.\d+\.layers|embedder\.embedder", "transformers"),
+    (r"vision_model\.", "transformers' CLIP or SigLIP"),
+    (r"layers\.\d+\.ln1\.|ffn\.layers\.", "OpenMMLab"),
+    (r"bottom_up|fpn_", "Detectron2"),
+    (r"image_encoder\.neck|prompt_encoder\.", "Segment Anything"),
+    (r"^features\.\d+\.", "torchvision"),
+    (r"transformer\.resblocks", "OpenCLIP or OpenAI"),
 )
-"""Prefixes of a backbone's names: DDP, DINO's full checkpoints, SparK's masked wrapper.
-"""
+"""Names in files of other libraries, and whose they are."""
 
 _POOLED_NORM = "head.norm."
 """timm's norm between a CNN's pooling and its classifier; SparK trains and publishes its ConvNeXts
@@ -106,112 +120,49 @@ def misfit(model: nn.Module, tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Read a .safetensors file or a weights-only .pth file on the CPU, without its containers and
-    prefixes.
-
-    Raises UserError for a missing or damaged file, and for a pickle that contains anything but
-    tensors and plain data: loading that would run its code.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file (download it, or correct the path)")
-    try:
-        if path.suffix == ".safetensors":
-            return _strip_prefixes(load_file(path))
-        # DINO, MAE and DeiT store their command line with the weights: a Namespace is plain data,
-        # and not used.
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            # foreign pickles make torch warn on standard error, but only a refusal matters
-            warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {path} is refused: its pickle is damaged or contains code, not only "
-            "tensors (if you trust the file, save its state dict as .safetensors)"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged or half-written ({first_line(error)}): download it again"
-        ) from error
-    return _strip_prefixes(_unwrap(loaded, path))
-
-
-def _unwrap(loaded: object, path: Path) -> dict[str, Tensor]:
-    for _ in range(len(_CONTAINERS)):
-        if not isinstance(loaded, dict):
-            break
-        if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
-            return loaded
-        inner = next(
-            (loaded[key] for key in _CONTAINERS if isinstance(loaded.get(key), dict)), None
-        )
-        if inner is None:
-            tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
-            if tensors:
-                return tensors
-            break
-        loaded = inner
-    raise UserError(
-        f"checkpoint {path} has no state dict (searched under {', '.join(_CONTAINERS)})"
-    )
-
-
-def _strip_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drop wrappers' prefixes; where some keys carry one, the others (decoders, projection heads)
-    are dropped.
-    """
-    for _ in range(len(_PREFIXES)):
-        prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in state)), None)
-        if prefix is None:
-            break
-        state = {
-            key.removeprefix(prefix): value
-            for key, value in state.items()
-            if key.startswith(prefix)
-        }
-    return state
-
-
 def load_into(
     model: nn.Module, state: dict[str, Tensor], source: str, needs_head: bool = False
 ) -> None:
-    """Load a state dict into a timm model, strictly, except for the classifier (unless
+    """Load the tensors of a file into a timm model, strictly, except for the classifier (unless
     `needs_head`).
 
-    Official layouts that timm supports (ConvNeXt's, CLIP's, DINOv2's) are renamed by timm's own
-    converters, which also resample position embeddings to the model's grid. A file without the norm
-    of pooled features (SparK's ConvNeXts) removes it from the model: the summary is then the pooled
-    map itself. Raises UserError naming the first tensor that is missing or of another shape.
+    The weights are found below whatever prefix they have (`best_prefix`). Official layouts that
+    timm supports (ConvNeXt's, CLIP's, DINOv2's) are renamed by timm's own converters, which also
+    resample position embeddings to the model's grid. A file without the norm of pooled features
+    (SparK's ConvNeXts) removes it from the model: the summary is then the pooled map itself. What
+    is chosen, renamed, resampled or left out is logged. Raises UserError naming the first tensor
+    that is missing or of another shape.
     """
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert:
-        try:
-            state = convert(state, model)
-        except (
-            KeyError,
-            RuntimeError,
-            ValueError,
-            AttributeError,
-            AssertionError,
-            TypeError,
-        ) as error:
-            # a converter fails on foreign names or shapes; the comparison below names them
-            log.debug(
-                "%s: timm's converter for %s failed (%s)", source, type(model).__name__, error
+    state, outside = _select(model, state, source)
+    before = set(state)
+    state, said = _convert(model, state)
+    for line in said:
+        if line.startswith("Resize patch embedding"):
+            raise UserError(
+                f"{source}: its patches have another size than the model's ({line}): name the "
+                "architecture it was trained as"
             )
+        log.info("weights   %s: %s", source, line)
     expected = model.state_dict()
     classifier = _classifier_names(model)
+    _refuse_other_tokens(state, expected, source)
     optional = () if needs_head else classifier
+    unused = []
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:
             if name.startswith(optional):
                 del state[name]
+                unused.append(name)
                 continue
             raise UserError(
                 f"{source}: '{name}' has shape {list(state[name].shape)}, but the model expects "
                 f"{list(tensor.shape)}: the file belongs to another architecture or size (check "
                 "teachers' name and kwargs)"
+            )
+        if name in state and tensor.is_floating_point() and not state[name].is_floating_point():
+            raise UserError(
+                f"{source}: '{name}' is {state[name].dtype}, a quantised file: use the original "
+                "weights"
             )
     missing = [
         n
@@ -226,7 +177,7 @@ def load_into(
     if missing:
         raise UserError(
             f"{source}: {len(missing)} of {len(expected)} tensors are missing, the first is "
-            f"'{missing[0]}': the file belongs to another architecture (check the teacher's name)"
+            f"'{missing[0]}': {_layout_of(state)}"
         )
     extra = [name for name in state if name not in expected]
     parts = {name.split(".")[0] for name in expected} - {name.split(".")[0] for name in classifier}
@@ -238,15 +189,197 @@ def load_into(
             f"{source}: '{foreign[0]}' has no place in the model ({len(foreign)} such tensors): "
             "the file belongs to a larger architecture (check the teacher's name and kwargs)"
         )
-    if extra:
-        log.debug(
-            "%s: %d tensors outside the backbone are not used (%s, …)", source, len(extra), extra[0]
+    unused += [*extra, *outside]
+    if unused:
+        log.info(
+            "weights   %s: %d tensors are not part of the network and not used (%s%s)",
+            source,
+            len(unused),
+            ", ".join(unused[:3]),
+            ", …" if len(unused) > 3 else "",
         )
+    renamed = sorted(name for name in state if name in expected and name not in before)
+    if renamed:
+        log.info("weights   %s: the authors' names, %d renamed by timm", source, len(renamed))
+    kinds = {state[name].dtype for name, t in expected.items() if name in state} - {torch.float32}
+    halves = sorted(str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point)
+    if halves:
+        log.info("weights   %s: stored as %s, used as float32", source, " and ".join(halves))
     model.load_state_dict(
         {name: state[name].to(expected[name].dtype) for name in expected if name in state}, False
     )
     # tasks that read classes must not use a classifier without trained weights
     model.classifier_loaded = any(name in state for name in expected if name.startswith(classifier))
+
+
+def select(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def best_prefix(
+    state: dict[str, Tensor], count: Callable[[dict[str, Tensor]], tuple[int, int]], source: str
+) -> str:
+    """The prefix below which a network's weights lie, whatever wrapped them.
+
+    `count` says how many of the network's tensors some tensors hold: with the right shape, and by
+    name alone. Of several complete copies averaged weights win (timm's and DeiT's EMA), then a
+    teacher or target (DINO, I-JEPA), and a student or momentum copy (MoCo) comes last. Raises
+    UserError where nothing says which of several to take.
+    """
+    # names and shapes suffice, and cost nothing to convert
+    bare = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    counts = {}
+    for prefix in _prefixes(bare):
+        # the key of a mapping may end in a dot's place too: `target_encoder.module.`
+        counts[prefix] = count(select(bare, prefix))
+    most = max(counts.values())
+    if not most[1]:
+        return ""
+    best = [prefix for prefix in counts if counts[prefix] == most]
+    # `teacher.` and `teacher.backbone.` are one network where a converter strips the latter
+    best = [p for p in best if not any(p != q and p.startswith(q) for q in best)]
+    rank = {prefix: _rank(prefix) for prefix in best}
+    first = [prefix for prefix in best if rank[prefix] == max(rank.values())]
+    if len(first) > 1 and not _equal(*(select(state, prefix) for prefix in first[:2])):
+        raise UserError(
+            f"{source} holds several networks that fit, '{first[0]}' and '{first[1]}': save the "
+            "one to use as a file of its own"
+        )
+    if len(best) > 1:
+        others = ", ".join(f"'{prefix}'" for prefix in best if prefix != first[0])
+        log.info("weights   %s: from '%s', not from %s", source, first[0], others)
+    elif first[0]:
+        log.info("weights   %s: from '%s'", source, first[0])
+    return first[0]
+
+
+def _select(
+    model: nn.Module, state: dict[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of a file that are the model's, and the names of the others."""
+    optional = _classifier_names(model)
+    expected = {n: t.shape for n, t in model.state_dict().items() if not n.startswith(optional)}
+
+    def count(part: dict[str, Tensor]) -> tuple[int, int]:
+        if len(part) < len(expected) // 4:
+            return 0, 0
+        converted, _ = _convert(model, part)
+        held = [name for name in expected if name in converted]
+        return sum(converted[name].shape == expected[name] for name in held), len(held)
+
+    prefix = best_prefix(state, count, source)
+    return select(state, prefix), [name for name in state if not name.startswith(prefix)]
+
+
+def _prefixes(state: dict[str, Tensor]) -> list[str]:
+    """Dotted beginnings of names that may be wrappers': none, and those without a block's number,
+    the shortest first.
+    """
+    found = {""}
+    for name in state:
+        parts = name.split(".")[:-1]
+        for depth in range(1, min(len(parts), _DEEPEST) + 1):
+            if parts[depth - 1].isdecimal():
+                break
+            found.add(".".join(parts[:depth]) + ".")
+    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
+
+
+def _rank(prefix: str) -> int:
+    """How much a prefix says that its copy of the network is the one to use."""
+    words = set(re.split(r"[._]", prefix.lower()))
+    if {"ema", "averaged"} & words:
+        return 3
+    if not prefix or any(name in prefix for name in _PREFERRED):
+        return 2
+    return 0 if any(name in prefix for name in _SECOND) else 1
+
+
+def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def _convert(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under timm's names by its own converter, as they are where it fails, and what it says
+    it resampled.
+    """
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if not convert:
+        return dict(state), []
+    with _listening() as said, contextlib.redirect_stdout(io.StringIO()):  # one of them prints
+        try:
+            return dict(convert(dict(state), model)), said
+        except (
+            KeyError,
+            RuntimeError,
+            ValueError,
+            AttributeError,
+            AssertionError,
+            TypeError,
+            IndexError,
+            NotImplementedError,
+        ) as error:
+            # a converter fails on foreign names or shapes; the comparison afterwards names them
+            log.debug("timm's converter for %s failed (%s)", type(model).__name__, error)
+    return dict(state), []
+
+
+@contextlib.contextmanager
+def _listening() -> Iterator[list[str]]:
+    """Collect what timm's layers log while they resample, each line once."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage() not in said:
+                said.append(record.getMessage())
+
+    logger, listener = logging.getLogger("timm.layers"), Listener()
+    before, propagate = logger.level, logger.propagate
+    logger.addHandler(listener)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield said
+    finally:
+        logger.removeHandler(listener)
+        logger.setLevel(before)
+        logger.propagate = propagate
+
+
+def _refuse_other_tokens(
+    state: dict[str, Tensor], expected: Mapping[str, Tensor], source: str
+) -> None:
+    """Raise UserError where file and model differ in a special token, the position embedding or a
+    final norm, none of which may be left out.
+    """
+    for name, meaning in _SPECIAL.items():
+        held = any(n == name or n.startswith(f"{name}.") for n in state)
+        wanted = any(n == name or n.startswith(f"{name}.") for n in expected)
+        if held and not wanted:
+            raise UserError(
+                f"{source}: it has {meaning} ('{name}'), which the model lacks: name the "
+                "architecture it was trained as (check the teacher's name and kwargs)"
+            )
+        # the message on missing tensors says what a file of another kind is
+        if wanted and not held and sum(n in state for n in expected) > len(expected) / 2:
+            raise UserError(
+                f"{source}: it has no {meaning.split(' ', 1)[1]}, the model's '{name}' is missing: "
+                "name the architecture it was trained as (check the teacher's name and kwargs)"
+            )
+
+
+def _layout_of(state: dict[str, Tensor]) -> str:
+    """What a file is whose names are not timm's, in words that end a message."""
+    for pattern, meaning in _LAYOUTS:
+        if any(re.search(pattern, name) for name in state):
+            return f"it has the names of {meaning}; use the same weights by timm's name, or convert"
+    return "the file belongs to another architecture (check the teacher's name)"
 
 
 def _classifier_names(model: nn.Module) -> tuple[str, ...]:

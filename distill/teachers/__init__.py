@@ -105,7 +105,9 @@ class Teacher(nn.Module):
         if isinstance(net, StudentNet | DetectorBackbone):
             return net(pixels)
         block = self.config.block
-        output = self._output_of_block(pixels) if block is not None else net.forward_features(pixels)
+        output = (
+            self._output_of_block(pixels) if block is not None else net.forward_features(pixels)
+        )
         prefix, patch = getattr(net, "num_prefix_tokens", 0), patch_size(net)
         grid = (pixels.shape[-2] // patch, pixels.shape[-1] // patch) if patch else (0, 0)
         dimensions = output.ndim if isinstance(output, Tensor) else 0

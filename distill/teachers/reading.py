@@ -98,7 +98,7 @@ MAPS = (
     ),
     Reading(
         "map",
-        "ResNet, RegNet, EfficientNet, MobileNet, Swin, SparK's ConvNeXt (published without a norm)",
+        "ResNet, RegNet, EfficientNet, MobileNet, Swin, SparK's ConvNeXt (no norm)",
         "what the classifier reads of the pooled map",
         "the last map, after the final norm where there is one",
         lambda net: True,

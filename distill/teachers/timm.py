@@ -11,7 +11,8 @@ from distill.config import TeacherConfig
 from distill.models.meta import building
 from distill.models.packaged import checkpoint_path
 from distill.models.student import create_timm, nearest_multiples, patch_size
-from distill.models.weights import load_into, read_state_dict
+from distill.models.weight_files import folder_contents, read_state_dict
+from distill.models.weights import load_into
 
 
 def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tuple, int | None]:
@@ -85,8 +86,10 @@ def _checkpoint_path(config: TeacherConfig, index: int) -> Path:
     """
     path = checkpoint_path(config.checkpoint)
     if path.is_dir():
+        known = folder_contents(path)
         raise UserError(
-            f"teacher '{config.label}': checkpoint {path} is a folder (use a file; for the "
-            f"student of a run, set teachers.{index}.name=run)"
+            f"teacher '{config.label}': checkpoint {path} is a folder ("
+            + (known or f"use a file; for the student of a run, set teachers.{index}.name=run")
+            + ")"
         )
     return path

@@ -10,7 +10,6 @@ import json
 import logging
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,15 +299,19 @@ def _load_text_weights(model: "nn.Module", path: Path) -> None:
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
-    from distill.models.weights import read_state_dict
+    from distill.models.weight_files import read_state_dict
+    from distill.models.weights import best_prefix, select
 
-    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-            raise UserError(
-                f"--pretrained {path} is a TorchScript archive, as OpenAI's own .pt are: loading "
-                "it could run its code; give the same weights as .safetensors"
-            )
-    state = convert_state_dict(model, read_state_dict(path))
+    state = read_state_dict(path)
+    # open_clip has two layouts, with the text tower at the top or in `text.`
+    names = set(model.state_dict())
+    names |= {name.removeprefix("text.") for name in names}
+
+    def count(part: dict) -> tuple[int, int]:
+        held = sum(name in names for name in part)
+        return held, held
+
+    state = convert_state_dict(model, select(state, best_prefix(state, count, str(path))))
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     expected = model.state_dict()

@@ -21,7 +21,8 @@ from distill.models.packaged import (
     packaged_checkpoint,
 )
 from distill.models.preprocess import Preprocess
-from distill.models.weights import load_into, read_state_dict
+from distill.models.weight_files import read_state_dict
+from distill.models.weights import load_into
 
 CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
 

@@ -163,7 +163,7 @@ FAMILIES = {
     ),
     "caformer_s18": (
         64,
-        {"depths": [1, 1, 1, 1], "dims": [8, 16, 32, 32]},
+        {},
         "classification",
         "stages.3",
         convnext,
@@ -199,7 +199,8 @@ def test_summary_and_patches_are_what_the_authors_read(name):
 
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize(
-    "name", ["vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224", "beit_base_patch16_224"]
+    "name",
+    ["vit_base_patch16_clip_quickgelu_224", "vit_base_patch16_siglip_224", "beit_base_patch16_224"],
 )
 @torch.no_grad()
 def test_a_block_is_read_with_the_final_norm_and_without_the_projection(name, block):
