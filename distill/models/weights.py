@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,6 +36,9 @@ _SPECIAL = {
     "fc_norm": "a norm after average pooling",
 }
 """timm's names of what a ViT has or lacks as a whole."""
+
+_PATCHES = ("patch_embed.proj.weight", "visual.conv1.weight", "patch_embed.projection.weight")
+"""Ends of the names of a patch embedding in the layouts that timm converts."""
 
 _LAYOUTS = (
     (r"encoder_layer_\d+\.|^conv_proj\.", "torchvision's ViT"),
@@ -133,20 +136,27 @@ def load_into(
     is chosen, renamed, resampled or left out is logged. Raises UserError naming the first tensor
     that is missing or of another shape.
     """
-    state, outside = _select(model, state, source)
-    before = set(state)
-    state, said = _convert(model, state)
+    names = tuple(state)
+    original, outside = _select(model, state, source)
+    state, said = _convert(model, original)
+    _refuse_other_patches(model, original, source)
     for line in said:
-        if line.startswith("Resize patch embedding"):
-            raise UserError(
-                f"{source}: its patches have another size than the model's ({line}): name the "
-                "architecture it was trained as"
-            )
         log.info("weights   %s: %s", source, line)
     expected = model.state_dict()
     classifier = _classifier_names(model)
-    _refuse_other_tokens(state, expected, source)
     optional = () if needs_head else classifier
+    missing = [
+        n
+        for n in expected
+        if n not in state and not n.startswith(optional) and "num_batches" not in n
+    ]
+    if len(missing) > len(expected) / 2:
+        raise UserError(
+            f"{source}: {len(missing)} of {len(expected)} tensors are missing, the first is "
+            f"'{missing[0]}': {_layout_of(names)}"
+        )
+    _refuse_other_tokens(state, expected, source)
+    _refuse_lost_biases(original, state, source)
     unused = []
     for name, tensor in expected.items():
         if name in state and state[name].shape != tensor.shape:
@@ -164,11 +174,6 @@ def load_into(
                 f"{source}: '{name}' is {state[name].dtype}, a quantised file: use the original "
                 "weights"
             )
-    missing = [
-        n
-        for n in expected
-        if n not in state and not n.startswith(optional) and "num_batches" not in n
-    ]
     if missing and not needs_head and all(name.startswith(_POOLED_NORM) for name in missing):
         log.info(
             "weights   %s has no norm after pooling: its pooled features stay as they are", source
@@ -177,7 +182,7 @@ def load_into(
     if missing:
         raise UserError(
             f"{source}: {len(missing)} of {len(expected)} tensors are missing, the first is "
-            f"'{missing[0]}': {_layout_of(state)}"
+            f"'{missing[0]}': the file belongs to another architecture (check the teacher's name)"
         )
     extra = [name for name in state if name not in expected]
     parts = {name.split(".")[0] for name in expected} - {name.split(".")[0] for name in classifier}
@@ -192,15 +197,21 @@ def load_into(
     unused += [*extra, *outside]
     if unused:
         log.info(
-            "weights   %s: %d tensors are not part of the network and not used (%s%s)",
+            "weights   %s: not part of the network and not used: %d (%s%s)",
             source,
             len(unused),
             ", ".join(unused[:3]),
             ", …" if len(unused) > 3 else "",
         )
-    renamed = sorted(name for name in state if name in expected and name not in before)
+    renamed = sorted(name for name in state if name in expected and name not in original)
     if renamed:
         log.info("weights   %s: the authors' names, %d renamed by timm", source, len(renamed))
+    if (
+        classifier
+        and not any(name.startswith(classifier) for name in state)
+        and any(name.startswith(classifier) for name in expected)
+    ):
+        log.info("weights   %s: no classifier in it, and none is needed", source)
     kinds = {state[name].dtype for name, t in expected.items() if name in state} - {torch.float32}
     halves = sorted(str(kind).removeprefix("torch.") for kind in kinds if kind.is_floating_point)
     if halves:
@@ -313,7 +324,13 @@ def _convert(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tens
         return dict(state), []
     with _listening() as said, contextlib.redirect_stdout(io.StringIO()):  # one of them prints
         try:
-            return dict(convert(dict(state), model)), said
+            converted = dict(convert(dict(state), model))
+            said += [
+                f"'{name}' resampled from {list(state[name].shape)} to {list(tensor.shape)}"
+                for name, tensor in converted.items()
+                if name in state and tensor.shape != state[name].shape and tensor.ndim == 2
+            ]
+            return converted, said
         except (
             KeyError,
             RuntimeError,
@@ -352,6 +369,39 @@ def _listening() -> Iterator[list[str]]:
         logger.propagate = propagate
 
 
+def _refuse_other_patches(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError for patches of another size, which timm would resample: that is another
+    network than the one that was trained.
+    """
+    patch = getattr(getattr(model, "patch_embed", None), "proj", None)
+    if not isinstance(patch, nn.Conv2d):
+        return
+    for name, tensor in state.items():
+        if (
+            name.endswith(_PATCHES)
+            and tensor.ndim == 4
+            and tensor.shape[2:] != patch.weight.shape[2:]
+        ):
+            raise UserError(
+                f"{source}: its patches are {tensor.shape[-1]} pixels wide ('{name}'), the model's "
+                f"{patch.weight.shape[-1]}: name the architecture it was trained as"
+            )
+
+
+def _refuse_lost_biases(original: dict[str, Tensor], state: dict[str, Tensor], source: str) -> None:
+    """Raise UserError for attention biases that timm's converter left out of a network without
+    them, unless they are zero, as those of DINOv3's smaller networks.
+    """
+    for name, tensor in original.items():
+        start = name.removesuffix("qkv.bias")
+        kept = any(f"{start}{part}" in state for part in ("qkv.bias", "q_bias"))
+        if name.endswith("blocks.0.attn.qkv.bias") and not kept and tensor.any():
+            raise UserError(
+                f"{source}: '{name}' has no place in the model: name the architecture with biases "
+                "(…_qkvb)"
+            )
+
+
 def _refuse_other_tokens(
     state: dict[str, Tensor], expected: Mapping[str, Tensor], source: str
 ) -> None:
@@ -374,10 +424,10 @@ def _refuse_other_tokens(
             )
 
 
-def _layout_of(state: dict[str, Tensor]) -> str:
+def _layout_of(names: Sequence[str]) -> str:
     """What a file is whose names are not timm's, in words that end a message."""
     for pattern, meaning in _LAYOUTS:
-        if any(re.search(pattern, name) for name in state):
+        if any(re.search(pattern, name) for name in names):
             return f"it has the names of {meaning}; use the same weights by timm's name, or convert"
     return "the file belongs to another architecture (check the teacher's name)"
 

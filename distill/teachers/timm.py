@@ -1,5 +1,7 @@
 """Teachers that are timm models: their network, its weights and its data config."""
 
+import logging
+from collections.abc import Collection
 from pathlib import Path
 
 import timm
@@ -10,9 +12,12 @@ from contract.errors import UserError, first_line, suggest
 from distill.config import TeacherConfig
 from distill.models.meta import building
 from distill.models.packaged import checkpoint_path
+from distill.models.published import activation_note, normalization_of
 from distill.models.student import create_timm, nearest_multiples, patch_size
 from distill.models.weight_files import folder_contents, read_state_dict
 from distill.models.weights import load_into
+
+log = logging.getLogger(__name__)
 
 
 def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tuple, int | None]:
@@ -43,21 +48,55 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
             f"has blocks 0 to {blocks - 1}"
         )
     arguments = {"img_size": size, **config.kwargs}
+    names: Collection[str] = ()
     if config.checkpoint is None and config.pretrained:
-        return _fetch_pretrained(config, index, arguments), (size, data["mean"], data["std"]), patch
-    # Random weights (`pretrained: false`) are the same in every process: a resumed run must use
-    # the same teacher.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(index)
-        net = create_timm(config.name, **arguments)
+        net = _fetch_pretrained(config, index, arguments)
+    else:
+        # Random weights (`pretrained: false`) are the same in every process: a resumed run must use
+        # the same teacher.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(index)
+            net = create_timm(config.name, **arguments)
     if config.checkpoint:
-        load_into(
-            net,
-            read_state_dict(_checkpoint_path(config, index)),
-            config.checkpoint,
-            needs_head=config.role == "clip",
+        state = read_state_dict(_checkpoint_path(config, index))
+        names = tuple(state)
+        load_into(net, state, config.checkpoint, needs_head=config.role == "clip")
+    if config.checkpoint or config.pretrained:
+        for note in teacher_notes(config, net, index, names):
+            log.warning("note      %s", note)
+    chosen = normalization_of(config.name, config.checkpoint, config.role, names)
+    return net, (size, chosen.mean, chosen.std), patch
+
+
+def teacher_notes(
+    config: TeacherConfig, net: nn.Module, index: int, names: Collection[str] = ()
+) -> list[str]:
+    """What a user should know of a timm teacher's weights before training from them, a line each.
+
+    `net` may be on the meta device; `names` are those of the tensors in its checkpoint, where it
+    has been read.
+    """
+    notes = []
+    activation = activation_note(config.name, net, config.checkpoint, names)
+    if activation:
+        notes.append(activation)
+    if config.role == "clip" and "_ft_" in config.name and config.block is None:
+        notes.append(
+            f"{config.name} was fine-tuned: its head gives scores of classes, not an image "
+            f"embedding (set teachers.{index}.role=classification)"
         )
-    return net, (size, data["mean"], data["std"]), patch
+    if config.checkpoint and "." not in config.name and not (config.mean and config.std):
+        chosen = normalization_of(config.name, config.checkpoint, config.role, names)
+        notes.append(
+            f"pictures for {config.checkpoint} are normalised by mean {_numbers(chosen.mean)}, "
+            f"deviation {_numbers(chosen.std)}: {chosen.reason} (teachers.{index}.mean and .std "
+            "set others)"
+        )
+    return [f"teacher '{config.label}': {note}" for note in notes]
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)
 
 
 def blocks_of(net: nn.Module) -> int:
