@@ -43,7 +43,7 @@ _TEACHERS = {
         ("vit_small_patch16_dinov3", "dino"),
     ],
     "vit_base": [
-        ("vit_base_patch16_clip_224.openai", "clip"),
+        ("vit_base_patch16_clip_quickgelu_224.openai", "clip"),
         ("vit_base_patch16_224.mae", "mae"),
         ("vit_base_patch16_dinov3.lvd1689m", "dino"),
     ],

@@ -41,6 +41,24 @@ def _shares(value: tuple[float, float]) -> tuple[float, float]:
 Area = Annotated[tuple[float, float], AfterValidator(_shares)]
 """Range of a random crop's share of the picture's area."""
 
+
+def _timm_name(value: str) -> str:
+    """timm's name of a network, also where it is given as timm's own repository on the hub."""
+    source, colon, rest = value.partition(":")
+    if not colon:
+        return value.removeprefix("timm/")
+    if source not in ("hf-hub", "hf_hub", "local-dir"):
+        return value
+    if source != "local-dir" and rest.startswith("timm/"):
+        return rest.removeprefix("timm/").partition("@")[0]
+    where = f"{rest}/model.safetensors" if source == "local-dir" else "its file, downloaded"
+    raise ValueError(
+        f"name = {value}: only the hub's timm/… is read by name: set name to timm's architecture "
+        f"and checkpoint to {where}"
+    )
+
+
+_NetworkName = Annotated[str, AfterValidator(_timm_name)]
 _Deviation = Annotated[float, Field(gt=0)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -57,7 +75,7 @@ class Section(BaseModel):
 
 
 class StudentConfig(Section):
-    name: str = Field(
+    name: _NetworkName = Field(
         "vit_base_patch16_224", description="timm architecture with spatial features (ViT or CNN)"
     )
     image_size: Positive = Field(224, description="side of the square training image, pixels")
@@ -73,15 +91,17 @@ class StudentConfig(Section):
     )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
     mean: tuple[float, float, float] = Field(
-        _IMAGENET_MEAN, description="RGB mean subtracted from images in [0, 1]"
+        _IMAGENET_MEAN,
+        description="RGB mean subtracted from images in [0, 1]; of a student that starts from "
+        "weights what those were trained with, unless it is set",
     )
     std: tuple[_Deviation, _Deviation, _Deviation] = Field(
-        _IMAGENET_STD, description="RGB standard deviation divided by"
+        _IMAGENET_STD, description="RGB standard deviation divided by; as mean"
     )
 
 
 class TeacherConfig(Section):
-    name: str = Field(
+    name: _NetworkName = Field(
         description="timm model name, with its pretrained tag; 'run' for a student of this "
         "project; 'grounding_dino' for the backbone of a detector"
     )
@@ -150,6 +170,10 @@ class TeacherConfig(Section):
                 f"{DETECTOR} alone, which has no other"
             )
         return self
+
+    def settings(self) -> dict[str, Any]:
+        """All that its features depend on beside its weights, as plain data."""
+        return self.model_dump(mode="json", exclude=_NOT_THE_FEATURES)
 
     @property
     def label(self) -> str:
@@ -343,6 +367,10 @@ _NOT_THE_SOURCE = {
     "student_size",
 }
 """What may differ between two entries of one and the same teacher."""
+
+_NOT_THE_FEATURES = _NOT_THE_SOURCE | {"dim", "checkpoint", "pretrained"}
+"""Fields of a teacher that its features do not depend on, given its weights. Named by exclusion: a
+new field counts until it is known not to."""
 
 
 def refuse_repeats(teachers: Sequence[TeacherConfig], ignored: Set[str]) -> None:

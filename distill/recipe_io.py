@@ -13,8 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from contract.errors import UserError, suggest
-from distill.config import Recipe, Section, with_sections
+from distill.config import Recipe, Section, StudentConfig, with_sections
 from distill.methods import METHODS
+from distill.models.published import normalization_of
 from distill.recipe_files import (
     RecipeDumper,
     RecipeLoader,
@@ -57,8 +58,22 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         raise UserError(f"method = {show(method)} is not known: {hint}")
     whole = _any_recipe().model_validate(values)
     own = _recipe_with((method,))
-    recipe = own(**{name: getattr(whole, name) for name in own.model_fields})
+    parts = {name: getattr(whole, name) for name in own.model_fields}
+    recipe = own(**parts | {"student": _with_normalization(whole.student)})
     return METHODS[method].check(recipe)
+
+
+def _with_normalization(student: StudentConfig) -> StudentConfig:
+    """A student that starts from weights with the mean and deviation that they expect, as far as
+    the recipe sets none. Recipes of runs have them written out, and keep them.
+    """
+    if not (student.pretrained or student.checkpoint):
+        return student
+    chosen = normalization_of(student.name, student.checkpoint, None)
+    values = {} if chosen.guessed else {"mean": chosen.mean, "std": chosen.std}
+    return student.model_copy(
+        update={key: value for key, value in values.items() if key not in student.model_fields_set}
+    )
 
 
 def _any_recipe() -> type[Recipe]:

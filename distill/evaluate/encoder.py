@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from contract.errors import UserError
@@ -224,12 +225,7 @@ class TeacherEncoder(Encoder):
             self.pyramid_widths = dims.maps if own else (dims.patches, *dims.maps)
         config = teacher.config
         self.detectors = (config,) if config.name == DETECTOR else ()
-        self.settings = {
-            "model": config.name,
-            "role": config.role,
-            "block": config.block,
-            "kwargs": config.kwargs,
-        }
+        self.settings = teacher.identity()
 
     @property
     def net(self) -> nn.Module:
@@ -301,13 +297,17 @@ def parse_model(text: str) -> TeacherConfig:
         return TeacherConfig(name="run", role="classification", checkpoint=name, block=block)
     random = checkpoint == "random"
     role = "clip" if "clip" in name and "_ft_" not in name else "classification"
-    return TeacherConfig(
-        name=name,
-        role="detector" if name == DETECTOR else role,
-        checkpoint=None if random else checkpoint or None,
-        pretrained=not random,
-        block=block,
-    )
+    try:
+        return TeacherConfig(
+            name=name,
+            role="detector" if name == DETECTOR else role,
+            checkpoint=None if random else checkpoint or None,
+            pretrained=not random,
+            block=block,
+        )
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(reason) from error
 
 
 def named_encoder(text: str, size: int | None = None, index: int = 0) -> Encoder:

@@ -4,6 +4,7 @@ output.
 
 import copy
 import inspect
+import logging
 import re
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
@@ -18,8 +19,11 @@ from distill.config import StudentConfig
 from distill.features import Features
 from distill.models.meta import building
 from distill.models.packaged import checkpoint_path
+from distill.models.published import activation_note
 from distill.models.weight_files import read_state_dict
 from distill.models.weights import load_into
+
+log = logging.getLogger(__name__)
 
 
 def create_timm(name: str, **kwargs: object) -> nn.Module:
@@ -297,10 +301,15 @@ def _with_weights(config: StudentConfig, arguments: dict[str, object]) -> nn.Mod
     if config.checkpoint:
         net = create_timm(config.name, **arguments)
         source = f"student.checkpoint {config.checkpoint}"
-        load_into(net, read_state_dict(checkpoint_path(config.checkpoint)), source)
+        state = read_state_dict(checkpoint_path(config.checkpoint))
+        load_into(net, state, source)
+        _warn_of_activation(config, net, tuple(state))
         return net
     try:
-        return create_timm(config.name, pretrained=config.pretrained, **arguments)
+        net = create_timm(config.name, pretrained=config.pretrained, **arguments)
+        if config.pretrained:
+            _warn_of_activation(config, net)
+        return net
     except UserError:
         raise
     # hub clients raise their own kinds of connection, repository and file errors
@@ -311,6 +320,12 @@ def _with_weights(config: StudentConfig, arguments: dict[str, object]) -> nn.Mod
             f"student: cannot fetch weights of '{config.name}' ({first_line(error)}): set "
             "student.checkpoint to a local file, or student.pretrained=false for random weights"
         ) from error
+
+
+def _warn_of_activation(config: StudentConfig, net: nn.Module, names: tuple[str, ...] = ()) -> None:
+    note = activation_note(config.name, net, config.checkpoint, names)
+    if note:
+        log.warning("note      student: %s", note)
 
 
 # Plans, exports and evaluations build the same student several times, and a probe takes longer than

@@ -5,8 +5,10 @@ To add a teacher, name it in a recipe. To support a new kind of network, see
 `Teacher.encode`.
 """
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from distill.teachers.grounding_dino import (
     DetectorBackbone,
     build_detector_backbone,
 )
-from distill.teachers.reading import read_map, read_tokens
+from distill.teachers.reading import read_map, read_tokens, reading_of
 from distill.teachers.run import StudentNet
 from distill.teachers.timm import blocks_of, build_timm_teacher
 
@@ -76,9 +78,7 @@ class Teacher(nn.Module):
         """Features of uint8 images [B, 3, S, S] in float32, whatever precision the network ran
         in.
         """
-        precision = self.runtime.precision
-        if precision == "auto":
-            precision = "bf16" if images.device.type == "cuda" else "fp32"
+        precision = self._precision_on(images.device.type)
         pixels = self.preprocess(images)
         cast = (
             torch.autocast(images.device.type, AUTOCAST[precision])
@@ -88,6 +88,11 @@ class Teacher(nn.Module):
         with cast:
             features = self._encode(pixels)
         return features.map(Tensor.float)
+
+    def _precision_on(self, device: str) -> str:
+        if self.runtime.precision == "auto":
+            return "bf16" if device == "cuda" else "fp32"
+        return self.runtime.precision
 
     def encode(self, pixels: Tensor) -> Features:
         """Features of normalised images [B, 3, S, S], without the summary if the recipe excludes
@@ -148,6 +153,32 @@ class Teacher(nn.Module):
 
     def fingerprint(self) -> str:
         return tensors_sha256(self.net.state_dict())
+
+    def identity(self) -> dict[str, Any]:
+        """All that its features depend on beside its weights, as plain data: every setting but
+        those known not to matter, resolved, the network inside, and how it is read.
+        """
+        mean, std = (
+            [round(value, 6) for value in buffer.flatten().tolist()]
+            for buffer in (self.preprocess.mean, self.preprocess.std)
+        )
+        resolved = {"image_size": self.image_size, "mean": mean, "std": std}
+        runtime = self.runtime.model_dump(exclude={"compile"})
+        runtime["precision"] = self._precision_on(next(self.parameters()).device.type)
+        return self.config.settings() | resolved | runtime | self._network_inside()
+
+    def _network_inside(self) -> dict[str, Any]:
+        """What a network is that neither its name nor its weights describe, and how it is read."""
+        if isinstance(self.net, StudentNet):
+            recipe = self.net.recipe
+            return recipe.model_dump(mode="json", include={"student", "method", recipe.method})
+        if isinstance(self.net, DetectorBackbone):
+            config = self.net.swin.config.to_dict()
+            own = {"transformers_version", "dtype", "architectures"}
+            kept = {k: v for k, v in config.items() if k not in own and not k.startswith("_")}
+            return {"network": json.loads(json.dumps(kept, default=str))}
+        reading = reading_of(self.net, patch_size(self.net) is not None)
+        return {"summary_is": reading.summary, "patches_are": reading.patches}
 
 
 def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) -> Teacher:

@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 _CHUNK = 16
 """Views a forward pass of the teachers while filling."""
 
+_FORMAT = 2
+"""Version of the key. 2: all settings of a teacher, and how it is read."""
+
 _ComputeFeatures = Callable[[Batch], dict[str, Features]]
 
 
@@ -258,6 +261,7 @@ def _cache_key(
 ) -> dict:
     """Everything the cached features depend on."""
     key: dict = {
+        "format": _FORMAT,
         "pictures": dataset.pictures.fingerprint(),
         "seed": dataset.seed,
         "crop_ratio": list(recipe.data.crop_ratio),
@@ -265,7 +269,6 @@ def _cache_key(
         "views": recipe.teacher_cache.views,
         "shard_size": recipe.teacher_cache.shard_size,
         "teachers": [teacher.label for teacher in teachers],
-        "precision": recipe.teacher_runtime.precision,
     }
     for teacher in teachers:
         label, view = teacher.label, specs[teacher.label].view
@@ -277,16 +280,6 @@ def _cache_key(
             key[f"{prefix}photometric"] = list(view.photometric)
             if view.near:
                 key[f"{prefix}near"] = view.near
-        key[f"{label}.model"] = (
-            f"{teacher.config.name} block {teacher.config.block} at {teacher.image_size} px"
-        )
-        if not teacher.config.summary:
-            key[f"{label}.summary"] = False
-        key[f"{label}.role"] = teacher.config.role
+        key |= {f"{label}.{name}": value for name, value in teacher.identity().items()}
         key[f"{label}.weights"] = teacher.fingerprint()
-        mean, std = (
-            teacher.preprocess.mean.flatten().tolist(),
-            teacher.preprocess.std.flatten().tolist(),
-        )
-        key[f"{label}.normalization"] = [round(value, 6) for value in mean + std]
     return key

@@ -23,8 +23,10 @@ from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
 from distill.models.meta import building
 from distill.models.packaged import describe_checkpoint
+from distill.models.published import activation_note
 from distill.teachers import Teacher, build_teacher, weights_source
 from distill.teachers.grounding_dino import architecture
+from distill.teachers.timm import teacher_notes
 from distill.training.schedule import Schedule, resolve_views
 
 _GIGA = 1e9
@@ -195,6 +197,8 @@ def print_plan(recipe: Recipe) -> None:
     images, origin = _count_images(recipe)
     schedule = Schedule(recipe, cost.method, teachers, images or _UNKNOWN)
     _print_parts(console, recipe, cost, teachers, schedule)
+    for note in _notes(recipe, cost.method, teachers):
+        console.print(f"note         {note}", markup=False, highlight=False, soft_wrap=True)
     part, variants = METHODS[recipe.method].variants(recipe)
     if variants:
         console.print(_compare(part, variants, recipe, cost, teachers))
@@ -242,6 +246,21 @@ def _print_parts(
             weights_source(config),
         )
     console.print(table)
+
+
+def _notes(recipe: Recipe, method: Method, teachers: list[Teacher]) -> list[str]:
+    """What a user should know of the weights, as far as names and the files beside them say."""
+    notes = [
+        note
+        for index, (config, teacher) in enumerate(zip(recipe.teachers, teachers, strict=True))
+        if config.name not in ("run", DETECTOR) and (config.checkpoint or config.pretrained)
+        for note in teacher_notes(config, teacher.net, index)
+    ]
+    student = recipe.student
+    if student.pretrained or student.checkpoint:
+        note = activation_note(student.name, method.student.net, student.checkpoint)
+        notes += [f"student: {note}"] if note else []
+    return notes
 
 
 def _student_source(recipe: Recipe) -> str:
