@@ -144,7 +144,8 @@ def _code_in(path: Path) -> str:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
     except Exception:  # of a damaged file anything
         return ""
-    return f" ({names[0]})" if names else ""
+    foreign = [name for name in names if not name.startswith("torch.")] or names
+    return f" ({foreign[0]})" if foreign else ""
 
 
 def _refuse_other_archives(path: Path) -> None:

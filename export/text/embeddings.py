@@ -65,6 +65,8 @@ def write_embeddings(options: TextOptions) -> None:
             f"'{spaces[0].label}' tokens {widths[0]}-d: give the CLIP that was the teacher, or "
             "its teacher's label with --teacher"
         )
+    for space in spaces:
+        _compare_activations(space, bool(tower.about["quick_gelu"]))
     about = (
         tower.about
         | {
@@ -109,6 +111,20 @@ def _teacher_spaces(options: TextOptions) -> list[TeacherRecord]:
     if teacher and teacher not in labels:
         raise UserError(f"the bundle has no teacher '{teacher}': {suggest(teacher, labels)}")
     return [t for t in manifest.teachers if (t.label == teacher if teacher else t.role == "clip")]
+
+
+def _compare_activations(teacher: TeacherRecord, quick: bool) -> None:
+    """Print a note if the text tower has another activation than the image tower that taught."""
+    taught = "_quickgelu_" in teacher.network
+    # other image towers (SigLIP's, EVA's) come in one variant
+    if "_clip_" in teacher.network and teacher.network.startswith("vit_") and taught != quick:
+        names = ("GELU", "QuickGELU")
+        print(
+            f"note      the text tower computes {names[quick]}, but the teacher "
+            f"'{teacher.label}' ({teacher.network}) {names[taught]}: their spaces differ; give the "
+            f"variant of --model {'with' if taught else 'without'} -quickgelu, or train from the "
+            "teacher's other variant"
+        )
 
 
 def _write_classifier(options: TextOptions, labels: list[Label]) -> None:

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from contract.manifest import read_manifest
+from contract.manifest import TeacherRecord, read_manifest
 from distill.evaluate.zero_shot import read_classes
 from distill.models.weights import tensors_sha256
 from export.text.__main__ import main
+from export.text.embeddings import _compare_activations
 from export.text.tower import DEFAULT_TEMPLATES
 
 open_clip = pytest.importorskip("open_clip", reason="the optional extra [text] is not installed")
@@ -549,3 +550,24 @@ def test_a_clip_that_was_not_the_teacher_is_refused_before_anything_changes(
         f"its embeddings are 24-d, the bundle's 'dino' tokens {width}-d",
     )
     assert {path: path.read_bytes() for path in bundle.iterdir()} == before
+
+
+def test_a_text_tower_with_another_activation_than_the_teacher_is_said(capsys):
+    def said(network: str, quick: bool) -> str:
+        record = TeacherRecord(
+            label="clip",
+            network=network,
+            role="clip",
+            token_dim=512,
+            patch_dim=768,
+            weights="x",
+            licence="unknown",
+        )
+        _compare_activations(record, quick)
+        return capsys.readouterr().out
+
+    gelu, quickgelu = "vit_base_patch16_clip_224.openai", "vit_base_patch16_clip_quickgelu_224"
+    assert "computes QuickGELU, but the teacher 'clip'" in said(gelu, True)
+    assert "computes GELU, but the teacher 'clip'" in said(quickgelu, False)
+    assert said(gelu, False) == said(quickgelu, True) == ""
+    assert said("vit_base_patch16_siglip_224", True) == ""

@@ -1,6 +1,8 @@
 """Reading and loading weights: foreign layouts, refusals, and the packaged networks."""
 
 import argparse
+import json
+import logging
 import pickle
 from pathlib import Path
 
@@ -59,6 +61,168 @@ LAYOUTS = {
         "arch": "resnet50",
     },
 }
+
+
+VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32}
+
+
+def vit(seed: int = 0, name: str = "vit_tiny_patch16_224", **settings: object) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model(name, **VIT | settings)
+
+
+GOOD, OTHER = (vit(seed).state_dict() for seed in (1, 2))
+
+
+def under(prefix: str, state: dict) -> dict:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+WRAPPINGS = {
+    # name: (what is saved, words in the log); the weights to find are GOOD, the others OTHER
+    "timm's EMA": ({"state_dict": OTHER, "state_dict_ema": GOOD}, "from 'state_dict_ema.', not"),
+    "no EMA": ({"state_dict": GOOD, "state_dict_ema": None}, "from 'state_dict.'"),
+    "DeiT's EMA": ({"model": OTHER, "model_ema": {"module": GOOD}}, "'model_ema.module.', not"),
+    "EMA side by side": (
+        {"state_dict": under("model.", OTHER) | under("ema_model.", GOOD)},
+        "from 'state_dict.ema_model.', not",
+    ),
+    "torch.compile": ({"state_dict": under("_orig_mod.", GOOD)}, ""),
+    "compiled under DDP": (under("module._orig_mod.", GOOD), "from 'module.'"),
+    "compiled blocks": (
+        {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in GOOD.items()},
+        "",
+    ),
+    "Lightning": ({"state_dict": under("model.", GOOD), "epoch": 1}, "from 'state_dict.model.'"),
+    "I-JEPA": (
+        {"encoder": under("module.", OTHER), "target_encoder": under("module.", GOOD)},
+        "from 'target_encoder.module.', not",
+    ),
+    "MoCo": (
+        {
+            "state_dict": under("module.base_encoder.", GOOD)
+            | under("module.momentum_encoder.", OTHER)
+        },
+        "not from 'state_dict.module.momentum_encoder.'",
+    ),
+    "stray prefixed keys": (
+        GOOD | {"teacher.centre": torch.ones(2), "module.temperature": torch.ones(1)},
+        "not used: 2 (teacher.centre, module.temperature)",
+    ),
+    "optimizer first": (
+        {
+            "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}},
+            "net": GOOD,
+            "best": np.float64(1),
+        },
+        "from 'net.'",
+    ),
+    "twice the same": ({"a": GOOD, "b": dict(GOOD)}, "from 'a.', not from 'b.'"),
+}
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_the_right_copy_is_found_below_any_wrapper_and_named_in_the_log(wrapping, tmp_path, caplog):
+    saved, words = WRAPPINGS[wrapping]
+    torch.save(saved, tmp_path / "file.pth")
+    target = vit(3)
+    with caplog.at_level("INFO"):
+        load_into(target, read_state_dict(tmp_path / "file.pth"), "file.pth")
+    assert all(torch.equal(tensor, GOOD[name]) for name, tensor in target.state_dict().items())
+    assert words in caplog.text
+
+
+def test_sharded_files_are_read_by_their_index_and_a_shard_points_to_it(tmp_path):
+    names = sorted(GOOD)
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for number, shard in enumerate(shards):
+        save_file({name: GOOD[name] for name in names[number::2]}, tmp_path / shard)
+    index = tmp_path / "model.safetensors.index.json"
+    places = {name: shards[number % 2] for number, name in enumerate(names)}
+    index.write_text(json.dumps({"weight_map": places}))
+    assert all(torch.equal(t, GOOD[name]) for name, t in read_state_dict(index).items())
+    with pytest.raises(UserError, match=rf"is shard 2 of 2: give {index}$"):
+        read_state_dict(tmp_path / shards[1])
+    index.write_text(json.dumps({"weight_map": places | {"more": "../gone.safetensors"}}))
+    with pytest.raises(UserError, match=r"its shard \.\./gone\.safetensors is missing"):
+        read_state_dict(index)
+    index.write_text("{}")
+    with pytest.raises(UserError, match="is JSON, but not the index"):
+        read_state_dict(index)
+
+
+def test_a_file_that_is_no_weights_is_called_what_it_is(tmp_path):
+    contents = {
+        "git-lfs pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
+        "web page": b"\n<!DOCTYPE html><html>",
+        "gzip": b"\x1f\x8b\x08",
+    }
+    for words, content in contents.items():
+        for suffix in (".pth", ".safetensors"):
+            (tmp_path / f"x{suffix}").write_bytes(content)
+            with pytest.raises(UserError, match=words):
+                read_state_dict(tmp_path / f"x{suffix}")
+    np.savez(tmp_path / "x.npz", a=np.ones(3))
+    with pytest.raises(UserError, match="NumPy arrays"):
+        read_state_dict(tmp_path / "x.npz")
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="is a TorchScript archive"):
+        read_state_dict(tmp_path / "x.pt")
+    torch.save(vit(), tmp_path / "net.pth")
+    with pytest.raises(UserError, match=r"contains code \(timm\.\S+\)"):
+        read_state_dict(tmp_path / "net.pth")
+    save_file(dict(GOOD), tmp_path / "named_otherwise.bin")
+    assert read_state_dict(tmp_path / "named_otherwise.bin").keys() == GOOD.keys()
+
+
+def transformers_names() -> dict:
+    return {"embeddings.cls_token": torch.ones(1, 1, 16)} | {
+        f"encoder.layer.{n}.attention.attention.query.weight": torch.ones(16, 16) for n in range(9)
+    }
+
+
+MISFITS = {
+    "other patches": (
+        lambda: vit(patch_size=8).state_dict(),
+        "its patches are 8 pixels wide .*the model's 16",
+    ),
+    "no class token": (
+        lambda: vit(class_token=False, global_pool="avg", fc_norm=False).state_dict(),
+        "it has no class token",
+    ),
+    "registers": (lambda: vit(reg_tokens=2).state_dict(), "it has some register tokens"),
+    "pooled by the mean": (lambda: vit(global_pool="avg").state_dict(), "it has no final norm"),
+    "two networks": (lambda: {"a": GOOD, "b": OTHER}, r"holds several networks that fit, 'a\.'"),
+    "transformers": (transformers_names, "it has the names of transformers"),
+    "quantised": (lambda: {k: v.to(torch.int8) for k, v in GOOD.items()}, "a quantised file"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_file_of_another_network_says_what_differs(case, tmp_path):
+    make, words = MISFITS[case]
+    torch.save(make(), tmp_path / "file.pth")
+    with pytest.raises(UserError, match=words) as refused:
+        load_into(vit(), read_state_dict(tmp_path / "file.pth"), "file.pth")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_class_token_that_the_model_lacks_is_not_dropped():
+    bare = vit(class_token=False, global_pool="avg", fc_norm=False)
+    with pytest.raises(UserError, match="it has a class token"):
+        load_into(bare, dict(GOOD), "file.pth")
+
+
+def test_half_precision_resampling_and_missing_classifiers_are_in_the_log(caplog):
+    half = {name: tensor.half() for name, tensor in vit(1, img_size=64).state_dict().items()}
+    target = vit(2)
+    with caplog.at_level("INFO"):
+        load_into(target, {k: v for k, v in half.items() if not k.startswith("head.")}, "f")
+    assert "Resized position embedding: (4, 4) to (2, 2)" in caplog.text
+    assert "stored as float16, used as float32" in caplog.text
+    assert "no classifier in it" in caplog.text
+    assert torch.equal(target.norm.weight, half["norm.weight"].float())
+    assert logging.getLogger("timm.layers").propagate  # as it was
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

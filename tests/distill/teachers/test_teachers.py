@@ -137,6 +137,47 @@ def test_random_teachers_are_the_same_in_every_process_and_differ_by_index():
     assert build_teacher(config, TeacherRuntime(), 1).fingerprint() != one
 
 
+def test_whatever_changes_features_changes_the_identity_and_nothing_else_does():
+    def identity(runtime: TeacherRuntime | None = None, **settings: object) -> dict:
+        values = {"name": "vit_tiny_patch16_224", "role": "dino", "pretrained": False} | settings
+        values["kwargs"] = VIT | values.get("kwargs", {})
+        config = TeacherConfig(**{"image_size": 32} | values)
+        return build_teacher(config, runtime or TeacherRuntime(), 0).identity()
+
+    usual = identity()
+    for settings in (
+        {"kwargs": {"num_heads": 1}},
+        {"kwargs": {"act_layer": "quick_gelu"}},
+        {"kwargs": {"global_pool": "avg"}},
+        {"block": 1},
+        {"role": "clip"},
+        {"image_size": 64},
+        {"mean": (0.1, 0.2, 0.3)},
+        {"std": (0.1, 0.2, 0.3)},
+        {"summary": False},
+        {"runtime": TeacherRuntime(precision="bf16")},
+    ):
+        assert identity(**settings) != usual, settings
+    free = {"alias": "x", "weight": 2, "batch_size": 4, "student_size": 32, "dim": 32}
+    assert identity(**free, token_weight=2, feature_weight=2) == usual
+    assert usual["precision"] == "fp32" and usual["summary_is"].startswith("the class token")
+    # a new setting counts until it is known not to matter
+    known = set(TeacherConfig.model_fields) - set(usual)
+    assert known == {
+        *("alias", "weight", "token_weight", "feature_weight", "batch_size", "student_size"),
+        *("dim", "checkpoint", "pretrained"),
+    }
+
+
+def test_names_of_timms_hub_are_timms_names_and_others_are_one_line():
+    for text in ("hf-hub:timm/resnet10t.c3_in1k", "hf_hub:timm/resnet10t.c3_in1k@main"):
+        assert TeacherConfig(name=text, role="dino").name == "resnet10t.c3_in1k"
+    with pytest.raises(ValueError, match=r"only the hub's timm/… is read by name"):
+        TeacherConfig(name="hf-hub:someone/net", role="dino")
+    with pytest.raises(ValueError, match=r"checkpoint to /a/b/model\.safetensors"):
+        TeacherConfig(name="local-dir:/a/b", role="dino")
+
+
 def test_bf16_teachers_answer_in_float32_close_to_full_precision():
     config = TeacherConfig(
         name="vit_tiny_patch16_224", role="dino", pretrained=False, image_size=64, kwargs=VIT
@@ -188,6 +229,9 @@ def test_an_unknown_tag_names_the_nearest_known_one():
 
 def test_a_folder_given_as_weights_points_to_the_name_run(tmp_path):
     with pytest.raises(UserError, match="is a folder .*teachers.0.name=run"):
+        build("resnet10t", checkpoint=str(tmp_path))
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=rf"is a folder \(give {tmp_path}/model.safetensors"):
         build("resnet10t", checkpoint=str(tmp_path))
 
 

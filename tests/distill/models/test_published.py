@@ -1,0 +1,180 @@
+"""What published weights were trained with: activation, mean and deviation."""
+
+import json
+from functools import cache
+
+import pytest
+import timm
+import torch
+
+from distill.models.meta import building
+from distill.models.published import IMAGENET, activation_note, normalization_of
+from distill.models.student import create_timm
+from distill.recipe_files import shipped_recipes
+from distill.recipe_io import load_recipe, make_recipe, parse_recipe
+from distill.runs import dump_recipe
+from distill.teachers.timm import build_timm_teacher
+from distill.tiny import shrink
+from tests.conftest import run_here, small_recipe
+
+HALF, CLIP = (0.5, 0.5, 0.5), (0.48145466, 0.4578275, 0.40821073)
+GELU, QUICK = "vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224"
+
+
+@cache
+def network(name: str) -> torch.nn.Module:
+    with building():
+        return create_timm(name, **shrink(name, {})["kwargs"])
+
+
+def note(name: str, checkpoint: object = None, names: tuple[str, ...] = ()) -> str | None:
+    return activation_note(name, network(name), checkpoint and str(checkpoint), names)
+
+
+def test_no_shipped_recipe_has_weights_with_another_activation():
+    for recipe in shipped_recipes():
+        loaded = load_recipe(recipe, [])
+        for part in (loaded.student, *loaded.teachers):
+            if timm.is_model(part.name.split(".")[0]):
+                assert note(part.name, part.checkpoint) is None, (recipe, part.name)
+
+
+def test_every_tag_that_timm_notes_is_warned_of_and_its_quickgelu_name_is_known():
+    named = timm.list_models("vit_base_patch16_clip*", pretrained=True, include_tags=True)
+    noted = [name for name in named if (timm.get_pretrained_cfg(name).notes or ())]
+    assert f"{GELU}.openai" in noted and f"{QUICK}.openai" in noted
+    for name in noted:
+        said = note(name)
+        if "quickgelu" in name:
+            assert said is None
+        else:
+            assert "computes GELU, but its weights were trained with QuickGELU: use " in said
+            assert said.split("use ")[-1] in named
+    assert note(f"{GELU}.laion2b") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "names", "words"),
+    [
+        (GELU, "ViT-B-16.pt", (), "trained with QuickGELU"),
+        (GELU, "mine/openai_clip.pth", (), "trained with QuickGELU"),
+        (GELU, "metaclip_400m.pt", (), "trained with QuickGELU"),
+        (
+            GELU,
+            "x.pth",
+            ("state_dict.input_resolution", "state_dict.context_length", "state_dict.vocab_size"),
+            "trained with QuickGELU",
+        ),
+        (GELU, "x.pth", ("visual.proj",), "does not say what it was trained with"),
+        (GELU, "vit_base_patch16_clip_224.openai_ft_in1k.pth", (), "does not say"),
+        (QUICK, "ViT-B-16.pt", (), None),
+        (QUICK, "x.pth", (), None),
+        ("vit_base_patch16_siglip_224", "x.pth", (), None),
+        ("vit_base_patch16_224", "ViT-B-16.pt", (), None),
+    ],
+)
+def test_a_local_clip_is_known_by_its_numbers_or_its_name(name, file, names, words):
+    said = note(name, file, names)
+    assert said is None if words is None else words in said
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "quick"),
+    [
+        ("open_clip_config.json", {"model_cfg": {"quick_gelu": True}}, True),
+        ("open_clip_config.json", {"model_cfg": {"embed_dim": 512}}, False),
+        ("config.json", {"vision_config": {"hidden_act": "quick_gelu"}}, True),
+        ("config.json", {"architecture": QUICK}, True),
+        ("config.json", {"architecture": GELU}, False),
+    ],
+)
+def test_a_hubs_config_beside_the_file_says_the_activation(tmp_path, file, content, quick):
+    (tmp_path / file).write_text(json.dumps(content))
+    weights = tmp_path / "model.safetensors"
+    assert (note(GELU, weights) is None) == (not quick)
+    assert (note(QUICK, weights) is None) == quick
+    # beside a file of another name it may be anything's
+    assert "does not say" in note(GELU, tmp_path / "mine.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "names", "mean", "reason"),
+    [
+        ("vit_small_patch16_224.dino", "dino", (), IMAGENET[0], "timm's record"),
+        ("vit_small_patch16_224", "dino", (), IMAGENET[0], "role dino"),
+        ("vit_base_patch16_224", "mae", (), IMAGENET[0], "role mae"),
+        ("convnext_base", "mae", ("module.sparse_encoder.sp_cnn.x",), IMAGENET[0], "SparK"),
+        ("vit_base_patch16_224", "classification", ("teacher.backbone.x",), IMAGENET[0], "DINO"),
+        ("vit_base_patch16_224", "classification", ("x.base_encoder.y",), IMAGENET[0], "MoCo"),
+        ("vit_base_patch16_224", "classification", (), HALF, "a guess"),
+        (
+            "vit_base_patch16_224",
+            "clip",
+            ("visual.class_embedding",),
+            CLIP,
+            "layout is that of CLIP",
+        ),
+        ("vit_base_patch16_clip_224", "clip", (), CLIP, "agree"),
+        ("vit_base_patch16_siglip_224", "clip", ("visual.trunk.x",), HALF, "agree"),
+        ("vit_small_patch14_dinov2", "dino", ("mask_token",), IMAGENET[0], "agree"),
+        ("eva02_base_patch14_224", "mae", ("mask_token",), CLIP, "agree"),
+    ],
+)
+def test_mean_and_deviation_are_those_of_the_published_family(name, role, names, mean, reason):
+    chosen = normalization_of(name, "file.pth", role, names)
+    assert chosen.mean == mean and reason in chosen.reason
+    assert chosen.guessed == (reason == "a guess")
+
+
+def test_a_hubs_config_beside_the_file_says_mean_and_deviation(tmp_path):
+    values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    file = str(tmp_path / "model.safetensors")
+    chosen = normalization_of("vit_base_patch16_224", file, "dino")
+    assert chosen[:2] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert "preprocessor_config.json" in chosen.reason
+
+
+@pytest.mark.slow
+def test_the_choice_is_in_the_log_and_in_a_dry_run(recipe_file, tmp_path, caplog):
+    kwargs = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    name = "vit_small_patch16_224"
+    net = timm.create_model(name, img_size=32, **kwargs)
+    file = tmp_path / "ViT-B-16.pth"
+    torch.save(net.state_dict(), file)
+    teacher = {"role": "mae", "checkpoint": str(file), "image_size": 32, "kwargs": kwargs}
+    clip = teacher | {"name": GELU, "role": "clip", "pretrained": False}
+    path = recipe_file(teachers=[teacher | {"name": name}, clip])
+    done = run_here(path, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "mean 0.485 0.456 0.406" in done.stdout and "role mae have" in done.stdout
+    assert f"use {QUICK}" in done.stdout
+    config = load_recipe(str(path), []).teachers[0]
+    with caplog.at_level("WARNING"):
+        _, (_, mean, _), _ = build_timm_teacher(config, 0)
+    assert (
+        mean == IMAGENET[0] and "role mae have (teachers.0.mean and .std set others)" in caplog.text
+    )
+
+
+def test_a_student_that_starts_from_weights_is_fed_what_they_expect(photo_folder):
+    def student(**settings: object) -> tuple:
+        values = small_recipe(photo_folder)
+        values["student"] = {"name": "vit_base_patch16_siglip_224.webli", **settings}
+        return make_recipe(values).student
+
+    random = student()
+    assert (random.mean, random.std) == IMAGENET
+    started = student(pretrained=True)
+    assert started.mean == HALF and started.std == HALF
+    assert student(checkpoint="siglip.safetensors").mean == HALF
+    own = student(pretrained=True, mean=[0.1, 0.2, 0.3])
+    assert own.mean == (0.1, 0.2, 0.3) and own.std == HALF
+
+
+def test_the_recipe_of_an_older_run_keeps_its_mean_and_deviation(photo_folder):
+    values = small_recipe(photo_folder)
+    values["student"] = {"name": "vit_base_patch16_siglip_224.webli", "pretrained": True}
+    dumped = dump_recipe(make_recipe(values))
+    older = dumped.replace("- 0.5\n", "- 0.4\n")  # written out, whatever they were
+    assert parse_recipe(older, "recipe.yaml").student.mean == (0.4, 0.4, 0.4)
