@@ -16,7 +16,9 @@ from torch import Tensor
 
 # By name: timm.layers has functions called as two of its modules are. Each module has a name of its
 # own for `pad_same`.
-_USERS = [import_module(f"timm.layers.{name}") for name in ("conv2d_same", "pool2d_same", "std_conv")]
+_USERS = [
+    import_module(f"timm.layers.{name}") for name in ("conv2d_same", "pool2d_same", "std_conv")
+]
 
 
 def pad_divisible(
@@ -32,8 +34,7 @@ def pad_divisible(
     if all(isinstance(side, int) for side in x.shape[-2:]):
         return pad_same(x, kernel_size, stride, dilation, value)
     high, wide = (
-        max((k - 1) * d + 1 - s, 0)
-        for k, s, d in zip(kernel_size, stride, dilation, strict=True)
+        max((k - 1) * d + 1 - s, 0) for k, s, d in zip(kernel_size, stride, dilation, strict=True)
     )
     return F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2), value=value)
 

@@ -54,9 +54,10 @@ def _bounded(graph: str) -> Iterator[None]:
     """Raise UserError once tracing `graph` has taken `_LONGEST` seconds; without effect outside the
     main thread, where there are no signals, and below an alarm that somebody else has set.
     """
-    if threading.current_thread() is not threading.main_thread() or signal.getitimer(
-        signal.ITIMER_REAL
-    )[0]:
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getitimer(signal.ITIMER_REAL)[0]
+    ):
         yield
         return
 
