@@ -11,10 +11,11 @@ from contract.errors import UserError, first_line
 
 
 class Layout(NamedTuple):
-    """What `forward_features` of a network returns.
+    """What `forward_features` of a network returns, and what it uses.
 
     `axes`: NLC for tokens [B, prefix + h * w, width], else those of a map; `stride` the pixels per
-    position.
+    position. `unused` names the parameters that it never reaches, `called` the modules that are
+    called as a whole.
     """
 
     axes: Literal["NLC", "NCHW", "NHWC"]
@@ -22,6 +23,8 @@ class Layout(NamedTuple):
     stride: int
     prefix: int
     has_class_token: bool
+    unused: frozenset[str] = frozenset()
+    called: frozenset[str] = frozenset()
 
     @property
     def family(self) -> Literal["vit", "cnn"]:
@@ -29,9 +32,8 @@ class Layout(NamedTuple):
         return "vit" if self.axes == "NLC" else "cnn"
 
 
-def learn_layout(net: nn.Module, size: int) -> tuple[Layout, frozenset[str]]:
-    """The layout of a network on the meta device for pictures of `size` pixels, and the parameters
-    that its `forward_features` never reaches.
+def learn_layout(net: nn.Module, size: int) -> Layout:
+    """The layout of a network on the meta device for pictures of `size` pixels.
 
     Raises UserError, without the network's name, where its features are not one square map.
     """
@@ -40,7 +42,14 @@ def learn_layout(net: nn.Module, size: int) -> tuple[Layout, frozenset[str]]:
         raise UserError(
             f"patches of {patch[0]} x {patch[1]} pixels are not square: set patch_size to one side"
         )
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in net.named_modules()
+    ]
     output = _features(net, size)
+    for hook in hooks:
+        hook.remove()
     if not isinstance(output, Tensor):
         kind = f"{len(output)} tensors" if isinstance(output, list | tuple) else "no tensor"
         raise UserError(f"gives {kind} in place of one feature map: choose a ViT or a CNN")
@@ -54,7 +63,7 @@ def learn_layout(net: nn.Module, size: int) -> tuple[Layout, frozenset[str]]:
         )
     output.sum().backward()
     unused = (name for name, parameter in net.named_parameters() if parameter.grad is None)
-    return layout, frozenset(unused)
+    return layout._replace(unused=frozenset(unused), called=frozenset(called))
 
 
 def _features(net: nn.Module, size: int) -> object:

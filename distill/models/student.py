@@ -127,12 +127,12 @@ class Student(nn.Module):
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
-        self.layout, unused = _probe(config.model_dump_json())
+        self.layout = _probe(config.model_dump_json())
         self.net = _with_weights(config, network_arguments(config))
         # What `forward_features` never reaches (a classifier's own norm, say): DDP waits for every
         # gradient.
         for name, parameter in self.net.named_parameters():
-            if name in unused:
+            if name in self.layout.unused:
                 parameter.requires_grad_(False)
         self.family, self.width, self.stride = (
             self.layout.family,
@@ -306,10 +306,8 @@ def _with_weights(config: StudentConfig, arguments: dict[str, object]) -> nn.Mod
 # Plans, exports and evaluations build the same student several times, and a probe takes longer than
 # a small student.
 @lru_cache(maxsize=32)
-def _probe(student: str) -> tuple[Layout, frozenset[str]]:
-    """Of the student of a configuration (as JSON, which is hashable): its layout, and the
-    parameters that `forward_features` never reaches.
-    """
+def _probe(student: str) -> Layout:
+    """The layout of the student of a configuration (as JSON, which is hashable)."""
     config = StudentConfig.model_validate_json(student)
     with building():
         try:
