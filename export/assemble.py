@@ -116,7 +116,7 @@ def _fill(
     dynamic, photos = len(sizes) > 1, chosen.compared
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     # parity compares with the student as it was trained, unmerged
-    cast = cast_student(merge_branches(student), precision)
+    cast = cast_student(merge_branches(student, sizes[0]), precision)
     parts = build_parts(cast, None if dynamic else height, None if dynamic else width)
     recipe = student.run.recipe
     about = {"method": recipe.method, "student": recipe.student.name, "precision": precision}

@@ -25,12 +25,12 @@ _EXACT = 1e-3
 """Largest error of the merged features, over their length: that of the parity gate for fp32."""
 
 
-def merge_branches(student: Student) -> Student:
+def merge_branches(student: Student, size: tuple[int, int]) -> Student:
     """A copy whose network has its parallel branches and batch normalisations merged, and says of
     how many layers in `merged`; the student itself where its network has none.
 
-    Where timm cannot merge a network or another function comes of it, a log line says so and the
-    student stays as it is.
+    Where timm cannot merge a network, or another function comes of it on a picture of `size` =
+    (height, width) pixels, a log line says so and the student stays as it is.
     """
     network = student.deployment.student.net
     layers = sum(any(hasattr(part, name) for name in _MERGES) for part in network.modules())
@@ -39,7 +39,7 @@ def merge_branches(student: Student) -> Student:
     deployment = copy.deepcopy(student.deployment)
     try:
         deployment.student.net = reparameterize_model(deployment.student.net)
-        error = _difference(student, deployment)
+        error = _difference(student.deployment, deployment, size)
     # what a layer's own method makes of a network without its classifier, say
     except Exception as cause:
         log.info("merging   not done: %s (%s)", type(network).__name__, first_line(cause))
@@ -52,15 +52,13 @@ def merge_branches(student: Student) -> Student:
 
 
 @torch.inference_mode()
-def _difference(student: Student, merged: nn.Module) -> float:
-    """Length of the difference of features over their length, on noise of the student's size."""
-    size = max(1, student.run.recipe.student.image_size // student.stride) * student.stride
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.rand(1, 3, size, size, generator=generator)
+def _difference(whole: nn.Module, merged: nn.Module, size: tuple[int, int]) -> float:
+    """Length of the difference of two deployments' features over their length, on noise."""
+    pixels = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
 
     def features(deployment: nn.Module) -> Tensor:
         encoded = deployment.student(deployment.preprocess.normalize(pixels))
         return torch.cat([part.flatten() for part in encoded.named().values()])
 
-    exact = features(student.deployment)
+    exact = features(whole)
     return float((features(merged) - exact).norm() / exact.norm())
