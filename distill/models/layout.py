@@ -95,6 +95,8 @@ def _tokens(net: nn.Module, size: int, output: Tensor) -> Layout:
     class_token = class_token and net.cls_token is not None
     if prefix is None:
         prefix = int(class_token and _side(count) is None)
+    if count == 1 and class_token:
+        raise UserError("gives its class token alone, without a map: choose a ViT or a CNN")
     side = _side(count - prefix)
     if not side or (class_token and not prefix):
         raise UserError(

@@ -22,12 +22,12 @@ from distill.data.pictures import open_pictures
 from distill.features import features_of
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
+from distill.models.batch_norm import values_per_channel
 from distill.models.meta import building
 from distill.models.packaged import describe_checkpoint
 from distill.teachers import Teacher, build_teacher, weights_source
 from distill.teachers.grounding_dino import architecture
 from distill.training.schedule import Schedule, resolve_views
-from distill.training.suitability import values_per_channel
 
 _GIGA = 1e9
 
