@@ -40,7 +40,7 @@ def learn_layout(net: nn.Module, size: int) -> Layout:
     patch = _patch(net)
     if patch and len(set(patch)) > 1:
         raise UserError(
-            f"patches of {patch[0]} x {patch[1]} pixels are not square: set patch_size to one side"
+            f"has patches of {patch[0]} x {patch[1]} pixels, not square: set patch_size to one side"
         )
     called: set[str] = set()
     hooks = [
@@ -79,7 +79,14 @@ def _features(net: nn.Module, size: int) -> object:
         with torch.device("meta"), torch.enable_grad():
             return net.forward_features(torch.empty(1, 3, size, size))
     # whatever a network of another size raises from within: assertions, shape errors
-    except (AssertionError, RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         own = getattr(net, "default_cfg", {}).get("input_size", (3, size, size))[-1]
         remedy = f": use its own size, {own}" if own != size else ""
         reason = first_line(error) or type(error).__name__

@@ -309,6 +309,7 @@ def _with_weights(config: StudentConfig, arguments: dict[str, object]) -> nn.Mod
 def _probe(student: str) -> Layout:
     """The layout of the student of a configuration (as JSON, which is hashable)."""
     config = StudentConfig.model_validate_json(student)
+    given = f" with kwargs {config.kwargs}" if config.kwargs else ""
     with building():
         try:
             net = create_timm(config.name, **network_arguments(config)).eval()
@@ -316,7 +317,6 @@ def _probe(student: str) -> Layout:
             raise
         # whatever a constructor makes of arguments and sizes that it does not expect
         except Exception as error:
-            given = f" with kwargs {config.kwargs}" if config.kwargs else ""
             raise UserError(
                 f"student '{config.name}'{given} cannot be built for {config.image_size} px "
                 f"({first_line(error)})"
@@ -331,7 +331,7 @@ def _probe(student: str) -> Layout:
     try:
         return learn_layout(net, config.image_size)
     except UserError as error:
-        raise UserError(f"student '{config.name}' {error}") from error
+        raise UserError(f"student '{config.name}'{given} {error}") from error
 
 
 def freeze_unreached(student: Student, size: int) -> list[Layer]:
