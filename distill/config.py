@@ -309,7 +309,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="autocast type of the student"
     )
-    channels_last: bool | Auto = Field("auto", description="memory format; auto: for CNN students")
+    channels_last: bool | Auto = Field(
+        "auto", description="memory format; auto: for CNN students on CUDA"
+    )
     compile: bool = Field(False, description="torch.compile the method")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="what torchrun's ranks do: DDP or FSDP2"

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from contract.errors import UserError
@@ -132,6 +133,10 @@ def wrap(method: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
         return method
     if config.parallel == "fsdp":
         mixed = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[config.precision]
+        # Batch normalisation has float32 statistics and does not take weights of another type;
+        # autocast leaves both as they are.
+        if any(isinstance(module, _BatchNorm) for module in method.modules()):
+            mixed = None
         # Autocast picks each operation's type; casting the inputs too would round the teachers'
         # targets.
         policy = MixedPrecisionPolicy(
@@ -148,12 +153,21 @@ def wrap(method: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
 
 
 def shardable_blocks(method: nn.Module) -> list[nn.Module]:
-    """The student's repeated parts: a ViT's `blocks`, a CNN's `stages` or `layer1..4`."""
+    """The student's repeated parts: a ViT's `blocks`, a CNN's `stages` or `layer1..4`.
+
+    Of these only what is called as a whole: FSDP2 gathers the weights of a module as it is called,
+    and some networks pass over a list, or over a stage, to what is inside.
+    """
     net = method.student.net
-    for name in ("blocks", "stages"):
-        if hasattr(net, name):
-            return list(getattr(net, name))
-    return [getattr(net, f"layer{i}") for i in range(1, 5) if hasattr(net, f"layer{i}")]
+    name = next((name for name in ("blocks", "stages") if hasattr(net, name)), None)
+    parts = dict(getattr(net, name).named_children()) if name else {}
+    blocks = {f"{name}.{key}": part for key, part in parts.items()}
+    if not name:
+        layers = (f"layer{i}" for i in range(1, 5))
+        blocks = {layer: getattr(net, layer) for layer in layers if hasattr(net, layer)}
+    layout = getattr(method.student, "layout", None)  # of a timm network alone
+    called = layout.called if layout else blocks.keys()
+    return [block for name, block in blocks.items() if name in called]
 
 
 def without_sync(wrapped: nn.Module, last: bool):

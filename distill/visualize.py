@@ -19,7 +19,7 @@ from contract.errors import UserError, exit_status
 from contract.images import TRUSTED, UnreadableImage, decode
 from distill.figures import cosine_map, pca_rgb, save_figure
 from distill.methods.losses import Prediction
-from distill.models.student import nearest_multiples
+from distill.models.layout import nearest_multiples
 from distill.runs import load_run
 
 EPILOG = """\

@@ -40,6 +40,7 @@ from export.detector_parity import compare_detector
 from export.golden import write_golden
 from export.graph import Student, build_parts, open_student
 from export.int8 import prepare, quantize_graphs
+from export.merge import merge_branches
 from export.modules import Part
 from export.options import CalibrationMethod, ExportOptions, parse_sizes
 from export.output import appearing
@@ -114,7 +115,8 @@ def _fill(
     precision, max_batch = options.precision, options.max_batch
     dynamic, photos = len(sizes) > 1, chosen.compared
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    cast = cast_student(student, precision)
+    # parity compares with the student as it was trained, unmerged
+    cast = cast_student(merge_branches(student, sizes[0]), precision)
     parts = build_parts(cast, None if dynamic else height, None if dynamic else width)
     recipe = student.run.recipe
     about = {"method": recipe.method, "student": recipe.student.name, "precision": precision}

@@ -68,6 +68,8 @@ class Student:
     sha256: str
     layer_strides: tuple[int, ...] = ()
     """Pixels per position of the layers a DPT head reads, empty without such a head."""
+    merged: int = 0
+    """Layers of its network whose branches were merged (see `merge`)."""
 
     @cached_property
     def encoder(self) -> RunEncoder:
@@ -143,6 +145,7 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
             (image,),
             backbone_ports(d, positions) + inputs + second + map_outputs + layers,
         ),
+        {"merged_layers": student.merged} if student.merged else {},
     )
     parts, interaction = [backbone], None
     prefix = int(deployment.student.has_class_token)

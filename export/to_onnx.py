@@ -2,9 +2,13 @@
 inside.
 """
 
+import logging
+import signal
 import stat
+import threading
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -17,6 +21,7 @@ from contract.detection import WINDOW
 from contract.errors import UserError, first_line
 from contract.signature import TEXT_TOKENS, Port, Signature, layer_side
 from export.modules import Part
+from export.padding import static_padding
 from export.resample import dense_resampling
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
@@ -29,8 +34,48 @@ _FOLDED = 64
 numbers, but not weights.
 """
 
+_LONGEST = 15 * 60
+"""Seconds that tracing one graph may take. The largest networks need two minutes; symbolic sizes
+that every layer rounds once more have no end.
+"""
+
 INLINE_LIMIT = 1_800_000_000
 """Bytes of weights up to which they lie inside the file; protobuf's limit is 2 GiB."""
+
+log = logging.getLogger(__name__)
+
+
+class _Overtime(BaseException):
+    """Tracing took too long. Not an Exception: torch.export answers these with another attempt."""
+
+
+@contextmanager
+def _bounded(graph: str) -> Iterator[None]:
+    """Raise UserError once tracing `graph` has taken `_LONGEST` seconds; without effect outside the
+    main thread, where there are no signals, and below an alarm that somebody else has set.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getitimer(signal.ITIMER_REAL)[0]
+    ):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise _Overtime
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _LONGEST)
+    try:
+        yield
+    except _Overtime:
+        raise UserError(
+            f"graph '{graph}': torch has traced it for {_LONGEST / 60:g} minutes and is not done: "
+            "export one size (a single --resolutions), which has no symbolic sizes"
+        ) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _example(port: Port, sizes: dict[str, int]) -> torch.Tensor:
@@ -90,7 +135,14 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
     axes = _dynamic_axes(signature, stride, max_batch)
     # for torch.export, modules that take *inputs have one argument, a tuple
     shapes = (axes,) if _has_star(part.module) else axes
-    with dense_resampling(), warnings.catch_warnings(), torch.no_grad():
+    log.info("tracing   %s", signature.graph)
+    with (
+        _bounded(signature.graph),
+        dense_resampling(),
+        static_padding(),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+    ):
         warnings.simplefilter("ignore")  # the exporter warns of its own deprecations
         try:
             program = torch.onnx.export(

@@ -18,7 +18,7 @@ from contract.errors import UserError
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import centre_view
 from distill.figures import save_figure
-from distill.models.student import patch_size
+from distill.models.layout import patch_size
 
 CLUSTERS = 6
 """Clusters of a picture's tokens; the paper does not say how many it draws."""

@@ -12,6 +12,7 @@ from contract.errors import Failure
 from distill.data.batches import prepare_worker
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.windows import WindowLabels
+from distill.models.batch_norm import explained
 
 _Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -54,7 +55,8 @@ def train_head(
     ):
         for group in optimizer.param_groups:
             group["lr"] = dense.lr * group["scale"] * polynomial(step, dense.steps, dense.warmup)
-        value = loss(head(inputs(numbers.tolist())), truth.to(device))
+        with explained(f"set dense.batch_size to 2 or more (now {len(numbers)})"):
+            value = loss(head(inputs(numbers.tolist())), truth.to(device))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()

@@ -16,7 +16,8 @@ from distill.config import DETECTOR, TeacherConfig, TeacherRuntime
 from distill.evaluate.outcome import NotApplicable
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import BACKBONE, Deployment
-from distill.models.student import Layer, dpt_layers, map_stride, patch_size
+from distill.models.layout import map_stride, patch_size
+from distill.models.student import Layer, dpt_layers
 from distill.models.weights import tensors_sha256
 from distill.runs import Run
 from distill.teachers import Teacher, build_teacher
@@ -216,9 +217,10 @@ class TeacherEncoder(Encoder):
             teacher.image_size,
             teacher.dims,
         )
-        self.stride = patch_size(self.net) or map_stride(
-            self.net, teacher.image_size, teacher.grid[0]
-        )
+        patch, rows = patch_size(self.net), teacher.grid[0]
+        # of networks whose stages halve a ViT's grid, the patch is only the first stride
+        own = patch is not None and rows * patch == teacher.image_size
+        self.stride = patch if own else map_stride(self.net, teacher.image_size, rows)
         dims = self.dims
         if dims.maps:  # a run's patches are no level of its pyramid
             own = isinstance(teacher.net, StudentNet)

@@ -29,6 +29,7 @@ from distill.evaluate.linear_probe import check_imagenet, trained_probe
 from distill.evaluate.outcome import Outcome
 from distill.heads import Classifier
 from distill.methods.deployment import BACKBONE
+from distill.models.batch_norm import explained
 from distill.models.weights import read_tensors, write_tensors
 from distill.runs import git_commit
 
@@ -127,7 +128,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     epochs = track(range(settings.passes), description="finetune", disable=not sys.stdout.isatty())
     for epoch in epochs:
         for images, labels in loader:
-            with cast:
+            with cast, explained(f"set finetune.batch_size to 2 or more (now {batch})"):
                 value = loss(net(images.to(device)).float(), labels.to(device))
             optimizer.zero_grad(set_to_none=True)
             value.backward()

@@ -52,8 +52,9 @@ from distill.methods.method import Method, Progress
 from distill.methods.targets import FeatureNormalizer
 from distill.methods.unic import check_teachers, drops_of_step, keep_teachers
 from distill.methods.weighting import Famo
+from distill.models.layout import nearest_multiples
 from distill.models.preprocess import Preprocess
-from distill.models.student import Student, nearest_multiples
+from distill.models.student import Student
 from distill.models.vit_adapter import AdapterConfig, ViTAdapter
 
 log = logging.getLogger(__name__)

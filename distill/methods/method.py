@@ -117,6 +117,10 @@ class Method(nn.Module):
         """What is wrong with the values of a log line, a sentence each: a collapse, say."""
         return []
 
+    def cautions(self) -> list[str]:
+        """What a user should know before training starts, a sentence each."""
+        return []
+
     def parameter_groups(self) -> list[ParameterGroup]:
         """What the optimizer trains; by default everything, without decay on vectors and on what
         the student's timm class names.

@@ -59,8 +59,8 @@ class Config(Section):
 
     space_dim: Positive | Literal["auto", "student"] = Field(
         "auto",
-        description="common width of the M spaces; auto: the widest teacher; student: the "
-        "student's width",
+        description="common width of the M spaces; auto: the teachers' width where all have the "
+        "same, else the student's; student: the student's width",
     )
     token_dim: Positive | Auto = Field(
         "auto", description="d_m; auto: space_dim for a CNN student, 64 for a ViT"
@@ -76,9 +76,9 @@ class Config(Section):
     )
     intra_space: bool = Field(True, description="ablation switch (Table 3)")
     groups: Positive | Auto = Field(
-        64,
+        "auto",
         description="CNN: groups of the 1x1 convolution (A.2: ResNet-50 128, ConvNeXt-B 64); "
-        "auto: gcd with 64",
+        "auto: 64, or the greatest divisor it shares with the width",
     )
     interleave: bool = Field(
         True,
@@ -167,6 +167,20 @@ class UMT(Method):
             for teacher in self.teachers
         }
         return Deployment(self.preprocess, self.student, self.interaction, heads)
+
+    def cautions(self) -> list[str]:
+        """An interaction of more parameters than the student."""
+        student, interaction = (
+            sum(parameter.numel() for parameter in part.parameters())
+            for part in (self.student, self.interaction)
+        )
+        if interaction <= student:
+            return []
+        return [
+            f"the interaction has {interaction / 1e6:.1f} M parameters and the student "
+            f"{student / 1e6:.1f} M: set a smaller umt.space_dim (now "
+            f"{self.interaction.space_dim})"
+        ]
 
     def describe(self) -> dict[str, list[str]]:
         """Losses and heads, a teacher each."""
@@ -309,10 +323,15 @@ class SpaceHead(nn.Module):
 
 
 def resolve_space_dim(config: Config, student_width: int, dims: list[FeatureDims]) -> int:
-    """Common width of the M spaces: given, the student's, or (auto) the widest teacher's."""
-    if config.space_dim == "student":
-        return student_width
-    return max(dim.patches for dim in dims) if config.space_dim == "auto" else config.space_dim
+    """Common width of the M spaces: given, the student's, or (auto) the teachers' where they agree.
+
+    Not the widest teacher's: the interaction grows with its square, and one of 1,280 makes it 20
+    times a student of 2.8 million parameters.
+    """
+    if isinstance(config.space_dim, int):
+        return config.space_dim
+    widths = {dim.patches for dim in dims}
+    return widths.pop() if config.space_dim == "auto" and len(widths) == 1 else student_width
 
 
 def resolve_token_dim(config: Config, cnn: bool, space_dim: int) -> int:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import re
+from collections.abc import Set
 from functools import lru_cache
 from typing import Literal, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from contract.errors import UserError, first_line, suggest
 from distill.config import StudentConfig
 from distill.features import Features
+from distill.models.layout import Layout, learn_layout, nearest_multiples, patch_size
 from distill.models.meta import building
 from distill.models.packaged import checkpoint_path
 from distill.models.published import activation_note
@@ -44,19 +46,15 @@ def create_timm(name: str, **kwargs: object) -> nn.Module:
         try:
             return timm.create_model(name, **arguments)
         except TypeError as error:
-            refused = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            _, keyword, listed = str(error).partition("unexpected keyword argument")
+            refused = set(re.findall(r"'(\w+)'", listed)) & arguments.keys()
             # CNNs have no fixed input size and so no such arguments; anything else refused is the
             # user's.
-            if (
-                refused
-                and refused[1] in arguments
-                and refused[1] in ("img_size", "dynamic_img_size")
-            ):
-                del arguments[refused[1]]
+            if keyword and refused and refused <= _OPTIONAL:
+                for argument in refused:
+                    del arguments[argument]
                 continue
-            raise UserError(
-                f"model '{name}' refuses its arguments ({error}): check kwargs in the recipe"
-            ) from error
+            raise UserError(_refusal(name, refused - _OPTIONAL, error)) from error
         except RuntimeError as error:
             if "pretrained" in str(error).lower():
                 raise UserError(
@@ -65,10 +63,18 @@ def create_timm(name: str, **kwargs: object) -> nn.Module:
             raise
 
 
-def nearest_multiples(value: int, unit: int) -> str:
-    """Name the multiples of `unit` around `value`: "96 or 112"."""
-    below = value // unit * unit
-    return f"{below} or {below + unit}" if below else str(unit)
+_OPTIONAL = {"img_size", "dynamic_img_size"}
+"""Arguments that are given to every network and that some do not have."""
+
+
+def _refusal(name: str, arguments: Set[str], error: TypeError) -> str:
+    """What to say of an architecture that does not have these arguments."""
+    if arguments == {"drop_path_rate"}:
+        return f"model '{name}' has no stochastic depth: set drop_path to 0"
+    if arguments:
+        listed = ", ".join(sorted(arguments))
+        return f"model '{name}' does not have the arguments {listed}: remove them from kwargs"
+    return f"model '{name}' cannot be built ({first_line(error)}): choose another, or other kwargs"
 
 
 class Layer(NamedTuple):
@@ -126,30 +132,19 @@ class Student(nn.Module):
 
     def __init__(self, config: StudentConfig) -> None:
         super().__init__()
-        arguments = network_arguments(config)
-        shape, patch, unused = _probe(config.model_dump_json())
-        self.net = _with_weights(config, arguments)
+        self.layout = _probe(config.model_dump_json())
+        self.net = _with_weights(config, network_arguments(config))
         # What `forward_features` never reaches (a classifier's own norm, say): DDP waits for every
         # gradient.
         for name, parameter in self.net.named_parameters():
-            if name in unused:
+            if name in self.layout.unused:
                 parameter.requires_grad_(False)
-        self.channels_at_end = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
-        if len(shape) == 3:
-            self.family, self.width, self.stride = "vit", shape[-1], patch or 16
-        elif len(shape) == 4:
-            height = shape[1] if self.channels_at_end else shape[2]
-            self.family, self.width = "cnn", shape[-1] if self.channels_at_end else shape[1]
-            self.stride = map_stride(self.net, config.image_size, height)
-        else:
-            raise UserError(
-                f"student '{config.name}' has no spatial features (its last ones are "
-                f"{len(shape)}-d): choose a ViT or a CNN"
-            )
-        self.prefix = getattr(self.net, "num_prefix_tokens", 0)
-        self.has_class_token = (
-            self.family == "vit" and getattr(self.net, "cls_token", None) is not None
+        self.family, self.width, self.stride = (
+            self.layout.family,
+            self.layout.width,
+            self.layout.stride,
         )
+        self.prefix, self.has_class_token = self.layout.prefix, self.layout.has_class_token
 
     def forward(self, images: Tensor) -> Features:
         """Encode normalised images [B, 3, H, W] whose sides are multiples of `stride`.
@@ -162,7 +157,7 @@ class Student(nn.Module):
     def read(self, output: Tensor, images: Tensor) -> Features:
         """`forward`'s features from the network's own output for these images."""
         if self.family == "cnn":
-            patches = output if self.channels_at_end else output.permute(0, 2, 3, 1)
+            patches = output if self.layout.axes == "NHWC" else output.permute(0, 2, 3, 1)
             return Features(patches.mean(dim=(1, 2)), patches)
         grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
         patches = output[:, self.prefix :].unflatten(1, grid)
@@ -230,16 +225,24 @@ def dpt_layers(net: nn.Module, pixels: Tensor, stride: int) -> tuple[Tensor, lis
 
     ViT of n blocks: after blocks n/3, n/2, 2n/3 and n (ViT-B 3, 5, 7, 11 and ViT-L 7, 11, 15, 23,
     from 0), normalised, with the class token as summary. CNN: the last four stages, each with its
-    spatial mean. Raises UserError for a ViT that does not return its blocks' tokens.
+    spatial mean. Raises UserError for a network of fewer stages, and for a ViT that does not return
+    its blocks' tokens.
     """
-    if patch_size(net) is None:
+    kind = type(net).__name__
+    if not hasattr(net, "forward_intermediates"):
+        raise UserError(f"{kind} does not return its layers: set depth.head=linear")
+    arguments = inspect.signature(net.forward_intermediates).parameters
+    if not (hasattr(net, "blocks") and "return_prefix_tokens" in arguments):
+        if patch_size(net) is not None:
+            raise UserError(f"{kind} does not return its blocks' tokens: set depth.head=linear")
+        count = len(getattr(net, "feature_info", ()))
+        if count < 4:
+            raise UserError(
+                f"{kind} has {count} stages, and a DPT head reads four: set depth.head=linear"
+            )
         output, stages = net.forward_intermediates(pixels, indices=4, output_fmt="NCHW")
         maps = [stage.permute(0, 2, 3, 1) for stage in stages]
         return output, [Layer(m.mean(dim=(1, 2)), m) for m in maps]
-    if "return_prefix_tokens" not in inspect.signature(net.forward_intermediates).parameters:
-        raise UserError(
-            f"{type(net).__name__} does not return its blocks' tokens: set depth.head=linear"
-        )
     output, blocks = net.forward_intermediates(
         pixels,
         indices=dpt_blocks(len(net.blocks)),
@@ -267,18 +270,6 @@ def dpt_blocks(blocks: int) -> list[int]:
     proportion otherwise.
     """
     return [max(0, round(blocks * share) - 1) for share in (1 / 3, 1 / 2, 2 / 3, 1)]
-
-
-def map_stride(net: nn.Module, size: int, height: int) -> int:
-    """Pixels per position of a CNN whose map is `height` high for pictures of `size` pixels.
-
-    timm's own figure where there is one: 112 pixels make a map of 4 at stride 32, not at 28.
-    """
-    info = getattr(net, "feature_info", None)
-    reduction = info[-1]["reduction"] if info else None
-    if isinstance(reduction, int) and -(-size // reduction) == height:
-        return reduction
-    return max(1, size // height)
 
 
 def network_arguments(config: StudentConfig) -> dict[str, object]:
@@ -331,15 +322,21 @@ def _warn_of_activation(config: StudentConfig, net: nn.Module, names: tuple[str,
 # Plans, exports and evaluations build the same student several times, and a probe takes longer than
 # a small student.
 @lru_cache(maxsize=32)
-def _probe(student: str) -> tuple[torch.Size, int | None, frozenset[str]]:
-    """Of the student of a configuration (as JSON, which is hashable): the shape of its output, the
-    side of its patch, and the parameters that `forward_features` never reaches.
-
-    Found on the meta device: no memory, no arithmetic, the same code for every architecture.
-    """
+def _probe(student: str) -> Layout:
+    """The layout of the student of a configuration (as JSON, which is hashable)."""
     config = StudentConfig.model_validate_json(student)
+    given = f" with kwargs {config.kwargs}" if config.kwargs else ""
     with building():
-        net = create_timm(config.name, **network_arguments(config)).eval()
+        try:
+            net = create_timm(config.name, **network_arguments(config)).eval()
+        except UserError:
+            raise
+        # whatever a constructor makes of arguments and sizes that it does not expect
+        except Exception as error:
+            raise UserError(
+                f"student '{config.name}'{given} cannot be built for {config.image_size} px "
+                f"({first_line(error)})"
+            ) from error
     patch = patch_size(net)
     if patch and config.image_size % patch:
         raise UserError(
@@ -347,11 +344,10 @@ def _probe(student: str) -> tuple[torch.Size, int | None, frozenset[str]]:
             f"student.image_size = {config.image_size} (use "
             f"{nearest_multiples(config.image_size, patch)})"
         )
-    with torch.device("meta"), torch.enable_grad():
-        output = net.forward_features(torch.empty(1, 3, config.image_size, config.image_size))
-        output.sum().backward()
-    unused = (name for name, parameter in net.named_parameters() if parameter.grad is None)
-    return output.shape, patch, frozenset(unused)
+    try:
+        return learn_layout(net, config.image_size)
+    except UserError as error:
+        raise UserError(f"student '{config.name}'{given} {error}") from error
 
 
 def freeze_unreached(student: Student, size: int) -> list[Layer]:
@@ -375,14 +371,3 @@ def freeze_unreached(student: Student, size: int) -> list[Layer]:
         if name in unused:
             parameter.requires_grad_(False)
     return layers
-
-
-def patch_size(net: nn.Module) -> int | None:
-    """Side of a ViT's patch in pixels; None for networks without a patch embedding of one square
-    size.
-    """
-    embed = getattr(net, "patch_embed", None)
-    size = getattr(embed, "patch_size", None)
-    if size is None or getattr(net, "num_prefix_tokens", None) is None:
-        return None
-    return size if isinstance(size, int) else size[0]

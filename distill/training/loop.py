@@ -29,13 +29,13 @@ from distill.methods import build_method
 from distill.methods.lengths import with_lengths
 from distill.methods.method import Method, Progress
 from distill.methods.targets import fit_normalizers
-from distill.models.student import Student
 from distill.recipe_io import dump_recipe
 from distill.runs import save_student
 from distill.teachers import Teacher, build_teacher
 from distill.teachers.cache import open_cache
 from distill.training.checkpoint import claim_folder, load_checkpoint, save_checkpoint
 from distill.training.lengths import fit_shipped
+from distill.training.memory_format import set_memory_format
 from distill.training.metrics import MetricsLog
 from distill.training.schedule import Schedule, learning_rate, weight_decay
 
@@ -69,18 +69,13 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     dims = {teacher.label: teacher.dims for teacher in teachers}
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     method = build_method(recipe, dims).to(device)
-    channels_last = settings.channels_last is True or (
-        settings.channels_last == "auto" and method.student.family == "cnn"
-    )
-    if channels_last:
-        # a momentum network too
-        networks = [part for part in method.modules() if isinstance(part, Student)]
-        for network in networks or [method.student]:
-            network.to(memory_format=torch.channels_last)
+    set_memory_format(method, settings, device)
 
     # ---- the order of pictures, and their teachers' features -------------------------------------
     schedule = Schedule(recipe, method, teachers, len(pictures))
     per_epoch, steps = schedule.per_epoch, schedule.steps
+    for caution in method.cautions():
+        log.warning(caution)
 
     def step_batches(first: int, last: int) -> StreamBatches:
         return StreamBatches(

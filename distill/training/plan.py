@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract.errors import UserError
@@ -21,6 +22,7 @@ from distill.data.pictures import open_pictures
 from distill.features import features_of
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
+from distill.models.batch_norm import values_per_channel
 from distill.models.meta import building
 from distill.models.packaged import describe_checkpoint
 from distill.models.published import activation_note
@@ -109,6 +111,11 @@ def _meta_method(recipe: Recipe, teachers: list[Teacher]) -> tuple[Method, tuple
     recipe = recipe.model_copy(update={"student": student, "targets": targets})
     with building():
         method = build_method(recipe, {teacher.label: teacher.dims for teacher in teachers}).train()
+    if values_per_channel(method.student.net, recipe.student.image_size) == 1:
+        # costs are those of one picture, over which these cannot average
+        for part in method.modules():
+            if isinstance(part, _BatchNorm):
+                part.eval()
     method.before_step(Progress(0, recipe.train.steps or 1, 1))
     return method, resolve_views(recipe, method, teachers)
 
@@ -211,6 +218,8 @@ def print_plan(recipe: Recipe) -> None:
             f"{schedule.batch_sizes[view.stream]:,} pictures a step of stream {view.stream}"
             + (f", for {', '.join(seen)}" if seen else "")
         )
+    for caution in cost.method.cautions():
+        console.print(f"caution      {caution}")
     console.print(f"images       {f'{images:,}' if images else 'unknown'} {origin}")
     _print_schedule(console, recipe, schedule, images)
     if recipe.teacher_cache.views and images:

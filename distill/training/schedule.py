@@ -8,13 +8,15 @@ from distill.data.crops import MAIN, View, view_of
 from distill.data.photometric import RECIPES
 from distill.methods.method import Method, cosine
 from distill.teachers import Teacher
+from distill.training.suitability import check_student
 
 
 class Schedule:
     """How a recipe's method, teachers and pictures become views, streams and steps.
 
     Raises UserError for a teacher with a batch size of its own if the method has no stream for it,
-    and for one with a size for the student but no stream.
+    for one with a size for the student but no stream, and for a student that cannot learn at the
+    recipe's sizes (see `suitability`).
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Schedule:
         self.per_epoch = max(1, pictures * recipe.data.repeats // self.batch_sizes[leading])
         self.steps = recipe.train.steps or recipe.train.epochs * self.per_epoch
         self.pictures_per_step = sum(self.batch_sizes.values())
+        check_student(recipe, method, self.batch_sizes)
 
 
 def resolve_views(recipe: Recipe, method: Method, teachers: Sequence[Teacher]) -> tuple[View, ...]:

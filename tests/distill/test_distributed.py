@@ -15,14 +15,44 @@ from tests.distill.two_ranks import DIMS, gradients
 
 pytestmark = pytest.mark.slow
 
+SMALL_TWINS = {"embed_dims": [16, 16, 32, 32], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
+
+
+CASES = {
+    "vit_ddp": {},
+    "vit_fsdp": {"train": {"parallel": "fsdp"}},
+    "unic_ddp": {"method": "unic"},
+    "unic_fsdp": {"method": "unic", "train": {"parallel": "fsdp"}},
+    # depthwise and strided convolutions, batch normalisation
+    "cnn_ddp": {"student": {"name": "test_efficientnet"}},
+    "cnn_ddp_last": {"student": {"name": "test_efficientnet"}, "train": {"channels_last": True}},
+    "cnn_ddp_bf16": {"student": {"name": "test_efficientnet"}, "train": {"precision": "bf16"}},
+    "cnn_fsdp_last": {
+        "student": {"name": "test_efficientnet"},
+        "train": {"parallel": "fsdp", "channels_last": True},
+    },
+    "cnn_fsdp_bf16": {
+        "student": {"name": "test_efficientnet"},
+        "train": {"parallel": "fsdp", "precision": "bf16"},
+    },
+    # stages that are called as lists of what is inside them
+    "lists_ddp": {"student": {"name": "twins_svt_small", "kwargs": SMALL_TWINS}},
+    "lists_fsdp": {
+        "student": {"name": "twins_svt_small", "kwargs": SMALL_TWINS},
+        "train": {"parallel": "fsdp"},
+    },
+}
+
 
 def test_two_ranks_compute_the_gradients_of_one_under_ddp_and_fsdp(tmp_path, photo_folder):
-    for parallel in ("ddp", "fsdp"):
-        recipe = small_recipe(
-            photo_folder, train={"parallel": parallel}, targets={"normalize": "none"}
-        )
-        recipe["student"]["drop_path"] = 0.0
-        (tmp_path / f"{parallel}.yaml").write_text(yaml.safe_dump(recipe))
+    for name, changes in CASES.items():
+        recipe = small_recipe(photo_folder, targets={"normalize": "none"}, umt={"depth": 1})
+        for key, value in changes.items():
+            recipe[key] = recipe[key] | value if key == "train" else value
+        recipe["student"] = {"image_size": 64} | recipe["student"] | {"drop_path": 0.0}
+        if recipe["method"] == "unic":
+            recipe["unic"] = {"drop": 0.0, "hidden": 16, "last_hidden": 16}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
     torch.manual_seed(3)
     grids = {"cls": 2, "mae": 4, "dino": 4}
     targets = {
@@ -40,15 +70,26 @@ def test_two_ranks_compute_the_gradients_of_one_under_ddp_and_fsdp(tmp_path, pho
         env=environment(),
     )
     assert done.returncode == 0, done.stderr
-    alone = gradients(tmp_path, "ddp", Ranks(0, 1, torch.device("cpu")))
+    together = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in CASES}
+    alone = gradients(tmp_path, "vit_ddp", Ranks(0, 1, torch.device("cpu")))
     assert any(name.endswith("model_token") for name in alone)
-    for parallel in ("ddp", "fsdp"):
-        together = torch.load(tmp_path / f"{parallel}.pt", weights_only=True)
-        assert together.keys() == alone.keys()
-        for name in alone:
+
+    def same(case: str, wanted: dict[str, torch.Tensor], rtol: float, atol: float) -> None:
+        got = together[case]
+        assert got.keys() == wanted.keys()
+        for name in wanted:
             torch.testing.assert_close(
-                together[name], alone[name], rtol=1e-4, atol=1e-6, msg=f"{parallel} {name}"
+                got[name], wanted[name], rtol=rtol, atol=atol, msg=f"{case} {name}"
             )
+
+    same("vit_ddp", alone, 1e-4, 1e-6)
+    same("vit_fsdp", alone, 1e-4, 1e-6)
+    # statistics of a batch, or of a rank's share of it: two ranks are not one, but both are alike
+    same("unic_fsdp", together["unic_ddp"], 1e-4, 1e-6)
+    same("cnn_ddp_last", together["cnn_ddp"], 1e-3, 1e-6)
+    same("cnn_fsdp_last", together["cnn_ddp"], 1e-3, 1e-6)
+    same("cnn_fsdp_bf16", together["cnn_ddp_bf16"], 1e-3, 1e-6)
+    same("lists_fsdp", together["lists_ddp"], 1e-4, 1e-6)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

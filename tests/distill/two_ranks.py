@@ -1,7 +1,7 @@
 """Gradients under DDP and FSDP2 in one start of torchrun, which takes far longer than the rest:
 `python -m tests.distill.two_ranks FOLDER`.
 
-FOLDER holds `batch.pt`, `ddp.yaml` and `fsdp.yaml`, and gets `ddp.pt` and `fsdp.pt`.
+FOLDER holds `batch.pt` and a recipe `NAME.yaml` for each case, and gets `NAME.pt`.
 """
 
 import sys
@@ -14,21 +14,28 @@ from torch import Tensor
 from distill.distributed import Ranks, join_ranks, wrap
 from distill.features import FeatureDims, Features
 from distill.methods import build_method
+from distill.methods.method import Progress
 from distill.recipe_io import make_recipe
+from distill.training.loop import AUTOCAST
+from distill.training.memory_format import set_memory_format
 
 DIMS = {"cls": FeatureDims(24, 24), "mae": FeatureDims(16, 16), "dino": FeatureDims(32, 32)}
 
 
-def gradients(folder: Path, parallel: str, ranks: Ranks) -> dict[str, Tensor]:
+def gradients(folder: Path, case: str, ranks: Ranks) -> dict[str, Tensor]:
     """Gradients of one step on this rank's share of the batch."""
-    recipe = make_recipe(yaml.safe_load((folder / f"{parallel}.yaml").read_text()))
+    recipe = make_recipe(yaml.safe_load((folder / f"{case}.yaml").read_text()))
     torch.manual_seed(0)
     method = build_method(recipe, DIMS)
+    set_memory_format(method, recipe.train, ranks.device)
     batch = torch.load(folder / "batch.pt", weights_only=True)
     model = wrap(method, recipe.train, ranks)
     mine = slice(ranks.rank, None, ranks.world)
     targets = {name: Features(s[mine], p[mine]) for name, (s, p) in batch["targets"].items()}
-    losses = model({"image": batch["images"][mine]}, targets)
+    method.before_step(Progress(0, 1, 1))
+    kind = AUTOCAST[recipe.train.precision]
+    with torch.autocast("cpu", dtype=kind, enabled=kind is not None):
+        losses = model(dict.fromkeys(("image", "image.plain"), batch["images"][mine]), targets)
     losses["loss"].backward()
     grads = {}
     for name, parameter in method.named_parameters():
@@ -40,10 +47,10 @@ def gradients(folder: Path, parallel: str, ranks: Ranks) -> dict[str, Tensor]:
 
 def work(folder: Path) -> None:
     with join_ranks("cpu") as ranks:
-        for parallel in ("ddp", "fsdp"):
-            grads = gradients(folder, parallel, ranks)
+        for recipe in sorted(folder.glob("*.yaml")):
+            grads = gradients(folder, recipe.stem, ranks)
             if ranks.first:
-                torch.save(grads, folder / f"{parallel}.pt")
+                torch.save(grads, folder / f"{recipe.stem}.pt")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from distill.distributed import mean_over_ranks
 from distill.features import Features
 from distill.methods.method import Progress, cosine
 from distill.methods.projectors import initialize
-from distill.models.student import Student, nearest_multiples, patch_size
+from distill.models.layout import nearest_multiples, patch_size
+from distill.models.student import Student
 
 GLOBAL, LOCAL = "global", "local"
 """Names of the views."""

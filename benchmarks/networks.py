@@ -1,0 +1,310 @@
+"""Which of timm's families can be students and teachers, and be exported: makes docs/networks.md.
+
+    python -m benchmarks.networks --results networks.jsonl
+    python -m benchmarks.networks --results networks.jsonl --families levit hiera
+    python -m benchmarks.networks --check levit hiera test_vit
+
+Tries the smallest member of every family with random weights, each in a process of its own, which
+is ended after --limit seconds of CPU time. Results are kept in --results, so that a stopped run
+goes on where it was; remove a line to try its family again. --check tries families again and
+compares them with the page: exit status 1 where they differ.
+
+A student takes a step and has to answer to each corner of a picture in that corner of its map,
+which tokens in another order do not. An export is compared with torch in onnxruntime, at two sizes
+if it varies. Large networks are tried with two blocks, where they can be built so.
+"""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import timm
+import torch
+from torch import nn
+
+from contract.errors import UserError, first_line
+from distill.config import StudentConfig, TeacherConfig, TeacherRuntime
+from distill.methods.deployment import Deployment
+from distill.models.meta import building
+from distill.models.preprocess import Preprocess
+from distill.models.student import Student, create_timm
+from distill.teachers import build_teacher
+from export.graph import Student as Exported
+from export.graph import build_parts
+from export.merge import merge_branches
+from export.to_onnx import export_part
+
+PAGE = Path(__file__).parent.parent / "docs" / "networks.md"
+
+_SHORT: tuple[dict[str, Any], ...] = (
+    {"depth": 2},
+    {"depths": [1, 1, 1, 1]},
+    {"depths": [1, 1, 1]},
+    {},
+)
+"""Arguments that make a network small and leave its layout; the first that it takes is used."""
+
+_SMALL = 8e6
+"""Parameters up to which a network is tried as it is."""
+
+_CANDIDATES = 16
+"""Members of a family that are built, on the meta device, to find the smallest."""
+
+_HINTS = ("test_", "nano", "atto", "tiny", "_xx", "_m0", "_s0", "_b0", "_t0", "_s", "_n")
+"""Parts of the names of small members, the smallest first."""
+
+_HALF = (0.5, 0.5, 0.5)
+
+_EXACT = 1e-3
+"""Largest error of a graph, over the length of the output: the parity gate's for fp32."""
+
+_HEADER = """\
+# timm's networks
+
+Made by `python -m benchmarks.networks`; do not edit. One member of every family of timm {timm},
+random weights, torch {torch}. `yes`, or what the commands answer.
+
+- **student**: takes a training step, and every corner of a picture shows in that corner of its map.
+- **teacher**: gives a map and an image-level vector.
+- **export**: its ONNX graph agrees with torch in onnxruntime, and can be served.
+- **varying sizes**: the same graph takes other sizes that its stride divides, so that several
+  `--resolutions` can be exported at once.
+
+Arguments in brackets made a large member small enough to be tried. Other members of a family may
+differ in their `kwargs`; `python -m distill.run RECIPE --dry-run` answers for any of them before
+anything is trained.
+
+| family | member | student | stride | teacher | export | varying sizes |
+|---|---|---|---|---|---|---|
+"""
+
+
+def smallest(family: str) -> str:
+    """The member with the fewest parameters among those whose names promise few."""
+    names = timm.list_models(module=family)
+
+    def rank(name: str) -> tuple[int, str]:
+        return next((n for n, hint in enumerate(_HINTS) if hint in name), len(_HINTS)), name
+
+    sizes = {}
+    for name in sorted(names, key=rank)[:_CANDIDATES]:
+        with building():
+            sizes[name] = count(create_timm(name))
+    return min(sizes, key=sizes.__getitem__)
+
+
+def count(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def try_family(family: str) -> dict[str, Any]:
+    """Everything the page says of a family; a reason in place of `yes` where something fails."""
+    name = smallest(family)
+    with building():
+        net = create_timm(name)
+    size = net.default_cfg["input_size"][-1]
+    result: dict[str, Any] = {"family": family, "member": name}
+    kwargs: dict[str, Any] = {}
+    for kwargs in _SHORT if count(net) > _SMALL else ({},):
+        try:
+            with building():
+                Student(StudentConfig(name=name, image_size=size, kwargs=kwargs))
+            break
+        except UserError as error:
+            reason = str(error)
+    result["kwargs"] = kwargs
+    teacher = {"name": name, "role": "classification", "pretrained": False, "kwargs": kwargs}
+    result["teacher"] = answer(
+        lambda: build_teacher(TeacherConfig(**teacher), TeacherRuntime(precision="fp32"), 0)
+    )
+    torch.manual_seed(0)
+    try:
+        student = Student(StudentConfig(name=name, image_size=size, kwargs=kwargs))
+    except UserError as error:
+        reason = str(error)
+        return result | {"student": short(reason, name), "export": "-", "varying": "-"}
+    result["stride"] = student.stride
+    result["student"] = answer(lambda: train(student, size))
+    return result | export(student, size)
+
+
+def answer(attempt: Callable[[], object]) -> str:
+    """`yes`, or why the attempt failed."""
+    try:
+        attempt()
+    except Exception as error:  # a page of what fails: whatever it is
+        return first_line(error) or type(error).__name__
+    return "yes"
+
+
+def short(reason: str, name: str) -> str:
+    return reason.removeprefix(f"student '{name}' ")
+
+
+def train(student: Student, size: int) -> None:
+    """One backward pass, and where the map answers; raises ValueError."""
+    features = student.train()(torch.randn(2, 3, size, size))
+    (features.patches.square().mean() + features.summary.square().mean()).backward()
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            raise ValueError(f"no gradient reaches {name}")
+    student.eval()
+    rows = features.patches.shape[1]
+    if rows < 3:  # corners are neighbours of everything
+        return
+    with torch.inference_mode():
+        picture = torch.randn(1, 3, size, size)
+        before = student(picture).patches
+        for top, left in ((0, 1), (1, 0)):
+            changed, side = picture.clone(), 2 * student.stride
+            place = (
+                slice(0, side) if top == 0 else slice(size - side, size),
+                slice(0, side) if left == 0 else slice(size - side, size),
+            )
+            changed[:, :, *place] = torch.randn(1, 3, side, side)
+            moved = (student(changed).patches - before).norm(dim=-1)[0]
+            corners = {
+                (y, x): moved[(slice(0, 2), slice(-2, None))[y], (slice(0, 2), slice(-2, None))[x]]
+                .mean()
+                .item()
+                for y in (0, 1)
+                for x in (0, 1)
+            }
+            # attention without a residual connection spreads everything: then no corner stands out
+            if max(corners.values()) > 1.5 * corners[top, left]:
+                raise ValueError("a corner of the picture shows in another corner of its map")
+
+
+def export(student: Student, size: int) -> dict[str, str]:
+    """Whether the backbone's graph agrees with torch, at one size and at two of varying ones."""
+    preprocess = Preprocess(size, _HALF, _HALF)
+    whole = Exported(
+        None, Deployment(preprocess, student, nn.Identity(), {}), (), student.stride, ""
+    )
+    step = max(student.stride, size // 4 // student.stride * student.stride)
+    other = (size - step, size)
+    if answer(lambda: outputs(whole, [torch.zeros(1, *other, 3)])) != "yes":
+        varying = f"takes {size} px only"
+    else:
+        varying = answer(lambda: check_export(whole, [(size, size), other], varying=True))
+    if varying == "yes":
+        return {"export": "yes", "varying": "yes"}
+    return {"export": answer(lambda: check_export(whole, [(size, size)])), "varying": varying}
+
+
+def outputs(whole: Exported, pictures: list[torch.Tensor]) -> list[np.ndarray]:
+    """The student's own patches of uint8 pictures [B, H, W, 3]."""
+    with torch.inference_mode():
+        normalized = (
+            whole.deployment.preprocess.normalize(picture.permute(0, 3, 1, 2) / 255)
+            for picture in pictures
+        )
+        maps = [whole.deployment.student(pixels).patches for pixels in normalized]
+    return [map_.flatten(1, 2).numpy() for map_ in maps]
+
+
+def check_export(whole: Exported, sizes: list[tuple[int, int]], varying: bool = False) -> None:
+    """Export the backbone and compare it at `sizes`; raises what torch does, or ValueError."""
+    pictures = [torch.randint(256, (2, *size, 3), dtype=torch.uint8) for size in sizes]
+    wanted = outputs(whole, pictures)
+    merged = merge_branches(whole, sizes[0])
+    part = build_parts(merged, *((None, None) if varying else sizes[0]))[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "backbone.onnx"
+        export_part(part, whole.stride, 2, path, {})
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        for picture, right in zip(pictures, wanted, strict=True):
+            (got,) = session.run(["backbone_patches"], {"image": picture.numpy()})
+            error = np.linalg.norm(got - right) / np.linalg.norm(right)
+            if not error <= _EXACT:
+                side = "x".join(map(str, picture.shape[1:3]))
+                raise ValueError(
+                    f"the graph is off by {error:.1e} of the output's length at {side}"
+                )
+
+
+def tried(families: list[str], limit: float) -> Iterator[dict[str, Any]]:
+    """Results of families, each tried in a process of its own."""
+    # torch and the exporter's table of operators are loaded once, before processes are forked
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    for family in families:
+        begun = time.perf_counter()
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(target=_child, args=(family, limit, sender))
+        child.start()
+        sender.close()
+        try:
+            result = receiver.recv()
+        except EOFError:
+            child.join()
+            late = child.exitcode == -signal.SIGXCPU
+            reason = f"not done in {limit:g} s" if late else f"ended by signal {-child.exitcode}"
+            result = {"family": family, "member": "-", "student": reason}
+        child.join()
+        print(f"{time.perf_counter() - begun:4.0f} s  {row(result)}", file=sys.stderr, flush=True)
+        yield result
+
+
+def _child(family: str, limit: float, sender: Connection) -> None:
+    """Try a family for `limit` seconds of CPU time at most, which other processes do not use up."""
+    resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
+    sender.send(try_family(family))
+
+
+def row(result: dict[str, Any]) -> str:
+    """A family's line of the page."""
+    given = ", ".join(f"{key}={value}" for key, value in result.get("kwargs", {}).items())
+    member = f"`{result['member']}`" + (f" ({given})" if given else "")
+    columns = [result["family"], member, result["student"], str(result.get("stride", "-"))]
+    columns += [result.get(name, "-") for name in ("teacher", "export", "varying")]
+    return "| " + " | ".join(column.replace("|", "/") for column in columns) + " |"
+
+
+def main() -> None:
+    """Parse the command line; write the page, or compare families with it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, metavar="FILE", help="results so far (JSON lines)")
+    parser.add_argument("--families", nargs="+", metavar="FAMILY", help="try these (default: all)")
+    parser.add_argument("--check", nargs="+", metavar="FAMILY", help="compare these with the page")
+    parser.add_argument(
+        "--limit", type=float, default=120, metavar="S", help="CPU seconds for a family (120)"
+    )
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.check:
+        page = PAGE.read_text().splitlines()
+        wrong = [line for line in map(row, tried(args.check, args.limit)) if line not in page]
+        sys.exit(1 if wrong else 0)
+    if not args.results:
+        parser.error("give --results FILE, or --check FAMILY …")
+    known = {}
+    if args.results.exists():
+        lines = map(json.loads, args.results.read_text().splitlines())
+        known = {result["family"]: result for result in lines}
+    wanted = args.families or timm.list_modules()
+    with args.results.open("a") as file:
+        for result in tried([family for family in wanted if family not in known], args.limit):
+            known[result["family"]] = result
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+    header = _HEADER.format(timm=timm.__version__, torch=torch.__version__.split("+")[0])
+    PAGE.write_text(header + "".join(row(known[name]) + "\n" for name in sorted(known)))
+
+
+if __name__ == "__main__":
+    main()

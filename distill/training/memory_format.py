@@ -1,0 +1,62 @@
+"""`train.channels_last`: which memory format a student trains in, and where torch cannot."""
+
+import logging
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import TrainConfig
+from distill.methods.method import Method
+from distill.models.preprocess import Preprocess
+from distill.models.student import Student
+
+log = logging.getLogger(__name__)
+
+_FEW = 4
+"""Input channels up to which torch 2.15's backward pass of a 1x1 convolution with a stride writes
+out of bounds on a CPU in channels_last, measured with 1 to 16."""
+
+
+def set_memory_format(method: Method, settings: TrainConfig, device: torch.device) -> None:
+    """Put the method's students, momentum networks too, into channels_last where the settings say
+    so: `auto` for CNNs on CUDA. On a CPU it is slower or broken, and a warning says which.
+    """
+    students = [part for part in method.modules() if isinstance(part, Student)]
+    wanted = settings.channels_last
+    if wanted == "auto":
+        wanted = device.type == "cuda" and any(part.family == "cnn" for part in students)
+    if not wanted:
+        return
+    if device.type == "cpu":
+        broken = sum(map(_writes_out_of_bounds, method.student.modules()))
+        log.warning(
+            "train.channels_last = true on a CPU: %s (auto is right here)",
+            f"not done, as torch's backward pass of {broken} of this student's 1x1 convolutions "
+            "corrupts memory"
+            if broken
+            else "it gains nothing, and torch's backward pass of 1x1 convolutions of pictures with "
+            "a stride corrupts memory",
+        )
+        if broken:
+            return
+    # FSDP2 takes contiguous parameters alone; convolutions follow the format of what they read
+    if settings.parallel == "fsdp":
+        for part in method.modules():
+            if isinstance(part, Preprocess):
+                part.register_forward_hook(_to_channels_last)
+        return
+    for network in students or [method.student]:
+        network.to(memory_format=torch.channels_last)
+
+
+def _writes_out_of_bounds(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.in_channels <= _FEW
+        and module.kernel_size == (1, 1)
+        and module.stride != (1, 1)
+    )
+
+
+def _to_channels_last(module: nn.Module, inputs: tuple, pixels: Tensor) -> Tensor:
+    return pixels.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,103 @@
+"""Layouts of timm's families as students: learnt, or refused in one line that gives the reason."""
+
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from contract.errors import UserError
+from distill.config import StudentConfig
+from distill.models.batch_norm import values_per_channel
+from distill.models.layout import Layout, map_stride
+from distill.models.meta import building
+from distill.models.student import Student, create_timm
+
+
+def student(name: str, size: int = 224, drop_path: float = 0.0, **kwargs: object) -> Student:
+    """On the meta device."""
+    config = StudentConfig(name=name, image_size=size, kwargs=kwargs, drop_path=drop_path)
+    with building():
+        return Student(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "layout"),
+    [
+        ("hiera_tiny_224", {"stages": [1, 1, 1, 1]}, ("NLC", 768, 32, 0, False)),
+        ("mvitv2_tiny", {}, ("NLC", 768, 32, 0, False)),
+        ("efficientformer_l1", {}, ("NLC", 448, 32, 0, False)),
+        ("twins_svt_small", {"depths": [1, 1, 1, 1]}, ("NLC", 512, 32, 0, False)),
+        # a class token that timm's volo does not declare as a prefix
+        ("volo_d1_224", {}, ("NLC", 384, 16, 1, True)),
+        # a ViT behind a ResNet: patches of 8 of its map
+        ("vit_tiny_r_s16_p8_224", {"depth": 1}, ("NLC", 192, 32, 1, True)),
+        ("poolformer_s12", {}, ("NCHW", 512, 32, 0, False)),
+        ("vit_tiny_patch16_224", {"depth": 1, "reg_tokens": 4}, ("NLC", 192, 16, 5, True)),
+    ],
+)
+def test_stride_and_tokens_are_learnt_from_a_forward_pass(name, kwargs, layout):
+    learnt = student(name, **kwargs)
+    assert learnt.layout[:5] == Layout(*layout)[:5]
+    with torch.device("meta"):
+        features = learnt.eval()(torch.empty(1, 3, 224, 224))
+    side = 224 // learnt.stride
+    assert features.patches.shape == (1, side, side, learnt.width)
+    assert features.summary.shape == (1, learnt.width)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "reason"),
+    [
+        ("crossvit_tiny_240", {}, "gives 2 tensors in place of one feature map"),
+        ("efficientvim_m1", {}, "gives 4 tensors in place of one feature map"),
+        ("pit_ti_224", {}, "gives its class token alone"),
+        ("inception_v3", {}, "gives a map of 5 rows for 224 px, which no stride"),
+        (
+            "vit_tiny_patch16_224",
+            {"patch_size": [16, 8]},
+            "has patches of 16 x 8 pixels, not sq",
+        ),
+        (
+            "vit_tiny_patch16_224",
+            {"patch_size": [16, 4]},
+            "has patches of 16 x 4 pixels, not sq",
+        ),
+        ("vit_tiny_patch16_224", {"in_chans": 1}, "takes 1 channels, but pictures have 3: remove"),
+        ("test_resnet", {"features_only": True}, "remove features_only"),
+        ("test_resnet", {"layers": [1, 2]}, r"with kwargs .* does not take pictures of"),
+    ],
+)
+def test_what_cannot_be_a_student_is_refused_with_the_reason(name, kwargs, reason):
+    with pytest.raises(UserError, match=reason) as refused:
+        student(name, 240 if "240" in name else 224, **kwargs)
+    assert "\n" not in str(refused.value)
+    assert kwargs or "kwargs" not in str(refused.value)
+
+
+def test_only_the_user_s_own_arguments_are_refused():
+    with pytest.raises(UserError, match="does not have the arguments bogus: remove them"):
+        create_timm("test_resnet", img_size=64, bogus=1)
+    with pytest.raises(UserError, match="has no stochastic depth: set drop_path to 0"):
+        student("vgg11", drop_path=0.1)
+    # one class names both of them in one sentence
+    assert create_timm("poolformer_s12", img_size=64, dynamic_img_size=True, num_classes=0)
+
+
+def test_a_declared_stride_stands_where_a_side_is_no_multiple():
+    net = student("test_resnet", 96).net
+    assert map_stride(net, 112, 4) == 32
+    assert map_stride(net, 299, 8) == 37
+
+
+def test_the_fewest_values_of_a_batch_norm_are_counted():
+    assert values_per_channel(student("test_resnet", 96).net, 96) == 9
+    assert values_per_channel(student("test_resnet", 32).net, 32) == 1
+    assert values_per_channel(student("test_vit", 160).net, 160) is None
+
+
+def test_what_is_called_as_a_whole_is_known():
+    """FSDP2 gathers weights where a module is called."""
+    twins = student("twins_svt_small", depths=[1, 1, 1, 1])
+    assert "blocks.0" not in twins.layout.called and "blocks.0.0" in twins.layout.called
+    resnet = student("test_resnet", 64)
+    assert {"layer1", "layer4"} <= resnet.layout.called
+    assert any(isinstance(module, _BatchNorm) for module in resnet.net.modules())
