@@ -23,6 +23,7 @@ our users' pictures.
 """
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+IMAGE_SUFFIXES += (".jpe", ".jfif", ".avif", ".jp2", ".pgm")
 """Of files in a user's own folders."""
 
 _MAX_SCANS = 100

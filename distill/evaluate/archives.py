@@ -15,6 +15,7 @@ import scipy.io
 from PIL import Image
 
 from contract.errors import UserError, first_line
+from distill.data.files import Names
 from distill.evaluate.datasets import (
     ClassFolders,
     Labelled,
@@ -224,7 +225,7 @@ def _listed(
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]} is missing, one of {len(missing)}: {remedy}")
-    return ClassFolders(root, tuple(map(str, files)), labels, classes)
+    return ClassFolders(root, Names(map(str, files)), labels, classes)
 
 
 # ---- Oxford-IIIT Pets -------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from contract.errors import UserError, first_line
+from contract.errors import UserError, first_line, machine_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
+from distill.data.files import Names, picture_files, size_and_time, subfolders
 from distill.data.pictures import digest
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
@@ -39,21 +40,24 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 
 def _files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """Every file below a folder with one of the suffixes, sorted; hidden ones left out."""
-    result = (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    )
-    return sorted(path for path in result if path.is_file())
+    """Every picture below a folder by the rule of training, or file with one of the suffixes,
+    sorted; raises UserError for one that is a link to nothing.
+    """
+    return [_existing(Path(path)) for path in picture_files(folder, suffixes)]
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(
+            f"{path} is a link to nothing, or not a file: restore or remove it, as scores need "
+            "every picture"
+        )
+    return path
 
 
 def stamp(root: Path, files: Sequence[Path | str]) -> str:
     """Hex digest that changes when files are added, removed, resized or rewritten."""
-    stats = ((path, os.stat(path)) for path in files)
-    return digest(
-        (os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns) for path, stat in stats
-    )
+    return digest((os.path.relpath(path, root), *size_and_time(path)) for path in files)
 
 
 def read_picture(path: Path | str) -> Image.Image:
@@ -63,6 +67,9 @@ def read_picture(path: Path | str) -> Image.Image:
     try:
         return decode(Path(path), TRUSTED, name=str(path))
     except UnreadableImage as error:
+        trouble = machine_trouble(error)
+        if trouble:
+            raise UserError(f"cannot read {path}: {trouble}") from error
         raise UserError(
             f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every "
             "picture"
@@ -94,11 +101,11 @@ class ClassFolders:
     """One split of a data set with a folder per class: files, their labels [n], and the classes'
     names.
 
-    Files are strings: ImageNet's million as Path objects would be a gigabyte in every worker.
+    Files are `Names`: a million objects would be copied into every worker.
     """
 
     root: Path
-    files: tuple[str, ...]
+    files: Names
     labels: np.ndarray
     classes: tuple[str, ...]
 
@@ -126,11 +133,7 @@ def open_classes(
     folder = split_folder(root, split)
     if folder is None:
         raise UserError(f"--data {root} has no {split} split: create {root / split}/CLASS/*.jpg")
-    names = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    names = [path.name for path in subfolders(folder)]
     if classes is not None:
         unknown = [name for name in names if name not in classes]
         if unknown:
@@ -157,7 +160,7 @@ def open_classes(
         raise UserError(
             f"{folder} has pictures of only {present} class: classification needs at least two"
         )
-    return ClassFolders(root, tuple(files), np.array(labels, np.int64), numbering)
+    return ClassFolders(root, Names(files), np.array(labels, np.int64), numbering)
 
 
 def open_folder(root: Path) -> ClassFolders:
@@ -165,9 +168,7 @@ def open_folder(root: Path) -> ClassFolders:
 
     Raises UserError for a folder without pictures.
     """
-    names = sorted(
-        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    names = [path.name for path in subfolders(root)]
     found = {name: _files_below(root / name) for name in names}
     found = {name: files for name, files in found.items() if files} or {
         root.name: _files_below(root)
@@ -179,7 +180,7 @@ def open_folder(root: Path) -> ClassFolders:
             "distill.evaluate --list"
         )
     labels = np.repeat(np.arange(len(found)), [len(here) for here in found.values()])
-    return ClassFolders(root, tuple(files), labels.astype(np.int64), tuple(found))
+    return ClassFolders(root, Names(files), labels.astype(np.int64), tuple(found))
 
 
 @dataclass(frozen=True)
@@ -247,7 +248,7 @@ def open_pairs(
         maps = _subfolder(above, map_folders, below)
         if pictures and maps:
             return _match(root, pictures, maps, ade=below is not None and _is_ade(maps))
-    if folder and kind == "depth" and (pictures := _files_below_pattern(folder, "rgb_*")):
+    if folder and kind == "depth" and (pictures := _rgb_below(folder)):
         maps = [
             path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png")
             for path in pictures
@@ -267,9 +268,8 @@ def _is_ade(maps: Path) -> bool:
     return maps.parent.name == "annotations" and maps.name in ("training", "validation")
 
 
-def _files_below_pattern(folder: Path, pattern: str) -> list[Path]:
-    """Image files below a folder whose names match a pattern, sorted."""
-    return sorted(path for path in folder.rglob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
+def _rgb_below(folder: Path) -> list[Path]:
+    return [path for path in _files_below(folder) if path.name.startswith("rgb_")]
 
 
 def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | None:
