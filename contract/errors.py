@@ -67,6 +67,15 @@ def machine_trouble(error: BaseException) -> str | None:
     return f"{os.strerror(number)} ({_MACHINE[number]})" if number is not None else None
 
 
+def raise_trouble(what: object, error: BaseException) -> None:
+    """Raise UserError, "cannot read WHAT: …", where an error is the machine's (`machine_trouble`);
+    first of all wherever a file is about to be called damaged.
+    """
+    trouble = machine_trouble(error)
+    if trouble:
+        raise UserError(f"cannot read {what}: {trouble}") from error
+
+
 def suggest(value: str, known: Iterable[str], show: int = 8) -> str:
     """Return "did you mean 'x'?" for the known name nearest to `value`, else the first known
     names.
@@ -98,13 +107,13 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno == errno.EPIPE and _reader_has_gone():
             return 128 + signal.SIGPIPE
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        trouble = machine_trouble(error)
+        if trouble is None:
             raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            trouble = f"{error.strerror} (make room, fix its permissions, or name another)"
         status = 2
-        message = (
-            f"{error.filename or 'a file'}: {error.strerror} (make room, fix its permissions, or "
-            "name another)"
-        )
+        message = f"{error.filename or 'a file'}: {trouble}"
     except Failure as error:
         status = 1
         message = str(error)

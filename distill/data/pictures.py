@@ -16,7 +16,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from contract.errors import UserError, machine_trouble
+from contract.errors import UserError, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode, read_file
 from distill.config import DataConfig
 from distill.data.files import Names, picture_files, size_and_time
@@ -92,9 +92,7 @@ class FolderPictures:
         try:
             return read_file(Path(name), TRUSTED, name)
         except UnreadableImage as error:
-            trouble = machine_trouble(error)
-            if trouble:
-                raise UserError(f"cannot read {name}: {trouble}") from error
+            raise_trouble(name, error)
             raise
 
     def load(self, number: int) -> Image.Image:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from webdataset.shardlists import expand_urls
 
-from contract.errors import UserError, first_line, machine_trouble
+from contract.errors import UserError, first_line, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, decode
 from distill.data.files import Names, is_data
 from distill.data.open_files import Pool
@@ -116,9 +116,9 @@ class WebDatasetPictures:
             # pread: a place of its own, so that forked workers may share what the parent has open
             return os.pread(file, size, offset)
         except OSError as error:
+            raise_trouble(self.name(number), error)
             raise UserError(
-                f"data.path: cannot read {self.name(number)}: "
-                f"{machine_trouble(error) or first_line(error)}"
+                f"data.path: cannot read {self.name(number)}: {first_line(error)}"
             ) from error
 
     def load(self, number: int) -> Image.Image:
@@ -165,8 +165,8 @@ def _index(path: str) -> _Index:
             _store(kept, state, index)
         return index
     except OSError as error:
-        trouble = machine_trouble(error) or first_line(error)
-        raise UserError(f"data.path: cannot read {path}: {trouble}") from error
+        raise_trouble(path, error)
+        raise UserError(f"data.path: cannot read {path}: {first_line(error)}") from error
 
 
 def _cache_file(path: str) -> Path:

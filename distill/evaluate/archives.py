@@ -14,7 +14,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from contract.errors import UserError, first_line
+from contract.errors import UserError, first_line, raise_trouble
 from distill.data.files import Names
 from distill.evaluate.datasets import (
     ClassFolders,
@@ -206,6 +206,7 @@ def _read_mat(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
         content = scipy.io.loadmat(path)
     # A damaged file fails in any way its fields can
     except Exception as error:
+        raise_trouble(path, error)
         raise UserError(
             f"{path} is not a MATLAB file ({first_line(error)}): download it again"
         ) from error

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from contract.errors import UserError, machine_trouble
+from contract.errors import UserError, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
 from distill.data.files import Names, picture_files, size_and_time, subfolders
 from distill.data.pictures import digest
@@ -80,9 +80,7 @@ def read_picture(path: Path | str) -> Image.Image:
     try:
         return decode(Path(path), TRUSTED, name=str(path))
     except UnreadableImage as error:
-        trouble = machine_trouble(error)
-        if trouble:
-            raise UserError(f"cannot read {path}: {trouble}") from error
+        raise_trouble(path, error)
         raise UserError(
             f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every "
             "picture"

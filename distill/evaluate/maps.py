@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from contract.errors import UserError, first_line, machine_trouble
+from contract.errors import UserError, first_line, raise_trouble
 from contract.images import as_stored, orientation
 
 Exif = Literal["auto", "stored", "upright"]
@@ -61,12 +61,8 @@ def read_map(path: Path) -> np.ndarray:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    trouble = machine_trouble(error)
-    return UserError(
-        f"cannot read {path}: {trouble}"
-        if trouble
-        else f"{path} cannot be read ({first_line(error)}): repair or remove it"
-    )
+    raise_trouble(path, error)
+    return UserError(f"{path} cannot be read ({first_line(error)}): repair or remove it")
 
 
 def as_drawn(picture: Image.Image, file: Path, path: Path, exif: Exif) -> Image.Image:

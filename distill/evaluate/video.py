@@ -22,7 +22,7 @@ from rich.progress import track
 from skimage.morphology import dilation, disk
 from torch import Tensor
 
-from contract.errors import UserError
+from contract.errors import UserError, raise_trouble
 from distill.data.files import is_picture, subfolders
 from distill.evaluate.config import EvaluationConfig, VideoConfig
 from distill.evaluate.datasets import read_picture
@@ -310,6 +310,7 @@ def _read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
         with Image.open(path) as image:
             mode, mask = image.mode, np.array(image)
     except Exception as error:  # Pillow's decoders fail in many ways on damaged files
+        raise_trouble(path, error)
         raise UserError(f"cannot read the mask {path}: restore the file") from error
     if mode not in ("P", "L"):
         raise UserError(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from contract.errors import UserError, first_line
+from contract.errors import UserError, first_line, raise_trouble
 from contract.files import sort_safetensors_metadata, write_atomically
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
+        raise_trouble(path, error)
         raise UserError(f"{path} is damaged or half-written ({error}): {remedy}") from error
     if "sha256" in metadata and tensors_sha256(tensors) != metadata["sha256"]:
         raise UserError(f"{path} does not match its recorded sha256: it is damaged; {remedy}")
@@ -131,6 +132,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             "tensors (if you trust the file, save its state dict as .safetensors)"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        raise_trouble(path, error)
         raise UserError(
             f"checkpoint {path} is damaged or half-written ({first_line(error)}): download it again"
         ) from error
