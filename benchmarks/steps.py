@@ -47,7 +47,7 @@ class Step:
         self.look = teacher_features(self.teachers, self.method.teacher_views, device)
         index = {MAIN: torch.arange(args.batch)}
         self.schedule = Schedule(recipe, self.method, self.teachers, _MANY)
-        self.batch = Batch(self._random_views(device), index, index, [])
+        self.batch = Batch(self._random_views(device), index, index, [], {})
         self.progress = Progress(0, 1, 1)
         self.targets = self.look(self.batch)
         self.prepare()

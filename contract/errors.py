@@ -29,6 +29,53 @@ class Stopped(KeyboardInterrupt):
     """A signal that ends a command as Ctrl-C does, SIGTERM say: made with its number."""
 
 
+_MACHINE = {
+    errno.EMFILE: "raise `ulimit -n`, or use fewer workers",
+    errno.ENFILE: "the machine has too many files open: stop what holds them",
+    errno.ENOMEM: "free some memory, or use fewer workers",
+    errno.EIO: "its disk or the connection to it fails, the file may be whole: check the disk",
+    errno.ESTALE: "mount the network folder again",
+    errno.ETIMEDOUT: "check the connection to its network folder",
+    errno.ENOTCONN: "mount the network folder again",
+    errno.EHOSTDOWN: "check the connection to its network folder",
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some of your quota",
+    errno.EROFS: "its file system is mounted read-only: name another place",
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+}
+"""Errors that say nothing about the contents of a file, and what to do about each."""
+
+_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|: [A-Z][A-Za-z ]+ \((\d+)\)")
+"""How safetensors, Python and torch write an error's number into a text."""
+
+
+def machine_trouble(error: BaseException) -> str | None:
+    """The machine's reason behind an error and its remedy, "Too many open files (raise `ulimit
+    -n`, …)"; None where the file itself may be at fault.
+
+    Whoever reads files must not call them damaged, skip them or advise deleting them where this
+    has an answer.
+    """
+    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+        return f"{os.strerror(errno.ENOMEM)} ({_MACHINE[errno.ENOMEM]})"
+    numbers = [e.errno for e in (error, error.__cause__) if isinstance(e, OSError)]
+    text = _NUMBER.search(str(error))
+    if text:
+        numbers.append(int(next(filter(None, text.groups()))))
+    number = next((number for number in numbers if number in _MACHINE), None)
+    return f"{os.strerror(number)} ({_MACHINE[number]})" if number is not None else None
+
+
+def raise_trouble(what: object, error: BaseException) -> None:
+    """Raise UserError, "cannot read WHAT: …", where an error is the machine's (`machine_trouble`);
+    first of all wherever a file is about to be called damaged.
+    """
+    trouble = machine_trouble(error)
+    if trouble:
+        raise UserError(f"cannot read {what}: {trouble}") from error
+
+
 def suggest(value: str, known: Iterable[str], show: int = 8) -> str:
     """Return "did you mean 'x'?" for the known name nearest to `value`, else the first known
     names.
@@ -60,13 +107,13 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except OSError as error:
         if error.errno == errno.EPIPE and _reader_has_gone():
             return 128 + signal.SIGPIPE
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        trouble = machine_trouble(error)
+        if trouble is None:
             raise
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            trouble = f"{error.strerror} (make room, fix its permissions, or name another)"
         status = 2
-        message = (
-            f"{error.filename or 'a file'}: {error.strerror} (make room, fix its permissions, or "
-            "name another)"
-        )
+        message = f"{error.filename or 'a file'}: {trouble}"
     except Failure as error:
         status = 1
         message = str(error)

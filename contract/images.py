@@ -23,6 +23,7 @@ our users' pictures.
 """
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+IMAGE_SUFFIXES += (".jpe", ".jfif", ".avif", ".jp2", ".pgm")
 """Of files in a user's own folders."""
 
 _MAX_SCANS = 100
@@ -42,6 +43,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns a picture upright, by the value of its EXIF tag."""
+
+
+_STORED = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
+"""What turns an upright picture back to the pixels of its file, where that is another turn."""
 
 
 class Limits(NamedTuple):
@@ -113,7 +118,7 @@ def decode(
                 if isinstance(picture, PngImageFile):
                     _check_sums(data)
                 if size and isinstance(picture, JpegImageFile):
-                    height, width = size if _orientation(picture) < 5 else size[::-1]
+                    height, width = size if orientation(picture) < 5 else size[::-1]
                     picture.draft(None, (2 * width, 2 * height))
                 return to_rgb(picture, name)
     except UnreadableImage:
@@ -177,7 +182,7 @@ def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
     except Exception as error:  # as many kinds as there are decoders
         raise UnreadableImage(name, _damaged(error)) from error
     # After loading: Pillow turns TIFFs itself and takes their tag away.
-    tag = _orientation(picture)
+    tag = orientation(picture)
     return rgb.transpose(_UPRIGHT[tag]) if tag in _UPRIGHT else rgb
 
 
@@ -241,7 +246,13 @@ def _without_text(data: bytes) -> bytes:
     return b"".join((*kept, data[start:]))
 
 
-def _orientation(picture: Image.Image) -> int:
+def as_stored(upright: Image.Image, tag: int) -> Image.Image:
+    """Undo the turn of `to_rgb`: the picture as its file has it, whose EXIF tag is `tag`."""
+    turn = _STORED.get(tag, _UPRIGHT.get(tag))
+    return upright if turn is None else upright.transpose(turn)
+
+
+def orientation(picture: Image.Image) -> int:
     """The EXIF tag that says how a picture was held, 1 (upright) where there is none or it cannot
     be read.
     """

@@ -195,7 +195,11 @@ class TeacherCacheConfig(Section):
         0, description="fixed augmented views per picture; 0 disables the cache"
     )
     path: str | None = Field(None, description="folder of the cache; default: RUN/teacher_cache")
-    shard_size: Positive = Field(256, description="views in one memory-mapped shard")
+    shard_size: Positive = Field(256, description="views in one shard")
+    dtype: Literal["float16", "int8"] = Field(
+        "float16",
+        description="int8: half the room, with one scale for every vector; its error is logged",
+    )
 
 
 class TargetConfig(Section):

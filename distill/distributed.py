@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from contract.errors import UserError
 from distill.config import TrainConfig
 
+_PATIENCE = timedelta(days=7)
+"""How long a barrier waits; a process that died is torchrun's to notice."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -31,6 +35,8 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
+    """Group to wait in; None: the default one, whose collectives fail after minutes."""
 
     @property
     def first(self) -> bool:
@@ -38,9 +44,11 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for the other processes."""
+        """Wait for the other processes, however long one of them fills a cache, reads a list of
+        files or writes a checkpoint.
+        """
         if self.world > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
     def mean(self, values: Tensor) -> Tensor:
         """Average a tensor over processes; in place."""
@@ -113,11 +121,12 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if device == "cuda":
         torch.cuda.set_device(place)
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), place)
+    # of sockets, also beside NCCL, which gives up after ten minutes and spins a GPU until then
+    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), place, patient)
     try:
         yield ranks
-        # Rank 0 draws pictures at the end; a rank that left earlier would tear down threads they
-        # still share.
+        # a rank that left earlier would tear down threads they still share
         ranks.barrier()
     finally:
         # wrapped models hold the group in reference cycles, and it must not outlive its destruction

@@ -106,12 +106,13 @@ def distil(
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("timm").setLevel(logging.WARNING)
-    with join_ranks(recipe.train.device) as ranks, StopSignal() as stop:
-        if not ranks.first:
-            logging.getLogger().setLevel(logging.ERROR)
-        show_start(recipe, folder, ranks)
-        complete = train(recipe, folder, ranks, resume, stop)
-        if ranks.first:
+    with StopSignal() as stop:
+        with join_ranks(recipe.train.device) as ranks:
+            if not ranks.first:
+                logging.getLogger().setLevel(logging.ERROR)
+            show_start(recipe, folder, ranks)
+            complete = train(recipe, folder, ranks, resume, stop)
+        if ranks.first:  # nobody waits for pictures
             finish(recipe, folder, complete)
 
 

@@ -30,6 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill.data.pictures import PackagedPhotos
+from distill.data.tars import CACHE_VARIABLE
 from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.encoder import Encoder, parse_model, teacher_encoder
 from distill.run import main
@@ -49,6 +50,12 @@ def long_case(*values: object) -> object:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Indexes of tar files do not go into the home of whoever runs the tests."""
+    os.environ[CACHE_VARIABLE] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,11 @@ order of pictures with a batch size of its own; all streams of a run share one s
 
 import logging
 import math
+import os
 import signal
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from contract.errors import UserError
-from distill.data.crops import MAIN, CropDataset, Sample, Skipped
+from distill.data.crops import MAIN, CropDataset, Sample, Skipped, View
 
 log = logging.getLogger(__name__)
 
@@ -28,21 +30,24 @@ _Key = tuple[str, int, int]
 
 class Batch(NamedTuple):
     """`views` by name: uint8 [crops * B, 3, S, S], crop by crop, and what else a view requests;
-    `pictures` and `numbers` [B] (which view of them) by stream; and what was skipped.
+    `pictures` and `numbers` [B] (which view of them) by stream; what was skipped; and, by stream,
+    rows of the teacher cache, if there is one: uint8 [B, bytes].
     """
 
     views: dict[str, Tensor]
     pictures: dict[str, Tensor]
     numbers: dict[str, Tensor]
     skipped: list[Skipped]
+    features: dict[str, Tensor]
 
     def to(self, device: torch.device) -> "Batch":
         views = {name: view.to(device, non_blocking=True) for name, view in self.views.items()}
-        return self._replace(views=views)
+        features = {s: rows.to(device, non_blocking=True) for s, rows in self.features.items()}
+        return self._replace(views=views, features=features)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    views, pictures, numbers = {}, {}, {}
+    views, pictures, numbers, features = {}, {}, {}, {}
     for stream in dict.fromkeys(sample.stream for sample in samples):
         own = [sample for sample in samples if sample.stream == stream]
         pictures[stream] = torch.tensor([sample.picture for sample in own])
@@ -50,9 +55,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
         for name in own[0].views:
             # [crops, B, …]: the first crop of every picture, then the second
             views[name] = torch.stack([sample.views[name] for sample in own], dim=1).flatten(0, 1)
-    return Batch(
-        views, pictures, numbers, [entry for sample in samples for entry in sample.skipped]
-    )
+        if own[0].features is not None:
+            features[stream] = torch.stack([sample.features for sample in own])
+    skipped = [entry for sample in samples for entry in sample.skipped]
+    return Batch(views, pictures, numbers, skipped, features)
 
 
 class StreamBatches(Sampler[list[_Key]]):
@@ -144,10 +150,46 @@ def prepare_worker(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+_SHARED_MEMORY = Path("/dev/shm")
+"""Where workers leave their batches."""
+
+
+def batch_bytes(views: Iterable[View], sizes: Mapping[str, int]) -> int:
+    """Bytes of a batch of so many pictures of each stream."""
+    shapes = (shape for view in views for shape in view.shapes(sizes[view.stream]).values())
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
+def prefetch_factor(batch_bytes: int, workers: int, wanted: int = 4) -> int | None:
+    """Batches that each of `workers` may prepare, at most `wanted`, so that all fit into shared
+    memory; None without workers.
+
+    Raises UserError where not even one does: a worker would be killed by a bus error.
+    """
+    if not workers or not _SHARED_MEMORY.is_dir():
+        return wanted if workers else None
+    about = os.statvfs(_SHARED_MEMORY)
+    free = about.f_bavail * about.f_frsize
+    most = (free // max(1, batch_bytes) - 1) // workers  # one more is being used
+    if most < 1:
+        raise UserError(
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but {workers} workers need "
+            f"{(workers + 1) * batch_bytes / 1e6:.0f} MB for a batch each: enlarge it (docker run "
+            "--shm-size), or lower the number of workers or the batch size"
+        )
+    return min(wanted, most)
+
+
 def make_loader(
-    dataset: CropDataset, batches: Sampler | Iterable, workers: int, pin_memory: bool
+    dataset: CropDataset,
+    batches: Sampler | Iterable,
+    workers: int,
+    pin_memory: bool,
+    batch_bytes: int = 0,
 ) -> DataLoader:
-    """Decode and crop in `workers` processes ahead of the training step (0: in this process)."""
+    """Decode and crop in `workers` processes ahead of the training step (0: in this process), as
+    far ahead as shared memory has room for batches of `batch_bytes`.
+    """
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -158,7 +200,7 @@ def make_loader(
         # An iterator draws a seed for its workers. Drawn from the global stream, that draw would
         # shift stochastic depth after a resume; nothing here uses it.
         generator=torch.Generator(),
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=prefetch_factor(batch_bytes, workers),
         # decoded photographs are shared with forked workers; they never touch CUDA
         multiprocessing_context="fork" if workers else None,
     )

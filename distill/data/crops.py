@@ -6,7 +6,7 @@ normalise its crops themselves, on the device.
 
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +30,8 @@ IMAGE = "image"
 
 _Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
+
+_FeaturesOf = Callable[[str, int, int], Tensor]
 
 Skipped = tuple[str, str]
 """Name of an unreadable picture and the reason."""
@@ -168,7 +170,7 @@ def view_of(key: str) -> str:
 
 class Sample(NamedTuple):
     """The crops of one picture of one stream: `views` by name, each [crops, …]; the picture and the
-    number of the view that were requested; what had to be skipped.
+    number of the view that were requested; what had to be skipped; what `CropDataset.features` has.
     """
 
     stream: str
@@ -176,13 +178,15 @@ class Sample(NamedTuple):
     picture: int
     view: int
     skipped: tuple[Skipped, ...]
+    features: Tensor | None
 
 
 class CropDataset(Dataset):
     """Samples addressed by (stream, picture, view number). An unreadable picture is replaced by the
     next readable one.
 
-    `views` must have their sizes and scales (see `resolve_views`).
+    `views` must have their sizes and scales (see `resolve_views`). `features(stream, picture, view
+    number)` may give bytes that a sample carries along: rows of a cache.
     """
 
     TRIES = 32
@@ -191,6 +195,7 @@ class CropDataset(Dataset):
         self, pictures: Pictures, config: DataConfig, views: Sequence[View], seed: int
     ) -> None:
         self.pictures, self.config, self.views, self.seed = pictures, config, tuple(views), seed
+        self.features: _FeaturesOf | None = None
 
     def __getitem__(self, key: tuple[str, int, int]) -> Sample:
         """Cut every view of `key` = (stream, picture, view number); raises UserError after too many
@@ -209,7 +214,8 @@ class CropDataset(Dataset):
             for view in self.views:
                 if view.stream == stream:
                     tensors |= self._cut(image, view, picture, number, boxes)
-            return Sample(stream, tensors, picture, number, tuple(skipped))
+            features = self.features(*key) if self.features else None
+            return Sample(stream, tensors, picture, number, tuple(skipped), features)
         name, reason = skipped[0]
         raise UserError(
             f"data: {len(skipped)} pictures in a row are unreadable, the first {name} ({reason})"

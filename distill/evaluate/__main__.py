@@ -65,7 +65,8 @@ data layouts of --data ROOT (ROOT/classification, ROOT/dense, … come first):
                   oxford-iiit-pet/{images/*.jpg,annotations/*.txt}
   transfer        a folder of several of these, a data set each
   dense           {train,val}/{images,masks,depth}/*
-                  images/{training,validation}/* with annotations/… (ADE20K)
+                  images/{training,validation}/* with annotations/… (ADE20K
+                  if objectInfo150.txt lies beside them)
                   {train,test}/SCENE/rgb_*.jpg with sync_depth_*.png (NYUv2)
   detection       annotations/instances_val2017.json, val2017/*.jpg (COCO)
   retrieval       gnd_*.pkl or gnd_*.json, jpg/NAME.jpg (revisited Oxford and

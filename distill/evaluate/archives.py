@@ -14,7 +14,8 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from contract.errors import UserError, first_line
+from contract.errors import UserError, first_line, raise_trouble
+from distill.data.files import Names
 from distill.evaluate.datasets import (
     ClassFolders,
     Labelled,
@@ -205,6 +206,7 @@ def _read_mat(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
         content = scipy.io.loadmat(path)
     # A damaged file fails in any way its fields can
     except Exception as error:
+        raise_trouble(path, error)
         raise UserError(
             f"{path} is not a MATLAB file ({first_line(error)}): download it again"
         ) from error
@@ -224,7 +226,7 @@ def _listed(
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]} is missing, one of {len(missing)}: {remedy}")
-    return ClassFolders(root, tuple(map(str, files)), labels, classes)
+    return ClassFolders(root, Names(map(str, files)), labels, classes)
 
 
 # ---- Oxford-IIIT Pets -------------------------------------------------------------------------

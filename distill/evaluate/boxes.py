@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from contract.errors import UserError
+from contract.errors import UserError, raise_trouble
 from distill.evaluate.datasets import family_root, read_picture
 
 _FIRST = "instances_"
@@ -124,6 +124,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
+        raise_trouble(path, error)
         raise UserError(f"{path} is damaged ({error}): write it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not in COCO's format: it has no images")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from distill.config import Area, NonNegative, Positive, Section
+from distill.config import Area, Auto, NonNegative, Positive, Section
 
 _Above0 = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
@@ -111,6 +111,11 @@ class DenseConfig(Section):
     batch_size: Positive = Field(16, description="windows per step")
     lr: _Above0 = Field(1e-3, description="peak rate of AdamW")
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    exif: Literal["auto", "stored", "upright"] = Field(
+        "auto",
+        description="maps beside pictures that an EXIF tag turns are drawn on the pixels as they "
+        "are stored, or upright; auto: what fits their size",
+    )
     loss_stride: Positive = Field(
         4,
         description="pixels between two points of the training loss; scores are computed at "
@@ -133,13 +138,15 @@ class SegmentationConfig(Section):
     classes: Positive | None = Field(
         None, description="number of classes; default: the largest label + 1"
     )
-    ignore: NonNegative = Field(
-        255, description="label of pixels that are neither trained on nor scored"
+    ignore: int | list[int] | Auto = Field(
+        "auto",
+        description="label of pixels that are neither trained on nor scored, or a list of them; "
+        "auto: 255 in masks of 8 bits, none in others",
     )
     zero: Literal["auto", "class", "ignore"] = Field(
         "auto",
-        description="meaning of label 0; auto: ignored in ADE20K's layout (its classes start at "
-        "1), else a class",
+        description="meaning of label 0; auto: ignored in ADE20K (objectInfo150.txt is there; its "
+        "classes start at 1), else a class",
     )
 
 
@@ -152,7 +159,11 @@ class DepthConfig(Section):
     bins: Positive = Field(256, description="depth candidates, evenly spaced")
     min_depth: _Above0 = Field(1e-3, description="metres; nearer pixels are ignored")
     max_depth: _Above0 = Field(10.0, description="metres; farther pixels are ignored")
-    scale: _Above0 = Field(1000.0, description="integer depth files contain metres times this")
+    scale: _Above0 | None = Field(
+        None,
+        description="integer depth files contain metres times this; default: 1000, and to be set "
+        "for files of 8 bits",
+    )
     crop: Literal["none", "eigen"] = Field(
         "none", description="eigen: NYUv2's customary inner rectangle"
     )

@@ -11,11 +11,22 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from contract.errors import UserError, first_line
+from contract.errors import UserError, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
+from distill.data.files import Names, picture_files, size_and_time, subfolders
 from distill.data.pictures import digest
+from distill.evaluate.maps import (
+    Exif,
+    Ignored,
+    WrongLabel,
+    as_drawn,
+    dropped_labels,
+    map_size,
+    read_map,
+    stored_bits,
+)
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 """Folder names that stand for the two splits."""
@@ -23,6 +34,9 @@ _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 _PICTURES = ("images", "image", "rgb")
 _MASKS = ("masks", "annotations", "labels")
 _DEPTHS = ("depth", "depths")
+
+_ADE_NAMES = "objectInfo150.txt"
+"""ADE20K's table of classes: its layout alone says nothing, many data sets lie so."""
 
 
 def family_root(data: Path, family: str) -> Path:
@@ -39,21 +53,24 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 
 def _files_below(folder: Path, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
-    """Every file below a folder with one of the suffixes, sorted; hidden ones left out."""
-    result = (
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and not path.name.startswith(".")
-    )
-    return sorted(path for path in result if path.is_file())
+    """Every picture below a folder by the rule of training, or file with one of the suffixes,
+    sorted; raises UserError for one that is a link to nothing.
+    """
+    return [_existing(Path(path)) for path in picture_files(folder, suffixes)]
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(
+            f"{path} is a link to nothing, or not a file: restore or remove it, as scores need "
+            "every picture"
+        )
+    return path
 
 
 def stamp(root: Path, files: Sequence[Path | str]) -> str:
     """Hex digest that changes when files are added, removed, resized or rewritten."""
-    stats = ((path, os.stat(path)) for path in files)
-    return digest(
-        (os.path.relpath(path, root), stat.st_size, stat.st_mtime_ns) for path, stat in stats
-    )
+    return digest((os.path.relpath(path, root), *size_and_time(path)) for path in files)
 
 
 def read_picture(path: Path | str) -> Image.Image:
@@ -63,6 +80,7 @@ def read_picture(path: Path | str) -> Image.Image:
     try:
         return decode(Path(path), TRUSTED, name=str(path))
     except UnreadableImage as error:
+        raise_trouble(path, error)
         raise UserError(
             f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every "
             "picture"
@@ -94,11 +112,11 @@ class ClassFolders:
     """One split of a data set with a folder per class: files, their labels [n], and the classes'
     names.
 
-    Files are strings: ImageNet's million as Path objects would be a gigabyte in every worker.
+    Files are `Names`: a million objects would be copied into every worker.
     """
 
     root: Path
-    files: tuple[str, ...]
+    files: Names
     labels: np.ndarray
     classes: tuple[str, ...]
 
@@ -126,11 +144,7 @@ def open_classes(
     folder = split_folder(root, split)
     if folder is None:
         raise UserError(f"--data {root} has no {split} split: create {root / split}/CLASS/*.jpg")
-    names = sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".")
-    )
+    names = [path.name for path in subfolders(folder)]
     if classes is not None:
         unknown = [name for name in names if name not in classes]
         if unknown:
@@ -157,7 +171,7 @@ def open_classes(
         raise UserError(
             f"{folder} has pictures of only {present} class: classification needs at least two"
         )
-    return ClassFolders(root, tuple(files), np.array(labels, np.int64), numbering)
+    return ClassFolders(root, Names(files), np.array(labels, np.int64), numbering)
 
 
 def open_folder(root: Path) -> ClassFolders:
@@ -165,9 +179,7 @@ def open_folder(root: Path) -> ClassFolders:
 
     Raises UserError for a folder without pictures.
     """
-    names = sorted(
-        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    names = [path.name for path in subfolders(root)]
     found = {name: _files_below(root / name) for name in names}
     found = {name: files for name, files in found.items() if files} or {
         root.name: _files_below(root)
@@ -179,7 +191,7 @@ def open_folder(root: Path) -> ClassFolders:
             "distill.evaluate --list"
         )
     labels = np.repeat(np.arange(len(found)), [len(here) for here in found.values()])
-    return ClassFolders(root, tuple(files), labels.astype(np.int64), tuple(found))
+    return ClassFolders(root, Names(files), labels.astype(np.int64), tuple(found))
 
 
 @dataclass(frozen=True)
@@ -212,26 +224,31 @@ class Some:
 
 @dataclass(frozen=True)
 class Pairs:
-    """One split of pictures with a mask or depth map each. `ade` says that labels follow ADE20K (0:
-    unlabelled).
+    """One split of pictures with a mask or depth map each. `ade` says that it is ADE20K (label 0:
+    unlabelled), `exif` whether maps are turned as pictures with an EXIF tag are.
     """
 
     root: Path
     pictures: tuple[Path, ...]
     maps: tuple[Path, ...]
     ade: bool
+    exif: Exif = "auto"
 
     def __len__(self) -> int:
         return len(self.pictures)
 
 
 def open_pairs(
-    data: Path, split: Literal["train", "val"], kind: Literal["masks", "depth"]
+    data: Path,
+    split: Literal["train", "val"],
+    kind: Literal["masks", "depth"],
+    exif: Exif = "auto",
 ) -> Pairs:
     """Open one split of a dense data set, in any of these layouts:
 
     - `SPLIT/images/*` with `SPLIT/masks/*` or `SPLIT/depth/*`
-    - `images/SPLIT/*` with `annotations/SPLIT/*` (ADE20K) or `depth/SPLIT/*`
+    - `images/SPLIT/*` with `annotations/SPLIT/*` (ADE20K, if objectInfo150.txt lies beside them) or
+      `depth/SPLIT/*`
     - `SPLIT/SCENE/rgb_*.jpg` with `SPLIT/SCENE/sync_depth_*.png` (NYUv2's official splits)
 
     A map has its picture's name, with .png or .npy. Raises UserError for a missing split or
@@ -246,8 +263,9 @@ def open_pairs(
         pictures = _subfolder(above, _PICTURES, below)
         maps = _subfolder(above, map_folders, below)
         if pictures and maps:
-            return _match(root, pictures, maps, ade=below is not None and _is_ade(maps))
-    if folder and kind == "depth" and (pictures := _files_below_pattern(folder, "rgb_*")):
+            ade = below is not None and (root / _ADE_NAMES).is_file()
+            return _match(root, pictures, maps, ade, exif)
+    if folder and kind == "depth" and (pictures := _rgb_below(folder)):
         maps = [
             path.with_name(path.name.replace("rgb_", "sync_depth_")).with_suffix(".png")
             for path in pictures
@@ -255,21 +273,15 @@ def open_pairs(
         missing = [path for path in maps if not path.is_file()]
         if missing:
             raise UserError(f"{missing[0]} is missing: every rgb_* needs its sync_depth_*.png")
-        return Pairs(root, tuple(pictures), tuple(maps), ade=False)
+        return Pairs(root, tuple(pictures), tuple(maps), ade=False, exif=exif)
     raise UserError(
         f"--data {root} has no {split} split of pictures with {kind}: create "
         f"{root / split}/images/* and {root / split}/{map_folders[0]}/*.png"
     )
 
 
-def _is_ade(maps: Path) -> bool:
-    """Whether a folder of maps has ADE20K's layout: annotations/{training,validation}."""
-    return maps.parent.name == "annotations" and maps.name in ("training", "validation")
-
-
-def _files_below_pattern(folder: Path, pattern: str) -> list[Path]:
-    """Image files below a folder whose names match a pattern, sorted."""
-    return sorted(path for path in folder.rglob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
+def _rgb_below(folder: Path) -> list[Path]:
+    return [path for path in _files_below(folder) if path.name.startswith("rgb_")]
 
 
 def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | None:
@@ -281,7 +293,7 @@ def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | N
     return None
 
 
-def _match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
+def _match(root: Path, pictures: Path, maps: Path, ade: bool, exif: Exif) -> Pairs:
     """Pair files of two folders by their relative names without suffix."""
     files = _files_below(pictures)
     if not files:
@@ -297,7 +309,7 @@ def _match(root: Path, pictures: Path, maps: Path, ade: bool) -> Pairs:
             f"{unmatched[0]} has no map of the same name in {maps} (.png or .npy): "
             f"{len(unmatched)} of {len(files)} are missing"
         )
-    return Pairs(root, tuple(files), tuple(matches), ade)
+    return Pairs(root, tuple(files), tuple(matches), ade, exif)
 
 
 def label_names(pairs: Pairs, classes: int) -> list[str]:
@@ -306,14 +318,14 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
 
     Raises UserError if the number of names is not the number of classes.
     """
-    for name in ("classes.txt", "objectInfo150.txt"):
+    for name in ("classes.txt", _ADE_NAMES):
         path = pairs.root / name
         if not path.is_file():
             continue
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         names = [line.strip() for line in lines]
         if (
-            name == "objectInfo150.txt"
+            name == _ADE_NAMES
         ):  # a header, then columns of which the last is "wall" or "building, edifice"
             names = [line.split("\t")[-1].split(",")[0].strip() for line in lines[1:]]
         if len(names) != classes:
@@ -325,27 +337,12 @@ def label_names(pairs: Pairs, classes: int) -> list[str]:
     return [str(number) for number in range(classes)]
 
 
-def map_size(path: Path) -> tuple[int, int]:
-    """(width, height) of a mask or depth file, from its header; raises UserError."""
-    try:
-        if path.suffix == ".npy":
-            shape = np.load(path, mmap_mode="r").shape
-            if len(shape) != 2:
-                raise UserError(f"{path} has shape {shape}: a map has two dimensions")
-            return shape[1], shape[0]
-        with Image.open(path) as image:
-            return image.size
-    except (OSError, ValueError, EOFError, UnidentifiedImageError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}): repair or remove it"
-        ) from error
-
-
 def read_matched(pairs: Pairs, number: int) -> Image.Image:
-    """Picture `number`; raises UserError if its size differs from its map's."""
-    picture, path = read_picture(pairs.pictures[number]), pairs.maps[number]
+    """Picture `number`, turned as its map is; raises UserError if its size differs from its map's,
+    or nothing says whether the map is turned (see `maps.as_drawn`).
+    """
+    file, path = pairs.pictures[number], pairs.maps[number]
+    picture = as_drawn(read_picture(file), file, path, pairs.exif)
     width, height = map_size(path)
     if (width, height) != picture.size:
         raise UserError(
@@ -355,54 +352,52 @@ def read_matched(pairs: Pairs, number: int) -> Image.Image:
     return picture
 
 
-def _read_map(path: Path) -> np.ndarray:
-    """A mask or depth file as stored, [H, W]; raises UserError for a damaged one or one with
-    channels.
-    """
-    map_size(path)
-    try:
-        if path.suffix == ".npy":
-            return np.load(path)
-        with Image.open(path) as image:
-            values = np.asarray(image)
-    except (OSError, ValueError, EOFError, SyntaxError) as error:
-        raise UserError(
-            f"{path} cannot be read ({first_line(error)}): repair or remove it"
-        ) from error
-    if values.ndim != 2:
-        raise UserError(
-            f"{path} has {values.shape[-1]} channels: a map has one (grey, palette or 16-bit PNG)"
-        )
-    return values
-
-
 IGNORED = -1
 """Label of ignored pixels after reading, whatever their label in the file."""
 
 
 def read_mask(
-    pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: int
+    pairs: Pairs, number: int, shift: bool, classes: int | None, ignore: Ignored
 ) -> np.ndarray:
-    """Labels [H, W] int64, `IGNORED` where the file has `ignore`; with `shift` also where it
+    """Labels [H, W] int64, `IGNORED` where the file has one of `ignore`; with `shift` also where it
     has 0, and one less elsewhere (ADE20K).
 
-    Raises UserError for labels that are not integers, or not below `classes`.
+    Raises UserError for labels that are not integers, WrongLabel for negative ones and those not
+    below `classes`.
     """
     path = pairs.maps[number]
-    values = _read_map(path)
+    values = read_map(path)
     if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
         raise UserError(f"{path} has {values.dtype} values: labels must be integers")
     stored = values.astype(np.int64)
-    dropped = (stored == ignore) | (stored == 0 if shift else False)
+    dropped = np.isin(stored, dropped_labels(ignore, path)) | (stored == 0 if shift else False)
     labels = np.where(dropped, IGNORED, stored - shift)
     wrong = labels[~dropped & ((labels < 0) | (labels >= (classes or np.inf)))]
     if len(wrong):
-        raise UserError(
-            f"{path} has label {wrong[0] + shift}, but segmentation.classes is {classes}: correct "
-            f"the mask, or set segmentation.classes={wrong.max() + 1} or "
-            f"segmentation.ignore={wrong[0] + shift}"
-        )
+        raise WrongLabel(f"{path} has label {wrong[0] + shift}")
     return labels
+
+
+def depth_scale(splits: Sequence[Pairs], scale: float | None) -> float:
+    """Units a metre of integer depth maps: `scale`, or by default the 1,000 of 16-bit files.
+
+    Raises UserError for maps of 8 bits, which cannot hold millimetres, unless `scale` is given, and
+    for 8 bits beside 16, which have no scale in common.
+    """
+    bits = {path: stored_bits(path) for pairs in splits for path in pairs.maps}
+    small = next((path for path, count in bits.items() if count == 8), None)
+    large = next((path for path, count in bits.items() if count > 8), None)
+    if small and large:
+        raise UserError(
+            f"{small} is an 8-bit depth map, but {large} has {bits[large]} bits: no depth.scale "
+            "holds for both, convert the maps to one kind"
+        )
+    if small and scale is None:
+        raise UserError(
+            f"{small} is an 8-bit depth map, which has no customary scale (in millimetres it would "
+            "end at 0.255 m): set depth.scale, the units of a metre (25.5 where 255 is 10 m)"
+        )
+    return scale or 1000.0
 
 
 def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.ndarray:
@@ -411,7 +406,7 @@ def read_depth(pairs: Pairs, number: int, scale: float, largest: float) -> np.nd
     Integer files have metres times `scale`, float files metres. Raises UserError for a map without
     any depth in (0, largest].
     """
-    values = _read_map(pairs.maps[number])
+    values = read_map(pairs.maps[number])
     metres = values.astype(np.float32) / (scale if np.issubdtype(values.dtype, np.integer) else 1)
     metres = np.nan_to_num(metres, nan=0.0, posinf=0.0, neginf=0.0)
     if not ((metres > 0) & (metres <= largest)).any():

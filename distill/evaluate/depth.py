@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from contract.errors import UserError
 from distill.evaluate.config import DepthConfig, EvaluationConfig
-from distill.evaluate.datasets import Pairs, open_pairs, read_depth, read_matched
+from distill.evaluate.datasets import Pairs, depth_scale, open_pairs, read_depth, read_matched
 from distill.evaluate.dense import train_head
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
@@ -41,12 +41,13 @@ def evaluate(
     settings = config.depth
     if settings.head == "dpt" and settings.backbone_lr:
         encoder.need_bare("depth.backbone_lr trains", "set depth.backbone_lr=0")
-    train, val = open_pairs(data, "train", "depth"), open_pairs(data, "val", "depth")
+    train, val = (open_pairs(data, s, "depth", config.dense.exif) for s in ("train", "val"))
+    scale = depth_scale((train, val), settings.scale)
     size = encoder.fit(config.dense.size)
     views = {"train": WindowViews(train, size), "val": WindowViews(val, size)}
 
     def read(pairs: Pairs, number: int) -> np.ndarray:
-        return read_depth(pairs, number, settings.scale, settings.max_depth)
+        return read_depth(pairs, number, scale, settings.max_depth)
 
     torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
     if settings.head == "linear":

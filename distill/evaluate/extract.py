@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,10 +22,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from contract.errors import UserError
+from contract.errors import UserError, raise_trouble
 from contract.files import file_sha256, write_atomically
-from distill.data.batches import prepare_worker
+from distill.data.batches import prefetch_factor, prepare_worker
 from distill.data.crops import take_crop
+from distill.data.open_files import Pool
 from distill.evaluate.config import ExtractConfig
 from distill.evaluate.datasets import Labelled
 from distill.evaluate.encoder import Encoder
@@ -80,7 +82,7 @@ class Extracted:
 
     def __init__(self, folder: Path, n: int, shard_size: int) -> None:
         self.folder, self.n, self.shard_size = folder, n, shard_size
-        self._maps: dict[int, np.ndarray] = {}
+        self._maps: Pool[np.ndarray] = Pool()
 
     def __len__(self) -> int:
         return self.n
@@ -101,11 +103,8 @@ class Extracted:
         rows = []
         for number in numbers:
             shard, row = divmod(int(number), self.shard_size)
-            if shard not in self._maps:
-                self._maps[shard] = np.load(
-                    _shard_path(self.folder, shard, "patches"), mmap_mode="r"
-                )
-            rows.append(self._maps[shard][row])
+            path = _shard_path(self.folder, shard, "patches")
+            rows.append(self._maps.get(shard, partial(np.load, path, mmap_mode="r"))[row])
         return torch.from_numpy(np.stack(rows)).float()
 
 
@@ -205,13 +204,16 @@ def _batches(
             cuts.append([])
         cuts[-1].append(number)
     device = encoder.device
+    workers = min(config.workers, len(cuts))
+    room = views[0].nbytes * config.batch_size if workers else 0
     loader = DataLoader(
         views,
         batch_sampler=cuts,
-        num_workers=min(config.workers, len(cuts)),
+        num_workers=workers,
+        prefetch_factor=prefetch_factor(room, workers, wanted=2),
         pin_memory=device.type == "cuda",
         worker_init_fn=prepare_worker,
-        multiprocessing_context="fork" if config.workers else None,
+        multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),
     )
     for images in loader:
@@ -277,7 +279,8 @@ def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
         good = all(file_sha256(_shard_path(folder, shard, kind)) == hashes[kind] for kind in kinds)
     except FileNotFoundError:
         return False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise_trouble(folder, error)
         good = False
     if not good:
         log.warning(

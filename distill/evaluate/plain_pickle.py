@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from contract.errors import UserError
+from contract.errors import UserError, raise_trouble
 
 
 def read_pickle(path: Path, arrays: bool = False) -> Any:
@@ -29,6 +29,7 @@ def read_pickle(path: Path, arrays: bool = False) -> Any:
         raise UserError(f"{path} {error}") from error
     # A damaged pickle fails in any way its opcodes can
     except Exception as error:
+        raise_trouble(path, error)
         raise UserError(
             f"{path} is not a readable pickle ({type(error).__name__}): download it again"
         ) from error

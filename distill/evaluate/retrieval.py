@@ -17,10 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from contract.errors import UserError, first_line
-from contract.images import TRUSTED, UnreadableImage, decode
 from distill.data.pictures import digest
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import stamp
+from distill.evaluate.datasets import read_picture, stamp
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
 from distill.evaluate.outcome import Outcome
@@ -159,10 +158,7 @@ def _cut(picture: tuple[Path, _Box | None]) -> Image.Image:
     it.
     """
     path, box = picture
-    try:
-        image = decode(path, TRUSTED, name=str(path))
-    except UnreadableImage as error:
-        raise UserError(f"cannot read the picture {error}: restore the file") from error
+    image = read_picture(path)
     if box is None:
         return image
     x1, y1, x2, y2 = (round(value) for value in box)

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from contract.errors import UserError, suggest
-from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
 from distill.data.batches import prepare_worker
+from distill.data.files import picture_files, subfolders
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import stamp
+from distill.evaluate.datasets import read_picture, stamp
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import centre_view, extract
 from distill.evaluate.outcome import Outcome
@@ -173,14 +173,7 @@ class Pictures(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        path = self.files[index]
-        try:
-            image = decode(path, TRUSTED, name=str(path))
-        except UnreadableImage as error:
-            raise UserError(
-                f"picture {path} cannot be read: {error.reason} (download it again)"
-            ) from error
-        return centre_view(image, self.size, self.crop)
+        return centre_view(read_picture(self.files[index]), self.size, self.crop)
 
     def fingerprint(self) -> str:
         return f"{stamp(self.root, self.files)} centre {self.size} {self.crop}"
@@ -418,9 +411,7 @@ def _subfolders(folder: Path) -> list[Path]:
     """Folders in `folder`, by name, without hidden ones; raises UserError if it is not a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (download it, or remove its parent)")
-    return sorted(
-        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
-    )
+    return subfolders(folder)
 
 
 def _labelled_files(
@@ -433,7 +424,7 @@ def _labelled_files(
     for place in _subfolders(folder):
         if place.name not in known:
             raise UserError(f"{place}: '{place.name}' is not a class: name the folder by {naming}")
-        here = sorted(path for path in place.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+        here = [Path(path) for path in picture_files(place)]
         files += here
         labels += [known[place.name]] * len(here)
     if not files:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from contract.errors import UserError
-from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.config import EvaluationConfig, SegmentationConfig
 from distill.evaluate.datasets import (
     IGNORED,
     Pairs,
@@ -26,6 +26,7 @@ from distill.evaluate.datasets import (
 from distill.evaluate.dense import train_head
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
+from distill.evaluate.maps import Ignored, WrongLabel, explain_labels
 from distill.evaluate.outcome import NotApplicable, Outcome
 from distill.evaluate.pictures import map_figure
 from distill.evaluate.windows import WindowLabels, WindowViews, merge_windows
@@ -49,7 +50,7 @@ def evaluate(
     kind = config.segmentation.head
     if kind == "upernet":
         _check_pyramid(encoder, config)
-    train, val = open_pairs(data, "train", "masks"), open_pairs(data, "val", "masks")
+    train, val = (open_pairs(data, s, "masks", config.dense.exif) for s in ("train", "val"))
     labels = _Labelling(train, val, config)
     size = encoder.fit(config.dense.size)
     views = {split: WindowViews(pairs, size) for split, pairs in (("train", train), ("val", val))}
@@ -189,7 +190,10 @@ class _Labelling:
 
     def __init__(self, train: Pairs, val: Pairs, config: EvaluationConfig) -> None:
         settings = config.segmentation
-        self.ignore = settings.ignore
+        self._splits = (train, val)
+        self.ignore: Ignored = 255
+        if settings.ignore != "auto":
+            self.ignore = tuple(np.atleast_1d(settings.ignore).tolist())
         self.shift = settings.zero == "ignore" or (settings.zero == "auto" and train.ade)
         self.classes = settings.classes or (_ADE_CLASSES if train.ade else None)
         known = self.classes is not None
@@ -206,6 +210,7 @@ class _Labelling:
             )
         if not known:
             self.classes = max(labels) + 1
+            _check_guess(train, labels, settings)
         if not any((self.read(val, number) != IGNORED).any() for number in range(len(val))):
             raise UserError(
                 f"{val.maps[0].parent}: every pixel of the validation masks is ignored, so there "
@@ -221,4 +226,33 @@ class _Labelling:
 
     def read(self, pairs: Pairs, number: int) -> np.ndarray:
         """Labels [H, W]; see `datasets.read_mask`."""
-        return read_mask(pairs, number, self.shift, self.classes, self.ignore)
+        try:
+            return read_mask(pairs, number, self.shift, self.classes, self.ignore)
+        except WrongLabel as error:
+            paths = [path for split in self._splits for path in split.maps]
+            rules = self.shift, self.classes, self.ignore
+            raise explain_labels(error, paths, *rules) from error
+
+
+def _check_guess(train: Pairs, labels: set[int], settings: SegmentationConfig) -> None:
+    """Raise UserError where the labels of all training masks leave open which of them are
+    classes.
+    """
+    folder, top = train.maps[0].parent, max(labels)
+    if top == _ADE_CLASSES and 0 in labels and settings.zero == "auto":
+        raise UserError(
+            f"{folder} has labels 0 to {top}, as ADE20K, but {train.root} has no "
+            "objectInfo150.txt: set segmentation.zero=ignore (ADE20K), or segmentation.zero=class"
+        )
+    if top == 255 and settings.ignore == "auto":  # in masks of 16 bits: in others it is ignored
+        raise UserError(
+            f"{folder} has masks of more than 8 bits with label 255, which is ignored in many: set "
+            "segmentation.ignore=255, or segmentation.classes=256 if it is a class"
+        )
+    if top > 255 and len(labels) <= top // 2:
+        raise UserError(
+            f"{folder} has only {len(labels)} labels, the largest {top}: set "
+            f"segmentation.ignore={top} if it is no class, or segmentation.classes={top + 1}"
+        )
+    if len(labels) <= top // 2:
+        log.warning("masks     only %d of %d classes occur in %s", len(labels), top + 1, folder)

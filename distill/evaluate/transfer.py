@@ -5,6 +5,7 @@ appendix B.2: CIFAR-10, CIFAR-100, Flowers-102, Oxford-IIIT Pets).
 from pathlib import Path
 
 from contract.errors import UserError
+from distill.data.files import subfolders
 from distill.evaluate.archives import ARCHIVES, archive_of
 from distill.evaluate.classification import freeze, open_splits
 from distill.evaluate.config import EvaluationConfig
@@ -29,9 +30,7 @@ def evaluate(encoder: Encoder, root: Path, config: EvaluationConfig, cache: Path
             f"--data {root} is one data set, but transfer averages several: give the folder above "
             "it, or use --tasks linear"
         )
-    folders = sorted(
-        path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
+    folders = subfolders(root)
     usual = ", ".join(archive.folder for archive in ARCHIVES.values())
     if not folders:
         raise UserError(

@@ -22,9 +22,10 @@ from rich.progress import track
 from skimage.morphology import dilation, disk
 from torch import Tensor
 
-from contract.errors import UserError
-from contract.images import TRUSTED, UnreadableImage, decode
+from contract.errors import UserError, raise_trouble
+from distill.data.files import is_picture, subfolders
 from distill.evaluate.config import EvaluationConfig, VideoConfig
+from distill.evaluate.datasets import read_picture
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.outcome import Outcome
 from distill.figures import save_figure
@@ -234,7 +235,7 @@ def _frame_features(encoder: Encoder, path: Path, shape: tuple[int, int], size: 
     """L2-normalised patches [h, w, d] of a frame whose shorter side becomes `size`, both rounded to
     the stride.
     """
-    image = _read_frame(path)
+    image = read_picture(path)
     if (image.height, image.width) != shape:
         raise UserError(
             f"{path} is {image.width}x{image.height}, but the first mask is {shape[1]}x{shape[0]}: "
@@ -248,14 +249,6 @@ def _frame_features(encoder: Encoder, path: Path, shape: tuple[int, int], size: 
             f"{encoder.name} returns features that are not finite for {path}: check its weights"
         )
     return F.normalize(patches, dim=-1)
-
-
-def _read_frame(path: Path) -> Image.Image:
-    """Decode a frame; raises UserError naming it."""
-    try:
-        return decode(path, TRUSTED, name=str(path))
-    except UnreadableImage as error:
-        raise UserError(f"cannot read the frame {error}: restore the file") from error
 
 
 def _sequence_names(data: Path) -> list[str]:
@@ -272,7 +265,7 @@ def _sequence_names(data: Path) -> list[str]:
         )
         source = split
     else:
-        names = sorted(entry.name for entry in (data / _FRAMES).iterdir() if entry.is_dir())
+        names = [folder.name for folder in subfolders(data / _FRAMES)]
         source = data / _FRAMES
     if not names:
         raise UserError(f"{source} lists no sequence: add at least one")
@@ -286,9 +279,7 @@ def _read_sequence(data: Path, name: str) -> _Sequence:
         raise UserError(
             f"sequence {name} has no folder {folder}: add its frames or remove it from {_SPLIT}"
         )
-    frames = sorted(
-        path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png")
-    )
+    frames = sorted(path for path in folder.iterdir() if is_picture(path.name))
     if len(frames) < 3:
         raise UserError(
             f"{folder} has {len(frames)} frames: 3 are needed, as the first and last are not scored"
@@ -303,7 +294,7 @@ def _read_sequence(data: Path, name: str) -> _Sequence:
             raise UserError(
                 f"sequence {name} lacks the annotation {mask}: every frame but the last needs one"
             )
-    image = _read_frame(frames[0])
+    image = read_picture(frames[0])
     first = _read_mask(masks[0], (image.height, image.width))
     objects = [int(label) for label in np.unique(first) if label]
     if not objects:
@@ -319,6 +310,7 @@ def _read_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
         with Image.open(path) as image:
             mode, mask = image.mode, np.array(image)
     except Exception as error:  # Pillow's decoders fail in many ways on damaged files
+        raise_trouble(path, error)
         raise UserError(f"cannot read the mask {path}: restore the file") from error
     if mode not in ("P", "L"):
         raise UserError(
@@ -338,7 +330,7 @@ def _draw(path: Path, sequence: _Sequence, masks: dict[int, np.ndarray]) -> Path
         1, len(masks), figsize=(3.2 * len(masks), 2.6), squeeze=False, layout="constrained"
     )
     for axis, (index, mask) in zip(axes.flat, sorted(masks.items()), strict=True):
-        axis.imshow(_read_frame(sequence.frames[index]))
+        axis.imshow(read_picture(sequence.frames[index]))
         order = np.searchsorted(sequence.objects, mask)
         axis.imshow(
             plt.get_cmap("tab10")(order % 10), alpha=0.6 * (mask > 0), interpolation="nearest"

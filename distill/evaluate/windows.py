@@ -16,7 +16,8 @@ from torch import Tensor
 
 from distill.data.crops import take_crop
 from distill.data.pictures import digest
-from distill.evaluate.datasets import Pairs, map_size, read_matched, stamp
+from distill.evaluate.datasets import Pairs, read_matched, stamp
+from distill.evaluate.maps import map_size
 
 _MEMORY = 2 * 2**30
 """Bytes of label windows that are kept in memory instead of read again every step."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from contract.errors import UserError
+from contract.errors import UserError, raise_trouble
 from distill.evaluate.archives import open_labelled
 from distill.evaluate.classification import accuracy
 from distill.evaluate.config import EvaluationConfig
@@ -77,6 +77,7 @@ def read_classes(path: Path, classes: tuple[str, ...]) -> Classes:
     except FileNotFoundError as error:
         raise UserError(f"zero_shot.embeddings = {path}: no such file") from error
     except (OSError, SafetensorError) as error:
+        raise_trouble(path, error)
         raise UserError(
             f"{path} is not a complete safetensors file ({error}): create it again"
         ) from error

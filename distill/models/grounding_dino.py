@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from contract.detection import WINDOW, read_tokenizer
-from contract.errors import UserError, first_line
+from contract.errors import UserError, first_line, raise_trouble
 from distill.models.meta import building
 
 if TYPE_CHECKING:
@@ -202,6 +202,7 @@ def read_config(source: str, field: str) -> "GroundingDinoConfig":
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
+            raise_trouble(path, error)
             raise UserError(f"{field} = {source}: config.json is damaged: {error}") from error
     elif Path(source).exists() or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from contract.errors import UserError, first_line
+from contract.errors import UserError, first_line, raise_trouble
 
 _WRAPPERS = re.compile(
     r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
@@ -133,6 +133,7 @@ def _load(path: Path) -> object:
         AttributeError,
         IndexError,
     ) as error:
+        raise_trouble(path, error)
         raise UserError(
             f"checkpoint {path} is damaged or half-written ({first_line(error)}): download it again"
         ) from error

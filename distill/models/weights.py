@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from contract.errors import UserError
+from contract.errors import UserError, raise_trouble
 from contract.files import sort_safetensors_metadata, write_atomically
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,7 @@ def read_tensors(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, 
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, SafetensorError) as error:
+        raise_trouble(path, error)
         raise UserError(f"{path} is damaged or half-written ({error}): {remedy}") from error
     if "sha256" in metadata and tensors_sha256(tensors) != metadata["sha256"]:
         raise UserError(f"{path} does not match its recorded sha256: it is damaged; {remedy}")

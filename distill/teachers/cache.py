@@ -2,13 +2,20 @@
 the student.
 
 Slot p * K + k has each teacher's features of view k of picture p, all crops of it. Slots are cut
-into shards; a shard is one memory-mapped float16 array per teacher and kind of feature, and a
-marker, written last, that makes it count. Shards are always computed whole and in the same small
-chunks, so the content of a slot does not depend on interruptions.
+into shards; a shard is one float16 array per teacher and kind of feature (or int8, with a scale for
+every vector), and a marker, written last, that makes it count. Shards are always computed whole and
+in the same small chunks, so the content of a slot does not depend on interruptions.
+
+The loader's workers read the rows of a sample beside its crops; they travel to the device as they
+are stored and are widened there.
 """
 
+import io
 import json
 import logging
+import math
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contract.errors import UserError
+from contract.errors import UserError, first_line, raise_trouble
 from contract.files import write_atomically
 from distill.config import Recipe
 from distill.data.batches import Batch, make_loader
 from distill.data.crops import IMAGE, CropDataset, View, plain_name, view_of
+from distill.data.open_files import Pool
 from distill.distributed import Ranks
 from distill.features import Features, features_of
 from distill.teachers import Teacher
@@ -47,20 +55,61 @@ class Spec(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
 
 
+class _Array(NamedTuple):
+    """One array of a shard: the end of its file's name, and what it has for a slot."""
+
+    ending: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def header(self, slots: int) -> bytes:
+        """What numpy writes in front of the array of so many slots."""
+        file = io.BytesIO()
+        about = {"descr": self.dtype, "fortran_order": False, "shape": (slots, *self.shape)}
+        np.lib.format.write_array_header_1_0(file, about)
+        return file.getvalue()
+
+
+def _arrays(label: str, kind: str, spec: Spec, dtype: str) -> list[_Array]:
+    """What is kept of one kind of a teacher's features."""
+    crops = (spec.view.crops,) if spec.view.crops > 1 else ()
+    shape = (*crops, *spec.shapes[kind])
+    if dtype == "float16":
+        return [_Array(f"{label}.{kind}.npy", "<f2", shape)]
+    scale = _Array(f"{label}.{kind}.scale.npy", "<f2", (*shape[:-1], 1))
+    return [_Array(f"{label}.{kind}.npy", "|i1", shape), scale]
+
+
+def bytes_a_slot(specs: Mapping[str, Spec], dtype: str) -> int:
+    """Bytes on disk of all teachers' features of one view of a picture."""
+    return sum(
+        array.nbytes
+        for label, spec in specs.items()
+        for kind in spec.shapes
+        for array in _arrays(label, kind, spec, dtype)
+    )
+
+
 class TeacherCache:
-    """The cache in one folder, for teachers by label."""
+    """The cache in one folder, for teachers by label; `dtype` float16 or int8."""
 
     def __init__(
-        self, folder: Path, views: int, slots: int, shard_size: int, specs: dict[str, Spec]
+        self,
+        folder: Path,
+        views: int,
+        slots: int,
+        shard_size: int,
+        specs: dict[str, Spec],
+        dtype: str = "float16",
     ) -> None:
-        self.folder, self.views, self.slots, self.shard_size, self.specs = (
-            folder,
-            views,
-            slots,
-            shard_size,
-            specs,
-        )
-        self._maps: dict[tuple[int, str, str], np.ndarray] = {}
+        self.folder, self.views, self.slots = folder, views, slots
+        self.shard_size, self.specs, self.dtype = shard_size, specs, dtype
+        self._files: Pool[int] = Pool()
+        self._errors: dict[str, np.ndarray] = {}
 
     @property
     def shards(self) -> int:
@@ -98,6 +147,8 @@ class TeacherCache:
         batch's features.
         """
         missing = self.missing()
+        if ranks.first:
+            self._check_room(missing)
         # All ranks must have listed what is missing before the first of them fills something.
         ranks.barrier()
         start = time.perf_counter()
@@ -136,6 +187,30 @@ class TeacherCache:
             computed,
             time.perf_counter() - start,
         )
+        for name, (wrong, right) in self._errors.items():
+            share = 100 * math.sqrt(wrong / right) if right else 0.0
+            log.info("teacher cache: int8 changes %s by %.2f %% (root mean square)", name, share)
+
+    def _check_room(self, missing: list[int]) -> None:
+        """Log the size of the cache; raise UserError where what is missing does not fit."""
+        a_slot = bytes_a_slot(self.specs, self.dtype)
+        wanted = a_slot * sum(self.size_of(shard) for shard in missing)
+        place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free = shutil.disk_usage(place).free
+        log.info(
+            "teacher cache: %s of %s in %s, %.2f GB in all, %.2f GB to be computed",
+            f"{self.slots:,} views",
+            self.dtype,
+            self.folder,
+            a_slot * self.slots / 1e9,
+            wanted / 1e9,
+        )
+        if wanted > free:
+            raise UserError(
+                f"teacher cache {self.folder} needs {wanted / 1e9:.2f} GB more, but "
+                f"{free / 1e9:.2f} GB are free: set another teacher_cache.path, fewer "
+                "teacher_cache.views or teacher_cache.dtype=int8"
+            )
 
     def _fill_shard(self, shard: int, batches, compute: _ComputeFeatures) -> None:
         rows: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -150,56 +225,101 @@ class TeacherCache:
                         )
                     rows.setdefault((label, kind), []).append(half.cpu().numpy())
         for (label, kind), parts in rows.items():
-            self._write(
-                self._path(shard, f"{label}.{kind}.npy"),
-                lambda file, p=parts: np.save(file, np.concatenate(p)),
-            )
+            values = self._stored(f"{label}.{kind}", np.concatenate(parts))
+            arrays = _arrays(label, kind, self.specs[label], self.dtype)
+            for array, stored in zip(arrays, values, strict=True):
+                self._write(
+                    self._path(shard, array.ending), lambda file, v=stored: np.save(file, v)
+                )
         self._write(self._path(shard, "ok"), lambda file: file.write(b"{}"))
 
-    def read(self, batch: Batch) -> dict[str, Features]:
-        """Features of a batch's slots, float32, on the device of its views."""
-        return {label: self._read(label, spec, batch) for label, spec in self.specs.items()}
+    def _stored(self, name: str, half: np.ndarray) -> list[np.ndarray]:
+        """float16 values [n, …, d] as they are kept, adding to the error of int8."""
+        if self.dtype == "float16":
+            return [half]
+        values = half.astype(np.float32)
+        scale = (np.abs(values).max(axis=-1, keepdims=True) / 127).astype(np.float16)
+        wide = np.maximum(scale.astype(np.float32), 1e-12)
+        small = np.clip(np.rint(values / wide), -127, 127).astype(np.int8)
+        wrong = np.square(small * scale.astype(np.float32) - values).sum(dtype=np.float64)
+        sums = np.array([wrong, np.square(values).sum(dtype=np.float64)])
+        self._errors[name] = self._errors.get(name, 0) + sums
+        return [small, scale]
 
-    def _read(self, label: str, spec: Spec, batch: Batch) -> Features:
-        stream, device = spec.view.stream, batch.views[spec.view.name].device
-        slots = (batch.pictures[stream] * self.views + batch.numbers[stream]).tolist()
-        named = {}
-        for kind in spec.shapes:
-            rows = [
-                self._map(slot // self.shard_size, label, kind)[slot % self.shard_size]
-                for slot in slots
-            ]
-            values = torch.from_numpy(np.stack(rows)).float()
-            if spec.view.crops > 1:  # a batch holds them crop by crop
-                values = values.transpose(0, 1).flatten(0, 1)
-            named[kind] = values.to(device)
-        return features_of(named)
+    def rows(self, stream: str, picture: int, number: int) -> Tensor:
+        """What is kept of view `number` of a picture by the teachers of a stream, as it is stored:
+        uint8, one array after another.
+        """
+        shard, row = divmod(picture * self.views + number, self.shard_size)
+        arrays = [array for _, _, arrays in self._layout(stream) for array in arrays]
+        result = np.empty(sum(array.nbytes for array in arrays), np.uint8)
+        start = 0
+        for array in arrays:
+            self._read_row(shard, row, array, result[start : start + array.nbytes])
+            start += array.nbytes
+        return torch.from_numpy(result)
+
+    def read(self, batch: Batch) -> dict[str, Features]:
+        """Features of a batch's slots, float32, on the device that the batch is on."""
+        named: dict[str, dict[str, Tensor]] = {}
+        for stream, rows in batch.features.items():
+            start = 0
+            for label, kind, arrays in self._layout(stream):
+                parts = []
+                for array in arrays:
+                    part = rows[:, start : start + array.nbytes].contiguous()
+                    dtype = torch.int8 if array.dtype == "|i1" else torch.float16
+                    parts.append(part.view(dtype).unflatten(1, array.shape).float())
+                    start += array.nbytes
+                values = parts[0] * parts[1] if len(parts) == 2 else parts[0]
+                if self.specs[label].view.crops > 1:  # a batch holds them crop by crop
+                    values = values.transpose(0, 1).flatten(0, 1)
+                named.setdefault(label, {})[kind] = values
+        return {label: features_of(named[label]) for label in self.specs}
+
+    def _layout(self, stream: str) -> list[tuple[str, str, list[_Array]]]:
+        """Label, kind and arrays in the order of a row's bytes."""
+        return [
+            (label, kind, _arrays(label, kind, spec, self.dtype))
+            for label, spec in self.specs.items()
+            if spec.view.stream == stream
+            for kind in spec.shapes
+        ]
 
     def _by_slot(self, label: str, values: Tensor) -> Tensor:
         """[crops * n, …], crop by crop, as [n, crops, …]; a single crop has no axis."""
         crops = self.specs[label].view.crops
         return values if crops == 1 else values.unflatten(0, (crops, -1)).transpose(0, 1)
 
-    def _map(self, shard: int, label: str, kind: str) -> np.ndarray:
-        key = (shard, label, kind)
-        if key not in self._maps:
-            path = self._path(shard, f"{label}.{kind}.npy")
-            view, shapes = self.specs[label]
-            crops = (view.crops,) if view.crops > 1 else ()
-            shape = (self.size_of(shard), *crops, *shapes[kind])
-            try:
-                loaded = np.load(path, mmap_mode="r")
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"teacher cache: {path} is missing or damaged: delete {self.folder}"
-                ) from error
-            if loaded.shape != shape:
-                raise UserError(
-                    f"teacher cache: {path} has shape {loaded.shape}, expected {shape}: delete "
-                    f"{self.folder}"
-                )
-            self._maps[key] = loaded
-        return self._maps[key]
+    def _read_row(self, shard: int, row: int, array: _Array, into: np.ndarray) -> None:
+        """Read one slot of an array; raises UserError where its file is damaged or cannot be
+        read.
+        """
+        path = self._path(shard, array.ending)
+        header = array.header(self.size_of(shard))
+
+        def open_checked() -> int:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            whole = len(header) + self.size_of(shard) * array.nbytes
+            if os.fstat(file).st_size == whole and os.pread(file, len(header), 0) == header:
+                return file
+            os.close(file)
+            raise EOFError("it has another size or shape than was written")
+
+        try:
+            # not mapped: a map would end the process where the disk fails
+            file = self._files.get(path, open_checked)
+            if os.preadv(file, [into], len(header) + row * array.nbytes) != array.nbytes:
+                raise EOFError("it ends too early")
+        except (EOFError, FileNotFoundError) as error:
+            why = "it is missing" if isinstance(error, FileNotFoundError) else first_line(error)
+            raise UserError(
+                f"teacher cache: {path} is damaged ({why}): delete "
+                f"{self._path(shard, 'ok').name} beside it, and this shard is computed again"
+            ) from error
+        except OSError as error:
+            raise_trouble(path, error)
+            raise UserError(f"teacher cache: cannot read {path}: {first_line(error)}") from error
 
     def _path(self, shard: int, ending: str) -> Path:
         return self.folder / f"shard_{shard:06d}.{ending}"
@@ -245,9 +365,10 @@ def open_cache(
             )
     slots = len(dataset.pictures) * config.views
     place = Path(config.path) if config.path else folder / "teacher_cache"
-    cache = TeacherCache(place, config.views, slots, config.shard_size, specs)
+    cache = TeacherCache(place, config.views, slots, config.shard_size, specs, config.dtype)
     if ranks.first:
-        cache.claim(_cache_key(recipe, dataset, teachers, specs))
+        kept = {"dtype": "int8"} if config.dtype == "int8" else {}
+        cache.claim(_cache_key(recipe, dataset, teachers, specs) | kept)
     ranks.barrier()
     cache.fill(dataset, compute, ranks, recipe.data.workers)
     return cache

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from contract.errors import UserError
+from contract.errors import UserError, raise_trouble
 from contract.files import file_sha256, write_atomically
 from distill.config import Recipe
 from distill.recipe_io import dump_recipe
@@ -68,7 +68,8 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         path = sidecar.with_suffix(".pt")
         try:
             intact = file_sha256(path) == json.loads(sidecar.read_text())["sha256"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError) as error:
+            raise_trouble(path, error)
             intact = False
         if intact:
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -20,7 +20,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from contract.errors import Failure, UserError
 from distill.config import Recipe, TrainConfig
-from distill.data.batches import Batch, CorruptLedger, StreamBatches, make_loader
+from distill.data.batches import (
+    Batch,
+    CorruptLedger,
+    StreamBatches,
+    batch_bytes,
+    make_loader,
+)
 from distill.data.crops import CropDataset
 from distill.data.pictures import open_pictures
 from distill.distributed import Ranks, full_state, load_full_state, without_sync, wrap
@@ -32,7 +38,7 @@ from distill.methods.targets import fit_normalizers
 from distill.recipe_io import dump_recipe
 from distill.runs import save_student
 from distill.teachers import Teacher, build_teacher
-from distill.teachers.cache import open_cache
+from distill.teachers.cache import bytes_a_slot, open_cache
 from distill.training.checkpoint import claim_folder, load_checkpoint, save_checkpoint
 from distill.training.lengths import fit_shipped
 from distill.training.memory_format import set_memory_format
@@ -98,11 +104,11 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         claim_folder(folder, recipe)
     ranks.barrier()
     dataset = CropDataset(pictures, recipe.data, schedule.views, settings.seed)
-    compute = teacher_features(teachers, method.teacher_views, device)
+    compute, cached_bytes = teacher_features(teachers, method.teacher_views, device), 0
     if recipe.teacher_cache.views and teachers:
-        compute = open_cache(
-            recipe, folder, dataset, teachers, method.teacher_views, compute, ranks
-        ).read
+        cache = open_cache(recipe, folder, dataset, teachers, method.teacher_views, compute, ranks)
+        dataset.features, compute = cache.rows, cache.read
+        cached_bytes = bytes_a_slot(cache.specs, cache.dtype)
     if not saved:
         few = min(recipe.targets.batches, steps)
         fit_normalizers(
@@ -113,6 +119,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         )
 
     # ---- optimizer, averaging, state -------------------------------------------------------------
+    ranks.barrier()  # wrapping is a collective, which does not wait long for who reads slowly
     model = wrap(method, settings, ranks)
     optimizer = build_optimizer(method, settings, device)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.precision == "fp16")
@@ -164,7 +171,12 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     wrong: list[str] = []
     since, since_step = time.perf_counter(), start
     model.train()
-    loader = iter(make_loader(dataset, batches, recipe.data.workers, device.type == "cuda"))
+    sizes = {
+        name: size // (ranks.world * settings.accumulate)
+        for name, size in schedule.batch_sizes.items()
+    }
+    room = batch_bytes(schedule.views, sizes) + cached_bytes * sum(sizes.values())
+    loader = iter(make_loader(dataset, batches, recipe.data.workers, device.type == "cuda", room))
     with (
         MetricsLog(folder, steps, start, settings.tensorboard) if ranks.first else nullcontext()
     ) as metrics:

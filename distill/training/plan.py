@@ -2,7 +2,6 @@
 arithmetic).
 """
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from distill.models.meta import building
 from distill.models.packaged import describe_checkpoint
 from distill.models.published import activation_note
 from distill.teachers import Teacher, build_teacher, weights_source
+from distill.teachers.cache import Spec, bytes_a_slot
 from distill.teachers.grounding_dino import architecture
 from distill.teachers.timm import teacher_notes
 from distill.training.schedule import Schedule, resolve_views
@@ -338,17 +338,17 @@ def _print_cache(
     teachers: list[Teacher],
     images: int,
 ) -> None:
-    """Print how much room the cached features of the teachers take, two bytes a number."""
-    crops = {view.name: view.crops for view in schedule.views}
-    numbers = sum(
-        crops[view_of(method.teacher_views[teacher.label])] * math.prod(shape)
+    """Print how much room the cached features of the teachers take."""
+    views = {view.name: view for view in schedule.views}
+    specs = {
+        teacher.label: Spec(views[view_of(method.teacher_views[teacher.label])], teacher.shapes)
         for teacher in teachers
-        for shape in teacher.shapes.values()
-    )
-    views = images * recipe.teacher_cache.views
+    }
+    slots, dtype = images * recipe.teacher_cache.views, recipe.teacher_cache.dtype
+    size = slots * bytes_a_slot(specs, dtype) / _GIGA
     console.print(
-        f"cache        {views:,} views, {views * numbers * 2 / _GIGA:.2f} GB on disk; teachers run "
-        "on each view once"
+        f"cache        {slots:,} views, {size:.2f} GB of {dtype} on disk; teachers run on each "
+        "view once"
     )
 
 

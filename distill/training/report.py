@@ -1,12 +1,14 @@
 """Printed before and after training: the networks, the files written, the next command."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from contract.errors import first_line
 from contract.images import UnreadableImage
 from distill.config import Recipe, TeacherConfig
 from distill.data.crops import centre_crop
@@ -57,8 +59,8 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
         print(f"  python -m distill.run --output {folder} --resume")
         return
     rows = read_metrics(folder / "metrics.jsonl")
-    plot = plot_losses(folder)
-    picture = _draw_pca(recipe, folder)
+    plot = _attempt("losses", lambda: plot_losses(folder))
+    picture = _attempt("features", lambda: _draw_pca(recipe, folder))
     if rows:
         print(
             f"loss      {rows[0]['loss']:.4f} at step {rows[0]['step']} -> {rows[-1]['loss']:.4f} "
@@ -66,10 +68,24 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
         )
     print(f"run       {folder}")
     print(f"student   {folder / 'student.safetensors'}")
-    print(f"losses    {plot}")
-    print(f"features  {picture}")
+    for name, path in (("losses", plot), ("features", picture)):
+        if path:
+            print(f"{name:9} {path}")
     print("next      inspect one photograph:")
     print(f"  python -m distill.visualize {folder} IMAGE.jpg --sizes 224 448")
+
+
+def _attempt(what: str, draw: Callable[[], Path]) -> Path | None:
+    """Draw a picture; whatever goes wrong is a warning, as training is complete."""
+    try:
+        return draw()
+    except Exception as error:
+        log.warning(
+            "the picture of the %s could not be drawn (%s); the run is complete without it",
+            what,
+            first_line(error),
+        )
+        return None
 
 
 def _dense_teacher(recipe: Recipe) -> tuple[int, TeacherConfig] | None:

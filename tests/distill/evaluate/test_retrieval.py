@@ -290,7 +290,7 @@ MISTAKES = {
     ),
     "damaged": (
         lambda d, t: (d / "jpg" / "coffee_2.jpg").write_bytes(b"\xff\xd8nothing"),
-        "cannot read the picture .*coffee_2.jpg",
+        "coffee_2.jpg cannot be read",
     ),
     "unpaired": (lambda d, t: t["gnd"].pop(), "qimlist has 4 queries, gnd 3 entries"),
     "no positives": (
@@ -370,4 +370,4 @@ def test_decoding_processes_name_the_damaged_picture(tiny_vit, photographs, tmp_
     (photographs / "jpg" / "coffee_2.jpg").write_bytes(b"\xff\xd8nothing")
     assert exit_status(lambda: evaluate(tiny_vit, photographs, workers, tmp_path / "out")) == 2
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "cannot read the picture" in said and "coffee_2.jpg" in said
+    assert said.count("\n") == 1 and "cannot be read" in said and "coffee_2.jpg" in said

@@ -1,6 +1,7 @@
 """The cache of teacher features: right rows, interrupted fills, foreign caches, two ranks."""
 
-import numpy as np
+import re
+
 import pytest
 import torch
 
@@ -11,7 +12,7 @@ from distill.data.crops import IMAGE, MAIN, CropDataset, View
 from distill.data.pictures import FolderPictures
 from distill.distributed import Ranks
 from distill.features import Features
-from distill.teachers.cache import Spec, TeacherCache
+from distill.teachers.cache import Spec, TeacherCache, bytes_a_slot
 from tests.conftest import metrics_of, run_here, small_recipe
 
 VIEW = View(IMAGE, 32, scale=(0.3, 1.0))
@@ -59,7 +60,9 @@ def test_what_is_read_is_what_the_teachers_said_of_that_view_in_half_precision(t
     cache, look = open_at(tmp_path, dataset), Counting()
     cache.fill(dataset, look, ALONE, workers=0)
     assert look.calls == 24 and cache.missing() == []
+    dataset.features = cache.rows
     batch = batch_of(dataset, [(0, 0), (11, 1), (5, 1), (2, 1), (2, 0)])
+    assert batch.features[MAIN].dtype == torch.uint8
     found, expected = cache.read(batch), look(batch)
     for label in SPECS:
         assert list(found[label].named()) == ["summary", "patches"]
@@ -81,15 +84,16 @@ def test_every_crop_further_maps_and_a_missing_summary_are_kept(tmp_path, photo_
             "det": Features(None, own[:, ::8, ::8], (own[:, ::4, ::4], own[:, :1, :1])),
         }
 
-    batch = collate([both[key] for key in [(MAIN, 4, 1), (MAIN, 2, 0), ("det", 9, 1)]])
-    expected = look(batch)
+    keys = [(MAIN, 4, 1), (MAIN, 2, 0), ("det", 9, 1)]
+    expected = look(collate([both[key] for key in keys]))
     specs = {
         label: Spec(view, {k: tuple(v.shape[1:]) for k, v in expected[label].named().items()})
         for label, view in zip(("a", "det"), views, strict=True)
     }
     cache = TeacherCache(tmp_path, VIEWS, len(both.pictures) * VIEWS, SHARD, specs)
     cache.fill(both, look, ALONE, workers=0)
-    found = cache.read(batch)
+    both.features = cache.rows
+    found = cache.read(collate([both[key] for key in keys]))
     assert found["det"].summary is None and len(found["det"].maps) == 2
     for label in specs:
         for kind, values in found[label].named().items():
@@ -140,12 +144,55 @@ def test_features_beyond_half_precision_are_refused_by_name(tmp_path, dataset):
         cache.fill(dataset, look, ALONE, workers=0)
 
 
-def test_a_damaged_shard_is_named(tmp_path, dataset):
-    cache = open_at(tmp_path, dataset)
-    cache.fill(dataset, Counting(), ALONE, workers=0)
-    np.save(tmp_path / "shard_000000.a.summary.npy", np.zeros((1, 1), np.float16))
-    with pytest.raises(UserError, match="shard_000000.a.summary.npy has shape"):
-        open_at(tmp_path, dataset).read(batch_of(dataset, [(0, 0)]))
+def test_a_damaged_shard_is_named_and_computed_again_alone(tmp_path, dataset):
+    cache, look = open_at(tmp_path, dataset), Counting()
+    cache.fill(dataset, look, ALONE, workers=0)
+    whole = cache.rows(MAIN, 0, 0)
+    path = tmp_path / "shard_000000.a.summary.npy"
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:40], b"", None):
+        path.unlink() if bad is None else path.write_bytes(bad)
+        with pytest.raises(UserError, match=r"shard_000000.a.summary.npy .* shard_000000.ok"):
+            open_at(tmp_path, dataset).rows(MAIN, 0, 0)
+    (tmp_path / "shard_000000.ok").unlink()
+    again = open_at(tmp_path, dataset)
+    again.fill(dataset, look, ALONE, workers=0)
+    assert look.calls == 24 + SHARD and torch.equal(again.rows(MAIN, 0, 0), whole)
+
+
+def test_int8_takes_half_the_room_and_its_error_is_printed(tmp_path, dataset, caplog):
+    shapes = {"summary": (64,), "patches": (2, 2, 64)}
+    size = 5 * (64 + 2)  # of each vector a scale of two bytes
+
+    def look(batch: Batch) -> dict[str, Features]:
+        pixels = batch.views[IMAGE].flatten(1)[:, :64].float() - 128
+        values = pixels[:, None] * torch.logspace(-6, 1, 5)[:, None]
+        values[:, 1] = 0
+        return {"a": Features(values[:, 0], values[:, 1:].unflatten(1, (2, 2)))}
+
+    specs = {"a": Spec(VIEW, shapes)}
+    assert bytes_a_slot(specs, "int8") == size and bytes_a_slot(specs, "float16") == 640
+    cache = TeacherCache(tmp_path, VIEWS, len(dataset.pictures) * VIEWS, SHARD, specs, "int8")
+    with caplog.at_level("INFO"):
+        cache.fill(dataset, look, ALONE, workers=0)
+    assert "24 views of int8" in caplog.text
+    stated = re.findall(r"int8 changes a.(\w+) by ([0-9.]+) %", caplog.text)
+    assert [kind for kind, _ in stated] == ["summary", "patches"]
+    expected = look(batch_of(dataset, [(3, 1)]))["a"].named()
+    dataset.features = cache.rows
+    found = cache.read(batch_of(dataset, [(3, 1)]))["a"].named()
+    for kind, share in stated:
+        error = (found[kind] - expected[kind]).norm(dim=-1)
+        assert (error <= 0.02 * expected[kind].norm(dim=-1) + 1e-9).all()
+        assert 0.2 < float(share) < 1.5
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(tmp_path, dataset):
+    vast = {"a": Spec(VIEW, {"summary": (10**15,)})}
+    cache = TeacherCache(tmp_path / "new", VIEWS, 24, SHARD, vast)
+    with pytest.raises(UserError, match="needs 48000000.00 GB more, but .* GB are free"):
+        cache.fill(dataset, Counting(), ALONE, workers=0)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,131 @@
+"""Files of masks and depth maps: their size and type, their values, and how they lie over a
+picture.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from contract.errors import UserError, first_line, raise_trouble
+from contract.images import as_stored, orientation
+
+Exif = Literal["auto", "stored", "upright"]
+
+
+def map_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a mask or depth file, from its header; raises UserError."""
+    try:
+        if path.suffix == ".npy":
+            shape = np.load(path, mmap_mode="r").shape
+            if len(shape) != 2:
+                raise UserError(f"{path} has shape {shape}: a map has two dimensions")
+            return shape[1], shape[0]
+        with Image.open(path) as image:
+            return image.size
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, UnidentifiedImageError) as error:
+        raise _unreadable(path, error) from error
+
+
+def stored_bits(path: Path) -> int:
+    """Bits of an integer in a mask or depth file, from its header; 0 for floating-point values."""
+    map_size(path)
+    if path.suffix == ".npy":
+        kind = np.load(path, mmap_mode="r").dtype
+        return 0 if kind.kind == "f" else 8 * kind.itemsize
+    with Image.open(path) as image:
+        return 0 if image.mode == "F" else 16 if image.mode.startswith("I") else 8
+
+
+def read_map(path: Path) -> np.ndarray:
+    """A mask or depth file as stored, [H, W]; raises UserError for a damaged one or one with
+    channels.
+    """
+    map_size(path)
+    try:
+        if path.suffix == ".npy":
+            return np.load(path)
+        with Image.open(path) as image:
+            values = np.asarray(image)
+    except (OSError, ValueError, EOFError, SyntaxError) as error:
+        raise _unreadable(path, error) from error
+    if values.ndim != 2:
+        raise UserError(
+            f"{path} has {values.shape[-1]} channels: a map has one (grey, palette or 16-bit PNG)"
+        )
+    return values
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    raise_trouble(path, error)
+    return UserError(f"{path} cannot be read ({first_line(error)}): repair or remove it")
+
+
+def as_drawn(picture: Image.Image, file: Path, path: Path, exif: Exif) -> Image.Image:
+    """An upright picture as its map at `path` was drawn: upright too, or on the pixels of its
+    `file`, which an EXIF tag says to turn.
+
+    `auto` takes what fits the map's size. Raises UserError where both do.
+    """
+    tag = _tag(file)
+    if tag == 1 or exif == "upright":
+        return picture
+    stored = as_stored(picture, tag)
+    if exif == "stored" or (path.suffix != ".npy" and _tag(path) == tag):  # both to be turned
+        return stored
+    fitting = [each for each in (picture, stored) if each.size == map_size(path)]
+    if len(fitting) == 2:
+        raise UserError(
+            f"{file} is to be turned (EXIF orientation {tag}), and the size of {path.name} does "
+            "not say whether its map is: set dense.exif=stored for maps of the pixels as they are "
+            "in the file, or dense.exif=upright"
+        )
+    return fitting[0] if fitting else picture
+
+
+def _tag(path: Path) -> int:
+    with Image.open(path) as image:
+        return orientation(image)
+
+
+Ignored = int | Sequence[int]
+"""Labels of pixels that do not count: some, in whatever files; or one by convention, which is 255
+in masks of 8 bits, but a class like any other in those of 16."""
+
+
+class WrongLabel(UserError):
+    """A mask has a label that is neither ignored nor a class."""
+
+
+def dropped_labels(ignore: Ignored, path: Path) -> Sequence[int]:
+    """The labels of a file that do not count."""
+    if not isinstance(ignore, int):
+        return ignore
+    return [ignore] if not 0 <= ignore <= 255 or stored_bits(path) == 8 else []
+
+
+def explain_labels(
+    error: WrongLabel, paths: Iterable[Path], shift: bool, classes: int | None, ignore: Ignored
+) -> UserError:
+    """A WrongLabel with remedies that hold for every mask in `paths`."""
+    wrong, dropped = set(), set()
+    for path in paths:
+        here = set(np.unique(read_map(path)).tolist())
+        out = here & {*dropped_labels(ignore, path), *([0] if shift else [])}
+        dropped |= out - ({0} if shift else set())
+        most = np.inf if classes is None else classes + shift
+        wrong |= {label for label in here - out if not shift <= label < most}
+    either = []
+    if min(wrong) >= 0:
+        either = [f"segmentation.classes={max(wrong) + 1 - shift}"]
+    without = sorted(wrong | dropped)
+    if len(without) <= 4:
+        value = without[0] if len(without) == 1 else str(without).replace(" ", "")
+        either.append(f"segmentation.ignore={value}")
+    remedy = " or ".join(either) or "segmentation.ignore to the list of what is no class"
+    known = "" if classes is None else f", but segmentation.classes is {classes}"
+    return UserError(f"{error}{known}: correct the mask, or set {remedy}")
