@@ -20,7 +20,7 @@ from distill.data.open_files import Pool
 from distill.data.pictures import FolderPictures, WebDatasetPictures
 from distill.evaluate.datasets import read_picture
 from distill.evaluate.extract import Extracted, whole
-from distill.models.weights import read_state_dict
+from distill.models.weight_files import read_state_dict
 from distill.teachers.cache import Spec, TeacherCache
 from distill.training.checkpoint import load_checkpoint
 from tests.distill.data.test_files import encoded, shades, write_tar
