@@ -24,7 +24,8 @@ from distill.recipe_io import dump_recipe, parse_recipe
 
 FORMAT = 3
 """Version of both files; raise it with a named `_upgrade_` function when it changes. 2: the recipe
-holds the section of its own method alone. 3: normalisers have lengths."""
+holds the section of its own method alone. 3: normalisers have lengths,
+`umt.space_dim: auto` is another width."""
 
 STUDENT = "student.safetensors"
 EMA = "ema.safetensors"
@@ -115,7 +116,7 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
     tensors, metadata = read_tensors(path, "train again or copy it again")
     if not {"recipe", "teacher_dims", "sha256"} <= set(metadata):
         raise UserError(f"{path} was not written by distill.run: its metadata has no recipe")
-    version = metadata.get("format", "")
+    version = int(metadata["format"]) if metadata.get("format", "").isdecimal() else 0
     metadata = _upgraded(path, metadata)
     recipe = parse_recipe(metadata["recipe"], str(path))
     dims = {
@@ -125,10 +126,10 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
     try:
         with building():  # before memory is taken for whatever size the recipe says
             sketch = build_shipped(recipe, dims)
-        if int(version) < 3:
+        if version < 3:
             tensors = with_lengths(tensors, sketch)
         wrong = misfit(sketch, tensors)
-    except RuntimeError as error:  # sizes that torch cannot count
+    except (UserError, RuntimeError) as error:  # sizes that torch cannot count, say
         wrong = first_line(error)
     if wrong:
         raise UserError(f"{path} does not fit its own recipe: {wrong}")
@@ -166,14 +167,14 @@ def _why_missing(folder: Path, name: str) -> str:
 def _upgraded(path: Path, metadata: dict[str, str]) -> dict[str, str]:
     """Metadata in the present format; raises UserError for that of a later version."""
     version = metadata.get("format", "")
-    if version == "1":
-        metadata = _upgrade_1(metadata)
-    elif version not in ("2", str(FORMAT)):
+    if version not in ("1", "2", str(FORMAT)):
         raise UserError(
             f"{path} has format {version or 'none'}, but this version reads 1 to {FORMAT}: update "
             "vfm-distill"
         )
-    return metadata
+    if version == "1":
+        metadata = _upgrade_1(metadata)
+    return _upgrade_2(metadata) if version != str(FORMAT) else metadata
 
 
 def _upgrade_1(metadata: dict[str, str]) -> dict[str, str]:
@@ -185,3 +186,14 @@ def _upgrade_1(metadata: dict[str, str]) -> dict[str, str]:
         "format": "2",
         "recipe": yaml.dump(values, Dumper=RecipeDumper, sort_keys=False),
     }
+
+
+def _upgrade_2(metadata: dict[str, str]) -> dict[str, str]:
+    """In format 2 `umt.space_dim: auto` was the widest teacher's; `with_lengths` adds the tensors
+    that it lacked.
+    """
+    values = yaml.load(metadata["recipe"], Loader=RecipeLoader)
+    if values.get("umt", {}).get("space_dim") == "auto":
+        widest = max(patches for _, patches, *_ in json.loads(metadata["teacher_dims"]).values())
+        values["umt"]["space_dim"] = widest
+    return metadata | {"recipe": yaml.dump(values, Dumper=RecipeDumper, sort_keys=False)}

@@ -8,9 +8,12 @@ import torch
 from safetensors import safe_open
 
 from contract.errors import UserError
-from distill.methods import METHODS
+from distill.features import FeatureDims
+from distill.methods import METHODS, build_method
 from distill.models.weights import save_tensors, tensors_sha256
+from distill.recipe_io import make_recipe
 from distill.runs import STUDENT, load_run, save_student
+from tests.conftest import small_recipe
 
 OLD = Path(__file__).parents[1] / "data" / "run_format_1"
 """A run of two steps, written when recipes had the sections of every method."""
@@ -56,6 +59,20 @@ def test_a_student_file_is_the_same_to_the_byte_each_time_it_is_written(tmp_path
     assert about["format"] == "3" and "\numt:" not in about["recipe"]
     again = load_run(tmp_path / "0")
     assert again.recipe == run.recipe and again.dims == run.dims
+
+
+def test_spaces_of_format_2_are_as_wide_as_the_widest_teacher(tmp_path, photo_folder):
+    recipe = make_recipe(small_recipe(photo_folder, umt={"space_dim": 24, "token_dim": 8}))
+    dims = {"cls": FeatureDims(8, 8), "mae": FeatureDims(8, 24), "dino": FeatureDims(8, 16)}
+    method = build_method(recipe, dims)
+    save_student(tmp_path, method.state_dict(), method, recipe, dims, 2)
+    with safe_open(tmp_path / STUDENT, framework="pt") as file:
+        names = [name for name in file.keys() if ".lengths." not in name]
+        tensors = {name: file.get_tensor(name) for name in names}
+    about = metadata_of(tmp_path / STUDENT) | {"format": "2", "sha256": tensors_sha256(tensors)}
+    about["recipe"] = about["recipe"].replace("space_dim: 24", "space_dim: auto")
+    save_tensors(tmp_path / STUDENT, tensors, about)
+    assert load_run(tmp_path).recipe.umt.space_dim == 24
 
 
 def test_a_file_of_a_later_version_is_refused_with_its_number(tmp_path):

@@ -151,7 +151,8 @@ def test_alternations_default_to_two_for_a_cnn_and_one_for_a_vit():
 
 def test_widths_follow_the_teachers_and_the_students_family():
     umt = recipe().umt.model_copy(update={"space_dim": "auto", "token_dim": "auto"})
-    assert resolve_space_dim(umt, 192, list(DIMS.values())) == 48
+    assert resolve_space_dim(umt, 192, list(DIMS.values())) == 192
+    assert resolve_space_dim(umt, 192, [FeatureDims(None, 48), FeatureDims(24, 48)]) == 48
     assert (
         resolve_space_dim(umt.model_copy(update={"space_dim": "student"}), 192, list(DIMS.values()))
         == 192
