@@ -115,7 +115,8 @@ class TeacherConfig(Section):
     )
     checkpoint: str | None = Field(
         None,
-        description="weights: a .safetensors or weights-only .pth file, 'package:NAME', or a run "
+        description="weights: a .safetensors or weights-only .pth file, the index of its shards, "
+        "'package:NAME', or a run "
         "folder; of a detector a folder of transformers' or its name on the Hugging Face hub",
     )
     pretrained: bool = Field(
@@ -130,10 +131,10 @@ class TeacherConfig(Section):
         None, description="input side, pixels; default: the model's own data config"
     )
     mean: tuple[float, float, float] | None = Field(
-        None, description="default: the model's own data config"
+        None, description="default: what its weights were trained with (docs/teachers.md)"
     )
     std: tuple[_Deviation, _Deviation, _Deviation] | None = Field(
-        None, description="default: the model's own data config"
+        None, description="default: what its weights were trained with (docs/teachers.md)"
     )
     block: int | None = Field(
         None, description="read features after this block (0-based); default: last, normalised"

@@ -168,8 +168,8 @@ class RunEncoder(Encoder):
         self.dims = run.dims[read_out] if heads else FeatureDims(width, width)
         if not heads and whole.student.map_strides:
             self.pyramid_widths = tuple(whole.student.map_widths)
-        student = run.recipe.student
-        self.settings = {"student": student.name, "kwargs": student.kwargs}
+        parts = {"student", "method", run.recipe.method}
+        self.settings = run.recipe.model_dump(mode="json", include=parts)
         self.detectors = tuple(
             teacher
             for teacher in run.recipe.teachers

@@ -73,7 +73,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         _refuse_one_shard(path)
         named = dict(_flatten(_load(path)))
     if not named:
-        raise UserError(f"checkpoint {path} has no state dict: it holds plain data without tensors")
+        raise UserError(f"checkpoint {path} has no state dict: no tensors in it have names")
     return {_WRAPPERS.sub("", name): tensor for name, tensor in named.items()}
 
 
@@ -99,8 +99,11 @@ def folder_contents(folder: Path) -> str:
 
 def _load(path: Path) -> object:
     """The content of one file."""
-    with path.open("rb") as file:
-        head = file.read(512)
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     for start, meaning in _FOREIGN:
         if head.lstrip().startswith(start) if start == b"<" else head.startswith(start):
             raise UserError(f"checkpoint {path} is {meaning}")

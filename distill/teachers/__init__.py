@@ -1,8 +1,8 @@
 """Frozen teachers: any timm model, an earlier student, or a detector's backbone, giving `Features`
 from the shared uint8 crop.
 
-To add a teacher, name it in a recipe. To support a new kind of network, see
-`Teacher.encode`.
+To add a teacher, name it in a recipe. To support a new kind of network, add a row to the table in
+`distill/teachers/reading.py`.
 """
 
 import json
@@ -125,7 +125,7 @@ class Teacher(nn.Module):
                 f"teacher '{self.label}': '{self.config.name}' has no single feature map (choose a "
                 "ViT or a CNN that has)"
             )
-        last = block is None or block in (-1, blocks_of(net) - 1)
+        last = block is None or self._is_last_block()
         # an earlier block is not what the projection was trained on, and the last one's features
         # before it are asked for by its number
         projected = self.config.role == "clip" and block is None
@@ -133,15 +133,27 @@ class Teacher(nn.Module):
             return read_tokens(net, output, grid, projected, last)
         return read_map(net, output, projected, block is not None, last)
 
+    def _is_last_block(self) -> bool:
+        return self.config.block in (-1, blocks_of(self.net) - 1)
+
     def _output_of_block(self, pixels: Tensor) -> Tensor:
         """Output of block `config.block`: normalised tokens [B, prefix + h*w, d], or a CNN stage's
         map.
         """
         tokens = patch_size(self.net) is not None
         options = {"output_fmt": "NLC", "return_prefix_tokens": True} if tokens else {}
-        (result,) = self.net.forward_intermediates(
-            pixels, indices=[self.config.block], norm=tokens, intermediates_only=True, **options
-        )
+        # a stage before the last has another width than the final norm
+        block, norm = self.config.block, tokens or self._is_last_block()
+        try:
+            (result,) = self.net.forward_intermediates(
+                pixels, indices=[block], norm=norm, intermediates_only=True, **options
+            )
+        # networks without these arguments (XCiT, CaiT), and some whose own code fails
+        except (TypeError, AttributeError, UnboundLocalError) as error:
+            raise UserError(
+                f"teacher '{self.label}': '{self.config.name}' does not return its blocks' tokens: "
+                "remove its block"
+            ) from error
         if not tokens:  # timm gives maps channels first, whatever the network's own order
             return (
                 result.permute(0, 2, 3, 1)

@@ -11,7 +11,7 @@ from torch import nn
 from contract.errors import UserError, first_line, suggest
 from distill.config import TeacherConfig
 from distill.models.meta import building
-from distill.models.packaged import checkpoint_path
+from distill.models.packaged import PACKAGE, checkpoint_path
 from distill.models.published import activation_note, normalization_of
 from distill.models.student import create_timm, nearest_multiples, patch_size
 from distill.models.weight_files import folder_contents, read_state_dict
@@ -85,7 +85,8 @@ def teacher_notes(
             f"{config.name} was fine-tuned: its head gives scores of classes, not an image "
             f"embedding (set teachers.{index}.role=classification)"
         )
-    if config.checkpoint and "." not in config.name and not (config.mean and config.std):
+    file = config.checkpoint and not config.checkpoint.startswith(PACKAGE)
+    if file and "." not in config.name and not (config.mean and config.std):
         chosen = normalization_of(config.name, config.checkpoint, config.role, names)
         notes.append(
             f"pictures for {config.checkpoint} are normalised by mean {_numbers(chosen.mean)}, "

@@ -20,8 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from contract.manifest import TeacherRecord, read_manifest
+from distill.config import TeacherConfig, TeacherRuntime
 from distill.evaluate.zero_shot import read_classes
 from distill.models.weights import tensors_sha256
+from distill.teachers import Teacher, build_teacher
 from export.text.__main__ import main
 from export.text.embeddings import _compare_activations
 from export.text.tower import DEFAULT_TEMPLATES
@@ -571,3 +573,40 @@ def test_a_text_tower_with_another_activation_than_the_teacher_is_said(capsys):
     assert "computes GELU, but the teacher 'clip'" in said(quickgelu, False)
     assert said(gelu, False) == said(quickgelu, True) == ""
     assert said("vit_base_patch16_siglip_224", True) == ""
+
+
+@pytest.mark.parametrize("numbers", [True, False])
+def test_image_and_text_tower_of_an_openai_clip_agree(tmp_path, numbers, caplog):
+    """A teacher from a file in OpenAI's layout gives open_clip's own image embedding."""
+    path = tmp_path / "tiny-quick.json"
+    path.write_text(json.dumps(configuration() | {"quick_gelu": True}))
+    open_clip.add_model_config(path)
+    torch.manual_seed(3)
+    source = open_clip.create_model("tiny-quick").eval()
+    state = dict(source.state_dict())
+    if numbers:  # OpenAI's own files have them, open_clip's do not
+        state |= {name: torch.tensor(1) for name in ("input_resolution", "context_length")}
+        state["vocab_size"] = torch.tensor(49408)
+    torch.save({"state_dict": state}, tmp_path / "clip.pth")
+    shape = {"embed_dim": 32, "depth": 1, "num_heads": 2, "num_classes": 24}
+
+    def teacher(name: str) -> Teacher:
+        config = TeacherConfig(
+            name=name,
+            role="clip",
+            image_size=32,
+            kwargs=shape,
+            checkpoint=str(tmp_path / "clip.pth"),
+        )
+        return build_teacher(config, TeacherRuntime(), 0)
+
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    right = teacher("vit_base_patch16_clip_quickgelu_224")
+    with torch.no_grad():
+        expected = source.encode_image(right.preprocess(images))
+        torch.testing.assert_close(right(images).summary, expected, rtol=1e-4, atol=1e-5)
+        assert "QuickGELU" not in caplog.text
+        wrong = teacher("vit_base_patch16_clip_224")(images).summary
+    assert not torch.allclose(wrong, expected, rtol=1e-4, atol=1e-5)
+    words = "trained with QuickGELU: use" if numbers else "does not say what it was trained with"
+    assert words in caplog.text

@@ -103,6 +103,13 @@ def test_a_named_block_is_read_with_the_final_norm():
         build("vit_tiny_patch16_224", kwargs=VIT, image_size=64, block=9)
 
 
+def test_a_block_that_timm_cannot_return_is_one_line():
+    with pytest.raises(
+        UserError, match="'xcit_nano_12_p16_224' does not return its blocks' tokens"
+    ):
+        build("xcit_nano_12_p16_224", kwargs={"depth": 1}, image_size=32, block=0)
+
+
 def test_a_block_of_a_cnn_is_a_stage():
     assert build("resnet10t", image_size=64, block=2).dims.patches == 128
 
