@@ -21,8 +21,8 @@ from contract.detection import WINDOW
 from contract.errors import UserError, first_line
 from contract.signature import TEXT_TOKENS, Port, Signature, layer_side
 from export.modules import Part
-from export.padding import static_padding
 from export.resample import dense_resampling
+from export.traceable import traceable
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
 """By precision. 20 is read by every runtime; from 23 on attention is one node, which TensorRT-RTX
@@ -139,7 +139,7 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
     with (
         _bounded(signature.graph),
         dense_resampling(),
-        static_padding(),
+        traceable(),
         warnings.catch_warnings(),
         torch.no_grad(),
     ):
@@ -160,12 +160,19 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
         # the exporter has a dozen error types of its own, none of them public
         except Exception as error:
             raise UserError(
-                f"graph '{signature.graph}' cannot be exported ({first_line(error)}): this "
+                f"graph '{signature.graph}' cannot be exported ({_reason(error)}): this "
                 "architecture is not supported"
             ) from error
     if opset == OPSET["bf16"]:
         fold_constants(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     return program.model_proto
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error comes from: torch's own says how to report it."""
+    while error.__cause__:
+        error = error.__cause__
+    return first_line(error)
 
 
 def _has_star(module: nn.Module) -> bool:
