@@ -21,8 +21,8 @@ from contract.detection import WINDOW
 from contract.errors import UserError, first_line
 from contract.signature import TEXT_TOKENS, Port, Signature, layer_side
 from export.modules import Part
-from export.padding import static_padding
 from export.resample import dense_resampling
+from export.traceable import traceable
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
 """By precision. 20 is read by every runtime; from 23 on attention is one node, which TensorRT-RTX
@@ -35,8 +35,8 @@ numbers, but not weights.
 """
 
 _LONGEST = 15 * 60
-"""Seconds that tracing one graph may take. The largest networks need two minutes; symbolic sizes
-that every layer rounds once more have no end.
+"""Seconds of CPU time that tracing one graph may take. The largest networks need two minutes;
+symbolic sizes that every layer rounds once more have no end.
 """
 
 INLINE_LIMIT = 1_800_000_000
@@ -52,20 +52,18 @@ class _Overtime(BaseException):
 @contextmanager
 def _bounded(graph: str) -> Iterator[None]:
     """Raise UserError once tracing `graph` has taken `_LONGEST` seconds; without effect outside the
-    main thread, where there are no signals, and below an alarm that somebody else has set.
+    main thread, where there are no signals.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getitimer(signal.ITIMER_REAL)[0]
-    ):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: object) -> None:
         raise _Overtime
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _LONGEST)
+    # of CPU time, unlike an alarm: a busy machine does not shorten it
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST)
     try:
         yield
     except _Overtime:
@@ -74,8 +72,8 @@ def _bounded(graph: str) -> Iterator[None]:
             "export one size (a single --resolutions), which has no symbolic sizes"
         ) from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _example(port: Port, sizes: dict[str, int]) -> torch.Tensor:
@@ -139,7 +137,7 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
     with (
         _bounded(signature.graph),
         dense_resampling(),
-        static_padding(),
+        traceable(),
         warnings.catch_warnings(),
         torch.no_grad(),
     ):
@@ -160,12 +158,19 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
         # the exporter has a dozen error types of its own, none of them public
         except Exception as error:
             raise UserError(
-                f"graph '{signature.graph}' cannot be exported ({first_line(error)}): this "
+                f"graph '{signature.graph}' cannot be exported ({_reason(error)}): this "
                 "architecture is not supported"
             ) from error
     if opset == OPSET["bf16"]:
         fold_constants(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     return program.model_proto
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error comes from: torch's own says how to report it."""
+    while error.__cause__:
+        error = error.__cause__
+    return first_line(error)
 
 
 def _has_star(module: nn.Module) -> bool:

@@ -1,0 +1,108 @@
+"""Graphs of networks that torch.export needs help with, and of those whose branches are merged."""
+
+import signal
+import sys
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from timm.layers import pad_same
+
+from benchmarks import networks
+from contract.errors import UserError
+from contract.manifest import read_manifest
+from distill.config import StudentConfig
+from distill.methods.deployment import Deployment
+from distill.models.preprocess import Preprocess
+from distill.models.student import Student
+from export import to_onnx
+from export.graph import Student as Exported
+from export.run import main as export
+from export.traceable import pad_divisible, traceable
+from tests.conftest import run_here, small_recipe
+
+SMALL = {"layers": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32]}
+
+
+@pytest.mark.slow
+def test_same_padding_is_right_at_every_size_the_stride_divides():
+    config = StudentConfig(name="test_efficientnet", image_size=64, kwargs={"pad_type": "same"})
+    student = Student(config).eval()
+    assert any(type(part).__name__ == "Conv2dSame" for part in student.modules())
+    half = (0.5, 0.5, 0.5)
+    deployment = Deployment(Preprocess(64, half, half), student, torch.nn.Identity(), {})
+    whole = Exported(None, deployment, (), student.stride, "")
+    networks.check_export(whole, [(64, 64), (96, 32), (32, 160)], varying=True)
+
+
+def test_padding_that_varies_is_what_timm_computes_for_multiples():
+    """`pad_same` is for numbers; the symbolic branch must give the same for every multiple."""
+
+    class Sides(torch.nn.Module):
+        def forward(self, x):
+            return pad_divisible(x, (5, 3), (2, 4), (1, 2), 7.0)
+
+    side = torch.export.Dim("side", min=2, max=64)
+    varying = ({0: None, 1: None, 2: 4 * side, 3: 4 * side},)
+    program = torch.export.export(Sides(), (torch.zeros(1, 1, 16, 16),), dynamic_shapes=varying)
+    for size in (8, 20, 64):
+        x = torch.randn(1, 1, size, size)
+        assert torch.equal(program.module()(x), pad_same(x, (5, 3), (2, 4), (1, 2), 7.0))
+
+
+def test_attention_inside_windows_has_four_axes_while_traced():
+    query, key, value = torch.randn(3, 2, 3, 4, 5, 6).unbind()
+    wanted, before = (
+        F.scaled_dot_product_attention(query, key, value),
+        (F.scaled_dot_product_attention),
+    )
+    with traceable():
+        assert F.scaled_dot_product_attention is not before
+        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value), wanted)
+        scaled = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+    assert F.scaled_dot_product_attention is before
+    torch.testing.assert_close(scaled, before(query, key, value, scale=1.0))
+
+
+def test_tracing_is_bounded(monkeypatch):
+    monkeypatch.setattr(to_onnx, "_LONGEST", 0.05)
+    with pytest.raises(UserError, match="graph 'backbone': torch has traced it for"):
+        with to_onnx._bounded("backbone"):
+            while True:
+                try:
+                    sum(range(1000))
+                except Exception:
+                    continue
+    with to_onnx._bounded("backbone"):
+        pass
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+@pytest.mark.slow
+def test_parallel_branches_are_merged_and_the_manifest_says_so(photo_folder, tmp_path):
+    recipe = small_recipe(photo_folder, method="plain", train={"steps": 1})
+    recipe["student"] = {"name": "fastvit_t8", "image_size": 64, "kwargs": SMALL}
+    recipe["teachers"] = recipe["teachers"][1:2]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    done = run_here(tmp_path / "recipe.yaml", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    done = run_here(tmp_path / "run", "--output", tmp_path / "bundle", command=export)
+    assert done.returncode == 0, done.stderr
+    assert "tracing   backbone" in done.stdout and "merging" in done.stdout
+    manifest = read_manifest(tmp_path / "bundle")
+    assert manifest.graph("backbone").about["merged_layers"] > 10
+    assert all(row.passed and row.cosine > 0.99999 for row in manifest.parity)
+    graph = onnx.load(tmp_path / "bundle" / "backbone.onnx")
+    assert not any(node.op_type == "BatchNormalization" for node in graph.graph.node)
+
+
+@pytest.mark.slow
+def test_the_page_of_networks_says_what_is_so(monkeypatch):
+    """A refused family and a small one; all take an hour: `python -m benchmarks.networks`."""
+    words = ["networks", "--check", "vision_transformer", "efficientvim"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as status:
+        networks.main()
+    assert status.value.code == 0
