@@ -65,6 +65,9 @@ _CANDIDATES = 16
 _HINTS = ("test_", "nano", "atto", "tiny", "_xx", "_m0", "_s0", "_b0", "_t0", "_s", "_n")
 """Parts of the names of small members, the smallest first."""
 
+_LATER = "not tried"
+"""Stands in the page for an export that `--quick` left out."""
+
 _HALF = (0.5, 0.5, 0.5)
 
 _EXACT = 1e-3
@@ -109,7 +112,7 @@ def count(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-def try_family(family: str, limit: float) -> dict[str, Any]:
+def try_family(family: str, limit: float, quick: bool) -> dict[str, Any]:
     """Everything the page says of a family; a reason in place of `yes` where something fails."""
     name = smallest(family)
     with building():
@@ -137,7 +140,8 @@ def try_family(family: str, limit: float) -> dict[str, Any]:
         return result | {"student": short(reason, name), "export": "-", "varying": "-"}
     result["stride"] = student.stride
     result["student"] = answer(lambda: train(student, size), limit)
-    return result | export(student, size, limit)
+    later = {"export": _LATER, "varying": _LATER}
+    return result | (later if quick else export(student, size, limit))
 
 
 class _Overtime(BaseException):
@@ -256,7 +260,7 @@ def check_export(whole: Exported, sizes: list[tuple[int, int]], varying: bool = 
                 )
 
 
-def tried(families: list[str], limit: float) -> Iterator[dict[str, Any]]:
+def tried(families: list[str], limit: float, quick: bool = False) -> Iterator[dict[str, Any]]:
     """Results of families, each tried in a process of its own."""
     # torch and the exporter's table of operators are loaded once, before processes are forked
     torch.set_num_threads(1)
@@ -264,7 +268,7 @@ def tried(families: list[str], limit: float) -> Iterator[dict[str, Any]]:
     for family in families:
         begun = time.perf_counter()
         receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(family, limit, sender))
+        child = context.Process(target=_child, args=(family, limit, quick, sender))
         child.start()
         sender.close()
         try:
@@ -278,8 +282,8 @@ def tried(families: list[str], limit: float) -> Iterator[dict[str, Any]]:
         yield result
 
 
-def _child(family: str, limit: float, sender: Connection) -> None:
-    sender.send(try_family(family, limit))
+def _child(family: str, limit: float, quick: bool, sender: Connection) -> None:
+    sender.send(try_family(family, limit, quick))
 
 
 def row(result: dict[str, Any]) -> str:
@@ -298,6 +302,9 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, metavar="FILE", help="results so far (JSON lines)")
     parser.add_argument("--families", nargs="+", metavar="FAMILY", help="try these (default: all)")
+    parser.add_argument(
+        "--quick", action="store_true", help="leave exports, most of the time, for a later run"
+    )
     parser.add_argument("--check", nargs="+", metavar="FAMILY", help="compare these with the page")
     parser.add_argument(
         "--limit", type=float, default=120, metavar="S", help="CPU seconds for an attempt (120)"
@@ -314,16 +321,23 @@ def main() -> None:
     if args.results.exists():
         lines = map(json.loads, args.results.read_text().splitlines())
         known = {result["family"]: result for result in lines}
-    wanted = args.families or timm.list_modules()
+    wanted = [
+        family
+        for family in args.families or timm.list_modules()
+        if family not in known or (known[family].get("export") == _LATER and not args.quick)
+    ]
     with args.results.open("a") as file:
-        for result in tried([family for family in wanted if family not in known], args.limit):
+        for result in tried(wanted, args.limit, args.quick):
             known[result["family"]] = result
             file.write(json.dumps(result) + "\n")
             file.flush()
     header = _HEADER.format(
         timm=timm.__version__, torch=torch.__version__.split("+")[0], limit=args.limit
     )
-    PAGE.write_text(header + "".join(row(known[name]) + "\n" for name in sorted(known)))
+    lines = [row(known[name]) for name in timm.list_modules() if name in known]
+    missing = [f"`{name}`" for name in timm.list_modules() if name not in known]
+    lines += ["", f"Not tried: {', '.join(missing)}."] if missing else []
+    PAGE.write_text(header + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
