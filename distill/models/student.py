@@ -361,7 +361,7 @@ def freeze_unreached(student: Student, size: int) -> list[Layer]:
         with torch.enable_grad():
             layers = probe.every_layer(torch.empty(1, 3, size, size, device="meta"))
             sum(layer.patches.sum() + layer.summary.sum() for layer in layers).backward()
-    except (AttributeError, TypeError) as error:
+    except (AssertionError, AttributeError, TypeError) as error:
         raise UserError(
             f"student '{type(student.net).__name__}' does not return its layers ({error}): set "
             "unic.heads=mlp"

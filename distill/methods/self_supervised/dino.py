@@ -26,7 +26,7 @@ from distill.distributed import mean_over_ranks
 from distill.features import Features
 from distill.methods.method import Progress, cosine
 from distill.methods.projectors import initialize
-from distill.models.layout import nearest_multiples, patch_size
+from distill.models.layout import nearest_multiples
 from distill.models.student import Student
 
 GLOBAL, LOCAL = "global", "local"
@@ -266,8 +266,9 @@ class DINO(nn.Module):
                 f"ssl.kind = {self.kind}: masking and sampling need tokens, and student "
                 f"'{recipe.student.name}' is a {kind}: set ssl.kind=dino or take a ViT"
             )
-        patch, size = patch_size(student.net), local_size(recipe)
-        if recipe.ssl.locals and patch and size % patch:
+        # maps of any size are averaged; tokens have to make a grid
+        patch, size = student.stride, local_size(recipe)
+        if recipe.ssl.locals and student.family == "vit" and size % patch:
             raise UserError(
                 f"ssl.local_size = {size}: the student's patch of {patch} pixels does not divide "
                 f"it (use {nearest_multiples(size, patch)})"
