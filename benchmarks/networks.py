@@ -83,7 +83,7 @@ random weights, torch {torch}. `yes`, or what the commands answer.
 - **teacher**: gives a map and an image-level vector.
 - **export**: its ONNX graph agrees with torch in onnxruntime, and can be served.
 - **varying sizes**: the same graph takes other sizes that its stride divides, so that several
-  `--resolutions` can be exported at once. `not done in {limit:g} s`: tracing takes more CPU time.
+  `--resolutions` can be exported at once. `not done in 45 s`: tracing takes more CPU time than that.
 
 Arguments in brackets made a large member small enough to be tried. Other members of a family may
 differ in their `kwargs`; `python -m distill.run RECIPE --dry-run` answers for any of them before
@@ -331,9 +331,7 @@ def main() -> None:
             known[result["family"]] = result
             file.write(json.dumps(result) + "\n")
             file.flush()
-    header = _HEADER.format(
-        timm=timm.__version__, torch=torch.__version__.split("+")[0], limit=args.limit
-    )
+    header = _HEADER.format(timm=timm.__version__, torch=torch.__version__.split("+")[0])
     lines = [row(known[name]) for name in timm.list_modules() if name in known]
     missing = [f"`{name}`" for name in timm.list_modules() if name not in known]
     lines += ["", f"Not tried: {', '.join(missing)}."] if missing else []
