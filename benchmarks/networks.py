@@ -83,7 +83,7 @@ random weights, torch {torch}. `yes`, or what the commands answer.
 - **teacher**: gives a map and an image-level vector.
 - **export**: its ONNX graph agrees with torch in onnxruntime, and can be served.
 - **varying sizes**: the same graph takes other sizes that its stride divides, so that several
-  `--resolutions` can be exported at once. `not done in 45 s`: tracing takes more CPU time than that.
+  `--resolutions` can be exported at once. `not done in 45 s`: tracing takes more CPU time.
 
 Arguments in brackets made a large member small enough to be tried. Other members of a family may
 differ in their `kwargs`; `python -m distill.run RECIPE --dry-run` answers for any of them before
