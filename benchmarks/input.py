@@ -1,5 +1,5 @@
 """How many crops a second one core makes of JPEG files, and what a list of files costs a worker:
-`python -m benchmarks.input`.
+`python benchmarks/input.py`.
 
 Pictures are the packaged photographs at two sizes. Rows: this pipeline, the same with every picture
 decoded whole, and torchvision by its two ways (Pillow, and its own decoder with uint8 tensors).
