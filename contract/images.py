@@ -26,7 +26,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 IMAGE_SUFFIXES += (".jpe", ".jfif", ".avif", ".jp2", ".pgm")
 """Of files in a user's own folders."""
 
-_MAX_SCANS = 100
+MAX_SCANS = 100
 """Of a progressive JPEG. Encoders write about ten; a file of 20 MB can hold 200,000, each another
 pass over every pixel.
 """
@@ -144,7 +144,7 @@ def decode(
         raise UnreadableImage(name, _damaged(error)) from error
 
 
-def read_file(path: Path, limits: Limits = Limits(), name: str = "") -> bytes:
+def read_file(path: Path | str, limits: Limits = Limits(), name: str = "") -> bytes:
     """The bytes of a picture's file; raises UnreadableImage for one that cannot be read, has more
     than may be taken, or is no ordinary file.
     """
@@ -182,8 +182,7 @@ def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
     except Exception as error:  # as many kinds as there are decoders
         raise UnreadableImage(name, _damaged(error)) from error
     # After loading: Pillow turns TIFFs itself and takes their tag away.
-    tag = orientation(picture)
-    return rgb.transpose(_UPRIGHT[tag]) if tag in _UPRIGHT else rgb
+    return upright(rgb, orientation(picture))
 
 
 def fit(picture: Image.Image, height: int, width: int) -> np.ndarray:
@@ -213,10 +212,10 @@ def _check_limits(picture: Image.Image, data: bytes, limits: Limits, name: str) 
     # A start-of-scan marker cannot occur in the compressed data itself. Decided by the decoder:
     # Pillow has another name for the format of a JPEG that names further pictures.
     scans = data.count(b"\xff\xda") if isinstance(picture, JpegImageFile) else 1
-    if scans > _MAX_SCANS:
+    if scans > MAX_SCANS:
         raise UnreadableImage(
             name,
-            f"the picture has {scans:,} scans, more than the {_MAX_SCANS} that are taken: save it "
+            f"the picture has {scans:,} scans, more than the {MAX_SCANS} that are taken: save it "
             "again",
         )
 
@@ -246,10 +245,15 @@ def _without_text(data: bytes) -> bytes:
     return b"".join((*kept, data[start:]))
 
 
-def as_stored(upright: Image.Image, tag: int) -> Image.Image:
-    """Undo the turn of `to_rgb`: the picture as its file has it, whose EXIF tag is `tag`."""
+def upright(stored: Image.Image, tag: int) -> Image.Image:
+    """Turn the pixels of a file upright, as its EXIF tag says."""
+    return stored.transpose(_UPRIGHT[tag]) if tag in _UPRIGHT else stored
+
+
+def as_stored(turned: Image.Image, tag: int) -> Image.Image:
+    """Inverse of `upright`."""
     turn = _STORED.get(tag, _UPRIGHT.get(tag))
-    return upright if turn is None else upright.transpose(turn)
+    return turned if turn is None else turned.transpose(turn)
 
 
 def orientation(picture: Image.Image) -> int:

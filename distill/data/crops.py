@@ -21,15 +21,13 @@ from distill.config import DataConfig
 from distill.data.masks import BlockMask, WindowCells
 from distill.data.photometric import photometric
 from distill.data.pictures import Pictures
+from distill.data.pixels import Box, Crop, resize_crop, to_image, to_tensor
 
 MAIN = "main"
 """The stream whose batch size is `train.batch_size`."""
 
 IMAGE = "image"
 """Name of the view of methods that need only one."""
-
-_Box = tuple[float, float, float, float]
-"""Left, top, right, bottom in pixels."""
 
 _FeaturesOf = Callable[[str, int, int], Tensor]
 
@@ -42,7 +40,7 @@ def random_crop(
     rng: np.random.Generator,
     scale: tuple[float, float],
     ratio: tuple[float, float],
-) -> _Box:
+) -> Box:
     """A box (left, top, right, bottom) covering a random share of a picture of `size` = (width,
     height).
 
@@ -63,13 +61,13 @@ def random_crop(
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def surrounding(boxes: Sequence[_Box]) -> _Box:
+def surrounding(boxes: Sequence[Box]) -> Box:
     """The smallest box around some boxes."""
     left, top, right, bottom = zip(*boxes, strict=True)
     return min(left), min(top), max(right), max(bottom)
 
 
-def shift_towards(box: _Box, anchor: _Box) -> _Box:
+def shift_towards(box: Box, anchor: Box) -> Box:
     """Move a box as little as possible until it overlaps `anchor`, in each direction, by at least
     half of the smaller of both sides (UDI, Su & Ji 2024).
     """
@@ -87,20 +85,9 @@ def _shift(low: float, high: float, anchor_low: float, anchor_high: float) -> tu
     return low + move, high + move
 
 
-def resize_crop(image: Image.Image, box: _Box, side: int, flip: bool) -> Image.Image:
-    """Resize a box of an RGB image to `side` x `side` pixels, mirrored if `flip`."""
-    crop = image.resize((side, side), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else crop
-
-
-def take_crop(image: Image.Image, box: _Box, side: int, flip: bool) -> Tensor:
+def take_crop(image: Image.Image, box: Box, side: int, flip: bool) -> Tensor:
     """`resize_crop` as uint8 [3, side, side]."""
     return to_tensor(resize_crop(image, box, side, flip))
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as uint8 [3, H, W]."""
-    return torch.from_numpy(np.asarray(image).transpose(2, 0, 1).copy())
 
 
 def centre_crop(image: Image.Image, side: int) -> Tensor:
@@ -181,6 +168,15 @@ class Sample(NamedTuple):
     features: Tensor | None
 
 
+class _Plan(NamedTuple):
+    """Crop number `place` of a view, and the generator that goes on to its augmentation."""
+
+    view: View
+    place: int
+    rng: np.random.Generator
+    crop: Crop
+
+
 class CropDataset(Dataset):
     """Samples addressed by (stream, picture, view number). An unreadable picture is replaced by the
     next readable one.
@@ -204,16 +200,20 @@ class CropDataset(Dataset):
         stream, picture, number = key
         skipped: list[Skipped] = []
         for offset in range(min(self.TRIES, len(self.pictures))):
+            plans: list[_Plan] = []
+            pixels: list[Tensor] = []
             try:
-                image = self.pictures.load((picture + offset) % len(self.pictures))
+                opened = self.pictures.open((picture + offset) % len(self.pictures))
+                for view in self.views:
+                    if view.stream == stream:
+                        own = self._plan(view, opened.size, picture, number, plans)
+                        # view by view: another view changes none of its pixels
+                        pixels += opened.crops([plan.crop for plan in own])
+                        plans += own
             except UnreadableImage as error:
                 skipped.append((error.name, error.reason))
                 continue
-            tensors: dict[str, Tensor] = {}
-            boxes: dict[str, list[_Box]] = {}
-            for view in self.views:
-                if view.stream == stream:
-                    tensors |= self._cut(image, view, picture, number, boxes)
+            tensors = self._tensors(stream, picture, number, opened.size, plans, pixels)
             features = self.features(*key) if self.features else None
             return Sample(stream, tensors, picture, number, tuple(skipped), features)
         name, reason = skipped[0]
@@ -221,47 +221,62 @@ class CropDataset(Dataset):
             f"data: {len(skipped)} pictures in a row are unreadable, the first {name} ({reason})"
         )
 
-    def _cut(
+    def _plan(
         self,
-        image: Image.Image,
         view: View,
+        size: tuple[int, int],
         picture: int,
         number: int,
-        boxes: dict[str, list[_Box]],
-    ) -> dict[str, Tensor]:
-        """The tensors of one view of a picture; its boxes are added to `boxes`, which has those of
-        the views before it.
-        """
-        parts: dict[str, list] = {}
-        own = boxes.setdefault(view.name, [])
-        width, height = image.size
+        before: Sequence["_Plan"],
+    ) -> list["_Plan"]:
+        """Draw the crops of a view of a picture of `size`; `before` has those of other views."""
+        plans: list[_Plan] = []
         for crop in range(view.crops):
             rng = self._generator(view, picture, number, crop)
-            box = random_crop(image.size, rng, view.scale, self.config.crop_ratio)
-            if view.near and boxes[view.near]:
-                anchors = own[:1] if view.near == view.name else boxes[view.near]
+            box = random_crop(size, rng, view.scale, self.config.crop_ratio)
+            others = [plan.crop.box for plan in (*before, *plans) if plan.view.name == view.near]
+            if others:
+                anchors = others[:1] if view.near == view.name else others
                 box = shift_towards(box, surrounding(anchors))
-            own.append(box)
-            flip = rng.random() < self.config.flip
-            pixels = resize_crop(image, box, view.size, flip)
+            flip = bool(rng.random() < self.config.flip)
+            plans.append(_Plan(view, crop, rng, Crop(box, view.size, flip)))
+        return plans
+
+    def _tensors(
+        self,
+        stream: str,
+        picture: int,
+        number: int,
+        size: tuple[int, int],
+        plans: Sequence["_Plan"],
+        pixels: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """All tensors of the views of a stream, from the pixels of their crops."""
+        parts: dict[str, list[Tensor]] = {}
+        width, height = size
+        for (view, place, rng, crop), values in zip(plans, pixels, strict=True):
             if view.plain:
-                parts.setdefault(plain_name(view.name), []).append(to_tensor(pixels))
+                parts.setdefault(plain_name(view.name), []).append(values)
             if view.photometric:
-                name = view.photometric[crop if len(view.photometric) > 1 else 0]
-                pixels = photometric(pixels, name, rng)
-            parts.setdefault(view.name, []).append(to_tensor(pixels))
+                name = view.photometric[place if len(view.photometric) > 1 else 0]
+                values = to_tensor(photometric(to_image(values), name, rng))
+            parts.setdefault(view.name, []).append(values)
             if view.boxes:
-                left, top, right, bottom = box
-                sides = (right, left) if flip else (left, right)
-                place = [sides[0] / width, top / height, sides[1] / width, bottom / height]
-                parts.setdefault(f"{view.name}.box", []).append(torch.tensor(place))
+                left, top, right, bottom = crop.box
+                sides = (right, left) if crop.flip else (left, right)
+                share = [sides[0] / width, top / height, sides[1] / width, bottom / height]
+                parts.setdefault(f"{view.name}.box", []).append(torch.tensor(share))
             if view.mask:
                 mask = torch.from_numpy(view.mask.draw(rng))
                 parts.setdefault(f"{view.name}.mask", []).append(mask)
-        tensors = {name: torch.stack(tensors) for name, tensors in parts.items()}
-        if view.cells:
-            rng = self._generator(view, picture, number, view.crops)
-            tensors[f"{view.name}.cells"] = torch.from_numpy(view.cells.draw(rng))[None]
+        tensors = {
+            name: torch.stack(values) if len(values) > 1 else values[0][None]
+            for name, values in parts.items()
+        }
+        for view in self.views:
+            if view.stream == stream and view.cells:
+                rng = self._generator(view, picture, number, view.crops)
+                tensors[f"{view.name}.cells"] = torch.from_numpy(view.cells.draw(rng))[None]
         return tensors
 
     def _generator(self, view: View, picture: int, number: int, crop: int) -> np.random.Generator:

@@ -4,14 +4,14 @@ A file is a picture by its suffix, in any case. Hidden files and folders, and th
 leave behind, are not data: AppleDouble (`._x.jpg`), `.ipynb_checkpoints`, `__MACOSX`, thumbnails.
 """
 
+import itertools
 import logging
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
-
-import numpy as np
 
 from contract.errors import UserError, machine_trouble
 from contract.images import IMAGE_SUFFIXES
@@ -110,8 +110,8 @@ class Names(Sequence[str]):
 
     def __init__(self, names: Iterable[str]) -> None:
         parts = [os.fsencode(name) for name in names]
-        self._buffer = np.frombuffer(b"".join(parts), np.uint8)
-        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self._buffer = b"".join(parts)
+        self._ends = array("q", itertools.accumulate(map(len, parts)))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -121,7 +121,7 @@ class Names(Sequence[str]):
             return [self[n] for n in range(*number.indices(len(self)))]
         number = range(len(self))[number]
         start = self._ends[number - 1] if number else 0
-        return os.fsdecode(self._buffer[start : self._ends[number]].tobytes())
+        return os.fsdecode(self._buffer[start : self._ends[number]])
 
     def __iter__(self) -> Iterator[str]:
         return (self[number] for number in range(len(self)))
@@ -129,4 +129,4 @@ class Names(Sequence[str]):
     @property
     def nbytes(self) -> int:
         """Bytes of the buffer and of the places in it."""
-        return self._buffer.nbytes + self._ends.nbytes
+        return len(self._buffer) + len(self._ends) * self._ends.itemsize

@@ -20,6 +20,7 @@ from contract.errors import UserError, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode, read_file
 from distill.config import DataConfig
 from distill.data.files import Names, picture_files, size_and_time
+from distill.data.pixels import Decoded, Opened, open_picture
 from distill.data.tars import WebDatasetPictures
 
 
@@ -36,6 +37,10 @@ class Pictures(Protocol):
 
     def load(self, number: int) -> Image.Image:
         """Picture `number` as RGB; raises UnreadableImage."""
+        ...
+
+    def open(self, number: int) -> Opened:
+        """Picture `number`, decoded once it is known for which crops; raises UnreadableImage."""
         ...
 
     def fingerprint(self) -> str:
@@ -84,25 +89,30 @@ class FolderPictures:
     def name(self, number: int) -> str:
         return self.files[number]
 
-    def encoded(self, number: int) -> bytes:
-        """The bytes of picture `number`; raises UnreadableImage, and UserError where not the file
-        but the machine is at fault.
-        """
+    def open(self, number: int) -> Opened:
         name = self.files[number]
-        try:
-            return read_file(Path(name), TRUSTED, name)
-        except UnreadableImage as error:
-            raise_trouble(name, error)
-            raise
+        return open_picture(_encoded(name), name)
 
     def load(self, number: int) -> Image.Image:
-        return decode(self.encoded(number), TRUSTED, name=self.files[number])
+        name = self.files[number]
+        return decode(_encoded(name), TRUSTED, name=name)
 
     def fingerprint(self) -> str:
         """Digest of names, sizes and modification times."""
         return digest(
             (os.path.relpath(path, self.folder), *size_and_time(path)) for path in self.files
         )
+
+
+def _encoded(name: str) -> bytes:
+    """The bytes of a picture's file; raises UnreadableImage, and UserError where not the file but
+    the machine is at fault.
+    """
+    try:
+        return read_file(name, TRUSTED, name)
+    except UnreadableImage as error:
+        raise_trouble(name, error)
+        raise
 
 
 class PackagedPhotos:
@@ -156,6 +166,9 @@ class PackagedPhotos:
         if number not in self._decoded:
             self._decoded[number] = decode(self.files[number], TRUSTED, name=self.name(number))
         return self._decoded[number]
+
+    def open(self, number: int) -> Opened:
+        return Decoded(self.load(number))
 
     def fingerprint(self) -> str:
         """Digest of names and sizes; the wheels' files do not change otherwise."""

@@ -25,6 +25,7 @@ from contract.errors import UserError, first_line, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, decode
 from distill.data.files import Names, is_data
 from distill.data.open_files import Pool
+from distill.data.pixels import Opened, open_picture
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,10 @@ class WebDatasetPictures:
     def name(self, number: int) -> str:
         return f"{self.tars[self._tar[number]]}:{self._names[number]}"
 
-    def encoded(self, number: int) -> bytes:
+    def open(self, number: int) -> Opened:
+        return open_picture(self._encoded(number), self.name(number))
+
+    def _encoded(self, number: int) -> bytes:
         """The bytes of picture `number`."""
         size, offset = int(self._sizes[number]), int(self._offsets[number])
         path = self.tars[self._tar[number]]
@@ -122,7 +126,7 @@ class WebDatasetPictures:
             ) from error
 
     def load(self, number: int) -> Image.Image:
-        return decode(self.encoded(number), TRUSTED, name=self.name(number))
+        return decode(self._encoded(number), TRUSTED, name=self.name(number))
 
     def fingerprint(self) -> str:
         """Digest of every picture's tar file, name, place and size."""

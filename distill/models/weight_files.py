@@ -103,6 +103,7 @@ def _load(path: Path) -> object:
         with path.open("rb") as file:
             head = file.read(512)
     except OSError as error:
+        raise_trouble(path, error)
         raise UserError(f"checkpoint {path} cannot be read: {error.strerror}") from error
     for start, meaning in _FOREIGN:
         if head.lstrip().startswith(start) if start == b"<" else head.startswith(start):
@@ -212,6 +213,7 @@ def _read_shards(path: Path) -> dict[str, Tensor]:
         places = content["weight_map"]
         shards = sorted(set(places.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise_trouble(path, error)
         raise UserError(
             f"checkpoint {path} is JSON, but not the index of a sharded file: give the weights"
         ) from error

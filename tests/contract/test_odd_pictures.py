@@ -12,6 +12,7 @@ from PIL import Image, ImageCms
 
 from contract.images import UnreadableImage, decode, fit, read_pixels, to_rgb
 from distill.data.pictures import FolderPictures
+from distill.data.pixels import Crop
 from serve.client.inputs import list_pictures
 from serve.client.options import ClientOptions
 from serve.errors import BadRequest
@@ -292,6 +293,12 @@ def read_by_client(source: object, encoded: bool) -> np.ndarray:
     return np.asarray(picture.open(limits))
 
 
+def first_square(image: Image.Image) -> Crop:
+    """The largest square at the upper left, in its own size."""
+    side = min(image.size)
+    return Crop((0.0, 0.0, float(side), float(side)), side, False)
+
+
 @pytest.mark.parametrize("case", ODD)
 def test_training_clients_and_servers_see_the_same_picture(case, tmp_path):
     odd = ODD[case]
@@ -305,6 +312,7 @@ def test_training_clients_and_servers_see_the_same_picture(case, tmp_path):
         folder = FolderPictures(tmp_path)
         ways = {
             "training": lambda: folder.load(0),
+            "training, a crop": lambda: folder.open(0).crops([first_square(folder.load(0))])[0],
             "server": lambda: decode(source),
             **ways,
             "client, a path": lambda: read_by_client(tmp_path / "a.png", False),
@@ -321,7 +329,11 @@ def test_training_clients_and_servers_see_the_same_picture(case, tmp_path):
             with pytest.raises((UnreadableImage, BadRequest), match="not a JPEG, PNG or WEBP"):
                 ways.pop(way)()
     pixels = {way: np.asarray(read()) for way, read in ways.items()}
+    crop = pixels.pop("training, a crop", None)
     first, *others = pixels.values()
+    if crop is not None:
+        side = min(first.shape[:2])
+        assert np.array_equal(crop.transpose(1, 2, 0), first[:side, :side])
     assert first.shape == odd.looks.shape and first.dtype == np.uint8
     error = np.abs(first - odd.looks.astype(float))
     assert error.mean() <= odd.near and (odd.near or not error.any())

@@ -242,7 +242,8 @@ def test_boxes_are_the_crops_share_of_the_picture_and_mirrored_where_the_crop_is
             pixels = [min(left, right), top, max(left, right), bottom]
             pixels = [side * (image.width, image.height)[i % 2] for i, side in enumerate(pixels)]
             again = take_crop(image, [round(side) for side in pixels], 16, flip=bool(flip))
-            assert torch.equal(again, crop)
+            # training does not decode the whole picture at its full size
+            assert (again.float() - crop.float()).abs().mean() < 3
 
 
 def test_a_stream_of_its_own_batch_size_has_its_own_order_and_length():

@@ -142,7 +142,7 @@ def test_decoding_processes_give_the_same_and_name_the_torn_picture(tmp_path, ca
         exit_status(lambda: evaluate_variants(live(classify, workers), 16, tmp_path, workers)) == 2
     )
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "3/torn.jpg cannot be read: empty or not an image" in said
+    assert said.count("\n") == 1 and "3/torn.jpg cannot be read (empty or not an image)" in said
 
 
 def paint_corruption(folder: Path, errors: list[int], classes: int = 4) -> None:
@@ -284,7 +284,7 @@ def test_what_variants_refuse(tmp_path):
     with pytest.raises(UserError, match="imagenet-v2 has no pictures"):
         run(tmp_path)
     (place / "torn.jpg").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(UserError, match="picture .*torn.jpg cannot be read"):
+    with pytest.raises(UserError, match="torn.jpg cannot be read"):
         run(tmp_path)
     (place / "torn.jpg").unlink()
     paint(place / "a.png", 3)
