@@ -151,10 +151,12 @@ def load_into(
         for n in expected
         if n not in state and not n.startswith(optional) and "num_batches" not in n
     ]
-    if len(missing) > len(expected) / 2:
+    layout = _layout_of(names) if len(missing) > len(expected) / 2 else None
+    if layout:
         raise UserError(
             f"{source}: {len(missing)} of {len(expected)} tensors are missing, the first is "
-            f"'{missing[0]}': {_layout_of(names)}"
+            f"'{missing[0]}': it has the names of {layout}; use the same weights by timm's name, "
+            "or convert"
         )
     _refuse_other_tokens(state, expected, source)
     _refuse_lost_biases(original, state, source)
@@ -425,12 +427,12 @@ def _refuse_other_tokens(
             )
 
 
-def _layout_of(names: Sequence[str]) -> str:
-    """What a file is whose names are not timm's, in words that end a message."""
-    for pattern, meaning in _LAYOUTS:
+def _layout_of(names: Sequence[str]) -> str | None:
+    """Whose the names in a file are, where another library's are known."""
+    for pattern, library in _LAYOUTS:
         if any(re.search(pattern, name) for name in names):
-            return f"it has the names of {meaning}; use the same weights by timm's name, or convert"
-    return "the file belongs to another architecture (check the teacher's name)"
+            return library
+    return None
 
 
 def _classifier_names(model: nn.Module) -> tuple[str, ...]:
