@@ -3,10 +3,25 @@ nearest right word.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from contract.errors import suggest
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argument's `type`: a whole number within bounds."""
+
+    def read(text: str) -> int:
+        if not text.removeprefix("-").isdecimal():
+            raise argparse.ArgumentTypeError(f"'{text}' is not a whole number")
+        value = int(text)
+        if value < least or (most is not None and value > most):
+            bounds = f"{least} or more" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{value} is out of range: use {bounds}")
+        return value
+
+    return read
 
 
 class CommandLine(argparse.ArgumentParser):

@@ -117,6 +117,14 @@ def exit_status(command: Callable[[], int | None]) -> int:
     except Failure as error:
         status = 1
         message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        status = 1
+        message = (
+            f"out of memory ({first_line(error)}): use a smaller batch or picture size, or stop "
+            "what else uses the device"
+        )
     # Most mistakes are every rank's, but a picture may be damaged on one alone: each says its own.
     rank = os.environ.get("RANK", "0")
     # a file's name, say, may hold line breaks and worse
@@ -125,6 +133,17 @@ def exit_status(command: Callable[[], int | None]) -> int:
         f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}", file=sys.stderr
     )
     return status
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory of the CPU or GPU ran out, and nothing about its cause."""
+    # torch, which has a class and several messages for it, is not imported here
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
 
 
 def _reader_has_gone() -> bool:

@@ -8,14 +8,20 @@ line.
 from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    create_model,
-    field_validator,
-    model_validator,
+from pydantic import Field, create_model, field_validator, model_validator
+
+from distill.fields import (
+    Area,
+    Auto,
+    Beta,
+    Deviation,
+    Fraction,
+    NetworkName,
+    NonNegative,
+    Positive,
+    Section,
+    Seed,
+    TimmArguments,
 )
 
 Role = Literal["classification", "clip", "mae", "dino", "detector"]
@@ -26,60 +32,16 @@ Role = Literal["classification", "clip", "mae", "dino", "detector"]
 DETECTOR = "grounding_dino"
 """Name of the teachers of role `detector`."""
 
-Auto = Literal["auto"]
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-
-
-def _shares(value: tuple[float, float]) -> tuple[float, float]:
-    if not 0 < value[0] <= value[1] <= 1:
-        raise ValueError("must be two shares of a picture's area, the smaller first")
-    return value
-
-
-Area = Annotated[tuple[float, float], AfterValidator(_shares)]
-"""Range of a random crop's share of the picture's area."""
-
-
-def _timm_name(value: str) -> str:
-    """timm's name of a network, also where it is given as timm's own repository on the hub."""
-    source, colon, rest = value.partition(":")
-    if not colon:
-        return value.removeprefix("timm/")
-    if source not in ("hf-hub", "hf_hub", "local-dir"):
-        return value
-    if source != "local-dir" and rest.startswith("timm/"):
-        return rest.removeprefix("timm/").partition("@")[0]
-    where = f"{rest}/model.safetensors" if source == "local-dir" else "its file, downloaded"
-    raise ValueError(
-        f"name = {value}: only the hub's timm/… is read by name: set name to timm's architecture "
-        f"and checkpoint to {where}"
-    )
-
-
-_NetworkName = Annotated[str, AfterValidator(_timm_name)]
-_Deviation = Annotated[float, Field(gt=0)]
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Section(BaseModel):
-    """Base of every part of a recipe: unknown keys are errors, values never change after
-    validation.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
 class StudentConfig(Section):
-    name: _NetworkName = Field(
+    name: NetworkName = Field(
         "vit_base_patch16_224", description="timm architecture with spatial features (ViT or CNN)"
     )
     image_size: Positive = Field(224, description="side of the square training image, pixels")
-    kwargs: dict[str, Any] = Field(
+    kwargs: TimmArguments = Field(
         default_factory=dict, description="further timm arguments, e.g. {depth: 6}"
     )
     pretrained: bool = Field(
@@ -87,7 +49,9 @@ class StudentConfig(Section):
     )
     checkpoint: str | None = Field(
         None,
-        description="start from a .safetensors or weights-only .pth file, or from 'package:NAME'",
+        description="start from a .safetensors or weights-only .pth file, 'package:NAME', or an "
+        "earlier run: its folder (heads too, where they fit) or its student.safetensors (the "
+        "network alone)",
     )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
     mean: tuple[float, float, float] = Field(
@@ -95,13 +59,13 @@ class StudentConfig(Section):
         description="RGB mean subtracted from images in [0, 1]; of a student that starts from "
         "weights what those were trained with, unless it is set",
     )
-    std: tuple[_Deviation, _Deviation, _Deviation] = Field(
+    std: tuple[Deviation, Deviation, Deviation] = Field(
         _IMAGENET_STD, description="RGB standard deviation divided by; as mean"
     )
 
 
 class TeacherConfig(Section):
-    name: _NetworkName = Field(
+    name: NetworkName = Field(
         description="timm model name, with its pretrained tag; 'run' for a student of this "
         "project; 'grounding_dino' for the backbone of a detector"
     )
@@ -122,7 +86,7 @@ class TeacherConfig(Section):
     pretrained: bool = Field(
         True, description="without a checkpoint: fetch timm's weights (false: random weights)"
     )
-    kwargs: dict[str, Any] = Field(
+    kwargs: TimmArguments = Field(
         default_factory=dict,
         description="further timm arguments, e.g. {embed_dim: 128}; of a random detector those of "
         "its Swin Transformer",
@@ -133,7 +97,7 @@ class TeacherConfig(Section):
     mean: tuple[float, float, float] | None = Field(
         None, description="default: what its weights were trained with (docs/teachers.md)"
     )
-    std: tuple[_Deviation, _Deviation, _Deviation] | None = Field(
+    std: tuple[Deviation, Deviation, Deviation] | None = Field(
         None, description="default: what its weights were trained with (docs/teachers.md)"
     )
     block: int | None = Field(
@@ -249,6 +213,9 @@ class DataConfig(Section):
     workers: NonNegative = Field(
         4, description="decoding processes per rank; 0 decodes in the training process"
     )
+    changed: Literal["refuse", "accept"] = Field(
+        "refuse", description="what --resume does if pictures were added, removed or changed"
+    )
     max_corrupt_fraction: Fraction = Field(
         0.01, description="stop once more than this share of pictures is unreadable"
     )
@@ -301,7 +268,7 @@ class TrainConfig(Section):
     weight_decay_end: Annotated[float, Field(ge=0)] | None = Field(
         None, description="weight decay at the last step, by a cosine; default: constant"
     )
-    betas: tuple[_Beta, _Beta] = Field((0.9, 0.999), description="AdamW")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW")
     clip_grad: Annotated[float, Field(ge=0)] = Field(
         1.0, description="largest norm of the gradients; 0: no clipping"
     )
@@ -314,6 +281,14 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="autocast type of the student"
     )
+    tf32: bool | Auto = Field(
+        "auto",
+        description="CUDA: round the factors of fp32 products to 10 bits, several times as fast; "
+        "auto: as torch does, in convolutions alone",
+    )
+    cudnn_benchmark: bool = Field(
+        False, description="CUDA: try several algorithms for convolutions; not the same each time"
+    )
     channels_last: bool | Auto = Field(
         "auto", description="memory format; auto: for CNN students on CUDA"
     )
@@ -321,7 +296,7 @@ class TrainConfig(Section):
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="what torchrun's ranks do: DDP or FSDP2"
     )
-    seed: int = Field(0, description="seeds weights, sample order and crops")
+    seed: Seed = Field(0, description="seeds weights, sample order and crops")
     device: Literal["auto", "cpu", "cuda"] = Field("auto")
     max_bad_steps: Positive = Field(
         20, description="abort after so many steps in a row with non-finite gradients"

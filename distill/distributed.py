@@ -21,8 +21,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from contract.errors import UserError
+from contract.errors import UserError, first_line
 from distill.config import TrainConfig
+from distill.launch import launched
 
 _PATIENCE = timedelta(days=7)
 """How long a barrier waits; a process that died is torchrun's to notice."""
@@ -104,7 +105,11 @@ def own_share(values: Tensor) -> Tensor:
 
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
-    """Join the processes torchrun started (or be alone), and leave them at the end."""
+    """Join the processes that torchrun, srun or mpirun started (or be alone), and leave them at the
+    end.
+
+    Raises UserError for a device that is not there and for processes that cannot meet.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -112,15 +117,27 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             "train.device = cuda: no CUDA device is visible (set train.device=cpu, or check the "
             "driver)"
         )
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    launch = launched()
+    if launch.world == 1:
         yield Ranks(0, 1, torch.device(device))
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
-    place = torch.device(device, local_rank) if device == "cuda" else torch.device(device)
+    place = torch.device(device)
     if device == "cuda":
+        if launch.local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK = {launch.local_rank}, but {torch.cuda.device_count()} GPUs are "
+                "visible here: start as many processes a machine as it has GPUs"
+            )
+        place = torch.device(device, launch.local_rank)
         torch.cuda.set_device(place)
-    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        meeting = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UserError(
+            f"the {launch.world} processes cannot meet at {meeting} ({first_line(error)}): check "
+            "MASTER_ADDR and MASTER_PORT, and that all of them were started"
+        ) from error
     # of sockets, also beside NCCL, which gives up after ten minutes and spins a GPU until then
     patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), place, patient)

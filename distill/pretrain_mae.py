@@ -22,7 +22,7 @@ from PIL import Image
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from contract.command_line import CommandLine
+from contract.command_line import CommandLine, whole_number
 from contract.errors import UserError, exit_status
 from distill.config import DataConfig
 from distill.data.batches import StreamBatches, collate, make_loader
@@ -265,11 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="peak learning rate (default: 1.5e-3)",
     )
     parser.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="decoding processes (default: 1)"
+        "--workers",
+        type=whole_number(0),
+        default=1,
+        metavar="N",
+        help="decoding processes (default: 1)",
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=whole_number(0, 2**63 - 1),
         default=0,
         metavar="N",
         help="seed of weights, crops and masks (default: 0)",

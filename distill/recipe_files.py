@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from yaml.constructor import ConstructorError
@@ -23,10 +23,23 @@ _EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 the base may have set."""
 
 
-class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-4 as a number (YAML 1.1 requires 1.0e-4) and refuses
-    duplicate keys.
+class Ambiguous(str):
+    """A plain word that is text here and something else in YAML 1.1: `no`, `012`, `12:30:00`, a
+    date. Who wrote it may have meant either; `distill/typed_values.py` decides.
     """
+
+    @property
+    def other(self) -> object:
+        """What YAML 1.1 makes of it."""
+        return yaml.safe_load(self)
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """Safe YAML with the scalars of version 1.2: only true and false are switches, only decimal
+    figures are numbers (1e-4 is one), and dates and times are text. Refuses duplicate keys.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         """Build a mapping; YAML itself would silently use the last of two equal keys."""
@@ -39,14 +52,37 @@ class RecipeLoader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_text(self, node: yaml.ScalarNode) -> str:
+        """A string; one that YAML 1.1 would not read as one is marked."""
+        plain = node.style is None and node.value
+        if plain and _YAML_1_1.resolve(yaml.ScalarNode, node.value, (True, False)) != node.tag:
+            return Ambiguous(node.value)
+        return node.value
+
 
 class RecipeDumper(yaml.SafeDumper):
-    """Safe YAML that quotes a string which `RecipeLoader` would read as a number."""
+    """Safe YAML that quotes a string which `RecipeLoader`, or YAML 1.1, would read as something
+    else.
+    """
 
 
-_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
-for yaml_class in (RecipeLoader, RecipeDumper):
-    yaml_class.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+_YAML_1_1 = yaml.SafeLoader("")
+_EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$", re.ASCII)
+_FIGURES = re.compile(
+    r"(?:[-+]?(?:\d+\.\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\d+[eE][-+]?\d+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+    re.ASCII,
+)
+for kind, pattern, first in (
+    ("bool", re.compile(r"(?:true|True|TRUE|false|False|FALSE)$"), "tTfF"),
+    ("int", re.compile(r"[-+]?(?:0|[1-9]\d*)$", re.ASCII), "-+0123456789"),
+    ("float", _FIGURES, "-+.0123456789"),
+    ("null", re.compile(r"(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("merge", re.compile(r"<<$"), "<"),
+):
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", pattern, list(first))
+RecipeLoader.add_constructor("tag:yaml.org,2002:str", RecipeLoader.construct_text)
+RecipeDumper.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
 
 
 def shipped_recipes() -> dict[str, str]:

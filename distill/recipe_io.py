@@ -18,13 +18,13 @@ from distill.methods import METHODS
 from distill.models.published import normalization_of
 from distill.recipe_files import (
     RecipeDumper,
-    RecipeLoader,
     clear_others,
     merged_values,
     read_text,
     shipped_recipes,
     show,
 )
+from distill.typed_values import field_type, read_typed, settle
 
 _BASE_MEANING = "what the file starts from: a shipped recipe, or a path relative to the file"
 
@@ -96,6 +96,10 @@ def parse_recipe(text: str, source: str, overrides: Sequence[str] = ()) -> Recip
     """
     values, chain = merged_values(text, source)
     source = ", based on ".join(chain)
+    try:
+        values = settle("", values, _any_recipe())
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     keys = [_apply_override(values, override) for override in overrides]
     clear_others(values, keys)
     try:
@@ -121,19 +125,16 @@ def _owner(section: str) -> str:
 
 
 def _apply_override(values: dict, override: str) -> str:
-    """Set one dotted `key=value` in nested `values`, the value read as YAML; returns the key."""
+    """Set one dotted `key=value` in nested `values`, the value read by the field's type; returns
+    the key.
+    """
     key, equals, text = override.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UserError(f"'{override}' is not an override: write key=value, e.g. train.steps=100")
     parts = key.split(".")
     _check_key(key, len(values["teachers"]) if isinstance(values.get("teachers"), list) else 0)
-    try:
-        value = yaml.load(text, Loader=RecipeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{key}: '{text}' is not valid YAML (quote it, or close its brackets)"
-        ) from error
+    value = read_typed(key, text, field_type(_any_recipe(), key))
     place: Any = values
     for depth, part in enumerate(parts[:-1], start=1):
         if isinstance(place, list):
@@ -148,6 +149,19 @@ def _apply_override(values: dict, override: str) -> str:
             )
     place[int(parts[-1]) if isinstance(place, list) else parts[-1]] = value
     return key
+
+
+def values_taken(recipe: Recipe, overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    """Key and value of every override of a recipe, as the recipe has them."""
+    whole = recipe.model_dump(mode="json")
+    taken = {}
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        place: Any = whole
+        for part in key.split("."):
+            place = place[int(part)] if isinstance(place, list) else place[part]
+        taken[key] = place
+    return list(taken.items())
 
 
 def _check_key(key: str, teachers: int) -> None:

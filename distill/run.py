@@ -1,12 +1,16 @@
 """`python -m distill.run`: train a student from a recipe."""
 
 import logging
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from distill.claim import claimed, is_free
+from distill.launch import launched
 
 EPILOG = """\
 examples:
@@ -19,9 +23,18 @@ examples:
   python -m distill.run --list
 
 The default recipe is the offline quickstart, about three minutes on two cores.
---dry-run prints what a recipe would train, --resume continues an interrupted
-run, torchrun starts a process per GPU. The run folder contains recipe.yaml,
-metrics.jsonl, checkpoint/, plots/ and, at the end, student.safetensors.
+--dry-run prints what a recipe would train. --resume continues the run in
+--output, or starts it where there is none yet: a job that may be preempted
+always repeats one command line. Of a resumed run's recipe, only what does not
+change its past may change: train.steps, data.path (the same pictures
+elsewhere), data.changed=accept (others), how often it logs and saves.
+torchrun, srun or mpirun start a process per GPU; their number may change.
+
+A value is what was typed: no quotes inside the shell's. Lists are [a, b],
+mappings {a: 1}, null is none.
+
+The run folder contains recipe.yaml, metrics.jsonl, checkpoint/, plots/ and, at
+the end, student.safetensors.
 Exit status: 0 done (or stopped by SIGTERM after a checkpoint), 1 a failure,
 2 a mistake in the command line or its input.
 """
@@ -46,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--output", type=Path, metavar="DIR", help="run folder (default: runs/RECIPE)"
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint in --output"
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint in --output, or start there if there is no run",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan (parts, FLOPs, memory), then exit"
@@ -58,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.list:
         return exit_status(_print_list)
     recipe, overrides = args.recipe, args.overrides
-    if recipe and "=" in recipe:  # only overrides were given
+    # only overrides were given; a path may have '=' in it, too
+    if recipe and re.match(r"\s*[A-Za-z_][\w.]*\s*=", recipe) and not Path(recipe).is_file():
         recipe, overrides = None, [recipe, *overrides]
     return exit_status(lambda: distil(recipe, overrides, args.output, args.resume, args.dry_run))
 
@@ -79,55 +95,83 @@ def distil(
 ) -> None:
     """Train the recipe `name` (default: quickstart) with `overrides` into `output`.
 
-    `resume` continues the run in `output`; `dry_run` prints the plan instead. Raises UserError for
-    a mistake in the recipe, or an `output` with files of something else.
+    `resume` continues the run in `output`, or starts it if there is none; `dry_run` prints the plan
+    instead. Raises UserError for a mistake in the recipe, for an `output` with files of something
+    else, and for one that another process trains in.
     """
-    from distill.recipe_io import load_recipe
-
     folder = output or Path("runs") / Path(name or "quickstart").stem
-    if resume:
-        recipe = _recipe_to_resume(folder, name, overrides)
-    else:
-        recipe = load_recipe(name or "quickstart", overrides)
     if dry_run:
         from distill.training.plan import print_plan
 
+        recipe = _recipe(folder, name, overrides, resume)
+        _show_overrides(recipe, overrides, print)
         print_plan(recipe)
         return
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(
-            f"{folder} already has files: add --resume to continue that run, or choose another "
-            "--output"
-        )
+    launch = launched()
+    _check_folder(folder, name, overrides, resume)
+    # held before torch is loaded, so that of two commands started at once the second is refused
+    with claimed(folder, "distill.run") if launch.rank == 0 else nullcontext():
+        _check_folder(folder, name, overrides, resume)
+        recipe = _recipe(folder, name, overrides, resume)
 
-    from distill.distributed import join_ranks
-    from distill.training.loop import StopSignal, train
-    from distill.training.report import finish, show_start
+        from distill.distributed import join_ranks
+        from distill.training.loop import StopSignal, train
+        from distill.training.report import finish, show_start
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
-    logging.getLogger("timm").setLevel(logging.WARNING)
-    with StopSignal() as stop:
-        with join_ranks(recipe.train.device) as ranks:
-            if not ranks.first:
-                logging.getLogger().setLevel(logging.ERROR)
-            show_start(recipe, folder, ranks)
-            complete = train(recipe, folder, ranks, resume, stop)
-        if ranks.first:  # nobody waits for pictures
-            finish(recipe, folder, complete)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
+        logging.getLogger("timm").setLevel(logging.WARNING)
+        with StopSignal() as stop:
+            with join_ranks(recipe.train.device) as ranks:
+                if not ranks.first:
+                    logging.getLogger().setLevel(logging.ERROR)
+                show_start(recipe, folder, ranks)
+                _show_overrides(recipe, overrides, logging.info)
+                complete = train(recipe, folder, ranks, resume, stop)
+            if ranks.first:  # nobody waits for pictures
+                finish(recipe, folder, complete)
 
 
-def _recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
-    """The recipe stored in `folder`; raises UserError naming the first field a given recipe or
-    override changes.
+def _show_overrides(recipe, overrides: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say what each override was taken for."""
+    from distill.recipe_files import show
+    from distill.recipe_io import values_taken
+
+    for key, value in values_taken(recipe, overrides):
+        say(f"set       {key} = {show(value)}")
+
+
+def _check_folder(folder: Path, name: str | None, overrides: Sequence[str], resume: bool) -> None:
+    """Raise UserError for a run folder that neither has a run to continue nor is free for a new
+    one.
+    """
+    if not resume:
+        if not is_free(folder):
+            raise UserError(
+                f"{folder} already has files: add --resume to continue that run, or choose another "
+                "--output"
+            )
+    elif not (folder / "recipe.yaml").is_file():
+        if not is_free(folder):
+            raise UserError(
+                f"{folder} has no run to resume (recipe.yaml is missing), and other files: check "
+                "--output"
+            )
+        if not name and not overrides:
+            raise UserError(
+                f"{folder} has no run to resume (recipe.yaml is missing): name the recipe to start "
+                "with, or check --output"
+            )
+
+
+def _recipe(folder: Path, name: str | None, overrides: Sequence[str], resume: bool):
+    """The recipe to train: of a run to resume the one stored in `folder`; raises UserError naming
+    the first field that a given recipe or override must not change.
     """
     from distill.recipe_io import differing_fields, load_recipe
 
     stored = folder / "recipe.yaml"
-    if not stored.is_file():
-        raise UserError(
-            f"{folder} has no run to resume (recipe.yaml is missing): remove --resume, or check "
-            "--output"
-        )
+    if not resume or not stored.is_file():
+        return load_recipe(name or "quickstart", overrides)
     before = load_recipe(str(stored), [])
     if name or overrides:
         now = load_recipe(name or str(stored), overrides)
@@ -149,12 +193,21 @@ def _recipe_to_resume(folder: Path, name: str | None, overrides: Sequence[str]):
 
 _FREE_TO_CHANGE = {
     "data.workers",
+    "data.path",
+    "data.images",
+    "data.changed",
+    "data.max_corrupt_fraction",
+    "teacher_cache.path",
+    "train.steps",
+    "train.epochs",
+    "train.max_bad_steps",
     "train.log_every",
     "train.tensorboard",
     "checkpoint.every_steps",
     "checkpoint.keep",
 }
-"""Keys that do not affect the result, so a resumed run may change them."""
+"""Keys that a resumed run may change: they do not affect what was trained so far, or are compared
+with it (pictures, cache, length) before anything is."""
 
 
 if __name__ == "__main__":

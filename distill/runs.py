@@ -21,6 +21,7 @@ from distill.models.meta import building
 from distill.models.weights import misfit, read_tensors, save_tensors, tensors_sha256
 from distill.recipe_files import RecipeDumper, RecipeLoader
 from distill.recipe_io import dump_recipe, parse_recipe
+from distill.training.checkpoint import load_checkpoint
 
 FORMAT = 3
 """Version of both files; raise it with a named `_upgrade_` function when it changes. 2: the recipe
@@ -49,6 +50,26 @@ def git_commit() -> str:
     return result.stdout.strip() or "unknown"
 
 
+def shipped_files(
+    weights: Mapping[str, torch.Tensor], method: Method
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What ships of a method with such `weights` (a state dict), by the name of its file: without
+    `train_only` parts.
+
+    A method with a momentum network has its weights in `ema.safetensors` too, under the same names
+    (or the other way round, see `Method.ships_averaged`).
+    """
+    parts = tuple(f"{name}." for name in method.train_only)
+    shipped = {name: tensor for name, tensor in weights.items() if not f"{name}.".startswith(parts)}
+    averaged = method.averaged()
+    if not averaged:
+        return {STUDENT: shipped}
+    momentum = shipped | dict(averaged)
+    if method.ships_averaged:
+        return {STUDENT: momentum, EMA: shipped}
+    return {STUDENT: shipped, EMA: momentum}
+
+
 def save_student(
     folder: Path,
     weights: Mapping[str, torch.Tensor],
@@ -57,27 +78,15 @@ def save_student(
     dims: Mapping[str, FeatureDims],
     step: int,
 ) -> Path:
-    """Write `student.safetensors`: the weights that ship, and in its metadata all that is needed to
+    """Write the `shipped_files` of `weights`, and in the metadata of each all that is needed to
     rebuild them.
-
-    `weights` are a state dict of `method`, whose `train_only` parts are left out. A method with a
-    momentum network has its weights in `ema.safetensors` too, under the same names (or the other
-    way round, see `Method.ships_averaged`).
     """
-    parts = tuple(f"{name}." for name in method.train_only)
-    shipped = {name: tensor for name, tensor in weights.items() if not f"{name}.".startswith(parts)}
-    files = {STUDENT: shipped}
-    averaged = method.averaged()
-    if averaged:
-        files[EMA] = shipped | dict(averaged)
-    if method.ships_averaged:
-        files = {STUDENT: files[EMA], EMA: shipped}
-    for name, tensors in files.items():
+    for name, tensors in shipped_files(weights, method).items():
         metadata = {
             "format": str(FORMAT),
             "sha256": tensors_sha256(tensors),
             "recipe": dump_recipe(recipe),
-            "teacher_dims": json.dumps({label: _widths(dim) for label, dim in dims.items()}),
+            "teacher_dims": dump_dims(dims),
             "step": str(step),
             "commit": git_commit(),
         }
@@ -89,8 +98,8 @@ def save_student(
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run, rebuilt from its folder: `method` is in eval mode, on the CPU, without the
-    parts that never ship.
+    """A run, rebuilt from its folder: `method` is in eval mode, on the CPU, without the parts that
+    never ship.
     """
 
     folder: Path
@@ -101,15 +110,48 @@ class Run:
     """Optimizer steps behind its weights; None where the file does not say."""
     sha256: str
     """Of the tensors in its file, by which heads know the student that they were trained for."""
+    finished: bool = True
+    """False for the weights of a checkpoint."""
+
+    @property
+    def weights(self) -> str:
+        """Which weights these are, for the user."""
+        if self.finished:
+            return f"of the finished run {self.folder}"
+        return (
+            f"of step {self.step}'s checkpoint, not of a finished run: lengths of heads are fitted "
+            "at its end"
+        )
 
 
-def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student") -> Run:
+Checkpoint = int | Literal["latest"]
+"""Which of a run's checkpoints: that of a step, or the newest."""
+
+
+def parse_checkpoint(text: str | None) -> Checkpoint | None:
+    """The value of a command's --checkpoint; raises UserError."""
+    if text is None or text == "latest":
+        return text
+    if not text.isdecimal():
+        raise UserError(f"--checkpoint {text}: give the number of a step, or latest")
+    return int(text)
+
+
+def load_run(
+    folder: str | Path,
+    weights: Literal["student", "ema"] = "student",
+    checkpoint: Checkpoint | None = None,
+) -> Run:
     """Rebuild a run's method from `student.safetensors` alone, or from the momentum network's
-    weights in `ema.safetensors`, strictly.
+    weights in `ema.safetensors`, strictly; or from a checkpoint, as the run would ship it if it
+    ended there.
 
-    Raises UserError for a folder that is not a finished run or a file that is damaged.
+    Raises UserError for a folder that is not a finished run (or has no such checkpoint), or a file
+    that is damaged.
     """
     folder = Path(folder)
+    if checkpoint is not None:
+        return _load_unfinished(folder, FILES[weights], checkpoint)
     path = folder / FILES[weights]
     if not path.is_file():
         raise UserError(_why_missing(folder, path.name))
@@ -119,10 +161,7 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
     version = int(metadata["format"]) if metadata.get("format", "").isdecimal() else 0
     metadata = _upgraded(path, metadata)
     recipe = parse_recipe(metadata["recipe"], str(path))
-    dims = {
-        label: FeatureDims(summary, patches, tuple(maps))
-        for label, (summary, patches, *maps) in json.loads(metadata["teacher_dims"]).items()
-    }
+    dims = _parse_dims(metadata["teacher_dims"])
     try:
         with building():  # before memory is taken for whatever size the recipe says
             sketch = build_shipped(recipe, dims)
@@ -141,27 +180,70 @@ def load_run(folder: str | Path, weights: Literal["student", "ema"] = "student")
 
 
 def build_shipped(recipe: Recipe, dims: Mapping[str, FeatureDims]) -> Method:
-    """A method without the parts that never ship, whose weights are still to be loaded: nothing is
-    fetched, whatever the recipe started from.
+    """A method without the parts that never ship, whose weights are still to be loaded."""
+    return build_method(_offline(recipe), dims, inference=True)
+
+
+def _offline(recipe: Recipe) -> Recipe:
+    """The recipe with a random student: a file of a run holds every weight, and nothing is fetched,
+    whatever it started from.
     """
     student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
-    return build_method(recipe.model_copy(update={"student": student}), dims, inference=True)
+    return recipe.model_copy(update={"student": student})
 
 
-def _widths(dims: FeatureDims) -> list[int | None]:
-    """Widths of the summary, of the patches, and of each further map."""
-    return [dims.summary, dims.patches, *dims.maps]
+def _load_unfinished(folder: Path, name: str, checkpoint: Checkpoint) -> Run:
+    """The run that a checkpoint would ship."""
+    place = folder / "checkpoint"
+    saved = load_checkpoint(place, None if checkpoint == "latest" else checkpoint)
+    if saved is None:
+        steps = sorted(int(path.stem.removeprefix("step_")) for path in place.glob("step_*.json"))
+        known = f"it has {', '.join(map(str, steps))}" if steps else "it has none yet"
+        raise UserError(f"{folder} has no such checkpoint ({checkpoint}): {known}")
+    if "teacher_dims" not in saved:
+        raise UserError(
+            f"{place}: its checkpoints are of an earlier version, which did not record the widths "
+            "of teachers: continue the run to its next checkpoint"
+        )
+    recipe, dims = parse_recipe(saved["recipe"], str(place)), _parse_dims(saved["teacher_dims"])
+    whole = build_method(_offline(recipe), dims)
+    state = with_lengths(saved["model"], whole)
+    whole.load_state_dict(state)
+    if average := saved.get("average"):  # as the loop ships it
+        prefix = "module."
+        state = {k.removeprefix(prefix): v for k, v in average.items() if k.startswith(prefix)}
+        state = with_lengths(state, whole)
+    files = shipped_files(state, whole)
+    if name not in files:
+        raise UserError(f"{folder}: its method trains no momentum network (use the student)")
+    method = build_shipped(recipe, dims)
+    method.load_state_dict(files[name], strict=True)
+    sha256 = tensors_sha256(files[name])
+    return Run(folder, recipe, dims, method.eval(), saved["step"], sha256, finished=False)
+
+
+def _parse_dims(text: str) -> dict[str, FeatureDims]:
+    """Inverse of `dump_dims`."""
+    return {
+        label: FeatureDims(summary, patches, tuple(maps))
+        for label, (summary, patches, *maps) in json.loads(text).items()
+    }
+
+
+def dump_dims(dims: Mapping[str, FeatureDims]) -> str:
+    """The widths of each teacher's summary, patches and further maps as JSON."""
+    return json.dumps({label: [d.summary, d.patches, *d.maps] for label, d in dims.items()})
 
 
 def _why_missing(folder: Path, name: str) -> str:
     if name == EMA and (folder / STUDENT).is_file():
         return f"{folder} has no {EMA}: its method trains no momentum network (use the student)"
-    reason = (
-        "its training has not finished"
-        if (folder / "recipe.yaml").exists()
-        else "it is not a run folder"
+    if not (folder / "recipe.yaml").exists():
+        return f"{folder} has no {name}: it is not a run folder (give one made by distill.run)"
+    return (
+        f"{folder} has no {name}: its training has not finished (continue it, or read it as it is "
+        "with --checkpoint latest, which distill.evaluate, distill.visualize and export.run take)"
     )
-    return f"{folder} has no {name}: {reason} (give a folder made by distill.run)"
 
 
 def _upgraded(path: Path, metadata: dict[str, str]) -> dict[str, str]:

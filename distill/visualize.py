@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from contract.command_line import CommandLine
+from contract.command_line import CommandLine, whole_number
 from contract.errors import UserError, exit_status
 from contract.images import TRUSTED, UnreadableImage, decode
 from distill.figures import cosine_map, pca_rgb, save_figure
 from distill.methods.losses import Prediction
 from distill.models.layout import nearest_multiples
-from distill.runs import load_run
+from distill.runs import Checkpoint, load_run, parse_checkpoint
 
 EPILOG = """\
 examples:
@@ -75,6 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="features: backbone and teacher labels (default: all)",
     )
     parser.add_argument(
+        "--checkpoint",
+        metavar="latest|STEP",
+        help="a checkpoint's weights, of a run that is not finished or was further back",
+    )
+    parser.add_argument(
         "--with-teachers",
         action="store_true",
         help="attention, tsne: also the run's teachers",
@@ -87,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--seed",
-        type=int,
+        type=whole_number(0, 2**32 - 1),  # scikit-learn's
         default=0,
         metavar="N",
         help="attention, tsne: of clusters, and of which pictures (default: 0)",
@@ -113,20 +118,34 @@ def _draw_kind(args) -> None:
         if getattr(args, key):
             kinds = [kind for kind in _KINDS if (name, key) not in _MISPLACED[kind]]
             raise UserError(f"{name} goes with --kind {' or '.join(kinds)}, not {args.kind}")
+    checkpoint = parse_checkpoint(args.checkpoint)
     if args.kind == "tsne":
         points = 2000 if args.points is None else args.points
         visualize_space(
-            args.run, args.data, points, args.with_teachers, args.output, seed=args.seed
+            args.run,
+            args.data,
+            points,
+            args.with_teachers,
+            args.output,
+            seed=args.seed,
+            checkpoint=checkpoint,
         )
         return
     if not args.images:
         raise UserError(f"--kind {args.kind} draws photographs: name at least one IMAGE")
     if args.kind == "attention":
         visualize_attention(
-            args.run, args.images, args.sizes, args.with_teachers, args.output, seed=args.seed
+            args.run,
+            args.images,
+            args.sizes,
+            args.with_teachers,
+            args.output,
+            seed=args.seed,
+            checkpoint=checkpoint,
         )
     else:
-        visualize(args.run, args.images, args.sizes or [224, 448], args.outputs, args.output)
+        sizes = args.sizes or [224, 448]
+        visualize(args.run, args.images, sizes, args.outputs, args.output, checkpoint)
 
 
 def visualize(
@@ -135,13 +154,16 @@ def visualize(
     sizes: Sequence[int],
     outputs: Sequence[str] | None = None,
     target: Path | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Draw every image's features by the run in `folder` at every size.
 
     `outputs` default to all, `target` to RUN/plots. Raises UserError for a size the stride does not
     divide, an unknown output or an unreadable image.
     """
-    run = load_run(folder)
+    run = load_run(folder, checkpoint=checkpoint)
+    if not run.finished:
+        print(f"weights   {run.weights}")
     model = run.method.deploy()
     _check_sizes(sizes, model.student.stride)
     known = ["backbone", *model.heads]
@@ -170,6 +192,7 @@ def visualize_attention(
     with_teachers: bool = False,
     target: Path | None = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Draw the attention of the last block, a row for the student and for each teacher that is a
     ViT, at every size (default: each network's own).
@@ -180,7 +203,7 @@ def visualize_attention(
     from distill.evaluate.attention import attention_figure, attention_rows, has_attention
 
     target = target or folder / "plots"
-    networks = _networks(folder, with_teachers, target)
+    networks = _networks(folder, with_teachers, target, checkpoint)
     student = next(iter(networks.values()))
     _check_sizes(sizes or [], student.stride)
     photos = [_read_image(path) for path in images]
@@ -204,6 +227,7 @@ def visualize_space(
     with_teachers: bool = False,
     target: Path | None = None,
     seed: int = 0,
+    checkpoint: Checkpoint | None = None,
 ) -> None:
     """Draw the t-SNE of the summaries of at most `points` pictures, a panel for the student and for
     each teacher.
@@ -226,7 +250,7 @@ def visualize_space(
     if len(some) < 4:
         raise UserError(f"--data {data} has {len(some)} pictures: t-SNE needs 4 or more")
     target = target or folder / "plots"
-    networks = _networks(folder, with_teachers, target)
+    networks = _networks(folder, with_teachers, target, checkpoint)
     for encoder in networks.values():
         encoder.need_summary("t-SNE")
     config, features = ExtractConfig(), {}
@@ -249,14 +273,18 @@ def _check_sizes(sizes: Sequence[int], stride: int) -> None:
             )
 
 
-def _networks(folder: Path, with_teachers: bool, target: Path) -> dict:
+def _networks(
+    folder: Path, with_teachers: bool, target: Path, checkpoint: Checkpoint | None
+) -> dict:
     """Encoders by the name to draw: the student, then the teachers."""
     from distill.evaluate.cast import open_rows
     from distill.methods.deployment import BACKBONE
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder (give one made by distill.run)")
-    rows = open_rows(str(folder), [BACKBONE], with_teachers, None, "auto", target)
+    rows = open_rows(
+        str(folder), [BACKBONE], with_teachers, None, "auto", target, checkpoint=checkpoint
+    )
     names = ["student", *(row.name.partition(" (")[0] for row in rows[1:])]
     return dict(zip(names, (row.encoder for row in rows), strict=True))
 

@@ -73,7 +73,7 @@ def assemble(
     start = time.perf_counter()
     # the runtime that will check the graphs must be installed: not to be discovered minutes later
     cpu_runtime({}, options.precision)
-    student = open_student(options.run)
+    student = open_student(options.run, options.checkpoint)
     own = student.run.recipe.student.image_size
     sizes = parse_sizes(options.resolutions, student.stride, own)
     if options.detector and len(sizes) > 1:

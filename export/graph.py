@@ -2,6 +2,7 @@
 outputs.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,7 +39,7 @@ from contract.tasks import TASKS
 from distill.evaluate.encoder import RunEncoder
 from distill.heads import Head, load_head, scaled
 from distill.methods.deployment import BACKBONE, COUPLING, Deployment, ShippedHead
-from distill.runs import Run, load_run
+from distill.runs import Checkpoint, Run, load_run
 from export.modules import (
     BackboneGraph,
     DPTGraph,
@@ -50,6 +51,8 @@ from export.modules import (
     PyramidGraph,
     TaskGraph,
 )
+
+log = logging.getLogger(__name__)
 
 DPT = "dpt-depth"
 """Kind of the head that reads four layers."""
@@ -77,11 +80,14 @@ class Student:
         return RunEncoder(self.run, BACKBONE)
 
 
-def open_student(folder: Path) -> Student:
-    """Load a run and its task heads; raises UserError for anything missing, damaged or not of this
-    student.
+def open_student(folder: Path, checkpoint: Checkpoint | None = None) -> Student:
+    """Load a run, or a checkpoint of it, and its task heads; raises UserError for anything missing,
+    damaged or not of this student.
     """
-    run = load_run(folder)
+    run = load_run(folder, checkpoint=checkpoint)
+    if not run.finished:
+        log.warning("weights   %s", run.weights)
+        folder = folder / "evaluation" / f"step_{run.step}"
     heads = [
         load_head(folder / "heads" / f"{task}.safetensors", run.sha256)
         for task in TASKS

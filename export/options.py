@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from contract.engine_record import EngineOptions, first_problem
 from contract.errors import UserError
@@ -57,6 +64,8 @@ class ExportOptions(Options):
 
     run: Path
     """Run folder of `distill.run`."""
+    checkpoint: Literal["latest"] | NonNegativeInt | None = None
+    """In place of the finished run's weights those of its newest checkpoint, or of a step's."""
     output: Path
     """The bundle, a folder that appears complete or not at all."""
     force: bool = False

@@ -56,6 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of distill.run")
     parser.add_argument(
+        "--checkpoint",
+        metavar="latest|STEP",
+        help="of a run that is not finished, or was further back: that checkpoint's weights, with "
+        "the heads that distill.evaluate --checkpoint trained",
+    )
+    parser.add_argument(
         "--output", type=Path, required=True, metavar="BUNDLE", help="folder to create"
     )
     parser.add_argument(

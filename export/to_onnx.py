@@ -18,7 +18,7 @@ from torch import nn
 from torch.export import Dim
 
 from contract.detection import WINDOW
-from contract.errors import UserError, first_line
+from contract.errors import UserError, first_line, out_of_memory
 from contract.signature import TEXT_TOKENS, Port, Signature, layer_side
 from export.modules import Part
 from export.resample import dense_resampling
@@ -157,6 +157,8 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
             )
         # the exporter has a dozen error types of its own, none of them public
         except Exception as error:
+            if out_of_memory(error):
+                raise
             raise UserError(
                 f"graph '{signature.graph}' cannot be exported ({_reason(error)}): this "
                 "architecture is not supported"

@@ -23,7 +23,7 @@ from webdataset.shardlists import expand_urls
 
 from contract.errors import UserError, first_line, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, decode
-from distill.data.files import Names, is_data
+from distill.data.files import Names, is_data, size_and_time
 from distill.data.open_files import Pool
 from distill.data.pixels import Opened, open_picture
 
@@ -135,6 +135,14 @@ class WebDatasetPictures:
         for entry in zip(*columns, strict=True):
             summary.update(repr(entry).encode())
         return summary.hexdigest()
+
+    def entries(self) -> Iterable[tuple[str, int, int]]:
+        tars = list(self.tars)
+        root = os.path.commonpath([os.path.dirname(path) for path in tars])
+        about = [(os.path.relpath(path, root), size_and_time(path)[1]) for path in tars]
+        columns = (self._tar.tolist(), self._names, self._sizes.tolist())
+        for tar, name, size in zip(*columns, strict=True):
+            yield f"{about[tar][0]}:{name}", size, about[tar][1]
 
 
 def _expand_shards(patterns: list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status, suggest
+from distill.launch import planned_world
 
 EPILOG = """\
 examples:
@@ -36,8 +37,8 @@ MODEL is a run folder, or NAME[@CHECKPOINT][:BLOCK]: a timm name with weights
 from its hub, or from a file or package:NAME (@random: none), its features read
 after a block; or grounding_dino@FOLDER, a detector. Trained heads are written
 to RUN/heads for export (those of the first of --features; others below
---output). Extracted features are kept and reused. distill.scenes draws data to
-try the tasks on.
+--output, and those of a --checkpoint in OUTPUT/step_N/heads). Extracted
+features are kept and reused. distill.scenes draws data to try the tasks on.
 Exit status: 0 done, 1 a failure, 2 a mistake in the command line or its input.
 """
 
@@ -114,6 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "called ema (default: the one that the run ships)",
     )
     parser.add_argument(
+        "--checkpoint",
+        metavar="latest|STEP",
+        help="of a run that is not finished, or was further back: that checkpoint's weights",
+    )
+    parser.add_argument(
         "--with-teachers", action="store_true", help="also score the run's teachers"
     )
     parser.add_argument(
@@ -145,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data=args.data or [],
             features=args.features.split(","),
             weights="momentum" if args.weights == "ema" else args.weights,
+            checkpoint=args.checkpoint,
             with_teachers=args.with_teachers,
             size=args.size,
             output=args.output,
@@ -171,6 +178,7 @@ def evaluate(
     data: Sequence[str],
     features: list[str],
     weights: Literal["student", "momentum"] | None,
+    checkpoint: str | None,
     with_teachers: bool,
     size: int | None,
     output: Path | None,
@@ -180,10 +188,17 @@ def evaluate(
 
     Raises UserError for an unknown model, task or setting, and for missing data.
     """
+    world = planned_world()
+    if world > 1:
+        raise UserError(
+            f"WORLD_SIZE = {world}: distill.evaluate runs in one process: start it without "
+            "torchrun, once a GPU for other --tasks (CUDA_VISIBLE_DEVICES chooses the GPU)"
+        )
+
     from distill.evaluate.settings import load_settings
     from distill.evaluate.tasks import TASKS
 
-    if not model or "=" in model.partition("@")[0]:
+    if not model or ("=" in model.partition("@")[0] and not Path(model).is_dir()):
         raise UserError(
             "MODEL is missing: add a run folder or a timm name (python -m distill.evaluate --help)"
         )
@@ -199,6 +214,7 @@ def evaluate(
     from distill.evaluate.outcome import NotApplicable
     from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
     from distill.evaluate.tasks import Context
+    from distill.runs import parse_checkpoint
 
     output = output or _default_output(model)
     read_scores(output / "evaluation.json")  # report a damaged file before the work, not after
@@ -210,6 +226,7 @@ def evaluate(
         device,
         output,
         weights,
+        parse_checkpoint(checkpoint),
     )
     about = {
         "model": model,

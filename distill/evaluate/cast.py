@@ -1,5 +1,6 @@
 """What is evaluated: the outputs of a student and, on request, its teachers."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,9 @@ import torch
 from contract.errors import UserError
 from distill.evaluate.encoder import Encoder, RunEncoder, named_encoder, teacher_encoder
 from distill.methods.deployment import BACKBONE
-from distill.runs import load_run
+from distill.runs import Checkpoint, load_run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,11 @@ def open_rows(
     device: str,
     output: Path,
     weights: Literal["student", "momentum"] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Row]:
     """Open the requested encoders. The first of a run's `features` writes into the run folder
     itself, where export reads it, unless `weights` names the network that does not ship (None:
-    the one that does).
+    the one that does). The heads of a `checkpoint` go to `output`/step_N, where export reads them.
 
     Raises UserError for a model, output or device that does not exist.
     """
@@ -43,16 +47,21 @@ def open_rows(
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     rows = []
     if Path(model).is_dir():
-        run = load_run(model)
+        run = load_run(model, checkpoint=checkpoint)
         shipped = "momentum" if run.method.ships_averaged else "student"
         weights = weights or shipped
         if weights != shipped:
-            run = load_run(model, "ema")
+            run = load_run(model, "ema", checkpoint)
+        step = "" if run.finished else f"step {run.step} "
+        if step:
+            log.info("weights   %s", run.weights)
+            output = output / f"step_{run.step}"
         for number, name in enumerate(dict.fromkeys(part.strip() for part in features)):
             encoder = RunEncoder(run, name)
             ships = number == 0 and weights == shipped
-            folder = Path(model) if ships else output / f"{weights}-{name}"
-            rows.append(Row(f"{weights} {name}", encoder, folder))
+            home = Path(model) if run.finished else output
+            folder = home if ships else output / f"{weights}-{name}"
+            rows.append(Row(f"{step}{weights} {name}", encoder, folder))
         for index, config in enumerate(run.recipe.teachers if with_teachers else ()):
             encoder = teacher_encoder(config, config.image_size, index, f"teacher-{config.label}")
             rows.append(
@@ -64,6 +73,8 @@ def open_rows(
                 )
             )
     else:
+        if checkpoint is not None:
+            raise UserError(f"--checkpoint needs a run folder; got '{model}'")
         if with_teachers:
             raise UserError(f"--with-teachers needs a run folder; got '{model}'")
         if features != [BACKBONE]:

@@ -79,6 +79,9 @@ class FinetuneConfig(Section):
     epochs: Positive | None = Field(None, description="default: 10; with init=probe 100")
     warmup_epochs: NonNegative = 1
     batch_size: Positive = 512
+    accumulate: Positive = Field(
+        1, description="parts that a batch is computed in, one after another, to save memory"
+    )
     lr: _Above0 = 1e-4
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8, description="rate of a layer over that of the next"
@@ -239,7 +242,8 @@ class RepresentationConfig(Section):
 
 
 class EvaluationConfig(Section):
-    seed: int = 0
+    # scikit-learn's bound, with room for runs of the probe
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     extract: ExtractConfig = Field(default_factory=ExtractConfig)
     knn: KNNConfig = Field(default_factory=KNNConfig)
     probe: ProbeConfig = Field(default_factory=ProbeConfig)

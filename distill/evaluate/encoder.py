@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from contract.errors import UserError
+from contract.errors import UserError, out_of_memory
 from distill.config import DETECTOR, TeacherConfig, TeacherRuntime
 from distill.evaluate.outcome import NotApplicable
 from distill.features import FeatureDims, Features
@@ -134,13 +134,22 @@ class Encoder(nn.Module):
 
     def takes(self, size: int) -> bool:
         """Whether the network runs on pictures of `size` pixels; windowed and fixed-grid ones may
-        not.
+        not. Tried once a size: videos ask for every frame.
         """
+        known: dict[int, bool] = self.__dict__.setdefault("_taken", {})
+        if size not in known:
+            known[size] = self._runs_at(size)
+        return known[size]
+
+    def _runs_at(self, size: int) -> bool:
         try:
             with torch.inference_mode():
                 self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
         # whatever a network of another size raises from within: assertions, shape errors
-        except (AssertionError, RuntimeError, ValueError):
+        except (AssertionError, RuntimeError, ValueError) as error:
+            # a device that fails says nothing about sizes
+            if out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise
             return False
         return True
 

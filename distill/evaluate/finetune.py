@@ -128,10 +128,15 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     epochs = track(range(settings.passes), description="finetune", disable=not sys.stdout.isatty())
     for epoch in epochs:
         for images, labels in loader:
-            with cast, explained(f"set finetune.batch_size to 2 or more (now {batch})"):
-                value = loss(net(images.to(device)).float(), labels.to(device))
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            value = torch.zeros((), device=device)
+            most = -(-len(images) // settings.accumulate)  # the last part may be smaller
+            for some, classes in zip(images.split(most), labels.split(most), strict=True):
+                share = len(some) / len(images)
+                with cast, explained(f"set finetune.batch_size to 2 or more (now {batch})"):
+                    part = share * loss(net(some.to(device)).float(), classes.to(device))
+                part.backward()
+                value = value + part.detach()
             optimizer.step()
             step += 1
             schedule.step_update(step)

@@ -1,7 +1,10 @@
 """Output of an evaluation: a table on the terminal, `evaluation.json` and `scores.png`."""
 
+import contextlib
 import datetime
+import fcntl
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -127,7 +130,6 @@ def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[st
     Every entry carries the network, settings, data, date and commit it was made with. Raises
     UserError for a damaged file.
     """
-    rows = read_scores(path)
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -142,15 +144,22 @@ def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[st
         "details": outcome.details,
         "files": [str(file) for file in outcome.files],
     }
-    rows.setdefault(row, {})[task] = entry | made | about | {"versions": versions}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        held = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise UserError(
-            f"cannot create {path.parent}: {error.strerror} (choose another --output)"
+            f"cannot write in {path.parent}: {error.strerror} (choose another --output)"
         ) from error
-    text = json.dumps({"format": 1, "rows": rows}, indent=1, allow_nan=False)
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    try:
+        with contextlib.suppress(OSError):  # not every file system can lock
+            fcntl.flock(held, fcntl.LOCK_EX)  # other processes may evaluate other tasks meanwhile
+        rows = read_scores(path)
+        rows.setdefault(row, {})[task] = entry | made | about | {"versions": versions}
+        text = json.dumps({"format": 1, "rows": rows}, indent=1, allow_nan=False)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+    finally:
+        os.close(held)
     return path
 
 

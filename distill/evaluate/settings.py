@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from contract.errors import UserError, suggest
 from distill.evaluate.config import EvaluationConfig
-from distill.recipe_files import RecipeLoader, show
+from distill.recipe_files import show
 from distill.recipe_io import PLAIN_WORDS, describe_fields, recipe_fields
+from distill.typed_values import field_type, read_typed
 
 
 def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
@@ -28,12 +28,7 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
             raise UserError(f"unknown key '{key}': {hint} (--list shows all)")
         section, _, name = key.rpartition(".")
         place = values.setdefault(section, {}) if section else values
-        try:
-            place[name] = yaml.load(text, Loader=RecipeLoader)
-        except yaml.YAMLError as error:
-            raise UserError(
-                f"{key}: '{text}' is not valid YAML (quote it, or close its brackets)"
-            ) from error
+        place[name] = read_typed(key, text, field_type(EvaluationConfig, key))
     try:
         return EvaluationConfig.model_validate(values)
     except ValidationError as error:

@@ -256,7 +256,7 @@ def standardize_momentum(step: int, steps: int, first: float, last: float) -> fl
 
 def drops_of_step(seed: int, step: int, device: torch.device | str) -> torch.Generator:
     """The generator of a step's drops: the same in every process, whatever was drawn before."""
-    mixed = np.random.SeedSequence([abs(seed), step]).generate_state(1, np.uint64)[0]
+    mixed = np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(mixed) & (2**63 - 1))
 
 

@@ -184,6 +184,8 @@ def describe_checkpoint(checkpoint: str) -> str:
     """
     if checkpoint.startswith(PACKAGE):
         return describe_package(checkpoint.removeprefix(PACKAGE))
+    if Path(checkpoint).is_dir():
+        return f"run {checkpoint}"
     note = "" if Path(checkpoint).is_file() else " (not found here)"
     return f"file {checkpoint}{note}"
 

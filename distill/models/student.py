@@ -15,14 +15,14 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from contract.errors import UserError, first_line, suggest
+from contract.errors import UserError, first_line, out_of_memory, suggest
 from distill.config import StudentConfig
 from distill.features import Features
+from distill.models.hub import quiet_hub
 from distill.models.layout import Layout, learn_layout, nearest_multiples, patch_size
 from distill.models.meta import building
-from distill.models.packaged import checkpoint_path
 from distill.models.published import activation_note
-from distill.models.weight_files import read_state_dict
+from distill.models.start import network_state
 from distill.models.weights import load_into
 
 log = logging.getLogger(__name__)
@@ -292,12 +292,13 @@ def _with_weights(config: StudentConfig, arguments: dict[str, object]) -> nn.Mod
     if config.checkpoint:
         net = create_timm(config.name, **arguments)
         source = f"student.checkpoint {config.checkpoint}"
-        state = read_state_dict(checkpoint_path(config.checkpoint))
+        state = network_state(config.checkpoint)
         load_into(net, state, source)
         _warn_of_activation(config, net, tuple(state))
         return net
     try:
-        net = create_timm(config.name, pretrained=config.pretrained, **arguments)
+        with quiet_hub():
+            net = create_timm(config.name, pretrained=config.pretrained, **arguments)
         if config.pretrained:
             _warn_of_activation(config, net)
         return net
@@ -305,7 +306,7 @@ def _with_weights(config: StudentConfig, arguments: dict[str, object]) -> nn.Mod
         raise
     # hub clients raise their own kinds of connection, repository and file errors
     except Exception as error:
-        if not config.pretrained:
+        if not config.pretrained or out_of_memory(error):
             raise
         raise UserError(
             f"student: cannot fetch weights of '{config.name}' ({first_line(error)}): set "

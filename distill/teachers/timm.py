@@ -8,8 +8,9 @@ import timm
 import torch
 from torch import nn
 
-from contract.errors import UserError, first_line, suggest
+from contract.errors import UserError, first_line, out_of_memory, suggest
 from distill.config import TeacherConfig
+from distill.models.hub import quiet_hub
 from distill.models.meta import building
 from distill.models.packaged import PACKAGE, checkpoint_path
 from distill.models.published import activation_note, normalization_of
@@ -108,11 +109,14 @@ def blocks_of(net: nn.Module) -> int:
 def _fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.Module:
     """A timm network with the weights of its pretrained tag, from the hub or its local cache."""
     try:
-        return create_timm(config.name, pretrained=True, **arguments)
+        with quiet_hub():
+            return create_timm(config.name, pretrained=True, **arguments)
     except UserError:
         raise
     # hub clients raise their own kinds of connection, repository and file errors
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise UserError(
             f"teacher '{config.label}': cannot fetch weights of '{config.name}' "
             f"({first_line(error)}): set teachers.{index}.checkpoint to a local file, or "

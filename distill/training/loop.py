@@ -10,15 +10,16 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from contract.errors import Failure, UserError
+from contract.errors import Failure
 from distill.config import Recipe, TrainConfig
 from distill.data.batches import (
     Batch,
@@ -35,15 +36,18 @@ from distill.methods import build_method
 from distill.methods.lengths import with_lengths
 from distill.methods.method import Method, Progress
 from distill.methods.targets import fit_normalizers
+from distill.models.layout import patch_size
 from distill.recipe_io import dump_recipe
-from distill.runs import save_student
+from distill.runs import dump_dims, save_student
 from distill.teachers import Teacher, build_teacher
 from distill.teachers.cache import bytes_a_slot, open_cache
-from distill.training.checkpoint import claim_folder, load_checkpoint, save_checkpoint
+from distill.training.checkpoint import CheckpointWriter, load_checkpoint, write_recipe
 from distill.training.lengths import fit_shipped
 from distill.training.memory_format import set_memory_format
 from distill.training.metrics import MetricsLog
+from distill.training.resume import check_length, check_pictures, keep_list, seed_for_new_world
 from distill.training.schedule import Schedule, learning_rate, weight_decay
+from distill.training.start import start_from_run
 
 log = logging.getLogger(__name__)
 
@@ -60,21 +64,24 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     settings, device = recipe.train, ranks.device
     checkpoints = folder / "checkpoint"
     saved = load_checkpoint(checkpoints) if resume else None
-    if saved and saved["world"] != ranks.world:
-        raise UserError(
-            f"{folder} was trained with {saved['world']} processes, but there are now "
-            f"{ranks.world}: start {saved['world']}"
-        )
 
     # ---- pictures, teachers, method -------------------------------------------------------------
     pictures = open_pictures(recipe.data)
+    listed = check_pictures(pictures, recipe, folder, saved, ranks)
     teachers = [
         build_teacher(t, recipe.teacher_runtime, i).to(device)
         for i, t in enumerate(recipe.teachers)
     ]
+    if device.type == "cuda":
+        set_arithmetic(settings)
+        for teacher in teachers:
+            if patch_size(teacher.net) is None:  # convolutions of half precision are faster so
+                teacher.to(memory_format=torch.channels_last)
     dims = {teacher.label: teacher.dims for teacher in teachers}
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     method = build_method(recipe, dims).to(device)
+    if not saved:
+        start_from_run(method, recipe)
     set_memory_format(method, settings, device)
 
     # ---- the order of pictures, and their teachers' features -------------------------------------
@@ -99,9 +106,12 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
 
     start = saved["step"] if saved else 0
     batches = step_batches(start, steps)
+    if saved:
+        check_length(saved, steps, recipe)
     # All user input has been checked by now: files are only written from here on.
-    if ranks.first and not saved:
-        claim_folder(folder, recipe)
+    if ranks.first:
+        write_recipe(folder, recipe)
+        listed = keep_list(listed, folder)
     ranks.barrier()
     dataset = CropDataset(pictures, recipe.data, schedule.views, settings.seed)
     compute, cached_bytes = teacher_features(teachers, method.teacher_views, device), 0
@@ -128,9 +138,8 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         average = AveragedModel(
             method, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay), use_buffers=True
         )
-    counters = torch.zeros(
-        3, dtype=torch.int64, device=device
-    )  # skipped steps: all, in a row now, longest row
+    # skipped steps: all, in a row now, longest row
+    counters = torch.zeros(3, dtype=torch.int64, device=device)
     torch.manual_seed(settings.seed + 1 + ranks.rank)  # stochastic depth differs between ranks
     if saved:
         load_full_state(model, optimizer, with_lengths(saved["model"], method), saved["optimizer"])
@@ -138,9 +147,14 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         counters.copy_(saved["counters"])
         if average:
             average.load_state_dict(with_lengths(saved["average"], average))
-        _set_rng(saved["rng"][ranks.rank], device)
+        if saved["world"] == ranks.world:
+            _set_rng(saved["rng"][ranks.rank], device)
+        else:
+            seed_for_new_world(saved, settings.seed, ranks)
         log.info("resumed from step %d of %d", start, steps)
     compiled = torch.compile(model) if settings.compile else model
+
+    writer = CheckpointWriter(checkpoints, recipe.checkpoint.keep)
 
     def save(step: int) -> None:
         weights, optim = full_state(model, optimizer)
@@ -156,17 +170,17 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                 "counters": counters.cpu(),
                 "world": ranks.world,
                 "recipe": dump_recipe(recipe),
+                "pictures": listed,
+                "teacher_dims": dump_dims(dims),
             }
             state |= {"average": average.state_dict()} if average else {}
-            save_checkpoint(checkpoints, step, state, recipe.checkpoint.keep)
-        ranks.barrier()
+            writer.write(step, state)
 
     # ---- the loop --------------------------------------------------------------------------------
-    autocast = torch.autocast(
-        device.type, dtype=AUTOCAST[settings.precision], enabled=settings.precision != "fp32"
-    )
-    parameters = [p for p in method.parameters() if p.requires_grad]
     ledger = CorruptLedger(len(pictures), recipe.data.max_corrupt_fraction)
+    optimizer_step = OptimizerStep(
+        method, model, compiled, compute, optimizer, scaler, average, counters, settings, ledger
+    )
     sums: dict[str, Tensor] = {}
     wrong: list[str] = []
     since, since_step = time.perf_counter(), start
@@ -178,8 +192,11 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     room = batch_bytes(schedule.views, sizes) + cached_bytes * sum(sizes.values())
     loader = iter(make_loader(dataset, batches, recipe.data.workers, device.type == "cuda", room))
     with (
-        MetricsLog(folder, steps, start, settings.tensorboard) if ranks.first else nullcontext()
-    ) as metrics:
+        writer,
+        MetricsLog(folder, steps, start, settings.tensorboard)
+        if ranks.first
+        else nullcontext() as metrics,
+    ):
         for step in range(start, steps):
             progress = Progress(step, steps, per_epoch)
             lr = learning_rate(step, steps, per_epoch, settings)
@@ -189,36 +206,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                 group["weight_decay"] = decay if group["decay"] else 0.0
             method.before_step(progress)
 
-            for micro in range(settings.accumulate):
-                batch = next(loader)
-                ledger.add(batch.skipped)
-                batch = batch.to(device)
-                targets = compute(batch)
-                with without_sync(model, last=micro == settings.accumulate - 1):
-                    with autocast:
-                        losses = compiled(batch.views, targets)
-                    scaler.scale(losses["loss"] / settings.accumulate).backward()
-                for name, value in losses.items():
-                    value = value.detach() / settings.accumulate
-                    sums[name] = sums[name] + value if name in sums else value
-
-            scaler.unscale_(optimizer)
-            norm = _clip_gradients(parameters, settings)
-            # Gradients are summed over ranks, so every rank gets the same result.
-            bad = ~torch.isfinite(norm)
-            for group in optimizer.param_groups:
-                if step < group["frozen_epochs"] * per_epoch:
-                    for parameter in group["params"]:
-                        parameter.grad = None  # AdamW skips it: no step, moments or decay
-            take_step(optimizer, scaler, bad)
-            optimizer.zero_grad(set_to_none=True)
-            method.after_step(progress)
-            if average:
-                average.update_parameters(method)
-            counters[0] += bad
-            counters[1] = (counters[1] + 1) * bad
-            counters[2] = torch.maximum(counters[2], counters[1])
-
+            losses, norm = optimizer_step(loader, progress, sums)
             done = step + 1
             log_due = done % settings.log_every == 0 or done == steps
             if device.type == "cpu" or log_due:  # reading a counter waits for a GPU
@@ -265,6 +253,75 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         save_student(folder, weights, method, recipe, dims, steps)
     ranks.barrier()
     return True
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """One step of the optimizer, of every method and number of processes; nothing in it waits for
+    the device.
+    """
+
+    method: Method
+    model: nn.Module
+    """The method, wrapped for its processes."""
+    forward: Callable[..., dict[str, Tensor]]
+    """The model, or what was compiled of it."""
+    compute: Callable[[Batch], dict[str, Features]]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: AveragedModel | None
+    counters: Tensor
+    settings: TrainConfig
+    ledger: CorruptLedger
+
+    def __call__(
+        self, batches: Iterator[Batch], progress: Progress, sums: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Take the step's micro-batches from `batches`, and add the means of their losses to
+        `sums`. Returns the losses of the last one and the norm of all gradients.
+        """
+        count, device = self.settings.accumulate, self.counters.device
+        kind = AUTOCAST[self.settings.precision]
+        for micro in range(count):
+            batch = next(batches)
+            self.ledger.add(batch.skipped)
+            batch = batch.to(device)
+            targets = self.compute(batch)
+            with without_sync(self.model, last=micro == count - 1):
+                with torch.autocast(device.type, dtype=kind, enabled=kind is not None):
+                    losses = self.forward(batch.views, targets)
+                self.scaler.scale(losses["loss"] / count).backward()
+            for name, value in losses.items():
+                value = value.detach() / count
+                sums[name] = sums[name] + value if name in sums else value
+
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for p in self.method.parameters() if p.requires_grad]
+        norm = _clip_gradients(trained, self.settings)
+        # Gradients are summed over ranks, so every rank gets the same result.
+        bad = ~torch.isfinite(norm)
+        for group in self.optimizer.param_groups:
+            if progress.step < group["frozen_epochs"] * progress.per_epoch:
+                for parameter in group["params"]:
+                    parameter.grad = None  # AdamW skips it: no step, moments or decay
+        take_step(self.optimizer, self.scaler, bad)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(progress)
+        if self.average:
+            self.average.update_parameters(self.method)
+        self.counters[0] += bad
+        self.counters[1] = (self.counters[1] + 1) * bad
+        self.counters[2] = torch.maximum(self.counters[2], self.counters[1])
+        return losses, norm
+
+
+def set_arithmetic(settings: TrainConfig) -> None:
+    """Set what `train.tf32` and `train.cudnn_benchmark` say, for this process."""
+    if settings.tf32 != "auto":
+        kind = "tf32" if settings.tf32 else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = kind
+        torch.backends.cudnn.conv.fp32_precision = kind
+    torch.backends.cudnn.benchmark = settings.cudnn_benchmark
 
 
 def teacher_features(
@@ -327,13 +384,13 @@ def _clip_gradients(parameters: Sequence[nn.Parameter], settings: TrainConfig) -
 
 
 def take_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, bad: Tensor) -> None:
-    """Step unless gradients are `bad`, without waiting for a GPU: fused AdamW takes the flag as
-    a tensor.
+    """Step unless gradients are `bad`, without waiting for a GPU: fused AdamW (on a CPU too) takes
+    the flag as a tensor.
     """
     if scaler.is_enabled():
         scaler.step(optimizer)  # skips by its own count of non-finite gradients
         scaler.update()
-    elif bad.is_cuda:
+    elif optimizer.defaults.get("fused"):
         optimizer.found_inf, optimizer.grad_scale = bad.float(), None
         optimizer.step()
     elif not bad:

@@ -2,7 +2,6 @@
 arithmetic).
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from distill.data.batches import check_batch_size
 from distill.data.crops import View, view_of
 from distill.data.pictures import open_pictures
 from distill.features import features_of
+from distill.launch import planned_world
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
 from distill.models.batch_norm import values_per_channel
@@ -224,7 +224,7 @@ def print_plan(recipe: Recipe) -> None:
     _print_schedule(console, recipe, schedule, images)
     if recipe.teacher_cache.views and images:
         _print_cache(console, recipe, schedule, cost.method, teachers, images)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = planned_world()
     _print_memory(console, recipe, cost, schedule, teachers, world)
 
 
@@ -320,7 +320,7 @@ def _print_schedule(
     if images is None:
         console.print(f"steps        {train.steps or 'unknown, as is the number of images'}")
         return
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = planned_world()
     for stream, size in schedule.batch_sizes.items():
         check_batch_size(stream, size, images, recipe.data.repeats, world, train.accumulate)
     steps, per_epoch = schedule.steps, schedule.per_epoch

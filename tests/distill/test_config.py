@@ -154,7 +154,7 @@ def test_a_dump_is_complete():
 
 
 def test_a_dump_keeps_strings_that_look_like_numbers():
-    recipe = mine("teacher_cache.path='1e-4'", "student.kwargs={a: '2', b: '1e5', c: 1e5}")
+    recipe = mine("teacher_cache.path=1e-4", "student.kwargs={a: '2', b: '1e5', c: 1e5}")
     again = parse_recipe(dump_recipe(recipe), "dump")
     assert again.teacher_cache.path == "1e-4"
     assert again.student.kwargs == {"a": "2", "b": "1e5", "c": 1e5}

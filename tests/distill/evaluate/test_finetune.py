@@ -55,6 +55,25 @@ def probe_of(encoder, classes: int = 3) -> Classifier:
     return head.requires_grad_(False)
 
 
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(tiny_vit, class_folders, tmp_path):
+    nets = []
+    for parts in (1, 3):
+        short = {"epochs": 1, "batch_size": 4, "warmup_epochs": 0, "accumulate": parts}
+        outcome = finetune.evaluate(
+            tiny_vit, class_folders, settings(finetune=short), tmp_path / str(parts)
+        )
+        nets.append(load_file(outcome.files[0]))
+    # AdamW's first steps magnify what sums in another order differ by
+    for name, tensor in nets[0].items():
+        torch.testing.assert_close(tensor, nets[1][name], atol=2e-4, rtol=1e-3)
+
+
+def test_an_evaluation_of_several_processes_is_refused(monkeypatch, class_folders):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = run_here("resnet10t@random", "--data", class_folders, command=main)
+    assert done.returncode == 2 and "runs in one process" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "kwargs", "without"),
     [

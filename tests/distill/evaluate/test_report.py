@@ -1,5 +1,7 @@
 """The printed tables, and figures of names that users give."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from PIL import Image
 
@@ -7,7 +9,7 @@ from contract.detection import Detections
 from distill.evaluate.boxes import Boxes
 from distill.evaluate.outcome import Outcome
 from distill.evaluate.pictures import boxes_figure
-from distill.evaluate.report import draw_scores, print_table
+from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
 from distill.evaluate.representation import tsne_picture
 
 NAME = "a $_$ b"
@@ -41,6 +43,17 @@ def test_without_imagenet_9_there_is_one_table(capsys):
     assert "ImageNet-9" not in capsys.readouterr().out
     print_table({"student": {"robustness": Outcome({"imagenet-9 original": 0.5})}})
     assert capsys.readouterr().out.startswith("ImageNet-9")
+
+
+def test_evaluations_at_once_lose_no_scores_of_one_another(tmp_path):
+    def write(number: int) -> None:
+        outcome = Outcome({"top1": number / 10})
+        write_json(tmp_path / "evaluation.json", f"row {number}", "knn", outcome, {})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(8)))
+    assert len(read_scores(tmp_path / "evaluation.json")) == 8
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_names_may_hold_dollar_signs(tmp_path):

@@ -64,6 +64,9 @@ def test_the_momentum_network_is_a_student_of_its_own(toy_run):
     assert differ and all(name.startswith("student.") for name in differ)
     weights = load_run(toy_run, "ema").method.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in momentum.items())
+    # and so it is of the last checkpoint
+    weights = load_run(toy_run, "ema", "latest").method.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in momentum.items())
 
 
 @pytest.mark.slow
