@@ -1,4 +1,4 @@
-"""`python -m distill.evaluate`: the papers' protocols, applied to a student or any teacher."""
+"""`python -m distill.evaluate`: the tasks that the papers report, for a student or any teacher."""
 
 import logging
 import sys
@@ -22,9 +22,9 @@ examples:
       --data robustness=/data/variants --tasks linear,finetune,robustness \\
       finetune.init=probe robustness.classifier=finetuned
   python -m distill.evaluate runs/mine --data ADEChallengeData2016 \\
-      --tasks segmentation dense.steps=80000
+      --tasks segmentation protocol=paper
   python -m distill.evaluate runs/mine --data /data/nyu \\
-      --tasks depth depth.head=dpt depth.crop=eigen
+      --tasks depth depth.protocol=paper dense.lr=5e-5
   python -m distill.evaluate runs/kpu_vit_base --data /data/coco \\
       --tasks detection --with-teachers
   python -m distill.evaluate vit_base_patch16_dinov3 --data /data/imagenet
@@ -38,6 +38,9 @@ after a block; or grounding_dino@FOLDER, a detector. Trained heads are written
 to RUN/heads for export (those of the first of --features; others below
 --output). Extracted features are kept and reused. distill.scenes draws data to
 try the tasks on.
+Every task runs under a protocol: quick (the default: small data, short runs) or
+paper, the papers' values, which numbers for a published table need. Both are
+listed, and a key that is given wins over either.
 Exit status: 0 done, 1 a failure, 2 a mistake in the command line or its input.
 """
 
@@ -81,7 +84,7 @@ data layouts of --data ROOT (ROOT/classification, ROOT/dense, … come first):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandLine(
         prog="python -m distill.evaluate",
-        description="Score a student, its heads and its teachers by the papers' protocols.",
+        description="Score a student, its heads and its teachers on the papers' tasks.",
         epilog=EPILOG,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder or timm name")
@@ -155,12 +158,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_list() -> None:
     # Imported here and below so that --help answers at once: torch and timm take seconds to load.
+    from distill.evaluate.protocols import describe_protocols
     from distill.evaluate.settings import describe_settings
     from distill.evaluate.tasks import TASKS
 
     print("tasks:")
     print("\n".join(f"  {name:15} {task.does}" for name, task in TASKS.items()))
     print(f"\n{_LAYOUTS}\nsettings, with default, type and meaning:\n{describe_settings()}")
+    print("\nvalues of protocol=paper, with their source, and of protocol=quick (the default)")
+    print(f"where they differ; a key that is given wins over both:\n{describe_protocols()}")
 
 
 def evaluate(
@@ -197,7 +203,14 @@ def evaluate(
 
     from distill.evaluate.cast import open_rows
     from distill.evaluate.outcome import NotApplicable
-    from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
+    from distill.evaluate.protocols import apply_protocol
+    from distill.evaluate.report import (
+        draw_scores,
+        print_protocols,
+        print_table,
+        read_scores,
+        write_json,
+    )
     from distill.evaluate.tasks import Context
 
     output = output or _default_output(model)
@@ -211,9 +224,10 @@ def evaluate(
         output,
         weights,
     )
+    protocols = {task: apply_protocol(config, task) for task in tasks}
+    logging.info("%s", "\n".join(line for each in protocols.values() for line in each.lines()))
     about = {
         "model": model,
-        "settings": config.model_dump(mode="json"),
         "data": {task: str(root) for task, root in roots.items()},
     }
     results: dict[str, dict] = {row.name: {} for row in rows}
@@ -231,12 +245,16 @@ def evaluate(
                 logging.info("left out  %s, %s: %s", row.name, task, error)
                 continue
             about["network"] = context.binding | {"device": str(row.encoder.device)}
+            about["protocol"] = protocols[task].about()
+            about["settings"] = protocols[task].config.model_dump(mode="json")
             # after every task, so that an interrupted evaluation keeps its results so far
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)
             results[row.name][task] = outcome
     results = {name: outcomes for name, outcomes in results.items() if outcomes}
-    picture = draw_scores(output / "scores.png", results)
+    names = {task: protocol.name for task, protocol in protocols.items()}
+    picture = draw_scores(output / "scores.png", results, names)
     print_table(results)
+    print_protocols(protocols.values())
     for outcomes in results.values():
         for outcome in outcomes.values():
             for file in outcome.files:
