@@ -1,5 +1,5 @@
 """Settings of every evaluation task. The defaults are those of `protocol: quick`, which fit small
-data and short runs; `protocol: paper` takes the papers' values (`distill.evaluate.protocols`) for
+data and short runs; `protocol: paper` takes the papers' values (`distill.evaluate.papers`) for
 every key that is not given.
 
 `python -m distill.evaluate … protocol=paper probe.epochs=20 dense.size=448` sets any of them.
