@@ -101,7 +101,10 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
             limits=("KPU trains its linear layer with all its decoders, by AdamW for 80,000 steps",)
         ),
     ),
-    "transfer": (_PROBE,),
+    "transfer": (
+        _PROBE,
+        Paper(limits=("UMT is silent on how it scores Aircraft, Caltech101 and CUB2011",)),
+    ),
     "finetune": (
         Paper(
             values=(
@@ -139,7 +142,8 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
         Paper(_values("UMT A.1", segmentation__head="linear")),
         Paper(
             (
-                *_values("UMT A.1", dense__steps=80_000, dense__batch_size=16, dense__size=512),
+                *_values("UMT A.1", segmentation__head="linear", dense__steps=80_000),
+                *_values("UMT A.1", dense__batch_size=16, dense__size=512),
                 *_values(
                     _RADIO,
                     dense__lr=1e-3,
@@ -155,6 +159,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
         ),
         Paper(
             (
+                *_values("KPU", segmentation__head="upernet"),
                 *_values("KPU (frozen features)", dense__steps=80_000),
                 *_values("KPU", dense__lr=2e-4, dense__weight_decay=0.05, dense__schedule="cosine"),
                 *_values(
@@ -226,8 +231,10 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
         ),
     ),
     "robustness": (
+        Paper(_values("SeFA 5, B.1", robustness__classifier="probe")),
         Paper(
-            _values("SeFA B.1 (its Table 10: finetuned)", robustness__classifier="probe"),
+            _values("SeFA Table 10", robustness__classifier="finetuned"),
+            when=("robustness.classifier", "finetuned"),
         ),
     ),
     "clusters": (
@@ -240,4 +247,6 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
         ),
     ),
 }
-"""The papers' protocols by task. Later entries may belong to a choice that an earlier one makes."""
+"""The papers' protocols by task. A later entry may belong to a choice of an earlier one's, and have
+another value of the same key.
+"""

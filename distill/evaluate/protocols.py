@@ -93,14 +93,15 @@ def apply_protocol(config: EvaluationConfig, task: str) -> Applied:
     """The settings of a task under its protocol: `paper` sets every key that is not given."""
     name = getattr(config, SECTIONS[task]).protocol or config.protocol
     used = config
-    values, limits = [], []
+    values: dict[str, Value] = {}
+    limits: list[str] = []
     for paper in PAPERS[task]:
         if paper.when and _get(used, paper.when[0]) != paper.when[1]:
             continue
         for value in paper.values:
             if name == "paper" and not _is_given(config, value.key):
                 used = _set(used, value.key, value.paper)
-        values += paper.values
+        values |= {value.key: value for value in paper.values}
         limits += paper.limits
     differences = tuple(
         _Difference(
@@ -109,10 +110,10 @@ def apply_protocol(config: EvaluationConfig, task: str) -> Applied:
             value.paper,
             "given" if _is_given(config, value.key) else name,
         )
-        for value in values
+        for value in values.values()
         if _get(used, value.key) != value.paper
     )
-    return Applied(task, name, used, tuple(values), differences, tuple(limits))
+    return Applied(task, name, used, tuple(values.values()), differences, tuple(limits))
 
 
 def describe_protocols() -> str:

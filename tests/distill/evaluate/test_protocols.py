@@ -20,7 +20,7 @@ def test_every_task_has_a_protocol_and_every_value_is_a_valid_setting():
         "depth.head=linear",
     ]
     for task in TASKS:
-        for more in ([], choices):
+        for more in ([], [*choices, "robustness.classifier=finetuned"]):
             applied = apply_protocol(load_settings(["protocol=paper", *more]), task)
             assert {value.key for value in applied.values} <= keys
             EvaluationConfig.model_validate(applied.config.model_dump())
@@ -90,6 +90,7 @@ def test_a_choice_brings_its_own_values():
     upernet = load_settings(["segmentation.protocol=paper", "segmentation.head=upernet"])
     dense = apply_protocol(upernet, "segmentation").config.dense
     assert (dense.lr, dense.weight_decay, dense.schedule) == (2e-4, 0.05, "cosine")
+    assert not apply_protocol(upernet, "segmentation").differences, "KPU's head is a paper's too"
     linear = apply_protocol(load_settings(["protocol=paper", "depth.head=linear"]), "depth")
     assert linear.config.depth.backbone_lr == 0 and linear.config.dense.steps == 25_000
     probe = apply_protocol(load_settings(["protocol=paper", "finetune.init=probe"]), "finetune")
