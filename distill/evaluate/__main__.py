@@ -245,7 +245,7 @@ def evaluate(
                 logging.info("left out  %s, %s: %s", row.name, task, error)
                 continue
             about["network"] = context.binding | {"device": str(row.encoder.device)}
-            about["protocol"] = protocols[task].about()
+            about["protocol"] = protocols[task].about(outcome.details)
             about["settings"] = protocols[task].config.model_dump(mode="json")
             # after every task, so that an interrupted evaluation keeps its results so far
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)

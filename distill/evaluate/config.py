@@ -240,7 +240,14 @@ class DetectionConfig(TaskSection):
 
 class RetrievalConfig(TaskSection):
     size: Positive = Field(
-        224, description="square input in pixels; rounded to the network's stride"
+        224, description="longer side in pixels; both are rounded to the network's stride"
+    )
+    shape: Literal["square", "kept"] = Field(
+        "square", description="of the pictures: squeezed into a square, or their own"
+    )
+    query: Literal["box", "whole"] = Field(
+        "box",
+        description="what is searched for: the box of the ground truth, or all of its picture",
     )
 
 
@@ -257,6 +264,9 @@ class VideoConfig(TaskSection):
     )
     temperature: _Above0 = Field(
         0.1, description="neighbours are weighted by exp(cosine / temperature)"
+    )
+    multiple: Positive | None = Field(
+        None, description="the longer side is cut to a multiple of it first, in pixels"
     )
 
 

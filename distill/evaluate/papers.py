@@ -207,11 +207,13 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
     ),
     "retrieval": (
         Paper(
-            _values(_DINO, retrieval__size=224),
-            (
-                "pictures become squares (DINO's code keeps their shape, the longer side 224 px)",
-                "queries are cut out, as Radenović et al. ask (DINO's code reads them whole)",
+            _values(
+                "silent, after DINO (SeFA B.4); DINO's code",
+                retrieval__size=224,
+                retrieval__shape="kept",
+                retrieval__query="whole",
             ),
+            ("sides are rounded to the stride (DINO's code leaves the rest of the pixels out)",),
         ),
     ),
     "video": (
@@ -223,10 +225,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
                 video__neighbours=5,
                 video__radius=12,
                 video__temperature=0.1,
-            ),
-            (
-                "the longer side is the nearest multiple of the stride (DINO's code: of 64, "
-                "rounded down)",
+                video__multiple=64,
             ),
         ),
     ),
@@ -244,6 +243,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
                 *_values("SeFA G", representation__tsne_images=20_000),
                 *_values("silent; scikit-learn", representation__perplexity=30.0),
             ),
+            ("the silhouette is that of 5,000 pictures",),
         ),
     ),
 }

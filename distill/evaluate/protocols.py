@@ -3,6 +3,7 @@
 """
 
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,6 +38,10 @@ SECTIONS = {
 """The section with the protocol of each task."""
 
 
+_TAKEN = {"dense.size": "size", "dense.test": "test"}
+"""Settings that a network may not take, and the detail of an outcome that says what it took."""
+
+
 @dataclass(frozen=True)
 class Applied:
     """What a task's numbers are made with: the protocol's name, the settings, the paper's values
@@ -50,23 +55,32 @@ class Applied:
     differences: tuple[_Difference, ...] = ()
     limits: tuple[str, ...] = field(default=())
 
-    def about(self) -> dict[str, Any]:
-        """For evaluation.json."""
+    def about(self, details: Mapping[str, Any]) -> dict[str, Any]:
+        """For evaluation.json, with what the `details` of an outcome say that a network did not
+        take: a size that is no multiple of its stride, whole pictures.
+        """
+        differs = {
+            key: {"used": used, "paper": paper, "reason": reason}
+            for key, used, paper, reason in self.differences
+        }
+        papers = {value.key: value.paper for value in self.values}
+        for key, detail in _TAKEN.items():
+            if key in papers and details[detail] != _get(self.config, key):
+                values = {"used": details[detail], "paper": papers[key]}
+                differs[key] = values | {"reason": "what the network takes"}
         return {
             "name": self.name,
             "paper": {
                 value.key: {"value": value.paper, "source": value.source} for value in self.values
             },
-            "differs": {
-                key: {"used": used, "paper": paper, "reason": reason}
-                for key, used, paper, reason in self.differences
-            },
+            "differs": differs,
             "otherwise": list(self.limits),
         }
 
     def lines(self, whole: bool = True) -> list[str]:
         """For a terminal of 80 columns: the name, every value with the paper's where it differs,
-        and what is done otherwise; without `whole` only what differs.
+        and what is done otherwise; without `whole` what differs, and of `paper` what is done
+        otherwise.
         """
         other = {difference.key: difference for difference in self.differences}
         texts = []
@@ -84,7 +98,7 @@ class Applied:
             title += ", not as in the papers"
         text = ": ".join(filter(None, (title, ", ".join(texts))))
         lines = _wrap(text, "protocol  ")
-        for limit in self.limits:
+        for limit in self.limits if whole or self.name == "paper" else ():
             lines += _wrap(f"otherwise than the papers: {limit}", "")
         return lines
 

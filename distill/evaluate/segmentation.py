@@ -74,7 +74,7 @@ def evaluate(
         read = patch_reader(encoder, views["val"], config)
         stored = stored_patches(encoder, views, whole, config, cache)
     else:
-        read = _pyramid_reader(encoder, views)
+        read = _pyramid_reader(encoder, views, dense.augment)
     torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
     if kind == "linear":
         head = learner = LinearSegmenter(encoder.dims.patches, labels.classes)
@@ -148,7 +148,7 @@ def _check_pyramid(encoder: Encoder, config: EvaluationConfig) -> None:
 
 
 def _pyramid_reader(
-    encoder: Encoder, views: dict[str, WindowViews]
+    encoder: Encoder, views: dict[str, WindowViews], augment: bool
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
     """A function from images to the frozen network's maps; kept, those would take over sixteen
     times the room of patches.
@@ -158,7 +158,8 @@ def _pyramid_reader(
     def read(images: Tensor) -> tuple[Tensor, ...]:
         return encoder.pyramid(images.to(encoder.device))
 
-    if len(views["train"]) < 2:
+    train = views["train"]
+    if len(train.pairs if augment else train) < 2:
         raise UserError("segmentation.head = upernet: its batch norms need 2 or more pictures")
     if not all(torch.isfinite(level).all() for level in read(views["val"][0][None])):
         raise UserError(f"{encoder.name}: its maps hold NaN or infinity: check its weights")

@@ -203,7 +203,7 @@ def _segment(encoder: Encoder, sequence: _Sequence, config: VideoConfig) -> Iter
     names = np.array([0, *sequence.objects], dtype=np.uint8)
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.frames)
     first = None
-    height, width = (encoder.fit(side * config.size / min(shape)) for side in shape)
+    height, width = (encoder.fit(side) for side in _resized(shape, config))
     for path in sequence.frames:
         patches = _frame_features(encoder, path, shape, (height, width))
         if first is None:
@@ -218,6 +218,17 @@ def _segment(encoder: Encoder, sequence: _Sequence, config: VideoConfig) -> Iter
         )
         recent.append((patches, soft))
         yield names[hard_mask(soft, shape).cpu().numpy()]
+
+
+def _resized(shape: tuple[int, int], config: VideoConfig) -> Iterator[float]:
+    """Height and width of a frame of `shape` whose shorter side becomes `config.size`; the longer
+    one is cut to a multiple of `config.multiple`.
+    """
+    for side in shape:
+        longer = side * config.size / min(shape)
+        if config.multiple and longer >= config.size + config.multiple:
+            longer -= longer % config.multiple
+        yield longer
 
 
 def hard_mask(soft: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -41,7 +41,7 @@ def test_quick_is_the_default_and_changes_nothing():
         applied = apply_protocol(EvaluationConfig(), task)
         assert applied.name == "quick" and applied.config == EvaluationConfig()
     kept = [task for task in TASKS if not apply_protocol(EvaluationConfig(), task).differences]
-    assert set(TASKS) - set(kept) == {"segmentation", "depth", "clusters"}
+    assert set(TASKS) - set(kept) == {"segmentation", "depth", "retrieval", "video", "clusters"}
 
 
 @pytest.mark.parametrize(
@@ -113,8 +113,10 @@ def test_a_given_key_wins_and_is_said_to():
     # even one that is the default
     given = apply_protocol(load_settings(["protocol=paper", "dense.steps=2000"]), "segmentation")
     assert given.config.dense.steps == 2000
-    about = applied.about()
+    about = applied.about({"size": 504, "test": "windows"})
     assert about["differs"]["dense.steps"] == {"used": 7, "paper": 80_000, "reason": "given"}
+    assert about["differs"]["dense.test"]["reason"] == "what the network takes"
+    assert about["differs"]["dense.size"]["used"] == 504
     assert "RADIO" in about["paper"]["dense.lr"]["source"]
 
 
