@@ -87,6 +87,7 @@ _DPT_TRAINING = (
 
 _DEPTH_LIMITS = (
     "augmentation without Proteus's DepthMix, the network without its stochastic depth",
+    "the last step is scored (Proteus's config keeps the best on the scored split)",
 )
 
 PAPERS: dict[str, tuple[Paper, ...]] = {
