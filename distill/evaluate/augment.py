@@ -15,12 +15,10 @@ from torch import Tensor
 
 from distill.data.crops import to_tensor
 from distill.evaluate.datasets import IGNORED, Pairs, read_matched
+from distill.evaluate.windows import scale_to
 
 _Colours = Callable[[Image.Image, np.random.Generator], Image.Image]
 """Changes an RGB window's colours; draws from the generator alone."""
-
-_LONGEST = 4
-"""The longer side is at most this many times the shorter side's target (scale=(2048, 512))."""
 
 _TRIES = 10
 """Further windows drawn where one class covers too much of the first."""
@@ -113,7 +111,7 @@ def _draw_placement(
     """A window of at most `size` x `size` pixels, anywhere in a picture of (width, height) whose
     shorter side is resized to `factor` times `size`.
     """
-    scale = factor * size * min(1 / min(picture), _LONGEST / max(picture))
+    scale = scale_to(*picture, factor * size)
     resized = [max(1, round(side * scale)) for side in picture]
     own = [min(size, side) for side in resized]
     first = [int(rng.integers(side - part + 1)) for side, part in zip(resized, own, strict=True)]

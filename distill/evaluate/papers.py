@@ -87,6 +87,7 @@ _DPT_TRAINING = (
 
 _DEPTH_LIMITS = (
     "augmentation without Proteus's DepthMix, the network without its stochastic depth",
+    "the loss is taken over a batch (Proteus's: over each picture)",
     "the last step is scored (Proteus's config keeps the best on the scored split)",
 )
 

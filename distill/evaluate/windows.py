@@ -21,7 +21,7 @@ from distill.evaluate.datasets import Pairs, read_matched, stamp
 from distill.evaluate.maps import map_size
 
 _LONGEST = 4
-"""The longer side of a whole picture is at most this many times the size (2048 for 512)."""
+"""The longer side of a resized picture is at most this many times the size of the shorter one."""
 
 _MEMORY = 2 * 2**30
 """Bytes of label windows that are kept in memory instead of read again every step."""
@@ -35,6 +35,13 @@ class Window:
 
     picture: int
     box: tuple[float, float, float, float]
+
+
+def scale_to(width: int, height: int, size: float) -> float:
+    """The factor that makes a picture's shorter side `size` pixels, or its longer one four times
+    as many (MMSegmentation's scale=(2048, 512)), whichever is less.
+    """
+    return size * min(1 / min(width, height), _LONGEST / max(width, height))
 
 
 def cut_windows(picture: int, width: int, height: int, step: float = 1.0) -> list[Window]:
@@ -135,7 +142,7 @@ class WholeViews:
         """Height and width of every picture in its view, without the padding."""
         for path in pairs.maps:
             width, height = map_size(path)
-            scale = size * min(1 / min(width, height), _LONGEST / max(width, height))
+            scale = scale_to(width, height, size)
             self.inner.append((max(1, round(height * scale)), max(1, round(width * scale))))
 
     def padded(self, number: int) -> tuple[int, int]:
