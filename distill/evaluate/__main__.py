@@ -1,4 +1,4 @@
-"""`python -m distill.evaluate`: the papers' protocols, applied to a student or any teacher."""
+"""`python -m distill.evaluate`: the tasks that the papers report, for a student or any teacher."""
 
 import logging
 import sys
@@ -23,9 +23,9 @@ examples:
       --data robustness=/data/variants --tasks linear,finetune,robustness \\
       finetune.init=probe robustness.classifier=finetuned
   python -m distill.evaluate runs/mine --data ADEChallengeData2016 \\
-      --tasks segmentation dense.steps=80000
+      --tasks segmentation protocol=paper
   python -m distill.evaluate runs/mine --data /data/nyu \\
-      --tasks depth depth.head=dpt depth.crop=eigen
+      --tasks depth depth.protocol=paper dense.lr=5e-5
   python -m distill.evaluate runs/kpu_vit_base --data /data/coco \\
       --tasks detection --with-teachers
   python -m distill.evaluate vit_base_patch16_dinov3 --data /data/imagenet
@@ -39,6 +39,9 @@ after a block; or grounding_dino@FOLDER, a detector. Trained heads are written
 to RUN/heads for export (those of the first of --features; others below
 --output, and those of a --checkpoint in OUTPUT/step_N/heads). Extracted
 features are kept and reused. distill.scenes draws data to try the tasks on.
+Every task runs under a protocol: quick (the default: small data, short runs) or
+paper, the papers' values, which numbers for a published table need. Both are
+listed, and a key that is given wins over either.
 Exit status: 0 done, 1 a failure, 2 a mistake in the command line or its input.
 """
 
@@ -82,7 +85,7 @@ data layouts of --data ROOT (ROOT/classification, ROOT/dense, … come first):
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = CommandLine(
         prog="python -m distill.evaluate",
-        description="Score a student, its heads and its teachers by the papers' protocols.",
+        description="Score a student, its heads and its teachers on the papers' tasks.",
         epilog=EPILOG,
     )
     parser.add_argument("model", nargs="?", metavar="MODEL", help="run folder or timm name")
@@ -162,12 +165,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_list() -> None:
     # Imported here and below so that --help answers at once: torch and timm take seconds to load.
+    from distill.evaluate.protocols import describe_protocols
     from distill.evaluate.settings import describe_settings
     from distill.evaluate.tasks import TASKS
 
     print("tasks:")
     print("\n".join(f"  {name:15} {task.does}" for name, task in TASKS.items()))
     print(f"\n{_LAYOUTS}\nsettings, with default, type and meaning:\n{describe_settings()}")
+    print("\nvalues of protocol=paper, with their source, and of protocol=quick (the default)")
+    print(f"where they differ; a key that is given wins over both:\n{describe_protocols()}")
 
 
 def evaluate(
@@ -212,7 +218,14 @@ def evaluate(
 
     from distill.evaluate.cast import open_rows
     from distill.evaluate.outcome import NotApplicable
-    from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
+    from distill.evaluate.protocols import apply_protocol
+    from distill.evaluate.report import (
+        draw_scores,
+        print_protocols,
+        print_table,
+        read_scores,
+        write_json,
+    )
     from distill.evaluate.tasks import Context
     from distill.runs import parse_checkpoint
 
@@ -228,9 +241,10 @@ def evaluate(
         weights,
         parse_checkpoint(checkpoint),
     )
+    protocols = {task: apply_protocol(config, task) for task in tasks}
+    logging.info("%s", "\n".join(line for each in protocols.values() for line in each.lines()))
     about = {
         "model": model,
-        "settings": config.model_dump(mode="json"),
         "data": {task: str(root) for task, root in roots.items()},
     }
     results: dict[str, dict] = {row.name: {} for row in rows}
@@ -248,12 +262,16 @@ def evaluate(
                 logging.info("left out  %s, %s: %s", row.name, task, error)
                 continue
             about["network"] = context.binding | {"device": str(row.encoder.device)}
+            about["protocol"] = protocols[task].about(outcome.details)
+            about["settings"] = protocols[task].config.model_dump(mode="json")
             # after every task, so that an interrupted evaluation keeps its results so far
             written = write_json(output / "evaluation.json", row.name, task, outcome, about)
             results[row.name][task] = outcome
     results = {name: outcomes for name, outcomes in results.items() if outcomes}
-    picture = draw_scores(output / "scores.png", results)
+    names = {task: protocol.name for task, protocol in protocols.items()}
+    picture = draw_scores(output / "scores.png", results, names)
     print_table(results)
+    print_protocols(protocols.values())
     for outcomes in results.values():
         for outcome in outcomes.values():
             for file in outcome.files:

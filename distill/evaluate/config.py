@@ -1,17 +1,37 @@
-"""Settings of every evaluation protocol; the defaults are the papers', or those of the protocol's
-authors.
+"""Settings of every evaluation task. The defaults are those of `protocol: quick`, which fit small
+data and short runs; `protocol: paper` takes the papers' values (`distill.evaluate.papers`) for
+every key that is not given.
 
-`python -m distill.evaluate … probe.epochs=20 dense.size=448` sets any of them.
+`python -m distill.evaluate … protocol=paper probe.epochs=20 dense.size=448` sets any of them.
 """
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distill.config import Area, Auto, NonNegative, Positive, Section
 
 _Above0 = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(gt=0, lt=1)]
+
+Protocol = Literal["quick", "paper"]
+
+
+def _ordered(values: tuple[float, float]) -> tuple[float, float]:
+    if values[0] > values[1]:
+        raise ValueError("the first must not exceed the second")
+    return values
+
+
+_Range = Annotated[tuple[_Above0, _Above0], AfterValidator(_ordered)]
+
+
+class TaskSection(Section):
+    """Settings of one task, which may have a protocol of its own."""
+
+    protocol: Protocol | None = Field(
+        None, description="values of the keys that are not given; default: as `protocol`"
+    )
 
 
 class ExtractConfig(Section):
@@ -32,7 +52,7 @@ class ExtractConfig(Section):
     )
 
 
-class KNNConfig(Section):
+class KNNConfig(TaskSection):
     """Weighted nearest neighbours (DINO's protocol)."""
 
     k: Positive = Field(20, description="neighbours that vote")
@@ -44,10 +64,8 @@ class KNNConfig(Section):
     )
 
 
-class ProbeConfig(Section):
-    """Linear probe, every learning rate at once (SeFA, appendix: 45 values in [1e-4, 10], five
-    runs).
-    """
+class ProbeConfig(TaskSection):
+    """Linear probe, every learning rate at once (SeFA: 45 values in [1e-4, 10])."""
 
     rates: Positive = Field(45, description="learning rates, evenly spaced on a log scale")
     lowest: _Above0 = Field(1e-4, description="smallest learning rate")
@@ -58,15 +76,13 @@ class ProbeConfig(Section):
     held_out: _Share = Field(
         0.1, description="share of the training split that chooses the learning rate"
     )
-    runs: Positive = Field(
-        1, description="repetitions with other seeds; the papers' tables average five"
-    )
+    runs: Positive = Field(1, description="repetitions with other seeds, whose scores are averaged")
     standardize: bool = Field(
         False, description="scale every channel to zero mean and unit deviation first"
     )
 
 
-class FinetuneConfig(Section):
+class FinetuneConfig(TaskSection):
     """Full fine-tuning with layer-wise learning-rate decay (UMT A.1), or from the linear probe
     (LP-FT; SeFA Table 10).
     """
@@ -96,7 +112,7 @@ class FinetuneConfig(Section):
         return self.epochs or (100 if self.init == "probe" else 10)
 
 
-class ZeroShotConfig(Section):
+class ZeroShotConfig(TaskSection):
     embeddings: str | None = Field(
         None,
         description="safetensors file: `embeddings` [C, d], and class names in its metadata as "
@@ -105,7 +121,7 @@ class ZeroShotConfig(Section):
 
 
 class DenseConfig(Section):
-    """What segmentation and depth share: windows of a frozen network, a head trained on them."""
+    """What segmentation and depth share: windows of pictures, a head trained on them."""
 
     size: Positive = Field(
         512, description="shorter side in pixels; rounded to the network's stride"
@@ -124,12 +140,31 @@ class DenseConfig(Section):
         description="pixels between two points of the training loss; scores are computed at "
         "every pixel",
     )
-    warmup: _Share = Field(
-        0.05, description="share of the steps for warm-up; the rate then follows a polynomial"
+    warmup: _Share = Field(0.05, description="share of the steps for warm-up")
+    schedule: Literal["polynomial", "cosine"] = Field(
+        "polynomial", description="how the rate falls after the warm-up"
+    )
+    power: _Above0 = Field(0.9, description="exponent of the polynomial")
+    augment: bool = Field(
+        False,
+        description="learn from random windows: resized, cut out, mirrored, with other colours. "
+        "The network then runs every step; without, features are computed once",
+    )
+    resize: _Range = Field((0.5, 2.0), description="augment: the picture's shorter side, over size")
+    test: Literal["windows", "whole"] = Field(
+        "windows",
+        description="score by square windows, or by whole pictures in one pass where the network "
+        "takes any shape",
+    )
+    window_step: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="largest distance between two square windows, over their side"
+    )
+    mirror: bool = Field(
+        False, description="score by the mean of a picture's map and its mirrored picture's"
     )
 
 
-class SegmentationConfig(Section):
+class SegmentationConfig(TaskSection):
     """A head on frozen features (UMT: ADE20K at 512 px, mIoU; KPU: UPerNet)."""
 
     head: Literal["linear", "upernet"] = Field(
@@ -153,7 +188,7 @@ class SegmentationConfig(Section):
     )
 
 
-class DepthConfig(Section):
+class DepthConfig(TaskSection):
     """Binned depth on frozen features (UMT: NYUv2, RMSE)."""
 
     head: Literal["linear", "dpt"] = Field(
@@ -171,6 +206,9 @@ class DepthConfig(Section):
         "none", description="eigen: NYUv2's customary inner rectangle"
     )
     width: Positive = Field(256, description="channels of the DPT head")
+    loss_lambda: _Share = Field(
+        0.85, description="how far the scale-invariant log loss forgives a wrong scale"
+    )
     backbone_lr: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="DPT: the backbone's rate over the head's (the papers' source uses 0.1); "
@@ -187,7 +225,7 @@ class DepthConfig(Section):
         return self
 
 
-class DetectionConfig(Section):
+class DetectionConfig(TaskSection):
     """Zero-shot detection by the decoder of the detector that taught a student (COCO, AP)."""
 
     checkpoint: str | None = Field(
@@ -203,13 +241,20 @@ class DetectionConfig(Section):
     threshold: _Share = Field(0.25, description="lowest score of the boxes in the picture drawn")
 
 
-class RetrievalConfig(Section):
+class RetrievalConfig(TaskSection):
     size: Positive = Field(
-        224, description="square input in pixels; rounded to the network's stride"
+        224, description="longer side in pixels; both are rounded to the network's stride"
+    )
+    shape: Literal["square", "kept"] = Field(
+        "square", description="of the pictures: squeezed into a square, or their own"
+    )
+    query: Literal["box", "whole"] = Field(
+        "box",
+        description="what is searched for: the box of the ground truth, or all of its picture",
     )
 
 
-class VideoConfig(Section):
+class VideoConfig(TaskSection):
     """Label propagation by patch similarity (DINO's settings)."""
 
     size: Positive = Field(
@@ -223,9 +268,12 @@ class VideoConfig(Section):
     temperature: _Above0 = Field(
         0.1, description="neighbours are weighted by exp(cosine / temperature)"
     )
+    multiple: Positive | None = Field(
+        None, description="the longer side is cut to a multiple of it first, in pixels"
+    )
 
 
-class RobustnessConfig(Section):
+class RobustnessConfig(TaskSection):
     """ImageNet's variants, read with a classifier of ImageNet's 1000 classes."""
 
     classifier: Literal["probe", "own", "finetuned"] = Field(
@@ -235,13 +283,18 @@ class RobustnessConfig(Section):
     )
 
 
-class RepresentationConfig(Section):
+class RepresentationConfig(TaskSection):
     images: Positive = Field(10_000, description="pictures of the validation split that are used")
     tsne_images: Positive = Field(2_000, description="of these, points in the t-SNE picture")
     perplexity: _Above0 = 30.0
 
 
 class EvaluationConfig(Section):
+    protocol: Protocol = Field(
+        "quick",
+        description="of every task: quick, or the papers' values for the keys that are not given "
+        "(their tables need these; listed below)",
+    )
     # scikit-learn's bound, with room for runs of the probe
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     extract: ExtractConfig = Field(default_factory=ExtractConfig)

@@ -1,4 +1,7 @@
-"""Depth on frozen features (UMT A.1: NYUv2, RMSE): a linear binned head, or DPT on four layers."""
+"""Depth on frozen features (UMT A.1: NYUv2, RMSE): a linear binned head, or DPT on four layers.
+
+`dense.augment` and `dense.mirror` make it Proteus's training and test, which UMT follows.
+"""
 
 import copy
 from collections.abc import Callable
@@ -10,22 +13,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contract.errors import UserError
+from distill.evaluate.augment import DEPTH
 from distill.evaluate.config import DepthConfig, EvaluationConfig
 from distill.evaluate.datasets import Pairs, depth_scale, open_pairs, read_depth, read_matched
-from distill.evaluate.dense import train_head
+from distill.evaluate.dense import (
+    PictureMaps,
+    patch_reader,
+    stored_patches,
+    train_head,
+    training_samples,
+    whole_views,
+)
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import extract
 from distill.evaluate.outcome import Outcome
 from distill.evaluate.pictures import depth_figure
-from distill.evaluate.windows import WindowLabels, WindowViews, merge_windows
+from distill.evaluate.windows import WindowViews
 from distill.heads import DPTDepth, LinearDepth, save_head
 from distill.methods.deployment import BACKBONE
+from distill.models.student import Layer
 
 SHOWN = 4
 """Pictures in the figure."""
 
-SILOG_LAMBDA, SILOG_WEIGHT = 0.85, 10.0
-"""AdaBins' scale-invariant log loss."""
+SILOG_WEIGHT = 10.0
+"""Of AdaBins' scale-invariant log loss."""
 
 
 def evaluate(
@@ -44,79 +55,73 @@ def evaluate(
     train, val = (open_pairs(data, s, "depth", config.dense.exif) for s in ("train", "val"))
     scale = depth_scale((train, val), settings.scale)
     size = encoder.fit(config.dense.size)
-    views = {"train": WindowViews(train, size), "val": WindowViews(val, size)}
+    dense = config.dense
+    views = {
+        "train": WindowViews(train, size),
+        "val": WindowViews(val, size, dense.window_step),
+    }
+    whole = whole_views(encoder, views["val"], dense)
 
     def read(pairs: Pairs, number: int) -> np.ndarray:
         return read_depth(pairs, number, scale, settings.max_depth)
 
     torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
+    stored: dict[str, Callable] = {}
+    trained: tuple = ([], 0.0)
     if settings.head == "linear":
-        head, inputs = linear_head(encoder, views, config, cache)
-        trained: tuple = ([], 0.0)
+        stored = stored_patches(encoder, views, whole, config, cache)
+        width = encoder.dims.patches
+        head = LinearDepth(width, settings.bins, settings.min_depth, settings.max_depth)
+        look = patch_reader(encoder, views["val"], config)
     else:
         if settings.backbone_lr:  # other tasks go on with the network as it was
             encoder = copy.deepcopy(encoder)
-        head, inputs = dpt_head(encoder, views, config)
-        trained = (
-            (open_backbone(encoder), settings.backbone_lr) if settings.backbone_lr else ([], 0.0)
-        )
-    targets = WindowLabels(
-        views["train"], lambda n: read(train, n), max(1, size // config.dense.loss_stride)
+        head, look = dpt_head(encoder, views["val"], config)
+        if settings.backbone_lr:
+            trained = open_backbone(encoder), settings.backbone_lr
+    samples, inputs = training_samples(
+        views["train"], read, look, stored.get("train"), config, DEPTH
     )
 
     def loss(metres: Tensor, truth: Tensor) -> Tensor:
         metres = F.interpolate(
             metres.unsqueeze(1), size=truth.shape[-2:], mode="bilinear", align_corners=False
         )
-        return silog(metres.squeeze(1), truth, valid_depth(truth, settings))
+        valid = valid_depth(truth, settings)
+        return silog(metres.squeeze(1), truth, valid, settings.loss_lambda)
 
-    train_head(head, inputs["train"], targets, loss, config, encoder.device, trained)
+    train_head(head, inputs, samples, loss, config, encoder.device, trained)
+    maps = PictureMaps(
+        lambda seen: head(seen).unsqueeze(1),
+        look,
+        views["val"],
+        whole,
+        dense.mirror,
+        stored.get("val"),
+    )
 
     rows, shown = [], []
-    with torch.inference_mode():
-        for number, windows in enumerate(views["val"].of_picture()):
-            picture, truth = read_matched(val, number), read(val, number)
-            maps = head(inputs["val"](windows)).unsqueeze(1)
-            metres = merge_windows(maps, [views["val"].windows[n] for n in windows], *picture.size)[
-                0
-            ].cpu()
-            rows.append(
-                depth_errors(metres, torch.from_numpy(truth), settings, str(val.maps[number]))
-            )
-            if len(shown) < SHOWN:
-                shown.append((np.asarray(picture), truth, metres.numpy()))
+    for number in range(len(val)):
+        picture, truth = read_matched(val, number), read(val, number)
+        metres = maps(number, *picture.size)[0].cpu()
+        rows.append(depth_errors(metres, torch.from_numpy(truth), settings, str(val.maps[number])))
+        if len(shown) < SHOWN:
+            shown.append((np.asarray(picture), truth, metres.numpy()))
     scores = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     files = [depth_figure(folder / "depth.png", shown, settings.max_depth)]
-    if not settings.backbone_lr:
+    if not trained[0]:
         output = "patches" if settings.head == "linear" else "layers"
         about = {**binding, "output": output, "unit": "metre", "size": size, "scores": scores}
         files.append(save_head(folder / "heads", "depth", head, about))
-    return Outcome(
-        scores, {"size": size, "head": settings.head, "pictures": len(rows)}, tuple(files)
-    )
-
-
-def linear_head(
-    encoder: Encoder, views: dict[str, WindowViews], config: EvaluationConfig, cache: Path
-) -> tuple[nn.Module, dict[str, Callable]]:
-    """The binned head and, for each split, what it reads of windows: cached patches."""
-    features = {
-        split: extract(encoder, view, cache, config.extract, patches=True, what=f"{split} windows")
-        for split, view in views.items()
-    }
-    settings = config.depth
-    head = LinearDepth(encoder.dims.patches, settings.bins, settings.min_depth, settings.max_depth)
-    inputs = {
-        s: (lambda numbers, f=f: f.patches(numbers).to(encoder.device)) for s, f in features.items()
-    }
-    return head, inputs
+    test = "whole" if whole else "windows"
+    details = {"size": size, "head": settings.head, "test": test, "pictures": len(rows)}
+    return Outcome(scores, details, tuple(files))
 
 
 def dpt_head(
-    encoder: Encoder, views: dict[str, WindowViews], config: EvaluationConfig
-) -> tuple[nn.Module, dict[str, Callable]]:
-    """The DPT head and, for each split, what it reads of windows: four layers, computed when asked
-    for.
+    encoder: Encoder, views: WindowViews, config: EvaluationConfig
+) -> tuple[nn.Module, Callable[[Tensor], list[Layer]]]:
+    """The DPT head, and a function from images to what it reads: four layers.
 
     Four layers of every picture would take four times the room of its patches, so they are not
     cached.
@@ -129,26 +134,25 @@ def dpt_head(
         )
     frozen = settings.backbone_lr == 0
 
-    def layers(split: str, numbers: list[int]) -> list[tuple[Tensor, Tensor]]:
-        images = torch.stack([views[split][number] for number in numbers]).to(encoder.device)
-        with torch.no_grad() if frozen or split == "val" else torch.enable_grad():
-            return encoder.layers(images)
+    def read(images: Tensor) -> list[Layer]:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return encoder.layers(images.to(encoder.device))
 
-    look = layers("val", [0])
+    with torch.no_grad():
+        look = read(views[0][None])
     if not all(torch.isfinite(values).all() for layer in look for values in layer):
         raise UserError(f"{encoder.name}: its layers hold NaN or infinity: check its weights")
     widths = [patches.shape[-1] for _, patches in look]
-    finest = views["val"].size / 4
+    finest = views.size / 4
     # 1/4, 1/8, 1/16 and 1/32 of the picture, whatever grid a layer has
     scales = [finest / 2**depth / patches.shape[1] for depth, (_, patches) in enumerate(look)]
-    head = DPTDepth(widths, scales, settings.width, settings.min_depth, settings.max_depth)
-    return head, {split: (lambda numbers, s=split: layers(s, numbers)) for split in views}
+    return DPTDepth(widths, scales, settings.width, settings.min_depth, settings.max_depth), read
 
 
-def open_backbone(encoder: Encoder) -> list[nn.Parameter]:
-    """Let the network's weights be trained, and return them."""
-    parameters = list(encoder.net.parameters())
-    for parameter in parameters:
+def open_backbone(encoder: Encoder) -> list[tuple[str, nn.Parameter]]:
+    """Let the network's weights be trained, and return them with their names."""
+    parameters = list(encoder.net.named_parameters())
+    for _, parameter in parameters:
         parameter.requires_grad_(True)
     return parameters
 
@@ -158,9 +162,9 @@ def valid_depth(truth: Tensor, settings: DepthConfig) -> Tensor:
     return (truth > settings.min_depth) & (truth <= settings.max_depth)
 
 
-def silog(metres: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+def silog(metres: Tensor, truth: Tensor, valid: Tensor, forgiven: float) -> Tensor:
     """Scale-invariant log loss (Eigen et al. 2014, as AdaBins weighs it) over the valid pixels of a
-    batch.
+    batch; `forgiven` is how far a common factor counts as no error.
     """
     # Where nothing is valid the difference is zero, not NaN.
     difference = torch.where(
@@ -168,7 +172,7 @@ def silog(metres: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     )
     count = valid.sum().clamp_min(1)
     mean, square = difference.sum() / count, difference.square().sum() / count
-    return SILOG_WEIGHT * (square - SILOG_LAMBDA * mean.square()).clamp_min(1e-8).sqrt()
+    return SILOG_WEIGHT * (square - forgiven * mean.square()).clamp_min(1e-8).sqrt()
 
 
 def depth_errors(

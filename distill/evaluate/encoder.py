@@ -132,19 +132,23 @@ class Encoder(nn.Module):
             )
         return size
 
-    def takes(self, size: int) -> bool:
-        """Whether the network runs on pictures of `size` pixels; windowed and fixed-grid ones may
-        not. Tried once a size: videos ask for every frame.
+    def takes(self, height: int, width: int | None = None) -> bool:
+        """Whether the network runs on pictures of `height` x `width` pixels (default: square);
+        windowed and fixed-grid ones may not. It is tried once for every size.
         """
-        known: dict[int, bool] = self.__dict__.setdefault("_taken", {})
-        if size not in known:
-            known[size] = self._runs_at(size)
-        return known[size]
+        size = height, width or height
+        if size not in self._tried:
+            self._tried[size] = self._runs_on(*size)
+        return self._tried[size]
 
-    def _runs_at(self, size: int) -> bool:
+    @cached_property
+    def _tried(self) -> dict[tuple[int, int], bool]:
+        return {}
+
+    def _runs_on(self, height: int, width: int) -> bool:
         try:
             with torch.inference_mode():
-                self(torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device))
+                self(torch.zeros(1, 3, height, width, dtype=torch.uint8, device=self.device))
         # whatever a network of another size raises from within: assertions, shape errors
         except (AssertionError, RuntimeError, ValueError) as error:
             # a device that fails says nothing about sizes

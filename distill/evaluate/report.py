@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rich.table import Table
 from contract.errors import UserError
 from contract.files import write_atomically
 from distill.evaluate.outcome import Outcome
+from distill.evaluate.protocols import Applied
 from distill.evaluate.tasks import TASKS
 from distill.figures import save_figure
 from distill.runs import git_commit
@@ -127,8 +129,8 @@ def read_scores(path: Path) -> dict[str, dict]:
 def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[str, Any]) -> Path:
     """Put one outcome into `evaluation.json`, keeping those of other rows and tasks.
 
-    Every entry carries the network, settings, data, date and commit it was made with. Raises
-    UserError for a damaged file.
+    Every entry carries the network, protocol, settings, data, date and commit it was made with.
+    Raises UserError for a damaged file.
     """
     versions = {
         "python": platform.python_version(),
@@ -163,8 +165,14 @@ def write_json(path: Path, row: str, task: str, outcome: Outcome, about: dict[st
     return path
 
 
-def draw_scores(path: Path, results: _Results) -> Path:
-    """Bars of every column of the table, a panel each."""
+def print_protocols(applied: Iterable[Applied]) -> None:
+    """The protocol behind each task's numbers, and which values are not the papers'."""
+    for each in applied:
+        print("\n".join(each.lines(whole=False)))
+
+
+def draw_scores(path: Path, results: _Results, protocols: Mapping[str, str]) -> Path:
+    """Bars of every column of the table, a panel each, named with the task's protocol."""
     heads = _columns(results)
     wide = min(4, len(heads))
     high = -(-len(heads) // wide)
@@ -186,8 +194,7 @@ def draw_scores(path: Path, results: _Results) -> Path:
         )
         axis.bar_label(axis.containers[0], fmt="%.3f", padding=3, fontsize=8)
         axis.margins(x=0.25)
-        axis.set_title(
-            f"{task}: {name}" + (", lower is better" if _lower(name) else ""), fontsize=9
-        )
+        below = f"{protocols[task]} protocol" + (", lower is better" if _lower(name) else "")
+        axis.set_title(f"{task}: {name}\n{below}", fontsize=9)
     axes[0, 0].invert_yaxis()
     return save_figure(figure, path)

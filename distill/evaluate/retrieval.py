@@ -1,7 +1,8 @@
 """Instance retrieval with the revisited Oxford and Paris protocol (Radenović et al. 2018,
 "Revisiting Oxford and Paris").
 
-Queries are cut out of their pictures; the database is ranked by the cosine of the summaries.
+Queries are cut out of their pictures (or read whole); the database is ranked by the cosine of the
+summaries.
 """
 
 import json
@@ -11,12 +12,12 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from contract.errors import UserError, first_line
+from distill.data.crops import to_tensor
 from distill.data.pictures import digest
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import read_picture, stamp
@@ -63,7 +64,8 @@ def evaluate(
     al. 2018).
 
     `data` holds one ground truth gnd_*.pkl (the official file) or gnd_*.json, and jpg/NAME.jpg.
-    Every picture becomes a square of `config.retrieval.size` pixels, rounded to the stride. Queries
+    The longer side of every picture becomes `config.retrieval.size` pixels, and so does the other
+    unless the shape is kept; both are rounded to the stride. Queries
     without a positive in a setup are left out of its mean; a setup in which no query has one has no
     score. Writes retrieval.png; features stay in `cache` (default: `folder`/cache). Raises
     UserError for missing or damaged files, indices or boxes outside what they point into, and
@@ -82,19 +84,25 @@ def evaluate(
         raise UserError(
             f"no query of {data} has a positive: its ground truth lists no easy and no hard picture"
         )
-    side = encoder.fit(config.retrieval.size)
+    settings, extraction = config.retrieval, config.extract
+    side, stride = encoder.fit(settings.size), None
+    if settings.shape == "kept":
+        stride = encoder.stride
+        _check_shapes(encoder, side)
+        extraction = extraction.model_copy(update={"batch_size": 1})  # every shape is another
     # Queries first: a box outside its picture is reported before the long pass.
-    cut_out = [(path, query.box) for path, query in zip(query_paths, queries, strict=True)]
+    cut_out = [
+        (path, query.box if settings.query == "box" else None)
+        for path, query in zip(query_paths, queries, strict=True)
+    ]
     query_features, features = (
         F.normalize(
-            extract(
-                encoder, views, cache or folder / "cache", config.extract, what=what
-            ).summaries(),
+            extract(encoder, views, cache or folder / "cache", extraction, what=what).summaries(),
             dim=1,
         )
         for what, views in (
-            ("retrieval queries", _SquareViews(data, cut_out, side)),
-            ("retrieval database", _SquareViews(data, [(path, None) for path in paths], side)),
+            ("retrieval queries", _Views(data, cut_out, side, stride)),
+            ("retrieval database", _Views(data, [(path, None) for path in paths], side, stride)),
         )
     )
     rankings = (query_features @ features.T).argsort(dim=1, descending=True, stable=True).numpy()
@@ -133,24 +141,41 @@ def average_precision(ranking: np.ndarray, positives: list[int], ignored: list[i
     return float(np.mean((before + (hits + 1) / (ranks + 1)) / 2))
 
 
-class _SquareViews:
-    """Pictures below `root`, each cut to its box (if it has one) and squared to `side` pixels."""
+def _check_shapes(encoder: Encoder, side: int) -> None:
+    """Raise UserError for a network that takes squares alone."""
+    other = max(encoder.stride, side - encoder.stride)
+    if not (encoder.takes(side, other) and encoder.takes(other, side)):
+        raise UserError(
+            f"retrieval.shape = kept: {encoder.name} does not take pictures of {side}x{other}: set "
+            "retrieval.shape=square"
+        )
 
-    def __init__(self, root: Path, pictures: list[tuple[Path, _Box | None]], side: int) -> None:
-        self.root, self.pictures, self.side = root, pictures, side
+
+class _Views:
+    """Pictures below `root`, each cut to its box (if it has one), the longer side `side` pixels:
+    squared, or with a `stride` in their own shape, no larger than they are.
+    """
+
+    def __init__(
+        self, root: Path, pictures: list[tuple[Path, _Box | None]], side: int, stride: int | None
+    ) -> None:
+        self.root, self.pictures, self.side, self.stride = root, pictures, side, stride
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def __getitem__(self, number: int) -> Tensor:
-        square = _cut(self.pictures[number]).resize(
-            (self.side, self.side), Image.Resampling.BICUBIC
-        )
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+        picture = _cut(self.pictures[number])
+        size = self.side, self.side
+        if self.stride:
+            scale = min(1.0, self.side / max(picture.size)) / self.stride
+            size = tuple(max(1, round(part * scale)) * self.stride for part in picture.size)
+        return to_tensor(picture.resize(size, Image.Resampling.BICUBIC))
 
     def fingerprint(self) -> str:
         files = stamp(self.root, [path for path, _ in self.pictures])
-        return f"{files} square {self.side} {digest((box,) for _, box in self.pictures)}"
+        shape = f"shape {self.stride}" if self.stride else "square"
+        return f"{files} {shape} {self.side} {digest((box,) for _, box in self.pictures)}"
 
 
 def _cut(picture: tuple[Path, _Box | None]) -> Image.Image:

@@ -1,19 +1,22 @@
 """Semantic segmentation on frozen features by a linear head on patches (UMT A.1: ADE20K at 512 px,
 mIoU), or by UPerNet on a pyramid of maps (KPU, "Evaluation Metrics").
+
+`dense.augment` and `dense.test` make it MMSegmentation's training and test, as RADIO and the papers
+use it.
 """
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from contract.errors import UserError
+from distill.evaluate.augment import SEGMENTATION
 from distill.evaluate.config import EvaluationConfig, SegmentationConfig
 from distill.evaluate.datasets import (
     IGNORED,
@@ -23,19 +26,26 @@ from distill.evaluate.datasets import (
     read_mask,
     read_matched,
 )
-from distill.evaluate.dense import train_head
+from distill.evaluate.dense import (
+    PictureMaps,
+    patch_reader,
+    stored_patches,
+    train_head,
+    training_samples,
+    whole_views,
+)
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import extract
 from distill.evaluate.maps import Ignored, WrongLabel, explain_labels
 from distill.evaluate.outcome import NotApplicable, Outcome
 from distill.evaluate.pictures import map_figure
-from distill.evaluate.windows import WindowLabels, WindowViews, merge_windows
+from distill.evaluate.windows import WindowViews
 from distill.heads import LinearSegmenter, save_head
 from distill.upernet import AUXILIARY_WEIGHT, SupervisedUPerNet, UPerNet
 
 log = logging.getLogger(__name__)
 
 _ADE_CLASSES = 150
+
 _SHOWN = 4
 """Pictures in the figure."""
 
@@ -53,21 +63,24 @@ def evaluate(
     train, val = (open_pairs(data, s, "masks", config.dense.exif) for s in ("train", "val"))
     labels = _Labelling(train, val, config)
     size = encoder.fit(config.dense.size)
-    views = {split: WindowViews(pairs, size) for split, pairs in (("train", train), ("val", val))}
-    inputs = (
-        _cached_patches(encoder, views, config, cache)
-        if kind == "linear"
-        else _pyramids(encoder, views)
-    )
+    dense = config.dense
+    views = {
+        "train": WindowViews(train, size),
+        "val": WindowViews(val, size, dense.window_step),
+    }
+    whole = whole_views(encoder, views["val"], dense)
+    stored = {}
+    if kind == "linear":
+        read = patch_reader(encoder, views["val"], config)
+        stored = stored_patches(encoder, views, whole, config, cache)
+    else:
+        read = _pyramid_reader(encoder, views, dense.augment)
     torch.manual_seed(config.seed)  # the head's first weights must not depend on what ran before
     if kind == "linear":
         head = learner = LinearSegmenter(encoder.dims.patches, labels.classes)
     else:
         head = UPerNet(encoder.pyramid_widths, config.segmentation.width, labels.classes)
         learner = SupervisedUPerNet(head)
-    targets = WindowLabels(
-        views["train"], lambda n: labels.read(train, n), max(1, size // config.dense.loss_stride)
-    )
     device = encoder.device
 
     def loss(logits: Tensor | tuple[Tensor, Tensor], truth: Tensor) -> Tensor:
@@ -76,16 +89,20 @@ def evaluate(
         main, auxiliary = (_cross_entropy(each, truth) for each in logits)
         return main + AUXILIARY_WEIGHT * auxiliary
 
-    train_head(learner, inputs["train"], targets, loss, config, device)
+    samples, inputs = training_samples(
+        views["train"], labels.read, read, stored.get("train"), config, SEGMENTATION
+    )
+    train_head(learner, inputs, samples, loss, config, device)
+    maps = PictureMaps(head, read, views["val"], whole, dense.mirror, stored.get("val"))
 
     metric = MulticlassJaccardIndex(
         labels.classes, average="none", ignore_index=IGNORED, zero_division=float("nan")
     ).to(device)
     right = counted = 0
     shown = []
-    for number, windows in enumerate(views["val"].of_picture()):
+    for number in range(len(val)):
         picture, truth = read_matched(val, number), labels.read(val, number)
-        predicted = segment(head, inputs["val"](windows), views["val"], windows, picture.size)
+        predicted = maps(number, *picture.size).argmax(0)
         truth = torch.from_numpy(truth).to(device)
         metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
         valid = truth != IGNORED
@@ -109,7 +126,8 @@ def evaluate(
         name: None if np.isnan(value) else value
         for name, value in zip(labels.names, per_class, strict=True)
     }
-    details = {"size": size, "head": kind, "iou": iou}
+    test = "whole" if whole else "windows"
+    details = {"size": size, "head": kind, "test": test, "iou": iou}
     return Outcome(scores, details, (figure, path))
 
 
@@ -129,37 +147,23 @@ def _check_pyramid(encoder: Encoder, config: EvaluationConfig) -> None:
         )
 
 
-def _cached_patches(
-    encoder: Encoder, views: dict[str, WindowViews], config: EvaluationConfig, cache: Path
-) -> dict[str, Callable[[list[int]], Tensor]]:
-    """For each split its windows' patches [n, h, w, d], by number."""
-    features = {
-        split: extract(encoder, view, cache, config.extract, patches=True, what=f"{split} windows")
-        for split, view in views.items()
-    }
-    return {
-        split: (lambda numbers, f=f: f.patches(numbers).to(encoder.device))
-        for split, f in features.items()
-    }
-
-
-def _pyramids(
-    encoder: Encoder, views: dict[str, WindowViews]
-) -> dict[str, Callable[[list[int]], tuple[Tensor, ...]]]:
-    """For each split its windows' maps, by number, computed when asked for: kept, they would take
-    over sixteen times the room of patches.
+def _pyramid_reader(
+    encoder: Encoder, views: dict[str, WindowViews], augment: bool
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """A function from images to the frozen network's maps; kept, those would take over sixteen
+    times the room of patches.
     """
 
     @torch.no_grad()
-    def look(split: str, numbers: list[int]) -> tuple[Tensor, ...]:
-        images = torch.stack([views[split][number] for number in numbers])
+    def read(images: Tensor) -> tuple[Tensor, ...]:
         return encoder.pyramid(images.to(encoder.device))
 
-    if len(views["train"]) < 2:
+    train = views["train"]
+    if len(train.pairs if augment else train) < 2:
         raise UserError("segmentation.head = upernet: its batch norms need 2 or more pictures")
-    if not all(torch.isfinite(level).all() for level in look("val", [0])):
+    if not all(torch.isfinite(level).all() for level in read(views["val"][0][None])):
         raise UserError(f"{encoder.name}: its maps hold NaN or infinity: check its weights")
-    return {split: partial(look, split) for split in views}
+    return read
 
 
 def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
@@ -168,21 +172,6 @@ def _cross_entropy(logits: Tensor, truth: Tensor) -> Tensor:
     # a batch may have ignored pixels only: the mean over none would be NaN
     total = F.cross_entropy(logits, truth.long(), ignore_index=IGNORED, reduction="sum")
     return total / (truth != IGNORED).sum().clamp_min(1)
-
-
-@torch.inference_mode()
-def segment(
-    head: nn.Module,
-    features: Tensor | tuple[Tensor, ...],
-    views: WindowViews,
-    numbers: list[int],
-    size: tuple,
-) -> Tensor:
-    """Labels [H, W] of a whole picture of `size` = (width, height) from what the head reads of its
-    windows: patches [n, h, w, d], or maps.
-    """
-    logits = head(features)
-    return merge_windows(logits, [views.windows[n] for n in numbers], *size).argmax(0)
 
 
 class _Labelling:

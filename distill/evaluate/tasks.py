@@ -29,6 +29,7 @@ from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import family_root
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.outcome import Outcome
+from distill.evaluate.protocols import apply_protocol
 from distill.evaluate.representation import cluster_scores, tsne_picture
 
 
@@ -56,69 +57,80 @@ class Context:
             "image_size": encoder.image_size,
         }
 
+    def settings(self, task: str) -> EvaluationConfig:
+        """The settings of a task under its protocol."""
+        return apply_protocol(self.config, task).config
+
     @cached_property
     def splits(self) -> FrozenSplits:
         return frozen_splits(self.encoder, self.data, self.config, self.cache)
 
 
 def _run_knn(c: Context) -> Outcome:
-    return knn.evaluate(c.splits, c.config)
+    return knn.evaluate(c.splits, c.settings("knn"))
 
 
 def _run_linear(c: Context) -> Outcome:
-    return linear_probe.evaluate(c.splits, c.config, c.folder, {**c.binding, "output": "summary"})
+    return linear_probe.evaluate(
+        c.splits, c.settings("linear"), c.folder, {**c.binding, "output": "summary"}
+    )
 
 
 def _run_finetune(c: Context) -> Outcome:
-    return finetune.evaluate(c.encoder, c.data, c.config, c.folder)
+    return finetune.evaluate(c.encoder, c.data, c.settings("finetune"), c.folder)
 
 
 def _run_zero_shot(c: Context) -> Outcome:
-    return zero_shot.evaluate(c.encoder, c.data, c.config, c.cache)
+    return zero_shot.evaluate(c.encoder, c.data, c.settings("zero-shot"), c.cache)
 
 
 def _run_segmentation(c: Context) -> Outcome:
-    return segmentation.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
+    return segmentation.evaluate(
+        c.encoder, c.data, c.settings("segmentation"), c.cache, c.folder, c.binding
+    )
 
 
 def _run_depth(c: Context) -> Outcome:
-    return depth.evaluate(c.encoder, c.data, c.config, c.cache, c.folder, c.binding)
+    return depth.evaluate(c.encoder, c.data, c.settings("depth"), c.cache, c.folder, c.binding)
 
 
 def _run_detection(c: Context) -> Outcome:
-    return detection.evaluate(c.encoder, c.data, c.config, c.folder)
+    return detection.evaluate(c.encoder, c.data, c.settings("detection"), c.folder)
 
 
 def _run_transfer(c: Context) -> Outcome:
-    return transfer.evaluate(c.encoder, family_root(c.data, "transfer"), c.config, c.cache)
+    return transfer.evaluate(
+        c.encoder, family_root(c.data, "transfer"), c.settings("transfer"), c.cache
+    )
 
 
 def _run_retrieval(c: Context) -> Outcome:
     return retrieval.evaluate(
-        c.encoder, family_root(c.data, "retrieval"), c.config, c.folder, c.cache
+        c.encoder, family_root(c.data, "retrieval"), c.settings("retrieval"), c.folder, c.cache
     )
 
 
 def _run_video(c: Context) -> Outcome:
-    return video.evaluate(c.encoder, family_root(c.data, "video"), c.config, c.folder)
+    return video.evaluate(c.encoder, family_root(c.data, "video"), c.settings("video"), c.folder)
 
 
 def _run_robustness(c: Context) -> Outcome:
     """ImageNet's variants, by the linear probe of this encoder, the network's own classifier or the
     fine-tuned network.
     """
-    if c.config.robustness.classifier == "own":
-        logits_of = robustness.live(robustness.own_classifier(c.encoder), c.config)
-    elif c.config.robustness.classifier == "finetuned":
+    config = c.settings("robustness")
+    if config.robustness.classifier == "own":
+        logits_of = robustness.live(robustness.own_classifier(c.encoder), config)
+    elif config.robustness.classifier == "finetuned":
         classify = finetune.finetuned_classifier(c.encoder, c.folder / finetune.FINETUNED)
-        logits_of = robustness.live(classify, c.config)
+        logits_of = robustness.live(classify, config)
     else:
         probe = linear_probe.imagenet_probe(
             c.encoder, c.folder / "heads" / "classification.safetensors"
         )
-        logits_of = robustness.cached(probe, c.encoder, c.cache, c.config)
+        logits_of = robustness.cached(probe, c.encoder, c.cache, config)
     return robustness.evaluate_variants(
-        logits_of, c.encoder.image_size, family_root(c.data, "robustness"), c.config
+        logits_of, c.encoder.image_size, family_root(c.data, "robustness"), config
     )
 
 
@@ -126,7 +138,7 @@ def _run_clusters(c: Context) -> Outcome:
     """NMI and silhouette of the validation split, a t-SNE picture, and attention maps where the
     network is a ViT.
     """
-    settings = c.config.representation
+    settings = c.settings("clusters").representation
     order = torch.randperm(
         len(c.splits.val), generator=torch.Generator().manual_seed(c.config.seed)
     )

@@ -196,14 +196,16 @@ def _segment(encoder: Encoder, sequence: _Sequence, config: VideoConfig) -> Iter
     out unchanged.
 
     Sources are the first frame and the `config.frames` before the present one, whose soft masks
-    stay on the patch grid. The first mask is read at the centres of the patches, as DINO does.
+    stay on the patch grid. The first mask is read at the centres of the patches, as DINO does. The
+    shorter side becomes `config.size` pixels, both are rounded to the stride.
     """
     shape = sequence.first.shape
     names = np.array([0, *sequence.objects], dtype=np.uint8)
     recent: deque[tuple[Tensor, Tensor]] = deque(maxlen=config.frames)
     first = None
+    height, width = (encoder.fit(side) for side in _resized(shape, config))
     for path in sequence.frames:
-        patches = _frame_features(encoder, path, shape, config.size)
+        patches = _frame_features(encoder, path, shape, (height, width))
         if first is None:
             channels = torch.from_numpy(sequence.first == names[:, None, None])[None].float()
             small = F.interpolate(channels, size=patches.shape[:2], mode="nearest-exact")[0]
@@ -216,6 +218,17 @@ def _segment(encoder: Encoder, sequence: _Sequence, config: VideoConfig) -> Iter
         )
         recent.append((patches, soft))
         yield names[hard_mask(soft, shape).cpu().numpy()]
+
+
+def _resized(shape: tuple[int, int], config: VideoConfig) -> Iterator[float]:
+    """Height and width of a frame of `shape` whose shorter side becomes `config.size`; the longer
+    one is cut to a multiple of `config.multiple`.
+    """
+    for side in shape:
+        longer = side * config.size / min(shape)
+        if config.multiple and longer >= config.size + config.multiple:
+            longer -= longer % config.multiple
+        yield longer
 
 
 def hard_mask(soft: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -231,18 +244,17 @@ def hard_mask(soft: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.where(high > low, (maps - low) / (high - low).clamp_min(1e-12), maps).argmax(0)
 
 
-def _frame_features(encoder: Encoder, path: Path, shape: tuple[int, int], size: int) -> Tensor:
-    """L2-normalised patches [h, w, d] of a frame whose shorter side becomes `size`, both rounded to
-    the stride.
-    """
+def _frame_features(
+    encoder: Encoder, path: Path, shape: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """L2-normalised patches [h, w, d] of a frame of `shape`, resized to `size` (height, width)."""
     image = read_picture(path)
     if (image.height, image.width) != shape:
         raise UserError(
             f"{path} is {image.width}x{image.height}, but the first mask is {shape[1]}x{shape[0]}: "
             "resize one of them"
         )
-    height, width = (encoder.fit(side * size / min(shape)) for side in shape)
-    pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = np.array(image.resize(size[::-1], Image.Resampling.BICUBIC))
     patches = encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(encoder.device)).patches[0]
     if not patches.isfinite().all():
         raise UserError(

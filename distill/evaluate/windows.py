@@ -1,4 +1,5 @@
-"""Square windows that cover a picture of any shape, and the labels under them.
+"""Square windows that cover a picture of any shape, and the labels under them; or the whole picture
+in one piece.
 
 The shorter side becomes the window's side; along the longer one as many windows as it takes follow
 each other, overlapping evenly. Heads learn from windows and are scored on whole pictures, overlaps
@@ -14,10 +15,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from distill.data.crops import take_crop
+from distill.data.crops import take_crop, to_tensor
 from distill.data.pictures import digest
 from distill.evaluate.datasets import Pairs, read_matched, stamp
 from distill.evaluate.maps import map_size
+
+_LONGEST = 4
+"""The longer side of a resized picture is at most this many times the size of the shorter one."""
 
 _MEMORY = 2 * 2**30
 """Bytes of label windows that are kept in memory instead of read again every step."""
@@ -33,10 +37,19 @@ class Window:
     box: tuple[float, float, float, float]
 
 
-def cut_windows(picture: int, width: int, height: int) -> list[Window]:
-    """Windows of a picture, left to right or top to bottom."""
+def scale_to(width: int, height: int, size: float) -> float:
+    """The factor that makes a picture's shorter side `size` pixels, or its longer one four times
+    as many (MMSegmentation's scale=(2048, 512)), whichever is less.
+    """
+    return size * min(1 / min(width, height), _LONGEST / max(width, height))
+
+
+def cut_windows(picture: int, width: int, height: int, step: float = 1.0) -> list[Window]:
+    """Windows of a picture, left to right or top to bottom, at most `step` times their side
+    apart.
+    """
     short, long = min(width, height), max(width, height)
-    count = math.ceil(long / short - 1e-6)
+    count = 1 + math.ceil((long / short - 1) / step - 1e-6)
     starts = np.linspace(0, long - short, count).round()
     if width >= height:
         return [Window(picture, (float(s), 0.0, float(s + short), float(short))) for s in starts]
@@ -46,10 +59,10 @@ def cut_windows(picture: int, width: int, height: int) -> list[Window]:
 class WindowViews:
     """All windows of a split as uint8 [3, size, size], picture after picture."""
 
-    def __init__(self, pairs: Pairs, size: int) -> None:
+    def __init__(self, pairs: Pairs, size: int, step: float = 1.0) -> None:
         self.pairs, self.size = pairs, size
         self.windows = [
-            w for n, path in enumerate(pairs.maps) for w in cut_windows(n, *map_size(path))
+            w for n, path in enumerate(pairs.maps) for w in cut_windows(n, *map_size(path), step)
         ]
 
     def __len__(self) -> int:
@@ -116,3 +129,41 @@ def merge_windows(maps: Tensor, windows: list[Window], width: int, height: int) 
         )[0]
         count[top : top + side, left : left + side] += 1
     return total / count
+
+
+class WholeViews:
+    """Whole pictures of a split, the shorter side `size` pixels, padded with black at the right and
+    the bottom to multiples of `stride`: uint8 [3, H, W].
+    """
+
+    def __init__(self, pairs: Pairs, size: int, stride: int) -> None:
+        self.pairs, self.stride = pairs, stride
+        self.inner: list[tuple[int, int]] = []
+        """Height and width of every picture in its view, without the padding."""
+        for path in pairs.maps:
+            width, height = map_size(path)
+            scale = scale_to(width, height, size)
+            self.inner.append((max(1, round(height * scale)), max(1, round(width * scale))))
+
+    def padded(self, number: int) -> tuple[int, int]:
+        """Height and width of a view."""
+        height, width = (-(-side // self.stride) * self.stride for side in self.inner[number])
+        return height, width
+
+    def shapes(self) -> set[tuple[int, int]]:
+        """Height and width of all views."""
+        return {self.padded(number) for number in range(len(self.inner))}
+
+    def __getitem__(self, number: int) -> Tensor:
+        height, width = self.inner[number]
+        picture = read_matched(self.pairs, number)
+        pixels = to_tensor(picture.resize((width, height), Image.Resampling.BILINEAR))
+        rows, columns = self.padded(number)
+        return F.pad(pixels, (0, columns - width, 0, rows - height))
+
+    def restore(self, maps: Tensor, number: int, width: int, height: int) -> Tensor:
+        """Map [C, height, width] of a picture from the map [1, C, h, w] of its view."""
+        rows, columns = self.inner[number]
+        maps = F.interpolate(maps, self.padded(number), mode="bilinear", align_corners=False)
+        maps = maps[:, :, :rows, :columns]
+        return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)[0]

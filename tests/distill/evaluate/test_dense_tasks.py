@@ -12,10 +12,9 @@ from contract.errors import Failure, UserError
 from distill.evaluate import depth, segmentation
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import label_names, open_pairs, read_depth, read_mask
-from distill.evaluate.dense import draw_batches, polynomial
+from distill.evaluate.dense import draw_batches, rate_at
 from distill.evaluate.depth import depth_errors, eigen_crop, silog
 from distill.evaluate.extract import extract
-from distill.evaluate.segmentation import segment
 from distill.evaluate.windows import WindowViews, merge_windows
 from distill.heads import load_head
 from distill.scenes import MASK_NAMES
@@ -41,11 +40,8 @@ def test_segmentation_head_learns_and_its_iou_is_scikit_learns(tiny_vit, scenes,
     truth, predicted = [], []
     for number in range(len(val)):
         truth.append(read_mask(val, number, False, 7, 255).ravel())
-        predicted.append(
-            segment(head.module, features.patches([number]), views, [number], (64, 64))
-            .numpy()
-            .ravel()
-        )
+        logits = head.module(features.patches([number]))
+        predicted.append(merge_windows(logits, [views.windows[number]], 64, 64).argmax(0).ravel())
     truth, predicted = np.concatenate(truth), np.concatenate(predicted)
     present = np.union1d(truth, predicted)
     iou = jaccard_score(truth, predicted, labels=present, average=None)
@@ -143,11 +139,11 @@ def test_silog_by_its_formula_and_blind_to_invalid_pixels():
     valid = torch.rand(2, 4, 4) > 0.3
     g = (metres.log() - truth.log())[valid]
     expected = 10 * (g.square().mean() - 0.85 * g.mean().square()).sqrt()
-    torch.testing.assert_close(silog(metres, truth, valid), expected)
+    torch.testing.assert_close(silog(metres, truth, valid, 0.85), expected)
     truth[~valid] = float("nan")
-    torch.testing.assert_close(silog(metres, truth.nan_to_num(0.0), valid), expected)
+    torch.testing.assert_close(silog(metres, truth.nan_to_num(0.0), valid, 0.85), expected)
     metres.requires_grad_(True)
-    silog(metres, torch.zeros_like(truth), torch.zeros_like(valid)).backward()
+    silog(metres, torch.zeros_like(truth), torch.zeros_like(valid), 0.85).backward()
     assert torch.isfinite(metres.grad).all(), (
         "a batch without one valid pixel teaches nothing and breaks nothing"
     )
@@ -205,9 +201,14 @@ def test_a_head_does_not_depend_on_what_ran_before(tiny_vit, scenes, tmp_path):
 
 
 def test_learning_rate_warms_up_and_falls():
-    rates = [polynomial(step, 100, 0.1) for step in range(100)]
-    assert rates[0] == 0.1 and rates[9] == 1.0
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False)) and rates[-1] < 0.02
+    for schedule, last in (("polynomial", 0.02), ("cosine", 0.001)):
+        dense = settings(dense={"steps": 100, "warmup": 0.1, "schedule": schedule}).dense
+        rates = [rate_at(step, dense) for step in range(100)]
+        assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+        assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+        assert rates[-1] < last
+    dense = settings(dense={"steps": 100, "warmup": 0.1, "power": 1.0}).dense
+    assert rate_at(55, dense) == 0.5
 
 
 def test_batches_cover_an_epoch_before_repeating():

@@ -57,7 +57,7 @@ def test_evaluations_at_once_lose_no_scores_of_one_another(tmp_path):
 
 
 def test_names_may_hold_dollar_signs(tmp_path):
-    draw_scores(tmp_path / "scores.png", {NAME: {"knn": Outcome({"top1": 0.5})}})
+    draw_scores(tmp_path / "scores.png", {NAME: {"knn": Outcome({"top1": 0.5})}}, {"knn": "quick"})
     edges, labels = np.array([[1.0, 2.0, 9.0, 8.0]]), np.array([0])
     boxes = Boxes(edges, labels, np.array([48.0]), np.array([False]))
     found = Detections(np.array([0.9]), labels, edges / 10)

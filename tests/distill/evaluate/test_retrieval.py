@@ -146,6 +146,19 @@ def test_the_box_is_what_is_looked_for(tiny_vit, photographs, tmp_path):
     assert outcome.details["mAP easy"] == 1.0
 
 
+def test_pictures_may_keep_their_shape_and_queries_be_whole(tiny_vit, photographs, tmp_path):
+    write(photographs, ground_truth())
+    given = {"size": 64, "shape": "kept", "query": "whole"}
+    config = EvaluationConfig.model_validate({"retrieval": given, "extract": {"workers": 0}})
+    seen = []
+    with tiny_vit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2:])):
+        outcome = evaluate(tiny_vit, photographs, config, tmp_path / "out")
+    # two trials, four whole queries (451x300, 512x512, 600x400, 640x427), sixteen square crops
+    assert [tuple(shape) for shape in seen[2:6]] == [(48, 64), (64, 64), (48, 64), (48, 64)]
+    assert [tuple(shape) for shape in seen[6:]] == 16 * [(64, 64)]
+    assert 0 <= outcome.scores["mAP medium"] <= 1
+
+
 def test_queries_without_positives_are_left_out(tiny_vit, photographs, tmp_path):
     truth = ground_truth()
     write(photographs, truth)

@@ -215,9 +215,20 @@ def test_a_static_video_is_perfect(tiny_vit, tmp_path):
     assert outcome.details["sequences"]["still"]["frames"] == 3
 
 
+def test_the_longer_side_may_be_cut_to_a_multiple(tiny_vit, davis, tmp_path):
+    config = EvaluationConfig.model_validate({"video": {"size": 64, "multiple": 20}})
+    seen = set()
+    with tiny_vit.register_forward_pre_hook(lambda _, inputs: seen.add(tuple(inputs[0].shape[2:]))):
+        evaluate(tiny_vit, davis, config, tmp_path / "out")
+    assert (64, 80) in seen and (64, 96) not in seen  # 128x192: 96 becomes 80
+
+
 def test_moving_objects_are_followed(tiny_vit, davis, tmp_path):
-    outcome = evaluate(tiny_vit, davis, CONFIG, tmp_path / "out")
+    runs = []
+    with tiny_vit.register_forward_hook(lambda *_: runs.append(1)):
+        outcome = evaluate(tiny_vit, davis, CONFIG, tmp_path / "out")
     _, masks = moving_squares()
+    assert len(masks) <= len(runs) <= len(masks) + 2, "once a frame, and to try both sides"
     still = np.mean(
         [region_similarity(masks[0] == o, mask == o) for mask in masks[1:-1] for o in (1, 2)]
     )
