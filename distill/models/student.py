@@ -323,6 +323,7 @@ def _warn_of_activation(config: StudentConfig, net: nn.Module, names: tuple[str,
 # Plans, exports and evaluations build the same student several times, and a probe takes longer than
 # a small student.
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # whatever the caller's mode: gradients tell what is used
 def _probe(student: str) -> Layout:
     """The layout of the student of a configuration (as JSON, which is hashable)."""
     config = StudentConfig.model_validate_json(student)
@@ -351,6 +352,7 @@ def _probe(student: str) -> Layout:
         raise UserError(f"student '{config.name}'{given} {error}") from error
 
 
+@torch.inference_mode(False)
 def freeze_unreached(student: Student, size: int) -> list[Layer]:
     """Freeze what no layer of `Student.every_layer` depends on (a final norm, say), and return the
     layers of one image on the meta device, for their shapes.

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from contract.errors import UserError
 from distill.features import FeatureDims
 from distill.methods import METHODS, build_method
+from distill.models.student import _probe
 from distill.models.weights import save_tensors, tensors_sha256
 from distill.recipe_io import make_recipe
 from distill.runs import STUDENT, load_run, save_student
@@ -73,6 +74,13 @@ def test_spaces_of_format_2_are_as_wide_as_the_widest_teacher(tmp_path, photo_fo
     about["recipe"] = about["recipe"].replace("space_dim: 24", "space_dim: auto")
     save_tensors(tmp_path / STUDENT, tensors, about)
     assert load_run(tmp_path).recipe.umt.space_dim == 24
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_run_is_rebuilt_whatever_the_callers_mode(mode):
+    _probe.cache_clear()
+    with mode():
+        assert load_run(OLD).step == 2
 
 
 def test_a_file_of_a_later_version_is_refused_with_its_number(tmp_path):
