@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from contract.errors import raise_trouble
 from contract.files import write_atomically
 
 
@@ -66,7 +67,8 @@ def read_list(path: Path) -> PictureList | None:
         # opened here: numpy leaves a damaged file open
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return PictureList(*(arrays[name] for name in PictureList._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise_trouble(path, error)
         return None
 
 

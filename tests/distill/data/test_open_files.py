@@ -150,7 +150,7 @@ Image.new("RGB", (64, 64)).save({str(tmp_path / "1.png")!r})
 views, sizes = [View(IMAGE, 512, scale=(0.3, 1.0))], {{MAIN: 8}}
 pictures = FolderPictures({str(tmp_path)!r})
 dataset = CropDataset(pictures, DataConfig(path={str(tmp_path)!r}), views, 0)
-batches = StreamBatches(1, 8, sizes, 12)
+batches = StreamBatches(1, 8, sizes, 9)
 loader = make_loader(dataset, batches, 2, False, batch_bytes(views, sizes))
 print(loader.prefetch_factor, sum(len(batch.views[IMAGE]) for batch in loader))
 """
@@ -162,4 +162,4 @@ print(loader.prefetch_factor, sum(len(batch.views[IMAGE]) for batch in loader))
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     if "mount:" in done.stderr or "unshare:" in done.stderr:
         pytest.skip("this user may not mount file systems")
-    assert done.stdout == "3 96\n", done.stderr
+    assert done.stdout == "3 72\n", done.stderr
