@@ -164,6 +164,7 @@ FAMILIES = {
         convnext,
         "norm in the head",
     ),
+    "caformer_s18": (64, {}, "classification", "stages.3", convnext, "norm in the head"),
     "swin_tiny_patch4_window7_224": (
         64,
         {"embed_dim": 12, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 2},
