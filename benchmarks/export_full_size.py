@@ -40,7 +40,7 @@ from distill.models.preprocess import Preprocess
 from distill.models.vit_adapter import AdapterConfig, ViTAdapter
 from distill.recipe_io import load_recipe
 from distill.runs import save_student
-from distill.training.checkpoint import claim_folder
+from distill.training.checkpoint import write_recipe
 from distill.training.plan import meta_teacher
 from export.graph import Student, build_parts
 from export.modules import Part
@@ -103,7 +103,8 @@ def _make_random(name: str, folder: Path) -> None:
     dims = {t.label: meta_teacher(t, recipe, i).dims for i, t in enumerate(recipe.teachers)}
     torch.manual_seed(0)
     method = build_method(recipe, dims).eval()
-    claim_folder(folder, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_recipe(folder, recipe)
     save_student(folder, method.state_dict(), method, recipe, dims, 0)
 
 

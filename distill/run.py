@@ -178,7 +178,7 @@ def _recipe(folder: Path, name: str | None, overrides: Sequence[str], resume: bo
         changed = [
             (key, old, new)
             for key, old, new in differing_fields(before, now)
-            if key not in _FREE_TO_CHANGE
+            if key not in _FREE_TO_CHANGE and not re.fullmatch(_TEACHERS_FILE, key)
         ]
         if changed:
             key, old, new = changed[0]
@@ -206,8 +206,9 @@ _FREE_TO_CHANGE = {
     "checkpoint.every_steps",
     "checkpoint.keep",
 }
+_TEACHERS_FILE = r"teachers\.\d+\.checkpoint"
 """Keys that a resumed run may change: they do not affect what was trained so far, or are compared
-with it (pictures, cache, length) before anything is."""
+with it (pictures, cache, length, teachers' weights) before anything is."""
 
 
 if __name__ == "__main__":

@@ -36,16 +36,21 @@ from distill.methods import build_method
 from distill.methods.lengths import with_lengths
 from distill.methods.method import Method, Progress
 from distill.methods.targets import fit_normalizers
-from distill.models.layout import patch_size
 from distill.recipe_io import dump_recipe
 from distill.runs import dump_dims, save_student
 from distill.teachers import Teacher, build_teacher
 from distill.teachers.cache import bytes_a_slot, open_cache
 from distill.training.checkpoint import CheckpointWriter, load_checkpoint, write_recipe
 from distill.training.lengths import fit_shipped
-from distill.training.memory_format import set_memory_format
+from distill.training.memory_format import set_arithmetic, set_memory_format
 from distill.training.metrics import MetricsLog
-from distill.training.resume import check_length, check_pictures, keep_list, seed_for_new_world
+from distill.training.resume import (
+    check_length,
+    check_pictures,
+    check_teachers,
+    keep_list,
+    seed_for_new_world,
+)
 from distill.training.schedule import Schedule, learning_rate, weight_decay
 from distill.training.start import start_from_run
 
@@ -72,11 +77,9 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         build_teacher(t, recipe.teacher_runtime, i).to(device)
         for i, t in enumerate(recipe.teachers)
     ]
+    taught_by = check_teachers(teachers, saved, ranks)
     if device.type == "cuda":
-        set_arithmetic(settings)
-        for teacher in teachers:
-            if patch_size(teacher.net) is None:  # convolutions of half precision are faster so
-                teacher.to(memory_format=torch.channels_last)
+        set_arithmetic(settings, teachers)
     dims = {teacher.label: teacher.dims for teacher in teachers}
     torch.manual_seed(settings.seed)  # the same initial weights on every rank
     method = build_method(recipe, dims).to(device)
@@ -171,6 +174,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                 "world": ranks.world,
                 "recipe": dump_recipe(recipe),
                 "pictures": listed,
+                "teachers": taught_by,
                 "teacher_dims": dump_dims(dims),
             }
             state |= {"average": average.state_dict()} if average else {}
@@ -313,15 +317,6 @@ class OptimizerStep:
         self.counters[1] = (self.counters[1] + 1) * bad
         self.counters[2] = torch.maximum(self.counters[2], self.counters[1])
         return losses, norm
-
-
-def set_arithmetic(settings: TrainConfig) -> None:
-    """Set what `train.tf32` and `train.cudnn_benchmark` say, for this process."""
-    if settings.tf32 != "auto":
-        kind = "tf32" if settings.tf32 else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = kind
-        torch.backends.cudnn.conv.fp32_precision = kind
-    torch.backends.cudnn.benchmark = settings.cudnn_benchmark
 
 
 def teacher_features(

@@ -1,14 +1,19 @@
-"""`train.channels_last`: which memory format a student trains in, and where torch cannot."""
+"""Memory formats and arithmetic: `train.channels_last` and where torch cannot, `train.tf32`,
+`train.cudnn_benchmark`.
+"""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from distill.config import TrainConfig
 from distill.methods.method import Method
+from distill.models.layout import patch_size
 from distill.models.preprocess import Preprocess
 from distill.models.student import Student
+from distill.teachers import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +52,20 @@ def set_memory_format(method: Method, settings: TrainConfig, device: torch.devic
         return
     for network in students or [method.student]:
         network.to(memory_format=torch.channels_last)
+
+
+def set_arithmetic(settings: TrainConfig, teachers: Sequence[Teacher]) -> None:
+    """On CUDA: what `train.tf32` and `train.cudnn_benchmark` say, for this process, and teachers
+    that are CNNs in channels_last, the faster format of convolutions in half precision.
+    """
+    if settings.tf32 != "auto":
+        kind = "tf32" if settings.tf32 else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = kind
+        torch.backends.cudnn.conv.fp32_precision = kind
+    torch.backends.cudnn.benchmark = settings.cudnn_benchmark
+    for teacher in teachers:
+        if patch_size(teacher.net) is None:
+            teacher.to(memory_format=torch.channels_last)
 
 
 def _writes_out_of_bounds(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Whether a run may go on as it is asked to: its pictures, its length, its processes."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from distill.data.listing import PictureList, compare, list_pictures, read_list
 from distill.data.pictures import Pictures
 from distill.distributed import Ranks
 from distill.recipe_io import parse_recipe
+from distill.teachers import Teacher
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,30 @@ def check_pictures(
             f"{problem}: restore them, or train on with data.changed=accept (another order of "
             "pictures), or start a new run in another --output"
         )
+    return record
+
+
+def check_teachers(
+    teachers: Sequence[Teacher], saved: Mapping[str, Any] | None, ranks: Ranks
+) -> dict[str, str]:
+    """Hashes of the teachers' weights, on the first rank, for checkpoints.
+
+    Raises UserError on every rank for a teacher of other weights than the checkpoint `saved` had.
+    """
+    record, problem = {}, None
+    if ranks.first:
+        record = {teacher.label: teacher.fingerprint() for teacher in teachers}
+        before = (saved or {}).get("teachers", record)
+        changed = [label for label in record if before.get(label) != record[label]]
+        if changed:
+            problem = (
+                f"teacher '{changed[0]}' has other weights than when the checkpoint was written: "
+                "restore its file, or start a new run in another --output"
+            )
+    if saved:
+        problem = ranks.gather(problem)[0]
+    if problem:
+        raise UserError(problem)
     return record
 
 

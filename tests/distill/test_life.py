@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from contract.errors import UserError, exit_status
 from distill.claim import CLAIM, claimed, is_free
@@ -22,7 +23,9 @@ from distill.data.pictures import WebDatasetPictures
 from distill.evaluate.cast import open_rows
 from distill.evaluate.settings import load_settings
 from distill.launch import Launch, launched, planned_world
+from distill.recipe_io import load_recipe
 from distill.runs import load_run
+from distill.teachers import build_teacher
 from distill.visualize import main as visualize
 from export.graph import open_student
 from tests.conftest import metrics_of, run_here, small_recipe, weights_of
@@ -36,6 +39,13 @@ def plain_recipe(photos: Path, **changes: object) -> dict:
     recipe["student"]["kwargs"]["depth"] = 1
     recipe["student"]["image_size"] = recipe["teachers"][0]["image_size"] = 32
     return recipe
+
+
+def teacher_weights(run: Path) -> dict[str, torch.Tensor]:
+    """Those of the run's only teacher."""
+    recipe = load_recipe(str(run / "recipe.yaml"), [])
+    state = build_teacher(recipe.teachers[0], recipe.teacher_runtime, 0).net.state_dict()
+    return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
 def drop_last(run: Path, step: int) -> None:
@@ -130,7 +140,15 @@ def test_one_command_starts_continues_lengthens_and_moves_a_run(photo_folder, tm
         refused.stderr
     )
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
-    accepted = run_here("--output", out, "--resume", "data.changed=accept", "train.steps=7")
+    other = tmp_path / "other.safetensors"
+    accept = "data.changed=accept"
+    weights = teacher_weights(out)
+    save_file({n: t + 1 if n == "norm.bias" else t for n, t in weights.items()}, other)
+    refused = run_here("--output", out, "--resume", accept, f"teachers.0.checkpoint={other}")
+    assert refused.returncode == 2 and "teacher 'mae' has other weights" in refused.stderr
+    save_file(weights, other)
+    words = (accept, f"teachers.0.checkpoint={other}", "train.steps=7")
+    accepted = run_here("--output", out, "--resume", *words)
     assert (
         accepted.returncode == 0 and "1 added, 0 removed, 1 changed): accepted" in accepted.stdout
     )
