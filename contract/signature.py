@@ -277,7 +277,7 @@ def head_ports(
     units: Mapping[str, str],
     further: Sequence[FurtherMap] = (),
 ) -> tuple[Port, ...]:
-    """A teacher's predictions; `units` says of "token" and "patches" what their length means."""
+    """A teacher's predictions; `units` says what the length of "token", "patches", "maps" means."""
     ports = [
         Port(
             f"{label}_patches",
@@ -296,7 +296,7 @@ def head_ports(
             "float32",
             ("batch", map_.positions, map_.width),
             f"predicts a further map of '{label}', a position every {map_.stride} pixels, "
-            + TEACHERS,
+            + units["maps"],
         )
         for name, map_ in zip(names, further, strict=True)
     ]

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -77,11 +77,13 @@ def save_student(
     recipe: Recipe,
     dims: Mapping[str, FeatureDims],
     step: int,
+    finish: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] = dict,
 ) -> Path:
-    """Write the `shipped_files` of `weights`, and in the metadata of each all that is needed to
-    rebuild them.
+    """Write the `shipped_files` of `weights`, each as `finish` returns it, and in the metadata all
+    that is needed to rebuild them.
     """
-    for name, tensors in shipped_files(weights, method).items():
+    for name, shipped in shipped_files(weights, method).items():
+        tensors = finish(shipped)
         metadata = {
             "format": str(FORMAT),
             "sha256": tensors_sha256(tensors),

@@ -208,9 +208,14 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
 
 def units_of(head: ShippedHead) -> dict[str, str]:
     """What the length of a head's outputs means."""
-    normalizer = head.normalizer
-    free = FITTED if normalizer is not None and bool(normalizer.lengths.fitted) else FREE
-    return {kind: free if kind in head.free_length else TEACHERS for kind in ("token", "patches")}
+
+    def unit(kind: str) -> str:
+        if kind not in head.free_length:
+            return TEACHERS
+        normalizer = head.normalizer
+        return FITTED if normalizer is not None and normalizer.lengths.is_fitted(kind) else FREE
+
+    return {kind: unit(kind) for kind in ("token", "patches", "maps")}
 
 
 def _positions_of(reads: Sequence[Port], positions: int | str) -> int | str:

@@ -3,7 +3,7 @@ pictures see.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,8 +33,9 @@ class ShippedHead(NamedTuple):
     module: nn.Module
     reads: tuple[str, ...] = ("patches", "summary")
     has_token: bool = True
-    free_length: tuple[Kind, ...] = ()
-    """Outputs trained by cosine alone, whose length is a fitted factor (`lengths`)."""
+    free_length: tuple[Kind | Literal["maps"], ...] = ()
+    """Outputs trained by cosine alone. The length of tokens and patches is a fitted factor
+    (`lengths`); that of further maps stays free."""
     strides: tuple[int, ...] = ()
     """Of a head that predicts maps on the grids of the student's: the stride of the student's map
     that has the grid of `patches`, then those of each of `maps`. Empty: see what it reads."""

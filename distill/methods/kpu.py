@@ -355,7 +355,7 @@ class KPU(Method):
         """
         heads, strides = {}, self.student.map_strides
         # Eq 1 compares the directions of global features alone
-        free = ("token",) if self.config.align[2] else ("token", "patches")
+        free = ("token",) if self.config.align[2] else ("token", "patches", "maps")
         for label, head in self.heads.items():
             shipped = head.shipped()
             levels = sorted(set(shipped.levels))

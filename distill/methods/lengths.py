@@ -22,9 +22,13 @@ class Lengths(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("token", torch.ones(()))
-        self.register_buffer("patches", torch.ones(()))
+        for kind in ("token", "patches"):
+            self.register_buffer(kind, torch.ones(()))
+            self.register_buffer(f"{kind}_fitted", torch.zeros((), dtype=torch.bool))
+
+    def is_fitted(self, kind: str) -> bool:
+        """Whether there is a factor for a kind of output; further maps have none."""
+        return kind in ("token", "patches") and bool(getattr(self, f"{kind}_fitted"))
 
 
 def with_lengths(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
@@ -70,7 +74,7 @@ def fit_lengths(
 ) -> None:
     """Fit the lengths of `heads` to `pairs`: what they predict, restored, and the teachers'
     features of the same pictures, both by teacher label. A length that would turn a direction
-    round stays 1.
+    round stays free.
     """
     sums = {(label, kind): [0.0, 0.0] for label, head in heads.items() for kind in head.kinds}
     for predictions, targets in pairs:
@@ -85,7 +89,7 @@ def fit_lengths(
         lengths = heads[label].normalizer.lengths
         if product > 0 and square > 0:
             getattr(lengths, kind).mul_(product / square)
-        lengths.fitted.fill_(True)
+            getattr(lengths, f"{kind}_fitted").fill_(True)
 
 
 def _compared(

@@ -1,5 +1,6 @@
 """After training: the lengths of heads that were trained by cosine (`methods.lengths`)."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -12,6 +13,8 @@ from distill.methods.deployment import COUPLING, Deployment
 from distill.methods.lengths import FreeHead, fit_lengths
 from distill.methods.losses import Prediction
 from distill.runs import build_shipped
+
+log = logging.getLogger(__name__)
 
 
 def fit_shipped(
@@ -30,12 +33,14 @@ def fit_shipped(
     method.load_state_dict(shipped)
     deployment = method.to(device).deploy()
     free = {
-        label: FreeHead(head.normalizer, head.free_length)
+        label: FreeHead(head.normalizer, tuple(kinds))
         for label, head in deployment.shipped.items()
-        if head.free_length and head.normalizer is not None
+        if head.normalizer is not None
+        and (kinds := [kind for kind in head.free_length if kind != "maps"])
     }
     if not free:
         return dict(weights)
+    log.info("fitting the lengths of %s", ", ".join(free))
     fit_lengths(free, _pairs(deployment, method.teacher_views, batches(), look, device))
     lengths = {
         name: tensor.cpu()

@@ -48,6 +48,7 @@ from distill.training.resume import (
     check_length,
     check_pictures,
     check_teachers,
+    check_weights,
     keep_list,
     seed_for_new_world,
 )
@@ -111,6 +112,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     batches = step_batches(start, steps)
     if saved:
         check_length(saved, steps, recipe)
+        check_weights(saved, method)
     # All user input has been checked by now: files are only written from here on.
     if ranks.first:
         write_recipe(folder, recipe)
@@ -251,10 +253,12 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
 
         def first_batches() -> Iterable[Batch]:
             few = step_batches(0, min(recipe.targets.batches, steps))
-            return make_loader(dataset, few, 0, False)
+            return make_loader(dataset, few, recipe.data.workers, False, room)
 
-        weights = fit_shipped(recipe, dims, weights, first_batches, compute, device)
-        save_student(folder, weights, method, recipe, dims, steps)
+        def fit(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return fit_shipped(recipe, dims, tensors, first_batches, compute, device)
+
+        save_student(folder, weights, method, recipe, dims, steps, fit)
     ranks.barrier()
     return True
 

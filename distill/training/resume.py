@@ -13,6 +13,9 @@ from distill.config import Recipe
 from distill.data.listing import PictureList, compare, list_pictures, read_list
 from distill.data.pictures import Pictures
 from distill.distributed import Ranks
+from distill.methods.lengths import with_lengths
+from distill.methods.method import Method
+from distill.models.weights import misfit
 from distill.recipe_io import parse_recipe
 from distill.teachers import Teacher
 
@@ -133,6 +136,18 @@ def check_length(saved: Mapping[str, Any], steps: int, recipe: Recipe) -> None:
             "those of the new length",
             steps,
             saved["step"],
+        )
+
+
+def check_weights(saved: Mapping[str, Any], method: Method) -> None:
+    """Raise UserError for a checkpoint whose tensors the method of its recipe does not have: one of
+    an earlier version.
+    """
+    wrong = misfit(method, with_lengths(saved["model"], method))
+    if wrong:
+        raise UserError(
+            f"the checkpoint of step {saved['step']} does not fit its recipe ({wrong}): it was "
+            "written by another version; go on with that, or start a new run"
         )
 
 

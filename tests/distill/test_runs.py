@@ -38,9 +38,10 @@ def test_a_run_of_format_1_is_rebuilt_with_the_section_of_its_own_method():
     added = {name: state.pop(name) for name in list(state) if ".lengths." in name}
     assert tensors_sha256(state) == run.sha256
     assert {name.rpartition(".")[2]: float(value) for name, value in added.items()} == {
-        "fitted": 0,
         "token": 1,
+        "token_fitted": 0,
         "patches": 1,
+        "patches_fitted": 0,
     }
     with torch.inference_mode():
         predictions = run.method.deploy()(torch.rand(1, 3, 32, 32))

@@ -61,7 +61,9 @@ def test_a_prediction_that_points_away_keeps_its_length():
     said = Prediction(-teacher.summary, torch.zeros(2, 2, 2, D), None)
     heads = {"teacher": FreeHead(norm, ("token", "patches"))}
     fit_lengths(heads, [({"teacher": said}, {"teacher": teacher})])
-    assert norm.lengths.fitted and norm.lengths.token == norm.lengths.patches == 1
+    lengths = norm.lengths
+    assert lengths.token == lengths.patches == 1
+    assert not lengths.is_fitted("token") and not lengths.is_fitted("patches")
 
 
 def test_a_similarity_without_smooth_l1_leaves_every_length_free():
@@ -87,7 +89,7 @@ def test_a_run_fits_the_lengths_that_its_losses_leave_free(photo_folder, tmp_pat
     run = load_run(tmp_path / "run")
     deployment, norms = run.method.deploy(), run.method.normalizers
     labels = {teacher.role: teacher.label for teacher in run.recipe.teachers}
-    fitted = {label for label, norm in norms.items() if bool(norm.lengths.fitted)}
+    fitted = {label for label, norm in norms.items() if norm.lengths.is_fitted("patches")}
     assert fitted == {labels["classification"], labels["dino"]}
     assert all(float(norm.lengths.token) == 1 for norm in norms.values())
     for label in fitted:
@@ -114,4 +116,4 @@ def test_a_run_fits_the_lengths_that_its_losses_leave_free(photo_folder, tmp_pat
     older = {name: t for name, t in run.method.state_dict().items() if ".lengths." not in name}
     run.method.load_state_dict(with_lengths(older, run.method))
     head = deployment.shipped[labels["dino"]]
-    assert units_of(head) == {"token": TEACHERS, "patches": FREE}
+    assert units_of(head) == {"token": TEACHERS, "patches": FREE, "maps": TEACHERS}

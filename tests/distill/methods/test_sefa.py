@@ -256,6 +256,7 @@ def test_the_momentum_network_ships_where_asked(tmp_path, photo_folder):
     runs = {}
     for ship in ("student", "ema"):
         recipe = sefa_recipe(photo_folder, ssl={"ship": ship}, train={"steps": 2})
+        recipe["sefa"] = recipe.get("sefa", {}) | {"cosine_weight": 1.0}
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         assert run_here(tmp_path / "recipe.yaml", "--output", tmp_path / ship).returncode == 0
         runs[ship] = [
@@ -264,6 +265,8 @@ def test_the_momentum_network_ships_where_asked(tmp_path, photo_folder):
     (student, momentum), (shipped, other) = runs["student"], runs["ema"]
     assert all(torch.equal(shipped[name], momentum[name]) for name in momentum)
     assert all(torch.equal(other[name], student[name]) for name in student)
+    factors = [name for name in student if name.endswith((".lengths.token", ".lengths.patches"))]
+    assert any(student[name] != momentum[name] for name in factors)  # fitted to each
     for ship, asked, expected in (
         ("student", None, student),
         ("student", "momentum", momentum),
