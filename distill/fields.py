@@ -75,7 +75,6 @@ _OWN_KEYS = {
     "pretrained": "pretrained",
     "checkpoint_path": "checkpoint",
     "pretrained_cfg": "checkpoint",
-    "features_only": "name",
 }
 """Arguments of timm's that a recipe sets by keys of its own, which are checked."""
 
