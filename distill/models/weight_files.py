@@ -74,7 +74,16 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         named = dict(_flatten(_load(path)))
     if not named:
         raise UserError(f"checkpoint {path} has no state dict: no tensors in it have names")
-    return {_WRAPPERS.sub("", name): tensor for name, tensor in named.items()}
+    plain: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        short = _WRAPPERS.sub("", name)
+        if short in plain and not torch.equal(plain[short], tensor):
+            raise UserError(
+                f"checkpoint {path} holds two different tensors '{short}', one of them as "
+                f"'{name}': save the network to use as a file of its own"
+            )
+        plain[short] = tensor
+    return plain
 
 
 def folder_contents(folder: Path) -> str:

@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,15 +16,9 @@ from torch import Tensor, nn
 
 from contract.errors import UserError, raise_trouble
 from contract.files import sort_safetensors_metadata, write_atomically
+from distill.models.copies import best_prefix, foreign_names, select
 
 log = logging.getLogger(__name__)
-
-_PREFERRED = ("teacher", "target_encoder", "base_encoder", "encoder_q", "online")
-_SECOND = ("student", "momentum", "encoder_k", "context_encoder", "optim")
-"""Parts of prefixes, of the copy of a network that its authors use and of the one they do not."""
-
-_DEEPEST = 6
-"""Parts of a wrapper's prefix."""
 
 _SPECIAL = {
     "cls_token": "a class token",
@@ -188,10 +182,8 @@ def load_into(
             f"'{missing[0]}': the file belongs to another architecture (check the teacher's name)"
         )
     extra = [name for name in state if name not in expected]
-    parts = {name.split(".")[0] for name in expected} - {name.split(".")[0] for name in classifier}
-    foreign = [
-        name for name in extra if name.split(".")[0] in parts and not name.startswith(classifier)
-    ]
+    heads = {name.split(".")[0] for name in classifier}
+    foreign = [n for n in foreign_names(extra, expected) if n.split(".")[0] not in heads]
     if foreign:
         raise UserError(
             f"{source}: '{foreign[0]}' has no place in the model ({len(foreign)} such tensors): "
@@ -226,52 +218,6 @@ def load_into(
     model.classifier_loaded = any(name in state for name in expected if name.startswith(classifier))
 
 
-def select(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with a prefix, without it."""
-    return {
-        name.removeprefix(prefix): tensor
-        for name, tensor in state.items()
-        if name.startswith(prefix)
-    }
-
-
-def best_prefix(
-    state: dict[str, Tensor], count: Callable[[dict[str, Tensor]], tuple[int, int]], source: str
-) -> str:
-    """The prefix below which a network's weights lie, whatever wrapped them.
-
-    `count` says how many of the network's tensors some tensors hold: with the right shape, and by
-    name alone. Of several complete copies averaged weights win (timm's and DeiT's EMA), then a
-    teacher or target (DINO, I-JEPA), and a student or momentum copy (MoCo) comes last. Raises
-    UserError where nothing says which of several to take.
-    """
-    # names and shapes suffice, and cost nothing to convert
-    bare = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    counts = {}
-    for prefix in _prefixes(bare):
-        # the key of a mapping may end in a dot's place too: `target_encoder.module.`
-        counts[prefix] = count(select(bare, prefix))
-    most = max(counts.values())
-    if not most[1]:
-        return ""
-    best = [prefix for prefix in counts if counts[prefix] == most]
-    # `teacher.` and `teacher.backbone.` are one network where a converter strips the latter
-    best = [p for p in best if not any(p != q and p.startswith(q) for q in best)]
-    rank = {prefix: _rank(prefix) for prefix in best}
-    first = [prefix for prefix in best if rank[prefix] == max(rank.values())]
-    if len(first) > 1 and not _equal(*(select(state, prefix) for prefix in first[:2])):
-        raise UserError(
-            f"{source} holds several networks that fit, '{first[0]}' and '{first[1]}': save the "
-            "one to use as a file of its own"
-        )
-    if len(best) > 1:
-        others = ", ".join(f"'{prefix}'" for prefix in best if prefix != first[0])
-        log.info("weights   %s: from '%s', not from %s", source, first[0], others)
-    elif first[0]:
-        log.info("weights   %s: from '%s'", source, first[0])
-    return first[0]
-
-
 def _select(
     model: nn.Module, state: dict[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], list[str]]:
@@ -279,43 +225,13 @@ def _select(
     optional = _classifier_names(model)
     expected = {n: t.shape for n, t in model.state_dict().items() if not n.startswith(optional)}
 
-    def count(part: dict[str, Tensor]) -> tuple[int, int]:
+    def convert(part: dict[str, Tensor]) -> dict[str, Tensor]:
         if len(part) < len(expected) // 4:
-            return 0, 0
-        converted, _ = _convert(model, part)
-        held = [name for name in expected if name in converted]
-        return sum(converted[name].shape == expected[name] for name in held), len(held)
+            return {}
+        return {n: t for n, t in _convert(model, part)[0].items() if not n.startswith(optional)}
 
-    prefix = best_prefix(state, count, source)
+    prefix = best_prefix(state, convert, expected, source)
     return select(state, prefix), [name for name in state if not name.startswith(prefix)]
-
-
-def _prefixes(state: dict[str, Tensor]) -> list[str]:
-    """Dotted beginnings of names that may be wrappers': none, and those without a block's number,
-    the shortest first.
-    """
-    found = {""}
-    for name in state:
-        parts = name.split(".")[:-1]
-        for depth in range(1, min(len(parts), _DEEPEST) + 1):
-            if parts[depth - 1].isdecimal():
-                break
-            found.add(".".join(parts[:depth]) + ".")
-    return sorted(found, key=lambda prefix: (prefix.count("."), prefix))
-
-
-def _rank(prefix: str) -> int:
-    """How much a prefix says that its copy of the network is the one to use."""
-    words = set(re.split(r"[._]", prefix.lower()))
-    if {"ema", "averaged"} & words:
-        return 3
-    if not prefix or any(name in prefix for name in _PREFERRED):
-        return 2
-    return 0 if any(name in prefix for name in _SECOND) else 1
-
-
-def _equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def _convert(model: nn.Module, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -299,19 +299,19 @@ def _load_text_weights(model: "nn.Module", path: Path) -> None:
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
+    from distill.models.copies import best_prefix, select
     from distill.models.weight_files import read_state_dict
-    from distill.models.weights import best_prefix, select
 
     state = read_state_dict(path)
     # open_clip has two layouts, with the text tower at the top or in `text.`
     names = set(model.state_dict())
     names |= {name.removeprefix("text.") for name in names}
 
-    def count(part: dict) -> tuple[int, int]:
-        held = sum(name in names for name in part)
-        return held, held
+    def convert(part: dict) -> dict:
+        return {name: tensor for name, tensor in part.items() if name in names}
 
-    state = convert_state_dict(model, select(state, best_prefix(state, count, str(path))))
+    prefix = best_prefix(state, convert, dict.fromkeys(names), str(path))
+    state = convert_state_dict(model, select(state, prefix))
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
     expected = model.state_dict()
