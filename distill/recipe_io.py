@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from contract.errors import UserError, suggest
 from distill.config import Recipe, Section, StudentConfig, with_sections
 from distill.methods import METHODS
-from distill.models.published import normalization_of
+from distill.models.start import student_normalization
 from distill.recipe_files import (
     RecipeDumper,
     clear_others,
@@ -59,21 +59,18 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     whole = _any_recipe().model_validate(values)
     own = _recipe_with((method,))
     parts = {name: getattr(whole, name) for name in own.model_fields}
-    recipe = own(**parts | {"student": _with_normalization(whole.student)})
+    recipe = own(**parts | {"student": _with_normalization(whole)})
     return METHODS[method].check(recipe)
 
 
-def _with_normalization(student: StudentConfig) -> StudentConfig:
+def _with_normalization(recipe: Recipe) -> StudentConfig:
     """A student that starts from weights with the mean and deviation that they expect, as far as
     the recipe sets none. Recipes of runs have them written out, and keep them.
     """
-    if not (student.pretrained or student.checkpoint):
-        return student
-    chosen = normalization_of(student.name, student.checkpoint, None)
-    values = {} if chosen.guessed else {"mean": chosen.mean, "std": chosen.std}
-    return student.model_copy(
-        update={key: value for key, value in values.items() if key not in student.model_fields_set}
-    )
+    student = recipe.student
+    unset = {"mean", "std"} - student.model_fields_set
+    chosen = student_normalization(student, recipe.teachers) if unset else None
+    return student.model_copy(update={key: getattr(chosen, key) for key in unset} if chosen else {})
 
 
 def _any_recipe() -> type[Recipe]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -78,12 +78,31 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     for name, tensor in named.items():
         short = _WRAPPERS.sub("", name)
         if short in plain and not torch.equal(plain[short], tensor):
+            wrapped = next(n for n in named if n != short and _WRAPPERS.sub("", n) == short)
             raise UserError(
-                f"checkpoint {path} holds two different tensors '{short}', one of them as "
-                f"'{name}': save the network to use as a file of its own"
+                f"checkpoint {path} holds two networks that differ, '{short}' is in it as "
+                f"'{wrapped}' too: save the one to use as a file of its own"
             )
         plain[short] = tensor
     return plain
+
+
+def tensor_names(path: str | Path) -> tuple[str, ...]:
+    """Names as `read_state_dict` has them, in moments, as no tensors are read; none for what it
+    would refuse.
+    """
+    path = Path(path)
+    try:
+        if path.name.endswith(".json"):
+            names = list(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        elif _is_safetensors(path):
+            with safe_open(path, framework="pt") as file:
+                names = list(file.keys())
+        else:
+            names = [name for name, _ in _flatten(_load_meta(path))]
+    except (UserError, OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return ()
+    return tuple(dict.fromkeys(_WRAPPERS.sub("", name) for name in names))
 
 
 def folder_contents(folder: Path) -> str:
@@ -106,6 +125,26 @@ def folder_contents(folder: Path) -> str:
     return ""
 
 
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(9)
+    length = int.from_bytes(head[:8], "little")
+    return path.suffix == ".safetensors" or (0 < length < 10**8 and head[8:9] == b"{")
+
+
+def _load_meta(path: Path) -> object:
+    """A pickle with its tensors on the meta device; empty where it cannot be read."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
+            warnings.simplefilter("ignore")
+            # a pickle from before torch 1.6 cannot be mapped, and is read whole
+            return torch.load(
+                path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path) or None
+            )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError, IndexError):
+        return {}
+
+
 def _load(path: Path) -> object:
     """The content of one file."""
     try:
@@ -122,9 +161,8 @@ def _load(path: Path) -> object:
     if path.suffix == ".onnx":
         raise UserError(f"checkpoint {path} is an ONNX graph: give the weights it was made from")
     _refuse_other_archives(path)
-    length = int.from_bytes(head[:8], "little")
     try:
-        if path.suffix == ".safetensors" or (0 < length < 10**8 and head[8:9] == b"{"):
+        if _is_safetensors(path):
             return load_file(path)
         with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             # foreign pickles make torch warn on standard error, but only a refusal matters

@@ -90,15 +90,11 @@ def teacher_notes(
     if file and "." not in config.name and not (config.mean and config.std):
         chosen = normalization_of(config.name, config.checkpoint, config.role, names)
         notes.append(
-            f"pictures for {config.checkpoint} are normalised by mean {_numbers(chosen.mean)}, "
-            f"deviation {_numbers(chosen.std)}: {chosen.reason} (teachers.{index}.mean and .std "
+            f"pictures for {config.checkpoint} are normalised by {chosen.words} "
+            f"(teachers.{index}.mean and .std "
             "set others)"
         )
     return [f"teacher '{config.label}': {note}" for note in notes]
-
-
-def _numbers(values: tuple[float, ...]) -> str:
-    return " ".join(f"{value:.3f}" for value in values)
 
 
 def blocks_of(net: nn.Module) -> int:

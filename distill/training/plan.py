@@ -25,6 +25,7 @@ from distill.models.batch_norm import values_per_channel
 from distill.models.meta import building
 from distill.models.packaged import describe_checkpoint
 from distill.models.published import activation_note
+from distill.models.start import checkpoint_names, student_note
 from distill.teachers import Teacher, build_teacher, weights_source
 from distill.teachers.cache import Spec, bytes_a_slot
 from distill.teachers.grounding_dino import architecture
@@ -263,12 +264,15 @@ def _notes(recipe: Recipe, method: Method, teachers: list[Teacher]) -> list[str]
         note
         for index, (config, teacher) in enumerate(zip(recipe.teachers, teachers, strict=True))
         if config.name not in ("run", DETECTOR) and (config.checkpoint or config.pretrained)
-        for note in teacher_notes(config, teacher.net, index)
+        for note in teacher_notes(config, teacher.net, index, checkpoint_names(config.checkpoint))
     ]
     student = recipe.student
     if student.pretrained or student.checkpoint:
-        note = activation_note(student.name, method.student.net, student.checkpoint)
+        names = checkpoint_names(student.checkpoint)
+        note = activation_note(student.name, method.student.net, student.checkpoint, names)
         notes += [f"student: {note}"] if note else []
+    said = student_note(student, recipe.teachers)
+    notes += [said] if said else []
     return notes
 
 

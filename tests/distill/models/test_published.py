@@ -6,9 +6,11 @@ from functools import cache
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from distill.models.meta import building
 from distill.models.published import IMAGENET, activation_note, normalization_of
+from distill.models.start import student_note
 from distill.models.student import create_timm
 from distill.recipe_files import shipped_recipes
 from distill.recipe_io import load_recipe, make_recipe, parse_recipe
@@ -53,6 +55,30 @@ def test_every_tag_that_timm_notes_is_warned_of_and_its_quickgelu_name_is_known(
     assert note(f"{GELU}.laion2b") is None
 
 
+@pytest.mark.slow
+def test_activations_are_those_of_open_clips_table():
+    pretrained = pytest.importorskip("open_clip.pretrained")._PRETRAINED
+    told = {}
+    for entries in pretrained.values():
+        for entry in entries.values():
+            name = entry.get("hf_hub", "").strip("/").rpartition("/")[-1]
+            if name.startswith("vit_") and "_clip_" in name:
+                told[name] = told.get(name, False) or bool(entry.get("quick_gelu"))
+    assert len(told) > 20
+    told["vit_base_patch16_clip_224.dfn2b"] = True  # in a repository of Apple's
+    for name, quick in told.items():
+        architecture = name.partition(".")[0]
+        if not timm.is_model(architecture.replace("_clip_", "_clip_quickgelu_")):
+            continue
+        if timm.list_models(name, include_tags=True):
+            said = activation_note(name, network(GELU), None)
+            assert (said is not None) == quick, name
+        # and as a file of that name
+        said = activation_note(architecture, network(GELU), f"{name}.safetensors")
+        assert said is None or ("GELU, but" in said) == quick, name
+    assert f"timm has no {QUICK}.dfn2b" in note(f"{GELU}.dfn2b")
+
+
 @pytest.mark.parametrize(
     ("name", "file", "names", "words"),
     [
@@ -66,6 +92,24 @@ def test_every_tag_that_timm_notes_is_warned_of_and_its_quickgelu_name_is_known(
             "trained with QuickGELU",
         ),
         (GELU, "x.pth", ("visual.proj",), "does not say what it was trained with"),
+        (GELU, "openai/models/mine/x.pth", (), "does not say"),  # of anybody's folders
+        (
+            GELU,
+            "models--apple--DFN2B-CLIP-ViT-B-16/snapshots/0/x.bin",
+            (),
+            "QuickGELU (by its path",
+        ),
+        (QUICK, "laion2b_b16.pt", (), "trained with GELU (by its path)"),
+        (QUICK, "DFN2B-CLIP-ViT-L-14-39B/x.pt", (), "trained with GELU (by its path)"),
+        (QUICK, "h14_v1.2_altogether_metaclip.pt", (), "trained with GELU"),
+        (QUICK, "metaclip-2-worldwide-huge-378/x.pt", (), "trained with GELU"),
+        (GELU, "metaclip-2-worldwide-huge-quickgelu/x.pt", (), "trained with QuickGELU"),
+        (GELU, "metaclip-2-worldwide-b16/x.pt", (), "does not say"),
+        (GELU, "b16_fullcc2.5b_metaclip_2.5b.pt", (), "trained with QuickGELU"),
+        (GELU, "vit_b_16-laion400m_e32.pt", (), None),
+        (f"{QUICK}.openai", "x.pth", (), None),
+        (f"{GELU}.openai", "x.pth", (), "by timm's record of the name's tag"),
+        (f"{GELU}.laion2b", "x.pth", (), None),
         (GELU, "vit_base_patch16_clip_224.openai_ft_in1k.pth", (), "does not say"),
         (QUICK, "ViT-B-16.pt", (), None),
         (QUICK, "x.pth", (), None),
@@ -85,7 +129,13 @@ def test_a_local_clip_is_known_by_its_numbers_or_its_name(name, file, names, wor
         ("open_clip_config.json", {"model_cfg": {"embed_dim": 512}}, False),
         ("config.json", {"vision_config": {"hidden_act": "quick_gelu"}}, True),
         ("config.json", {"architecture": QUICK}, True),
-        ("config.json", {"architecture": GELU}, False),
+        ("config.json", {"architecture": GELU, "pretrained_cfg": {"tag": "laion2b"}}, False),
+        ("config.json", {"architecture": GELU, "pretrained_cfg": {"tag": "openai"}}, True),
+        (
+            "config.json",
+            {"architecture": GELU, "pretrained_cfg": {"tag": "x", "notes": ["natively QuickGELU"]}},
+            True,
+        ),
     ],
 )
 def test_a_hubs_config_beside_the_file_says_the_activation(tmp_path, file, content, quick):
@@ -93,6 +143,9 @@ def test_a_hubs_config_beside_the_file_says_the_activation(tmp_path, file, conte
     weights = tmp_path / "model.safetensors"
     assert (note(GELU, weights) is None) == (not quick)
     assert (note(QUICK, weights) is None) == quick
+    # timm's two architectures of one CLIP share a repository
+    (tmp_path / file).write_text(json.dumps({"architecture": GELU}))
+    assert "does not say" in note(GELU, weights) and note(QUICK, weights) is None
     # beside a file of another name it may be anything's
     assert "does not say" in note(GELU, tmp_path / "mine.safetensors")
 
@@ -104,7 +157,22 @@ def test_a_hubs_config_beside_the_file_says_the_activation(tmp_path, file, conte
         ("vit_small_patch16_224", "dino", (), IMAGENET[0], "role dino"),
         ("vit_base_patch16_224", "mae", (), IMAGENET[0], "role mae"),
         ("convnext_base", "mae", ("module.sparse_encoder.sp_cnn.x",), IMAGENET[0], "SparK"),
-        ("vit_base_patch16_224", "classification", ("teacher.backbone.x",), IMAGENET[0], "DINO"),
+        (
+            "vit_base_patch16_224",
+            "classification",
+            ("teacher.backbone.x", "teacher.head.last_layer.weight_g"),
+            IMAGENET[0],
+            "DINO",
+        ),
+        # a teacher, or a mask token, alone may be anybody's
+        ("vit_base_patch16_224", "classification", ("teacher.backbone.x",), HALF, "a guess"),
+        ("vit_base_patch16_224", "classification", ("encoder.mask_token",), HALF, "a guess"),
+        ("vit_base_patch16_224", "classification", ("decoder_embed.weight",), IMAGENET[0], "MAE"),
+        ("vit_base_patch16_224.unheard_of", "mae", (), IMAGENET[0], "role mae"),
+        # LAION's ViT-L has another mean, and so has DINOv3 of satellites' pictures
+        ("vit_large_patch14_clip_224", "clip", ("visual.class_embedding",), CLIP, "a guess"),
+        ("vit_large_patch14_clip_224", "clip", (), CLIP, "a guess"),
+        ("vit_large_patch16_dinov3", "dino", (), IMAGENET[0], "a guess"),
         ("vit_base_patch16_224", "classification", ("x.base_encoder.y",), IMAGENET[0], "MoCo"),
         ("vit_base_patch16_224", "classification", (), HALF, "a guess"),
         (
@@ -133,6 +201,9 @@ def test_a_hubs_config_beside_the_file_says_mean_and_deviation(tmp_path):
     chosen = normalization_of("vit_base_patch16_224", file, "dino")
     assert chosen[:2] == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     assert "preprocessor_config.json" in chosen.reason
+    for wrong in ({"image_mean": [123.675, 116.28, 103.53]}, {"image_std": [0.4, 0, 0.6]}):
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(values | wrong))
+        assert normalization_of("vit_base_patch16_224", file, "dino").mean == IMAGENET[0]
 
 
 @pytest.mark.slow
@@ -144,11 +215,13 @@ def test_the_choice_is_in_the_log_and_in_a_dry_run(recipe_file, tmp_path, caplog
     torch.save(net.state_dict(), file)
     teacher = {"role": "mae", "checkpoint": str(file), "image_size": 32, "kwargs": kwargs}
     clip = teacher | {"name": GELU, "role": "clip", "pretrained": False}
-    path = recipe_file(teachers=[teacher | {"name": name}, clip])
+    student = {"name": name, "checkpoint": str(file), "image_size": 32, "kwargs": kwargs}
+    path = recipe_file(teachers=[teacher | {"name": name}, clip], student=student)
     done = run_here(path, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "mean 0.485 0.456 0.406" in done.stdout and "role mae have" in done.stdout
     assert f"use {QUICK}" in done.stdout
+    assert "student: pictures are normalised by mean 0.485 0.456 0.406" in done.stdout
     config = load_recipe(str(path), []).teachers[0]
     with caplog.at_level("WARNING"):
         _, (_, mean, _), _ = build_timm_teacher(config, 0)
@@ -170,6 +243,39 @@ def test_a_student_that_starts_from_weights_is_fed_what_they_expect(photo_folder
     assert student(checkpoint="siglip.safetensors").mean == HALF
     own = student(pretrained=True, mean=[0.1, 0.2, 0.3])
     assert own.mean == (0.1, 0.2, 0.3) and own.std == HALF
+
+
+def test_a_student_and_a_teacher_of_one_file_are_fed_the_same(photo_folder, tmp_path):
+    name, file = "vit_small_patch16_224", tmp_path / "x.safetensors"
+    save_file({"visual.class_embedding": torch.zeros(3)}, file)
+    values = small_recipe(photo_folder)
+    values["student"] = {"name": name, "checkpoint": str(file)}
+    recipe = make_recipe(values)
+    assert recipe.student.mean == CLIP
+    said = student_note(recipe.student, recipe.teachers)
+    assert "mean 0.481 0.458 0.408" in said and "layout is that of CLIP" in said
+    # its values are those of its file, and a guess is a guess for both
+    save_file({"norm.weight": torch.zeros(3)}, file)
+    for role, mean in (("dino", IMAGENET[0]), ("classification", HALF)):
+        teacher = {"name": name, "role": role, "checkpoint": str(file), "pretrained": False}
+        recipe = make_recipe(values | {"teachers": [teacher]})
+        assert recipe.student.mean == mean == normalization_of(name, str(file), role).mean
+    assert ": a guess: " in student_note(recipe.student, recipe.teachers)
+    own = make_recipe(values | {"teachers": [teacher | {"mean": [0.1] * 3, "std": [0.2] * 3}]})
+    assert own.student.mean == (0.1,) * 3
+    values["student"] |= {"mean": [0.3] * 3}
+    recipe = make_recipe(values)
+    assert student_note(recipe.student, recipe.teachers) is None
+
+
+def test_a_student_that_continues_a_run_is_fed_as_that_run_was(photo_folder, tmp_path):
+    values = small_recipe(photo_folder)
+    values["student"] = {"name": "vit_small_patch16_224", "mean": [0.1, 0.2, 0.3]}
+    about = {"recipe": dump_recipe(make_recipe(values)), "teacher_dims": "{}"}
+    save_file({"x": torch.zeros(1)}, tmp_path / "student.safetensors", metadata=about)
+    for checkpoint in (tmp_path, tmp_path / "student.safetensors"):
+        values["student"] = {"name": "vit_small_patch16_224", "checkpoint": str(checkpoint)}
+        assert make_recipe(values).student.mean == (0.1, 0.2, 0.3)
 
 
 def test_the_recipe_of_an_older_run_keeps_its_mean_and_deviation(photo_folder):

