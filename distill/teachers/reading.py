@@ -8,9 +8,11 @@ the head, and what stands before it has another scale in every channel.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from timm.layers import ClNormMlpClassifierHead, NormMlpClassifierHead
+from timm.layers import NormMlpClassifierHead
+from timm.models.deepseek_vit import DeepseekVitClassifier
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.metaformer import MetaFormer
+from timm.models.qwen3_vit import Qwen3VitClassifier
 from torch import Tensor, nn
 
 from distill.features import Features
@@ -42,11 +44,14 @@ def _is_token_pooled(net: nn.Module) -> bool:
 
 def _norm_in_head(net: nn.Module) -> nn.Module | None:
     """The norm between a network's pooling and its classifier, where it fits the map too."""
-    head = getattr(net, "head", None)
-    known = isinstance(head, NormMlpClassifierHead | ClNormMlpClassifierHead) or isinstance(
-        net, MetaFormer
-    )
-    return head.norm if known and _has(head, "norm") else None
+    # these keep it beside the head; the others' `norm` is run before the pooling
+    beside = isinstance(net, DeepseekVitClassifier | Qwen3VitClassifier)
+    place = net if beside else getattr(net, "head", None)
+    if place is None or not _has(place, "norm"):
+        return None
+    # InceptionNeXt's is after a hidden layer
+    width = getattr(place.norm, "normalized_shape", None) or (net.num_features,)
+    return place.norm if tuple(width) == (net.num_features,) else None
 
 
 TOKENS = (
@@ -91,7 +96,7 @@ TOKENS = (
 MAPS = (
     Reading(
         "norm in the head",
-        "ConvNeXt (supervised, CLIP's, DINOv3's), ConvNeXt V2, MaxViT, DaViT, MetaFormer",
+        "ConvNeXt (supervised, CLIP's, DINOv3's), ConvNeXt V2, MaxViT, DaViT, MetaFormer, MambaOut",
         "the map's mean after the head's norm",
         "the last map after the head's norm, each position by itself",
         lambda net: _norm_in_head(net) is not None,
@@ -149,9 +154,11 @@ def read_map(net: nn.Module, output: Tensor, projected: bool, stage: bool, last:
     """
     channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC"
     patches = output if channels_last else output.permute(0, 2, 3, 1)
-    pooled = None if stage else net.forward_head(output, pre_logits=not projected)
+    # a hidden layer after the norm is the classifier's, and only the projection goes through it
+    hidden = not projected and _norm_in_head(net) is not None and _has(net.head, "pre_logits")
+    pooled = None if stage or hidden else net.forward_head(output, pre_logits=not projected)
     if last and _norm_in_head(net) is not None:
-        if stage:
+        if stage or hidden:
             pooled = _normed(net, patches.mean(dim=(1, 2), keepdim=True)).flatten(1)
         patches = _normed(net, patches)
     return Features(patches.mean(dim=(1, 2)) if pooled is None else pooled, patches)
@@ -160,6 +167,6 @@ def read_map(net: nn.Module, output: Tensor, projected: bool, stage: bool, last:
 def _normed(net: nn.Module, patches: Tensor) -> Tensor:
     """A map [B, h, w, d] after the norm in the network's head, which may want channels first."""
     norm = _norm_in_head(net)
-    if isinstance(net.head, ClNormMlpClassifierHead):
-        return norm(patches)
-    return norm(patches.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    if isinstance(net.head, NormMlpClassifierHead) or isinstance(net, MetaFormer):
+        return norm(patches.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return norm(patches)

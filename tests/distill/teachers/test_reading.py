@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,6 +101,13 @@ def plain_map(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return tokens.mean(1), tokens
 
 
+def hidden_map(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """InceptionNeXt's head up to its classifier, whose norm is that of the hidden layer."""
+    _, tokens = plain_map(net, x)
+    head = net.head
+    return normed(head.norm, head.act(head.fc1(tokens.mean(1)))), tokens
+
+
 # name: (side, kwargs, role, the last part before pooling and norms, the authors' way, kind)
 FAMILIES = {
     "vit_tiny_patch16_224": (64, VIT, "mae", "blocks.1", class_token(), "class token"),
@@ -165,6 +173,24 @@ FAMILIES = {
         "norm in the head",
     ),
     "caformer_s18": (64, {}, "classification", "stages.3", convnext, "norm in the head"),
+    "mambaout_femto": (
+        64,
+        {"depths": [1] * 4, "dims": [8, 16, 24, 32]},
+        "classification",
+        "stages.3",
+        lambda net, x: convnext(net, x.permute(0, 3, 1, 2)),
+        "norm in the head",
+    ),
+    # CLIP's, whose hidden layer is of its projection
+    "convnext_large_mlp": (
+        64,
+        {"depths": [1] * 4, "dims": [8, 16, 24, 32], "head_hidden_size": 40, "num_classes": 24},
+        "classification",
+        "stages.3",
+        convnext,
+        "norm in the head",
+    ),
+    "inception_next_atto": (64, {}, "classification", "stages.3", hidden_map, "map"),
     "swin_tiny_patch4_window7_224": (
         64,
         {"embed_dim": 12, "depths": [1] * 4, "num_heads": [1, 1, 2, 2], "window_size": 2},
@@ -191,6 +217,56 @@ def test_summary_and_patches_are_what_the_authors_read(name):
     torch.testing.assert_close(features.summary, summary, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(features.patches.flatten(1, 2), patches, rtol=1e-4, atol=1e-5)
     assert reading_of(teacher.net, tokens=last.startswith("blocks")).kind == kind
+
+
+@torch.no_grad()
+def test_a_hidden_layer_in_the_head_is_part_of_the_projection():
+    size, kwargs, *_ = FAMILIES["convnext_large_mlp"]
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    teacher = build("convnext_large_mlp", size, kwargs, "clip")
+    expected = teacher.net(teacher.preprocess(images))
+    torch.testing.assert_close(teacher(images).summary, expected)
+    assert expected.shape == (2, 24)
+
+
+_HEADS = ("convnext_large_mlp", "coatnet_0_224", "maxvit_tiny_tf_224", "mambaout_small_rw")
+
+
+@pytest.mark.slow
+def test_every_norm_that_runs_in_the_head_alone_is_in_a_row():
+    """Of every family of timm's: which module is the first after the pooling."""
+    large = ("large", "huge", "giant", "base", "_l", "xl", "so400m")
+    modules = (timm.list_models(module=module) for module in timm.list_modules())
+    names = [
+        min(found, key=lambda name: (any(word in name for word in large), len(name)))
+        for found in modules
+        if found
+    ]
+    kinds = set()
+    for name in (*names, *_HEADS):
+        with building():
+            net = create_timm(name).eval()
+        tokens = patch_size(net) is not None
+        shape = [1, 2, 2, net.num_features]
+        if tokens:
+            shape = [1, getattr(net, "num_prefix_tokens", 0) + 4, net.num_features]
+        elif getattr(net, "output_fmt", "NCHW") != "NHWC":
+            shape = [1, net.num_features, 2, 2]
+        ran: list[nn.Module] = []
+        for module in net.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda module, *_, ran=ran: ran.append(module))
+        try:
+            net.forward_head(torch.empty(shape, device="meta"), pre_logits=True)
+        except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+            continue  # no head, or features of other shapes, which are refused
+        passed = (nn.Identity, nn.Dropout, nn.Flatten, nn.AdaptiveAvgPool2d)
+        first = next((m for m in ran if not isinstance(m, passed)), None)
+        kind = reading_of(net, tokens).kind
+        normed_in_head = "Norm" in type(first).__name__
+        assert (kind in ("norm in the head", "normed mean")) == normed_in_head, (name, kind)
+        kinds.add(kind)
+    assert {"norm in the head", "normed mean", "map"} <= kinds
 
 
 @pytest.mark.parametrize("block", [0, 1])
