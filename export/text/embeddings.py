@@ -5,6 +5,7 @@ any folder.
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,13 @@ def _teacher_spaces(options: TextOptions) -> list[TeacherRecord]:
 
 
 def _compare_activations(teacher: TeacherRecord, quick: bool) -> None:
-    """Print a note if the text tower has another activation than the image tower that taught."""
+    """Print a note if the text tower has another activation than the CLIP that taught."""
+    # the ResNets' own activation is ReLU, their text towers all have QuickGELU
+    if re.match(r"resnet\d+(x\d+)?_clip", teacher.network) and not quick:
+        print(
+            f"note      the text tower computes GELU, but that of the teacher '{teacher.label}' "
+            f"({teacher.network}) QuickGELU: give the variant of --model with -quickgelu"
+        )
     taught = "_quickgelu_" in teacher.network
     # other image towers (SigLIP's, EVA's) come in one variant
     if "_clip_" in teacher.network and teacher.network.startswith("vit_") and taught != quick:

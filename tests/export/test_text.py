@@ -573,6 +573,10 @@ def test_a_text_tower_with_another_activation_than_the_teacher_is_said(capsys):
     assert "computes GELU, but the teacher 'clip'" in said(quickgelu, False)
     assert said(gelu, False) == said(quickgelu, True) == ""
     assert said("vit_base_patch16_siglip_224", True) == ""
+    assert "that of the teacher 'clip' (resnet50x4_clip.openai) QuickGELU" in said(
+        "resnet50x4_clip.openai", False
+    )
+    assert said("resnet50x4_clip.openai", True) == said("resnet50.a1_in1k", False) == ""
 
 
 @pytest.mark.parametrize("numbers", [True, False])
