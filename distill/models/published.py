@@ -206,7 +206,7 @@ def activation_note(
     if trained == quick:
         return None
     kinds = ("QuickGELU", "GELU") if quick else ("GELU", "QuickGELU")
-    return _differs(name, *kinds, other, f" (by {reason})")
+    return _differs(name, *kinds, f"{other} (known by {reason})")
 
 
 def _trained_with_quick_gelu(
@@ -243,11 +243,8 @@ def _named_quick(text: str) -> bool | None:
     return next((quick for pattern, quick in _ACTIVATIONS if pattern.search(text)), None)
 
 
-def _differs(name: str, computed: str, trained: str, better: str, reason: str = "") -> str:
-    return (
-        f"{name} computes {computed}, but its weights were trained with {trained}{reason}: use "
-        f"{better}"
-    )
+def _differs(name: str, computed: str, trained: str, better: str) -> str:
+    return f"{name} computes {computed}, but its weights were trained with {trained}: use {better}"
 
 
 class _Beside(NamedTuple):

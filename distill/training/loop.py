@@ -36,7 +36,6 @@ from distill.methods import build_method
 from distill.methods.lengths import with_lengths
 from distill.methods.method import Method, Progress
 from distill.methods.targets import fit_normalizers
-from distill.models.start import student_note
 from distill.recipe_io import dump_recipe
 from distill.runs import dump_dims, save_student
 from distill.teachers import Teacher, build_teacher
@@ -92,9 +91,6 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     # ---- the order of pictures, and their teachers' features -------------------------------------
     schedule = Schedule(recipe, method, teachers, len(pictures))
     per_epoch, steps = schedule.per_epoch, schedule.steps
-    note = student_note(recipe.student, recipe.teachers)
-    if note:
-        log.warning("note      %s", note)
     for caution in method.cautions():
         log.warning(caution)
 

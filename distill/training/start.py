@@ -7,7 +7,7 @@ import torch
 
 from distill.config import Recipe
 from distill.methods.method import Method
-from distill.models.start import run_file
+from distill.models.start import run_file, student_note
 from distill.models.weights import read_tensors
 from distill.recipe_io import parse_recipe
 
@@ -24,8 +24,12 @@ def start_from_run(method: Method, recipe: Recipe) -> None:
     """Where `student.checkpoint` is a run folder, copy what its method learnt beside the network
     (heads, interaction, an adapter) into `method`, by name and shape, and log what starts anew.
 
-    The network itself was loaded with the student, strictly.
+    The network itself was loaded with the student, strictly. What mean and deviation it takes from
+    its weights is logged too.
     """
+    note = student_note(recipe.student, recipe.teachers)
+    if note:
+        log.warning("note      %s", note)
     path = run_file(recipe.student.checkpoint) if recipe.student.checkpoint else None
     if path is None:
         return

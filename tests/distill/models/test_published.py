@@ -17,6 +17,7 @@ from distill.recipe_io import load_recipe, make_recipe, parse_recipe
 from distill.runs import dump_recipe
 from distill.teachers.timm import build_timm_teacher
 from distill.tiny import shrink
+from distill.training.start import start_from_run
 from tests.conftest import run_here, small_recipe
 
 HALF, CLIP = (0.5, 0.5, 0.5), (0.48145466, 0.4578275, 0.40821073)
@@ -97,10 +98,10 @@ def test_activations_are_those_of_open_clips_table():
             GELU,
             "models--apple--DFN2B-CLIP-ViT-B-16/snapshots/0/x.bin",
             (),
-            "QuickGELU (by its path",
+            "(known by its path)",
         ),
-        (QUICK, "laion2b_b16.pt", (), "trained with GELU (by its path)"),
-        (QUICK, "DFN2B-CLIP-ViT-L-14-39B/x.pt", (), "trained with GELU (by its path)"),
+        (QUICK, "laion2b_b16.pt", (), "trained with GELU: use "),
+        (QUICK, "DFN2B-CLIP-ViT-L-14-39B/x.pt", (), "trained with GELU: use "),
         (QUICK, "h14_v1.2_altogether_metaclip.pt", (), "trained with GELU"),
         (QUICK, "metaclip-2-worldwide-huge-378/x.pt", (), "trained with GELU"),
         (GELU, "metaclip-2-worldwide-huge-quickgelu/x.pt", (), "trained with QuickGELU"),
@@ -108,7 +109,7 @@ def test_activations_are_those_of_open_clips_table():
         (GELU, "b16_fullcc2.5b_metaclip_2.5b.pt", (), "trained with QuickGELU"),
         (GELU, "vit_b_16-laion400m_e32.pt", (), None),
         (f"{QUICK}.openai", "x.pth", (), None),
-        (f"{GELU}.openai", "x.pth", (), "by timm's record of the name's tag"),
+        (f"{GELU}.openai", "x.pth", (), "(known by timm's record of the name's tag)"),
         (f"{GELU}.laion2b", "x.pth", (), None),
         (GELU, "vit_base_patch16_clip_224.openai_ft_in1k.pth", (), "does not say"),
         (QUICK, "ViT-B-16.pt", (), None),
@@ -245,7 +246,7 @@ def test_a_student_that_starts_from_weights_is_fed_what_they_expect(photo_folder
     assert own.mean == (0.1, 0.2, 0.3) and own.std == HALF
 
 
-def test_a_student_and_a_teacher_of_one_file_are_fed_the_same(photo_folder, tmp_path):
+def test_a_student_and_a_teacher_of_one_file_are_fed_the_same(photo_folder, tmp_path, caplog):
     name, file = "vit_small_patch16_224", tmp_path / "x.safetensors"
     save_file({"visual.class_embedding": torch.zeros(3)}, file)
     values = small_recipe(photo_folder)
@@ -260,7 +261,10 @@ def test_a_student_and_a_teacher_of_one_file_are_fed_the_same(photo_folder, tmp_
         teacher = {"name": name, "role": role, "checkpoint": str(file), "pretrained": False}
         recipe = make_recipe(values | {"teachers": [teacher]})
         assert recipe.student.mean == mean == normalization_of(name, str(file), role).mean
-    assert ": a guess: " in student_note(recipe.student, recipe.teachers)
+    said = student_note(recipe.student, recipe.teachers)
+    assert ": a guess: " in said
+    start_from_run(torch.nn.Identity(), recipe)
+    assert said in caplog.text
     own = make_recipe(values | {"teachers": [teacher | {"mean": [0.1] * 3, "std": [0.2] * 3}]})
     assert own.student.mean == (0.1,) * 3
     values["student"] |= {"mean": [0.3] * 3}
