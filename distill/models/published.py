@@ -103,13 +103,13 @@ def normalization_of(
     In this order: what stands beside the file, timm's record of the name's tag, the architecture
     where one family alone has it, the file's layout, the teacher's role, timm's default tag.
     """
-    config = _record(name)
+    architecture, _, tag = name.partition(".")
+    config = _record(name) or _record(architecture)
     record = (
         (tuple(config.mean), tuple(config.std))
         if config and config.mean and config.std
         else IMAGENET
     )
-    architecture, _, tag = name.partition(".")
     if not checkpoint:
         return Normalization(*record, f"timm's record of {name}")
     if checkpoint.startswith(PACKAGE):
@@ -117,7 +117,7 @@ def normalization_of(
     beside = _beside(Path(checkpoint))
     if beside.normalization:
         return Normalization(*beside.normalization, f"{beside.source} says so")
-    if tag and config:
+    if tag and _record(name):
         return Normalization(*record, f"timm's record of {name}")
     if not _GENERAL.match(architecture) and len(_recorded(architecture)) == 1:
         return Normalization(*record, f"all of timm's weights of {architecture} agree")
@@ -131,7 +131,7 @@ def normalization_of(
         return _checked(Normalization(*_ROLES[role], reason), architecture, role)
     default = f"{architecture}.{config.tag}" if config and config.tag else architecture
     return Normalization(
-        *record, f"a guess: that of timm's default, {default}, as {architecture} has no tag", True
+        *record, f"a guess: that of timm's default, {default}, as {name} has no tag of timm's", True
     )
 
 

@@ -170,6 +170,7 @@ def test_a_hubs_config_beside_the_file_says_the_activation(tmp_path, file, conte
         ("vit_base_patch16_224", "classification", ("encoder.mask_token",), HALF, "a guess"),
         ("vit_base_patch16_224", "classification", ("decoder_embed.weight",), IMAGENET[0], "MAE"),
         ("vit_base_patch16_224.unheard_of", "mae", (), IMAGENET[0], "role mae"),
+        ("vit_base_patch16_224.unheard_of", "classification", (), HALF, "a guess"),
         # LAION's ViT-L has another mean, and so has DINOv3 of satellites' pictures
         ("vit_large_patch14_clip_224", "clip", ("visual.class_embedding",), CLIP, "a guess"),
         ("vit_large_patch14_clip_224", "clip", (), CLIP, "a guess"),
