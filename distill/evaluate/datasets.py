@@ -79,7 +79,7 @@ def read_picture(path: Path | str) -> Image.Image:
     """
     try:
         return decode(Path(path), TRUSTED, name=str(path))
-    except UnreadableImage as error:
+    except (UnreadableImage, MemoryError) as error:
         raise_trouble(path, error)
         raise UserError(
             f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every "

@@ -118,7 +118,10 @@ def test_good_files_are_not_called_damaged_where_no_more_can_be_opened(tmp_path,
         (RuntimeError("unable to mmap 5 bytes: Cannot allocate memory (12)"), "free some memory"),
         (ValueError("header: No space left on device (os error 28)"), "free some space"),
         (MemoryError(), "free some memory"),
+        (RuntimeError("a\n[Errno 28] No space left on device: 'x'"), "free some space"),
         (OSError(errno.ENOENT, "x"), None),
+        (OSError("broken data stream: Something (5)"), None),
+        (ValueError("chunk (12) is damaged: Bad marker (5), [Errno 5] of 7"), None),
         (ValueError("mmap length is greater than file size"), None),
     ],
 )
@@ -134,6 +137,18 @@ def test_as_many_batches_are_prepared_as_shared_memory_holds():
     assert prefetch_factor(free // 7, 2) in (2, 3)
     with pytest.raises(UserError, match="/dev/shm has .* MB free, but 2 workers need .*shm-size"):
         prefetch_factor(free // 2, 2)
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    about = os.statvfs("/dev/shm")
+    batch = about.f_bavail * about.f_frsize // 13
+    assert prefetch_factor(batch, 2) == 4
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(UserError, match="MB free for each of 6 processes, but 2 workers need"):
+        prefetch_factor(batch, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert prefetch_factor(batch, 2) == 2
 
 
 @pytest.mark.slow
