@@ -144,7 +144,7 @@ def check_batch_size(
         )
 
 
-def prepare_worker(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Use one thread per worker, leave Ctrl-C to the parent and keep the default SIGTERM."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -183,6 +183,24 @@ def prefetch_factor(batch_bytes: int, workers: int, wanted: int = 4) -> int | No
     return min(wanted, most)
 
 
+def worker_options(workers: int, batch_bytes: int, wanted: int = 4) -> dict:
+    """What a DataLoader with so many workers is made with, `prefetch_factor` among it."""
+    return {
+        "num_workers": workers,
+        "prefetch_factor": prefetch_factor(batch_bytes, workers, wanted),
+        "worker_init_fn": _prepare_worker,
+        # decoded photographs are shared with forked workers; they never touch CUDA
+        "multiprocessing_context": "fork" if workers else None,
+    }
+
+
+def item_bytes(item: object) -> int:
+    """Bytes of the tensors in an item of a data set, which may lie in tuples."""
+    if isinstance(item, Tensor):
+        return item.nbytes
+    return sum(map(item_bytes, item)) if isinstance(item, tuple) else 0
+
+
 def make_loader(
     dataset: CropDataset,
     batches: Sampler | Iterable,
@@ -198,15 +216,11 @@ def make_loader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=prepare_worker,
         # An iterator draws a seed for its workers. Drawn from the global stream, that draw would
         # shift stochastic depth after a resume; nothing here uses it.
         generator=torch.Generator(),
-        prefetch_factor=prefetch_factor(batch_bytes, workers),
-        # decoded photographs are shared with forked workers; they never touch CUDA
-        multiprocessing_context="fork" if workers else None,
+        **worker_options(workers, batch_bytes),
     )
 
 
