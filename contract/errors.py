@@ -59,7 +59,8 @@ def machine_trouble(error: BaseException) -> str | None:
     Whoever reads files must not call them damaged, skip them or advise deleting them where this
     has an answer.
     """
-    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+    no_memory = isinstance(error, OSError) and str(error).startswith("out of memory")  # Pillow's
+    if no_memory or isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
         return f"{os.strerror(errno.ENOMEM)} ({_MACHINE[errno.ENOMEM]})"
     numbers = [e.errno for e in (error, error.__cause__) if isinstance(e, OSError)]
     numbers += _numbers_in(str(error))
