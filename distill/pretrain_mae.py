@@ -28,6 +28,7 @@ from distill.config import DataConfig
 from distill.data.batches import StreamBatches, batch_bytes, collate, make_loader
 from distill.data.crops import IMAGE, MAIN, CropDataset, View, centre_crop
 from distill.data.pictures import Pictures, open_pictures
+from distill.data.pixels import Decoded
 from distill.models.preprocess import Preprocess
 from distill.models.student import create_timm
 from distill.models.weights import save_tensors
@@ -64,6 +65,9 @@ class _TrainingHalf:
         return image.crop(
             (edge, 0, image.width, image.height) if self.held_out else (0, 0, edge, image.height)
         )
+
+    def open(self, number: int) -> Decoded:
+        return Decoded(self.load(number))
 
     def fingerprint(self) -> str:
         return f"{self.pictures.fingerprint()}-{self.held_out}"

@@ -126,10 +126,10 @@ class WrongLabel(UserError):
 
 
 def dropped_labels(ignore: Ignored, path: Path, shift: bool, classes: int | None) -> Sequence[int]:
-    """The labels of a file that do not count: by convention none that is a class's own number."""
+    """The labels of a file that do not count: by convention none where 255 is a class's number."""
     if not isinstance(ignore, int):
         return ignore
-    if classes is not None and shift <= ignore < classes + shift:
+    if classes is not None and classes + shift > 255 and 0 <= ignore <= 255:
         return []
     return [ignore] if not 0 <= ignore <= 255 or stored_bits(path) == 8 else []
 
