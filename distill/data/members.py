@@ -166,6 +166,9 @@ def _maps_by_folder(pictures: Sequence[str]) -> set[str]:
     Only lossless files: the others, and those of several folders, are classes with numbers for
     names.
     """
+    folders = {part for path in set(map(os.path.dirname, pictures)) for part in path.split(os.sep)}
+    if not any(_word(folder) == "map" for folder in folders):
+        return set()
     places: dict[tuple, set[str]] = defaultdict(set)
     found = []
     for name in pictures:
