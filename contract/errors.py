@@ -46,8 +46,10 @@ _MACHINE = {
 }
 """Errors that say nothing about the contents of a file, and what to do about each."""
 
-_NUMBER = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]|: [A-Z][A-Za-z ]+ \((\d+)\)")
-"""How safetensors, Python and torch write an error's number into a text."""
+_NUMBER = re.compile(r"\[Errno (\d{1,4})\] | \((?:os error )?(\d{1,4})\)")
+"""How Python (in front of its words), safetensors and torch (behind them) write an error's number
+into a text.
+"""
 
 
 def machine_trouble(error: BaseException) -> str | None:
@@ -57,14 +59,30 @@ def machine_trouble(error: BaseException) -> str | None:
     Whoever reads files must not call them damaged, skip them or advise deleting them where this
     has an answer.
     """
-    if isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
+    no_memory = isinstance(error, OSError) and str(error).startswith("out of memory")  # Pillow's
+    if no_memory or isinstance(error, MemoryError) or isinstance(error.__cause__, MemoryError):
         return f"{os.strerror(errno.ENOMEM)} ({_MACHINE[errno.ENOMEM]})"
     numbers = [e.errno for e in (error, error.__cause__) if isinstance(e, OSError)]
-    text = _NUMBER.search(str(error))
-    if text:
-        numbers.append(int(next(filter(None, text.groups()))))
+    numbers += _numbers_in(str(error))
     number = next((number for number in numbers if number in _MACHINE), None)
     return f"{os.strerror(number)} ({_MACHINE[number]})" if number is not None else None
+
+
+def _numbers_in(text: str) -> list[int]:
+    """Error numbers in a text; of other numbers they are told by the system's own words for them,
+    as decoders write some in brackets too.
+    """
+    numbers = []
+    for match in _NUMBER.finditer(text):
+        number = int(match[1] or match[2])
+        words = os.strerror(number)
+        if (
+            text.startswith(words, match.end())
+            if match[1]
+            else text.endswith(words, 0, match.start())
+        ):
+            numbers.append(number)
+    return numbers
 
 
 def raise_trouble(what: object, error: BaseException) -> None:

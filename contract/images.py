@@ -99,7 +99,8 @@ def decode(
     With a `size` (height, width) that the picture will be fitted to, a JPEG may come out at a half,
     a quarter or an eighth of its own, never less than twice `size`: most of decoding it is the
     inverse DCT, done for that many pixels only. Raises UnreadableImage, with the picture's `name`,
-    for anything empty, truncated, corrupt, of another format or beyond the limits.
+    for anything empty, truncated, corrupt, of another format or beyond the limits; and MemoryError,
+    which is the machine's trouble and says nothing about the picture.
     """
     data = source if isinstance(source, bytes) else read_file(source, limits, name)
     _check_length(len(data), limits, name)
@@ -123,10 +124,8 @@ def decode(
                 return to_rgb(picture, name)
     except UnreadableImage:
         raise
-    except MemoryError as error:
-        if limits.max_bytes is not None:
-            raise  # a server's trouble and not that of who sent the picture
-        raise UnreadableImage(name, _damaged(error)) from error
+    except MemoryError:
+        raise
     except UnidentifiedImageError as error:
         if data.startswith(_PNG):  # a damaged header
             raise UnreadableImage(name, _damaged("broken PNG file")) from error
@@ -141,6 +140,7 @@ def decode(
         raise UnreadableImage(name, _too_large(f"{pixels:,}", limits)) from error
     # decoders fail in many ways on damaged files: struct, zlib, index and value errors among them
     except Exception as error:
+        _raise_memory(error)
         raise UnreadableImage(name, _damaged(error)) from error
 
 
@@ -168,7 +168,7 @@ def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
 
     16 bits and floats are scaled and not clipped, transparency is laid on white. Raises
     UnreadableImage for a picture without pixels, or one whose file is damaged (Pillow reads it at
-    the first use).
+    the first use), and MemoryError.
     """
     if 0 in picture.size:
         size = f"{picture.width}x{picture.height}"
@@ -180,6 +180,7 @@ def to_rgb(picture: Image.Image, name: str = "") -> Image.Image:
     except MemoryError:
         raise
     except Exception as error:  # as many kinds as there are decoders
+        _raise_memory(error)
         raise UnreadableImage(name, _damaged(error)) from error
     # After loading: Pillow turns TIFFs itself and takes their tag away.
     return upright(rgb, orientation(picture))
@@ -262,6 +263,8 @@ def orientation(picture: Image.Image) -> int:
     """
     try:
         return int(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
     # as many kinds as there are ways to damage it; the picture itself may be whole
     except Exception:
         return 1
@@ -319,6 +322,12 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
         rows = values[start : start + 64].astype(np.float64) * scale / divisor
         result[start : start + 64] = np.clip(rows, 0, 255).round()
     return result
+
+
+def _raise_memory(error: Exception) -> None:
+    """Raise MemoryError where a decoder's own says that it got none."""
+    if isinstance(error, OSError) and str(error).startswith("out of memory"):
+        raise MemoryError(str(error)) from error
 
 
 def _too_large(pixels: str, limits: Limits) -> str:

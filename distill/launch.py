@@ -81,6 +81,17 @@ def launched() -> Launch:
     return Launch(rank, local_rank, world)
 
 
+def local_world() -> int:
+    """Processes of the run on this machine, as far as the environment says; else those that must
+    be there for this one to have its local rank.
+    """
+    if planned_world() == 1:
+        return 1
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return _number("LOCAL_WORLD_SIZE", 1)
+    return 1 + _number("LOCAL_RANK", 0) if "LOCAL_RANK" in os.environ else 1
+
+
 def _number(name: str, least: int) -> int:
     text = os.environ[name]
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
@@ -104,6 +115,10 @@ def _translate() -> None:
             "MASTER_ADDR": os.environ.get("MASTER_ADDR") or _first_machine(starter),
             "MASTER_PORT": os.environ.get("MASTER_PORT") or str(_port(starter)),
         }
+        # srun has a list of them, 4(x2),3: as many as on the fullest machine
+        here = re.findall(r"(?:^|,)([0-9]+)", os.environ.get(starter.local_world, ""))
+        if here:
+            values.setdefault("LOCAL_WORLD_SIZE", str(max(map(int, here))))
         os.environ |= values
         return
 

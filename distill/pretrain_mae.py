@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from contract.command_line import CommandLine, whole_number
 from contract.errors import UserError, exit_status
 from distill.config import DataConfig
-from distill.data.batches import StreamBatches, collate, make_loader
+from distill.data.batches import StreamBatches, batch_bytes, collate, make_loader
 from distill.data.crops import IMAGE, MAIN, CropDataset, View, centre_crop
 from distill.data.pictures import Pictures, open_pictures
+from distill.data.pixels import Decoded
 from distill.models.preprocess import Preprocess
 from distill.models.student import create_timm
 from distill.models.weights import save_tensors
@@ -64,6 +65,9 @@ class _TrainingHalf:
         return image.crop(
             (edge, 0, image.width, image.height) if self.held_out else (0, 0, edge, image.height)
         )
+
+    def open(self, number: int) -> Decoded:
+        return Decoded(self.load(number))
 
     def fingerprint(self) -> str:
         return f"{self.pictures.fingerprint()}-{self.held_out}"
@@ -164,7 +168,8 @@ def _pretrain(
     generator = torch.Generator().manual_seed(seed)
     record: dict = {"val_loss_first": _validate(model, pictures, data, seed)}
     warmup, losses, began = max(1, steps // 20), [], time.perf_counter()
-    for step, sample in enumerate(make_loader(dataset, order, workers, False)):
+    loader = make_loader(dataset, order, workers, False, batch_bytes([_VIEW], {MAIN: batch}))
+    for step, sample in enumerate(loader):
         rate = min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = lr * rate

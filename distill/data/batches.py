@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from contract.errors import UserError
 from distill.data.crops import MAIN, CropDataset, Sample, Skipped, View
+from distill.launch import local_world
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +144,7 @@ def check_batch_size(
         )
 
 
-def prepare_worker(worker: int) -> None:
+def _prepare_worker(worker: int) -> None:
     """Use one thread per worker, leave Ctrl-C to the parent and keep the default SIGTERM."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -161,23 +162,43 @@ def batch_bytes(views: Iterable[View], sizes: Mapping[str, int]) -> int:
 
 
 def prefetch_factor(batch_bytes: int, workers: int, wanted: int = 4) -> int | None:
-    """Batches that each of `workers` may prepare, at most `wanted`, so that all fit into shared
-    memory; None without workers.
+    """Batches that each of `workers` may prepare, at most `wanted`, so that all fit into this
+    process's share of shared memory; None without workers.
 
     Raises UserError where not even one does: a worker would be killed by a bus error.
     """
     if not workers or not _SHARED_MEMORY.is_dir():
         return wanted if workers else None
     about = os.statvfs(_SHARED_MEMORY)
-    free = about.f_bavail * about.f_frsize
+    together = local_world()
+    free = about.f_bavail * about.f_frsize // together
     most = (free // max(1, batch_bytes) - 1) // workers  # one more is being used
     if most < 1:
+        each = f" for each of {together} processes" if together > 1 else ""
         raise UserError(
-            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, but {workers} workers need "
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free{each}, but {workers} workers need "
             f"{(workers + 1) * batch_bytes / 1e6:.0f} MB for a batch each: enlarge it (docker run "
             "--shm-size), or lower the number of workers or the batch size"
         )
     return min(wanted, most)
+
+
+def worker_options(workers: int, batch_bytes: int, wanted: int = 4) -> dict:
+    """What a DataLoader with so many workers is made with, `prefetch_factor` among it."""
+    return {
+        "num_workers": workers,
+        "prefetch_factor": prefetch_factor(batch_bytes, workers, wanted),
+        "worker_init_fn": _prepare_worker,
+        # decoded photographs are shared with forked workers; they never touch CUDA
+        "multiprocessing_context": "fork" if workers else None,
+    }
+
+
+def item_bytes(item: object) -> int:
+    """Bytes of the tensors in an item of a data set, which may lie in tuples."""
+    if isinstance(item, Tensor):
+        return item.nbytes
+    return sum(map(item_bytes, item)) if isinstance(item, tuple) else 0
 
 
 def make_loader(
@@ -185,24 +206,21 @@ def make_loader(
     batches: Sampler | Iterable,
     workers: int,
     pin_memory: bool,
-    batch_bytes: int = 0,
+    batch_bytes: int,
 ) -> DataLoader:
     """Decode and crop in `workers` processes ahead of the training step (0: in this process), as
-    far ahead as shared memory has room for batches of `batch_bytes`.
+    far ahead as shared memory has room for batches of `batch_bytes` (see there; of no account
+    without workers).
     """
     return DataLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=prepare_worker,
         # An iterator draws a seed for its workers. Drawn from the global stream, that draw would
         # shift stochastic depth after a resume; nothing here uses it.
         generator=torch.Generator(),
-        prefetch_factor=prefetch_factor(batch_bytes, workers),
-        # decoded photographs are shared with forked workers; they never touch CUDA
-        multiprocessing_context="fork" if workers else None,
+        **worker_options(workers, batch_bytes),
     )
 
 

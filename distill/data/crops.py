@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from contract.errors import UserError
+from contract.errors import UserError, raise_trouble
 from contract.images import UnreadableImage
 from distill.config import DataConfig
 from distill.data.masks import BlockMask, WindowCells
@@ -195,22 +195,24 @@ class CropDataset(Dataset):
 
     def __getitem__(self, key: tuple[str, int, int]) -> Sample:
         """Cut every view of `key` = (stream, picture, view number); raises UserError after too many
-        unreadable pictures in a row.
+        unreadable pictures in a row, and where not the picture but the machine is at fault.
         """
         stream, picture, number = key
         skipped: list[Skipped] = []
         for offset in range(min(self.TRIES, len(self.pictures))):
             plans: list[_Plan] = []
             pixels: list[Tensor] = []
+            here = (picture + offset) % len(self.pictures)
             try:
-                opened = self.pictures.open((picture + offset) % len(self.pictures))
+                opened = self.pictures.open(here)
                 for view in self.views:
                     if view.stream == stream:
                         own = self._plan(view, opened.size, picture, number, plans)
                         # view by view: another view changes none of its pixels
                         pixels += opened.crops([plan.crop for plan in own])
                         plans += own
-            except UnreadableImage as error:
+            except (UnreadableImage, MemoryError) as error:
+                raise_trouble(self.pictures.name(here), error)
                 skipped.append((error.name, error.reason))
                 continue
             tensors = self._tensors(stream, picture, number, opened.size, plans, pixels)

@@ -116,7 +116,8 @@ class _PlainJpeg:
                 if self._tag != 1:
                     pixels = np.array(upright(Image.fromarray(pixels), self._tag))
                 self._decoded[factor] = pixels
-            except (ValueError, RuntimeError):
+            except (ValueError, RuntimeError) as error:
+                _raise_memory(error)
                 self._otherwise = Decoded(decode(self._data, TRUSTED, name=self._name))
         return None if self._otherwise else self._decoded[factor]
 
@@ -146,11 +147,20 @@ def _plain_jpeg(data: bytes, name: str) -> _PlainJpeg | None:
         if 0xE1 in kinds:  # EXIF or XMP
             with Image.open(io.BytesIO(data), formats=("JPEG",)) as picture:
                 tag = orientation(picture)
-    except Exception:  # whatever is wrong, the decoder of all others says it
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever else is wrong, the decoder of all others says it
+        _raise_memory(error)
         return None
     if colours not in ("YCbCr", "Gray") or not 0 < width * height <= TRUSTED.max_pixels:
         return None
     return _PlainJpeg(data, name, (width, height), tag if 1 <= tag <= 8 else 1)
+
+
+def _raise_memory(error: Exception) -> None:
+    """Raise MemoryError where libjpeg's own says that it got none."""
+    if "insufficient memory" in str(error).lower():
+        raise MemoryError(str(error)) from error
 
 
 def _segments(data: bytes) -> set[int]:

@@ -10,10 +10,9 @@ import hashlib
 import json
 import logging
 import os
-import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,8 @@ from webdataset.shardlists import expand_urls
 
 from contract.errors import UserError, first_line, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, decode
-from distill.data.files import Names, is_data, size_and_time
+from distill.data.files import Names, is_data, is_picture, size_and_time
+from distill.data.members import choose
 from distill.data.open_files import Pool
 from distill.data.pixels import Opened, open_picture
 
@@ -36,45 +36,23 @@ _TAIL = 1 << 20
 of 10 KiB or, for tapes, up to this.
 """
 
-_LOSSY_FIRST = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2")
-_ORDER = (*_LOSSY_FIRST, *(suffix for suffix in IMAGE_SUFFIXES if suffix not in _LOSSY_FIRST))
-"""Of several pictures of one sample the first is trained on: maps need lossless formats."""
-
-_MAPS = frozenset(
-    (
-        "seg",
-        "segm",
-        "segmentation",
-        "segmap",
-        "semantic",
-        "sem",
-        "panoptic",
-        "instance",
-        "instances",
-    )
-    + ("mask", "masks", "label", "labels", "labelids", "annotation", "annotations", "ann", "gt")
-    + ("depth", "disparity", "disp", "normal", "normals", "flow", "edge", "edges", "canny", "hed")
-    + ("matte", "alpha", "saliency", "parsing", "pose", "keypoints", "thumb", "thumbnail", "target")
-)
-_PICTURES = frozenset(("image", "img", "rgb", "input", "photo", "picture", "color", "colour"))
-"""Words in the extensions of WebDataset's samples: NAME.seg.png, NAME.rgb.png."""
-
 CACHE_VARIABLE = "VFM_DISTILL_CACHE"
 """Environment variable that names the folder of the indexes; by default ~/.cache/vfm-distill."""
 
-_VERSION = 1
+_VERSION = 2
 """Of the index files; raise it when what counts as a picture changes."""
 
 
 class _Index(NamedTuple):
-    """The pictures of one tar file, and how many other pictures of samples were left out, by
-    extension.
+    """The pictures of one tar file; how many others were left out, by the ends of their names; and
+    samples that are hardly one (see `members.Choice`).
     """
 
     names: list[str]
     offsets: np.ndarray
     sizes: np.ndarray
     left_out: dict[str, int]
+    crowded: dict[str, int]
 
 
 class WebDatasetPictures:
@@ -91,10 +69,7 @@ class WebDatasetPictures:
         counts = [len(index.names) for index in indexes]
         if not sum(counts):
             raise UserError(f"data.path: no images in {len(tars)} tar files ({tars[0]} …)")
-        left_out = sum((Counter(index.left_out) for index in indexes), Counter())
-        if left_out:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(left_out.items()))
-            log.info("data      one picture a sample; left out beside it: %s", kinds)
+        _tell(tars, indexes)
         self.tars = Names(tars)
         self._tar = np.repeat(np.arange(len(tars), dtype=np.int32), counts)
         self._names = Names(name for index in indexes for name in index.names)
@@ -129,8 +104,10 @@ class WebDatasetPictures:
         return decode(self._encoded(number), TRUSTED, name=self.name(number))
 
     def fingerprint(self) -> str:
-        """Digest of every picture's tar file, name, place and size."""
+        """Digest of every picture's tar file, name, place and size, and of the tar files' times."""
         summary = hashlib.sha256()
+        for path in self.tars:
+            summary.update(repr(size_and_time(path)).encode())
         columns = (self._tar.tolist(), self._names, self._offsets.tolist(), self._sizes.tolist())
         for entry in zip(*columns, strict=True):
             summary.update(repr(entry).encode())
@@ -145,9 +122,40 @@ class WebDatasetPictures:
             yield f"{about[tar][0]}:{name}", size, about[tar][1]
 
 
+_KINDS = 8
+"""Kinds of members left out that are listed."""
+
+
+def _tell(tars: list[str], indexes: list[_Index]) -> None:
+    """Log what is left out of tar files, and warn of members that may be no sample."""
+    left_out = sum((Counter(index.left_out) for index in indexes), Counter())
+    if left_out:
+        listed = sorted(left_out.most_common(_KINDS))
+        rest = left_out.total() - sum(count for _, count in listed)
+        kinds = [f"{count:,} {kind}" for kind, count in listed]
+        kinds += [f"{rest:,} of {len(left_out) - len(listed):,} other kinds"] if rest else []
+        log.info("data      one picture a sample; left out beside it: %s", ", ".join(kinds))
+    crowded = [
+        (path, *sample)
+        for path, index in zip(tars, indexes, strict=True)
+        for sample in index.crowded.items()
+    ]
+    if crowded:
+        path, key, count = max(crowded, key=lambda sample: sample[2])
+        log.warning(
+            "data      %d pictures of sample '%s' are left out (%s; samples like it: %d): members "
+            "that are the same up to the first dot of their names are one sample, rename them if "
+            "each is a picture of its own",
+            count,
+            key,
+            path,
+            len(crowded),
+        )
+
+
 def _expand_shards(patterns: list[str]) -> list[str]:
-    """Expand braces (`{0000..0146}`) and globs to sorted tar files; raises UserError for a pattern
-    without any.
+    """Expand braces (`{0000..0146}`) and globs to sorted tar files, each once; raises UserError for
+    a pattern without any.
     """
     paths = []
     for pattern in patterns:
@@ -159,7 +167,14 @@ def _expand_shards(patterns: list[str]) -> list[str]:
                     f"data.path = {pattern}: no file {path} (tar files must be on a local disk)"
                 )
             paths += matches
-    return paths
+    once = list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
+    if len(once) < len(paths):
+        log.warning(
+            "data      %d tar files of data.path are listed more than once (by several patterns, "
+            "or links): each is read once",
+            len(paths) - len(once),
+        )
+    return once
 
 
 # ---- the index --------------------------------------------------------------------------------
@@ -194,8 +209,8 @@ def _load(file: Path, state: str) -> _Index | None:
             if str(held["state"]) != state:
                 return None
             names = held["names"].tobytes().split(b"\0")[:-1]
-            left_out = json.loads(str(held["left_out"]))
-            return _Index(list(map(os.fsdecode, names)), held["offsets"], held["sizes"], left_out)
+            others = [json.loads(str(held[name])) for name in ("left_out", "crowded")]
+            return _Index(list(map(os.fsdecode, names)), held["offsets"], held["sizes"], *others)
     except Exception:  # a cache: whatever is wrong with it, the tar file is read again
         return None
 
@@ -213,6 +228,7 @@ def _store(file: Path, state: str, index: _Index) -> None:
                 offsets=index.offsets,
                 sizes=index.sizes,
                 left_out=json.dumps(index.left_out),
+                crowded=json.dumps(index.crowded),
             )
         os.replace(temporary, file)
     except OSError as error:  # the index is not needed, it only saves time
@@ -250,12 +266,12 @@ def _scan(path: str) -> _Index:
                 target = links[target]
         if target in places and name not in places:
             places[name] = places[target]
-    chosen, left_out = _choose(places)
-    dangling = sum(1 for name in links if name not in places and _suffix(name) in IMAGE_SUFFIXES)
+    chosen, left_out, crowded = choose(places)
+    dangling = sum(1 for name in links if name not in places and is_picture(os.path.basename(name)))
     if dangling:
         left_out["links to nothing in their tar file"] = dangling
     offsets, sizes = (np.array([places[n][i] for n in chosen], np.int64) for i in (0, 1))
-    return _Index(chosen, offsets, sizes, dict(left_out))
+    return _Index(chosen, offsets, sizes, dict(left_out), crowded)
 
 
 def _what_to_do(path: str) -> str:
@@ -300,50 +316,3 @@ def _check_end(path: str, end: int) -> None:
             f"data.path: {path} has {end:,} bytes of members, the other {size - end:,} are zero: "
             "its copy was interrupted, copy it again"
         )
-
-
-# ---- which members are pictures ---------------------------------------------------------------
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
-def _choose(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The members to train on, in their order, and a count of those left out, by extension.
-
-    As WebDataset reads them, members that are the same up to the first dot of their name are one
-    sample.
-    """
-    samples: dict[str, list[str]] = {}
-    for name in names:
-        folder, base = os.path.split(name)
-        parts = [part for part in folder.split(os.sep) if part != os.pardir]
-        if all(map(is_data, filter(None, parts))) and is_data(base):
-            if _suffix(base) in IMAGE_SUFFIXES:
-                samples.setdefault(os.path.join(folder, base.partition(".")[0]), []).append(name)
-    chosen: set[str] = set()
-    for key, members in samples.items():
-        chosen.update(_of_sample(key, members, samples))
-    every = [name for members in samples.values() for name in members]
-    left_out = Counter("." + _extension(name) for name in every if name not in chosen)
-    return [name for name in names if name in chosen], left_out
-
-
-def _of_sample(key: str, members: list[str], samples: Mapping[str, list[str]]) -> list[str]:
-    """The picture of a sample; several where their names only happen to have dots in them."""
-    base, _, word = re.sub(r"[-_]([A-Za-z]+)$", r"\0\1", key).partition("\0")
-    if word.lower() in _MAPS and base in samples:  # NAME_mask.png beside NAME.jpg
-        return []
-    plain = [name for name in members if "." not in _extension(name)]
-    if plain:
-        return [min(plain, key=lambda name: _ORDER.index(_suffix(name)))]
-    words = {name: set(re.split(r"[^a-z]+", _extension(name))) for name in members}
-    rest = [name for name in members if not words[name] & _MAPS]
-    named = [name for name in rest if words[name] & _PICTURES]
-    return [min(named, key=lambda name: _ORDER.index(_suffix(name)))] if named else rest
-
-
-def _extension(name: str) -> str:
-    """What follows the first dot of a member's name, in lower case."""
-    return os.path.basename(name).partition(".")[2].lower()

@@ -179,7 +179,7 @@ class SegmentationConfig(TaskSection):
     ignore: int | list[int] | Auto = Field(
         "auto",
         description="label of pixels that are neither trained on nor scored, or a list of them; "
-        "auto: 255 in masks of 8 bits, none in others",
+        "auto: 255 in masks of 8 bits unless it is a class's number, none in others",
     )
     zero: Literal["auto", "class", "ignore"] = Field(
         "auto",

@@ -79,7 +79,7 @@ def read_picture(path: Path | str) -> Image.Image:
     """
     try:
         return decode(Path(path), TRUSTED, name=str(path))
-    except UnreadableImage as error:
+    except (UnreadableImage, MemoryError) as error:
         raise_trouble(path, error)
         raise UserError(
             f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every "
@@ -293,16 +293,29 @@ def _subfolder(above: Path, names: Sequence[str], split: str | None) -> Path | N
     return None
 
 
+def _by_name(folder: Path, files: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Files by their names below a folder, without suffix."""
+    result: dict[Path, list[Path]] = {}
+    for path in files:
+        result.setdefault(path.relative_to(folder).with_suffix(""), []).append(path)
+    return result
+
+
 def _match(root: Path, pictures: Path, maps: Path, ade: bool, exif: Exif) -> Pairs:
     """Pair files of two folders by their relative names without suffix."""
     files = _files_below(pictures)
     if not files:
         raise UserError(f"{pictures} is empty: no {', '.join(IMAGE_SUFFIXES[:3])} … in it")
-    by_name = {
-        path.relative_to(maps).with_suffix(""): path
-        for path in _files_below(maps, (".png", ".npy", ".tif"))
-    }
-    matches = [by_name.get(path.relative_to(pictures).with_suffix("")) for path in files]
+    by_name = _by_name(maps, _files_below(maps, (".png", ".npy", ".tif")))
+    named = _by_name(pictures, files)
+    for one in named:
+        for several in (named[one], by_name.get(one, [])):
+            if len(several) > 1:
+                raise UserError(
+                    f"{several[0]} and {several[1].name} have one name, so it is open which of "
+                    "them belongs to what: remove or rename one"
+                )
+    matches = [by_name.get(one, [None])[0] for one in named]
     unmatched = [path for path, other in zip(files, matches, strict=True) if other is None]
     if unmatched:
         raise UserError(
@@ -370,7 +383,9 @@ def read_mask(
     if not np.issubdtype(values.dtype, np.integer) and values.dtype != bool:
         raise UserError(f"{path} has {values.dtype} values: labels must be integers")
     stored = values.astype(np.int64)
-    dropped = np.isin(stored, dropped_labels(ignore, path)) | (stored == 0 if shift else False)
+    dropped = np.isin(stored, dropped_labels(ignore, path, shift, classes)) | (
+        stored == 0 if shift else False
+    )
     labels = np.where(dropped, IGNORED, stored - shift)
     wrong = labels[~dropped & ((labels < 0) | (labels >= (classes or np.inf)))]
     if len(wrong):

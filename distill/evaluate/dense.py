@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from contract.errors import Failure, UserError
-from distill.data.batches import prepare_worker
+from distill.data.batches import item_bytes, worker_options
 from distill.evaluate.augment import AugmentedPairs, Style
 from distill.evaluate.config import DenseConfig, EvaluationConfig
 from distill.evaluate.datasets import Pairs
@@ -83,13 +83,12 @@ def train_head(
         groups += _backbone_groups(*backbone)
     optimizer = torch.optim.AdamW(groups, lr=dense.lr, weight_decay=dense.weight_decay)
     workers = 0 if samples.keep else config.extract.workers
+    room = item_bytes(samples[0, 0]) * dense.batch_size if workers else 0
     loader = DataLoader(
         samples,
         batch_sampler=_Steps(len(samples), dense.batch_size, dense.steps, config.seed),
-        num_workers=workers,
         generator=torch.Generator(),
-        worker_init_fn=prepare_worker,
-        multiprocessing_context="fork" if workers else None,
+        **worker_options(workers, room, wanted=2),
     )
     what = type(head).__name__
     for step, (batch, truth) in enumerate(

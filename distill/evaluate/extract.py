@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from contract.errors import UserError, raise_trouble
 from contract.files import file_sha256, write_atomically
-from distill.data.batches import prefetch_factor, prepare_worker
+from distill.data.batches import worker_options
 from distill.data.crops import take_crop
 from distill.data.open_files import Pool
 from distill.evaluate.config import ExtractConfig
@@ -209,12 +209,9 @@ def _batches(
     loader = DataLoader(
         views,
         batch_sampler=cuts,
-        num_workers=workers,
-        prefetch_factor=prefetch_factor(room, workers, wanted=2),
         pin_memory=device.type == "cuda",
-        worker_init_fn=prepare_worker,
-        multiprocessing_context="fork" if workers else None,
         generator=torch.Generator(),
+        **worker_options(workers, room, wanted=2),
     )
     for images in loader:
         # entered again for every batch: a mode held across a yield would leak into the caller

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from contract.errors import Failure, UserError
-from distill.data.batches import prepare_worker
+from distill.data.batches import worker_options
 from distill.evaluate.classification import accuracy, open_splits
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import Labelled
@@ -96,10 +96,9 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
         batch_size=batch,
         shuffle=True,
         drop_last=True,
-        num_workers=config.extract.workers,
         generator=torch.Generator().manual_seed(config.seed),
-        multiprocessing_context="fork" if config.extract.workers else None,
-        worker_init_fn=prepare_worker,
+        # float32 pixels and a label
+        **worker_options(config.extract.workers, (4 * 3 * size**2 + 8) * batch, wanted=2),
     )
     optimizer = create_optimizer_v2(
         net,
@@ -284,13 +283,12 @@ def finetuned_classifier(encoder: Encoder, path: Path) -> Callable[[Tensor], Ten
 def _predict(net: nn.Module, encoder: Encoder, split: Labelled, config: EvaluationConfig) -> Tensor:
     """Logits [n, C] of centre crops."""
     views = CentreViews(split, encoder.image_size, config.extract.crop)
+    batch = config.extract.batch_size
     loader = DataLoader(
         views,
-        batch_size=config.extract.batch_size,
-        num_workers=config.extract.workers,
+        batch_size=batch,
         generator=torch.Generator(),
-        multiprocessing_context="fork" if config.extract.workers else None,
-        worker_init_fn=prepare_worker,
+        **worker_options(config.extract.workers, 3 * views.size**2 * batch, wanted=2),
     )
     return torch.cat(
         [net(encoder.normalize(images.to(encoder.device))).float().cpu() for images in loader]

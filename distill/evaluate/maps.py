@@ -1,5 +1,7 @@
 """Files of masks and depth maps: their size and type, their values, and how they lie over a
 picture.
+
+A map is read as it is stored: what an EXIF tag says of it counts in `as_drawn` alone.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,11 +10,15 @@ from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from contract.errors import UserError, first_line, raise_trouble
 from contract.images import as_stored, orientation
 
 Exif = Literal["auto", "stored", "upright"]
+
+_WIDTH, _HEIGHT = 256, 257
+"""Tags of a TIFF file."""
 
 
 def map_size(path: Path) -> tuple[int, int]:
@@ -24,6 +30,8 @@ def map_size(path: Path) -> tuple[int, int]:
                 raise UserError(f"{path} has shape {shape}: a map has two dimensions")
             return shape[1], shape[0]
         with Image.open(path) as image:
+            if isinstance(image, TiffImageFile):  # whose size is that of the turned map
+                return image.tag_v2[_WIDTH], image.tag_v2[_HEIGHT]
             return image.size
     except UserError:
         raise
@@ -49,8 +57,13 @@ def read_map(path: Path) -> np.ndarray:
     try:
         if path.suffix == ".npy":
             return np.load(path)
-        with Image.open(path) as image:
-            values = np.asarray(image)
+        # not by its name: Pillow maps that into memory, and mixes up rows of a TIFF that is to be
+        # turned on its side
+        with open(path, "rb") as file, Image.open(file) as image:
+            # Pillow turns TIFFs as it loads them, and no other format
+            tag = orientation(image) if isinstance(image, TiffImageFile) else 1
+            image.load()
+            values = np.asarray(as_stored(image, tag))
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         raise _unreadable(path, error) from error
     if values.ndim != 2:
@@ -69,14 +82,24 @@ def as_drawn(picture: Image.Image, file: Path, path: Path, exif: Exif) -> Image.
     """An upright picture as its map at `path` was drawn: upright too, or on the pixels of its
     `file`, which an EXIF tag says to turn.
 
-    `auto` takes what fits the map's size. Raises UserError where both do.
+    `auto` takes what fits the map's size. Raises UserError where both do, and where the map has a
+    tag that its picture has not.
     """
-    tag = _tag(file)
-    if tag == 1 or exif == "upright":
+    if exif == "upright":
         return picture
+    tag = _tag(file)
     stored = as_stored(picture, tag)
-    if exif == "stored" or (path.suffix != ".npy" and _tag(path) == tag):  # both to be turned
+    # Some programs write a tag into TIFFs; of a PNG it would cost decoding it.
+    tagged = path.suffix != ".npy" and (tag != 1 or path.suffix != ".png")
+    own = _tag(path) if tagged and exif == "auto" else 1
+    if exif == "stored" or own == tag:  # both to be turned, or neither
         return stored
+    if own != 1:
+        raise UserError(
+            f"{path} is to be turned (EXIF orientation {own}), but {file.name} otherwise ({tag}): "
+            "set dense.exif=stored for maps of the pixels as they are in the file, or "
+            "dense.exif=upright for maps whose own pixels lie on the upright picture"
+        )
     fitting = [each for each in (picture, stored) if each.size == map_size(path)]
     if len(fitting) == 2:
         raise UserError(
@@ -94,17 +117,20 @@ def _tag(path: Path) -> int:
 
 Ignored = int | Sequence[int]
 """Labels of pixels that do not count: some, in whatever files; or one by convention, which is 255
-in masks of 8 bits, but a class like any other in those of 16."""
+in masks of 8 bits, but a class like any other in those of 16, and where there are classes enough
+to have it."""
 
 
 class WrongLabel(UserError):
     """A mask has a label that is neither ignored nor a class."""
 
 
-def dropped_labels(ignore: Ignored, path: Path) -> Sequence[int]:
-    """The labels of a file that do not count."""
+def dropped_labels(ignore: Ignored, path: Path, shift: bool, classes: int | None) -> Sequence[int]:
+    """The labels of a file that do not count: by convention none where 255 is a class's number."""
     if not isinstance(ignore, int):
         return ignore
+    if classes is not None and classes + shift > 255 and 0 <= ignore <= 255:
+        return []
     return [ignore] if not 0 <= ignore <= 255 or stored_bits(path) == 8 else []
 
 
@@ -115,7 +141,7 @@ def explain_labels(
     wrong, dropped = set(), set()
     for path in paths:
         here = set(np.unique(read_map(path)).tolist())
-        out = here & {*dropped_labels(ignore, path), *([0] if shift else [])}
+        out = here & {*dropped_labels(ignore, path, shift, classes), *([0] if shift else [])}
         dropped |= out - ({0} if shift else set())
         most = np.inf if classes is None else classes + shift
         wrong |= {label for label in here - out if not shift <= label < most}

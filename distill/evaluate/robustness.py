@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from contract.errors import UserError, suggest
-from distill.data.batches import prepare_worker
+from distill.data.batches import worker_options
 from distill.data.files import picture_files, subfolders
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import read_picture, stamp
@@ -185,14 +185,12 @@ def live(classify: _Classifier, config: EvaluationConfig) -> _LogitsOf:
     """
 
     def logits(pictures: Pictures) -> Tensor:
-        workers = config.extract.workers
+        batch = config.extract.batch_size
         loader = DataLoader(
             pictures,
-            config.extract.batch_size,
-            num_workers=workers,
+            batch,
             generator=torch.Generator(),
-            worker_init_fn=prepare_worker,
-            multiprocessing_context="fork" if workers else None,
+            **worker_options(config.extract.workers, 3 * pictures.size**2 * batch, wanted=2),
         )
         shown = track(loader, pictures.name, total=len(loader), disable=not sys.stdout.isatty())
         return torch.cat([classify(batch).float().cpu() for batch in shown])

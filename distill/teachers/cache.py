@@ -4,7 +4,9 @@ the student.
 Slot p * K + k has each teacher's features of view k of picture p, all crops of it. Slots are cut
 into shards; a shard is one float16 array per teacher and kind of feature (or int8, with a scale for
 every vector), and a marker, written last, that makes it count. Shards are always computed whole and
-in the same small chunks, so the content of a slot does not depend on interruptions.
+in the same small chunks, so the content of a slot does not depend on interruptions. The slots of a
+picture that cannot be decoded have the features of the one that stands in for it in training, the
+next that can; where its file is mended later, the cache no longer fits and is refused.
 
 The loader's workers read the rows of a sample beside its crops; they travel to the device as they
 are stored and are widened there.
@@ -17,7 +19,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +30,7 @@ from torch import Tensor
 from contract.errors import UserError, first_line, raise_trouble
 from contract.files import write_atomically
 from distill.config import Recipe
-from distill.data.batches import Batch, make_loader
+from distill.data.batches import Batch, CorruptLedger, batch_bytes, make_loader
 from distill.data.crops import IMAGE, CropDataset, View, plain_name, view_of
 from distill.data.open_files import Pool
 from distill.distributed import Ranks
@@ -145,12 +147,17 @@ class TeacherCache:
     ) -> None:
         """Compute missing shards, every rank its share, and log the hit rate; `compute` gives a
         batch's features.
+
+        Raises UserError where too many pictures are unreadable (`data.max_corrupt_fraction`), and
+        where shards disappear meanwhile.
         """
-        missing = self.missing()
+        listed = self.missing() if ranks.first else None
         if ranks.first:
-            self._check_room(missing)
-        # All ranks must have listed what is missing before the first of them fills something.
+            self._check_room(listed)
         ranks.barrier()
+        # One list for all: another run may fill the cache at the same time, and of two lists of
+        # different lengths the shares would leave shards out.
+        missing = ranks.gather(listed)[0]
         start = time.perf_counter()
         mine = missing[ranks.rank :: ranks.world]
         streams = list(dict.fromkeys(spec.view.stream for spec in self.specs.values()))
@@ -167,9 +174,12 @@ class TeacherCache:
                 shard * self.shard_size, shard * self.shard_size + self.size_of(shard), _CHUNK
             )
         ]
-        batches = iter(make_loader(dataset, chunks, workers, False))
+        views = [view for view in dataset.views if view.stream in streams]
+        room = batch_bytes(views, dict.fromkeys(streams, _CHUNK))
+        batches = iter(make_loader(dataset, chunks, workers, False, room))
+        ledger = CorruptLedger(len(dataset.pictures), dataset.config.max_corrupt_fraction)
         for done, shard in enumerate(mine, start=1):
-            self._fill_shard(shard, batches, compute)
+            self._fill_shard(shard, batches, compute, ledger)
             spent = time.perf_counter() - start
             log.info(
                 "teacher cache: shard %d of %d, %.0f s left",
@@ -178,6 +188,7 @@ class TeacherCache:
                 spent / done * (len(mine) - done),
             )
         ranks.barrier()
+        self._check_whole(mine, missing, ranks)
         computed = sum(self.size_of(shard) for shard in missing)
         log.info(
             "teacher cache: %d of %d views present (%.0f %% hits), computed %d in %.1f s",
@@ -190,6 +201,18 @@ class TeacherCache:
         for name, (wrong, right) in self._errors.items():
             share = 100 * math.sqrt(wrong / right) if right else 0.0
             log.info("teacher cache: int8 changes %s by %.2f %% (root mean square)", name, share)
+
+    def _check_whole(self, mine: list[int], missing: list[int], ranks: Ranks) -> None:
+        """Raise UserError, on all ranks, for shards that are missing after all were filled."""
+        # a network folder may show the files of another machine only after a while
+        others = set(missing) - set(mine)
+        gone = sorted(set().union(*ranks.gather(set(self.missing()) - others)))
+        if gone:
+            raise UserError(
+                f"teacher cache {self.folder}: shard {gone[0]} ({len(gone)} of {self.shards}) "
+                "disappeared while the others were computed: let nothing else delete its files, "
+                "and start again"
+            )
 
     def _check_room(self, missing: list[int]) -> None:
         """Log the size of the cache; raise UserError where what is missing does not fit."""
@@ -212,10 +235,18 @@ class TeacherCache:
                 "teacher_cache.views or teacher_cache.dtype=int8"
             )
 
-    def _fill_shard(self, shard: int, batches, compute: _ComputeFeatures) -> None:
+    def _fill_shard(
+        self,
+        shard: int,
+        batches: Iterator[Batch],
+        compute: _ComputeFeatures,
+        ledger: CorruptLedger,
+    ) -> None:
         rows: dict[tuple[str, str], list[np.ndarray]] = {}
         for _ in range(-(-self.size_of(shard) // _CHUNK)):
-            for label, features in compute(next(batches)).items():
+            batch = next(batches)
+            ledger.add(batch.skipped)
+            for label, features in compute(batch).items():
                 for kind, values in features.named().items():
                     half = self._by_slot(label, values).half()
                     if torch.isinf(half).any():
@@ -267,7 +298,10 @@ class TeacherCache:
             for label, kind, arrays in self._layout(stream):
                 parts = []
                 for array in arrays:
-                    part = rows[:, start : start + array.nbytes].contiguous()
+                    # a copy: alone in its batch, a row of odd length would keep its odd place
+                    part = rows[:, start : start + array.nbytes].clone(
+                        memory_format=torch.contiguous_format
+                    )
                     dtype = torch.int8 if array.dtype == "|i1" else torch.float16
                     parts.append(part.view(dtype).unflatten(1, array.shape).float())
                     start += array.nbytes

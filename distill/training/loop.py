@@ -128,7 +128,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         few = min(recipe.targets.batches, steps)
         fit_normalizers(
             method.normalizers,
-            make_loader(dataset, step_batches(0, few), 0, False),
+            make_loader(dataset, step_batches(0, few), 0, False, 0),
             compute,
             device,
         )

@@ -183,14 +183,14 @@ def test_the_decoder_stands_alone(tmp_path):
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_a_picture_that_takes_all_memory_is_replaced_in_training_and_a_failure_of_a_server(
-    monkeypatch,
-):
+@pytest.mark.parametrize("limits", [TRUSTED, Limits()])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError("out of memory when reading image file")], ids=["own", "codec"]
+)
+def test_no_picture_is_called_damaged_where_memory_runs_out(monkeypatch, error, limits):
     def load(picture: Image.Image) -> None:
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", load)
-    with pytest.raises(UnreadableImage, match="^a.jpg: .* MemoryError"):
-        decode(JPEG, TRUSTED, name="a.jpg")
     with pytest.raises(MemoryError):
-        decode(JPEG)
+        decode(JPEG, limits, name="a.jpg")

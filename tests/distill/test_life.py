@@ -22,7 +22,7 @@ from distill.data.listing import compare, list_pictures, read_list
 from distill.data.pictures import WebDatasetPictures
 from distill.evaluate.cast import open_rows
 from distill.evaluate.settings import load_settings
-from distill.launch import Launch, launched, planned_world
+from distill.launch import Launch, launched, local_world, planned_world
 from distill.recipe_io import load_recipe
 from distill.runs import load_run
 from distill.teachers import build_teacher
@@ -207,29 +207,41 @@ MPI = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORL
 
 
 @pytest.mark.parametrize(
-    ("environment", "expected", "address"),
+    ("environment", "expected", "address", "here"),
     [
-        ({}, Launch(0, 0, 1), None),
-        ({"WORLD_SIZE": "1"}, Launch(0, 0, 1), None),
+        ({}, Launch(0, 0, 1), None, 1),
+        ({"WORLD_SIZE": "1"}, Launch(0, 0, 1), None, 1),
         (
             {"WORLD_SIZE": "8", "RANK": "5", "LOCAL_RANK": "1", **TORCHRUN},
             Launch(5, 1, 8),
             "a",
+            2,
         ),
-        ({**SRUN, "SLURM_STEP_NODELIST": "gpu[03-07,12],cpu1"}, Launch(2, 0, 4), "gpu03"),
-        ({**SRUN, "SLURM_STEP_NODELIST": "one,two"}, Launch(2, 0, 4), "one"),
-        ({**SRUN, "MASTER_ADDR": "b"}, Launch(2, 0, 4), "b"),
+        ({**SRUN, "SLURM_STEP_NODELIST": "gpu[03-07,12],cpu1"}, Launch(2, 0, 4), "gpu03", 1),
+        (
+            {**SRUN, "SLURM_STEP_NODELIST": "one,two", "SLURM_STEP_TASKS_PER_NODE": "1,3(x2)"},
+            Launch(2, 0, 4),
+            "one",
+            3,
+        ),
+        ({**SRUN, "MASTER_ADDR": "b"}, Launch(2, 0, 4), "b", 1),
         # a batch script's own process
-        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, Launch(0, 0, 1), None),
-        ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Launch(1, 1, 2), "127.0.0.1"),
+        (
+            {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
+            Launch(0, 0, 1),
+            None,
+            1,
+        ),
+        ({**MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, Launch(1, 1, 2), "127.0.0.1", 2),
     ],
 )
 def test_processes_find_one_another_as_they_were_started(
-    monkeypatch, environment, expected, address
+    monkeypatch, environment, expected, address, here
 ):
     monkeypatch.setattr(os, "environ", dict(environment))
     assert launched() == expected
     assert os.environ.get("MASTER_ADDR") == address
+    assert local_world() == here
     assert launched() == expected  # once more, by what it set
 
 

@@ -182,7 +182,7 @@ def test_samples_depend_on_seed_picture_and_view_alone(photo_folder):
 def test_worker_processes_give_the_batches_of_one_process(photo_folder, workers):
     dataset = CropDataset(FolderPictures(photo_folder), config(photo_folder), [VIEW], seed=0)
     batches = StreamBatches(12, 2, {MAIN: 6}, 5, accumulate=2)
-    alone, many = (list(make_loader(dataset, batches, n, False)) for n in (0, workers))
+    alone, many = (list(make_loader(dataset, batches, n, False, 1 << 20)) for n in (0, workers))
     assert len(alone) == len(many) == 10
     for a, b in zip(alone, many, strict=True):
         assert (

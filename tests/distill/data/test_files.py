@@ -12,6 +12,7 @@ from PIL import Image
 
 from contract.errors import UserError
 from distill.data.files import Names, picture_files
+from distill.data.members import choose
 from distill.data.pictures import FolderPictures, WebDatasetPictures
 from distill.data.tars import CACHE_VARIABLE
 from distill.evaluate.datasets import open_classes
@@ -115,6 +116,58 @@ def test_one_picture_of_a_sample_is_trained_on(tmp_path, caplog):
         pictures = WebDatasetPictures(write_tar(tmp_path / "a.tar", members))
     assert shades(pictures) == [100, 110, 120, 130, 140, 150]
     assert "left out beside it: 1 .b.png, 4 .depth.png, 6 .png, 3 .seg.png" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        [f"2023.05.01_img_{number}.jpg" for number in range(8)],
+        [f"J.Smith_photo_{number}.png" for number in range(8)],
+        [f"cell.label{number}.png" for number in range(8)],
+        [f"cell.mask.{number}.png" for number in range(8)],
+        ["photo.2023-1.img.jpg", "photo.2023-2.img.jpg"],
+        ["mask/1.png", "cat/1.png", "dog/1.png", "normal/2.png", "ill/2.png", "mask/3.jpg"],
+    ],
+)
+def test_pictures_whose_names_have_dots_or_words_of_maps_are_all_trained_on(kept):
+    assert choose(kept) == (kept, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("kept", "left"),
+    [
+        ("images/1.jpg", ["masks/1.png", "labels/1.png", "annotations/1.png"]),
+        ("train/raw/1.jpg", ["train/masks/1.png", "train/depth/1_depth.png"]),
+        ("1.jpg", ["masks/1.png", "1_mask_0.png", "mask_1.png", "1_depth_map.png"]),
+        ("1.orig.jpg", ["1.depthmap.png", "1.semseg.png", "1.instance_mask.png", "1.seg.0.png"]),
+        ("d.2023.05.01.jpg", ["d.2023.05.01_mask.png"]),
+        ("s/rgb_7.jpg", ["s/sync_depth_7.png"]),
+        ("s/rgb.png", ["s/depth.png", "s/labels.png"]),
+        (
+            "leftImg8bit/val/a/a_0_leftImg8bit.png",
+            ["gtFine/val/a/a_0_gtFine_color.png", "gtFine/val/a/a_0_gtFine_labelIds.png"],
+        ),
+    ],
+)
+def test_maps_of_a_picture_are_not_trained_on_wherever_their_names_say_so(kept, left):
+    names, counts, crowded = choose([*left, kept])
+    assert names == [kept] and counts.total() == len(left) and not crowded
+
+
+def test_a_sample_of_many_pictures_and_a_shard_listed_twice_are_said(tmp_path, caplog):
+    members = [(f"{n}.seg.png", b"") for n in range(2)] + [("a.jpg", encoded(50))]
+    members += [(f"a.{n:02d}.jpg", encoded(60)) for n in range(40)]
+    path = write_tar(tmp_path / "a.tar", members)
+    (tmp_path / "b.tar").symlink_to(path)
+    with caplog.at_level("INFO"):
+        pictures = WebDatasetPictures([str(tmp_path / "*.tar"), path])
+    assert shades(pictures) == [50]
+    assert "2 tar files of data.path are listed more than once" in caplog.text
+    assert "40 pictures of sample 'a' are left out" in caplog.text
+    assert "2 .seg.png, 33 of 33 other kinds" in caplog.text
+    before = pictures.fingerprint()
+    os.utime(path, (1, 1))
+    assert pictures.fingerprint() != before
 
 
 def test_links_duplicates_and_long_names_inside_a_tar_file(tmp_path):

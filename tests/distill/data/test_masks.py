@@ -121,7 +121,7 @@ def test_a_plain_copy_is_the_crop_without_photometric_augmentation(dataset):
 def test_shapes_of_a_view_are_those_of_its_batches(dataset):
     views = (UDI_VIEWS[0]._replace(plain=True, photometric=("udi_global",)), UDI_VIEWS[1])
     made = dataset(*views)
-    (batch,) = make_loader(made, StreamBatches(12, 1, {MAIN: 4}, 1), 0, False)
+    (batch,) = make_loader(made, StreamBatches(12, 1, {MAIN: 4}, 1), 0, False, 0)
     declared = {}
     for view in views:
         declared |= view.shapes(4)
@@ -131,9 +131,9 @@ def test_shapes_of_a_view_are_those_of_its_batches(dataset):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_masks_and_cells_do_not_depend_on_workers(dataset, workers):
     made = dataset(*UDI_VIEWS)
-    loader = make_loader(made, StreamBatches(12, 1, {MAIN: 4}, 2), workers, False)
+    loader = make_loader(made, StreamBatches(12, 1, {MAIN: 4}, 2), workers, False, 1 << 20)
     batches = [batch.views for batch in loader]
-    again = [b.views for b in make_loader(made, StreamBatches(12, 1, {MAIN: 4}, 2), 0, False)]
+    again = [b.views for b in make_loader(made, StreamBatches(12, 1, {MAIN: 4}, 2), 0, False, 0)]
     for batch, other in zip(batches, again, strict=True):
         assert all(torch.equal(batch[name], other[name]) for name in other)
 

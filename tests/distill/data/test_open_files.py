@@ -18,7 +18,9 @@ from distill.data.batches import prefetch_factor
 from distill.data.crops import IMAGE, MAIN, View
 from distill.data.open_files import Pool
 from distill.data.pictures import FolderPictures, WebDatasetPictures
-from distill.evaluate.datasets import read_picture
+from distill.evaluate import dense, finetune, robustness
+from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.datasets import open_classes, read_picture
 from distill.evaluate.extract import Extracted, whole
 from distill.models.weight_files import read_state_dict
 from distill.teachers.cache import Spec, TeacherCache
@@ -26,6 +28,18 @@ from distill.training.checkpoint import load_checkpoint
 from tests.distill.data.test_files import encoded, shades, write_tar
 
 SHARDS = 120
+
+
+class _Sized:
+    """Samples of a head: 32 x 32 pixels and as many labels."""
+
+    keep = False
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple:
+        return (torch.zeros(3, 32, 32, dtype=torch.uint8), 0), torch.zeros(32, 32)
 
 
 @pytest.fixture
@@ -118,7 +132,11 @@ def test_good_files_are_not_called_damaged_where_no_more_can_be_opened(tmp_path,
         (RuntimeError("unable to mmap 5 bytes: Cannot allocate memory (12)"), "free some memory"),
         (ValueError("header: No space left on device (os error 28)"), "free some space"),
         (MemoryError(), "free some memory"),
+        (OSError("out of memory when reading image file"), "free some memory"),
+        (RuntimeError("a\n[Errno 28] No space left on device: 'x'"), "free some space"),
         (OSError(errno.ENOENT, "x"), None),
+        (OSError("broken data stream: Something (5)"), None),
+        (ValueError("chunk (12) is damaged: Bad marker (5), [Errno 5] of 7"), None),
         (ValueError("mmap length is greater than file size"), None),
     ],
 )
@@ -134,6 +152,48 @@ def test_as_many_batches_are_prepared_as_shared_memory_holds():
     assert prefetch_factor(free // 7, 2) in (2, 3)
     with pytest.raises(UserError, match="/dev/shm has .* MB free, but 2 workers need .*shm-size"):
         prefetch_factor(free // 2, 2)
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        lambda encoder, data, config: finetune.evaluate(encoder, data, config, data),
+        lambda encoder, data, config: finetune._predict(
+            encoder.net, encoder, open_classes(data, "val"), config
+        ),
+        lambda encoder, data, config: robustness.live(encoder.net, config)(
+            robustness.Pictures(data, sorted(data.rglob("*.jpg")), 32, 1.0, "x")
+        ),
+        lambda encoder, data, config: dense.train_head(
+            torch.nn.Linear(1, 1), None, _Sized(), None, config, encoder.device
+        ),
+    ],
+    ids=["finetune", "predict", "robustness", "dense"],
+)
+def test_every_loader_of_evaluation_keeps_to_shared_memory(
+    tiny_vit, tmp_path, monkeypatch, evaluate
+):
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "1.jpg").write_bytes(encoded(50))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):  # a share that holds no batch
+        monkeypatch.setenv(name, "99999999")
+    config = EvaluationConfig(extract={"workers": 2, "batch_size": 8})
+    with pytest.raises(UserError, match="/dev/shm has 0 MB free .* but 2 workers need"):
+        evaluate(tiny_vit, tmp_path, config)
+
+
+def test_processes_of_a_machine_share_its_memory(monkeypatch):
+    about = os.statvfs("/dev/shm")
+    batch = about.f_bavail * about.f_frsize // 13
+    assert prefetch_factor(batch, 2) == 4
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
+    with pytest.raises(UserError, match="MB free for each of 6 processes, but 2 workers need"):
+        prefetch_factor(batch, 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert prefetch_factor(batch, 2) == 2
 
 
 @pytest.mark.slow

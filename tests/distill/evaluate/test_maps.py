@@ -10,6 +10,7 @@ from contract.errors import UserError
 from distill.evaluate import depth
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import depth_scale, open_pairs, read_mask, read_matched
+from distill.evaluate.maps import map_size, read_map
 from distill.evaluate.segmentation import _Labelling
 
 RAMP = (np.arange(12 * 16).reshape(12, 16) % 256).astype(np.uint8)
@@ -90,6 +91,53 @@ def test_255_is_a_class_of_masks_with_more_than_8_bits(tmp_path):
     most = data_set(tmp_path / "most", [labels(0, 1, 65535, kind=np.uint16)])
     with pytest.raises(UserError, match="segmentation.ignore=65535 if it is no class"):
         labelling(most)
+
+
+def test_255_is_a_class_where_there_are_that_many(tmp_path):
+    full = data_set(
+        tmp_path / "full", [RAMP, np.resize(np.arange(192, 256, dtype=np.uint8), (9, 16))]
+    )
+    pairs = open_pairs(full, "val", "masks")
+    for ignore, classes, counted in (("auto", 256, 9), ("auto", None, 0), (255, 256, 0)):
+        made = labelling(full, ignore=ignore, classes=classes)
+        assert ((made.read(pairs, 1) == 255).any(), made.classes) == (counted > 0, classes or 255)
+    # labels from 1 on: the class of 255 is number 254
+    shifted = labelling(full, classes=255, zero="ignore")
+    assert (shifted.read(pairs, 1) == 254).any()
+    assert not (labelling(full, classes=255).read(pairs, 1) == 254).all()
+
+
+def test_two_files_of_one_name_are_refused(tmp_path):
+    root = data_set(tmp_path, [labels(0, 1)])
+    np.save(root / "train/masks/0.npy", labels(1, 0))
+    with pytest.raises(UserError, match="masks/0.npy and 0.png have one name"):
+        open_pairs(root, "train", "masks")
+    Image.fromarray(RAMP).save(root / "val/images/0.jpg")
+    with pytest.raises(UserError, match="images/0.jpg and 0.png have one name"):
+        open_pairs(root, "val", "masks")
+
+
+@pytest.mark.parametrize("tag", [3, 5, 6, 7, 8])
+def test_a_tiff_map_is_read_as_stored_whatever_its_tag_says(tmp_path, tag):
+    for bits, side in ((np.uint8, (12, 16)), (np.uint16, (12, 12))):
+        root = tmp_path / bits.__name__
+        values = np.resize(RAMP, side).astype(bits)
+        exif = Image.Exif()
+        exif[0x0112] = tag
+        data_set(root, [np.resize(RAMP, side)], exif=exif)
+        for split in ("train", "val"):
+            (root / split / "masks/0.png").unlink()
+            Image.fromarray(values).save(root / split / "masks/0.tif", tiffinfo={0x0112: tag})
+        pairs = open_pairs(root, "train", "masks")
+        assert map_size(pairs.maps[0]) == side[::-1]
+        assert np.array_equal(read_map(pairs.maps[0]), values)
+        assert np.array_equal(np.asarray(read_matched(pairs, 0))[..., 0], np.resize(RAMP, side))
+        # a picture that is not to be turned
+        Image.fromarray(np.resize(RAMP, side)).save(root / "train/images/0.png")
+        with pytest.raises(UserError, match=f"EXIF orientation {tag}.*dense.exif=stored"):
+            read_matched(pairs, 0)
+        stored = open_pairs(root, "train", "masks", "stored")
+        assert np.array_equal(np.asarray(read_matched(stored, 0))[..., 0], np.resize(RAMP, side))
 
 
 @pytest.mark.parametrize("tag", [3, 6])

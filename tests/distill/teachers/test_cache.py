@@ -1,6 +1,8 @@
 """The cache of teacher features: right rows, interrupted fills, foreign caches, two ranks."""
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,21 +119,80 @@ def test_an_interrupted_fill_computes_only_what_is_missing_and_ends_with_the_sam
         assert path.read_bytes() == (tmp_path / "broken" / path.name).read_bytes()
 
 
-def test_two_ranks_fill_different_shards(tmp_path, dataset):
+def test_two_ranks_fill_the_shards_that_the_first_lists(tmp_path, dataset):
     looks = [Counting(), Counting()]
 
     class Place(Ranks):
+        """One of two processes, which run one after the other here."""
+
         def barrier(self) -> None:
-            """Both ranks list the missing shards of an empty cache, as the barrier makes sure they
-            do.
-            """
+            pass
+
+        def gather(self, value: object) -> list[object]:
+            return [list(range(5)), None] if value is None or isinstance(value, list) else [value]
 
     for rank, look in enumerate(looks):
+        # the second finds a cache that is half full, as if another run filled it too
         cache = open_at(tmp_path, dataset)
-        cache.missing = lambda: list(range(5))
         cache.fill(dataset, look, Place(rank, 2, torch.device("cpu")), workers=0)
     assert [look.calls for look in looks] == [5 + 5 + 4, 5 + 5]
     assert open_at(tmp_path, dataset).missing() == []
+
+
+def test_a_shard_that_disappears_while_others_are_filled_is_an_error(tmp_path, dataset):
+    look = Counting()
+    cache = open_at(tmp_path, dataset)
+    cache.fill(dataset, look, ALONE, workers=0)
+    (tmp_path / "shard_000003.ok").unlink()
+
+    def rival(batch: Batch) -> dict[str, Features]:
+        (tmp_path / "shard_000001.ok").unlink()
+        return look(batch)
+
+    with pytest.raises(UserError, match=r"shard 1 \(1 of 5\) disappeared while"):
+        cache.fill(dataset, rival, ALONE, workers=0)
+
+
+def test_a_damaged_picture_is_replaced_as_in_training_and_named(tmp_path, dataset, caplog):
+    dataset.pictures = FolderPictures(shutil.copytree(dataset.pictures.folder, tmp_path / "own"))
+    Path(dataset.pictures.name(2)).write_bytes(b"no picture")
+    cache, look = open_at(tmp_path / "cache", dataset), Counting()
+    with pytest.raises(UserError, match="1 of 12 pictures are unreadable, more than"):
+        cache.fill(dataset, look, ALONE, workers=0)
+    dataset.config = dataset.config.model_copy(update={"max_corrupt_fraction": 0.1})
+    caplog.clear()
+    cache.fill(dataset, look, ALONE, workers=0)
+    assert caplog.text.count("skipped ") == 1 and dataset.pictures.name(2) in caplog.text
+    dataset.features = cache.rows
+    batch = batch_of(dataset, [(2, 1), (3, 1)])
+    expected = look(batch)["a"].summary.half().float()
+    assert torch.equal(cache.read(batch)["a"].summary, expected)
+
+
+def test_a_row_of_odd_length_is_read_alone(tmp_path, dataset):
+    cache = TeacherCache(tmp_path, VIEWS, 24, SHARD, SPECS, "int8")
+    cache.fill(dataset, Counting(), ALONE, workers=0)
+    dataset.features = cache.rows
+    batch = batch_of(dataset, [(0, 1)])  # of b 3 bytes of a summary, and then its scale
+    expected = Counting()(batch)["b"].summary
+    assert torch.allclose(cache.read(batch)["b"].summary, expected, rtol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("place", "error"),
+    [
+        ("decode_jpeg", MemoryError()),
+        ("decode_jpeg", ValueError("Insufficient memory (case 4)")),
+        ("decode_jpeg_header", MemoryError()),
+    ],
+)
+def test_a_picture_is_not_replaced_where_memory_runs_out(dataset, monkeypatch, place, error):
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(f"distill.data.pixels.simplejpeg.{place}", fail)
+    with pytest.raises(UserError, match="cannot read .*jpg: Cannot allocate memory .free some"):
+        dataset[MAIN, 0, 0]
 
 
 def test_features_beyond_half_precision_are_refused_by_name(tmp_path, dataset):
