@@ -135,6 +135,9 @@ def try_family(family: str, limit: float, quick: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     try:
         student = Student(StudentConfig(name=name, image_size=size, kwargs=kwargs))
+        if size % student.stride:  # nothing is trained at such a size
+            size -= size % student.stride
+            student = Student(StudentConfig(name=name, image_size=size, kwargs=kwargs))
     except UserError as error:
         reason = str(error)
         return result | {"student": short(reason, name), "export": "-", "varying": "-"}

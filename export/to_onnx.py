@@ -39,6 +39,11 @@ _LONGEST = 15 * 60
 symbolic sizes that every layer rounds once more have no end.
 """
 
+_AGAIN = 10
+"""Seconds of CPU time until tracing that goes on is stopped once more: Python drops an exception
+raised in a `__del__` or in a callback from C.
+"""
+
 INLINE_LIMIT = 1_800_000_000
 """Bytes of weights up to which they lie inside the file; protobuf's limit is 2 GiB."""
 
@@ -63,7 +68,7 @@ def _bounded(graph: str) -> Iterator[None]:
 
     # of CPU time, unlike an alarm: a busy machine does not shorten it
     before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST, _AGAIN)
     try:
         yield
     except _Overtime:

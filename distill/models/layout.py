@@ -32,10 +32,32 @@ class Layout(NamedTuple):
         return "vit" if self.axes == "NLC" else "cnn"
 
 
+class WrongSize(UserError):
+    """A size that a network does not take. `stride` is what other sizes might be multiples of, if
+    that is known; `reason` is what torch or timm raised.
+    """
+
+    def __init__(self, message: str, stride: int | None = None, reason: str = "") -> None:
+        super().__init__(message)
+        self.stride, self.reason = stride, reason
+
+
+_REFUSALS = (
+    AssertionError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What networks raise from within when they are given a size that is not theirs."""
+
+
 def learn_layout(net: nn.Module, size: int) -> Layout:
     """The layout of a network on the meta device for pictures of `size` pixels.
 
-    Raises UserError, without the network's name, where its features are not one square map.
+    Raises UserError, without the network's name, where its features are not one square map:
+    WrongSize where that may be due to the size.
     """
     patch = _patch(net)
     if patch and len(set(patch)) > 1:
@@ -78,19 +100,12 @@ def _features(net: nn.Module, size: int) -> object:
     try:
         with torch.device("meta"), torch.enable_grad():
             return net.forward_features(torch.empty(1, 3, size, size))
-    # whatever a network of another size raises from within: assertions, shape errors
-    except (
-        AssertionError,
-        AttributeError,
-        IndexError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        own = getattr(net, "default_cfg", {}).get("input_size", (3, size, size))[-1]
-        remedy = f": use its own size, {own}" if own != size else ""
+    except _REFUSALS as error:
+        stride, taken = _declared(net), f"does not take pictures of {size} px"
+        if stride and size % stride:
+            taken += f", which its stride of {stride} pixels does not divide"
         reason = first_line(error) or type(error).__name__
-        raise UserError(f"does not take pictures of {size} px ({reason}){remedy}") from error
+        raise WrongSize(taken, stride, reason) from error
 
 
 def _tokens(net: nn.Module, size: int, output: Tensor) -> Layout:
@@ -98,22 +113,71 @@ def _tokens(net: nn.Module, size: int, output: Tensor) -> Layout:
     what is left of the largest square.
     """
     count, width = output.shape[1:]
-    prefix, class_token = getattr(net, "num_prefix_tokens", None), hasattr(net, "cls_token")
-    class_token = class_token and net.cls_token is not None
+    prefix, class_tokens = getattr(net, "num_prefix_tokens", None), _class_tokens(net)
     if prefix is None:
-        prefix = int(class_token and _side(count) is None)
-    if count == 1 and class_token:
+        prefix = class_tokens if _side(count) is None else 0
+    if class_tokens and count <= class_tokens:
         raise UserError("gives its class token alone, without a map: choose a ViT or a CNN")
     side = _side(count - prefix)
-    if not side or (class_token and not prefix):
+    if not side or (class_tokens and not prefix):
         raise UserError(
             f"gives {count} tokens for {size} px, not a square map: choose a ViT or a CNN"
         )
+    stride = _token_stride(net, size, side, count - side * side)
+    return Layout("NLC", width, stride, prefix, class_tokens > 0)
+
+
+def _class_tokens(net: nn.Module) -> int:
+    """How many tokens the network declares as class tokens: a distilled PiT has two in one."""
+    token = getattr(net, "cls_token", None)
+    if token is None:
+        return 0
+    return token.shape[1] if isinstance(token, Tensor) and token.ndim == 3 else 1
+
+
+def _token_stride(net: nn.Module, size: int, side: int, prefix: int) -> int:
+    """Pixels per token of a map of `side` tokens for `size` pixels; raises WrongSize where none is
+    true of every size that the network takes.
+    """
+    stride = _declared(net) or _exact(size, side)
+    plain = patch_size(net) == stride  # its patches leave nothing to be verified
+    twice = None if plain else _count(net, 2 * size)
+    if stride * side == size and twice in (None, 4 * side * side + prefix):
+        return stride
+    # of one size only, and its last tokens hang over the edge: spread evenly, they cover it
+    if twice is None and -(-size // stride) == side and size % side == 0:
+        return size // side
+    # timm derives some strides from the size
+    double = _side(twice - prefix) if twice else None
+    if double and 2 * size % double == 0:
+        stride = 2 * size // double
+    if size % stride:
+        raise WrongSize(_indivisible(stride, size), stride)
+    other = f"{double} x {double} for {2 * size} px" if double else f"a stride of {stride} pixels"
+    raise UserError(
+        f"gives {side} x {side} tokens for {size} px and has {other}: choose a ViT or a CNN"
+    )
+
+
+def _exact(size: int, side: int) -> int:
     if size % side:
-        patch = _patch(net)
-        stride = patch[0] if patch else round(size / side)
-        raise UserError(_indivisible(stride, size))
-    return Layout("NLC", width, size // side, prefix, class_token)
+        raise WrongSize(f"gives {side} x {side} tokens for {size} px, no whole pixels each")
+    return size // side
+
+
+def _count(net: nn.Module, size: int) -> int | None:
+    """Tokens for `size` pixels; None where the network does not take them."""
+    output = _other(net, size)
+    return None if output is None else output.shape[1]
+
+
+def _other(net: nn.Module, size: int) -> Tensor | None:
+    """Features of pictures of a second size; None where the network does not take them."""
+    try:
+        with torch.device("meta"), torch.no_grad():
+            return net.forward_features(torch.empty(1, 3, size, size))
+    except _REFUSALS:
+        return None
 
 
 def _map(net: nn.Module, size: int, output: Tensor) -> Layout:
@@ -121,11 +185,15 @@ def _map(net: nn.Module, size: int, output: Tensor) -> Layout:
     height, width = output.shape[1:3] if last else output.shape[2:]
     if height != width:
         raise UserError(f"gives a map of {height} x {width} for square pictures: choose another")
+    declared = _declared(net)
+    # convolutions without padding drop the rest of other sides
+    if declared and size % declared and height == size // declared:
+        raise WrongSize(_indivisible(declared, size), declared)
     stride = map_stride(net, size, height)
     if -(-size // stride) != height or not _doubles(net, size, stride, height, last):
         raise UserError(
-            f"gives a map of {height} rows for {size} px, which no stride of whole pixels makes "
-            "(convolutions without padding): choose another"
+            f"gives a map of {height} rows for {size} px, which no stride of whole pixels "
+            "explains: choose another"
         )
     return Layout("NHWC" if last else "NCHW", output.shape[-1 if last else 1], stride, 0, False)
 
@@ -134,14 +202,10 @@ def _doubles(net: nn.Module, size: int, stride: int, height: int, last: bool) ->
     """Whether a stride that is not the network's declared one explains its map at twice the size
     too; True where it takes no other size.
     """
-    if _declared(net) in (None, stride):
+    if _declared(net) == stride:
         return True
-    try:
-        with torch.device("meta"), torch.no_grad():
-            output = net.forward_features(torch.empty(1, 3, 2 * size, 2 * size))
-    except (AssertionError, RuntimeError, ValueError):
-        return True
-    return output.shape[1 if last else 2] == 2 * height
+    output = _other(net, 2 * size)
+    return output is None or output.shape[1 if last else 2] == 2 * height
 
 
 def map_stride(net: nn.Module, size: int, height: int) -> int:
@@ -185,10 +249,7 @@ def _side(count: int) -> int | None:
 
 
 def _indivisible(stride: int, size: int) -> str:
-    return (
-        f"its patch of {stride} pixels does not divide {size} px (use "
-        f"{nearest_multiples(size, stride)})"
-    )
+    return f"has a stride of {stride} pixels, which does not divide {size} px"
 
 
 def nearest_multiples(value: int, unit: int) -> str:

@@ -19,7 +19,13 @@ from contract.errors import UserError, first_line, out_of_memory, suggest
 from distill.config import StudentConfig
 from distill.features import Features
 from distill.models.hub import quiet_hub
-from distill.models.layout import Layout, learn_layout, nearest_multiples, patch_size
+from distill.models.layout import (
+    Layout,
+    WrongSize,
+    learn_layout,
+    nearest_multiples,
+    patch_size,
+)
 from distill.models.meta import building
 from distill.models.published import activation_note
 from distill.models.start import network_state
@@ -327,7 +333,22 @@ def _warn_of_activation(config: StudentConfig, net: nn.Module, names: tuple[str,
 def _probe(student: str) -> Layout:
     """The layout of the student of a configuration (as JSON, which is hashable)."""
     config = StudentConfig.model_validate_json(student)
-    given = f" with kwargs {config.kwargs}" if config.kwargs else ""
+    try:
+        return _learn(config)
+    except WrongSize as error:
+        raise UserError(f"student '{config.name}'{_given(config)} {_advised(config, error)}") from (
+            error
+        )
+
+
+def _given(config: StudentConfig) -> str:
+    return f" with kwargs {config.kwargs}" if config.kwargs else ""
+
+
+def _learn(config: StudentConfig) -> Layout:
+    """The layout of a student; raises WrongSize, without its name, where the size may be at fault,
+    and UserError for what else is.
+    """
     with building():
         try:
             net = create_timm(config.name, **network_arguments(config)).eval()
@@ -335,10 +356,8 @@ def _probe(student: str) -> Layout:
             raise
         # whatever a constructor makes of arguments and sizes that it does not expect
         except Exception as error:
-            raise UserError(
-                f"student '{config.name}'{given} cannot be built for {config.image_size} px "
-                f"({first_line(error)})"
-            ) from error
+            reason = first_line(error) or type(error).__name__
+            raise WrongSize(f"cannot be built for {config.image_size} px", None, reason) from error
     patch = patch_size(net)
     if patch and config.image_size % patch:
         raise UserError(
@@ -348,8 +367,35 @@ def _probe(student: str) -> Layout:
         )
     try:
         return learn_layout(net, config.image_size)
+    except WrongSize:
+        raise
     except UserError as error:
-        raise UserError(f"student '{config.name}'{given} {error}") from error
+        raise UserError(f"student '{config.name}'{_given(config)} {error}") from error
+
+
+def _advised(config: StudentConfig, error: WrongSize) -> str:
+    """The error with sizes that the student takes; without any the size is not at fault, and what
+    torch or timm raised says more.
+    """
+    published = timm.get_pretrained_cfg(config.name.split(".")[0])
+    own = published.input_size[-1] if published else config.image_size
+    layout = _tried(config, own)
+    stride = error.stride or (layout and layout.stride)
+    near = [config.image_size // stride * stride + add for add in (0, stride)] if stride else []
+    sizes = [size for size in near if size not in (0, config.image_size) and _tried(config, size)]
+    if not sizes and layout:
+        sizes = [own]
+    if sizes:
+        return f"{error} (use {' or '.join(map(str, sizes))})"
+    return f"{error} ({error.reason})" if error.reason else f"{error}: choose another"
+
+
+def _tried(config: StudentConfig, size: int) -> Layout | None:
+    """The student's layout at another size; None where it does not take that."""
+    try:
+        return _learn(config.model_copy(update={"image_size": size}))
+    except UserError:
+        return None
 
 
 @torch.inference_mode(False)

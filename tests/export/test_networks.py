@@ -80,6 +80,23 @@ def test_tracing_is_bounded(monkeypatch):
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_tracing_is_bounded_where_the_first_exception_is_dropped(monkeypatch):
+    class Drops:
+        def __del__(self) -> None:
+            while True:
+                sum(range(1000))
+
+    monkeypatch.setattr(to_onnx, "_LONGEST", 0.05)
+    monkeypatch.setattr(to_onnx, "_AGAIN", 0.05)
+    with pytest.raises(UserError, match="graph 'backbone': torch has traced it for"):
+        with to_onnx._bounded("backbone"):
+            Drops()
+            while True:
+                sum(range(1000))
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
 @pytest.mark.slow
 def test_parallel_branches_are_merged_and_the_manifest_says_so(photo_folder, tmp_path):
     recipe = small_recipe(photo_folder, method="plain", train={"steps": 1})

@@ -1,5 +1,7 @@
 """Layouts of timm's families as students: learnt, or refused in one line that gives the reason."""
 
+import re
+
 import pytest
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -7,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from contract.errors import UserError
 from distill.config import StudentConfig
 from distill.models.batch_norm import values_per_channel
-from distill.models.layout import Layout, map_stride
+from distill.models.layout import Layout, WrongSize, learn_layout, map_stride
 from distill.models.meta import building
 from distill.models.student import Student, create_timm
 
@@ -50,6 +52,8 @@ def test_stride_and_tokens_are_learnt_from_a_forward_pass(name, kwargs, layout):
         ("crossvit_tiny_240", {}, "gives 2 tensors in place of one feature map"),
         ("efficientvim_m1", {}, "gives 4 tensors in place of one feature map"),
         ("pit_ti_224", {}, "gives its class token alone"),
+        # two class tokens, not one and a map of one position
+        ("pit_s_distilled_224", {}, "gives its class token alone"),
         ("inception_v3", {}, "gives a map of 5 rows for 224 px, which no stride"),
         (
             "vit_tiny_patch16_224",
@@ -62,7 +66,6 @@ def test_stride_and_tokens_are_learnt_from_a_forward_pass(name, kwargs, layout):
             "has patches of 16 x 4 pixels, not sq",
         ),
         ("vit_tiny_patch16_224", {"in_chans": 1}, "takes 1 channels, but pictures have 3: remove"),
-        ("test_resnet", {"features_only": True}, "remove features_only"),
         ("test_resnet", {"layers": [1, 2]}, r"with kwargs .* does not take pictures of"),
     ],
 )
@@ -71,6 +74,65 @@ def test_what_cannot_be_a_student_is_refused_with_the_reason(name, kwargs, reaso
         student(name, 240 if "240" in name else 224, **kwargs)
     assert "\n" not in str(refused.value)
     assert kwargs or "kwargs" not in str(refused.value)
+
+
+def slow(*values: object):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "kwargs", "advice"),
+    [
+        # of tokens whose square hides what is dropped or hangs over
+        ("tnt_s_patch16_224", 40, {"depth": 1}, "a stride of 16 .* 40 px (use 32 or 48)"),
+        ("tnt_s_patch16_224", 120, {"depth": 1}, "a stride of 16 .* 120 px (use 112 or 128)"),
+        slow("volo_d1_224", 40, {}, "a stride of 16 .* (use 32 or 48)"),
+        slow("mvitv2_tiny", 112, {}, "a stride of 32 .* 112 px (use 96 or 128)"),
+        slow("vitamin_small_224", 120, {"depth": 1}, "a stride of 16 .* (use 112 or 128)"),
+        slow("gmlp_ti16_224", 40, {}, "a stride of 16 .* (use 32 or 48)"),
+        # convolutions without padding that other sizes suit
+        ("test_convnext", 112, {}, "a stride of 32 .* 112 px (use 96 or 128)"),
+        slow("convmixer_768_32", 48, {}, "a stride of 7 .* 48 px (use 42 or 49)"),
+        # refused from within, by constructors or forward passes
+        ("sam2_hiera_tiny", 112, {"stages": [1, 1, 1, 1]}, "not take .* (use 96 or 128)"),
+        slow("hrnet_w18_small", 112, {}, "112 px, which its stride of 32 .* (use 96 or 128)"),
+        slow("maxvit_tiny_rw_224", 40, {"depths": [1] * 4}, "stride of 32 .* (use 32 or 64)"),
+        slow("twins_svt_small", 112, {"depths": [1] * 4}, "cannot be built .* (use 96 or 128)"),
+        # its attention is made for one size, whatever its stride
+        slow("efficientformer_l1", 160, {}, "does not take pictures of 160 px (use 224)"),
+    ],
+)
+def test_sizes_are_refused_with_the_stride_and_sizes_that_work(name, size, kwargs, advice):
+    pattern = ".*".join(map(re.escape, advice.split(".*")))
+    with pytest.raises(UserError, match=pattern + "$") as refused:
+        student(name, size, **kwargs)
+    assert "\n" not in str(refused.value) and "broadcast" not in str(refused.value)
+
+
+@pytest.mark.slow
+def test_a_network_of_one_size_is_covered_by_its_tokens():
+    """LeViT's stride of 64 makes 4 positions of 224 px; it takes no other size to be wrong at."""
+    assert student("levit_128s", 224).stride == 56
+    assert student("levit_128s", 256).stride == 64
+
+
+class Drops(torch.nn.Module):
+    """Tokens of convolutions that drop what their undeclared stride of 16 leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 16, 16)
+
+    def forward_features(self, x):
+        return self.stem(x).flatten(2).mT
+
+
+def test_an_undeclared_stride_has_to_explain_two_sizes():
+    with torch.device("meta"):
+        net = Drops()
+    assert learn_layout(net, 48).stride == 16
+    with pytest.raises(WrongSize, match="has a stride of 16 pixels, which does not divide 40 px"):
+        learn_layout(net, 40)
 
 
 def test_only_the_user_s_own_arguments_are_refused():

@@ -8,7 +8,7 @@ import torch
 from distill.config import TrainConfig
 from distill.methods import build_method
 from distill.recipe_io import make_recipe
-from distill.training.memory_format import set_memory_format
+from distill.training.memory_format import _writes_out_of_bounds, set_memory_format
 from tests.conftest import run_here, small_recipe
 from tests.distill.two_ranks import DIMS
 
@@ -85,6 +85,12 @@ def test_channels_last_is_for_cuda(photo_folder, caplog):
     method.student.net.to(memory_format=torch.contiguous_format)
     set_memory_format(method, settings, torch.device("cuda"))
     assert last()
+
+
+@pytest.mark.parametrize(("channels", "broken"), [(4, True), (7, True), (8, False)])
+def test_convolutions_of_few_channels_are_those_that_crash(channels, broken):
+    """As measured in fresh processes; with torch's own repair the list goes."""
+    assert _writes_out_of_bounds(torch.nn.Conv2d(channels, 48, 1, stride=2)) is broken
 
 
 def test_channels_last_is_left_out_where_it_corrupts_memory(photo_folder, caplog):
