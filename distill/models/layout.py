@@ -141,22 +141,30 @@ def _token_stride(net: nn.Module, size: int, side: int, prefix: int) -> int:
     """
     stride = _declared(net) or _exact(size, side)
     plain = patch_size(net) == stride  # its patches leave nothing to be verified
-    twice = None if plain else _count(net, 2 * size)
-    if stride * side == size and twice in (None, 4 * side * side + prefix):
+    large = _larger(net, size)
+    count = None if plain else _count(net, large)
+    if stride * side == size and count in (None, (large // stride) ** 2 + prefix):
         return stride
     # of one size only, and its last tokens hang over the edge: spread evenly, they cover it
-    if twice is None and -(-size // stride) == side and size % side == 0:
+    if count is None and -(-size // stride) == side and size % side == 0:
         return size // side
     # timm derives some strides from the size
-    double = _side(twice - prefix) if twice else None
-    if double and 2 * size % double == 0:
-        stride = 2 * size // double
+    rows = _side(count - prefix) if count else None
+    if rows and large % rows == 0:
+        stride = large // rows
     if size % stride:
         raise WrongSize(_indivisible(stride, size), stride)
-    other = f"{double} x {double} for {2 * size} px" if double else f"a stride of {stride} pixels"
+    other = f"{rows} x {rows} for {large} px" if rows else f"a stride of {stride} pixels"
     raise UserError(
         f"gives {side} x {side} tokens for {size} px and has {other}: choose a ViT or a CNN"
     )
+
+
+def _larger(net: nn.Module, size: int) -> int:
+    """A second size: where the stride is not declared, one at which what a side leaves adds up to
+    whole positions.
+    """
+    return (2 if _declared(net) else 8) * size
 
 
 def _exact(size: int, side: int) -> int:
@@ -190,7 +198,7 @@ def _map(net: nn.Module, size: int, output: Tensor) -> Layout:
     if declared and size % declared and height == size // declared:
         raise WrongSize(_indivisible(declared, size), declared)
     stride = map_stride(net, size, height)
-    if -(-size // stride) != height or not _doubles(net, size, stride, height, last):
+    if -(-size // stride) != height or not _scales(net, size, stride, last):
         raise UserError(
             f"gives a map of {height} rows for {size} px, which no stride of whole pixels "
             "explains: choose another"
@@ -198,14 +206,15 @@ def _map(net: nn.Module, size: int, output: Tensor) -> Layout:
     return Layout("NHWC" if last else "NCHW", output.shape[-1 if last else 1], stride, 0, False)
 
 
-def _doubles(net: nn.Module, size: int, stride: int, height: int, last: bool) -> bool:
-    """Whether a stride that is not the network's declared one explains its map at twice the size
+def _scales(net: nn.Module, size: int, stride: int, last: bool) -> bool:
+    """Whether a stride that is not the network's declared one explains its map at a second size
     too; True where it takes no other size.
     """
     if _declared(net) == stride:
         return True
-    output = _other(net, 2 * size)
-    return output is None or output.shape[1 if last else 2] == 2 * height
+    large = _larger(net, size)
+    output = _other(net, large)
+    return output is None or output.shape[1 if last else 2] * stride == large
 
 
 def map_stride(net: nn.Module, size: int, height: int) -> int:
