@@ -66,6 +66,7 @@ def test_stride_and_tokens_are_learnt_from_a_forward_pass(name, kwargs, layout):
             "has patches of 16 x 4 pixels, not sq",
         ),
         ("vit_tiny_patch16_224", {"in_chans": 1}, "takes 1 channels, but pictures have 3: remove"),
+        ("test_resnet", {"features_only": True}, "remove features_only"),
         ("test_resnet", {"layers": [1, 2]}, r"with kwargs .* does not take pictures of"),
     ],
 )
