@@ -104,7 +104,8 @@ class Extracted:
         for number in numbers:
             shard, row = divmod(int(number), self.shard_size)
             path = _shard_path(self.folder, shard, "patches")
-            rows.append(self._maps.get(shard, partial(np.load, path, mmap_mode="r"))[row])
+            file = self._maps.get(shard, partial(np.load, path, mmap_mode="r"))
+            rows.append(np.array(file[row]))  # a view would keep its file open
         return torch.from_numpy(np.stack(rows)).float()
 
 

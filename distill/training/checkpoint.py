@@ -31,6 +31,7 @@ def write_recipe(folder: Path, recipe: Recipe) -> None:
     # accepting other pictures is meant for once
     data = recipe.data.model_copy(update={"changed": "refuse"})
     text = dump_recipe(recipe.model_copy(update={"data": data}))
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "recipe.yaml"
     if not path.is_file() or path.read_text() != text:
         write_atomically(path, lambda temporary: temporary.write_text(text))

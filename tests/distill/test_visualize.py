@@ -160,7 +160,7 @@ def test_a_student_without_heads_and_teachers_is_drawn_alone(
     recipe = whole.recipe.model_copy(update={"teachers": []})
     alone = dataclasses.replace(whole, recipe=recipe)
     for module in ("distill.visualize", "distill.evaluate.cast"):
-        monkeypatch.setattr(f"{module}.load_run", lambda *_: alone)
+        monkeypatch.setattr(f"{module}.load_run", lambda *_, **__: alone)
     photo = str(next(class_folders.rglob("*.png")))
     for arguments in (
         [photo, "--sizes", "64"],

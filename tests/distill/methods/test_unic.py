@@ -275,7 +275,7 @@ def test_a_teacher_listed_twice_is_refused(method):
         parse_recipe(RECIPE, "recipe", [f"method={method}", roles])
 
 
-@pytest.mark.parametrize("seed", [2**31, 20261128, -1])
+@pytest.mark.parametrize("seed", [2**31, 20261128, 0])
 def test_any_seed_draws_drops(seed):
     method, _, _ = method_and_batch(f"train.seed={seed}")
     method.before_step(Progress(10**6, 2 * 10**6, 4))
