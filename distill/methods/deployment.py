@@ -87,7 +87,11 @@ class Deployment(nn.Module):
         Returns a `Prediction` for "backbone" (token and summary are both the student's global
         feature) and for every teacher.
         """
-        features = self.student(self.preprocess.normalize(pixels))
+        return self.predict(self.preprocess.normalize(pixels))
+
+    def predict(self, pixels: Tensor) -> dict[str, Prediction]:
+        """The same of pixels that `preprocess` has normalised."""
+        features = self.student(pixels)
         coupled = self.coupling(features)
         grid = tuple(features.patches.shape[1:3])
         results = {

@@ -9,7 +9,7 @@ from torch import Tensor
 from distill.config import Recipe
 from distill.data.batches import Batch
 from distill.features import FeatureDims, Features
-from distill.methods.deployment import COUPLING, Deployment
+from distill.methods.deployment import Deployment
 from distill.methods.lengths import FreeHead, fit_lengths
 from distill.methods.losses import Prediction
 from distill.runs import build_shipped
@@ -63,11 +63,6 @@ def _pairs(
         batch = batch.to(device)
         predictions: dict[str, Prediction] = {}
         for view in dict.fromkeys(teacher_views.values()):
-            features = deployment.student(deployment.preprocess(batch.views[view]))
-            coupled = deployment.coupling(features)
-            grid = tuple(features.patches.shape[1:3])
-            for label, head in deployment.shipped.items():
-                if teacher_views[label] == view:
-                    reads = coupled if COUPLING in head.reads else features
-                    predictions[label] = head.module(reads, grid)
+            said = deployment.predict(deployment.preprocess(batch.views[view]))
+            predictions |= {k: said[k] for k, own in teacher_views.items() if own == view}
         yield predictions, look(batch)

@@ -13,8 +13,6 @@ from distill.training.loop import StopSignal, train
 def work(folder: Path) -> None:
     with StopSignal() as stop, join_ranks("cpu") as ranks:
         for path in sorted(folder.glob("*.yaml")):
-            (folder / path.stem).mkdir(exist_ok=True)
-            ranks.barrier()
             train(load_recipe(str(path), []), folder / path.stem, ranks, False, stop)
 
 
