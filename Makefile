@@ -1,11 +1,12 @@
-# make demo: distil the offline quickstart, score it, export it, serve it.
-# make test: lint and all tests.   make check: lint and the quick ones.   All install into .venv first.
+# make demo: distil the offline quickstart, score it, export it, serve it.   make demo PRECISION=int8: an int8 bundle.
+# make test: lint and tests.   make check: lint and the quick ones.   make test-all: further seeds and combinations too.
+# All install into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 WANTED := --constraint constraints.txt --editable '.[dev]'
 
-.PHONY: demo check test lint install clean
+.PHONY: demo check test test-all lint install clean
 
 install: .venv/installed
 
@@ -13,10 +14,10 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	@$(PIP) --version >/dev/null 2>&1 || { \
 		command -v $(PYTHON) >/dev/null || { \
-			echo "error: no $(PYTHON) on PATH: install Python 3.11 or newer, or name one: make PYTHON=python3.12" >&2; \
+			echo "error: no $(PYTHON) on PATH: install Python 3.11 or 3.12, or name one: make PYTHON=python3.12" >&2; \
 			exit 2; }; \
-		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-			echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or newer is needed: make PYTHON=python3.12" >&2; \
+		$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || { \
+			echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1), 3.11 or 3.12 is needed (constraints.txt, the embedded Triton): make PYTHON=python3.12" >&2; \
 			exit 2; }; \
 		echo "making .venv with $$($(PYTHON) -V)"; \
 		$(PYTHON) -m venv .venv || { \
@@ -37,6 +38,9 @@ SCENES := --train 160 --val 60 --size 112
 SCORING := --tasks knn,segmentation,depth --with-teachers dense.size=112 dense.steps=200 dense.lr=1e-2
 # TensorRT-RTX builds engines for GPUs that are not here: GeForce RTX 30, 40 and 50
 EXPORT := --formats onnx,tensorrt-rtx --compute-capability 8.6 8.9 12.0
+# make demo PRECISION=int8: of the bundle, fp32, fp16, bf16 or int8 (which is calibrated on the packaged photographs)
+PRECISION ?= fp32
+PRECISE := --precision $(PRECISION) $(if $(filter int8,$(PRECISION)),--calibration packaged-photos)
 # Zero-shot classes, from the rows of the classification teacher's own classifier: no CLIP can be had offline
 LABELS := 'Egyptian cat' tabby 'golden retriever' espresso 'space shuttle' missile 'wall clock' 'coral reef'
 # A photograph that scikit-image brings along
@@ -49,7 +53,7 @@ demo: install
 	test -e $$run/student.safetensors || { echo "stopped: finish $$run with the command above, or start again: make demo" >&2; exit 1; }; \
 	show $(BIN)/python -m distill.scenes --output $$run/scenes $(SCENES); \
 	show $(BIN)/python -m distill.evaluate $$run --data $$run/scenes $(SCORING); \
-	show $(BIN)/python -m export.run $$run --output $$run/bundle $(EXPORT); \
+	show $(BIN)/python -m export.run $$run --output $$run/bundle $(PRECISE) $(EXPORT); \
 	printf '%s\n' $(LABELS) > $$run/labels.txt; \
 	show $(BIN)/python -m export.text --output $$run/bundle --classifier cls --run $$run --labels $$run/labels.txt; \
 	show $(BIN)/python -m serve.trial $$run/bundle "$$($(PHOTO))/chelsea.png" --output $$run/answers; \
@@ -71,8 +75,9 @@ check: lint
 test: lint
 	$(PYTEST)
 
-# with further seeds and combinations, about three minutes more
+# with further seeds and combinations, and wandb
 test-all: lint
+	$(PIP) install --quiet --constraint constraints.txt wandb
 	$(PYTEST) -m ''
 
 # The environment and caches; runs/ holds trained models and stays.

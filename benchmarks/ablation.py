@@ -1,20 +1,24 @@
-"""Does UMT help? Table 3's ablation, and plain heads, at a scale two CPU cores finish in half an
-hour.
+"""Does UMT help? Table 3's ablation, and plain heads, at a scale two CPU cores
+finish in half an hour.
 
     python benchmarks/ablation.py --output runs/ablation
     python benchmarks/ablation.py --output runs/modes --modes
 
-Five ways to learn from the quickstart's three real teachers, over several seeds: plain heads per
-teacher, UMT, and UMT without its model token, cross-space or intra-space module; compared with the
-untrained student (a floor) and the teachers (a ceiling). The student is a small CNN (ResNet-10-T at
-64 px, stride 16), the pictures drawn scenes (distill.scenes), of which no label is used in
-distilling. Reported: losses on pictures held out, and k-NN, linear probe and linear segmentation of
-the backbone and of two teachers' heads, mean and standard deviation over seeds.
+Five ways to learn from the quickstart's three real teachers, over several
+seeds: plain heads per teacher, UMT, and UMT without its model token,
+cross-space or intra-space module; compared with the untrained student (a
+floor) and the teachers (a ceiling). The student is a small CNN (ResNet-10-T at
+64 px, stride 16), the pictures drawn scenes (distill.scenes), of which no
+label is used in distilling. Reported: losses on pictures held out, and k-NN,
+linear probe and linear segmentation of the backbone and of two teachers'
+heads, mean and standard deviation over seeds.
 
-With `--modes` instead UMT's cross-space modes, and plain heads, for a small ViT (64 px, 8 x 8
-positions).
+With `--modes` instead UMT's cross-space modes, and plain heads, for a small
+ViT (64 px, 8 x 8 positions); read from the backbone alone, without the
+teachers.
 
-Writes ablation.json, ablation.md and ablation.png. Existing results are not computed again.
+Writes ablation.json, ablation.md and ablation.png. Existing results are not
+computed again.
 """
 
 import argparse
@@ -36,15 +40,17 @@ from harness import SCORES, cell, is_done, made_with, parser, run_all, scores_of
 from distill.data.crops import centre_crop
 from distill.distributed import join_ranks
 from distill.evaluate.cast import Row, open_rows
-from distill.evaluate.datasets import open_classes, read_picture
+from distill.evaluate.datasets import open_classes
 from distill.evaluate.encoder import teacher_encoder
+from distill.evaluate.reading import read_picture
 from distill.features import Features
 from distill.methods.umt import CrossMode
 from distill.recipe_io import load_recipe
 from distill.runs import git_commit, load_run
 from distill.scenes import write
 from distill.teachers import build_teacher
-from distill.training.loop import StopSignal, train
+from distill.training.loop import train
+from distill.training.stop import StopSignal
 
 _VARIANTS = {
     "untrained": ["train.steps=1", "train.lr=1e-12", "train.min_lr=0", "train.warmup_steps=0"],
@@ -67,7 +73,6 @@ _VIT = [
     "student.kwargs={patch_size: 8, embed_dim: 128, depth: 4, num_heads: 2}",
 ]
 _INTERACTION = ["umt.space_dim=128", "umt.token_dim=128", "umt.groups=64"]
-_READ_OUTS = ["backbone", "cls", "focus"]
 
 
 def main() -> None:
@@ -87,7 +92,8 @@ def main() -> None:
     # each seed's first run fills that seed's cache of the teachers' features (crops differ by
     # seed); its others read it
     seeds = range(args.seeds)
-    run_all(args.jobs, [("untrained", seed) for seed in seeds] + [("teachers", 0)])
+    first = [("untrained", seed) for seed in seeds]
+    run_all(args.jobs, first if args.modes else [*first, ("teachers", 0)])
     rest = [variant for variant in _variants(args) if variant != "untrained"]
     run_all(args.jobs, [(variant, seed) for seed in seeds for variant in rest])
     _sum_up(args, (time.perf_counter() - start) / 60)
@@ -95,6 +101,10 @@ def main() -> None:
 
 def _variants(args: argparse.Namespace) -> dict[str, list[str]]:
     return _MODES if args.modes else _VARIANTS
+
+
+def _read_outs(args: argparse.Namespace) -> list[str]:
+    return ["backbone"] if args.modes else ["backbone", "cls", "focus"]
 
 
 def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
@@ -125,7 +135,9 @@ def _run_one(args: argparse.Namespace, variant: str, seed: int) -> None:
         with join_ranks(args.device) as ranks, StopSignal() as stop:
             train(recipe, folder, ranks, False, stop)
         result["losses"] = _held_out_losses(recipe, folder, scenes, args.device)
-        rows = open_rows(str(folder), _READ_OUTS, False, None, args.device, folder / "evaluation")
+        rows = open_rows(
+            str(folder), _read_outs(args), False, None, args.device, folder / "evaluation"
+        )
     trained = time.perf_counter()
     for row in rows:
         label = row.encoder.read_out if variant != "teachers" else row.name
@@ -152,7 +164,7 @@ def _overrides(args: argparse.Namespace, variant: list[str], seed: int) -> list[
         "train.log_every=20",
         "checkpoint.every_steps=100000",
         *(_VIT if args.modes else _STUDENT),
-        *_INTERACTION,
+        *([] if "method=plain" in variant else _INTERACTION),
         f"train.device={args.device}",
         f"train.seed={seed}",
         *variant,
@@ -198,10 +210,10 @@ def _sum_up(args: argparse.Namespace, minutes: float) -> None:
         v: [r for r in results if r["variant"] == v and r["seed"] < args.seeds]
         for v in _variants(args)
     }
-    (teachers,) = (r for r in results if r["variant"] == "teachers")
-    text = _markdown(by_variant, teachers)
+    teachers = next((r["scores"] for r in results if r["variant"] == "teachers"), {})
+    text = _markdown(by_variant, teachers, _read_outs(args))
     (args.output / "ablation.md").write_text(text)
-    _draw(args.output / "ablation.png", by_variant, teachers)
+    _draw(args.output / "ablation.png", by_variant, teachers, _read_outs(args))
     print(text)
     commits = {r["commit"] for r in results}
     if commits != {about["commit"]}:
@@ -216,7 +228,7 @@ def _collect(results: list[dict], read_out: str, task: str) -> list[float]:
     return [r["scores"][read_out][task] for r in results]
 
 
-def _markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
+def _markdown(by_variant: dict[str, list[dict]], teachers: dict, read_outs: list[str]) -> str:
     """Two tables: losses, and scores by what is read."""
 
     lines = ["| variant | seeds | Σ token loss L^m | Σ feature loss L^f |", "|---|---|---|---|"]
@@ -226,7 +238,7 @@ def _markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
             f"| {variant} | {len(results)} | {cell(token)} | "
             f"{cell([r['losses']['patches'] for r in results])} |"
         )
-    for read_out in _READ_OUTS:
+    for read_out in read_outs:
         lines += [
             "",
             f"Features read: **{read_out}**",
@@ -240,15 +252,17 @@ def _markdown(by_variant: dict[str, list[dict]], teachers: dict) -> str:
                 + " | ".join(cell(_collect(results, read_out, t)) for t in SCORES)
                 + " |"
             )
-        if read_out in teachers["scores"]:
-            result = teachers["scores"][read_out]
+        if read_out in teachers:
+            result = teachers[read_out]
             lines.append(
                 f"| *teacher {read_out}* | " + " | ".join(f"{result[t]:.3f}" for t in SCORES) + " |"
             )
     return "\n".join(lines) + "\n"
 
 
-def _draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None:
+def _draw(
+    path: Path, by_variant: dict[str, list[dict]], teachers: dict, read_outs: list[str]
+) -> None:
     """Losses and scores as points with their spread, a line per variant, every seed a small dot."""
     panels = [
         ("held-out L^m", lambda r: r["losses"].get("token")),
@@ -256,10 +270,12 @@ def _draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None
     ]
     panels += [
         (f"{task} {name}: {read}", lambda r, t=task, o=read: r["scores"][o][t])
-        for read in _READ_OUTS
+        for read in read_outs
         for task, name in SCORES.items()
     ]
-    figure, axes = plt.subplots(4, 3, figsize=(13, 10), layout="constrained", sharey=True)
+    rows = 1 + len(read_outs)
+    size = (13, 2.5 * rows)
+    figure, axes = plt.subplots(rows, 3, figsize=size, layout="constrained", sharey=True)
     axes[0, 2].set_axis_off()
     places = [axes[0, 0], axes[0, 1], *axes[1:].flat]
     names = list(by_variant)
@@ -271,10 +287,8 @@ def _draw(path: Path, by_variant: dict[str, list[dict]], teachers: dict) -> None
                 axis.errorbar(mean, line, xerr=deviation, fmt="o", capsize=3, color="#1f77b4")
                 axis.plot(values, [line + 0.2] * len(values), ".", color="#999999", markersize=4)
         read, task = title.split(": ")[-1], title.split()[0]
-        if read in teachers["scores"]:
-            axis.axvline(
-                teachers["scores"][read][task], color="#d62728", linewidth=1, label="teacher"
-            )
+        if read in teachers:
+            axis.axvline(teachers[read][task], color="#d62728", linewidth=1, label="teacher")
             axis.legend(frameon=False, fontsize=8)
         axis.set_title(title, fontsize=10)
         axis.set_yticks(range(len(names)), names)

@@ -1,11 +1,13 @@
-"""What the data stage spends on a picture: decoding, cropping, photometric augmentation.
+"""What the data stage spends on a picture: decoding, cropping, photometric
+augmentation.
 
     python benchmarks/crops.py --data /data/imagenet/train
-    python benchmarks/crops.py                              on the packaged photographs
+    python benchmarks/crops.py         on the packaged photographs
 
-Times the views of a recipe (default: two global and eight local crops, as in DINO) in one process
-on one thread, pictures one after another; prints milliseconds a picture of each stage, the share of
-each, and how many pictures a second one worker makes.
+Times the views of a recipe (default: two global and eight local crops, as in
+DINO) in one process on one thread, pictures one after another; prints
+milliseconds a picture of each stage, the share of each, and how many pictures
+a second one worker makes.
 """
 
 import argparse

@@ -3,16 +3,17 @@
     python benchmarks/evaluate.py                    on a CPU, a few minutes
     python benchmarks/evaluate.py --device cuda --pictures 20000 --batch 256
 
-1. The linear probe's 45 learning rates over one: the whole task (features extracted, probe trained,
-  validated) and the
-   training of the classifiers alone, over 45 trainings one after the other.
-2. k-NN in blocks: peak memory over what was there before, for queries against 1 281 167 features of
-  width 768 in half
-   precision, and the time the full 50 000 queries would take.
-3. Extraction (decoding, forward pass, hashing, writing) over the bare forward pass on pictures
-  already in memory.
+1. The linear probe's 45 learning rates over one: the whole task (features
+   extracted, probe trained, validated) and the training of the classifiers
+   alone, over 45 trainings one after the other.
+2. k-NN in blocks: peak memory over what was there before, for queries against
+   1 281 167 features of width 768 in half precision, and the time the full
+   50 000 queries would take.
+3. Extraction (decoding, forward pass, hashing, writing) over the bare forward
+   pass on pictures already in memory.
 
-Parts that are compared take turns, so a machine that slows down slows both; medians over --rounds.
+Parts that are compared take turns, so a machine that slows down slows both;
+medians over --rounds.
 """
 
 import argparse
@@ -27,12 +28,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from contract.views import EVALUATED
 from distill.data.pictures import PackagedPhotos
 from distill.evaluate.classification import FrozenSplits
 from distill.evaluate.config import EvaluationConfig, ExtractConfig, KNNConfig, ProbeConfig
 from distill.evaluate.datasets import open_classes
 from distill.evaluate.encoder import Encoder, parse_model, teacher_encoder
-from distill.evaluate.extract import CentreViews, extract
+from distill.evaluate.extract import PolicyViews, extract
 from distill.evaluate.knn import GIB, knn_votes
 from distill.evaluate.linear_probe import evaluate as probe_task
 from distill.evaluate.linear_probe import train_sweep
@@ -112,7 +114,7 @@ def compare(works: dict[str, Callable[[], object]], rounds: int, device: str) ->
 
 def extraction(encoder: Encoder, data: Path, args: argparse.Namespace) -> None:
     """Throughput of `extract` over that of the forward pass alone."""
-    views = CentreViews(open_classes(data, "train"), encoder.image_size, 0.875)
+    views = PolicyViews(open_classes(data, "train"), encoder.image_size, EVALUATED)
     config = ExtractConfig(batch_size=args.batch, workers=2 if args.device == "cpu" else 12)
     batches = torch.stack([views[n] for n in range(len(views))]).to(args.device).split(args.batch)
     precision = torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda")
@@ -143,7 +145,9 @@ def probe(encoder: Encoder, data: Path, args: argparse.Namespace) -> None:
     def task(rates: int) -> Callable[[], object]:
         def work() -> None:
             with tempfile.TemporaryDirectory() as folder:
-                views = [CentreViews(split, encoder.image_size, 0.875) for split in (train, val)]
+                views = [
+                    PolicyViews(split, encoder.image_size, EVALUATED) for split in (train, val)
+                ]
                 features = [
                     extract(encoder, v, Path(folder), config).summaries().to(args.device)
                     for v in views

@@ -1,18 +1,21 @@
-"""Does export hold at full size? Random students of paper recipes, exported and compared in every
-precision.
+"""Does export hold at full size? Random students of paper recipes, exported and
+compared in every precision.
 
     python benchmarks/export_full_size.py --output runs/full_size
-    python benchmarks/export_full_size.py --recipes umt_vit_base --precisions fp32 --rtx 8.6 8.9
-    12.0
-    python benchmarks/export_full_size.py --adapter vit_small_patch14_dinov2 --batches 1 4
+    python benchmarks/export_full_size.py --recipes umt_vit_base \\
+        --precisions fp32 --rtx 8.6 8.9 12.0
+    python benchmarks/export_full_size.py --batches 1 4 \\
+        --adapter vit_small_patch14_dinov2
 
-For each recipe and precision: seconds and peak memory of `python -m export.run` (a process of its
-own), the size of the bundle and the least cosine of its parity table. Weights are random, so int8's
-agreement is only indicative.
+For each recipe and precision: seconds and peak memory of `python -m
+export.run` (a process of its own), the size of the bundle and the least cosine
+of its parity table. Weights are random, so int8's agreement is only
+indicative.
 
---adapter instead times KPU's student of a ViT, the sentinel inside its adapter, over the bare ViT:
-both as graphs at 224 px, and in torch, on one thread, in turns in one process, by the process's CPU
-time, so that other work on the machine counts little.
+--adapter instead times KPU's student of a ViT, the sentinel inside its
+adapter, over the bare ViT: both as graphs at 224 px, and in torch, on one
+thread, in turns in one process, by the process's CPU time, so that other work
+on the machine counts little.
 """
 
 import argparse
@@ -42,9 +45,9 @@ from distill.recipe_io import load_recipe
 from distill.runs import save_student
 from distill.training.checkpoint import write_recipe
 from distill.training.plan import meta_teacher
+from export.agreement import compare
 from export.graph import Student, build_parts
 from export.modules import Part
-from export.parity import compare
 from export.runtimes.onnx import OnnxRuntime
 from export.runtimes.openvino import OpenVINO
 from export.to_onnx import export_part

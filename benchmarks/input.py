@@ -2,14 +2,15 @@
 `python benchmarks/input.py`.
 
 Pictures are the packaged photographs at two sizes. Rows: this pipeline, the same with every picture
-decoded whole, and torchvision by its two ways (Pillow, and its own decoder with uint8 tensors).
-Times are CPU seconds of one thread; a row is the best of several rounds, as other processes slow
-all of them down.
+decoded whole by Pillow, and torchvision by its two ways (Pillow, and its own decoder with uint8
+tensors). Times are CPU seconds of one thread. Rows take turns, as other processes slow all of them
+down: a cell is the median, and the median of how many times as many the first row makes.
 """
 
 import argparse
 import gc
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,9 +24,10 @@ from rich.table import Table
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
+from contract.images import to_rgb
+from contract.picture_files import Names
 from distill.config import DataConfig
 from distill.data.crops import IMAGE, MAIN, CropDataset, View
-from distill.data.files import Names
 from distill.data.pictures import FolderPictures, PackagedPhotos
 from distill.data.pixels import Decoded
 
@@ -65,27 +67,34 @@ def ways(folder: Path) -> dict[str, Callable[[int], torch.Tensor]]:
 
     class Whole(FolderPictures):
         def open(self, number: int) -> Decoded:
-            return Decoded(self.load(number))
+            with Image.open(self.name(number)) as image:
+                return Decoded(to_rgb(image))
 
     whole = CropDataset(Whole(folder), dataset.config, [view], seed=0)
     return {
         "distill": lambda number: dataset[MAIN, number % count, number // count].views[IMAGE],
-        "distill, decoded whole": lambda n: whole[MAIN, n % count, n // count].views[IMAGE],
+        "distill, decoded whole by Pillow": lambda n: whole[MAIN, n % count, n // count].views[
+            IMAGE
+        ],
         "torchvision, Pillow": pillow,
         "torchvision, tensors": tensors,
     }
 
 
-def rate(make: Callable[[int], torch.Tensor], count: int, rounds: int) -> float:
-    """Calls per CPU second, of the best round."""
-    make(0)
-    best = 0.0
+def rates(
+    made: dict[str, Callable[[int], torch.Tensor]], count: int, rounds: int
+) -> dict[str, list[float]]:
+    """Calls per CPU second of each, in rounds."""
+    result: dict[str, list[float]] = {name: [] for name in made}
+    for make in made.values():
+        make(0)
     for _ in range(rounds):
-        start = time.process_time()
-        for number in range(count):
-            make(number)
-        best = max(best, count / (time.process_time() - start))
-    return best
+        for name, make in made.items():
+            start = time.process_time()
+            for number in range(count):
+                make(number)
+            result[name].append(count / (time.process_time() - start))
+    return result
 
 
 def private_bytes(use: Callable[[], object]) -> int:
@@ -111,7 +120,7 @@ def _private() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=76, metavar="N", help="crops a round")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    parser.add_argument("--rounds", type=int, default=6, metavar="N")
     parser.add_argument("--files", type=int, default=1_281_167, metavar="N", help="in the list")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -126,8 +135,12 @@ def main() -> None:
             folder.mkdir()
             write_jpegs(folder, (width, height))
             table.add_column(f"{width} x {height}", justify="right")
-            for name, make in ways(folder).items():
-                rows.setdefault(name, []).append(f"{rate(make, args.count, args.rounds):.0f}")
+            made = rates(ways(folder), args.count, args.rounds)
+            first = next(iter(made.values()))
+            for name, values in made.items():
+                over = statistics.median(a / b for a, b in zip(first, values, strict=True))
+                cell = f"{statistics.median(values):.0f}  {over:.2f}"
+                rows.setdefault(name, []).append(cell)
     for name, values in rows.items():
         table.add_row(name, *values)
     console.print(table)

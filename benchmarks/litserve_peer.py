@@ -30,9 +30,9 @@ class _Fused(litserve.LitAPI):
         self.graph, self.size, self.runtime, self.threads = graph, size, runtime, threads
 
     def setup(self, device: str) -> None:
-        from benchmarks.in_process import open_graph
+        from benchmarks.in_process import open_image_graph
 
-        self.call = open_graph(self.graph, self.runtime, self.threads)
+        self.call = open_image_graph(self.graph, self.runtime, self.threads)
 
     def decode_request(self, request: Request) -> np.ndarray:
         """The upload's bytes as a picture."""

@@ -1,12 +1,15 @@
-"""What merging the parallel branches of reparameterisable students saves on a CPU.
+"""What merging the parallel branches of reparameterisable students saves on a
+CPU.
 
     python -m benchmarks.merging
     python -m benchmarks.merging mobileone_s1 --size 192
 
-Exports the backbone of each network with random weights twice, as it was trained and merged as
-`export.run` does, and times both in onnxruntime on one thread, in turns; the fastest of the runs
-counts. The prediction comes before: every leaf module costs its multiply-adds at {gflops} GFLOP/s
-and what it reads and writes at {gbytes} GB/s, batch normalisations aside, which onnxruntime folds.
+Exports the backbone of each network with random weights twice, as it was
+trained and merged as `export.run` does, and times both in onnxruntime on one
+thread, in turns; the fastest of the runs counts. The prediction comes before:
+every leaf module costs its multiply-adds at {gflops} GFLOP/s and what it reads
+and writes at {gbytes} GB/s, batch normalisations aside, which onnxruntime
+folds.
 """
 
 import argparse

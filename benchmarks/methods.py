@@ -1,23 +1,27 @@
-"""The methods beside each other, at a scale that two CPU cores finish in about an hour.
+"""The methods beside each other, at a scale that two CPU cores finish in about an
+hour.
 
     python benchmarks/methods.py --output runs/methods
     python benchmarks/methods.py --output runs/kpu --variants kpu --jobs 2
 
-Same pictures (drawn scenes and the packaged photographs; no label is used in distilling), same
-student (a ViT of four blocks of 128 channels at 64 px, patches of 8), same two real teachers, same
-number of pixels that go through the student: one crop of each of 40 pictures a step for plain, UMT
-and UNIC; two global and two local crops (half the side) of each of 16 for SeFA and for
-self-supervision alone. UDI's student has its second class token on top. Compared with the untrained
-student (a floor) and the teachers (a ceiling).
+Same pictures (drawn scenes and the packaged photographs; no label is used in
+distilling), same student (a ViT of four blocks of 128 channels at 64 px,
+patches of 8), same two real teachers, same number of pixels that go through
+the student: one crop of each of 40 pictures a step for plain, UMT and UNIC;
+two global and two local crops (half the side) of each of 16 for SeFA and for
+self-supervision alone. UDI's student has its second class token on top.
+Compared with the untrained student (a floor) and the teachers (a ceiling).
 
-KPU's rows are those of its Table 2, and no match for the others: their student starts from real
-weights (the second teacher's, a ViT-S/14 at 56 px, as the sentinel) and learns from MobileNetV2 and
-a small masked autoencoder, Base_a, which is trained as a whole, from the sentinel too. Their floor
-is the sentinel. All teachers see the same crops, 40 a step.
+KPU's rows are those of its Table 2, and no match for the others: their student
+starts from real weights (the second teacher's, a ViT-S/14 at 56 px, as the
+sentinel) and learns from MobileNetV2 and a small masked autoencoder, Base_a,
+which is trained as a whole, from the sentinel too. Their floor is the
+sentinel. All teachers see the same crops, 40 a step.
 
-Scores of held-out scenes: k-NN, linear probe and linear segmentation of the backbone and of each
-teacher's head, mean and standard deviation over seeds; seconds and pictures a second of training.
-Writes methods.json, methods.md and methods.png. Existing results are not computed again.
+Scores of held-out scenes: k-NN, linear probe and linear segmentation of the
+backbone and of each teacher's head, mean and standard deviation over seeds;
+seconds and pictures a second of training. Writes methods.json, methods.md and
+methods.png. Existing results are not computed again.
 """
 
 import argparse
@@ -46,8 +50,9 @@ from distill.models.packaged import packaged_checkpoint
 from distill.recipe_io import make_recipe
 from distill.runs import git_commit
 from distill.scenes import write
-from distill.training.loop import StopSignal, train
+from distill.training.loop import train
 from distill.training.metrics import read_metrics
+from distill.training.stop import StopSignal
 
 _STUDENT = {
     "name": "vit_tiny_patch16_224",

@@ -1,31 +1,38 @@
-"""Which of timm's families can be students and teachers, and be exported: makes docs/networks.md.
+"""Which of timm's families work as student, teacher and export: docs/networks.md.
 
-    python -m benchmarks.networks --results networks.jsonl
-    python -m benchmarks.networks --results networks.jsonl --families levit hiera
+    python -m benchmarks.networks
+    python -m benchmarks.networks --limit 45 --budget 480
+    python -m benchmarks.networks --families levit hiera
     python -m benchmarks.networks --check levit hiera test_vit
 
-Tries the smallest member of every family with random weights, each in a process of its own, and
-every attempt for --limit seconds of CPU time. Results are kept in --results, so that a stopped run
-goes on where it was; remove a line to try its family again. --check tries families again and
-compares them with the page: exit status 1 where they differ. With --quick exports are left out.
+Tries the smallest member of every family with random weights, each in a
+process of its own, and every attempt for --limit seconds of CPU time. The page
+is written after every family and says what is still to be tried, so that a
+stopped run goes on where it was, with the smallest networks; of a page of
+other versions of timm or torch nothing is kept. --families tries the given
+ones again. --check tries families again and compares them with the page: exit
+status 1 where they differ. With --quick exports are left out.
 
-A student takes a step and has to answer to each corner of a picture in that corner of its map,
-which tokens in another order do not. An export is compared with torch in onnxruntime, at two sizes
-if it varies. Large networks are tried with two blocks, where they can be built so.
+A student takes a step and has to answer to each corner of a picture in that
+corner of its map, which tokens in another order do not. An export is compared
+with torch in onnxruntime, at two sizes if it varies. Large networks are tried
+with two blocks, where they can be built so.
 """
 
 import argparse
-import json
+import ast
 import multiprocessing
+import re
 import resource
 import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -35,6 +42,7 @@ import torch
 from torch import nn
 
 from contract.errors import UserError, first_line
+from contract.files import write_atomically
 from distill.config import StudentConfig, TeacherConfig, TeacherRuntime
 from distill.methods.deployment import Deployment
 from distill.models.meta import building
@@ -156,6 +164,17 @@ def try_family(family: str, limit: float, quick: bool) -> dict[str, Any]:
     return result | (later if quick else export(student, size, limit))
 
 
+def try_exports(known: dict[str, Any], limit: float) -> dict[str, Any]:
+    """A family's results with the exports that `--quick` left out of them."""
+    name, kwargs = known["member"], known["kwargs"]
+    with building():
+        size = create_timm(name).default_cfg["input_size"][-1]
+    size -= size % known["stride"]
+    torch.manual_seed(0)
+    student = Student(StudentConfig(name=name, image_size=size, kwargs=kwargs)).eval()
+    return known | export(student, size, limit)
+
+
 class _Overtime(BaseException):
     """An attempt took too long. Not an Exception: torch.export answers these with another try."""
 
@@ -272,15 +291,24 @@ def check_export(whole: Exported, sizes: list[tuple[int, int]], varying: bool = 
                 )
 
 
-def tried(families: list[str], limit: float, quick: bool = False) -> Iterator[dict[str, Any]]:
-    """Results of families, each tried in a process of its own."""
+def tried(
+    families: list[str],
+    limit: float,
+    quick: bool = False,
+    known: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+) -> Iterator[dict[str, Any]]:
+    """Results of families, each tried in a process of its own; those that are `known` lack exports
+    alone.
+    """
     # torch and the exporter's table of operators are loaded once, before processes are forked
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     for family in families:
         begun = time.perf_counter()
         receiver, sender = context.Pipe(duplex=False)
-        child = context.Process(target=_child, args=(family, limit, quick, sender))
+        child = context.Process(
+            target=_child, args=(family, limit, quick, known.get(family), sender)
+        )
         child.start()
         sender.close()
         try:
@@ -294,8 +322,10 @@ def tried(families: list[str], limit: float, quick: bool = False) -> Iterator[di
         yield result
 
 
-def _child(family: str, limit: float, quick: bool, sender: Connection) -> None:
-    sender.send(try_family(family, limit, quick))
+def _child(
+    family: str, limit: float, quick: bool, known: dict[str, Any] | None, sender: Connection
+) -> None:
+    sender.send(try_exports(known, limit) if known else try_family(family, limit, quick))
 
 
 def row(result: dict[str, Any]) -> str:
@@ -312,13 +342,54 @@ def cells(line: str) -> tuple[str, ...]:
     return tuple(line.split("|"))
 
 
+def read_page(text: str) -> dict[str, dict[str, Any]]:
+    """Results in the lines of a page by family; none of one by other versions."""
+    if not text.startswith(_header()):
+        return {}
+    results = {}
+    for line in text.removeprefix(_header()).splitlines():
+        family, member, student, stride, teacher, exported, varying = (
+            cell.strip() for cell in line.strip("|").split("|")
+        )
+        name, given = re.fullmatch(r"`?([^`]*)`?(?: \((.*)\))?", member).groups()
+        pairs = re.findall(r"(\w+)=(\[.*?\]|[^,]+)", given or "")
+        kwargs = {key: ast.literal_eval(value) for key, value in pairs}
+        result = {"family": family, "member": name, "kwargs": kwargs, "student": student}
+        if stride != "-":
+            result["stride"] = int(stride)
+        results[family] = result | {"teacher": teacher, "export": exported, "varying": varying}
+    return results
+
+
+def _header() -> str:
+    return _HEADER.format(timm=timm.__version__, torch=torch.__version__.split("+")[0])
+
+
+def write_page(results: Mapping[str, dict[str, Any]]) -> None:
+    """Write the page with a line to every family that was tried."""
+    lines = [row(results[name]) for name in timm.list_modules() if name in results]
+    text = _header() + "\n".join(lines) + "\n"
+    write_atomically(PAGE, lambda temporary: temporary.write_text(text))
+
+
+def smallest_first(families: list[str], known: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Families in the order of their members' parameters, those without a member last."""
+
+    def size(family: str) -> float:
+        if family not in known:
+            return float("inf")
+        with building():
+            return count(create_timm(known[family]["member"], **known[family]["kwargs"]))
+
+    return sorted(families, key=size)
+
+
 def main() -> None:
-    """Parse the command line; write the page, or compare families with it."""
+    """Parse the command line; go on with the page, or compare families with it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, metavar="FILE", help="results so far (JSON lines)")
-    parser.add_argument("--families", nargs="+", metavar="FAMILY", help="try these (default: all)")
+    parser.add_argument("--families", nargs="+", metavar="FAMILY", help="try these (again)")
     parser.add_argument(
         "--quick", action="store_true", help="leave exports, most of the time, for a later run"
     )
@@ -326,36 +397,37 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=float, default=120, metavar="S", help="CPU seconds for an attempt (120)"
     )
+    parser.add_argument(
+        "--budget", type=float, metavar="S", help="begin no family after S CPU seconds"
+    )
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    page = PAGE.read_text() if PAGE.exists() else ""
     if args.check:
-        page = PAGE.read_text().splitlines()
         # without exports, the page's line up to them
         columns = 6 if args.quick else None
-        lines = {cells(line)[:columns] for line in page}
+        lines = {cells(line)[:columns] for line in page.splitlines()}
         results = tried(args.check, args.limit, args.quick)
         sys.exit(any([cells(row(result))[:columns] not in lines for result in results]))
-    if not args.results:
-        parser.error("give --results FILE, or --check FAMILY …")
-    known = {}
-    if args.results.exists():
-        lines = map(json.loads, args.results.read_text().splitlines())
-        known = {result["family"]: result for result in lines}
-    wanted = [
-        family
-        for family in args.families or timm.list_modules()
-        if family not in known or (known[family].get("export") == _LATER and not args.quick)
+    known = read_page(page)
+    half = {name: each for name, each in known.items() if each["export"] == _LATER}
+    wanted = args.families or [
+        *(name for name in timm.list_modules() if name not in known),
+        *(() if args.quick else smallest_first(list(half), half)),
     ]
-    with args.results.open("a") as file:
-        for result in tried(wanted, args.limit, args.quick):
-            known[result["family"]] = result
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-    header = _HEADER.format(timm=timm.__version__, torch=torch.__version__.split("+")[0])
-    lines = [row(known[name]) for name in timm.list_modules() if name in known]
-    missing = [f"`{name}`" for name in timm.list_modules() if name not in known]
-    lines += ["", f"Not tried: {', '.join(missing)}."] if missing else []
-    PAGE.write_text(header + "\n".join(lines) + "\n")
+    if args.families:
+        half = {}
+    for result in tried(wanted, args.limit, args.quick, half):
+        known[result["family"]] = result
+        write_page(known)
+        if args.budget and cpu_seconds() > args.budget:
+            break
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it has waited for."""
+    both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""A detector distilled from features alone, from drawn scenes to boxes, on a CPU without network.
+"""A detector distilled from features alone, from drawn scenes to boxes, on a CPU
+without network.
 
     python benchmarks/tiny_detector.py --output runs/tiny_detector
 
-1. Draws scenes of one to three solids in plain colours, with boxes (`distill.scenes`).
-2. Trains a GroundingDINO of about a million parameters on them: its backbone first, to name what
-   each position shows, then the whole by the detector's own loss.
-3. Distils its image backbone into a ViT-Adapter around a small frozen ViT (method kpu). No label
-   and no part of the detector behind its backbone takes part.
-4. Lets the detector find the shapes by their names in other scenes, in its own maps and in those
-   that the student predicts, untrained and distilled.
+1. Draws scenes of one to three solids in plain colours, with boxes
+   (`distill.scenes`).
+2. Trains a GroundingDINO of about a million parameters on them: its backbone
+   first, to name what each position shows, then the whole by the detector's
+   own loss.
+3. Distils its image backbone into a ViT-Adapter around a small frozen ViT
+   (method kpu). No label and no part of the detector behind its backbone takes
+   part.
+4. Lets the detector find the shapes by their names in other scenes, in its own
+   maps and in those that the student predicts, untrained and distilled.
 
-The margin was set before anything was measured: the distilled student's AP50 has to exceed the
-untrained one's by MARGIN. Writes detection.json, detection.md and detection.png. What already
-exists is not computed again: other options need another --output.
+The margin was set before anything was measured: the distilled student's AP50
+has to exceed the untrained one's by MARGIN. Writes detection.json,
+detection.md and detection.png. What already exists is not computed again:
+other options need another --output.
 """
 
 import argparse
@@ -51,7 +56,8 @@ from distill.runs import git_commit
 from distill.scenes import CLASSES, MASK_NAMES, write
 from distill.teachers.grounding_dino import MEAN, STD
 from distill.tiny import detector_vocabulary
-from distill.training.loop import StopSignal, train
+from distill.training.loop import train
+from distill.training.stop import StopSignal
 
 MARGIN = 0.2
 """By which the distilled student's AP50 has to exceed the untrained one's."""

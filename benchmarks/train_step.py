@@ -1,20 +1,24 @@
 """Where the time of a training step goes, as ratios measured in one run.
 
-    python benchmarks/train_step.py                      ViT-S/16 and ViT-B/16 students, three
-    teachers each
+    python benchmarks/train_step.py
     python benchmarks/train_step.py --students vit_small --rounds 3 --batch 4
     python benchmarks/train_step.py --methods sefa unic --students vit_small
-    python benchmarks/train_step.py --methods kpu --students vit_small --batch 8 --cpu-time
+    python benchmarks/train_step.py --methods kpu --students vit_small \\
+        --batch 8 --cpu-time
     python benchmarks/train_step.py --device cuda --batch 128 --precision bf16
 
-Prints, for each student: the step's time over the sum of its parts timed alone (1.00: nothing is
-done twice or waits), the optimizer's state, peak memory and, on CUDA, MFU against --peak-tflops;
-for UMT also the share of the interaction for every `umt.cross_space` and the cost of one more
-teacher (M = 1..6), for UNIC the share of losses, standardisation and dropping with four teachers,
-for SeFA (DINO, two teachers) that of self-supervision, for KPU that of each teacher's stream, and
-the step over its networks alone: teachers, and the student's forward and backward passes. Weights
-are random: times do not depend on them. Medians over --rounds, in which the parts and the whole
-take turns, so that a machine that slows down slows both.
+Without options ViT-S/16 and ViT-B/16 students, three teachers each.
+
+Prints, for each student: the step's time over the sum of its parts timed alone
+(1.00: nothing is done twice or waits), the optimizer's state, peak memory and,
+on CUDA, MFU against --peak-tflops; for UMT also the share of the interaction
+for every `umt.cross_space` and the cost of one more teacher (M = 1..6), for
+UNIC the share of losses, standardisation and dropping with four teachers, for
+SeFA (DINO, two teachers) that of self-supervision, for KPU that of each
+teacher's stream, and the step over its networks alone: teachers, and the
+student's forward and backward passes. Weights are random: times do not depend
+on them. Medians over --rounds, in which the parts and the whole take turns, so
+that a machine that slows down slows both.
 """
 
 import argparse
@@ -32,6 +36,7 @@ from steps import STEPS, Step
 
 from distill.config import Recipe
 from distill.data.crops import view_of
+from distill.freed_memory import keep_freed_memory
 from distill.recipe_io import make_recipe
 from distill.training.loop import AUTOCAST
 from distill.training.plan import method_cost, teacher_gflop
@@ -252,6 +257,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
+    if args.device == "cpu":  # as training does
+        keep_freed_memory()
     console = Console()
     console.print(
         f"torch {torch.__version__} on {args.device}, {torch.get_num_threads()} threads, "

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from contract.errors import suggest
+from contract.errors import UserError, suggest
 
 
 def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
@@ -22,6 +22,16 @@ def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def read_size(text: str | None, option: str = "--size") -> tuple[int, int] | None:
+    """Height and width of `HxW`, None for None; raises UserError."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise UserError(f"{option} {text}: write pixels, height x width: 448x336")
+    return int(sides[0]), int(sides[1])
 
 
 class CommandLine(argparse.ArgumentParser):

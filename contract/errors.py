@@ -94,12 +94,23 @@ def raise_trouble(what: object, error: BaseException) -> None:
         raise UserError(f"cannot read {what}: {trouble}") from error
 
 
+_LONGEST_NAME = 100
+"""Characters of a name that is compared with others: difflib takes seconds for megabytes."""
+
+
+def near_names(value: str, known: Iterable[str]) -> list[str]:
+    """The known name nearest to `value`, or none; a text that is too long for a name has none."""
+    if len(value) > _LONGEST_NAME:
+        return []
+    return difflib.get_close_matches(value, list(known), n=1, cutoff=0.6)
+
+
 def suggest(value: str, known: Iterable[str], show: int = 8) -> str:
     """Return "did you mean 'x'?" for the known name nearest to `value`, else the first known
     names.
     """
     known = sorted(known)
-    near = difflib.get_close_matches(value, known, n=1, cutoff=0.6)
+    near = near_names(value, known)
     if near:
         return f"did you mean '{near[0]}'?"
     listed = ", ".join(known[:show]) + (", …" if len(known) > show else "")

@@ -9,9 +9,8 @@ import hashlib
 import json
 import math
 import os
-import stat
-from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -20,7 +19,20 @@ from pydantic_core import to_json
 from contract.engine_record import EngineRecord, Record, first_problem
 from contract.errors import UserError, one_line
 from contract.files import file_sha256, write_atomically
-from contract.names import MANIFEST, SIGNATURE, About, Axis, FileName, GraphFile, Name, Sha256, Side
+from contract.licences import LicenceRecord
+from contract.names import (
+    MANIFEST,
+    SIGNATURE,
+    About,
+    Axis,
+    FileName,
+    GraphFile,
+    Name,
+    Sha256,
+    Side,
+    ViewText,
+)
+from contract.parity_record import ParityRecord
 from contract.signature import (
     BACKBONE,
     DETECTOR,
@@ -32,10 +44,12 @@ from contract.signature import (
 )
 from contract.tasks import TASKS
 from contract.untrusted import parse_json, read_file
+from contract.views import SQUASH, ViewPolicy
 
-FORMAT = 5
+FORMAT = 7
 """Version of the schema. 2: types of each graph's weights, engines' records. 4: a teacher may have
-no token. 5: a detector. Raise it with a named `_upgrade_` function when the schema changes.
+no token. 5: a detector. 6: inherited licences. 7: a view, `openvino_precision`, positions and
+neighbours in parity records. Raise it when the schema changes.
 """
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
@@ -44,6 +58,8 @@ _MOST_BYTES = 32 * 2**20
 """Of a manifest: one of a hundred graphs has a fortieth of that."""
 _MOST_ELEMENTS = 2**31
 """Of a tensor for one picture."""
+_MOST_ORIGINS = 1000
+"""Of a student's licences."""
 
 
 class TensorRecord(Record):
@@ -139,6 +155,10 @@ class Preprocessing(Record):
     std: tuple[float, float, float]
 
 
+LIMITS = ("stride", "height", "width", "min_height", "min_width")
+"""Of a resolution, what a model that reads pictures checks their sides against."""
+
+
 class Resolution(Record):
     """Sizes a graph takes. Fixed: `height` x `width`. Dynamic: any multiples of `stride` from the
     smallest up to these.
@@ -157,38 +177,7 @@ class Resolution(Record):
     @property
     def limits(self) -> dict[str, int]:
         """What a model that reads pictures checks their sides against."""
-        return {
-            name: getattr(self, name)
-            for name in ("stride", "height", "width", "min_height", "min_width")
-        }
-
-
-class ParityRecord(Record):
-    """Agreement of one output with the torch student, each figure the worst over the pictures."""
-
-    graph: str
-    output: str
-    runtime: str
-    batch: int
-    height: int
-    width: int
-    pictures: int
-    """How many different ones were compared."""
-    cosine: float
-    max_abs: float
-    relative: float
-    """Length of the difference over that of the student's output."""
-    centred: float | None
-    """Cosine without the mean over pictures, which are alike in it; None for one picture."""
-    deviation: float
-    """Largest distance of a picture's output from that mean, over its length: what `centred` is
-    about.
-    """
-    position_cosine: float | None
-    """Least cosine of one position, None for what is not a map."""
-    worst_image: str
-    passed: bool
-    problem: str
+        return {name: getattr(self, name) for name in LIMITS}
 
 
 class CalibrationRecord(Record):
@@ -253,12 +242,20 @@ class Manifest(Record):
     precision: Precision
     preprocessing: Preprocessing
     resolution: Resolution
+    view: ViewText = str(SQUASH)
+    """How pictures are brought to that size (contract/views.py): as for the student's scores."""
     max_batch: Annotated[int, Field(ge=1, le=2**16)]
     graphs: tuple[GraphRecord, ...]
     engines: tuple[BundledEngine, ...] = ()
     parity: tuple[ParityRecord, ...]
     calibration: CalibrationRecord | None = None
     detector: DetectorRecord | None = None
+    openvino_precision: Literal["f32", "bf16"] = "f32"
+    """What OpenVINO may compute in where the graphs say float32: bf16 if export compared it so on a
+    processor that has it, and it kept to the bounds.
+    """
+    licences: Annotated[tuple[LicenceRecord, ...], Field(max_length=_MOST_ORIGINS)] | None = None
+    """What the student inherits and from whom, None where the bundle does not say."""
     files: dict[FileName, Sha256]
     made: dict[str, str]
     seal: str = ""
@@ -291,6 +288,11 @@ class Manifest(Record):
                 raise ValueError(f"an engine is of '{engine.graph}', which is no graph here")
         return self
 
+    def runtime(self, name: str) -> str:
+        """The runtime of a name as `contract/graph_call.py` opens these graphs in it."""
+        faster = name == "openvino" and self.openvino_precision == "bf16"
+        return "openvino-bf16" if faster else name
+
     def sealed(self) -> "Manifest":
         """A copy that carries its own hash."""
         return self.model_copy(update={"seal": _seal(json.loads(self.to_bytes()))})
@@ -298,6 +300,11 @@ class Manifest(Record):
     def to_bytes(self) -> bytes:
         """manifest.json, to the byte."""
         return self.model_dump_json(indent=1).encode()
+
+    @property
+    def policy(self) -> ViewPolicy:
+        """`view`, to be applied."""
+        return ViewPolicy.parse(self.view)
 
     def graph(self, name: str) -> GraphRecord:
         """The graph of a name; raises UserError if the bundle lacks it."""
@@ -334,7 +341,7 @@ def read_manifest(bundle: Path, data: bytes | None = None) -> Manifest:
             f"{path} is not whole JSON ({error}): copy the bundle again, or export again"
         ) from error
     version = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if type(version) is not int or version not in (*_UPGRADES, FORMAT):
+    if type(version) is not int or version not in (*_ADDED, FORMAT):
         raise UserError(
             f"{path} is of format {one_line([str(version)])[:40]}, this version reads "
             f"{_known_formats()}: export again"
@@ -349,7 +356,7 @@ def read_manifest(bundle: Path, data: bytes | None = None) -> Manifest:
             f"{path} does not match its own seal: it was changed after the export; export again"
         )
     try:
-        manifest = Manifest.model_validate(_upgrade(content))
+        manifest = Manifest.model_validate(content | {"format": FORMAT})
     except ValidationError as error:
         raise UserError(f"{path}: {first_problem(error)} (export again)") from error
     return manifest if version == FORMAT else manifest.sealed()
@@ -360,28 +367,18 @@ def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(to_json(content | {"seal": ""})).hexdigest()
 
 
-def _upgrade_3(content: dict[str, Any]) -> dict[str, Any]:
-    """Format 4 only adds that a teacher's `token_dim` may be null."""
-    return content | {"format": 4}
-
-
-def _upgrade_4(content: dict[str, Any]) -> dict[str, Any]:
-    """Format 5 only adds an optional detector."""
-    return content | {"format": 5}
-
-
-_UPGRADES = {3: _upgrade_3, 4: _upgrade_4}
-"""What makes the next format of one, by the format it reads."""
-
-
-def _upgrade(content: dict[str, Any]) -> dict[str, Any]:
-    while content["format"] != FORMAT:
-        content = _UPGRADES[content["format"]](content)
-    return content
+_ADDED = {
+    3: "a teacher's token_dim may be null",
+    4: "an optional detector",
+    5: "optional licences",
+    6: "a view, squash for those before; openvino_precision, f32 for those before; "
+    "optional figures of positions and neighbours in parity records",
+}
+"""Older formats that are read, and what the one after each adds; nothing else differs."""
 
 
 def _known_formats() -> str:
-    *older, last = sorted((*_UPGRADES, FORMAT))
+    *older, last = sorted((*_ADDED, FORMAT))
     return f"{', '.join(map(str, older))} and {last}"
 
 
@@ -401,49 +398,3 @@ def add_files(bundle: Path, names: Sequence[str]) -> bool:
         (bundle / SIGNATURE).unlink()
     write_atomically(bundle / MANIFEST, lambda temporary: temporary.write_bytes(data))
     return signed
-
-
-def entries(folder: Path) -> dict[str, int]:
-    """Mode (`st_mode`) of everything below a folder by its name in it; links are not followed."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    result = {}
-    for root, folders, files in os.walk(folder, onerror=refuse):
-        for name in (*folders, *files):
-            path = Path(root, name)
-            result[path.relative_to(folder).as_posix()] = path.lstat().st_mode
-    return dict(sorted(result.items()))
-
-
-def strangers(present: dict[str, int], listed: Iterable[str]) -> list[str]:
-    """What is in a folder that is neither a file listed, of whatever kind, nor a folder that holds
-    one.
-    """
-    names = {*listed, MANIFEST, SIGNATURE}
-    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-    return [
-        name
-        for name, mode in present.items()
-        if name not in names and not (name in folders and stat.S_ISDIR(mode))
-    ]
-
-
-def verify_files(bundle: Path, manifest: Manifest) -> dict[str, str]:
-    """What is wrong with each listed file ("" where nothing is), and with all else that is
-    there.
-    """
-    present, result = entries(bundle), {}
-    for name, expected in {MANIFEST: "", **manifest.files}.items():
-        if name not in present:
-            result[name] = "missing"
-        elif stat.S_ISLNK(present[name]):
-            result[name] = "a link, not a file"
-        elif not stat.S_ISREG(present[name]):
-            result[name] = "not a regular file"
-        else:
-            result[name] = (
-                "" if expected in ("", file_sha256(bundle / name)) else "does not match its sha256"
-            )
-    return result | dict.fromkeys(strangers(present, manifest.files), "not in the manifest")

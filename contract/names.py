@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter
 
+from contract.views import ViewPolicy
+
 MANIFEST, SIGNATURE = "manifest.json", "manifest.sig"
 
 
@@ -21,6 +23,14 @@ def _plain(name: str) -> str:
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=100)]
 """Of a graph, tensor, teacher or axis that varies."""
+
+
+def _view(text: str) -> str:
+    return str(ViewPolicy.parse(text))
+
+
+ViewText = Annotated[str, AfterValidator(_view)]
+"""A view policy as contract/views.py writes it."""
 
 FileName = Annotated[str, AfterValidator(_plain)]
 """Of a file directly in a bundle."""

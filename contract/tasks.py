@@ -23,8 +23,8 @@ class Map:
     """In contract/dense.py: takes values [B, positions, ...], height, width and cell size."""
     dtype: Literal["int32", "float32"]
     kind: Literal["classes", "scalar", "vector"]
-    """How clients describe and draw it: with a legend; with a scale; three components in [-1, 1] as
-    red, green and blue.
+    """How clients describe and draw it: with a legend; with a scale; unit vectors of three
+    components as red, green and blue.
     """
     array: str
     """Its name in the files that serve.client writes."""

@@ -8,26 +8,33 @@ line.
 from collections.abc import Mapping, Sequence, Set
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, create_model, field_validator, model_validator
+from pydantic import Field, ValidationInfo, create_model, field_validator, model_validator
 
+from contract.names import ViewText
+from contract.views import EVALUATED
 from distill.fields import (
     Area,
     Auto,
     Beta,
     Deviation,
     Fraction,
+    Licence,
     NetworkName,
     NonNegative,
     Positive,
     Section,
     Seed,
     TimmArguments,
+    check_arguments,
+    source_of,
 )
+from distill.monitor_config import MonitorConfig
 
 Role = Literal["classification", "clip", "mae", "dino", "detector"]
-"""What a teacher was trained for; it decides the feature loss (UMT A.3,
-`distill/methods/losses.py`).
-"""
+"""What a teacher was trained for: decides the feature loss (UMT A.3, distill/methods/losses.py)."""
+
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+"""Where measurements go beside metrics.jsonl (`distill/training/loggers.py`)."""
 
 DETECTOR = "grounding_dino"
 """Name of the teachers of role `detector`."""
@@ -38,7 +45,9 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 class StudentConfig(Section):
     name: NetworkName = Field(
-        "vit_base_patch16_224", description="timm architecture with spatial features (ViT or CNN)"
+        "vit_base_patch16_224",
+        description="timm architecture with spatial features (ViT or CNN), or local-dir:FOLDER or "
+        "hf-hub:OWNER/NAME that timm has saved",
     )
     image_size: Positive = Field(224, description="side of the square training image, pixels")
     kwargs: TimmArguments = Field(
@@ -53,7 +62,13 @@ class StudentConfig(Section):
         "earlier run: its folder (heads too, where they fit) or its student.safetensors (the "
         "network alone)",
     )
+    licence: Licence | None = Field(
+        None, description="of those weights, where their publisher's is not known: mit, …"
+    )
     drop_path: Fraction = Field(0.0, description="stochastic depth rate")
+    grad_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass, to save memory"
+    )
     mean: tuple[float, float, float] = Field(
         _IMAGENET_MEAN,
         description="RGB mean subtracted from images in [0, 1]; of a student that starts from "
@@ -66,8 +81,10 @@ class StudentConfig(Section):
 
 class TeacherConfig(Section):
     name: NetworkName = Field(
-        description="timm model name, with its pretrained tag; 'run' for a student of this "
-        "project; 'grounding_dino' for the backbone of a detector"
+        description="timm model name, with its pretrained tag; local-dir:FOLDER or "
+        "hf-hub:OWNER/NAME for timm's config.json; hf:FOLDER or hf:OWNER/NAME for transformers; "
+        "python:package.module:function for own code; 'run' for a student of this project; "
+        "'grounding_dino' for the backbone of a detector (docs/teachers.md)"
     )
     role: Role = Field(
         description="classification | clip | mae | dino | detector: decides the feature loss"
@@ -86,10 +103,14 @@ class TeacherConfig(Section):
     pretrained: bool = Field(
         True, description="without a checkpoint: fetch timm's weights (false: random weights)"
     )
-    kwargs: TimmArguments = Field(
+    licence: Licence | None = Field(
+        None,
+        description="of its weights, where their publisher's is not known: apache-2.0, …",
+    )
+    kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="further timm arguments, e.g. {embed_dim: 128}; of a random detector those of "
-        "its Swin Transformer",
+        "its Swin Transformer; of hf: keys of its config.json; of python: the function's",
     )
     image_size: Positive | None = Field(
         None, description="input side, pixels; default: the model's own data config"
@@ -127,6 +148,12 @@ class TeacherConfig(Section):
         1.0, description="scales its feature loss L^f"
     )
 
+    @field_validator("kwargs")
+    @classmethod
+    def _of_timm(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        own = source_of(info.data.get("name", ""))[0] == "python"
+        return value if own else check_arguments(value)
+
     @model_validator(mode="after")
     def _detector_has_its_role(self) -> "TeacherConfig":
         if (self.role == "detector") != (self.name == DETECTOR):
@@ -148,7 +175,9 @@ class TeacherConfig(Section):
 
 class TeacherRuntime(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="auto: bf16 on CUDA, fp32 on CPU"
+        "auto",
+        description="auto: bf16 on CUDA, and on CPUs that have it where a teacher's features "
+        "keep a cosine of 0.9999 with fp32; else fp32",
     )
     compile: bool = Field(False, description="torch.compile every teacher")
 
@@ -196,9 +225,7 @@ class DataConfig(Section):
         description="folder: its path; webdataset: tar files, globs or brace patterns "
         "({0000..0146})",
     )
-    images: Positive | None = Field(
-        None, description="expected number; used by --dry-run where the data is elsewhere"
-    )
+    images: Positive | None = Field(None, description="their number, for --dry-run without them")
     image_size: Positive | Auto = Field(
         "auto", description="side of the shared crop; auto: the largest input needed"
     )
@@ -207,18 +234,14 @@ class DataConfig(Section):
         (0.75, 4 / 3), description="aspect-ratio range of the crop"
     )
     flip: Fraction = Field(0.5, description="probability of a horizontal flip")
-    repeats: Positive = Field(
-        1, description="views of each picture in one epoch (repeated augmentation)"
-    )
+    repeats: Positive = Field(1, description="views of each picture in one epoch")
     workers: NonNegative = Field(
         4, description="decoding processes per rank; 0 decodes in the training process"
     )
     changed: Literal["refuse", "accept"] = Field(
         "refuse", description="what --resume does if pictures were added, removed or changed"
     )
-    max_corrupt_fraction: Fraction = Field(
-        0.01, description="stop once more than this share of pictures is unreadable"
-    )
+    max_corrupt_fraction: Fraction = Field(0.01, description="stop beyond this unreadable share")
 
     @field_validator("crop_ratio")
     @classmethod
@@ -296,15 +319,27 @@ class TrainConfig(Section):
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp", description="what torchrun's ranks do: DDP or FSDP2"
     )
+    allowed_licences: tuple[Licence, ...] | None = Field(
+        None,
+        description="refuse weights of other and of unknown licences before training; null: any",
+    )
     seed: Seed = Field(0, description="seeds weights, sample order and crops")
     device: Literal["auto", "cpu", "cuda"] = Field("auto")
     max_bad_steps: Positive = Field(
         20, description="abort after so many steps in a row with non-finite gradients"
     )
     log_every: Positive = Field(10, description="steps between two lines of metrics.jsonl")
-    tensorboard: bool = Field(
-        False, description="also write TensorBoard events under RUN/tensorboard"
+    loggers: tuple[LoggerName, ...] = Field(
+        (),
+        description="also write measurements to any of tensorboard, wandb and mlflow (extras of "
+        "these names; each reads its own variables, WANDB_MODE or MLFLOW_TRACKING_URI)",
     )
+    tensorboard: bool = Field(False, description="the same as loggers=[tensorboard]")
+
+    @property
+    def all_loggers(self) -> tuple[str, ...]:
+        """Names of the loggers, each once."""
+        return tuple(dict.fromkeys([*self.loggers, *["tensorboard"] * self.tensorboard]))
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -342,6 +377,7 @@ class CheckpointConfig(Section):
 
 _NOT_THE_SOURCE = {
     "alias",
+    "licence",
     "weight",
     "token_weight",
     "feature_weight",
@@ -376,6 +412,9 @@ class Recipe(Section):
 
     method: str = Field("umt", description="how the student learns; the file in distill/methods/")
     student: StudentConfig = Field(default_factory=StudentConfig)
+    view: ViewText = Field(
+        str(EVALUATED), description="of pictures in evaluation and serving (docs/training.md)"
+    )
     teachers: tuple[TeacherConfig, ...]
     teacher_runtime: TeacherRuntime = Field(default_factory=TeacherRuntime)
     teacher_cache: TeacherCacheConfig = Field(default_factory=TeacherCacheConfig)
@@ -384,6 +423,7 @@ class Recipe(Section):
     data: DataConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
     @field_validator("teachers")
     @classmethod

@@ -2,10 +2,13 @@
 
 import gc
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import zip_longest
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,9 +24,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from contract.errors import UserError, first_line
+from contract.errors import Failure, UserError, first_line, out_of_memory
 from distill.config import TrainConfig
+from distill.freed_memory import keep_freed_memory
 from distill.launch import launched
+
+_Item = TypeVar("_Item")
+_NOTHING = object()
+
+_LOST = (
+    *("connection closed", "connection reset", "connection refused", "broken pipe"),
+    *("timed out", "timeout", "socket"),
+)
+"""Words of gloo's errors, which are plain RuntimeErrors, where another process has ended."""
 
 _PATIENCE = timedelta(days=7)
 """How long a barrier waits; a process that died is torchrun's to notice."""
@@ -44,12 +57,18 @@ class Ranks:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
+    @property
+    def draws(self) -> bool:
+        """Whether this process draws progress bars: the first one, on a terminal."""
+        return self.first and sys.stdout.isatty()
+
     def barrier(self) -> None:
         """Wait for the other processes, however long one of them fills a cache, reads a list of
         files or writes a checkpoint.
         """
         if self.world > 1:
-            dist.barrier(group=self.patient)
+            with _others():
+                dist.barrier(group=self.patient)
 
     def mean(self, values: Tensor) -> Tensor:
         """Average a tensor over processes; in place."""
@@ -66,13 +85,77 @@ class Ranks:
         dist.all_reduce(raised, op=dist.ReduceOp.MAX)
         return bool(raised.item())
 
-    def gather(self, value: object) -> list[object]:
-        """Collect a picklable value of every process on every process, in rank order."""
+    def gather(self, value: object) -> list:
+        """Collect a picklable value of every process on every process, in rank order, however late
+        one of them comes.
+        """
         if self.world == 1:
             return [value]
         values: list[object] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with _others():
+            dist.all_gather_object(values, value, group=self.patient)
         return values
+
+    def add(self, values: Tensor) -> Tensor:
+        """Add a tensor up over processes, however late one of them comes; in place."""
+        if self.world > 1:
+            self.barrier()
+            with _others():
+                dist.all_reduce(values)
+        return values
+
+    def deal(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        """This process's part of a list: every `world`-th, from its rank on."""
+        return items[self.rank :: self.world]
+
+    def gather_rows(self, rows: Tensor, count: int) -> Tensor | None:
+        """In the first process the rows [count, ...] of all processes, in the order in which they
+        were dealt out; None in others. Every process has at least one.
+        """
+        most = -(-count // self.world)
+        padded = rows.new_zeros(most, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in range(self.world)] if self.first else None
+        with _others():
+            dist.gather(padded, parts)
+        return torch.stack(parts, 1).flatten(0, 1)[:count] if parts else None
+
+    def hand_out(self, module: nn.Module) -> None:
+        """Give every process the first one's weights of a module, however late that comes."""
+        self.barrier()
+        with _others():
+            for tensor in module.state_dict().values() if self.world > 1 else ():
+                dist.broadcast(tensor, 0)
+
+    def collect(self, results: Sequence[_Item]) -> list[_Item]:
+        """What all processes made of the items that they were dealt, in the items' order."""
+        rows = zip_longest(*self.gather(list(results)), fillvalue=_NOTHING)
+        return [result for row in rows for result in row if result is not _NOTHING]
+
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+"""The only process."""
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Where this process waits for others; raises Failure if one of them has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost(error):
+            raise
+        raise Failure(
+            f"another process of the run has ended ({first_line(error)}): see its message"
+        ) from error
+
+
+def _is_lost(error: RuntimeError) -> bool:
+    """Whether an error of a collective is a connection's, and not this process's own."""
+    if out_of_memory(error):
+        return False
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(words in text for words in _LOST)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
@@ -117,6 +200,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
             "train.device = cuda: no CUDA device is visible (set train.device=cpu, or check the "
             "driver)"
         )
+    if device == "cpu":
+        keep_freed_memory()
     launch = launched()
     if launch.world == 1:
         yield Ranks(0, 1, torch.device(device))
@@ -172,10 +257,17 @@ def wrap(method: nn.Module, config: TrainConfig, ranks: Ranks) -> nn.Module:
         for block in shardable_blocks(method):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         return fully_shard(method, mesh=mesh, mp_policy=policy)
+    return data_parallel(method, ranks)
+
+
+def data_parallel(module: nn.Module, ranks: Ranks) -> nn.Module:
+    """A module whose gradients are averaged over `ranks`; itself for one process."""
+    if ranks.world == 1:
+        return module
     # Every parameter takes part in every step (Student freezes what it never uses), so nothing
     # needs finding.
     ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=ids, gradient_as_bucket_view=True)
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 
 def shardable_blocks(method: nn.Module) -> list[nn.Module]:
@@ -213,6 +305,11 @@ def full_state(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
     return get_model_state_dict(wrapped, options=FULL), get_optimizer_state_dict(
         wrapped, optimizer, options=FULL
     )
+
+
+def full_weights(wrapped: nn.Module) -> dict:
+    """The model's part of `full_state`; a collective call under FSDP."""
+    return get_model_state_dict(wrapped, options=FULL)
 
 
 def load_full_state(

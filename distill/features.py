@@ -1,8 +1,10 @@
 """One feature type for teachers, students, losses and export, whatever the architecture."""
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,3 +64,13 @@ def resize_map(patches: Tensor, grid: tuple[int, int]) -> Tensor:
         channels_first, size=grid, mode="bilinear", align_corners=False, antialias=True
     )
     return resized.permute(0, 2, 3, 1)
+
+
+def scaled(side: int, scale: float) -> int:
+    """`side * scale` rounded, halves up, at least 1; in whole numbers, so that a side may also be
+    symbolic.
+    """
+    ratio = Fraction(scale).limit_denominator(1000)
+    return torch.sym_max(
+        1, (2 * ratio.numerator * side + ratio.denominator) // (2 * ratio.denominator)
+    )

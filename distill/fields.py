@@ -1,15 +1,19 @@
 """Types of fields that recipes and settings share, and the base of their sections."""
 
+import re
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
 )
+
+from contract.licences import LICENCE, LicenceId
 
 Auto = Literal["auto"]
 Positive = Annotated[int, Field(gt=0)]
@@ -28,23 +32,55 @@ Area = Annotated[tuple[float, float], AfterValidator(_shares)]
 """Range of a random crop's share of the picture's area."""
 
 
-def _timm_name(value: str) -> str:
-    """timm's name of a network, also where it is given as timm's own repository on the hub."""
-    source, colon, rest = value.partition(":")
-    if not colon:
+SOURCES = ("hf-hub", "local-dir", "hf", "python")
+"""Prefixes of a network's name: timm's of a hub and of a folder, transformers' of either, and own
+code.
+"""
+
+
+def source_of(name: str) -> tuple[str, str]:
+    """The prefix of a network's name and what follows it; an empty prefix for a name of timm's."""
+    prefix, colon, place = name.partition(":")
+    return (prefix, place) if colon and prefix in SOURCES else ("", name)
+
+
+def _network_name(value: str) -> str:
+    """A network's name, timm's without its repository on the hub."""
+    value = re.sub("^hf_hub:", "hf-hub:", value)
+    prefix, place = source_of(value)
+    if not prefix:
         return value.removeprefix("timm/")
-    if source not in ("hf-hub", "hf_hub", "local-dir"):
+    if not place.strip():
+        raise ValueError(f"name = {value}: nothing follows {prefix}: (see docs/teachers.md)")
+    if prefix == "hf-hub" and place.startswith("timm/"):
+        return place.removeprefix("timm/").partition("@")[0]
+    if prefix == "hf-hub" and not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", place):
+        raise ValueError(
+            f"name = {value}: a hub's repository is OWNER/NAME: write hf-hub:OWNER/NAME, or "
+            "local-dir:FOLDER for a folder"
+        )
+    if prefix == "python" and not re.fullmatch(
+        r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", place
+    ):
+        raise ValueError(
+            f"name = {value}: write python:package.module:function, as Python imports it"
+        )
+    return value
+
+
+NetworkName = Annotated[str, AfterValidator(_network_name)]
+
+
+def _plain_licence(value: object) -> object:
+    if not isinstance(value, str):
         return value
-    if source != "local-dir" and rest.startswith("timm/"):
-        return rest.removeprefix("timm/").partition("@")[0]
-    where = f"{rest}/model.safetensors" if source == "local-dir" else "its file, downloaded"
-    raise ValueError(
-        f"name = {value}: only the hub's timm/… is read by name: set name to timm's architecture "
-        f"and checkpoint to {where}"
-    )
+    name = value.strip().lower()
+    if not re.search(LICENCE, name):
+        raise ValueError(f"'{value}' is not a licence's name: write SPDX's, such as apache-2.0")
+    return name
 
 
-NetworkName = Annotated[str, AfterValidator(_timm_name)]
+Licence = Annotated[LicenceId, BeforeValidator(_plain_licence)]
 Deviation = Annotated[float, Field(gt=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -79,11 +115,12 @@ _OWN_KEYS = {
 """Arguments of timm's that a recipe sets by keys of its own, which are checked."""
 
 
-def _timm_arguments(value: dict[str, Any]) -> dict[str, Any]:
+def check_arguments(value: dict[str, Any]) -> dict[str, Any]:
+    """Raise ValueError for arguments of timm's that a recipe sets by keys of its own."""
     for name in value:
         if name in _OWN_KEYS:
             raise ValueError(f"{name} is not one of timm's arguments here: set {_OWN_KEYS[name]}")
     return value
 
 
-TimmArguments = Annotated[dict[str, Any], AfterValidator(_timm_arguments)]
+TimmArguments = Annotated[dict[str, Any], AfterValidator(check_arguments)]

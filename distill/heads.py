@@ -1,5 +1,5 @@
-"""Task heads on frozen features: what `distill.evaluate` trains and export ships beside the
-teachers' heads.
+"""Task heads on frozen features: what `distill.evaluate` trains or `distill.attach` takes from a
+teacher, and export ships beside the teachers' heads.
 
 A head is `heads/TASK.safetensors`: its weights, and in its metadata all that is needed to rebuild
 it, the names of its classes, the output of the student it reads, and the sha256 of that student's
@@ -9,16 +9,19 @@ weights. A head fits no other student.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from contract.errors import UserError, first_line
+from distill.decoders.decoder import TeacherDecoder, check_sample
+from distill.features import scaled
 from distill.models.meta import building
+from distill.models.user_code import check_trust
 from distill.models.weights import misfit, read_tensors, write_tensors
 from distill.runs import git_commit
 from distill.upernet import UPerNet
@@ -142,16 +145,6 @@ class DPTDepth(nn.Module):
         return self.low + (self.high - self.low) * share
 
 
-def scaled(side: int, scale: float) -> int:
-    """`side * scale` rounded, halves up, at least 1; in whole numbers, so that a side may also be
-    symbolic.
-    """
-    ratio = Fraction(scale).limit_denominator(1000)
-    return torch.sym_max(
-        1, (2 * ratio.numerator * side + ratio.denominator) // (2 * ratio.denominator)
-    )
-
-
 class Fusion(nn.Module):
     """RefineNet-style fusion: add the coarser map, refine by residual convolutions."""
 
@@ -183,12 +176,16 @@ class Residual(nn.Module):
         return x + self.body(x)
 
 
+DECODER = "teacher-decoder"
+"""Kind of the heads of `distill.attach` that are not trained here."""
+
 KINDS: dict[str, Callable[..., nn.Module]] = {
     "classifier": Classifier,
     "linear-segmentation": LinearSegmenter,
     "upernet-segmentation": UPerNet,
     "linear-depth": LinearDepth,
     "dpt-depth": DPTDepth,
+    DECODER: TeacherDecoder,
 }
 """Heads by the name their files give them. To add one: a module with `settings`, and a line here.
 """
@@ -218,12 +215,15 @@ def save_head(folder: Path, task: str, module: nn.Module, about: dict[str, Any])
         "commit": git_commit(),
     }
     path = folder / f"{task}.safetensors"
-    return write_tensors(path, module.state_dict(), metadata, "choose another --output")
+    # weights that two names share are written twice: safetensors has no other way
+    weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    return write_tensors(path, weights, metadata, "choose another --output")
 
 
-def load_head(path: Path, student_sha256: str | None = None) -> Head:
+def load_head(path: Path, student_sha256: str | None = None, trust_code: bool = False) -> Head:
     """Rebuild a head; raises UserError for a file that is damaged, no head, or made for another
-    student.
+    student, and for one whose decoder is code of the user's own unless that is trusted: it is
+    imported and called with what the file says.
     """
     if not path.exists():
         raise UserError(f"{path}: no such head (train it with distill.evaluate)")
@@ -239,20 +239,51 @@ def load_head(path: Path, student_sha256: str | None = None) -> Head:
         )
     if "sha256" not in metadata:
         raise UserError(f"{path} does not record its sha256: it is damaged; train the head again")
-    about = json.loads(metadata["about"])
+    about, kind = json.loads(metadata["about"]), metadata["kind"]
     if student_sha256 and about.get("student_sha256") != student_sha256:
         raise UserError(
             f"{path} was trained on another student's features: train it again with "
             "distill.evaluate"
         )
-    make, settings = KINDS[metadata["kind"]], json.loads(metadata["settings"])
+    settings = json.loads(metadata["settings"])
+    check_trust(f"{path} is a decoder", str(settings.get("decoder", "")), {}, trust_code)
+    module = _rebuild(path, kind, settings, weights)
+    if isinstance(module, TeacherDecoder):
+        check_sample(module, about["sample"], str(path))
+    return Head(metadata["task"], kind, module, about)
+
+
+def _rebuild(
+    path: Path, kind: str, settings: dict[str, Any], weights: dict[str, Tensor]
+) -> nn.Module:
+    """The module of a head with its weights, in eval mode."""
+    make, wrong = KINDS[kind], None
     try:
-        with building():  # before memory is taken for whatever size the settings say
-            wrong = misfit(make(**settings), weights)
+        if kind != DECODER:  # the user's code may need real tensors
+            with building():  # before memory is taken for whatever size the settings say
+                wrong = misfit(make(**settings), weights)
+        if not wrong:
+            module = make(**settings)
+            wrong = misfit(module, weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         wrong = first_line(error)
     if wrong:
-        raise UserError(f"{path} does not fit its own settings ({wrong}): train the head again")
-    module = make(**settings)
+        again = "attach it" if kind == DECODER else "train the head"
+        raise UserError(f"{path} does not fit its own settings ({wrong}): {again} again")
     module.load_state_dict(weights, strict=True)
-    return Head(metadata["task"], metadata["kind"], module.eval().requires_grad_(False), about)
+    return module.eval().requires_grad_(False)
+
+
+def kind_of_head(path: Path) -> str | None:
+    """The kind of the head in a file, read from its metadata alone; None where there is no such
+    file.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("kind")
+    except (OSError, SafetensorError):
+        return None

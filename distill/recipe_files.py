@@ -23,6 +23,10 @@ _EXCLUSIVE = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
 the base may have set."""
 
 
+_RENAMED = {"kpu.adapter.checkpoint": "kpu.adapter.grad_checkpointing"}
+"""Keys of earlier versions, by what they are called now; files and command lines may have both."""
+
+
 class Ambiguous(str):
     """A plain word that is text here and something else in YAML 1.1: `no`, `012`, `12:30:00`, a
     date. Who wrote it may have meant either; `distill/typed_values.py` decides.
@@ -133,6 +137,7 @@ def merged_values(text: str, source: str, above: Sequence[str] = ()) -> tuple[di
         raise UserError(f"{place}: not valid YAML ({problem})") from error
     if not isinstance(values, dict):
         raise UserError(f"{source}: a recipe is a mapping of keys, got {show(values)}")
+    _rename(values)
     if "base" not in values:
         return values, [source]
     base = values.pop("base")
@@ -157,6 +162,22 @@ def merged_values(text: str, source: str, above: Sequence[str] = ()) -> tuple[di
     sections = {name: part for name, part in values.items() if isinstance(part, dict)}
     clear_others(merged, [f"{name}.{key}" for name, part in sections.items() for key in part])
     return merged, [source, *chain]
+
+
+def present_name(key: str) -> str:
+    """What a key of an earlier version is called now."""
+    return _RENAMED.get(key, key)
+
+
+def _rename(values: dict) -> None:
+    """Give values of an earlier version's keys the present names, unless those are there too."""
+    for old, new in _RENAMED.items():
+        *sections, name = old.split(".")
+        place: Any = values
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if isinstance(place, dict) and name in place:
+            place.setdefault(new.split(".")[-1], place.pop(name))
 
 
 def _identity(source: str) -> str:

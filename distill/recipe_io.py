@@ -15,11 +15,13 @@ from pydantic import BaseModel, ValidationError
 from contract.errors import UserError, suggest
 from distill.config import Recipe, Section, StudentConfig, with_sections
 from distill.methods import METHODS
+from distill.models.sources import settled_student
 from distill.models.start import student_normalization
 from distill.recipe_files import (
     RecipeDumper,
     clear_others,
     merged_values,
+    present_name,
     read_text,
     shipped_recipes,
     show,
@@ -65,9 +67,12 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
 
 def _with_normalization(recipe: Recipe) -> StudentConfig:
     """A student that starts from weights with the mean and deviation that they expect, as far as
-    the recipe sets none. Recipes of runs have them written out, and keep them.
+    the recipe sets none, and of a folder or repository what that has. Recipes of runs have them
+    written out, and keep them.
     """
-    student = recipe.student
+    student = settled_student(recipe.student)
+    if student is not recipe.student:
+        recipe = recipe.model_copy(update={"student": student})
     unset = {"mean", "std"} - student.model_fields_set
     chosen = student_normalization(student, recipe.teachers) if unset else None
     return student.model_copy(update={key: getattr(chosen, key) for key in unset} if chosen else {})
@@ -126,7 +131,7 @@ def _apply_override(values: dict, override: str) -> str:
     the key.
     """
     key, equals, text = override.partition("=")
-    key = key.strip()
+    key = present_name(key.strip())
     if not equals or not key:
         raise UserError(f"'{override}' is not an override: write key=value, e.g. train.steps=100")
     parts = key.split(".")
@@ -153,7 +158,7 @@ def values_taken(recipe: Recipe, overrides: Sequence[str]) -> list[tuple[str, An
     whole = recipe.model_dump(mode="json")
     taken = {}
     for override in overrides:
-        key = override.partition("=")[0].strip()
+        key = present_name(override.partition("=")[0].strip())
         place: Any = whole
         for part in key.split("."):
             place = place[int(part)] if isinstance(place, list) else place[part]

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from contract.claim import claimed, is_free
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
-from distill.claim import claimed, is_free
 from distill.launch import launched
 
 EPILOG = """\
@@ -26,12 +26,16 @@ The default recipe is the offline quickstart, about three minutes on two cores.
 --dry-run prints what a recipe would train. --resume continues the run in
 --output, or starts it where there is none yet: a job that may be preempted
 always repeats one command line. Of a resumed run's recipe, only what does not
-change its past may change: train.steps, data.path (the same pictures
-elsewhere), data.changed=accept (others), how often it logs and saves.
+change its past may change: train.steps or epochs, data.path (the same pictures
+elsewhere), data.changed=accept (others), data.workers, teachers.N.checkpoint
+(the same weights elsewhere), teacher_cache.path, licences, monitor.*, loggers,
+how often it logs and saves, and every grad_checkpointing.
 torchrun, srun or mpirun start a process per GPU; their number may change.
+train.batch_size is that of all together, and processes times train.accumulate
+must divide it; train.parallel=fsdp shards the weights (no train.ema_decay).
 
-A value is what was typed: no quotes inside the shell's. Lists are [a, b],
-mappings {a: 1}, null is none.
+Values are read as typed, by the key's type: quote for the shell alone, as in
+'data.path=/my photos'. Lists are [a, b], mappings {a: 1}, null is none.
 
 The run folder contains recipe.yaml, metrics.jsonl, checkpoint/, plots/ and, at
 the end, student.safetensors.
@@ -101,11 +105,15 @@ def distil(
     """
     folder = output or Path("runs") / Path(name or "quickstart").stem
     if dry_run:
+        from distill.licences import check_licences
         from distill.training.plan import print_plan
 
         recipe = _recipe(folder, name, overrides, resume)
         _show_overrides(recipe, overrides, print)
-        print_plan(recipe)
+        from distill.monitor import plan_monitor
+
+        print_plan(recipe, plan_monitor(recipe))
+        check_licences(recipe)
         return
     launch = launched()
     _check_folder(folder, name, overrides, resume)
@@ -115,18 +123,23 @@ def distil(
         recipe = _recipe(folder, name, overrides, resume)
 
         from distill.distributed import join_ranks
-        from distill.training.loop import StopSignal, train
+        from distill.licences import check_licences
+        from distill.monitor import open_monitor
+        from distill.training.loop import train
         from distill.training.report import finish, show_start
+        from distill.training.stop import StopSignal
 
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
         logging.getLogger("timm").setLevel(logging.WARNING)
+        if launch.rank == 0 or recipe.train.allowed_licences is not None:
+            check_licences(recipe)
         with StopSignal() as stop:
             with join_ranks(recipe.train.device) as ranks:
                 if not ranks.first:
                     logging.getLogger().setLevel(logging.ERROR)
                 show_start(recipe, folder, ranks)
                 _show_overrides(recipe, overrides, logging.info)
-                complete = train(recipe, folder, ranks, resume, stop)
+                complete = train(recipe, folder, ranks, resume, stop, open_monitor(recipe, ranks))
             if ranks.first:  # nobody waits for pictures
                 finish(recipe, folder, complete)
 
@@ -178,7 +191,7 @@ def _recipe(folder: Path, name: str | None, overrides: Sequence[str], resume: bo
         changed = [
             (key, old, new)
             for key, old, new in differing_fields(before, now)
-            if key not in _FREE_TO_CHANGE and not re.fullmatch(_TEACHERS_FILE, key)
+            if key not in _FREE_TO_CHANGE and not re.fullmatch(_FREE_PATTERN, key)
         ]
         if changed:
             key, old, new = changed[0]
@@ -200,13 +213,19 @@ _FREE_TO_CHANGE = {
     "teacher_cache.path",
     "train.steps",
     "train.epochs",
+    "train.allowed_licences",
     "train.max_bad_steps",
+    "student.licence",
     "train.log_every",
+    "student.grad_checkpointing",
+    "umt.grad_checkpointing",
+    "kpu.adapter.grad_checkpointing",
+    "train.loggers",
     "train.tensorboard",
     "checkpoint.every_steps",
     "checkpoint.keep",
 }
-_TEACHERS_FILE = r"teachers\.\d+\.checkpoint"
+_FREE_PATTERN = r"teachers\.\d+\.(checkpoint|licence)|monitor\..*"
 """Keys that a resumed run may change: they do not affect what was trained so far, or are compared
 with it (pictures, cache, length, teachers' weights) before anything is."""
 

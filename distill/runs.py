@@ -5,19 +5,23 @@ import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from contract.errors import UserError, first_line
-from contract.files import write_atomically
-from distill.config import Recipe
+from contract.files import write_all_atomically, write_atomically
+from contract.licences import LicenceRecord
+from distill.config import Recipe, TeacherConfig
 from distill.features import FeatureDims
+from distill.licences import KEY, dump_licences, inherited, recorded
 from distill.methods import build_method
 from distill.methods.lengths import with_lengths
 from distill.methods.method import Method
 from distill.models.meta import building
+from distill.models.user_code import check_trust, code_of
 from distill.models.weights import misfit, read_tensors, save_tensors, tensors_sha256
 from distill.recipe_files import RecipeDumper, RecipeLoader
 from distill.recipe_io import dump_recipe, parse_recipe
@@ -31,6 +35,8 @@ holds the section of its own method alone. 3: normalisers have lengths,
 STUDENT = "student.safetensors"
 EMA = "ema.safetensors"
 FILES = {"student": STUDENT, "ema": EMA}
+BEST = {STUDENT: "student.best.safetensors", EMA: "ema.best.safetensors"}
+"""Of the step that a run's monitor scored best."""
 
 
 def git_commit() -> str:
@@ -84,18 +90,81 @@ def save_student(
     """
     for name, shipped in shipped_files(weights, method).items():
         tensors = finish(shipped)
-        metadata = {
-            "format": str(FORMAT),
-            "sha256": tensors_sha256(tensors),
-            "recipe": dump_recipe(recipe),
-            "teacher_dims": dump_dims(dims),
-            "step": str(step),
-            "commit": git_commit(),
-        }
+        metadata = _metadata(tensors, recipe, dims, step)
         write_atomically(
             folder / name, lambda temporary, t=tensors, m=metadata: save_tensors(temporary, t, m)
         )
     return folder / STUDENT
+
+
+def _metadata(
+    tensors: dict[str, torch.Tensor],
+    recipe: Recipe,
+    dims: Mapping[str, FeatureDims],
+    step: int,
+) -> dict[str, str]:
+    """All that is needed to rebuild a network with such tensors."""
+    return {
+        "format": str(FORMAT),
+        "sha256": tensors_sha256(tensors),
+        "recipe": dump_recipe(recipe),
+        "teacher_dims": dump_dims(dims),
+        "step": str(step),
+        "commit": git_commit(),
+        KEY: dump_licences(inherited(recipe)),
+    }
+
+
+def save_best(
+    folder: Path,
+    files: Mapping[str, dict[str, torch.Tensor]],
+    recipe: Recipe,
+    dims: Mapping[str, FeatureDims],
+    step: int,
+    record: Mapping[str, Any],
+) -> None:
+    """Write the `shipped_files` of a step as the run's best ones, and in their metadata the
+    `record` of its scores.
+    """
+    writers = {}
+    # the student's last: its record is the one that is read, so that files of two steps, which a
+    # kill between two renames leaves, are replaced when the run comes to that step again
+    for name in sorted(files, key=lambda name: name == STUDENT):
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in files[name].items()}
+        metadata = _metadata(tensors, recipe, dims, step) | {"monitor": json.dumps(record)}
+        writers[folder / BEST[name]] = lambda path, t=tensors, m=metadata: save_tensors(path, t, m)
+    write_all_atomically(writers)
+
+
+def best_record(folder: Path) -> dict[str, Any] | None:
+    """The `record` of a run's best weights, with their "step"; None where there are none, or none
+    that can be read.
+    """
+    path = folder / BEST[STUDENT]
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        return json.loads(metadata["monitor"]) | {"step": int(metadata["step"])}
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return None
+
+
+def refit_best(
+    folder: Path, fit: Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    """Bring a run's best weights to the state that a finished run's have, by `fit`, once."""
+    for name in BEST.values():
+        path = folder / name
+        if not path.is_file():
+            continue
+        tensors, metadata = read_tensors(path, "remove it")
+        if "fitted" in metadata:
+            continue
+        tensors = fit(tensors)
+        metadata |= {"fitted": "true", "sha256": tensors_sha256(tensors)}
+        write_atomically(
+            path, lambda temporary, t=tensors, m=metadata: save_tensors(temporary, t, m)
+        )
 
 
 @dataclass(frozen=True)
@@ -112,30 +181,60 @@ class Run:
     """Optimizer steps behind its weights; None where the file does not say."""
     sha256: str
     """Of the tensors in its file, by which heads know the student that they were trained for."""
+    licences: tuple[LicenceRecord, ...] = ()
+    """What the student inherits of the weights that it learnt from."""
     finished: bool = True
     """False for the weights of a checkpoint."""
+    best: Mapping[str, Any] | None = None
+    """Of the weights that the run's monitor scored best, the record of their scores."""
 
     @property
     def weights(self) -> str:
         """Which weights these are, for the user."""
         if self.finished:
             return f"of the finished run {self.folder}"
+        if self.best:
+            return f"of step {self.step}, the best by {self.best['name']}: {self.best['score']:.4f}"
         return (
             f"of step {self.step}'s checkpoint, not of a finished run: lengths of heads are fitted "
             "at its end"
         )
 
+    @property
+    def trust_option(self) -> str:
+        """What a command that builds its teachers again needs, " --trust-code" or nothing."""
+        codes = (code_of(config.name, config.kwargs) for config in self.recipe.teachers)
+        return " --trust-code" if any(codes) else ""
 
-Checkpoint = int | Literal["latest"]
-"""Which of a run's checkpoints: that of a step, or the newest."""
+    def teachers(
+        self, trust_code: bool, label: str | None = None
+    ) -> list[tuple[int, TeacherConfig]]:
+        """The number and entry of each teacher of its recipe, or of the one with `label`, to build
+        it again.
+
+        Raises UserError for one that runs code of its own, unless that is trusted.
+        """
+        chosen = [
+            (index, config)
+            for index, config in enumerate(self.recipe.teachers)
+            if label in (None, config.label)
+        ]
+        for _, config in chosen:
+            whose = f"{self.folder} has a teacher '{config.label}'"
+            check_trust(whose, config.name, config.kwargs, trust_code)
+        return chosen
+
+
+Checkpoint = int | Literal["latest", "best"]
+"""Which of a run's checkpoints: that of a step, the newest, or what its monitor scored best."""
 
 
 def parse_checkpoint(text: str | None) -> Checkpoint | None:
     """The value of a command's --checkpoint; raises UserError."""
-    if text is None or text == "latest":
+    if text in (None, "latest", "best"):
         return text
     if not text.isdecimal():
-        raise UserError(f"--checkpoint {text}: give the number of a step, or latest")
+        raise UserError(f"--checkpoint {text}: give the number of a step, latest or best")
     return int(text)
 
 
@@ -146,15 +245,15 @@ def load_run(
 ) -> Run:
     """Rebuild a run's method from `student.safetensors` alone, or from the momentum network's
     weights in `ema.safetensors`, strictly; or from a checkpoint, as the run would ship it if it
-    ended there.
+    ended there; or from the files of its best step.
 
     Raises UserError for a folder that is not a finished run (or has no such checkpoint), or a file
     that is damaged.
     """
-    folder = Path(folder)
-    if checkpoint is not None:
+    folder, best = Path(folder), checkpoint == "best"
+    if checkpoint is not None and not best:
         return _load_unfinished(folder, FILES[weights], checkpoint)
-    path = folder / FILES[weights]
+    path = folder / (BEST[FILES[weights]] if best else FILES[weights])
     if not path.is_file():
         raise UserError(_why_missing(folder, path.name))
     tensors, metadata = read_tensors(path, "train again or copy it again")
@@ -178,7 +277,11 @@ def load_run(
     method.load_state_dict(tensors, strict=True)
     step = metadata.get("step", "")
     steps = int(step) if step.isdecimal() else None
-    return Run(folder, recipe, dims, method.eval(), steps, metadata["sha256"])
+    record = json.loads(metadata["monitor"]) if best else None
+    licences = recorded(metadata, path)
+    return Run(
+        folder, recipe, dims, method.eval(), steps, metadata["sha256"], licences, not best, record
+    )
 
 
 def build_shipped(recipe: Recipe, dims: Mapping[str, FeatureDims]) -> Method:
@@ -188,9 +291,10 @@ def build_shipped(recipe: Recipe, dims: Mapping[str, FeatureDims]) -> Method:
 
 def _offline(recipe: Recipe) -> Recipe:
     """The recipe with a random student: a file of a run holds every weight, and nothing is fetched,
-    whatever it started from.
+    whatever it started from. Nor has it a backward pass to compute anything again in.
     """
-    student = recipe.student.model_copy(update={"pretrained": False, "checkpoint": None})
+    changes = {"pretrained": False, "checkpoint": None, "grad_checkpointing": False}
+    student = recipe.student.model_copy(update=changes)
     return recipe.model_copy(update={"student": student})
 
 
@@ -221,7 +325,8 @@ def _load_unfinished(folder: Path, name: str, checkpoint: Checkpoint) -> Run:
     method = build_shipped(recipe, dims)
     method.load_state_dict(files[name], strict=True)
     sha256 = tensors_sha256(files[name])
-    return Run(folder, recipe, dims, method.eval(), saved["step"], sha256, finished=False)
+    licences = inherited(recipe)
+    return Run(folder, recipe, dims, method.eval(), saved["step"], sha256, licences, False)
 
 
 def _parse_dims(text: str) -> dict[str, FeatureDims]:
@@ -238,13 +343,22 @@ def dump_dims(dims: Mapping[str, FeatureDims]) -> str:
 
 
 def _why_missing(folder: Path, name: str) -> str:
+    if name == BEST[EMA] and (folder / BEST[STUDENT]).is_file():
+        return f"{folder} has no {name}: its method trains no momentum network (use the student)"
+    if name in BEST.values() and (folder / "recipe.yaml").exists():
+        return (
+            f"{folder} has no {name}: nothing has been scored while it trained (set monitor.data, "
+            "or use --checkpoint latest)"
+        )
     if name == EMA and (folder / STUDENT).is_file():
         return f"{folder} has no {EMA}: its method trains no momentum network (use the student)"
+    if not folder.exists():
+        return f"{folder} does not exist: give a run folder, made by distill.run"
     if not (folder / "recipe.yaml").exists():
         return f"{folder} has no {name}: it is not a run folder (give one made by distill.run)"
     return (
-        f"{folder} has no {name}: its training has not finished (continue it, or read it as it is "
-        "with --checkpoint latest, which distill.evaluate, distill.visualize and export.run take)"
+        f"{folder} has no {name}: its training has not finished (continue it; distill.evaluate, "
+        "distill.visualize and export.run read it as it is with --checkpoint latest)"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from contract.tables import entry, print_table
 
 EPILOG = """\
 examples:
@@ -27,7 +28,9 @@ examples:
       vit_base_patch16_224@weights/mine.safetensors
 
 A teacher is NAME[@CHECKPOINT][:BLOCK]: a timm name with weights from its hub,
-or from a file or package:NAME (@random: none), its features read after a block.
+or from a file or package:NAME (@random: none), its features read after a block;
+or local-dir:FOLDER, hf-hub:OWNER/NAME, hf:FOLDER, hf:OWNER/NAME or
+python:module:function (docs/teachers.md).
 --run also compares the student with each teacher, and the teachers' spreads in
 its shared space; those of kpu in the student's space, by the run's checkpoint.
 low (below 0.45), moderate and high (from 0.55) are the names that the paper
@@ -59,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     who.add_argument(
         "--run", type=Path, metavar="RUN", help="a finished run's student and its teachers"
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import and run the code of the teachers of --run (python:, trust_remote_code)",
     )
     parser.add_argument(
         "--data",
@@ -112,10 +120,12 @@ def compare(
     batch_size: int,
     device: str,
     output: Path,
+    trust_code: bool = False,
 ) -> None:
     """Print and write the CKA of `teachers`, or of a recipe's or run's, and of a run's student.
 
-    Raises UserError for fewer than two networks, or settings below their minimum.
+    Raises UserError for fewer than two networks, settings below their minimum, and without
+    `trust_code` for a run's teachers that are code of their own.
     """
     from itertools import combinations
 
@@ -136,7 +146,7 @@ def compare(
             raise UserError(f"{name} {value} is too small: use {least} or more")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA device is available (use --device cpu)")
-    names, encoders, finished = _open_networks(teachers, recipe, run)
+    names, encoders, finished = _open_networks(teachers, recipe, run, trust_code)
     unifiers, why_none = load_unifiers(finished) if finished else ({}, "")
     kind = {"kind": "folder", "path": str(data)} if data else {"kind": "packaged-photos"}
     pictures = open_pictures(DataConfig(**kind))
@@ -172,19 +182,16 @@ def compare(
     advice = [judge(*pair) for pair in pairs if set(pair[:2]) <= set(names)]
     for first, second, value in pairs:
         if second not in names:  # the student is last
-            print(
-                f"student   {second} + {first}: {value:.3f}, {regime(value)} in the paper's words"
-            )
+            about = f"{second} + {first}: {value:.3f}, {regime(value)} in the paper's words"
+            print(entry("student", about))
     for line in advice:
-        print(line)
+        print(entry("advice", line.removeprefix("advice").lstrip()))
     if len(numbers) < 1000:
-        print(
-            f"note      {len(numbers)} pictures are a rough estimate: use 1000 or more of your own "
-            "data"
-        )
+        about = f"{len(numbers)} pictures are a rough estimate: use 1000 or more of your own data"
+        print(entry("note", about))
     _print_spreads(names, rows)
     if why_none:
-        print(f"note      {why_none}")
+        print(entry("note", why_none))
     result = {
         "names": compared,
         "cka": matrix.tolist(),
@@ -210,7 +217,9 @@ def compare(
     print(f"picture   {_draw(output / 'similarity.png', compared, matrix)}")
 
 
-def _open_networks(teachers: list[str] | None, recipe_name: str | None, run: Path | None):
+def _open_networks(
+    teachers: list[str] | None, recipe_name: str | None, run: Path | None, trust_code: bool
+):
     """Names of the teachers, encoders by name (with a run's student), and the run, if given."""
     from distill.evaluate.encoder import RunEncoder, named_encoder, teacher_encoder
     from distill.methods.deployment import BACKBONE
@@ -230,9 +239,8 @@ def _open_networks(teachers: list[str] | None, recipe_name: str | None, run: Pat
     if teachers:
         encoders = {text: named_encoder(text, index=i) for i, text in enumerate(names)}
     else:
-        encoders = {
-            c.label: teacher_encoder(c, c.image_size, i) for i, c in enumerate(recipe.teachers)
-        }
+        chosen = finished.teachers(trust_code) if finished else enumerate(recipe.teachers)
+        encoders = {c.label: teacher_encoder(c, c.image_size, i) for i, c in chosen}
     if finished:
         name = "student" if "student" not in names else f"student of {finished.folder.name}"
         encoders[name] = RunEncoder(finished, BACKBONE)
@@ -328,23 +336,21 @@ def judge(first: str, second: str, value: float) -> str:
 
 
 def _print_matrix(names: list[str], matrix, title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("")
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
-    for name, row in zip(names, matrix, strict=True):
-        table.add_row(name, *(f"{value:.3f}" for value in row))
-    Console(width=None if sys.stdout.isatty() else 140, highlight=False).print(table)
+    # columns have numbers: names of timm's are too long to stand beside one another
+    numbers = [str(number) for number in range(1, len(names) + 1)]
+    table = [
+        (f"{number}  {name}", *(f"{value:.3f}" for value in row))
+        for number, name, row in zip(numbers, names, matrix, strict=True)
+    ]
+    print_table(("", *numbers), table, title=title)
 
 
 def _print_spreads(names: list[str], rows: list[dict]) -> None:
     """Feature spreads a line each: KPU's measure of how much the teachers' scales differ."""
     for row in rows:
         listed = ", ".join(f"{name} {row[name]:.3g}" for name in names)
-        print(f"spread    {row['space']}: {listed}; largest over smallest {row['max/min']:.2f}")
+        about = f"{row['space']}: {listed}; largest over smallest {row['max/min']:.2f}"
+        print(entry("spread", about))
 
 
 def _draw(path: Path, names: list[str], matrix) -> Path:

@@ -11,6 +11,7 @@ import torch
 
 from contract.errors import UserError
 from distill.config import DETECTOR, Recipe
+from distill.fields import source_of
 from distill.methods import METHODS
 from distill.recipe_io import make_recipe
 
@@ -30,11 +31,13 @@ def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
     values["student"] |= shrink(recipe.student.name, recipe.student.kwargs) | {
         "checkpoint": None,
         "pretrained": False,
+        "grad_checkpointing": False,
     }
     for teacher in values["teachers"]:
-        if teacher["name"] == "run":
+        if teacher["name"] == "run" or source_of(teacher["name"])[0]:
             raise UserError(
-                "tiny: a recipe whose teacher is a run cannot be shrunk (its teacher is what it is)"
+                f"tiny: a recipe whose teacher is {teacher['name']} cannot be shrunk (its teacher "
+                "is what it is)"
             )
         teacher |= shrink(teacher["name"], teacher["kwargs"]) | {
             "checkpoint": None,
@@ -70,7 +73,9 @@ def tiny(recipe: Recipe, steps: int = 2) -> Recipe:
         "device": "cpu",
         "log_every": 1,
         "tensorboard": False,
+        "loggers": [],
     }
+    values["monitor"] |= {"data": None}
     return make_recipe(values)
 
 

@@ -76,13 +76,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--checkpoint",
-        metavar="latest|STEP",
-        help="a checkpoint's weights, of a run that is not finished or was further back",
+        metavar="latest|best|STEP",
+        help="which of the run's weights: latest (newest checkpoint), a step, or best (by its "
+        "monitor); default: those of the finished run",
     )
     parser.add_argument(
         "--with-teachers",
         action="store_true",
         help="attention, tsne: also the run's teachers",
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import and run the code of the run's teachers (python:, trust_remote_code)",
     )
     parser.add_argument(
         "--data", type=Path, metavar="ROOT", help="tsne: pictures, best with classes"
@@ -129,6 +135,7 @@ def _draw_kind(args) -> None:
             args.output,
             seed=args.seed,
             checkpoint=checkpoint,
+            trust_code=args.trust_code,
         )
         return
     if not args.images:
@@ -142,6 +149,7 @@ def _draw_kind(args) -> None:
             args.output,
             seed=args.seed,
             checkpoint=checkpoint,
+            trust_code=args.trust_code,
         )
     else:
         sizes = args.sizes or [224, 448]
@@ -193,6 +201,7 @@ def visualize_attention(
     target: Path | None = None,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
+    trust_code: bool = False,
 ) -> None:
     """Draw the attention of the last block, a row for the student and for each teacher that is a
     ViT, at every size (default: each network's own).
@@ -203,7 +212,7 @@ def visualize_attention(
     from distill.evaluate.attention import attention_figure, attention_rows, has_attention
 
     target = target or folder / "plots"
-    networks = _networks(folder, with_teachers, target, checkpoint)
+    networks = _networks(folder, with_teachers, target, checkpoint, trust_code)
     student = next(iter(networks.values()))
     _check_sizes(sizes or [], student.stride)
     photos = [_read_image(path) for path in images]
@@ -228,6 +237,7 @@ def visualize_space(
     target: Path | None = None,
     seed: int = 0,
     checkpoint: Checkpoint | None = None,
+    trust_code: bool = False,
 ) -> None:
     """Draw the t-SNE of the summaries of at most `points` pictures, a panel for the student and for
     each teacher.
@@ -237,7 +247,7 @@ def visualize_space(
     """
     from distill.evaluate.config import ExtractConfig
     from distill.evaluate.datasets import Some
-    from distill.evaluate.extract import CentreViews, extract
+    from distill.evaluate.extract import PolicyViews, extract
     from distill.evaluate.representation import tsne_figure
 
     if data is None:
@@ -250,12 +260,12 @@ def visualize_space(
     if len(some) < 4:
         raise UserError(f"--data {data} has {len(some)} pictures: t-SNE needs 4 or more")
     target = target or folder / "plots"
-    networks = _networks(folder, with_teachers, target, checkpoint)
+    networks = _networks(folder, with_teachers, target, checkpoint, trust_code)
     for encoder in networks.values():
         encoder.need_summary("t-SNE")
     config, features = ExtractConfig(), {}
     for name, encoder in networks.items():
-        views = CentreViews(some, encoder.image_size, config.crop)
+        views = PolicyViews(some, encoder.image_size, encoder.view_of(config))
         found = extract(encoder, views, target / "cache", config, what=f"t-SNE, {name}")
         features[name] = found.summaries().numpy()
     path = target / "tsne.png"
@@ -274,7 +284,11 @@ def _check_sizes(sizes: Sequence[int], stride: int) -> None:
 
 
 def _networks(
-    folder: Path, with_teachers: bool, target: Path, checkpoint: Checkpoint | None
+    folder: Path,
+    with_teachers: bool,
+    target: Path,
+    checkpoint: Checkpoint | None,
+    trust_code: bool,
 ) -> dict:
     """Encoders by the name to draw: the student, then the teachers."""
     from distill.evaluate.cast import open_rows
@@ -283,7 +297,14 @@ def _networks(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such run folder (give one made by distill.run)")
     rows = open_rows(
-        str(folder), [BACKBONE], with_teachers, None, "auto", target, checkpoint=checkpoint
+        str(folder),
+        [BACKBONE],
+        with_teachers,
+        None,
+        "auto",
+        target,
+        checkpoint=checkpoint,
+        trust_code=trust_code,
     )
     names = ["student", *(row.name.partition(" (")[0] for row in rows[1:])]
     return dict(zip(names, (row.encoder for row in rows), strict=True))

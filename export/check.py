@@ -16,12 +16,13 @@ from contract.manifest import (
     Manifest,
     manifest_bytes,
     read_manifest,
-    verify_files,
 )
 from contract.signature import FUSED
 from contract.signing import PublicKey, add_trust, signer
+from contract.tables import print_table
 from contract.text_encoder import TEXT_ENCODER
 from contract.untrusted import open_file, parse_json, read_tensors
+from export.bundle_files import verify_files
 
 EPILOG = """\
 examples:
@@ -60,9 +61,7 @@ def check(bundle: Path, trust: Sequence[Path] = ()) -> int:
     Raises UserError for a folder that is not a bundle, and for one that none of the public keys to
     `trust` has signed.
     """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from rich.text import Text
 
     keys = [PublicKey(path) for path in trust]
     data = manifest_bytes(bundle)
@@ -95,14 +94,18 @@ def check(bundle: Path, trust: Sequence[Path] = ()) -> int:
     rows.append(
         ("parity", f"{len(manifest.parity)} comparisons, least cosine {worst:.6f}", message)
     )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("what", "name", "verdict"):
-        table.add_column(name, overflow="fold")
+    table = []
     for kind, name, problem in rows:
         # names of files that do not belong here may hold anything
-        shown = escape(name.encode(errors="backslashreplace").decode())
-        table.add_row(kind, shown, f"[red]{escape(problem)}[/red]" if problem else "ok")
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+        shown = name.encode(errors="backslashreplace").decode()
+        verdict = (Text("wrong", "red"), Text(problem, "red")) if problem else ("ok",)
+        table.append((kind, shown, *verdict))
+    print_table(("what", "name", "verdict"), table, left=("name", "verdict"))
+    print(f"view      {manifest.view}")
+    if manifest.licences is None:
+        print("inherits  not recorded: this bundle is of an earlier version")
+    for record in manifest.licences or ():
+        print(f"inherits  {record.words}")
     wrong = sum(bool(problem) for _, _, problem in rows)
     print(
         f"{bundle}: {'all checks passed' if not wrong else f'{wrong} of {len(rows)} checks failed'}"

@@ -65,11 +65,7 @@ def compose(
         ports = {value.name: value for value in (*graph.input, *graph.output)}
         same = {}
         for tensor in graph.initializer:
-            data = (
-                tensor.SerializeToString(deterministic=True)
-                if len(tensor.raw_data) < 64
-                else tensor.raw_data
-            )
+            data = tensor.raw_data if len(tensor.raw_data) >= 64 else _content(tensor)
             key = (tensor.data_type, tuple(tensor.dims), hashlib.sha256(data).digest())
             same[tensor.name] = held.setdefault(key, f"{label}/{tensor.name}")
         _rename(
@@ -87,6 +83,14 @@ def compose(
     whole.graph.input.extend(values[port.name] for port in signature.inputs)
     whole.graph.output.extend(values[port.name] for port in signature.outputs)
     return whole
+
+
+def _content(tensor: onnx.TensorProto) -> bytes:
+    """What a small tensor holds, in whichever field, without its name."""
+    bare = onnx.TensorProto()
+    bare.CopyFrom(tensor)
+    bare.ClearField("name")
+    return bare.SerializeToString(deterministic=True)
 
 
 def _rename(graph: onnx.GraphProto, name: Callable[[str], str]) -> None:

@@ -3,12 +3,10 @@
 from pathlib import Path
 
 import onnx
-import timm
 
 from contract.bundle_check import weight_dtypes
 from contract.manifest import GraphRecord, Precision, TeacherRecord, TensorRecord
 from distill.config import TeacherConfig
-from distill.models.packaged import PACKAGE, WHEELS
 from distill.teachers import weights_source
 from export.graph import Student
 from export.modules import Part
@@ -49,20 +47,10 @@ def describe_teacher(config: TeacherConfig, student: Student) -> TeacherRecord:
         token_dim=dims.summary if head and head.has_token else None,
         patch_dim=dims.patches,
         weights=weights_source(config),
-        licence=licence_of(config),
+        licence=licence_of(config.label, student) or "unknown",
     )
 
 
-def licence_of(config: TeacherConfig) -> str:
-    """The licence of a teacher's weights as their publisher states it, or "unknown"."""
-    source = config.checkpoint or ""
-    if source.startswith(PACKAGE):
-        wheel = WHEELS.get(source.removeprefix(PACKAGE))
-        return wheel.licence if wheel else "Apache-2.0 (made by this project)"
-    if source or not config.pretrained or config.name == "run":
-        return "unknown"
-    return (
-        timm.get_pretrained_cfg_value(config.name, "license")
-        if timm.is_model(config.name)
-        else None
-    ) or "unknown"
+def licence_of(label: str, student: Student) -> str | None:
+    """The licence of a teacher's weights as the run recorded it; None where it is unknown."""
+    return next((r.licence for r in student.run.licences if r.label == label), None)

@@ -17,13 +17,16 @@ from scipy.spatial.distance import cdist
 
 from contract.detection import probabilities, text_inputs
 from contract.errors import Failure, UserError
-from contract.manifest import ParityRecord
+from contract.parity_record import ParityRecord
 from contract.signature import DETECTOR, TEXT_DETECTOR
+from contract.views import ViewPolicy
 from distill.models.grounding_dino import TextSide
+from export.agreement import agreement
 from export.detector import Detector, DetectorGraph
 from export.graph import Student
 from export.modules import Part
-from export.parity import agreement, reference
+from export.parity import reference
+from export.photographs import shown
 from export.runtimes.base import Exported, Outputs, Runtime
 from export.runtimes.onnx import CudaRuntime, OnnxRuntime
 
@@ -68,7 +71,9 @@ def compare_detector(
     rows = []
     for labels, batch in zip(_LABELS, (1, min(2, max_batch)), strict=True):
         chosen = photos[:batch]
-        known = reference(student, parts, _images([photo for _, photo in chosen], size))
+        known = reference(
+            student, parts, _images([photo for _, photo in chosen], size, student.view)
+        )
         try:
             prompt = text_inputs(labels, detector.tokenizer)
         except ValueError as error:
@@ -111,9 +116,8 @@ def judge(distance: float, noise: float) -> str:
     return f"off by {distance:.3g}, at most {allowed:.3g} is allowed"
 
 
-def _images(photos: Sequence[Image.Image], size: tuple[int, int]) -> torch.Tensor:
-    resized = [photo.resize(size[::-1], Image.Resampling.BICUBIC) for photo in photos]
-    return torch.from_numpy(np.stack([np.asarray(photo) for photo in resized]))
+def _images(photos: Sequence[Image.Image], size: tuple[int, int], view: ViewPolicy) -> torch.Tensor:
+    return torch.from_numpy(np.stack([shown(photo, size, view) for photo in photos]))
 
 
 @torch.inference_mode()

@@ -35,13 +35,16 @@ from contract.signature import (
     second_port,
     task_port,
 )
-from contract.tasks import TASKS
+from contract.tasks import POSITIONS, TASKS
+from contract.views import SQUASH, ViewPolicy
 from distill.evaluate.encoder import RunEncoder
-from distill.heads import Head, load_head, scaled
+from distill.features import scaled
+from distill.heads import DECODER, Head, load_head
 from distill.methods.deployment import BACKBONE, COUPLING, Deployment, ShippedHead
 from distill.runs import Checkpoint, Run, load_run
 from export.modules import (
     BackboneGraph,
+    DecoderGraph,
     DPTGraph,
     FusedGraph,
     HeadGraph,
@@ -73,6 +76,8 @@ class Student:
     """Pixels per position of the layers a DPT head reads, empty without such a head."""
     merged: int = 0
     """Layers of its network whose branches were merged (see `merge`)."""
+    view: ViewPolicy = SQUASH
+    """What it is shown of pictures."""
 
     @cached_property
     def encoder(self) -> RunEncoder:
@@ -80,24 +85,50 @@ class Student:
         return RunEncoder(self.run, BACKBONE)
 
 
-def open_student(folder: Path, checkpoint: Checkpoint | None = None) -> Student:
-    """Load a run, or a checkpoint of it, and its task heads; raises UserError for anything missing,
-    damaged or not of this student.
+def open_student(
+    folder: Path,
+    checkpoint: Checkpoint | None = None,
+    trust_code: bool = False,
+    view: str | None = None,
+) -> Student:
+    """Load a run, or a checkpoint of it, and its task heads, those whose decoder is the user's own
+    code only with `trust_code`; raises UserError for anything missing, damaged or not of this
+    student. `view`: in place of the recipe's.
     """
     run = load_run(folder, checkpoint=checkpoint)
     if not run.finished:
         log.warning("weights   %s", run.weights)
         folder = folder / "evaluation" / f"step_{run.step}"
     heads = [
-        load_head(folder / "heads" / f"{task}.safetensors", run.sha256)
+        load_head(folder / "heads" / f"{task}.safetensors", run.sha256, trust_code)
         for task in TASKS
         if (folder / "heads" / f"{task}.safetensors").exists()
     ]
     deployment = run.method.deploy()
-    student = Student(run, deployment, tuple(heads), deployment.student.stride, run.sha256)
+    student = Student(
+        run,
+        deployment,
+        tuple(heads),
+        deployment.student.stride,
+        run.sha256,
+        view=ViewPolicy.parse(view or run.recipe.view).on(run.recipe.student.mean),
+    )
+    _compare_views(student)
     if any(head.kind == DPT for head in heads):
         return replace(student, layer_strides=measure_strides(student))
     return student
+
+
+def _compare_views(student: Student) -> None:
+    """Warn of heads whose scores were taken with another view than the bundle's."""
+    for head in student.heads:
+        scored = head.about.get("view", str(student.view))
+        if scored != str(student.view):
+            log.warning(
+                "view      head %s was scored with view %s, but the bundle has %s: its scores do "
+                "not hold there (--view %s)",
+                *(head.task, scored, student.view, scored),
+            )
 
 
 @torch.inference_mode()
@@ -123,7 +154,7 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
 
     `height` and `width` are pixels, None where they vary.
     """
-    deployment, stride = student.deployment, student.stride
+    deployment, stride = student.deployment.folded(), student.stride
     d, maps = deployment.student.width, deployment.student.map_strides
     rows, columns = (height // stride, width // stride) if height and width else ("rows", "columns")
     positions = rows * columns if height and width else "positions"
@@ -163,9 +194,13 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
             SPACES,
             "float32",
             ("batch", n, coupling.spaces, coupling.space_dim + coupling.token_dim),
-            "the M spaces after their interaction, for the heads",
+            "the M spaces after their last cross-space block, for the heads",
         )
-        interaction = Part(InteractionGraph(coupling), Signature(INTERACTION, inputs, (spaces,)))
+        interaction = Part(
+            InteractionGraph(coupling),
+            Signature(INTERACTION, inputs, (spaces,)),
+            {"class_tokens": prefix},
+        )
         parts.append(interaction)
         by_read[COUPLING] = spaces
     readers: dict[str, HeadGraph] = {}
@@ -196,6 +231,9 @@ def build_parts(student: Student, height: int | None, width: int | None) -> list
             part = build_dpt(head, layers, student.layer_strides[0], height, width)
         elif head.kind == UPERNET:
             part = _build_pyramid(head, tuple(by_read[f"maps.{s}"] for s in maps), maps[0])
+        elif head.kind == DECODER:
+            label = head.about["reads"]
+            part = _build_decoder(head, readers[label], read[label], inputs[0], height, width)
         else:
             part = build_task(head, readers, read, inputs, positions, stride)
         tasks.append(part)
@@ -268,8 +306,48 @@ def build_dpt(
     if height and width:
         about["grid"] = (scaled(height // finest, scale), scaled(width // finest, scale))
         positions = about["grid"][0] * about["grid"][1]
-    port = task_port(TASKS[head.task], 1, positions, f"cell of {finest / scale:g} pixels")
+    port = task_port(TASKS[head.task], 1, positions, _cell(finest / scale))
     return Part(DPTGraph(head.module), Signature(head.task, layers, (port,)), about)
+
+
+def _build_decoder(
+    head: Head,
+    reader: HeadGraph,
+    reads: tuple[Port, ...],
+    features: Port,
+    height: int | None,
+    width: int | None,
+) -> Part:
+    """The graph of a teacher's decoder, behind the student's head of that teacher; raises UserError
+    for sizes that the decoder does not take.
+    """
+    task, decoder, about = TASKS[head.task], head.module, describe(head)
+    patch = head.about.get("patch_stride", 0)
+    grid = (height // patch, width // patch) if patch and height and width else None
+    positions: int | str = 0
+    if task.dense:
+        if decoder.fixed and grid != (decoder.side, decoder.side):
+            size = decoder.side * patch
+            raise UserError(
+                f"--resolutions: the decoder of task {task.name} runs on pictures of {size}x{size} "
+                f"alone: give --resolutions {size}, or move its head away"
+            )
+        stride = patch / decoder.scale
+        about["stride"] = int(stride) if stride.denominator == 1 else float(stride)
+        positions = POSITIONS if decoder.scale == 1 else dpt_axis(task.name)
+        if grid:
+            rows, columns = (scaled(side, decoder.scale) for side in grid)
+            about["grid"], positions = (rows, columns), rows * columns
+    inputs = reads
+    if reads[0].name == SPACES and not grid and task.dense:
+        inputs = (*reads, features)
+    cell = "patch" if positions == POSITIONS or decoder.scale == 1 else _cell(about["stride"])
+    port = task_port(task, decoder.settings["classes"], positions, cell)
+    return Part(DecoderGraph(decoder, reader, grid), Signature(task.name, inputs, (port,)), about)
+
+
+def _cell(stride: float) -> str:
+    return f"cell of {stride:g} pixels"
 
 
 def _build_pyramid(head: Head, levels: tuple[Port, ...], finest: int) -> Part:
@@ -280,8 +358,8 @@ def _build_pyramid(head: Head, levels: tuple[Port, ...], finest: int) -> Part:
     positions = _positions_of(levels[:1], "positions")
     if isinstance(positions, int):
         about["grid"] = levels[0].axes[1:3]
-    classes, cell = head.module.settings["classes"], f"cell of {finest} pixels"
-    port = task_port(TASKS[head.task], classes, positions, cell)
+    classes = head.module.settings["classes"]
+    port = task_port(TASKS[head.task], classes, positions, _cell(finest))
     return Part(PyramidGraph(head.module), Signature(head.task, levels, (port,)), about)
 
 

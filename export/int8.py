@@ -24,7 +24,9 @@ from PIL import Image
 
 from contract.errors import Failure
 from contract.signature import IMAGE
+from contract.views import SQUASH, ViewPolicy
 from export.modules import Part
+from export.photographs import shown
 from export.runtimes.base import Outputs
 from export.runtimes.onnx import OnnxRuntime
 from export.to_onnx import OPSET, check, save
@@ -307,11 +309,10 @@ def smallest_side(node: onnx.NodeProto, sides: dict[str, Sequence[int]]) -> int:
     return 0 if node.op_type == "MatMul" and len(dims) > 2 else min(dims[:2])
 
 
-def prepare(photos: Sequence[Image.Image], sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
+def prepare(
+    photos: Sequence[Image.Image], sizes: Sequence[tuple[int, int]], view: ViewPolicy = SQUASH
+) -> list[np.ndarray]:
     """Pictures as graphs read them, uint8 [1, H, W, 3] each, with `sizes` (height, width) in
     turn.
     """
-    return [
-        np.asarray(photo.resize(sizes[n % len(sizes)][::-1], Image.Resampling.BICUBIC))[None]
-        for n, photo in enumerate(photos)
-    ]
+    return [shown(photo, sizes[n % len(sizes)], view)[None] for n, photo in enumerate(photos)]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from contract.errors import UserError
 from contract.signature import FEATURES, FEATURES_GLOBAL, SPACES, Port, Signature
 from contract.tasks import Task
+from distill.decoders.decoder import TeacherDecoder
 from distill.features import Features
 from distill.methods.deployment import COUPLING, Deployment, ShippedHead
 from distill.methods.losses import Prediction
@@ -154,6 +155,31 @@ class TaskGraph(nn.Module):
             value = inputs[0] if self.task.dense else inputs[0][:, 0]
         value = value.to(next(self.head.parameters()).dtype)
         return flatten_positions(self.head(value).float())
+
+
+class DecoderGraph(nn.Module):
+    """A teacher's own decoder, with the student's head of that teacher in front of it.
+
+    Behind a coupling part the head does not see the grid: it is `grid`, rows and columns, or, where
+    sizes vary, that of a further input, the student's map.
+    """
+
+    def __init__(
+        self, decoder: TeacherDecoder, reader: HeadGraph, grid: tuple[int, int] | None
+    ) -> None:
+        super().__init__()
+        self.decoder, self.reader, self.grid, self.prefix = decoder, reader, grid, reader.prefix
+        self.coupled = COUPLING in reader.reads
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The task's output: [B, C], [B, h'*w'] or [B, h'*w', C]."""
+        seen = self.reader.predict(*inputs[: len(self.reader.reads)])
+        patches = seen.patches.float()
+        if self.coupled and self.decoder.reads != "token":
+            grid = self.grid or tuple(inputs[-1].shape[1:3])
+            patches = patches.flatten(1, 2).unflatten(1, grid)
+        token = None if seen.token is None else seen.token.float()
+        return flatten_positions(self.decoder(patches, token))
 
 
 class DPTGraph(nn.Module):

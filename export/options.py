@@ -16,6 +16,7 @@ from pydantic import (
 from contract.engine_record import EngineOptions, first_problem
 from contract.errors import UserError
 from contract.manifest import Precision
+from contract.names import ViewText
 
 PACKAGED = "packaged-photos"
 """In place of a folder: the photographs of packages on PyPI."""
@@ -64,8 +65,13 @@ class ExportOptions(Options):
 
     run: Path
     """Run folder of `distill.run`."""
-    checkpoint: Literal["latest"] | NonNegativeInt | None = None
-    """In place of the finished run's weights those of its newest checkpoint, or of a step's."""
+    checkpoint: Literal["latest", "best"] | NonNegativeInt | None = None
+    """In place of the finished run's weights those of its newest checkpoint, of a step's, or those
+    that its monitor scored best."""
+    trust_code: bool = False
+    """Whether to import and call the code of a decoder that `distill.attach` was given as
+    python:…; a bundle has no code.
+    """
     output: Path
     """The bundle, a folder that appears complete or not at all."""
     force: bool = False
@@ -79,6 +85,9 @@ class ExportOptions(Options):
     resolutions: tuple[str, ...] = ()
     """Sizes in pixels, 224 or 448x336 (height x width); several make both axes dynamic. Empty: the
     student's own.
+    """
+    view: ViewText | None = None
+    """How pictures are brought to the student's size (contract/views.py), in place of the recipe's.
     """
     images: Path | None = None
     """Folder of photographs to compare on; None: packaged ones."""

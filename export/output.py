@@ -14,9 +14,10 @@ from pathlib import Path
 
 from contract.errors import Stopped, UserError
 from contract.files import check_place, new_folder, tidy
-from contract.manifest import MANIFEST, entries, manifest_bytes, strangers
+from contract.manifest import MANIFEST, manifest_bytes
 from contract.names import SIGNATURE
 from contract.untrusted import parse_json
+from export.bundle_files import entries, strangers
 
 
 def check_output(output: Path, force: bool, read: Mapping[str, Path]) -> Path:

@@ -6,7 +6,6 @@ import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,46 +13,41 @@ from PIL import Image
 from torch import Tensor
 
 from contract.errors import Failure
-from contract.manifest import ParityRecord, Precision
+from contract.manifest import Precision
+from contract.parity_record import ParityRecord
 from contract.signature import (
     FEATURES,
     FEATURES_GLOBAL,
     FUSED,
     IMAGE,
+    INTERACTION,
     MAP_OF_STRIDE,
     SPACES,
     further_names,
     layer_names,
 )
 from contract.tasks import TASKS
+from contract.views import ViewPolicy
+from distill.heads import DECODER
 from distill.methods.deployment import BACKBONE
+from export.agreement import (
+    MOST,
+    Agreement,
+    agreement,
+    exact_agreement,
+    judge,
+    position_bounds,
+)
 from export.graph import DPT, UPERNET, Student
 from export.modules import Part, flatten_positions
+from export.neighbours import crops, judge_neighbours, neighbours, summaries
+from export.photographs import shown
 from export.runtimes.base import Outputs, Runtime
 
-TOLERANCE: dict[Precision, float] = {"fp32": 0.99999, "fp16": 0.999, "bf16": 0.999, "int8": 0.99}
-"""Least cosine between a graph's output and the student's, for every picture."""
-
-RELATIVE: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.05, "bf16": 0.05, "int8": 0.15}
-"""Largest error over the length of the student's output, for every picture: cosine does not notice
-another scale.
-"""
-
-_CENTRED = 0.5
-_TELLING: dict[Precision, float] = {"fp32": 1e-3, "fp16": 0.01, "bf16": 0.05, "int8": 0.1}
-"""Outputs can be similar for all pictures (a student that has learnt little); another picture's
-output, or a constant, then has a high cosine too. So the outputs are also compared without their
-mean over pictures: that cosine must be at least `_CENTRED` for every picture that differs from the
-mean by this fraction of its length. Where pictures differ less, the rounding of the precision
-(about 1e-5, 2e-3, 2e-2 and 6e-2 of the length) is as large as the difference, and the cosine is
-only recorded.
-"""
-
-_OWN = 5.0
-"""Where float32 itself is not exact (attention to far places multiplies its rounding), a graph of
-float32 is compared with the student in float64, and may be this many times as far from it as torch
-is in float32: the order of sums differs. In no case may it be further than one of half precision.
-"""
+_Key = tuple[str, str, str]
+"""Runtime, graph and output."""
+_Pairs = dict[_Key, list[tuple[np.ndarray, np.ndarray]]]
+"""Outputs of a graph and of the student, batch after batch."""
 
 _GROUP = 8
 """Least number of pictures whose outputs are centred on their common mean, and held at once."""
@@ -86,9 +80,10 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
     from the graphs' modules.
     """
     deployment, coupled = student.deployment, []
-    listening = deployment.coupling.register_forward_hook(
-        lambda module, inputs, output: coupled.append(output)
-    )
+    shared = next((p.module.coupling for p in parts if p.signature.graph == INTERACTION), None)
+    # a folded one hands over what the last cross-space block of the trained one does
+    source = getattr(shared, "counterpart", lambda coupling: coupling)(deployment.coupling)
+    listening = source.register_forward_hook(lambda module, inputs, output: coupled.append(output))
     try:
         pixels = image.permute(0, 3, 1, 2).to(deployment.preprocess.mean.dtype) / 255
         predictions = deployment(pixels)
@@ -127,6 +122,10 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
         task, seen = TASKS[head.task], predictions[head.about["reads"]]
         if head.kind == DPT:
             value = layers
+        elif head.kind == DECODER:
+            answer = head.module(seen.patches, seen.token)
+            result[task.output] = flatten_positions(answer).numpy()
+            continue
         elif head.kind == UPERNET:
             value = seen.maps
         elif task.dense:
@@ -135,19 +134,6 @@ def reference(student: Student, parts: Sequence[Part], image: Tensor) -> Outputs
             value = seen.summary if seen.token is None else seen.token
         result[task.output] = flatten_positions(head.module(value)).numpy()
     return result
-
-
-def compare(got: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine [B] and largest absolute difference [B] of each picture's output; NaN has cosine
-    -1.
-    """
-    a, b = (values.reshape(len(values), -1).astype(np.float64) for values in (got, wanted))
-    whole = np.isfinite(a).all(1)
-    a = np.where(whole[:, None], a, 0)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine = np.where(norms > 0, (a * b).sum(1) / np.where(norms > 0, norms, 1), (a == b).all(1))
-    largest = np.where(whole, np.abs(a - b).max(1, initial=0), np.finfo(np.float64).max)
-    return np.where(whole, cosine, -1.0), largest
 
 
 def engine_sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -180,95 +166,6 @@ def check_sizes(
     return list(dict.fromkeys([*result, *oblong[:1], *equal[:1]]))
 
 
-class Agreement(NamedTuple):
-    """How an output agrees with the student's, for every picture [B]; values that are not finite
-    never agree.
-    """
-
-    cosine: np.ndarray
-    largest: np.ndarray
-    """Absolute difference."""
-    relative: np.ndarray
-    """Length of the difference over the length of the student's output."""
-    centred: np.ndarray
-    """Cosine without the mean over pictures; NaN without a mean, or without a difference from
-    it.
-    """
-    deviation: np.ndarray
-    """Distance of the student's output from that mean, over its own length."""
-    position: np.ndarray
-    """Least cosine of any position of a map; NaN for outputs that are not maps."""
-    own: np.ndarray
-    """Largest error over length of the student in float32 on any picture of the batch, where the
-    rest compares with it in float64; else 0."""
-
-
-def agreement(got: np.ndarray, wanted: np.ndarray, mean: np.ndarray | None) -> Agreement:
-    """Compare [B, …] with the student's; `mean` is the student's over some pictures, without B."""
-    cosine, largest = compare(got, wanted)
-    whole = np.isfinite(got.reshape(len(got), -1)).all(1)
-    a, b = (
-        np.where(whole[:, None], v.reshape(len(v), -1), 0).astype(np.float64) for v in (got, wanted)
-    )
-    length, most = np.linalg.norm(b, axis=1), np.finfo(np.float64).max
-    error = np.linalg.norm(a - b, axis=1)
-    relative = np.where(
-        length > 0, error / np.where(length > 0, length, 1), np.where(error > 0, most, 0)
-    )
-    unknown = np.full(len(got), np.nan)
-    centred, deviation, position = unknown, np.zeros(len(got)), unknown
-    if mean is not None:
-        a0, b0 = a - mean.reshape(1, -1), b - mean.reshape(1, -1)
-        apart = np.linalg.norm(b0, axis=1)
-        norms = apart * np.linalg.norm(a0, axis=1)
-        centred = np.where(apart > 0, (a0 * b0).sum(1) / np.where(norms > 0, norms, 1), np.nan)
-        deviation = apart / np.where(length > 0, length, 1)
-    if got.ndim > 2:
-        rows = (values.reshape(-1, got.shape[-1]) for values in (a, b))
-        position = compare(*rows)[0].reshape(len(got), -1).min(1)
-    return Agreement(
-        cosine,
-        largest,
-        np.where(whole, relative, most),
-        np.where(whole, centred, -1.0),
-        deviation,
-        np.where(whole, position, -1.0) if got.ndim > 2 else position,
-        np.zeros(len(got)),
-    )
-
-
-def judge(result: Agreement, precision: Precision) -> tuple[int, str]:
-    """The picture that agrees least, and what is wrong with it, "" if nothing is."""
-    spare = np.minimum(_OWN * result.own, RELATIVE["fp16"])
-    # the cosine of a small error at a right angle to the output, where it shows most
-    enough = np.minimum(TOLERANCE[precision], 1 - spare**2 / 2)
-    worst = int((result.cosine - enough).argmin())
-    if not result.cosine[worst] >= enough[worst]:
-        odd = " (NaN or infinity)" if result.largest[worst] == np.finfo(np.float64).max else ""
-        return (
-            worst,
-            f"cosine {result.cosine[worst]:.6f}{odd}, at least {enough[worst]:.6g} is required",
-        )
-    most = np.maximum(RELATIVE[precision], spare)
-    largest = int((result.relative - most).argmax())
-    if not result.relative[largest] <= most[largest]:
-        return (
-            largest,
-            f"off by {result.relative[largest]:.3g} of its length, at most {most[largest]:.3g} "
-            "is allowed",
-        )
-    differs = result.deviation >= np.maximum(_TELLING[precision], spare)
-    telling = np.where(differs, result.centred, 1.0)
-    least = int(telling.argmin())
-    if telling[least] < _CENTRED:
-        return (
-            least,
-            f"cosine {telling[least]:.3f} without the mean over pictures, at least {_CENTRED} is "
-            "required",
-        )
-    return worst, ""
-
-
 def measure(
     student: Student,
     parts: Sequence[Part],
@@ -281,8 +178,9 @@ def measure(
     """Compare every output of every graph in all runtimes.
 
     At the first size: all pictures in batches of the largest size, then the other batch sizes. At
-    every other size: the smallest and the largest batch, on pictures in turn. Raises Failure if the
-    student itself returns NaN or infinity.
+    every other size: the smallest and the largest batch, on pictures in turn. What stands for a
+    whole picture is also asked for its neighbours, among all pictures and crops of them. Raises
+    Failure if the student itself returns NaN or infinity.
     """
     largest, turn, rows = max(batches), itertools.cycle(photos), []
     whole = -(-len(photos) // largest) * largest
@@ -294,39 +192,117 @@ def measure(
         (size, batch, batch) for size in sizes[1:] for batch in sorted({min(batches), largest})
     ]
     corner = tuple(max(sides) for sides in zip(*sizes, strict=True))
+    named = {part.signature.graph: summaries(part.signature.outputs) for part in parts}
     for size, batch, count in plan:
         # at the largest size the first pictures, which are the golden set
         first = size == corner != sizes[0] and batch == largest
         chosen = list(itertools.islice(itertools.cycle(photos) if first else turn, count))
-        agreed: dict[tuple[str, str, str], list[Agreement]] = {}
-        for key, result in _compared(
+        agreed: dict[_Key, list[Agreement]] = {}
+        pairs: _Pairs = {}
+        for key, result, got, wanted in _compared(
             student, parts, runtimes, [photo for _, photo in chosen], batch, size, precision
         ):
             agreed.setdefault(key, []).append(result)
-        for (runtime, graph, output), parted in agreed.items():
-            result = Agreement(*(np.concatenate(values) for values in zip(*parted, strict=True)))
-            worst, problem = judge(result, precision)
-            rows.append(
-                ParityRecord(
-                    graph=graph,
-                    output=output,
-                    runtime=runtime,
-                    batch=batch,
-                    height=size[0],
-                    width=size[1],
-                    pictures=len({name for name, _ in chosen}),
-                    cosine=float(result.cosine.min()),
-                    max_abs=float(result.largest.max()),
-                    relative=float(result.relative.max()),
-                    centred=least(result.centred),
-                    deviation=float(result.deviation.max()),
-                    position_cosine=least(result.position),
-                    worst_image=chosen[worst][0],
-                    passed=not problem,
-                    problem=problem,
-                )
+            if not rows and key[2] in named[key[1]]:
+                pairs.setdefault(key, []).append((got, wanted))
+        pairs = {key: _first(len(photos), of) for key, of in pairs.items()}
+        if len(photos) > 1:
+            pictures = [photo for _, photo in photos]
+            _add_crops(pairs, student, parts, runtimes, pictures, batch, size)
+        rows += [
+            _record(
+                key,
+                Agreement(*(np.concatenate(values) for values in zip(*parted, strict=True))),
+                pairs.get(key),
+                chosen,
+                batch,
+                size,
+                precision,
             )
+            for key, parted in agreed.items()
+        ]
     return rows
+
+
+def _first(count: int, pairs: list[tuple[np.ndarray, np.ndarray]]) -> list:
+    """The outputs for the first `count` pictures, after which they repeat."""
+    return [tuple(np.concatenate(values)[:count] for values in zip(*pairs, strict=True))]
+
+
+def _add_crops(
+    pairs: _Pairs,
+    student: Student,
+    parts: Sequence[Part],
+    runtimes: Sequence[Runtime],
+    photos: Sequence[Image.Image],
+    batch: int,
+    size: tuple[int, int],
+) -> None:
+    """Add the outputs of `pairs` for crops of all photographs, where it has any."""
+    if not pairs:
+        return
+    for image in _batches(list(crops(photos)), batch, size, student.view):
+        wanted = reference(student, parts, torch.from_numpy(image))
+        for runtime in runtimes:
+            for graph, outputs in run_chain(runtime, parts, image).items():
+                for name, got in outputs.items():
+                    if (key := (runtime.name, graph, name)) in pairs:
+                        pairs[key].append((got, wanted[name]))
+
+
+def _batches(
+    photos: Sequence[Image.Image], batch: int, size: tuple[int, int], view: ViewPolicy
+) -> list[np.ndarray]:
+    """Pictures as graphs read them, uint8 [B, H, W, 3] each; the last may be fewer."""
+    pixels = [shown(photo, size, view) for photo in photos]
+    return [np.stack(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
+
+
+def _record(
+    key: _Key,
+    result: Agreement,
+    pairs: list[tuple[np.ndarray, np.ndarray]] | None,
+    chosen: Sequence[tuple[str, Image.Image]],
+    batch: int,
+    size: tuple[int, int],
+    precision: Precision,
+) -> ParityRecord:
+    """What the manifest says of one output in one runtime."""
+    runtime, graph, output = key
+    worst, problem = judge(result, precision)
+    near = None
+    if pairs:
+        got, wanted = (np.concatenate(values) for values in zip(*pairs, strict=True))
+        near = neighbours(got, wanted, precision)
+        # where float32 of torch is not exact, its neighbours are not either
+        bound: Precision = "fp16" if result.own.any() else precision
+        problem = problem or (judge_neighbours(near, bound) if near else "")
+    is_map = result.errors.shape[1] > 0
+    beyond = (result.errors > position_bounds(result, precision).near).sum(1)
+    return ParityRecord(
+        graph=graph,
+        output=output,
+        runtime=runtime,
+        batch=batch,
+        height=size[0],
+        width=size[1],
+        pictures=len({name for name, _ in chosen}),
+        cosine=float(result.cosine.min()),
+        max_abs=float(result.largest.max()),
+        relative=float(result.relative.max()),
+        centred=least(result.centred),
+        deviation=float(result.deviation.max()),
+        position_cosine=least(result.position),
+        position_error=min(float(result.errors.max()), MOST) if is_map else None,
+        positions_beyond=int(beyond.max()) if is_map else None,
+        positions=result.errors.shape[1] if is_map else None,
+        neighbours_of=near.pictures if near else None,
+        nearest=near.nearest if near else None,
+        ranked=near.ranked if near else None,
+        worst_image=chosen[worst][0],
+        passed=not problem,
+        problem=problem,
+    )
 
 
 def least(values: np.ndarray) -> float | None:
@@ -341,10 +317,11 @@ def _compared(
     batch: int,
     size: tuple[int, int],
     precision: Precision,
-) -> Iterator[tuple[tuple[str, str, str], Agreement]]:
-    """Yield (runtime, graph, output) and how it agrees, one batch after the other."""
-    pixels = [np.asarray(photo.resize(size[::-1], Image.Resampling.BICUBIC)) for photo in photos]
-    images = [np.stack(pixels[start : start + batch]) for start in range(0, len(pixels), batch)]
+) -> Iterator[tuple[_Key, Agreement, np.ndarray, np.ndarray]]:
+    """Yield (runtime, graph, output), how it agrees, it and the student's, one batch after the
+    other.
+    """
+    images = _batches(photos, batch, size, student.view)
     doubled: Student | None = None
     for group in np.array_split(np.arange(len(images)), max(1, len(photos) // max(_GROUP, batch))):
         wanted = [reference(student, parts, torch.from_numpy(images[n])) for n in group]
@@ -365,39 +342,24 @@ def _compared(
             for runtime in runtimes:
                 for graph, outputs in run_chain(runtime, parts, images[n]).items():
                     for name, got in outputs.items():
-                        result = agreement(got, expected[name], means.get(name))
+                        known = expected[name], means.get(name), name
+                        result = agreement(got, *known)
                         if precision == "fp32" and judge(result, precision)[1]:
                             doubled = doubled or _in_float64(student)
                             exact = exact or reference(doubled, parts, torch.from_numpy(images[n]))
-                            result = _from_float64(
-                                result, got, expected[name], exact.get(name), means.get(name)
-                            )
-                        yield (runtime.name, graph, name), result
+                            if name in exact:
+                                result = exact_agreement(got, known[0], exact[name], *known[1:])
+                        yield (runtime.name, graph, name), result, got, expected[name]
 
 
 def _in_float64(student: Student) -> Student:
-    """A copy that computes in float64, without heads that read layers."""
-    heads = [head for head in student.heads if head.kind != DPT]
+    """A copy that computes in float64, without heads that read layers, and without decoders, whose
+    code may know float32 alone.
+    """
+    heads = [head for head in student.heads if head.kind not in (DPT, DECODER)]
     return replace(
         student,
         deployment=copy.deepcopy(student.deployment).double(),
         heads=tuple(replace(h, module=copy.deepcopy(h.module).double()) for h in heads),
         layer_strides=(),
     )
-
-
-def _from_float64(
-    result: Agreement,
-    got: np.ndarray,
-    wanted: np.ndarray,
-    exact: np.ndarray | None,
-    mean: np.ndarray | None,
-) -> Agreement:
-    """How an output agrees with the float64 student's; the `result` there is for one that this does
-    not have.
-    """
-    if exact is None:
-        return result
-    # of small maps one picture may be right by luck
-    own = agreement(wanted, exact, mean).relative.max()
-    return agreement(got, exact, mean)._replace(own=np.full(len(got), own))

@@ -3,6 +3,7 @@ on.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,11 +13,17 @@ from PIL import Image
 
 from contract.errors import UserError
 from contract.images import UnreadableImage
+from contract.views import ViewPolicy
 from distill.data.pictures import FolderPictures, PackagedPhotos, Pictures
 from export.options import PACKAGED
 
 Photos = list[tuple[str, Image.Image]]
 """Names and pictures."""
+
+_WHOLE = 2**21
+"""Pixels: larger photographs are reduced, though not below twice the size they are compared at; a
+hundred of a phone are gigabytes.
+"""
 
 _MOST = 32
 """Pictures that are compared, at most."""
@@ -87,10 +94,23 @@ def _load(
             raise UserError(
                 f"{error.name} cannot be read ({error.reason}): repair or remove it"
             ) from error
-        # a hundred photographs of a phone are gigabytes
-        factor = max(1, min(picture.width // (2 * width), picture.height // (2 * height)))
+        factor = min(picture.width // (2 * width), picture.height // (2 * height))
+        factor = max(1, min(factor, math.ceil((picture.width * picture.height / _WHOLE) ** 0.5)))
         result.append((_name_of(pictures, number), picture.reduce(factor)))
     return result
+
+
+def shown(photo: Image.Image, size: tuple[int, int], view: ViewPolicy) -> np.ndarray:
+    """What a model of `size` (height, width) is shown of a photograph, uint8 [height, width, 3]; of
+    its tiles the middle one.
+
+    Raises UserError for a photograph of too many tiles.
+    """
+    try:
+        views = view.every(photo, *size)
+    except ValueError as error:
+        raise UserError(f"--images: {error}") from error
+    return views[len(views) // 2]
 
 
 def digest(images: Sequence[np.ndarray]) -> str:

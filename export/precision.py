@@ -23,12 +23,13 @@ def cast_student(student: Student, precision: str) -> Student:
     """
     if precision not in ("fp16", "bf16"):
         return student
-    deployment = copy.deepcopy(student.deployment).to(DTYPES[precision])
-    for before, after in zip(student.deployment.modules(), deployment.modules(), strict=True):
+    exact = student.deployment.folded()  # products of weights are rounded once
+    deployment = copy.deepcopy(exact).to(DTYPES[precision])
+    for before, after in zip(exact.modules(), deployment.modules(), strict=True):
         if isinstance(before, Preprocess | FeatureNormalizer):
             after.float()
-            for exact, rounded in zip(_constants(before), _constants(after), strict=True):
-                rounded.copy_(exact)  # undo the rounding of the cast
+            for whole, rounded in zip(_constants(before), _constants(after), strict=True):
+                rounded.copy_(whole)  # undo the rounding of the cast
     heads = tuple(
         replace(head, module=copy.deepcopy(head.module).to(DTYPES[precision]))
         if head.kind in (DPT, UPERNET)

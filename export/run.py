@@ -36,11 +36,14 @@ coupling module, every teacher's head and every task head in RUN/heads, and
 Every output is compared with the torch student on photographs. The table is
 printed and stored in the manifest; of each output it shows, for the worst
 picture,
-  cosine      similarity with the student's output
-  off by      length of the difference over the length of the output
-  centred     cosine without what all pictures have in common
-  a position  cosine of the worst position of a map
-  difference  largest absolute difference of a number
+  cosine    similarity with the student's output
+  off by    length of the difference over the length of the output
+  centred   cosine without what all pictures have in common
+  position  the same as "off by", of the worst position of a map
+  far       positions of one picture that are off by more than is usual
+and, of what stands for a whole picture,
+  1-NN      share of the pictures, and of crops of them, that keep their
+            nearest neighbour
 
 Exit status: 0 success, 1 outputs disagree or another failure, 2 usage error.
 """
@@ -57,15 +60,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder of distill.run")
     parser.add_argument(
         "--checkpoint",
-        metavar="latest|STEP",
-        help="of a run that is not finished, or was further back: that checkpoint's weights, with "
-        "the heads that distill.evaluate --checkpoint trained",
+        metavar="latest|best|STEP",
+        help="which of the run's weights: latest (newest checkpoint), a step, or best (by its "
+        "monitor), with the heads that distill.evaluate --checkpoint trained; default: those of "
+        "the finished run",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="BUNDLE", help="folder to create"
     )
     parser.add_argument(
         "--force", action="store_true", help="replace the bundle at --output, and only a bundle"
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import and call the python: code of a decoder in RUN/heads (distill.attach)",
     )
     parser.add_argument(
         "--precision",
@@ -87,6 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="H[xW]",
         help="sizes in pixels, multiples of the stride; with several, height and width are dynamic "
         "(default: the student's own size)",
+    )
+    parser.add_argument(
+        "--view",
+        metavar="POLICY",
+        help="how pictures are brought to the student's size: squash, centre-crop:SHARE, letterbox "
+        "or tiles:OVERLAP, then ,bilinear or ,no-antialias (default: that of the run's recipe, "
+        "which its scores are taken with)",
     )
     parser.add_argument(
         "--images",
@@ -125,10 +141,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="tensorrt-rtx: GPUs to build for, such as 8.9",
     )
     parser.add_argument(
-        "--workspace", type=float, metavar="GIB", help="TensorRT: memory limit of the builder"
+        "--workspace",
+        type=float,
+        metavar="GIB",
+        help="TensorRT: the builder's memory in GiB (default: its own limit)",
     )
     parser.add_argument(
-        "--optimization-level", type=int, metavar="0-5", help="TensorRT: effort of the builder"
+        "--optimization-level",
+        type=int,
+        metavar="0-5",
+        help="TensorRT: 0 builds fast, 5 runs fast (default: TensorRT's)",
     )
     parser.add_argument(
         "--timing-cache",
@@ -174,11 +196,14 @@ def _run(**options: object) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     for noisy in ("timm", "onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    export_bundle(chosen)
+    manifest = export_bundle(chosen)
+    print(f"view      {manifest.view}")
     print(f"manifest  {chosen.output / MANIFEST}")
     print("next      verify it, or measure its speed:")
     print(f"  python -m export.check {chosen.output}")
-    print(f"  python -m export.bench {chosen.output} --run {chosen.run}")
+    # a checkpoint's student is not the one that the run ships
+    beside = f" --run {chosen.run}" if chosen.checkpoint is None else ""
+    print(f"  python -m export.bench {chosen.output}{beside}")
 
 
 if __name__ == "__main__":

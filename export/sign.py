@@ -6,9 +6,10 @@ from pathlib import Path
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
-from contract.manifest import manifest_bytes, read_manifest, verify_files
+from contract.manifest import manifest_bytes, read_manifest
 from contract.names import SIGNATURE
 from contract.signing import read_private_key, write_signature
+from export.bundle_files import verify_files
 
 EPILOG = """\
 examples:

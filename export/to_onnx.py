@@ -22,6 +22,7 @@ from contract.errors import UserError, first_line, out_of_memory
 from contract.signature import TEXT_TOKENS, Port, Signature, layer_side
 from export.modules import Part
 from export.resample import dense_resampling
+from export.trace_once import tables_kept, uncollected
 from export.traceable import traceable
 
 OPSET = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20}
@@ -143,6 +144,8 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
         _bounded(signature.graph),
         dense_resampling(),
         traceable(),
+        tables_kept(),
+        uncollected(),
         warnings.catch_warnings(),
         torch.no_grad(),
     ):
@@ -185,7 +188,11 @@ def _has_star(module: nn.Module) -> bool:
 
 
 def clean(model: onnx.ModelProto, about: dict[str, str]) -> onnx.ModelProto:
-    """Remove stack traces and local paths, and add metadata."""
+    """Remove stack traces and local paths, and add metadata.
+
+    Reshapes lose `allowzero`, which matters to empty tensors alone and keeps equal nodes from being
+    found equal.
+    """
     del model.metadata_props[:]
     model.doc_string = ""
     for graph in graphs(model):
@@ -195,6 +202,9 @@ def clean(model: onnx.ModelProto, about: dict[str, str]) -> onnx.ModelProto:
                 item.doc_string = ""
                 if hasattr(item, "metadata_props"):
                     del item.metadata_props[:]
+        for node in graph.node:
+            if node.op_type == "Reshape":
+                del node.attribute[:]  # it has no other
         del graph.metadata_props[:]
     for key, value in sorted(about.items()):
         model.metadata_props.add(key=key, value=value)

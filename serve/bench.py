@@ -10,6 +10,7 @@ from pathlib import Path
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
+from contract.tables import print_table
 from serve.errors import ServerError
 
 EPILOG = """\
@@ -192,22 +193,19 @@ async def _prepare(client, url: str, model: str, outputs, batch: int, encoded: P
 
 
 def show(rows: list[dict], batch: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("model", "load", "pictures/s", "p50 ms", "p90 ms", "p99 ms", "answered", "failed"):
-        table.add_column(name, justify="left" if name in ("model", "load") else "right")
+    heads = ("model", "load", "pictures/s", "p50 ms", "p90 ms", "p99 ms", "answered", "failed")
+    table = []
     for row in rows:
         figures = (row["requests_per_second"] * batch, row["p50_ms"], row["p90_ms"], row["p99_ms"])
-        table.add_row(
+        cells = (
             row["model"],
             row["load"],
             *(f"{value:.1f}" for value in figures),
             str(row["answered"]),
             str(row["failed"]),
         )
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+        table.append(cells)
+    print_table(heads, table, left=("load",))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 status.
 """
 
+import importlib.util
+from collections.abc import Sequence
+
 from contract.errors import Failure, UserError
 
 
@@ -44,6 +47,16 @@ class ClientError(Exception):
         return f"{type(self).__name__}({str(self)!r})"
 
 
+def need_packages(command: str, packages: Sequence[str], extra: str) -> None:
+    """Raise UserError for the first package that a command needs and that is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{command} needs {package}, which is not installed: pip install "
+                f"'vfm-distill[{extra}]'"
+            )
+
+
 def shorten(text: str, most: int) -> str:
     """A text as one printable line of at most so many characters, with what is too long left out of
     its middle.
@@ -57,6 +70,18 @@ def shorten(text: str, most: int) -> str:
 
 class BadRequest(ClientError, UserError):
     """The request is invalid: a picture, an output, a size, a label."""
+
+
+class BadPicture(BadRequest):
+    """A `picture`, by the name that messages call it, that cannot be read or is not taken."""
+
+    picture = ""
+
+
+def bad_picture(message: str, picture: str, request_id: str = "") -> BadPicture:
+    error = BadPicture(message, request_id)
+    error.picture = picture
+    return error
 
 
 class NotServed(ClientError, UserError):
@@ -85,3 +110,21 @@ class WrongAnswer(ClientError, ServerError):
     """An answer that does not match the request: names, types, shapes, numbers that are not
     finite.
     """
+
+
+class NotFinite(WrongAnswer):
+    """An `output` that holds NaN or infinity: the picture's, or the model's fault."""
+
+    output = ""
+
+
+def with_remedy(error: Unavailable | NotAllowed, url: str) -> Unavailable | NotAllowed:
+    """What a command says where nobody answers at an address, or this client is refused there."""
+    if isinstance(error, NotAllowed):
+        error.message += " (see --ssl, --ssl-root, --ssl-certificate, --ssl-key, --admin-key)"
+    elif "connect" in error.message or "resolving" in error.message:
+        return type(error)(
+            f"no server answers at {url}: start one with python -m serve.run BUNDLE, or name "
+            "another with --url"
+        )
+    return error

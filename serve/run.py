@@ -10,17 +10,21 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contract.claim import claimed
 from contract.command_line import CommandLine
-from contract.errors import UserError, exit_status
+from contract.errors import UserError, exit_status, printable
 from contract.signing import PublicKey, add_trust
 from serve.errors import ServerError
 from serve.repository.build import add_settings, make_repository, read_settings
 from serve.repository.settings import Settings
 
 if TYPE_CHECKING:
+    from serve.server.golden import Policy
     from serve.server.launch import Options
 
 EPILOG = """\
@@ -52,13 +56,17 @@ these restarts.
 With the embedded Triton, clients reach gRPC through a small proxy, because it
 crashes when they cancel requests, and --host needs --expose-embedded.
 
+At every start, before clients are let in, the server must answer golden
+pictures (photographs in the bundle, with the student's own answers): answers
+outside the bundle's bounds end it (--golden).
+
 Loading models, shared memory, tracing and logging require the key in
 DIR/.serve.json, over both gRPC and HTTP, unless listed in --open. With TLS,
 HTTP stays on 127.0.0.1, because Triton has no TLS for it. Arguments after --
 are passed to tritonserver unchanged. See docs/serving.md.
 
-Exit status: 0 stopped on request, 1 the server failed or requests were cut
-off, 2 usage error.
+Exit status: 0 stopped on request, 1 the server failed, answered otherwise
+than at export, or requests were cut off, 2 usage error.
 """
 
 _OURS = (
@@ -101,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             read_settings(args),
             args.front,
             args.expose_embedded,
+            args.golden,
         )
     )
 
@@ -185,7 +194,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="seconds for accepted requests (default: 30)",
     )
-    add_settings(result.add_argument_group("models"))
+    models = result.add_argument_group("models")
+    models.add_argument(
+        "--golden",
+        choices=("refuse", "warn", "skip"),
+        default="refuse",
+        help="what to do where the bundle's golden pictures are not answered as at export "
+        "(default: refuse to serve)",
+    )
+    add_settings(models)
     return result
 
 
@@ -198,12 +215,14 @@ def _run(
     settings: Settings,
     front: str,
     exposed: bool,
+    golden: "Policy",
 ) -> int:
     from serve.bundle import read_bundle
-    from serve.repository.contents import set_aside
+    from serve.repository.contents import is_filled, set_aside
     from serve.repository.model_config import FRONT_QUEUES
     from serve.repository.versions import settle
     from serve.server.checks import check_backend, check_gpus, check_host, check_repository
+    from serve.server.golden import GoldenCheck
     from serve.server.launch import largest_request
     from serve.server.orphans import end_orphans
     from serve.server.process import Server
@@ -214,10 +233,14 @@ def _run(
     from serve.server.workspace import REPOSITORY, make_workspace
 
     keys = [PublicKey(path) for path in trust]
-    with Signals() as signals, make_workspace(say) as workspace:
+    with Signals() as signals, make_workspace(say) as workspace, ExitStack() as stack:
         result = find_tritonserver(tritonserver, workspace)
         check_host(result, options.host, exposed)
         repository = kept or workspace / REPOSITORY
+        other = "name another --repository"
+        hold = partial(claimed, repository, "serve.run", f"stop it first, or {other}", other)
+        if is_filled(repository):  # first of all: another start, or a rendering, may be under way
+            stack.enter_context(hold())
         end_orphans(repository, say)
         # refuse what can be refused before graphs are copied
         bundle = read_bundle(bundle_folder, keys) if bundle_folder else None
@@ -229,14 +252,17 @@ def _run(
             update["front"] = workspace
         server = Server(result, repository, options.model_copy(update=update), say)
         server.check_ports()
-        if not repository.exists() or not any(repository.iterdir()):
+        if not is_filled(repository):
             make_repository(bundle, repository, settings, durable=kept is not None)
+            stack.enter_context(hold())
+            check_repository(repository, bundle, settings, keys)  # it is still the one just made
         set_aside(repository, say)
         settle(repository, say)
         server.front_requests = FRONT_QUEUES * settings.max_queue
         server.message_bytes = largest_request(repository, settings.max_image_bytes)
         remove_stale_regions()
         check_shared_memory(repository)
+        server.check = GoldenCheck(server.repository, golden, say, options.start_seconds)
         signals.server = server
         try:
             seconds = server.start()
@@ -257,10 +283,11 @@ def _run(
 
 def say(line: str) -> None:
     """Print a line and flush it, in one write because threads print too. A full disk, or a reader
-    that has gone, loses the line, not the server.
+    that has gone, loses the line, not the server. What a bundle or a client made a part of it
+    cannot steer a terminal.
     """
     try:
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(f"{printable(line.expandtabs())}\n")
         sys.stdout.flush()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE):
@@ -346,6 +373,9 @@ def _read_options(args: argparse.Namespace, extra: Sequence[str]) -> "Options":
 
 def show(server, seconds: float, kept: bool) -> None:
     """Print the addresses and the next commands."""
+    from serve.client.served import whole_view
+    from serve.server.launch import about_served
+
     tls = server.options.tls
     options = "" if server.grpc == "127.0.0.1:8001" else f" --url {server.grpc}"
     if tls:
@@ -364,10 +394,12 @@ def show(server, seconds: float, kept: bool) -> None:
     say(f"http      http://{server.http}")
     say(f"metrics   http://{server.metrics}/metrics")
     say("next      request features of a picture, show the status, or stop with Ctrl-C:")
-    say(f"  python -m serve.client {_sample_picture()}{options}")
+    whole = whole_view(about_served(server.repository))
+    view = f" --view {whole}" if whole else ""
+    say(f"  python -m serve.client {_sample_picture()}{view}{options}")
     if (server.repository / "detection").is_dir():
         labels = '--task detection --labels cat dog "potted plant"'
-        say(f"  python -m serve.client {_sample_picture()} {labels}{options}")
+        say(f"  python -m serve.client {_sample_picture()} {labels}{view}{options}")
     say(f"  python -m serve.status {where}")
     say("")
 

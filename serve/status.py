@@ -7,12 +7,17 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from contract.command_line import CommandLine
-from contract.errors import UserError, exit_status, first_line
+from contract.errors import UserError, exit_status, first_line, printable
+from contract.tables import print_table
+from serve.client.served import FRONT_DOOR
 from serve.errors import ServerError
 from serve.server.rest import Refused, Rest
+
+if TYPE_CHECKING:
+    from serve.repository.state import GoldenState
 
 EPILOG = """\
 examples:
@@ -21,7 +26,11 @@ examples:
   python -m serve.status --url 10.0.0.5:8000 --metrics 10.0.0.5:8002
   watch -n 2 python -m serve.status
 
---repository also shows restarts, and versions that did not load.
+--repository also shows restarts, versions that did not load, and how the
+bundle's golden pictures were answered at the last start.
+
+Where one model holds a student's graphs, rows features/GRAPH show how often
+each was executed.
 
 Columns, counted since a version was loaded and including the supervisor's own
 test requests:
@@ -31,11 +40,14 @@ test requests:
   queue, compute  milliseconds: median of the last minute, or with ~ the mean
                   since the version was loaded
   failed          a request that a step refused counts for the ensemble; Triton
-                  does not count requests of a wrong type or shape
+                  does not count those that a python model refused, nor requests
+                  of a wrong type or shape
 
 Exit status: 0 the server is ready, 1 it is not, 2 usage error.
 """
 
+GRAPHS = "student_graph_executions"
+"""Metric of the executions of graphs that one model holds (triton_models/student)."""
 _SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)")
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 COLUMNS = (
@@ -54,7 +66,7 @@ COLUMNS = (
 )
 
 _Metrics = dict[tuple[str, str, str, str], float]
-"""Value by metric, model, version and quantile ("" if it has none)."""
+"""Value by metric, model, version and quantile or graph ("" if it has none)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(url: str | None, metrics: str | None, repository: Path | None, as_json: bool) -> int:
-    from serve.server.state import read_state
+    from serve.repository.state import read_state
 
     state = None
     if repository:
@@ -106,9 +118,12 @@ def _run(url: str | None, metrics: str | None, repository: Path | None, as_json:
             "-m serve.run, or name another with --url"
         ) from error
     if as_json:
-        print(json.dumps({"ready": rest.ready(), "models": rows}, indent=1))
+        golden = state.golden.model_dump(mode="json") if state and state.golden else None
+        print(json.dumps({"ready": rest.ready(), "golden": golden, "models": rows}, indent=1))
     else:
-        print_table(rows)
+        _show(rows)
+        if state and state.golden:
+            _show_golden(state.golden, rows)
         if state and state.server_restarts:
             print(f"tritonserver was restarted {state.server_restarts} times")
     return 0 if rest.ready() and all(row["state"] == "READY" for row in rows) else 1
@@ -158,7 +173,22 @@ def _collect(
                 "restarts": None if restarts is None else restarts.get(model, 0),
             }
         )
+        if view := _view(config):
+            rows[-1]["view"] = view
+        for (metric, *of, graph), count in sorted(metrics.items()):
+            if metric == GRAPHS and of == [model, version]:
+                row = {"model": f"{model}/{graph}", "version": version, "executions": int(count)}
+                rows.append(dict.fromkeys(COLUMNS) | {"state": rows[-1]["state"]} | row)
     return rows + (_not_loaded(rest, rows) if rest.key else [])
+
+
+def _view(config: dict[str, Any]) -> str:
+    """How the bundle behind the front door is shown pictures (contract/views.py); "" for others."""
+    try:
+        about = json.loads(config["parameters"]["about"]["string_value"])
+        return str(about["view"]) if config["name"] == FRONT_DOOR else ""
+    except (KeyError, TypeError, ValueError):
+        return ""
 
 
 def _not_loaded(rest: Rest, rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -210,29 +240,44 @@ def _read_metrics(metrics: Rest) -> _Metrics:
                 sample["name"],
                 labels.get("model", ""),
                 labels.get("version", ""),
-                labels.get("quantile", ""),
+                labels.get("quantile") or labels.get("graph", ""),
             )
             result[key] = float(sample["value"])
     return result
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Print rows in columns, names to the left and numbers to the right; then why some are not
-    loaded.
-    """
-    table = [COLUMNS, *(tuple(shown(row[name]) for name in COLUMNS) for row in rows)]
-    widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
-    for line in table:
-        cells = [
-            cell.ljust(width) if n in (0, 2) else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        print("  ".join(cells).rstrip())
+def _show(rows: list[dict[str, Any]]) -> None:
+    """Print a row for each model and version, then why some are not loaded."""
+    print_table(COLUMNS, [[shown(row[name]) for name in COLUMNS] for row in rows], left=("state",))
     for row in rows:
+        if row.get("view"):
+            print(f"view of {row['model']} version {row['version']}: {row['view']}")
         if row.get("reason"):
             print(
-                f"{row['model']} version {row['version']} did not load: {first_line(row['reason'])}"
+                f"{row['model']} version {row['version']} did not load: "
+                f"{printable(first_line(row['reason']))}"
             )
+
+
+_OUTCOMES = {
+    "passed": "answered within their bounds",
+    "conspicuous": "answered within their bounds, but conspicuous",
+    "outside": "OUTSIDE THEIR BOUNDS, served all the same (--golden warn)",
+    "skipped": "not asked (--golden skip)",
+    "missing": "there are none in this repository",
+}
+
+
+def _show_golden(golden: "GoldenState", rows: Iterable[dict[str, Any]]) -> None:
+    """Print how the golden pictures were answered at the last start, and by what."""
+    runtime = f" ({printable(golden.runtime)})" if golden.runtime else ""
+    print(f"golden pictures: {_OUTCOMES[golden.outcome]}{runtime}")
+    for message in golden.messages:
+        print(f"  {printable(message)}")
+    versions = [row["version"] for row in rows if row["model"] == "features"]
+    serving = max((int(version) for version in versions if version.isdecimal()), default=0)
+    if golden.version and serving and serving != golden.version:
+        print(f"  of version {golden.version}; version {serving} was checked by its rollout")
 
 
 def shown(value: Any) -> str:

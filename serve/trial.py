@@ -9,7 +9,7 @@ from pathlib import Path
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
 from contract.signing import PublicKey, add_trust
-from contract.tasks import map_tasks
+from contract.tasks import TASKS, map_tasks
 from serve.repository.build import add_settings, make_repository, read_settings
 from serve.repository.settings import Settings
 
@@ -64,8 +64,11 @@ def _run(
     from serve.bundle import read_bundle
     from serve.client import FeatureClient
     from serve.client.commands import Command, answer
+    from serve.client.options import RequestOptions
+    from serve.client.served import whole_view
     from serve.client.tasks.detection import EXAMPLES
     from serve.server.checks import check_backend, check_gpus
+    from serve.server.golden import GoldenCheck
     from serve.server.launch import Options
     from serve.server.process import Server
     from serve.server.triton import find_tritonserver
@@ -79,11 +82,14 @@ def _run(
         check_backend(tritonserver, settings.backend)
         bundle = read_bundle(bundle_folder, [PublicKey(path) for path in trust])
         check_gpus(settings, bundle)
+        whole = whole_view({"view": bundle.manifest.view})
         models = make_repository(bundle, repository, settings, durable=False)
         options = Options(
             grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5, gpu=settings.kind == "gpu"
         )
-        with Server(tritonserver, repository, options, lambda line: None) as server:
+        server = Server(tritonserver, repository, options, lambda line: None)
+        server.check = GoldenCheck(repository, "warn", print)
+        with server:
             print(f"serving   {len(models)} models of {bundle_folder} on {server.grpc}", flush=True)
             tasks = ["features", *(task.name for task in map_tasks() if task.name in models)]
             tasks += ["zero-shot"] if "zero_shot" in models else []
@@ -91,11 +97,14 @@ def _run(
             with FeatureClient(server.grpc) as client:
                 for task in tasks:
                     labels = EXAMPLES if task == "detection" else None
-                    for path in answer(client, Command([image], task, output, labels=labels)):
+                    options = RequestOptions(view=None if task in TASKS else whole)
+                    command = Command([image], task, output, options=options, labels=labels)
+                    for path in answer(client, command).wrote:
                         print(f"wrote     {path}", flush=True)
     print("next      keep it running, and send requests from another terminal:")
     print(f"  python -m serve.run {bundle_folder}")
-    print(f"  python -m serve.client {image} --task features")
+    view = f" --view {whole}" if whole else ""
+    print(f"  python -m serve.client {image} --task features{view}")
     return 0
 
 

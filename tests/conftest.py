@@ -3,7 +3,6 @@ line.
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib.util
 import io
@@ -29,8 +28,8 @@ from onnxscript import ir
 from PIL import Image
 from safetensors.torch import load_file
 
+from contract.tars import CACHE_VARIABLE
 from distill.data.pictures import PackagedPhotos
-from distill.data.tars import CACHE_VARIABLE
 from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.encoder import Encoder, parse_model, teacher_encoder
 from distill.run import main
@@ -128,20 +127,11 @@ class Traced:
 @pytest.fixture(scope="session", autouse=True)
 def traced_once(made_once: Callable[..., Path]) -> Iterator[None]:
     """torch.onnx.export traces a module once, however often and in whichever process it is
-    exported, and makes its table of operators once a process: the two are nearly all of an export's
-    time.
+    exported: that is nearly all of an export's time.
     """
     trace = torch.onnx.export
 
-    @functools.cache
-    def with_one_registry() -> None:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        made = functools.cache(ONNXRegistry.from_torchlib)
-        ONNXRegistry.from_torchlib = staticmethod(made)
-
     def once(module: torch.nn.Module, inputs: tuple, **options: object) -> Traced:
-        with_one_registry()
         shapes = tuple((tensor.dtype, tensor.shape) for tensor in inputs)
         said = repr((identity(module), shapes, sorted(options.items())))
         key = hashlib.sha256(said.encode()).hexdigest()
@@ -282,7 +272,7 @@ def recipe_file(tmp_path: Path, photo_folder: Path):
 @pytest.fixture(scope="session")
 def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path]) -> Path:
     """An exported UMT student of three teachers with trained heads for three tasks, segmentation's
-    reading dino's. Its run lies beside it, in `run`.
+    reading dino's, which sees whole pictures. Its run lies beside it, in `run`.
     """
 
     def make(folder: Path) -> None:
@@ -299,7 +289,7 @@ def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path
         for features, tasks in (("backbone", "linear,depth"), ("dino", "segmentation")):
             wanted = ("--data", scenes, "--features", features, "--tasks", tasks)
             done.append(run_here(run, *wanted, *quick, command=evaluate))
-        output = ("--output", folder / "bundle", "--max-batch", 4)
+        output = ("--output", folder / "bundle", "--max-batch", 4, "--view", "squash")
         done.append(run_here(run, *output, command=export))
         assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
 
@@ -310,8 +300,8 @@ def small_bundle(photo_folder: Path, scenes: Path, made_once: Callable[..., Path
 def detection_bundle(
     expensive: None, photo_folder: Path, tiny_detector: Path, made_once: Callable[..., Path]
 ) -> Path:
-    """An exported KPU student of a detector alone, for pictures of 70 x 98, with that detector. Its
-    run lies beside it, in `run`.
+    """An exported KPU student of a detector alone, for whole pictures of 70 x 98, with that
+    detector. Its run lies beside it, in `run`.
     """
 
     def make(folder: Path) -> None:
@@ -320,7 +310,7 @@ def detection_bundle(
         )
         done = [run_here(folder / "recipe.yaml", "--output", folder / "run")]
         words = ("--resolutions", "70x98", "--max-batch", 3, "--images", photo_folder)
-        words += ("--detector", tiny_detector, "--output", folder / "bundle")
+        words += ("--detector", tiny_detector, "--output", folder / "bundle", "--view", "squash")
         done.append(run_here(folder / "run", *words, command=export))
         assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
 
@@ -357,6 +347,29 @@ def plain_run(photo_folder: Path, made_once: Callable[..., Path]) -> Path:
     return made_once("plain", make) / "run"
 
 
+@pytest.fixture(scope="session")
+def varying_bundle(
+    expensive: None, photo_folder: Path, scenes: Path, made_once: Callable[..., Path]
+) -> Path:
+    """A student of one teacher, `mae`, that takes any multiples of 16 from 32 to 64 x 96, and a
+    depth head.
+    """
+
+    def make(folder: Path) -> None:
+        recipe = small_recipe(photo_folder, method="plain", train={"steps": 2})
+        recipe["teachers"] = recipe["teachers"][1:2]
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        run, quick = folder / "run", ("extract.workers=0", "dense.size=64", "dense.steps=2")
+        done = [run_here(folder / "recipe.yaml", "--output", run)]
+        wanted = ("--data", scenes, "--features", "backbone", "--tasks", "depth")
+        done.append(run_here(run, *wanted, *quick, command=evaluate))
+        sizes = ("--resolutions", 32, "64x96", "--max-batch", 4, "--view", "squash")
+        done.append(run_here(run, "--output", folder / "bundle", *sizes, command=export))
+        assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
+
+    return made_once("varying", make) / "bundle"
+
+
 @dataclass(frozen=True)
 class Served:
     """A running tritonserver: HOST:PORT of its three endpoints, what it serves, the key of its
@@ -385,12 +398,10 @@ def need_tritonserver() -> None:
         )
 
 
-@pytest.fixture(scope="session")
-def server(
-    expensive: None, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    """The embedded tritonserver on `small_bundle`, one instance a model, without a supervisor: it
-    counts requests too.
+@contextlib.contextmanager
+def serving(bundle: Path, folder: Path, **settings: object) -> Iterator[Served]:
+    """The embedded tritonserver on a bundle, one instance a model unless told otherwise, without a
+    supervisor: it counts requests too.
     """
     need_tritonserver()
     from serve.bundle import read_bundle
@@ -399,15 +410,31 @@ def server(
     from serve.server.process import Options, Server
     from serve.server.triton import find_tritonserver
 
-    folder, lines = tmp_path_factory.mktemp("server"), []
-    repository = folder / "repository"
-    make_repository(read_bundle(small_bundle), repository, Settings())
+    repository, lines = folder / "repository", []
+    make_repository(read_bundle(bundle), repository, Settings(**settings))
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
     with Server(find_tritonserver(None, folder), repository, options, lines.append) as triton:
-        yield Served(
-            triton.grpc, triton.http, triton.metrics, repository, small_bundle, triton.admin_key
-        )
+        yield Served(triton.grpc, triton.http, triton.metrics, repository, bundle, triton.admin_key)
     (folder / "log").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="session")
+def server(
+    expensive: None, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """A tritonserver on `small_bundle`, in the form of CPUs: all graphs in one model."""
+    with serving(small_bundle, tmp_path_factory.mktemp("server")) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def apart_server(
+    expensive: None, small_bundle: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """The same in the form of GPUs: each graph in a model of its own, joined by ensembles."""
+    folder = tmp_path_factory.mktemp("apart")
+    with serving(small_bundle, folder, parts="apart", fused=False) as served:
+        yield served
 
 
 def command(*arguments: object, ranks: int = 1) -> list[str]:

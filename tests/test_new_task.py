@@ -72,7 +72,8 @@ def task(tmp_path_factory):
         patch.setitem(TASKS, "normals", NORMALS)
         patch.setitem(KINDS, "linear-normals", LinearNormals)
         patch.setattr(dense, "normal_map", made["normal_map"], raising=False)
-        patch.setattr("serve.repository.models.CONTRACT", contract)
+        for module in ("models", "student"):  # one for each form of repository
+            patch.setattr(f"serve.repository.{module}.CONTRACT", contract)
         yield
 
 
@@ -134,6 +135,8 @@ def test_its_models_are_rendered_and_pass_the_lint(bundle):
     assert lint(configs) == []
     (port,) = configs["normals"].output
     assert (port.name, list(port.dims)) == ("normal_map", [-1, -1, 3])
+    settings = Settings(parts="apart")
+    configs = {model.name: model.config for model in build_models(read_bundle(bundle), settings)}
     steps = [step.model_name for step in configs["normals"].ensemble_scheduling.step]
     assert steps == ["backbone", "normals_head", "normals_map"]
     assert "normals" in [port.name for port in configs["features"].output]
@@ -142,10 +145,18 @@ def test_its_models_are_rendered_and_pass_the_lint(bundle):
 def test_clients_get_unit_vectors_from_either_side(client, photo):
     there = predict_map(client, "normals", [photo] * 5)
     here = predict_map(client, "normals", [photo] * 5, side="client")
-    assert there.values.shape == (5, 64, 64, 3) and there.values.dtype == np.float32
-    np.testing.assert_allclose(np.linalg.norm(there.values, axis=-1), 1, atol=1e-5)
+    assert {value.shape for value in there.values} == {(60, 90, 3)}
+    assert there.values[0].dtype == np.float32
+    lengths = np.linalg.norm(there.values, axis=-1)
+    seen = ~np.isnan(lengths)
+    assert 0.45 < seen.mean() < 0.55, "by default the centre is shown: 52.5 x 52.5 of 90 x 60"
+    np.testing.assert_allclose(lengths[seen], 1, atol=1e-5)
     np.testing.assert_allclose(there.values, here.values, atol=1e-4)
     assert (there.task, there.classes, there.unit) == (NORMALS, (), "")
+    # where tiles overlap, means of unit vectors are shorter
+    (tiled,) = predict_map(client, "normals", photo, view="tiles:0.5").values
+    assert tiled.shape == (60, 90, 3)
+    np.testing.assert_allclose(np.linalg.norm(tiled, axis=-1), 1, atol=1e-5)
 
 
 def test_the_command_line_writes_them(client, photo, tmp_path, capsys):
@@ -155,7 +166,7 @@ def test_the_command_line_writes_them(client, photo, tmp_path, capsys):
     output = capsys.readouterr().out
     assert re.search(r"^cat.png: mean -?\d\.\d\d, -?\d\.\d\d, -?\d\.\d\d$", output, re.MULTILINE)
     with np.load(tmp_path / "out" / "normals.npz") as arrays:
-        assert set(arrays) == {"normals", "images"} and arrays["normals"].shape == (1, 64, 64, 3)
+        assert set(arrays) == {"normals", "images"} and arrays["normals"].shape == (1, 60, 90, 3)
     assert (tmp_path / "out" / "cat_normals.png").is_file()
 
 
@@ -164,7 +175,7 @@ def test_the_page_shows_them(client, photo):
     names = re.findall(r'class="card ([\w-]+)', cards)
     assert names == ["patches", "segmentation", "depth", "normals"]
     assert 'alt="normals" src="data:image/' in cards and "problem" not in cards
-    assert "normals_head, normals_map" in requests.replace("backbone, ", "")
+    assert '<dd class="ran">features, normals</dd>' in requests
 
 
 def test_a_card_needs_no_server(photo):

@@ -3,10 +3,13 @@ this file next to the model.py of each.
 """
 
 import asyncio
+import json
+import threading
+from collections.abc import Mapping
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from graph_model import failed, unexpected, wrong_size
+from graph_model import MARK, MIXED, Refused, failed, unexpected, wrong_size
 
 LATEST = -1
 _MARK = "refused: "
@@ -18,17 +21,6 @@ _BUSY = (
     "Stub process",
 )
 """Triton's messages where a retry may help."""
-
-
-class Refused(Exception):
-    """An answer that is an error: its sentence and Triton's code, the caller's mistake unless
-    another is given.
-    """
-
-    def __init__(self, message: str, code: int | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.code = pb_utils.TritonError.INVALID_ARG if code is None else code
 
 
 class CallingModel:
@@ -51,14 +43,18 @@ class CallingModel:
         try:
             answers = await self.compute(request)
         except Refused as refused:
-            return failed(refused.message, refused.code)
+            return failed(str(refused), refused.code)
         except (
             Exception
         ) as error:  # left to Triton, it would be a traceback for every client of the batch
             return unexpected("the model failed", error)
         names = request.requested_output_names()
         return pb_utils.InferenceResponse(
-            [pb_utils.Tensor(name, answers[name]) for name in answers if name in names]
+            [
+                value if isinstance(value, pb_utils.Tensor) else pb_utils.Tensor(name, value)
+                for name, value in answers.items()
+                if name in names
+            ]
         )
 
     def read_image(self, request):
@@ -77,8 +73,27 @@ class CallingModel:
         return image
 
     async def call(
-        self, model: str, version: int, tensors: list, outputs: list[str], request
+        self,
+        model: str,
+        version: int,
+        tensors: list,
+        outputs: list[str],
+        request,
+        parameters: Mapping[str, str] = {},
     ) -> list[np.ndarray]:
+        """`call_tensors` as arrays."""
+        answers = await self.call_tensors(model, version, tensors, outputs, request, parameters)
+        return [tensor.as_numpy() for tensor in answers]
+
+    async def call_tensors(
+        self,
+        model: str,
+        version: int,
+        tensors: list,
+        outputs: list[str],
+        request,
+        parameters: Mapping[str, str] = {},
+    ) -> list:
         """Outputs of another model; raises Refused with that model's message and, where it shows,
         its code.
 
@@ -91,7 +106,7 @@ class CallingModel:
             inputs=tensors,
             requested_output_names=outputs,
             request_id=request.request_id(),
-            parameters={"refusal_mark": _MARK},
+            parameters={MARK: _MARK, **parameters},
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         try:
@@ -100,15 +115,53 @@ class CallingModel:
             raise _refusal(str(error)) from error
         if response.has_error():
             raise _refusal(response.error().message())
-        return [
-            pb_utils.get_output_tensor_by_name(response, output).as_numpy() for output in outputs
-        ]
+        return [pb_utils.get_output_tensor_by_name(response, output) for output in outputs]
+
+
+class ConcurrentModel(CallingModel):
+    """One that takes every request at once and sends each answer when it is there, because it
+    computes little itself; needs Triton 24.07 or newer. It refuses those beyond the parameter
+    `max_queue`: what it has taken no longer waits in Triton's bounded queues.
+    """
+
+    def initialize(self, args: dict) -> None:
+        """Start the thread that waits for other models."""
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.most, self.in_hand = int(parameters["max_queue"]["string_value"]), 0
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+
+    def execute(self, requests: list) -> None:
+        """Begin to answer every request."""
+        for request in requests:
+            asyncio.run_coroutine_threadsafe(self._send(request), self.loop)
+
+    async def _send(self, request) -> None:
+        sender = request.get_response_sender()
+        if self.in_hand >= self.most:  # all of this runs in one thread
+            message = f"Exceeds maximum queue size: {self.most} requests are in hand"
+            response = failed(message, pb_utils.TritonError.UNAVAILABLE)
+        else:
+            self.in_hand += 1
+            try:
+                response = await self._answer(request)
+            finally:
+                self.in_hand -= 1
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def finalize(self) -> None:
+        """End the thread; Triton calls this when every request has its answer."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
 
 
 def _refusal(message: str) -> Refused:
     """The code that belongs to the words of another model."""
     if message.startswith(_MARK):
         return Refused(message.removeprefix(_MARK))
+    if message.startswith(MIXED):
+        return Refused(message, pb_utils.TritonError.UNAVAILABLE)
     busy = any(words in message for words in _BUSY)
     return Refused(
         message, pb_utils.TritonError.UNAVAILABLE if busy else pb_utils.TritonError.INTERNAL

@@ -1,22 +1,29 @@
-"""One ONNX graph behind Triton's python backend; `serve.repository` copies this file next to each
-graph's model.py.
+"""One ONNX graph behind Triton's python backend; `serve.repository` copies this file, and
+contract/graph_call.py, next to each graph's model.py.
 
 Runs where Triton's native onnxruntime and tensorrt backends are not installed, and gives the choice
 of OpenVINO on CPUs. Next to it are `model.onnx` and `model.json`: the graph's inputs and outputs,
 its files' sha256, and sizes it takes.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
+from graph_call import Call, open_graph
 
 LONGEST = 280
 """Characters of an error that a client is sent."""
+IDENTITY = "identity"
+"""A tensor that models of one bundle pass on: that bundle's number."""
+MARK = "refusal_mark"
+"""A request's parameter: what its sender wants before the message of a refusal."""
+MIXED = "the models are of two bundles"
 
 
 class GraphModel:
@@ -24,9 +31,20 @@ class GraphModel:
     of them.
     """
 
+    about: dict
+    inputs: list[str]
+
     def initialize(self, args: dict) -> None:
         """Open the graph if it is the one that was exported; an exception here keeps the model from
         being loaded.
+        """
+        folder = self.read_about(args)
+        self.inputs, self.outputs = self.about["inputs"], self.about["outputs"]
+        self.call = self.open(folder / "model.onnx")
+
+    def read_about(self, args: dict) -> Path:
+        """Read `about` and the settings; returns the version's folder. Raises ValueError for a file
+        that is not the one that was exported.
         """
         folder = Path(args["model_repository"]) / args["model_version"]
         self.about = json.loads((folder / "model.json").read_text())
@@ -38,17 +56,23 @@ class GraphModel:
                     f"{folder / name} does not match its sha256: it is not the graph that was "
                     "exported"
                 )
-        settings = {
+        self.bundle = self.about.get("bundle", "")
+        self.settings = {
             key: value["string_value"]
             for key, value in json.loads(args["model_config"])["parameters"].items()
         }
-        device = (
+        self.device = (
             int(args["model_instance_device_id"]) if args["model_instance_kind"] == "GPU" else None
         )
-        self.inputs, self.outputs = self.about["inputs"], self.about["outputs"]
-        self.call = open_graph(
-            folder / "model.onnx", settings["runtime"], int(settings["threads"]), device
-        )
+        return folder
+
+    def open(self, graph: Path, threads: int | None = None, views: bool = False) -> Call:
+        """A graph in the runtime of the settings; see graph_call.py."""
+        threads = threads or int(self.settings["threads"])
+        options = self.about.get("provider_options")
+        # the version's own: a rollout leaves the configuration of most models as it is
+        runtime = self.about.get("runtime") or self.settings["runtime"]
+        return open_graph(graph, runtime, threads, self.device, views, options)
 
     def execute(self, requests: list) -> list:
         """Answer every request; one that is refused or fails leaves the others of its batch
@@ -57,30 +81,41 @@ class GraphModel:
         answers: list = [None] * len(requests)
         taken: dict[tuple, list] = {}
         for number, request in enumerate(requests):
-            feeds = [
-                pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self.inputs
-            ]
-            refused = _no_batch(self.inputs, feeds, self.about["largest"])
-            if not refused:
-                feeds = [
-                    feed[:, 0] for feed in feeds
-                ]  # the axis that the configuration puts after the batch
-                refused = self.refuse(feeds)
-            if refused:
-                answers[number] = failed(refused, pb_utils.TritonError.INVALID_ARG)
-            else:
-                taken.setdefault(tuple(feed.shape[1:] for feed in feeds), []).append(
-                    (number, feeds)
-                )
+            try:
+                feeds = self.read(request)
+            except Refused as refused:
+                answers[number] = refusal(request, refused)
+                continue
+            except Exception as error:  # left to Triton, it would fail the others of the batch too
+                answers[number] = unexpected("the request cannot be read", error)
+                continue
+            taken.setdefault(tuple(feed.shape[1:] for feed in feeds), []).append((number, feeds))
         for group in taken.values():
             numbers = [number for number, _ in group]
             for number, answer in zip(
                 numbers,
-                self.answer([requests[n] for n in numbers], [f for _, f in group]),
+                self.answer([requests[n] for n in numbers], [f for _, f in group], len(taken) == 1),
                 strict=True,
             ):
                 answers[number] = answer
         return answers
+
+    def read(self, request) -> list[np.ndarray]:
+        """The inputs of a request; raises Refused for those that must not reach the graph."""
+        tensors = [pb_utils.get_input_tensor_by_name(request, name) for name in self.inputs]
+        for name, tensor in zip(self.inputs, tensors, strict=True):
+            if tensor is None:  # Triton only counts the inputs of a model that has optional ones
+                raise Refused(f"input '{name}' is missing")
+        feeds = [tensor.as_numpy() for tensor in tensors]
+        refused = _no_batch(self.inputs, feeds, self.about["largest"])
+        if not refused:
+            # without the axis that the configuration puts after the batch
+            feeds = [feed[:, 0] for feed in feeds]
+            refused = self.refuse(feeds)
+        if refused:
+            raise Refused(refused)
+        check_bundle(request, self.bundle)
+        return feeds
 
     def refuse(self, feeds: list[np.ndarray]) -> str:
         """Why inputs must not reach the graph, "" if they may: floats that are not finite would
@@ -105,18 +140,17 @@ class GraphModel:
         """Whether an output is one that a client may get."""
         return is_finite(value)
 
-    def answer(self, requests: list, feeds: list[list[np.ndarray]]) -> list:
-        """Responses to requests of equal shapes, from one call of the graph."""
-        together = [
-            np.concatenate(parts) if len(parts) > 1 else parts[0]
-            for parts in zip(*feeds, strict=True)
-        ]
+    def answer(self, requests: list, feeds: list[list[np.ndarray]], only: bool) -> list:
+        """Responses to requests of equal shapes, from one call of the graph; `only`: no other call
+        is made before they are sent.
+        """
+        together = [join(parts) for parts in zip(*feeds, strict=True)]
         try:
             result = self.call(together)
         except Exception as error:
             if len(requests) > 1:  # run one at a time to find the failing one
                 return [
-                    self.answer([request], [feed])[0]
+                    self.answer([request], [feed], False)[0]
                     for request, feed in zip(requests, feeds, strict=True)
                 ]
             return [unexpected("the graph failed", error)]
@@ -132,16 +166,9 @@ class GraphModel:
             start = end
             broken = [name for name, value in rows.items() if not self.is_whole(name, value)]
             if broken:
-                answers.append(
-                    failed(
-                        f"output '{broken[0]}' holds NaN or infinity", pb_utils.TritonError.INTERNAL
-                    )
-                )
+                answers.append(not_finite(broken[0]))
                 continue
-            tensors = [
-                pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in rows.items()
-            ]
-            answers.append(pb_utils.InferenceResponse(tensors))
+            answers.append(respond(rows, requested, len(feed[0]), self.bundle))
         return answers
 
 
@@ -180,6 +207,43 @@ def _no_batch(
     return ""
 
 
+def join(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of several arrays in one, without a copy where there is one array."""
+    return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def check_bundle(request, bundle: str) -> None:
+    """Raise Refused for tensors that another bundle's model made: in a repository whose models were
+    exchanged one by one, one student's features would reach another's heads.
+    """
+    tensor = pb_utils.get_input_tensor_by_name(request, IDENTITY)
+    if tensor is None:  # a client that asks this model alone
+        return
+    for number in set(tensor.as_numpy().flat):
+        if number != identity_of(bundle):
+            raise Refused(
+                f"{MIXED}: this one is of {bundle}, and what it reads of "
+                f"{number & (2**48 - 1):012x}: render the repository again",
+                pb_utils.TritonError.INTERNAL,
+            )
+
+
+def identity_of(bundle: str) -> int:
+    """The number of a bundle, whose name is twelve hexadecimal digits."""
+    return int(bundle, 16)
+
+
+def respond(rows: dict[str, np.ndarray], requested: Set[str], count: int, bundle: str):
+    """The response with these outputs, and with the bundle's number where a later model of an
+    ensemble wants it.
+    """
+    tensors = [pb_utils.Tensor(name, np.ascontiguousarray(value)) for name, value in rows.items()]
+    if IDENTITY in requested:
+        numbers = np.full((count, 1), identity_of(bundle), np.int64)
+        tensors.append(pb_utils.Tensor(IDENTITY, numbers))
+    return pb_utils.InferenceResponse(tensors)
+
+
 def wrong_size(shape: tuple[int, ...], about: dict) -> str:
     """Why pictures [B, H, W, 3] are not taken, "" if they are; `about` has the stride, the largest
     and smallest sides.
@@ -204,14 +268,21 @@ def is_finite(values: np.ndarray) -> bool:
     """Whether an array is free of NaN and infinity; True for integers."""
     if values.dtype.kind != "f":
         return True
-    with np.errstate(invalid="ignore"):
-        # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost; doubles hold
-        # any sum of floats
-        return bool(np.isfinite(values.sum(dtype=np.float64)))
+    with np.errstate(invalid="ignore", over="ignore"):
+        # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost. That of
+        # floats may be so for its size alone; doubles hold any sum of floats, at four times the
+        # cost
+        return bool(np.isfinite(values.sum()) or np.isfinite(values.sum(dtype=np.float64)))
 
 
 class Refused(Exception):
-    """The request cannot be answered; the message goes to its sender."""
+    """The request cannot be answered; the message goes to its sender, with Triton's code (the
+    sender's mistake unless another is given).
+    """
+
+    def __init__(self, message: str, code: int | None = None) -> None:
+        super().__init__(message)
+        self.code = pb_utils.TritonError.INVALID_ARG if code is None else code
 
 
 def answer_each(requests: list, answer) -> list:
@@ -224,7 +295,7 @@ def answer_each(requests: list, answer) -> list:
         try:
             answers.append(answer(request))
         except Refused as refused:
-            answers.append(failed(str(refused), pb_utils.TritonError.INVALID_ARG))
+            answers.append(refusal(request, refused))
         except Exception as error:
             answers.append(unexpected("the model failed", error))
     return answers
@@ -235,6 +306,30 @@ def failed(message: str, code: int):
     if len(message) > LONGEST:
         message = f"{message[: LONGEST - 60]} … {message[-56:]}"
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))
+
+
+def refusal(request, refused: Refused):
+    """The response to a request that is refused, with the mark that a calling model asked for."""
+    mark = ""
+    if refused.code == pb_utils.TritonError.INVALID_ARG:
+        with contextlib.suppress(Refused):  # a model that calls this one sends text
+            mark = parameters_of(request).get(MARK, "")
+    return failed(f"{mark}{refused}", refused.code)
+
+
+def parameters_of(request) -> dict:
+    """A request's parameters by name; raises Refused for some that are not UTF-8, which Triton lets
+    pass over HTTP.
+    """
+    try:
+        return json.loads(request.parameters() or "{}")
+    except ValueError as error:
+        raise Refused("the request's parameters are not UTF-8 text") from error
+
+
+def not_finite(output: str):
+    """The response where an output is not one that a client may get."""
+    return failed(f"output '{output}' holds NaN or infinity", pb_utils.TritonError.INTERNAL)
 
 
 def unexpected(what: str, error: Exception):
@@ -261,58 +356,3 @@ def label_text(number: int, data: bytes, most: int) -> str:
 def first_line(error: Exception) -> str:
     """The first line of an exception's text, or its kind."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
-def open_graph(graph: Path, runtime: str, threads: int, device: int | None):
-    """The graph as a function from its inputs to its outputs, both lists of arrays in order."""
-    if runtime == "openvino":
-        import openvino
-
-        settings = {
-            # what the graph says, not what the plugin thinks is near enough: that is what parity
-            # was measured with
-            "INFERENCE_PRECISION_HINT": "f32",
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
-            "ENABLE_CPU_PINNING": False,
-        }
-        model = openvino.Core().compile_model(str(graph), "CPU", settings)
-        names, outputs = [port.any_name for port in model.inputs], model.outputs
-
-        def run(feeds: list[np.ndarray]) -> list[np.ndarray]:
-            result = model(dict(zip(names, feeds, strict=True)))
-            return [result[port] for port in outputs]
-
-        return run
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    # threads that spin while idle take the cores from other models
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers: list = ["CPUExecutionProvider"]
-    if device is not None:
-        providers = [("CUDAExecutionProvider", {"device_id": device}), *providers]
-        if runtime == "tensorrt":
-            providers.insert(
-                0,
-                (
-                    "TensorrtExecutionProvider",
-                    {
-                        "device_id": device,
-                        "trt_engine_cache_enable": True,
-                        "trt_engine_cache_path": str(graph.parent),
-                    },
-                ),
-            )
-    session = onnxruntime.InferenceSession(str(graph), options, providers=providers)
-    requested = providers[0] if isinstance(providers[0], str) else providers[0][0]
-    if session.get_providers()[0] != requested:  # it falls back to the CPU silently
-        raise RuntimeError(
-            f"onnxruntime has no working {requested} here: install onnxruntime-gpu and CUDA's "
-            "libraries"
-        )
-    names = [port.name for port in session.get_inputs()]
-    return lambda feeds: session.run(None, dict(zip(names, feeds, strict=True)))

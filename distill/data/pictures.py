@@ -19,8 +19,8 @@ from PIL import Image
 
 from contract.errors import UserError, raise_trouble
 from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode, read_file
+from contract.picture_files import Names, picture_files, size_and_time
 from distill.config import DataConfig
-from distill.data.files import Names, picture_files, size_and_time
 from distill.data.pixels import Decoded, Opened, open_picture
 from distill.data.tars import WebDatasetPictures
 
@@ -197,6 +197,11 @@ class PackagedPhotos:
 def open_pictures(config: DataConfig) -> Pictures:
     match config.kind:
         case "packaged-photos":
+            if config.path:
+                raise UserError(
+                    f"data.path = {config.path} is not read with data.kind = packaged-photos: set "
+                    "data.kind=folder too"
+                )
             return PackagedPhotos()
         case "webdataset":
             return WebDatasetPictures(config.path)

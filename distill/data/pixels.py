@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from contract.images import MAX_SCANS, TRUSTED, decode, orientation, upright
+from contract.images import (
+    MAX_SCANS,
+    TRUSTED,
+    decode,
+    jpeg_pixels,
+    orientation,
+    raise_memory,
+    upright,
+)
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
@@ -106,19 +114,12 @@ class _PlainJpeg:
         with the file, which the one of all others may forgive.
         """
         if self._otherwise is None and factor not in self._decoded:
-            width, height = (-(-side // factor) for side in self._stored)
-            try:
-                pixels = simplejpeg.decode_jpeg(
-                    self._data, "RGB", min_height=height, min_width=width, min_factor=factor
-                )
-                if pixels.shape[:2] != (height, width):
-                    raise ValueError("another scale")
-                if self._tag != 1:
-                    pixels = np.array(upright(Image.fromarray(pixels), self._tag))
-                self._decoded[factor] = pixels
-            except (ValueError, RuntimeError) as error:
-                _raise_memory(error)
+            pixels = jpeg_pixels(self._data, self._stored, factor)
+            if pixels is None:
                 self._otherwise = Decoded(decode(self._data, TRUSTED, name=self._name))
+            elif self._tag != 1:
+                pixels = np.array(upright(Image.fromarray(pixels), self._tag))
+            self._decoded[factor] = pixels
         return None if self._otherwise else self._decoded[factor]
 
     def _factor(self, crops: Sequence[Crop]) -> int:
@@ -150,17 +151,11 @@ def _plain_jpeg(data: bytes, name: str) -> _PlainJpeg | None:
     except MemoryError:
         raise
     except Exception as error:  # whatever else is wrong, the decoder of all others says it
-        _raise_memory(error)
+        raise_memory(error)
         return None
     if colours not in ("YCbCr", "Gray") or not 0 < width * height <= TRUSTED.max_pixels:
         return None
-    return _PlainJpeg(data, name, (width, height), tag if 1 <= tag <= 8 else 1)
-
-
-def _raise_memory(error: Exception) -> None:
-    """Raise MemoryError where libjpeg's own says that it got none."""
-    if "insufficient memory" in str(error).lower():
-        raise MemoryError(str(error)) from error
+    return _PlainJpeg(data, name, (width, height), tag)
 
 
 def _segments(data: bytes) -> set[int]:

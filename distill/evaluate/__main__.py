@@ -8,7 +8,7 @@ from typing import Literal
 
 from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status, suggest
-from distill.launch import planned_world
+from distill.launch import launched
 
 EPILOG = """\
 examples:
@@ -28,20 +28,32 @@ examples:
       --tasks depth depth.protocol=paper dense.lr=5e-5
   python -m distill.evaluate runs/kpu_vit_base --data /data/coco \\
       --tasks detection --with-teachers
+  python -m distill.evaluate runs/mine --data runs/scenes --features dino \\
+      --tasks segmentation segmentation.head=decoder --with-teachers
   python -m distill.evaluate vit_base_patch16_dinov3 --data /data/imagenet
   python -m distill.evaluate mobilenetv2_100@package:mobilenet-v2 \\
       --data runs/scenes --tasks knn
+  torchrun --nproc-per-node 8 -m distill.evaluate runs/mine \\
+      --data ADEChallengeData2016 --tasks segmentation protocol=paper
   python -m distill.evaluate --list
 
 MODEL is a run folder, or NAME[@CHECKPOINT][:BLOCK]: a timm name with weights
 from its hub, or from a file or package:NAME (@random: none), its features read
-after a block; or grounding_dino@FOLDER, a detector. Trained heads are written
+after a block; local-dir:FOLDER or hf-hub:OWNER/NAME as timm saves them;
+hf:FOLDER or hf:OWNER/NAME of transformers; python:module:function of own code;
+or grounding_dino@FOLDER, a detector (docs/teachers.md). Trained heads go
 to RUN/heads for export (those of the first of --features; others below
 --output, and those of a --checkpoint in OUTPUT/step_N/heads). Extracted
 features are kept and reused. distill.scenes draws data to try the tasks on.
 Every task runs under a protocol: quick (the default: small data, short runs) or
 paper, the papers' values, which numbers for a published table need. Both are
 listed, and a key that is given wins over either.
+torchrun, srun or mpirun start a process per GPU; all need to see --output.
+They share extraction, k-NN, the probe's rates, fine-tuning, whole pictures,
+videos and the features of augmented windows. Heads on windows that stay the
+same, trained backbones and clusters are the first process's work, for which
+the others wait. Refused: more processes than pictures in a batch of finetune,
+and, on CPUs, finetune of networks with batch normalisation.
 Exit status: 0 done, 1 a failure, 2 a mistake in the command line or its input.
 """
 
@@ -119,11 +131,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--checkpoint",
-        metavar="latest|STEP",
-        help="of a run that is not finished, or was further back: that checkpoint's weights",
+        metavar="latest|best|STEP",
+        help="which of the run's weights: latest (newest checkpoint), a step, or best (by its "
+        "monitor); default: those of the finished run",
     )
     parser.add_argument(
         "--with-teachers", action="store_true", help="also score the run's teachers"
+    )
+    parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import and run the code that RUN names: of a decoder in RUN/heads, and with "
+        "--with-teachers of its recipe's teachers (python:, trust_remote_code)",
     )
     parser.add_argument(
         "--size",
@@ -159,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             size=args.size,
             output=args.output,
             device=args.device,
+            trust_code=args.trust_code,
         )
     )
 
@@ -189,17 +209,13 @@ def evaluate(
     size: int | None,
     output: Path | None,
     device: str,
+    trust_code: bool = False,
 ) -> None:
     """Score a run or timm network on `tasks` and write evaluation.json and scores.png to `output`.
 
     Raises UserError for an unknown model, task or setting, and for missing data.
     """
-    world = planned_world()
-    if world > 1:
-        raise UserError(
-            f"WORLD_SIZE = {world}: distill.evaluate runs in one process: start it without "
-            "torchrun, once a GPU for other --tasks (CUDA_VISIBLE_DEVICES chooses the GPU)"
-        )
+    launched()  # a mistake in the environment is reported before torch is loaded
 
     from distill.evaluate.settings import load_settings
     from distill.evaluate.tasks import TASKS
@@ -216,71 +232,89 @@ def evaluate(
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout, force=True)
     logging.getLogger("timm").setLevel(logging.WARNING)
 
-    from distill.evaluate.cast import open_rows
-    from distill.evaluate.outcome import NotApplicable
+    from distill.distributed import join_ranks
+    from distill.evaluate.cast import check_device, open_rows
+    from distill.evaluate.decoded import heads_of, keep_decoders
     from distill.evaluate.protocols import apply_protocol
     from distill.evaluate.report import (
         draw_scores,
         print_protocols,
-        print_table,
+        print_scores,
         read_scores,
         write_json,
     )
-    from distill.evaluate.tasks import Context
+    from distill.evaluate.tasks import Context, run_task
+    from distill.evaluate.views import view_of
+    from distill.freed_memory import keep_freed_memory
     from distill.runs import parse_checkpoint
 
+    keep_freed_memory()
+
+    check_device(device)
     output = output or _default_output(model)
-    read_scores(output / "evaluation.json")  # report a damaged file before the work, not after
-    rows = open_rows(
-        model,
-        features,
-        with_teachers,
-        size,
-        device,
-        output,
-        weights,
-        parse_checkpoint(checkpoint),
-    )
-    protocols = {task: apply_protocol(config, task) for task in tasks}
-    logging.info("%s", "\n".join(line for each in protocols.values() for line in each.lines()))
-    about = {
-        "model": model,
-        "data": {task: str(root) for task, root in roots.items()},
-    }
-    results: dict[str, dict] = {row.name: {} for row in rows}
-    for row in rows:
-        contexts: dict[Path, Context] = {}
-        for task in tasks:
-            context = contexts.setdefault(
-                roots[task], Context(row.encoder, roots[task], config, output / "cache", row.folder)
-            )
-            try:
-                outcome = TASKS[task].run(context)
-            except NotApplicable as error:
-                if not row.optional:
-                    raise
-                logging.info("left out  %s, %s: %s", row.name, task, error)
-                continue
-            about["network"] = context.binding | {"device": str(row.encoder.device)}
-            about["protocol"] = protocols[task].about(outcome.details)
-            about["settings"] = protocols[task].config.model_dump(mode="json")
-            # after every task, so that an interrupted evaluation keeps its results so far
-            written = write_json(output / "evaluation.json", row.name, task, outcome, about)
-            results[row.name][task] = outcome
+    wanted = parse_checkpoint(checkpoint)
+    with join_ranks(device) as ranks:
+        if not ranks.first:
+            logging.getLogger().setLevel(logging.ERROR)
+        read_scores(output / "evaluation.json")  # report a damaged file before the work, not after
+        rows = open_rows(
+            model,
+            features,
+            with_teachers,
+            size,
+            device,
+            output,
+            weights,
+            wanted,
+            trust_code,
+        )
+        keep_decoders([row.folder for row in rows], tasks, config)
+        heads = heads_of(model, rows, trust_code)
+        own = str(rows[0].encoder.view)
+        protocols = {task: apply_protocol(config, task, own) for task in tasks}
+        lines = (line for each in protocols.values() for line in each.lines())
+        logging.info("%s", "\n".join(lines))
+        about = {
+            "model": model,
+            "data": {task: str(root) for task, root in roots.items()},
+        }
+        results: dict[str, dict] = {row.name: {} for row in rows}
+        for row in rows:
+            row.encoder.ranks = ranks
+            contexts: dict[Path, Context] = {}
+            for task in tasks:
+                context = contexts.setdefault(
+                    roots[task],
+                    Context(row.encoder, roots[task], config, output / "cache", row.folder, heads),
+                )
+                outcome = run_task(context, task, row)
+                if outcome is None or not ranks.first:
+                    continue
+                about["network"] = context.binding | {"device": str(row.encoder.device)}
+                about["protocol"] = protocols[task].about(outcome.details)
+                about["view"] = view_of(row.encoder, task, protocols[task].config, outcome)
+                logging.info("view      %s, %s: %s", row.name, task, about["view"])
+                about["settings"] = protocols[task].config.model_dump(mode="json")
+                # after every task, so that an interrupted evaluation keeps its results so far
+                write_json(output / "evaluation.json", row.name, task, outcome, about)
+                results[row.name][task] = outcome
+    if not ranks.first:
+        return
     results = {name: outcomes for name, outcomes in results.items() if outcomes}
     names = {task: protocol.name for task, protocol in protocols.items()}
     picture = draw_scores(output / "scores.png", results, names)
-    print_table(results)
+    print_scores(results)
     print_protocols(protocols.values())
     for outcomes in results.values():
         for outcome in outcomes.values():
             for file in outcome.files:
                 print(f"wrote     {file}")
-    print(f"scores    {written}")
+    print(f"scores    {output / 'evaluation.json'}")
     print(f"picture   {picture}")
     if Path(model).is_dir():
         print("next      compare its teachers, or score it on your own labelled pictures:")
-        print(f"  python -m distill.similarity --run {model}")
+        code = " --trust-code" if trust_code else ""
+        print(f"  python -m distill.similarity --run {model}{code}")
         print(
             f"  python -m distill.evaluate {model} --data ROOT --tasks knn,linear    "
             "(layouts: --list)"

@@ -15,7 +15,8 @@ import scipy.io
 from PIL import Image
 
 from contract.errors import UserError, first_line, raise_trouble
-from distill.data.files import Names
+from contract.picture_files import Names
+from contract.views import ViewPolicy
 from distill.evaluate.datasets import (
     ClassFolders,
     Labelled,
@@ -50,6 +51,10 @@ class PixelArrays:
     def picture(self, number: int) -> Image.Image:
         """RGB picture `number`."""
         return Image.fromarray(self.pixels[number])
+
+    def shown(self, number: int, view: ViewPolicy, size: int) -> np.ndarray:
+        """What `view` shows of picture `number`."""
+        return view.pixels(self.picture(number), size, size)
 
     def fingerprint(self) -> str:
         return stamp(self.root, self.files)

@@ -15,8 +15,9 @@ from sklearn.preprocessing import normalize
 from torch import Tensor, nn
 
 from contract.errors import UserError
+from contract.views import ViewPolicy
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import centre_view
+from distill.evaluate.extract import seen
 from distill.figures import save_figure
 from distill.models.layout import patch_size
 
@@ -146,7 +147,8 @@ def attention_rows(
 
     Raises UserError as `last_block` does.
     """
-    views = torch.stack([centre_view(photo, size or encoder.image_size, 1.0) for photo in photos])
+    square = ViewPolicy("centre-crop", 1.0)
+    views = torch.stack([seen(photo, size or encoder.image_size, square) for photo in photos])
     images = views.to(encoder.device)
     attention, tokens = last_block(encoder, images)
     maps = _to_patches(encoder, attention, images).cpu().numpy()

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from contract.errors import UserError, raise_trouble
-from distill.evaluate.datasets import family_root, read_picture
+from distill.evaluate.datasets import family_root
+from distill.evaluate.reading import read_picture
 
 _FIRST = "instances_"
 

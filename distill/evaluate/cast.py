@@ -26,6 +26,12 @@ class Row:
     """Whether it goes without the tasks that it has no output for: a teacher of the run."""
 
 
+def check_device(device: str) -> None:
+    """Raise UserError for a device that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is available (use --device cpu)")
+
+
 def open_rows(
     model: str,
     features: list[str],
@@ -35,19 +41,21 @@ def open_rows(
     output: Path,
     weights: Literal["student", "momentum"] | None = None,
     checkpoint: Checkpoint | None = None,
+    trust_code: bool = False,
 ) -> list[Row]:
     """Open the requested encoders. The first of a run's `features` writes into the run folder
     itself, where export reads it, unless `weights` names the network that does not ship (None:
     the one that does). The heads of a `checkpoint` go to `output`/step_N, where export reads them.
 
-    Raises UserError for a model, output or device that does not exist.
+    Raises UserError for a model, output or device that does not exist, and without `trust_code` for
+    a run's teachers that are code of their own.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is available (use --device cpu)")
+    check_device(device)
     place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     rows = []
     if Path(model).is_dir():
         run = load_run(model, checkpoint=checkpoint)
+        teachers = run.teachers(trust_code) if with_teachers else []
         shipped = "momentum" if run.method.ships_averaged else "student"
         weights = weights or shipped
         if weights != shipped:
@@ -62,7 +70,7 @@ def open_rows(
             home = Path(model) if run.finished else output
             folder = home if ships else output / f"{weights}-{name}"
             rows.append(Row(f"{step}{weights} {name}", encoder, folder))
-        for index, config in enumerate(run.recipe.teachers if with_teachers else ()):
+        for index, config in teachers:
             encoder = teacher_encoder(config, config.image_size, index, f"teacher-{config.label}")
             rows.append(
                 Row(
@@ -91,11 +99,12 @@ def open_rows(
         rows.append(Row(model, encoder, output))
     for row in rows:
         if size:
-            if size % row.encoder.stride:
+            if not row.encoder.accepts(size):
                 raise UserError(
                     f"--size {size} is not a multiple of {row.name}'s stride {row.encoder.stride}: "
                     f"use {row.encoder.fit(size)}"
                 )
             row.encoder.image_size = size
+        row.encoder.view = rows[0].encoder.view  # one table compares on the same pixels
         row.encoder.to(place)
     return rows

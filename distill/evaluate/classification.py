@@ -15,7 +15,7 @@ from distill.evaluate.archives import open_labelled
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import Labelled
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import CentreViews, extract
+from distill.evaluate.extract import PolicyViews, extract
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def freeze(
     features = [
         extract(
             encoder,
-            CentreViews(split, encoder.image_size, config.extract.crop),
+            PolicyViews(split, encoder.image_size, encoder.view_of(config.extract)),
             cache,
             config.extract,
             what=name,

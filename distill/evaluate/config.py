@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from contract.names import ViewText
 from distill.config import Area, Auto, NonNegative, Positive, Section
 
 _Above0 = Annotated[float, Field(gt=0)]
@@ -39,10 +40,11 @@ class ExtractConfig(Section):
 
     batch_size: Positive = Field(64, description="pictures per forward pass")
     workers: NonNegative = Field(2, description="decoding processes; 0 decodes in this one")
-    crop: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.875,
-        description="classification: share of the shorter side that the centre crop keeps (224 of "
-        "256)",
+    view: ViewText | None = Field(
+        None,
+        description="what the network sees of a picture: squash, centre-crop:SHARE, letterbox or "
+        "tiles:OVERLAP, then ,bilinear or ,no-antialias; default: that of the run's recipe, of "
+        "other networks centre-crop:0.875 (224 of 256)",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on CUDA, fp32 on CPU"
@@ -124,7 +126,9 @@ class DenseConfig(Section):
     """What segmentation and depth share: windows of pictures, a head trained on them."""
 
     size: Positive = Field(
-        512, description="shorter side in pixels; rounded to the network's stride"
+        512,
+        description="shorter side in pixels, rounded to the network's stride; unset with test=view "
+        "the network's own",
     )
     steps: Positive = Field(2000, description="optimizer steps of the head")
     batch_size: Positive = Field(16, description="windows per step")
@@ -151,10 +155,10 @@ class DenseConfig(Section):
         "The network then runs every step; without, features are computed once",
     )
     resize: _Range = Field((0.5, 2.0), description="augment: the picture's shorter side, over size")
-    test: Literal["windows", "whole"] = Field(
+    test: Literal["windows", "whole", "view"] = Field(
         "windows",
-        description="score by square windows, or by whole pictures in one pass where the network "
-        "takes any shape",
+        description="score by square windows, by whole pictures in one pass where the network "
+        "takes any shape, or by extract.view at the network's own size, as servers see them",
     )
     window_step: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="largest distance between two square windows, over their side"
@@ -167,9 +171,10 @@ class DenseConfig(Section):
 class SegmentationConfig(TaskSection):
     """A head on frozen features (UMT: ADE20K at 512 px, mIoU; KPU: UPerNet)."""
 
-    head: Literal["linear", "upernet"] = Field(
+    head: Literal["linear", "upernet", "decoder"] = Field(
         "linear",
-        description="linear on the last patches, or UPerNet on a pyramid of maps (students of kpu)",
+        description="linear on the last patches, UPerNet on a pyramid of maps (students of kpu), "
+        "or decoder: the one of distill.attach, which is scored as it is",
     )
     width: Annotated[int, Field(ge=2)] = Field(512, description="channels of UPerNet")
 
@@ -191,8 +196,10 @@ class SegmentationConfig(TaskSection):
 class DepthConfig(TaskSection):
     """Binned depth on frozen features (UMT: NYUv2, RMSE)."""
 
-    head: Literal["linear", "dpt"] = Field(
-        "linear", description="linear on the last patches, or DPT on four layers"
+    head: Literal["linear", "dpt", "decoder"] = Field(
+        "linear",
+        description="linear on the last patches, DPT on four layers, or decoder: the one of "
+        "distill.attach, which is scored as it is",
     )
     bins: Positive = Field(256, description="depth candidates, evenly spaced")
     min_depth: _Above0 = Field(1e-3, description="metres; nearer pixels are ignored")

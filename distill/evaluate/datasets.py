@@ -13,20 +13,22 @@ from typing import Literal, Protocol
 import numpy as np
 from PIL import Image
 
-from contract.errors import UserError, raise_trouble
-from contract.images import IMAGE_SUFFIXES, TRUSTED, UnreadableImage, decode
-from distill.data.files import Names, picture_files, size_and_time, subfolders
+from contract.errors import UserError
+from contract.images import IMAGE_SUFFIXES
+from contract.picture_files import Names, picture_files, size_and_time, subfolders
+from contract.views import ViewPolicy
 from distill.data.pictures import digest
 from distill.evaluate.maps import (
     Exif,
     Ignored,
     WrongLabel,
     as_drawn,
+    check_size,
     dropped_labels,
-    map_size,
     read_map,
     stored_bits,
 )
+from distill.evaluate.reading import read_picture, read_view
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "test")}
 """Folder names that stand for the two splits."""
@@ -73,20 +75,6 @@ def stamp(root: Path, files: Sequence[Path | str]) -> str:
     return digest((os.path.relpath(path, root), *size_and_time(path)) for path in files)
 
 
-def read_picture(path: Path | str) -> Image.Image:
-    """Decode a picture; raises UserError if it fails, as a score over part of a data set is
-    wrong.
-    """
-    try:
-        return decode(Path(path), TRUSTED, name=str(path))
-    except (UnreadableImage, MemoryError) as error:
-        raise_trouble(path, error)
-        raise UserError(
-            f"{path} cannot be read ({error.reason}): repair or remove it, as scores need every "
-            "picture"
-        ) from error
-
-
 # ---- class folders ----------------------------------------------------------------------------
 
 
@@ -100,6 +88,10 @@ class Labelled(Protocol):
 
     def picture(self, number: int) -> Image.Image:
         """RGB picture `number`; raises UserError for one that cannot be read."""
+        ...
+
+    def shown(self, number: int, view: ViewPolicy, size: int) -> np.ndarray:
+        """What a view policy, but tiles, shows of it: uint8 [size, size, 3]."""
         ...
 
     def fingerprint(self) -> str:
@@ -126,6 +118,10 @@ class ClassFolders:
     def picture(self, number: int) -> Image.Image:
         """Decode picture `number`; raises UserError as `read_picture` does."""
         return read_picture(self.files[number])
+
+    def shown(self, number: int, view: ViewPolicy, size: int) -> np.ndarray:
+        """Read what `view` shows of picture `number`; raises UserError as `read_picture` does."""
+        return read_view(self.files[number], view, size)
 
     def fingerprint(self) -> str:
         return stamp(self.root, self.files)
@@ -214,6 +210,9 @@ class Some:
 
     def picture(self, number: int) -> Image.Image:
         return self.split.picture(self.numbers[number])
+
+    def shown(self, number: int, view: ViewPolicy, size: int) -> np.ndarray:
+        return self.split.shown(self.numbers[number], view, size)
 
     def fingerprint(self) -> str:
         return f"{self.split.fingerprint()} {digest((number,) for number in self.numbers)}"
@@ -356,12 +355,7 @@ def read_matched(pairs: Pairs, number: int) -> Image.Image:
     """
     file, path = pairs.pictures[number], pairs.maps[number]
     picture = as_drawn(read_picture(file), file, path, pairs.exif)
-    width, height = map_size(path)
-    if (width, height) != picture.size:
-        raise UserError(
-            f"{path} is {width}x{height}, but its picture is {picture.width}x{picture.height}: "
-            "resize one of them"
-        )
+    check_size(path, picture.size)
     return picture
 
 

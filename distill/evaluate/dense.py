@@ -4,7 +4,6 @@ depth share.
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,12 +16,20 @@ from torch.utils.data import DataLoader
 
 from contract.errors import Failure, UserError
 from distill.data.batches import item_bytes, worker_options
+from distill.distributed import ALONE, Ranks
 from distill.evaluate.augment import AugmentedPairs, Style
 from distill.evaluate.config import DenseConfig, EvaluationConfig
 from distill.evaluate.datasets import Pairs
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import cast, extract, precision_on
-from distill.evaluate.windows import WholeViews, WindowLabels, WindowViews, merge_windows
+from distill.evaluate.outcome import first_alone
+from distill.evaluate.windows import (
+    SeenViews,
+    WholeViews,
+    WindowLabels,
+    WindowViews,
+    merge_windows,
+)
 from distill.models.batch_norm import explained
 
 log = logging.getLogger(__name__)
@@ -68,13 +75,15 @@ def train_head(
     config: EvaluationConfig,
     device: torch.device,
     backbone: tuple[list[tuple[str, nn.Parameter]], float] = ([], 0.0),
+    ranks: Ranks = ALONE,
 ) -> nn.Module:
     """Fit `head` to map `inputs(batch of samples)` to their labels, by AdamW with warm-up and a
     decay.
 
     `loss(output of the head, labels [B, p, p])` is a scalar. `backbone` is named parameters to
-    train with the head and their rate over the head's. Raises Failure for a loss that is not
-    finite.
+    train with the head and their rate over the head's. Of several `ranks` each makes a part of
+    every batch's inputs; the first one trains the head on all of them, and the others get it.
+    Raises Failure for a loss that is not finite.
     """
     dense = config.dense
     head.to(device).train()
@@ -83,21 +92,28 @@ def train_head(
         groups += _backbone_groups(*backbone)
     optimizer = torch.optim.AdamW(groups, lr=dense.lr, weight_decay=dense.weight_decay)
     workers = 0 if samples.keep else config.extract.workers
-    room = item_bytes(samples[0, 0]) * dense.batch_size if workers else 0
+    count = min(dense.batch_size, len(samples))
+    room = item_bytes(samples[0, 0]) * -(-count // ranks.world) if workers else 0
     loader = DataLoader(
         samples,
-        batch_sampler=_Steps(len(samples), dense.batch_size, dense.steps, config.seed),
+        batch_sampler=_Steps(len(samples), dense.batch_size, dense.steps, config.seed, ranks),
         generator=torch.Generator(),
         **worker_options(workers, room, wanted=2),
     )
     what = type(head).__name__
+    ranks.barrier()
     for step, (batch, truth) in enumerate(
-        track(loader, total=dense.steps, description=what, disable=not sys.stdout.isatty())
+        track(loader, total=dense.steps, description=what, disable=not ranks.draws)
     ):
+        seen, truth = inputs(batch), truth.to(device)
+        if ranks.world > 1:
+            seen, truth = _gather(seen, count, ranks), _gather(truth, count, ranks)
+        if not ranks.first:
+            continue
         for group in optimizer.param_groups:
             group["lr"] = dense.lr * group["scale"] * rate_at(step, dense)
         with explained(f"set dense.batch_size to 2 or more (now {len(truth)})"):
-            value = loss(head(inputs(batch)), truth.to(device))
+            value = loss(head(seen), truth)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         optimizer.step()
@@ -106,7 +122,33 @@ def train_head(
             raise Failure(
                 f"{what}: the loss is {value.item()} at step {step}; lower dense.lr = {dense.lr:g}"
             )
+    ranks.hand_out(head)
     return head.eval()
+
+
+def _gather(values: Any, count: int, ranks: Ranks) -> Any:
+    """Inputs of a head, tensors or tuples and lists of them, of the `count` samples of a batch, in
+    the first process.
+    """
+    if isinstance(values, Tensor):
+        return ranks.gather_rows(values, count)
+    parts = [_gather(value, count, ranks) for value in values]
+    return type(values)(*parts) if hasattr(values, "_fields") else type(values)(parts)
+
+
+def sharing(
+    encoder: Encoder, config: EvaluationConfig, count: int, what: str, trained: bool = False
+) -> Ranks:
+    """The processes that train a head and score it together: the encoder's, where every step runs
+    its network on other pictures. Else the first process goes on alone, and this raises Left in
+    others; so too where the network is `trained` along, and for batches of too few of the `count`
+    pictures.
+    """
+    ranks, dense = encoder.ranks, config.dense
+    if dense.augment and not trained and ranks.world <= min(dense.batch_size, count):
+        return ranks
+    first_alone(ranks, what)
+    return ALONE
 
 
 def _backbone_groups(named: list[tuple[str, nn.Parameter]], scale: float) -> list[dict]:
@@ -120,10 +162,11 @@ def _backbone_groups(named: list[tuple[str, nn.Parameter]], scale: float) -> lis
 
 
 class _Steps:
-    """Batches of (step, number): what `draw_batches` draws from a seed."""
+    """Batches of (step, number): what `draw_batches` draws from a seed, dealt out to `ranks`."""
 
-    def __init__(self, count: int, size: int, steps: int, seed: int) -> None:
+    def __init__(self, count: int, size: int, steps: int, seed: int, ranks: Ranks) -> None:
         self.count, self.size, self.steps, self.seed = count, size, steps, seed
+        self.ranks = ranks
 
     def __len__(self) -> int:
         return self.steps
@@ -132,7 +175,7 @@ class _Steps:
         generator = torch.Generator().manual_seed(self.seed)
         batches = draw_batches(self.count, self.size, self.steps, generator)
         for step, numbers in enumerate(batches):
-            yield [(step, number) for number in numbers]
+            yield [(step, number) for number in self.ranks.deal(numbers)]
 
 
 def draw_batches(
@@ -164,7 +207,7 @@ def rate_at(step: int, dense: DenseConfig) -> float:
 def stored_patches(
     encoder: Encoder,
     views: dict[str, WindowViews],
-    whole: WholeViews | None,
+    whole: WholeViews | SeenViews | None,
     config: EvaluationConfig,
     cache: Path,
 ) -> dict[str, Callable[[list[int]], Tensor]]:
@@ -234,12 +277,24 @@ def training_samples(
     return _NumberedWindows(kept), inputs
 
 
-def whole_views(encoder: Encoder, views: WindowViews, dense: DenseConfig) -> WholeViews | None:
-    """Whole validation pictures, where `dense.test` wants them; None, with a line in the log, for a
-    network that does not take all of their shapes.
+def side_of(encoder: Encoder, dense: DenseConfig) -> int:
+    """Side of windows and views in pixels: `dense.size`, or where `dense.test` is the view and no
+    size is set the network's own, at which it is served.
     """
-    if dense.test == "windows":
+    served = dense.test == "view" and "size" not in dense.model_fields_set
+    return encoder.fit(encoder.image_size if served else dense.size)
+
+
+def whole_views(
+    encoder: Encoder, views: WindowViews, config: EvaluationConfig
+) -> WholeViews | SeenViews | None:
+    """Whole validation pictures or what `extract.view` shows of them, where `dense.test` wants
+    that; None, with a line in the log, for a network that does not take all of their shapes.
+    """
+    if config.dense.test == "windows":
         return None
+    if config.dense.test == "view":
+        return SeenViews(views.pairs, views.size, encoder.view_of(config.extract))
     whole = WholeViews(views.pairs, views.size, encoder.stride)
     for height, width in sorted(whole.shapes()):
         if not encoder.takes(height, width):
@@ -267,7 +322,7 @@ class PictureMaps:
         head: Callable[[Any], Tensor],
         read: Callable[[Tensor], Any],
         views: WindowViews,
-        whole: WholeViews | None,
+        whole: WholeViews | SeenViews | None,
         mirror: bool,
         stored: Callable[[list[int]], Any] | None = None,
     ) -> None:
@@ -279,13 +334,19 @@ class PictureMaps:
     def __call__(self, number: int, width: int, height: int) -> Tensor:
         """The map of picture `number`, which is `width` x `height` pixels."""
         if self.whole:
-            return self.whole.restore(self._maps(self.whole[number][None]), number, width, height)
+            views = self.whole[number]
+            maps = self._maps(views if views.ndim == 4 else views[None])
+            return self.whole.restore(maps, number, width, height)
         windows = self.windows[number]
         if self.stored and not self.mirror:
             maps = self.head(self.stored(windows))
         else:
             maps = self._maps(torch.stack([self.views[window] for window in windows]))
         return merge_windows(maps, [self.views.windows[w] for w in windows], width, height)
+
+    def shown(self, width: int, height: int) -> Tensor | None:
+        """Which pixels [height, width] of a picture have a map; None: all of them."""
+        return self.whole.shown(width, height) if isinstance(self.whole, SeenViews) else None
 
     def _maps(self, images: Tensor) -> Tensor:
         maps = self.head(self.read(images))

@@ -13,22 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from contract.errors import UserError
+from distill.distributed import Ranks
 from distill.evaluate.augment import DEPTH
 from distill.evaluate.config import DepthConfig, EvaluationConfig
 from distill.evaluate.datasets import Pairs, depth_scale, open_pairs, read_depth, read_matched
+from distill.evaluate.decoded import decoder_reader
 from distill.evaluate.dense import (
     PictureMaps,
     patch_reader,
+    sharing,
+    side_of,
     stored_patches,
     train_head,
     training_samples,
     whole_views,
 )
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.outcome import Outcome
+from distill.evaluate.outcome import Outcome, first_alone
 from distill.evaluate.pictures import depth_figure
 from distill.evaluate.windows import WindowViews
-from distill.heads import DPTDepth, LinearDepth, save_head
+from distill.heads import DPTDepth, Head, LinearDepth, save_head
 from distill.methods.deployment import BACKBONE
 from distill.models.student import Layer
 
@@ -54,13 +58,13 @@ def evaluate(
         encoder.need_bare("depth.backbone_lr trains", "set depth.backbone_lr=0")
     train, val = (open_pairs(data, s, "depth", config.dense.exif) for s in ("train", "val"))
     scale = depth_scale((train, val), settings.scale)
-    size = encoder.fit(config.dense.size)
+    size = side_of(encoder, config.dense)
     dense = config.dense
     views = {
         "train": WindowViews(train, size),
         "val": WindowViews(val, size, dense.window_step),
     }
-    whole = whole_views(encoder, views["val"], dense)
+    whole = whole_views(encoder, views["val"], config)
 
     def read(pairs: Pairs, number: int) -> np.ndarray:
         return read_depth(pairs, number, scale, settings.max_depth)
@@ -90,7 +94,8 @@ def evaluate(
         valid = valid_depth(truth, settings)
         return silog(metres.squeeze(1), truth, valid, settings.loss_lambda)
 
-    train_head(head, inputs, samples, loss, config, encoder.device, trained)
+    team = sharing(encoder, config, len(train), "depth", bool(trained[0]))
+    train_head(head, inputs, samples, loss, config, encoder.device, trained, team)
     maps = PictureMaps(
         lambda seen: head(seen).unsqueeze(1),
         look,
@@ -100,22 +105,71 @@ def evaluate(
         stored.get("val"),
     )
 
-    rows, shown = [], []
-    for number in range(len(val)):
-        picture, truth = read_matched(val, number), read(val, number)
-        metres = maps(number, *picture.size)[0].cpu()
-        rows.append(depth_errors(metres, torch.from_numpy(truth), settings, str(val.maps[number])))
-        if len(shown) < SHOWN:
-            shown.append((np.asarray(picture), truth, metres.numpy()))
-    scores = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    files = [depth_figure(folder / "depth.png", shown, settings.max_depth)]
+    scores, count, figure = _score(maps, val, read, settings, folder, team)
+    files = [figure]
     if not trained[0]:
         output = "patches" if settings.head == "linear" else "layers"
         about = {**binding, "output": output, "unit": "metre", "size": size, "scores": scores}
         files.append(save_head(folder / "heads", "depth", head, about))
-    test = "whole" if whole else "windows"
-    details = {"size": size, "head": settings.head, "test": test, "pictures": len(rows)}
+    test = config.dense.test if whole else "windows"
+    details = {"size": size, "head": settings.head, "test": test, "pictures": count}
     return Outcome(scores, details, tuple(files))
+
+
+def evaluate_decoder(
+    encoder: Encoder, head: Head, data: Path, config: EvaluationConfig, folder: Path
+) -> Outcome:
+    """Score a teacher's decoder on an encoder's features; nothing is trained, and only the
+    validation split is read.
+
+    Raises UserError for a decoder whose unit is not the metre.
+    """
+    unit = head.about.get("unit", "metre")
+    if unit != "metre":
+        raise UserError(f"the decoder of depth gives {unit}s, and errors are those of metres")
+    settings = config.depth
+    val = open_pairs(data, "val", "depth", config.dense.exif)
+    scale = depth_scale((val, val), settings.scale)
+    size = side_of(encoder, config.dense)
+    views = WindowViews(val, size, config.dense.window_step)
+    whole = whole_views(encoder, views, config)
+    look, answer = decoder_reader(encoder, head, config)
+    maps = PictureMaps(
+        lambda seen: answer(seen).unsqueeze(1), look, views, whole, config.dense.mirror
+    )
+
+    def read(pairs: Pairs, number: int) -> np.ndarray:
+        return read_depth(pairs, number, scale, settings.max_depth)
+
+    scores, count, figure = _score(maps, val, read, settings, folder, encoder.ranks)
+    test = config.dense.test if whole else "windows"
+    details = {"size": size, "head": "decoder", "test": test, "pictures": count}
+    return Outcome(scores, details, (figure,))
+
+
+def _score(
+    maps: PictureMaps,
+    val: Pairs,
+    read: Callable[[Pairs, int], np.ndarray],
+    settings: DepthConfig,
+    folder: Path,
+    ranks: Ranks,
+) -> tuple[dict[str, float], int, Path]:
+    """Mean errors, the number of pictures, and a figure of a few maps."""
+    rows, shown = [], []
+    for number in ranks.deal(range(len(val))):
+        picture, truth = read_matched(val, number), read(val, number)
+        metres = maps(number, *picture.size)[0].cpu()
+        seen = maps.shown(*picture.size)
+        if seen is not None:
+            truth = np.where(seen.numpy(), truth, 0)  # no depth, which is not scored
+        rows.append(depth_errors(metres, torch.from_numpy(truth), settings, str(val.maps[number])))
+        if len(shown) < SHOWN:
+            shown.append((np.asarray(picture), truth, metres.numpy()))
+    rows, shown = ranks.collect(rows), ranks.collect(shown)[:SHOWN]
+    first_alone(ranks)
+    scores = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return scores, len(rows), depth_figure(folder / "depth.png", shown, settings.max_depth)
 
 
 def dpt_head(

@@ -8,7 +8,6 @@ gets the closest multiples of its patch.
 
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from distill.evaluate.boxes import BoxedPictures, open_boxes
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.encoder import Encoder, RunEncoder
 from distill.evaluate.extract import cast, precision_on
-from distill.evaluate.outcome import NotApplicable, Outcome
+from distill.evaluate.outcome import NotApplicable, Outcome, first_alone
 from distill.evaluate.pictures import boxes_figure
 from distill.features import resize_map
 from distill.models.grounding_dino import (
@@ -90,14 +89,16 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
             source,
         )
     precision = precision_on(encoder.device, config.extract)
-    results, shown = [], []
-    numbers = range(len(pictures))
-    for number in track(numbers, description="pictures", disable=not sys.stdout.isatty()):
+    results, shown, ranks = [], [], encoder.ranks
+    numbers = ranks.deal(range(len(pictures)))
+    for number in track(numbers, description="pictures", disable=not ranks.draws):
         picture = pictures.picture(number)
         result = detector.detect(encoder, picture, settings.size, settings.top, precision)
         results.append(result)
         if len(shown) < _SHOWN:
             shown.append((picture, pictures.boxes[number], result))
+    results, shown = ranks.collect(results), ranks.collect(shown)[:_SHOWN]
+    first_alone(ranks)
     scores, per_class = average_precision(pictures, results)
     file = boxes_figure(folder / "detection.png", shown, pictures.classes, settings.threshold)
     details = {"pictures": len(pictures), "size": settings.size, "detector": source}

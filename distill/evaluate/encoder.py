@@ -2,6 +2,7 @@
 teacher, behind one call.
 """
 
+import itertools
 import json
 import re
 from functools import cached_property
@@ -10,17 +11,25 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from contract.errors import UserError, out_of_memory
+from contract.views import EVALUATED, ViewPolicy
 from distill.config import DETECTOR, TeacherConfig, TeacherRuntime
+from distill.distributed import ALONE, Ranks
+from distill.evaluate.config import ExtractConfig
 from distill.evaluate.outcome import NotApplicable
 from distill.features import FeatureDims, Features
+from distill.fields import source_of
 from distill.methods.deployment import BACKBONE, Deployment
+from distill.models.cards import folder_config
 from distill.models.layout import map_stride, patch_size
 from distill.models.student import Layer, dpt_layers
 from distill.models.weights import tensors_sha256
 from distill.runs import Run
 from distill.teachers import Teacher, build_teacher
+from distill.teachers.foreign import ForeignNet
+from distill.teachers.grounding_dino import DetectorBackbone
 from distill.teachers.run import StudentNet
 
 
@@ -30,7 +39,8 @@ class Encoder(nn.Module):
 
     `name` is the row's name in tables, `read_out` the column of the student that is read
     ("backbone" for teachers), `image_size` the side it was trained at, `stride` the pixels per
-    position, `dims` the widths, `pyramid_widths` those of the maps of `pyramid` (none without).
+    position, `dims` the widths, `pyramid_widths` those of the maps of `pyramid` (none without),
+    `view` what it sees of a picture unless settings say otherwise.
     """
 
     name: str
@@ -40,6 +50,9 @@ class Encoder(nn.Module):
     dims: FeatureDims
     detectors: tuple[TeacherConfig, ...] = ()
     pyramid_widths: tuple[int, ...] = ()
+    ranks: Ranks = ALONE
+    """The processes that share what is done with it: each has a copy."""
+    view: ViewPolicy = EVALUATED
 
     def forward(self, images: Tensor) -> Features:
         """Features of uint8 images [B, 3, H, W], H and W multiples of `stride`, as float32."""
@@ -63,8 +76,8 @@ class Encoder(nn.Module):
         """
         if not self.is_bare:
             raise NotApplicable(
-                f"{self.name}: {what} a timm network alone, not one inside an adapter or a "
-                f"detector's backbone: {remedy}"
+                f"{self.name}: {what} a timm network alone, not one inside an adapter, a "
+                f"detector's backbone, or a network of another library: {remedy}"
             )
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -73,10 +86,17 @@ class Encoder(nn.Module):
         """
         return self.preprocess.normalize(images.float().div(255))
 
+    def view_of(self, config: ExtractConfig) -> ViewPolicy:
+        """`extract.view`, or else the network's own; a letterbox has the colour that the network
+        subtracts.
+        """
+        view = ViewPolicy.parse(config.view) if config.view else self.view
+        return view.on(self.preprocess.mean.flatten().tolist())
+
     @property
     def device(self) -> torch.device:
         """Where it runs."""
-        return next(self.parameters()).device
+        return self.preprocess.mean.device
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -120,12 +140,20 @@ class Encoder(nn.Module):
                 "choose a task on patches (segmentation, depth, video) or other --features"
             )
 
+    def accepts(self, size: int) -> bool:
+        """Whether features of pictures of `size` pixels can be taken: whole positions, as here, or
+        what the network is known to run on.
+        """
+        return size % self.stride == 0
+
     def fit(self, pixels: int) -> int:
-        """The multiple of `stride` nearest to `pixels`; raises UserError if the network takes its
-        own size only.
+        """The multiple of `stride` nearest to `pixels`, or these where they are the only size that
+        the network takes; raises UserError for others of such a network.
         """
         size = max(1, round(pixels / self.stride)) * self.stride
         if size != self.image_size and not self.takes(size):
+            if pixels == self.image_size:
+                return pixels
             raise UserError(
                 f"{self.name} takes pictures of {self.image_size} px only, not {size}: set "
                 f"the size (dense.size, retrieval.size, --size) to {self.image_size}"
@@ -176,6 +204,7 @@ class RunEncoder(Encoder):
         coupling = whole.coupling if heads else nn.Identity()
         self.deployment = Deployment(whole.preprocess, whole.student, coupling, heads)
         self.preprocess = whole.preprocess
+        self.view = ViewPolicy.parse(run.recipe.view)
         self.image_size, self.stride = run.recipe.student.image_size, whole.student.stride
         width = whole.student.width
         self.dims = run.dims[read_out] if heads else FeatureDims(width, width)
@@ -230,10 +259,7 @@ class TeacherEncoder(Encoder):
             teacher.image_size,
             teacher.dims,
         )
-        patch, rows = patch_size(self.net), teacher.grid[0]
-        # of networks whose stages halve a ViT's grid, the patch is only the first stride
-        own = patch is not None and rows * patch == teacher.image_size
-        self.stride = patch if own else map_stride(self.net, teacher.image_size, rows)
+        self.stride = _stride(teacher)
         dims = self.dims
         if dims.maps:  # a run's patches are no level of its pyramid
             own = isinstance(teacher.net, StudentNet)
@@ -250,10 +276,16 @@ class TeacherEncoder(Encoder):
     @property
     def is_bare(self) -> bool:
         net = self.teacher.net
-        return not (net.student.map_strides if isinstance(net, StudentNet) else self.detectors)
+        if isinstance(net, StudentNet):
+            return not net.student.map_strides
+        return not isinstance(net, DetectorBackbone | ForeignNet)
 
     def forward(self, images: Tensor) -> Features:
         return self.teacher.encode(self.normalize(images)).map(Tensor.float)
+
+    def accepts(self, size: int) -> bool:
+        # a CNN's map of any size is one; a ViT's patches have to fit
+        return super().accepts(size) or (patch_size(self.net) is None and self.takes(size))
 
     def detector_maps(self, images: Tensor) -> tuple[Tensor, ...]:
         features = self(images)
@@ -267,12 +299,51 @@ class TeacherEncoder(Encoder):
     def _layers(self, pixels: Tensor) -> tuple[object, list[Layer]]:
         if isinstance(self.teacher.net, StudentNet):
             return self.teacher.net.student.layers(pixels)
-        if self.detectors:
+        if not self.is_bare:
             raise NotApplicable(
-                f"{self.name}: a detector's backbone does not give four layers: set "
-                "depth.head=linear"
+                f"{self.name}: only timm networks and runs give four layers: set depth.head=linear"
             )
         return dpt_layers(self.net, pixels, self.stride)
+
+
+class _Encode(nn.Module):
+    """`Teacher.encode` as a forward pass."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        super().__init__()
+        self.teacher = teacher
+
+    def forward(self, pixels: Tensor) -> Features:
+        return self.teacher.encode(pixels)
+
+
+@torch.no_grad()
+def _stride(teacher: Teacher) -> int:
+    """Pixels per position of a teacher's map: the patch where nothing halves it, else what the
+    network does at another size, on the meta device.
+    """
+    if isinstance(teacher.net, StudentNet):
+        return teacher.net.student.stride
+    net, height, size = teacher.net, teacher.grid[0], teacher.image_size
+    patch = patch_size(net)
+    # of networks whose stages halve a ViT's grid, the patch is only the first stride
+    if patch is not None and height * patch == size:
+        return patch
+    whole = _Encode(teacher)
+    state = {
+        name: torch.empty_like(tensor, device="meta")
+        for name, tensor in itertools.chain(whole.named_parameters(), whole.named_buffers())
+    }
+
+    def rows(pixels: int) -> int | None:
+        picture = torch.empty(1, 3, pixels, pixels, device="meta")
+        try:
+            return functional_call(whole, state, (picture,)).patches.shape[1]
+        # whatever a network raises of a size that is not its own, or of a device that is none
+        except Exception:
+            return None
+
+    return map_stride(net, size, height, rows) or max(1, round(size / height))
 
 
 def teacher_encoder(
@@ -284,7 +355,8 @@ def teacher_encoder(
     Raises UserError as `build_teacher` does.
     """
     changes: dict = {}
-    if config.name not in ("run", DETECTOR):
+    timm_network = source_of(config.name)[0] in ("", "hf-hub", "local-dir")
+    if timm_network and config.name not in ("run", DETECTOR):
         changes["kwargs"] = {**config.kwargs, "dynamic_img_size": True}
     if size:
         changes["image_size"] = size
@@ -302,7 +374,11 @@ def parse_model(text: str) -> TeacherConfig:
     them random. A CLIP network that was not fine-tuned (its name says so) is read as one: its
     image-level vector is the projected embedding.
     """
+    # what follows a prefix may have any character, but for @random and a block at its end
+    parts = re.fullmatch(r"(.+?)(@random)?(:-?\d+)?", text) if source_of(text)[0] else None
     name, _, checkpoint = text.partition("@")
+    if parts:
+        name, checkpoint = parts[1], (parts[2] or "").removeprefix("@") + (parts[3] or "")
     block = None
     match = re.fullmatch(r"(.*):(-?\d+)", checkpoint or name)
     if match:
@@ -311,7 +387,12 @@ def parse_model(text: str) -> TeacherConfig:
     if Path(name).is_dir():
         return TeacherConfig(name="run", role="classification", checkpoint=name, block=block)
     random = checkpoint == "random"
-    role = "clip" if "clip" in name and "_ft_" not in name else "classification"
+    kind, place = source_of(name)
+    folder = folder_config(Path(place)) if kind in ("hf", "local-dir") else {}
+    # a folder's path says nothing of the network
+    known = str(folder.get("architecture") or folder.get("architectures") or name)
+    projected = "clip" in known.lower() and "_ft_" not in known and "CLIPVisionModel'" not in known
+    role = "clip" if projected and kind != "python" else "classification"
     try:
         return TeacherConfig(
             name=name,

@@ -1,35 +1,39 @@
 """One pass of a frozen network over a data set, kept on disk, resumed where it stopped.
 
 Views are cut into shards; a shard is one array of summaries and one of patches (float16), and a
-marker with their sha256, written last. Shards that exist and match
-their hashes are not computed again.
+marker with their sha256, written last. Shards that exist and match their hashes are not computed
+again. Several processes divide the batches evenly; where that cuts a shard, its parts are files
+that one of them joins.
 """
 
 import hashlib
 import json
 import logging
-import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from contract.errors import UserError, raise_trouble
 from contract.files import file_sha256, write_atomically
+from contract.views import ViewPolicy
 from distill.data.batches import worker_options
-from distill.data.crops import take_crop
 from distill.data.open_files import Pool
 from distill.evaluate.config import ExtractConfig
 from distill.evaluate.datasets import Labelled
 from distill.evaluate.encoder import Encoder
+from distill.evaluate.shared_files import wait_for
 from distill.teachers import AUTOCAST
 
 log = logging.getLogger(__name__)
@@ -52,29 +56,36 @@ class Views(Protocol):
         ...
 
 
-class CentreViews:
-    """The centre of every picture of a labelled split: `crop` of its shorter side, resized to
-    `size` pixels.
-    """
+class PolicyViews:
+    """What a view policy shows of every picture of a labelled split, at `size` x `size` pixels."""
 
-    def __init__(self, split: Labelled, size: int, crop: float) -> None:
-        self.split, self.size, self.crop = split, size, crop
+    def __init__(self, split: Labelled, size: int, view: ViewPolicy) -> None:
+        if view.kind == "tiles":
+            raise UserError(
+                f"view {view}: tiles are for maps (dense.test=view), a picture's tiles have no "
+                "image-level vector: set extract.view=centre-crop:0.875 or letterbox"
+            )
+        self.split, self.size, self.view = split, size, view
 
     def __len__(self) -> int:
         return len(self.split)
 
     def __getitem__(self, number: int) -> Tensor:
-        return centre_view(self.split.picture(number), self.size, self.crop)
+        return as_tensor(self.split.shown(number, self.view, self.size))
 
     def fingerprint(self) -> str:
-        return f"{self.split.fingerprint()} centre {self.size} {self.crop}"
+        # "scaled": caches of before hold features of JPEGs that were decoded whole
+        return f"{self.split.fingerprint()} {self.size} {self.view} scaled"
 
 
-def centre_view(picture, size: int, crop: float) -> Tensor:
-    """The centred square of `crop` times the shorter side, as uint8 [3, size, size]."""
-    side = min(picture.size) * crop
-    left, top = (picture.width - side) / 2, (picture.height - side) / 2
-    return take_crop(picture, (left, top, left + side, top + side), size, flip=False)
+def seen(picture: Image.Image, size: int, view: ViewPolicy) -> Tensor:
+    """What a view policy shows of a picture, as uint8 [3, size, size]."""
+    return as_tensor(view.pixels(picture, size, size))
+
+
+def as_tensor(pixels: np.ndarray) -> Tensor:
+    """Pixels [H, W, 3] as [3, H, W]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 class Extracted:
@@ -117,7 +128,8 @@ def extract(
     patches: bool = False,
     what: str = "features",
 ) -> Extracted:
-    """Compute the encoder's features of `views` that `cache` lacks; `patches` keeps the maps too.
+    """Compute the encoder's features of `views` that `cache` lacks, a part in each of the encoder's
+    processes, which all get them; `patches` keeps the maps too.
 
     Raises UserError for features that are not finite or exceed float16, and for pictures that
     cannot be read.
@@ -135,8 +147,10 @@ def extract(
     else:
         encoder.need_summary(what)
         kinds = ("summary",)
-    shards = -(-len(views) // size)
-    missing = [shard for shard in range(shards) if not whole(folder, shard, kinds)]
+    shards, ranks = -(-len(views) // size), encoder.ranks
+    # reading them takes time, so each process checks its own part
+    lacking = [shard for shard in ranks.deal(range(shards)) if not whole(folder, shard, kinds)]
+    missing = sorted(shard for part in ranks.gather(lacking) for shard in part)
     result = Extracted(folder, len(views), size)
     if not missing:
         log.info("%s: all %d views of %s are in the cache", what, len(views), encoder.name)
@@ -148,26 +162,114 @@ def extract(
             f"cannot create {folder}: {error.strerror} (choose another --output)"
         ) from error
     numbers = [n for shard in missing for n in _shard_range(shard, len(views), size)]
-    start, done = time.perf_counter(), 0
-    parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
-    queue = iter(missing)
-    shard = next(queue)
-    for batch in _follow(
-        _batches(encoder, views, numbers, kinds, precision, size, config),
-        len(numbers),
+    start = time.perf_counter()
+    segments = _divide(_cuts(numbers, size, config.batch_size), size, ranks.world)
+    pieces = Counter(segment.shard for segment in segments)
+    mine = [segment for segment in segments if segment.rank == ranks.rank]
+    cuts = [cut for segment in mine for cut in segment.cuts]
+    batches = _follow(
+        _batches(encoder, views, cuts, kinds, precision, config),
+        sum(map(len, cuts)),
         f"{what}, {encoder.name}",
-    ):
-        for kind in kinds:
-            parts[kind].append(_fits(batch[kind], kind, encoder.name))
-        done += len(batch[kinds[0]])
-        # the loader's batches never straddle two shards
-        if sum(len(part) for part in parts[kinds[0]]) == len(_shard_range(shard, len(views), size)):
-            _keep(folder, shard, {kind: np.concatenate(parts[kind]) for kind in kinds})
-            parts = {kind: [] for kind in kinds}
-            shard = next(queue, None)
-    rate = done / (time.perf_counter() - start)
-    log.info("%s: %d of %d views of %s, %.1f a second", what, done, len(views), encoder.name, rate)
+        ranks.draws,
+    )
+    with closing(batches):
+        for segment in mine:
+            parts: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
+            for batch in islice(batches, len(segment.cuts)):
+                for kind in kinds:
+                    parts[kind].append(_fits(batch[kind], kind, encoder.name))
+            arrays = {kind: np.concatenate(parts[kind]) for kind in kinds}
+            if pieces[segment.shard] == 1:
+                _keep(folder, segment.shard, arrays)
+            else:
+                _keep_pieces(folder, segment, arrays)
+    ranks.barrier()
+    for _, group in groupby(segments, lambda segment: segment.shard):
+        of_shard = list(group)
+        if len(of_shard) > 1 and of_shard[0].rank == ranks.rank:
+            _join_pieces(folder, of_shard, kinds)
+    ranks.barrier()
+    if ranks.world > 1:
+        wait_for([_marker(folder, shard) for shard in missing])
+    if ranks.first:
+        _remove_pieces(folder, missing)
+    rate = len(numbers) / (time.perf_counter() - start)
+    log.info(
+        "%s: %d of %d views of %s, %.1f a second",
+        *(what, len(numbers), len(views), encoder.name, rate),
+    )
     return result
+
+
+class _Segment(NamedTuple):
+    """Batches of one shard that one process computes: all of the shard's, or some."""
+
+    rank: int
+    shard: int
+    cuts: list[list[int]]
+
+    def path(self, folder: Path, kind: str) -> Path:
+        """Where a part of a shard waits for the others."""
+        return folder / f"shard_{self.shard:06d}.from_{self.cuts[0][0]}.{kind}.npy"
+
+
+def _cuts(numbers: Sequence[int], size: int, batch_size: int) -> list[list[int]]:
+    """Batches of views, none of which straddles two shards of `size` views."""
+    cuts: list[list[int]] = []
+    for number in numbers:
+        if not cuts or len(cuts[-1]) == batch_size or number // size != cuts[-1][0] // size:
+            cuts.append([])
+        cuts[-1].append(number)
+    return cuts
+
+
+def _divide(cuts: list[list[int]], size: int, world: int) -> list[_Segment]:
+    """Batches of shards of `size` views, divided evenly among processes: what is computed together
+    is what one process would.
+    """
+    numbered = [(number * world // len(cuts), cut) for number, cut in enumerate(cuts)]
+    groups = groupby(numbered, lambda entry: (entry[0], entry[1][0] // size))
+    return [_Segment(rank, shard, [cut for _, cut in group]) for (rank, shard), group in groups]
+
+
+def _keep_pieces(folder: Path, segment: _Segment, arrays: dict[str, np.ndarray]) -> None:
+    for kind, array in arrays.items():
+        path = segment.path(folder, kind)
+        write_atomically(path, lambda temporary, a=array: _save_array(temporary, a))
+
+
+def _join_pieces(folder: Path, segments: Sequence[_Segment], kinds: Sequence[str]) -> None:
+    """Keep a shard whose parts several processes have left in `folder`; raises UserError for parts
+    that never come.
+    """
+    paths = {kind: [segment.path(folder, kind) for segment in segments] for kind in kinds}
+    wait_for([path for kind in kinds for path in paths[kind]])
+    arrays = {kind: np.concatenate([np.load(p) for p in paths[kind]]) for kind in kinds}
+    _keep(folder, segments[0].shard, arrays)
+
+
+def _remove_pieces(folder: Path, shards: Sequence[int]) -> None:
+    """Remove the parts of shards that are kept, also those of a run that was killed and had another
+    number of processes.
+    """
+    kept = {f"shard_{shard:06d}" for shard in shards}
+    for path in list(folder.glob("shard_*.from_*.npy")):
+        if path.name.partition(".")[0] in kept:
+            path.unlink(missing_ok=True)
+
+
+def summaries(encoder: Encoder, views: Views, config: ExtractConfig) -> Tensor:
+    """The encoder's image-level vectors of `views`, float32 [n, d] on the CPU, computed anew:
+    nothing is kept on disk.
+
+    Raises UserError for features that are not finite.
+    """
+    encoder.need_summary("features")
+    precision = precision_on(encoder.device, config)
+    cuts = _cuts(range(len(views)), len(views), config.batch_size)
+    batches = _batches(encoder, views, cuts, ("summary",), precision, config)
+    return torch.cat([batch["summary"] for batch in batches])
 
 
 def precision_on(device: torch.device, config: ExtractConfig) -> str:
@@ -187,23 +289,15 @@ def cast(device: torch.device, precision: str) -> AbstractContextManager:
 def _batches(
     encoder: Encoder,
     views: Views,
-    numbers: list[int],
+    cuts: list[list[int]],
     kinds: Sequence[str],
     precision: str,
-    size: int,
     config: ExtractConfig,
 ):
-    """The given kinds of features of the requested views, as dicts of tensors on the CPU, batch by
-    batch.
+    """The given kinds of features of batches of views, as dicts of tensors on the CPU.
 
-    A batch never straddles two shards of `size` views. Patches leave the device in half precision,
-    as they are kept.
+    Patches leave the device in half precision, as they are kept.
     """
-    cuts: list[list[int]] = []
-    for number in numbers:
-        if not cuts or len(cuts[-1]) == config.batch_size or number // size != cuts[-1][0] // size:
-            cuts.append([])
-        cuts[-1].append(number)
     device = encoder.device
     workers = min(config.workers, len(cuts))
     room = views[0].nbytes * config.batch_size if workers else 0
@@ -253,6 +347,10 @@ def _shard_path(folder: Path, shard: int, kind: str) -> Path:
     return folder / f"shard_{shard:06d}.{kind}.npy"
 
 
+def _marker(folder: Path, shard: int) -> Path:
+    return folder / f"shard_{shard:06d}.json"
+
+
 def _keep(folder: Path, shard: int, arrays: dict[str, np.ndarray]) -> None:
     hashes = {}
     for kind, array in arrays.items():
@@ -260,8 +358,9 @@ def _keep(folder: Path, shard: int, arrays: dict[str, np.ndarray]) -> None:
         write_atomically(path, lambda temporary, a=array: _save_array(temporary, a))
         hashes[kind] = file_sha256(path)
     # written last: a shard without its marker does not count
-    marker = folder / f"shard_{shard:06d}.json"
-    write_atomically(marker, lambda temporary: temporary.write_text(json.dumps(hashes)))
+    write_atomically(
+        _marker(folder, shard), lambda temporary: temporary.write_text(json.dumps(hashes))
+    )
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:
@@ -273,7 +372,7 @@ def _save_array(path: Path, array: np.ndarray) -> None:
 def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
     """Whether a shard's files are there and match their hashes."""
     try:
-        hashes = json.loads((folder / f"shard_{shard:06d}.json").read_text())
+        hashes = json.loads(_marker(folder, shard).read_text())
         good = all(file_sha256(_shard_path(folder, shard, kind)) == hashes[kind] for kind in kinds)
     except FileNotFoundError:
         return False
@@ -287,15 +386,15 @@ def whole(folder: Path, shard: int, kinds: Sequence[str]) -> bool:
     return good
 
 
-def _follow(items, total: int, what: str):
-    """Pass batches through with a progress bar of pictures on a terminal."""
+def _follow(items, total: int, what: str, draws: bool):
+    """Pass batches through; `draws`: with a progress bar of pictures."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not sys.stdout.isatty()) as progress:
+    with Progress(*columns, disable=not draws) as progress:
         bar = progress.add_task(what, total=total)
         for item in items:
             yield item

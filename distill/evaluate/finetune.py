@@ -5,33 +5,42 @@ Table 10).
 
 import copy
 import json
+import logging
 import random
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.progress import track
 from timm.data import create_transform
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 
 from contract.errors import Failure, UserError
 from distill.data.batches import worker_options
+from distill.distributed import Ranks, data_parallel, without_sync
 from distill.evaluate.classification import accuracy, open_splits
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.datasets import Labelled
+from distill.evaluate.dealt import map_views
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import CentreViews
+from distill.evaluate.extract import PolicyViews
 from distill.evaluate.linear_probe import check_imagenet, trained_probe
-from distill.evaluate.outcome import Outcome
+from distill.evaluate.outcome import Outcome, first_alone
+from distill.evaluate.shared_files import first_sees
 from distill.heads import Classifier
 from distill.methods.deployment import BACKBONE
 from distill.models.batch_norm import explained
 from distill.models.weights import read_tensors, write_tensors
 from distill.runs import git_commit
+
+log = logging.getLogger(__name__)
 
 FINETUNED = "finetuned.safetensors"
 """Weights of the fine-tuned network, in the folder of the row."""
@@ -42,21 +51,62 @@ _NORMS = ("fc_norm", "head.norm")
 
 
 class _AugmentedPictures(Dataset):
-    """Randomly cropped and mirrored pictures, normalised for one network, with their labels."""
+    """Randomly cropped and mirrored pictures, normalised for one network, with their labels, by
+    (epoch, number): the same whichever process reads them.
+    """
 
-    def __init__(self, split: Labelled, transform) -> None:
-        self.split, self.transform = split, transform
+    def __init__(self, split: Labelled, transform, seed: int) -> None:
+        self.split, self.transform, self.seed = split, transform, seed
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, number: int) -> tuple[Tensor, int]:
-        return self.transform(self.split.picture(number)), int(self.split.labels[number])
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, number = key
+        picture = self.split.picture(number)
+        with _seeded(self.seed, epoch, number):
+            return self.transform(picture), int(self.split.labels[number])
+
+
+@contextmanager
+def _seeded(*numbers: int) -> Iterator[None]:
+    """Context in which Python's and torch's own generators, from which timm's transforms draw, give
+    what belongs to some numbers.
+    """
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    before = random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield
+    random.setstate(before)
+
+
+class _Epochs:
+    """Batches of (epoch, number), of which each process gets its part; the last pictures of an
+    epoch that fill no batch are left out.
+    """
+
+    def __init__(self, count: int, batch: int, passes: int, seed: int, ranks: Ranks) -> None:
+        self.count, self.batch, self.passes, self.seed = count, batch, passes, seed
+        self.ranks = ranks
+        self.per_epoch = count // batch
+
+    def __len__(self) -> int:
+        return self.passes * self.per_epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for epoch in range(self.passes):
+            order = torch.randperm(self.count, generator=generator)
+            for numbers in order.split(self.batch)[: self.per_epoch]:
+                yield [(epoch, number) for number in self.ranks.deal(numbers).tolist()]
 
 
 def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Path) -> Outcome:
     """Train a copy of the whole network with a new classifier, or with `finetune.init` = probe the
-    best linear probe's; top-1 and top-5 after the last epoch.
+    best linear probe's; top-1 and top-5 after the last epoch. The encoder's processes share every
+    batch.
 
     The probe is heads/classification.safetensors in `folder`, where `finetuned.safetensors` is
     written. Raises UserError for a teacher's head (only backbones are fine-tuned), and for a probe
@@ -72,11 +122,17 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     settings, probe = config.finetune, None
     if settings.init == "probe":
         probe = _probe_of(encoder, train.classes, folder)
-    random.seed(config.seed)
+    ranks, batch = encoder.ranks, min(settings.batch_size, len(train))
+    if batch < ranks.world:
+        raise UserError(
+            f"finetune takes batches of {batch} pictures here, fewer than the {ranks.world} "
+            "processes: start fewer, or raise finetune.batch_size"
+        )
     torch.manual_seed(config.seed)
     net, without = build_classifier(encoder, len(train.classes)), []
     if probe is not None:
         without = put_probe(net, encoder, probe)
+    net = _for_ranks(net, encoder, settings.accumulate)
     mean, std = (
         buffer.flatten().tolist() for buffer in (encoder.preprocess.mean, encoder.preprocess.std)
     )
@@ -90,15 +146,15 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
         mean=mean,
         std=std,
     )
-    batch = min(settings.batch_size, len(train))
+    batches = _Epochs(len(train), batch, settings.passes, config.seed, ranks)
     loader = DataLoader(
-        _AugmentedPictures(train, transform),
-        batch_size=batch,
-        shuffle=True,
-        drop_last=True,
-        generator=torch.Generator().manual_seed(config.seed),
+        _AugmentedPictures(train, transform, config.seed),
+        batch_sampler=batches,
+        generator=torch.Generator(),
         # float32 pixels and a label
-        **worker_options(config.extract.workers, (4 * 3 * size**2 + 8) * batch, wanted=2),
+        **worker_options(
+            config.extract.workers, (4 * 3 * size**2 + 8) * -(-batch // ranks.world), wanted=2
+        ),
     )
     optimizer = create_optimizer_v2(
         net,
@@ -117,38 +173,49 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
         warmup_lr=settings.lr / 100,
         min_lr=1e-6,
         step_on_epochs=False,
-        updates_per_epoch=len(loader),
+        updates_per_epoch=batches.per_epoch,
     )
     loss = nn.CrossEntropyLoss(label_smoothing=settings.label_smoothing)
-    device, step = encoder.device, 0
+    device = encoder.device
     cast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     net.train()
+    ranks.barrier()  # wrapping is a collective, which does not wait long for who reads slowly
+    model = data_parallel(net, ranks)
+    torch.manual_seed(config.seed + ranks.rank)  # dropout differs between processes
     schedule.step_update(0)
-    epochs = track(range(settings.passes), description="finetune", disable=not sys.stdout.isatty())
-    for epoch in epochs:
-        for images, labels in loader:
-            optimizer.zero_grad(set_to_none=True)
-            value = torch.zeros((), device=device)
-            most = -(-len(images) // settings.accumulate)  # the last part may be smaller
-            for some, classes in zip(images.split(most), labels.split(most), strict=True):
-                share = len(some) / len(images)
+    shown = track(loader, "finetune", total=len(batches), disable=not ranks.draws)
+    for step, (images, labels) in enumerate(shown, start=1):
+        optimizer.zero_grad(set_to_none=True)
+        value = torch.zeros((), device=device)
+        count = count_parts(batch, ranks.world, settings.accumulate)
+        parts = list(zip(images.tensor_split(count), labels.tensor_split(count), strict=True))
+        for number, (some, classes) in enumerate(parts, start=1):
+            share = len(some) / batch
+            with without_sync(model, last=number == len(parts)):
                 with cast, explained(f"set finetune.batch_size to 2 or more (now {batch})"):
-                    part = share * loss(net(some.to(device)).float(), classes.to(device))
-                part.backward()
-                value = value + part.detach()
-            optimizer.step()
-            step += 1
-            schedule.step_update(step)
-        if not torch.isfinite(value):
+                    part = share * loss(model(some.to(device)).float(), classes.to(device))
+                (part * ranks.world).backward()  # of gradients, processes take the mean
+            value = value + part.detach()
+        optimizer.step()
+        schedule.step_update(step)
+        if step % batches.per_epoch == 0 and not torch.isfinite(ranks.add(value)):
             raise Failure(
-                f"finetune: the loss is {value.item()} in epoch {epoch + 1}; lower finetune.lr = "
-                f"{settings.lr:g}"
+                f"finetune: the loss is {value.item()} in epoch {step // batches.per_epoch}; lower "
+                f"finetune.lr = {settings.lr:g}"
             )
     logits = _predict(net.eval(), encoder, val, config)
     scores, report = accuracy(logits, torch.from_numpy(val.labels), train.classes)
+    first_alone(ranks)
     path = _save(folder / FINETUNED, net, encoder, train.classes, without, scores)
     details = {"per_class": report, "epochs": settings.passes, "last_loss": value.item()}
     return Outcome(scores, details, (path,))
+
+
+def count_parts(batch: int, world: int, accumulate: int) -> int:
+    """Into how many parts every one of `world` processes divides its share of a batch: as many in
+    each, also where shares differ, since batch normalisation waits for all of them.
+    """
+    return min(accumulate, batch // world)
 
 
 def build_classifier(encoder: Encoder, classes: int) -> nn.Module:
@@ -250,7 +317,7 @@ def finetuned_classifier(encoder: Encoder, path: Path) -> Callable[[Tensor], Ten
     """
     encoder.need_bare("robustness.classifier=finetuned reads", "set robustness.classifier=probe")
     remedy = "run --tasks finetune again"
-    if not path.is_file():
+    if not first_sees(path, encoder.ranks):
         raise UserError(
             f"{path}: no such file; robustness.classifier=finetuned needs it: run --tasks finetune "
             "first"
@@ -279,17 +346,43 @@ def finetuned_classifier(encoder: Encoder, path: Path) -> Callable[[Tensor], Ten
     return classify
 
 
+def _for_ranks(net: nn.Module, encoder: Encoder, accumulate: int) -> nn.Module:
+    """A network that several processes can train as one, if the encoder has several.
+
+    Raises UserError for batch normalisation where processes cannot share its statistics.
+    """
+    ranks = encoder.ranks
+    normed = any(isinstance(module, _BatchNorm) for module in net.modules())
+    if normed and accumulate > 1:
+        log.warning(
+            "finetune  %s has batch normalisation, whose statistics are those of a part of a batch "
+            "with finetune.accumulate = %d",
+            *(encoder.name, accumulate),
+        )
+    if ranks.world == 1:
+        return net
+    if normed and encoder.device.type == "cpu":
+        raise UserError(
+            f"{encoder.name} has batch normalisation, and processes on a CPU cannot share its "
+            "statistics: run --tasks finetune in one process, or on GPUs"
+        )
+    if normed:
+        net = convert_sync_batchnorm(net)
+    # DDP waits for the gradient of every parameter that is to have one
+    pixels = torch.zeros(1, 3, encoder.image_size, encoder.image_size, device=encoder.device)
+    net.eval()(pixels).sum().backward()
+    for parameter in net.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    return net
+
+
 @torch.inference_mode()
 def _predict(net: nn.Module, encoder: Encoder, split: Labelled, config: EvaluationConfig) -> Tensor:
-    """Logits [n, C] of centre crops."""
-    views = CentreViews(split, encoder.image_size, config.extract.crop)
-    batch = config.extract.batch_size
-    loader = DataLoader(
-        views,
-        batch_size=batch,
-        generator=torch.Generator(),
-        **worker_options(config.extract.workers, 3 * views.size**2 * batch, wanted=2),
-    )
-    return torch.cat(
-        [net(encoder.normalize(images.to(encoder.device))).float().cpu() for images in loader]
-    )
+    """Logits [n, C] of what `extract.view` shows of the pictures."""
+    views = PolicyViews(split, encoder.image_size, encoder.view_of(config.extract))
+
+    def classify(images: Tensor) -> Tensor:
+        return net(encoder.normalize(images.to(encoder.device)))
+
+    return map_views(views, classify, config.extract, encoder.ranks, "validation split")

@@ -6,18 +6,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.distributed import ALONE, Ranks
 from distill.evaluate.classification import FrozenSplits, accuracy
 from distill.evaluate.config import EvaluationConfig, KNNConfig
 from distill.evaluate.outcome import Outcome
 
 GIB = 2**30
+_ROWS = 1024
+"""Queries of one block, which one process looks up."""
 
 
-def evaluate(splits: FrozenSplits, config: EvaluationConfig) -> Outcome:
-    """Top-1 and top-5 of the validation split by its neighbours in the training split."""
-    votes = knn_votes(
-        splits.train, splits.train_labels, splits.val, len(splits.classes), config.knn
-    )
+def evaluate(splits: FrozenSplits, config: EvaluationConfig, ranks: Ranks = ALONE) -> Outcome:
+    """Top-1 and top-5 of the validation split by its neighbours in the training split; blocks of
+    queries are dealt out to `ranks`.
+    """
+    count = len(splits.classes)
+    votes = knn_votes(splits.train, splits.train_labels, splits.val, count, config.knn, ranks)
     scores, report = accuracy(votes, splits.val_labels, splits.classes)
     if (
         config.knn.k < 5
@@ -27,7 +31,12 @@ def evaluate(splits: FrozenSplits, config: EvaluationConfig) -> Outcome:
 
 
 def knn_votes(
-    train: Tensor, labels: Tensor, queries: Tensor, classes: int, config: KNNConfig
+    train: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    classes: int,
+    config: KNNConfig,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Votes [q, classes] for every query [q, d] from its `k` most similar training features [n,
     d].
@@ -40,10 +49,11 @@ def knn_votes(
     k = min(config.k, len(train))
     budget = int(config.block_gib * GIB / 4)
     # A block costs its similarities and, on top, what normalising its rows takes.
-    rows = max(1, min(len(queries), 4096))
+    rows = max(1, min(len(queries), _ROWS))
     columns = max(k, min(len(train), budget // (2 * (rows + train.shape[1]))))
     votes = torch.zeros(len(queries), classes, device=queries.device)
-    for some, out in zip(queries.split(rows), votes.split(rows), strict=True):
+    blocks = list(zip(queries.split(rows), votes.split(rows), strict=True))
+    for some, out in ranks.deal(blocks):
         some = F.normalize(some.float(), dim=1)
         best = torch.empty(len(some), 0, device=queries.device)
         voters = torch.empty(len(some), 0, dtype=torch.long, device=queries.device)
@@ -55,4 +65,4 @@ def knn_votes(
             best, order = best.topk(min(k, best.shape[1]), dim=1)
             voters = voters.gather(1, order)
         out.scatter_add_(1, voters, ((best - best[:, :1]) / config.temperature).exp())
-    return votes
+    return ranks.add(votes)  # every row is one process's, and zero in the others

@@ -19,10 +19,13 @@ from timm.data import ImageNetInfo
 from torch import Tensor
 
 from contract.errors import UserError
+from contract.views import ViewPolicy
+from distill.distributed import ALONE, Ranks
 from distill.evaluate.classification import FrozenSplits, accuracy
 from distill.evaluate.config import EvaluationConfig, ProbeConfig
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.outcome import Outcome
+from distill.evaluate.outcome import Outcome, first_alone
+from distill.evaluate.shared_files import first_sees
 from distill.heads import Classifier, Head, load_head, save_head
 
 
@@ -50,14 +53,19 @@ class Probe(NamedTuple):
 
 
 def evaluate(
-    splits: FrozenSplits, config: EvaluationConfig, folder: Path, binding: dict
+    splits: FrozenSplits,
+    config: EvaluationConfig,
+    folder: Path,
+    binding: dict,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Top-1 and top-5 of `train_probe`'s classifier.
 
     Writes `heads/classification.safetensors` (of the first run). `binding` names the network and
     the output it reads.
     """
-    probe = train_probe(splits, config)
+    probe = train_probe(splits, config, ranks)
+    first_alone(ranks)
     first = probe.details.get("runs", [probe.scores])[0]
     path = save_head(
         folder / "heads",
@@ -68,8 +76,18 @@ def evaluate(
     return Outcome(probe.scores, probe.details, (path,))
 
 
-def train_probe(splits: FrozenSplits, config: EvaluationConfig) -> Probe:
-    """The classifier whose rate did best on a held-out part of the *training* split."""
+class Chosen(NamedTuple):
+    """The classifier of the best rate: `weight` [C, d], `bias` [C]."""
+
+    weight: Tensor
+    bias: Tensor
+    rate: float
+
+
+def train_probe(splits: FrozenSplits, config: EvaluationConfig, ranks: Ranks = ALONE) -> Probe:
+    """The classifier whose rate did best on a held-out part of the *training* split; rates are
+    dealt out to `ranks`.
+    """
     probe = config.probe
     shift, scale = _channel_statistics(splits.train, probe.standardize)
     train, val = splits.train, splits.val
@@ -80,28 +98,30 @@ def train_probe(splits: FrozenSplits, config: EvaluationConfig) -> Probe:
         seed = config.seed + run
         # The papers choose the rate on the validation split, which is also the one they report.
         # Here the scored pictures choose nothing.
-        learn, choose = hold_out(splits.train_labels, probe.held_out, seed)
-        sweep = train_sweep(train, splits.train_labels, len(splits.classes), probe, seed, learn)
-        chosen = best_rate(sweep, train[choose], splits.train_labels[choose])
-        scores, report = accuracy(sweep.logits(val, chosen), splits.val_labels, splits.classes)
-        results.append((scores, report, sweep, chosen))
-    scores, report, sweep, chosen = results[0]
+        learn, held = hold_out(splits.train_labels, probe.held_out, seed)
+        sweep = train_sweep(
+            train, splits.train_labels, len(splits.classes), probe, seed, learn, ranks
+        )
+        chosen = choose(sweep, train[held], splits.train_labels[held], ranks)
+        logits = val @ chosen.weight.T + chosen.bias
+        results.append((*accuracy(logits, splits.val_labels, splits.classes), chosen))
+    scores, report, chosen = results[0]
     head = Classifier(splits.train.shape[1], len(splits.classes))
     with (
         torch.no_grad()
     ):  # the statistics fold into the classifier, so that what ships reads raw features
-        head.linear.weight.copy_(sweep.weight[chosen] / scale)
-        head.linear.bias.copy_(sweep.bias[chosen] - sweep.weight[chosen] @ (shift / scale))
+        head.linear.weight.copy_(chosen.weight / scale)
+        head.linear.bias.copy_(chosen.bias - chosen.weight @ (shift / scale))
     mean = {name: sum(r[0][name] for r in results) / len(results) for name in scores}
     details = {
         "per_class": report,
-        "rate": float(sweep.rates[chosen]),
+        "rate": chosen.rate,
         "standardize": probe.standardize,
     }
     if probe.runs > 1:
         details["runs"] = [r[0] for r in results]
         details["top1_std"] = float(torch.tensor([r[0]["top1"] for r in results]).std())
-    if sweep.rates[chosen] in (sweep.rates[0], sweep.rates[-1]) and probe.rates > 1:
+    if chosen.rate in sweep_rates(probe)[[0, -1]].tolist() and probe.rates > 1:
         details["note"] = (
             "the best rate is at the end of the sweep: widen probe.lowest or probe.highest"
         )
@@ -113,7 +133,7 @@ def trained_probe(encoder: Encoder, path: Path, what: str) -> Head:
 
     Raises UserError if there is none, or it was trained on other features.
     """
-    if not path.is_file():
+    if not first_sees(path, encoder.ranks):
         raise UserError(f"{path}: no such head; {what} needs it: run --tasks linear first")
     head = load_head(path, encoder.weights_sha256)
     for key, here in (("reads", encoder.read_out), ("image_size", encoder.image_size)):
@@ -125,14 +145,20 @@ def trained_probe(encoder: Encoder, path: Path, what: str) -> Head:
     return head
 
 
-def imagenet_probe(encoder: Encoder, path: Path) -> Classifier:
+def imagenet_probe(encoder: Encoder, path: Path, view: ViewPolicy) -> Classifier:
     """The trained probe of an encoder: summaries [B, d] to ImageNet logits [B, 1000].
 
-    Raises UserError if there is no probe, it was trained on other features, or not on ImageNet's
-    1000 classes.
+    Raises UserError if there is no probe, it was trained on other features, on what another `view`
+    shows, or not on ImageNet's 1000 classes.
     """
     head = trained_probe(encoder, path, "robustness")
     check_imagenet(head.about["classes"], path)
+    learnt = head.about.get("view", str(view))  # heads of earlier versions do not say
+    if learnt != str(view):
+        raise UserError(
+            f"{path} was trained with view {learnt}, but robustness would show view {view}: set "
+            f"extract.view={learnt}, or run --tasks linear again with extract.view={view}"
+        )
     return head.module.to(encoder.device)
 
 
@@ -188,13 +214,15 @@ def train_sweep(
     config: ProbeConfig,
     seed: int,
     rows: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Sweep:
-    """Train one linear classifier a rate on `rows` (default: all) of features [n, d].
+    """Train one linear classifier a rate on `rows` (default: all) of features [n, d]; of several
+    processes each trains its own rates, which may be none.
 
     SGD with momentum and a cosine to zero, from zeros.
     """
     rows = torch.arange(len(features), device=features.device) if rows is None else rows
-    rates = sweep_rates(config).to(features.device)
+    rates = ranks.deal(sweep_rates(config)).to(features.device)
     r, n, d = len(rates), len(rows), features.shape[1]
     weight = torch.zeros(r * classes, d, device=features.device, requires_grad=True)
     bias = torch.zeros(r * classes, device=features.device, requires_grad=True)
@@ -203,7 +231,7 @@ def train_sweep(
     optimizer = torch.optim.SGD([weight, bias], lr=1.0, momentum=config.momentum)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(config.epochs):
+    for _ in range(config.epochs if r else 0):
         order = rows[
             torch.randperm(n, generator=generator)[: n // batch * batch].to(features.device)
         ]
@@ -220,11 +248,25 @@ def train_sweep(
     return Sweep(weight.detach().view(r, classes, d), bias.detach().view(r, classes), rates)
 
 
-def best_rate(sweep: Sweep, features: Tensor, labels: Tensor) -> int:
-    """Index of the rate with the highest accuracy on held-out features; of equals, the lowest
-    cross-entropy.
+def choose(sweep: Sweep, features: Tensor, labels: Tensor, ranks: Ranks = ALONE) -> Chosen:
+    """The classifier with the highest accuracy on held-out features, among those that all
+    processes trained; of equals, the one with the lowest cross-entropy.
 
     A classifier that diverged counts as the worst.
+    """
+    scores = ranks.collect(_held_out_scores(sweep, features, labels))
+    place, holder = divmod(max(range(len(scores)), key=scores.__getitem__), ranks.world)
+    own = None
+    if holder == ranks.rank:
+        parts = (sweep.weight[place].cpu(), sweep.bias[place].cpu())
+        own = Chosen(*parts, float(sweep.rates[place]))
+    best = ranks.gather(own)[holder]
+    return best._replace(weight=best.weight.to(features), bias=best.bias.to(features))
+
+
+def _held_out_scores(sweep: Sweep, features: Tensor, labels: Tensor) -> list[tuple[int, float]]:
+    """How many held-out features each rate's classifier gets right, and minus its
+    cross-entropy.
     """
     keys = []
     for rate in range(len(sweep.rates)):
@@ -235,4 +277,4 @@ def best_rate(sweep: Sweep, features: Tensor, labels: Tensor) -> int:
             )
         else:
             keys.append((-1, 0.0))
-    return max(range(len(keys)), key=keys.__getitem__)
+    return keys

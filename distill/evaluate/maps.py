@@ -80,34 +80,51 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 def as_drawn(picture: Image.Image, file: Path, path: Path, exif: Exif) -> Image.Image:
     """An upright picture as its map at `path` was drawn: upright too, or on the pixels of its
-    `file`, which an EXIF tag says to turn.
+    `file`, which an EXIF tag says to turn. Raises UserError as `drawn_tag` does.
+    """
+    return as_stored(picture, drawn_tag(picture.size, file, path, exif))
+
+
+def drawn_tag(size: tuple[int, int], file: Path, path: Path, exif: Exif) -> int:
+    """The EXIF tag of the pixels that a map at `path` was drawn on: 1 for those of the upright
+    picture, `size` = (width, height), or that of its `file`.
 
     `auto` takes what fits the map's size. Raises UserError where both do, and where the map has a
     tag that its picture has not.
     """
     if exif == "upright":
-        return picture
+        return 1
     tag = _tag(file)
-    stored = as_stored(picture, tag)
     # Some programs write a tag into TIFFs; of a PNG it would cost decoding it.
     tagged = path.suffix != ".npy" and (tag != 1 or path.suffix != ".png")
     own = _tag(path) if tagged and exif == "auto" else 1
     if exif == "stored" or own == tag:  # both to be turned, or neither
-        return stored
+        return tag
     if own != 1:
         raise UserError(
             f"{path} is to be turned (EXIF orientation {own}), but {file.name} otherwise ({tag}): "
             "set dense.exif=stored for maps of the pixels as they are in the file, or "
             "dense.exif=upright for maps whose own pixels lie on the upright picture"
         )
-    fitting = [each for each in (picture, stored) if each.size == map_size(path)]
+    stored = size[::-1] if tag >= 5 else size
+    fitting = [each for each in ((1, size), (tag, stored)) if each[1] == map_size(path)]
     if len(fitting) == 2:
         raise UserError(
             f"{file} is to be turned (EXIF orientation {tag}), and the size of {path.name} does "
             "not say whether its map is: set dense.exif=stored for maps of the pixels as they are "
             "in the file, or dense.exif=upright"
         )
-    return fitting[0] if fitting else picture
+    return fitting[0][0] if fitting else 1
+
+
+def check_size(path: Path, size: tuple[int, int]) -> None:
+    """Raise UserError where a map is not of the (width, height) of its picture, turned as it is."""
+    own = map_size(path)
+    if own != size:
+        raise UserError(
+            f"{path} is {own[0]}x{own[1]}, but its picture is {size[0]}x{size[1]}: resize one of "
+            "them"
+        )
 
 
 def _tag(path: Path) -> int:

@@ -38,13 +38,17 @@ _MMSEG = "silent; MMSegmentation"
 _RADIO = "RADIO's MMSegmentation config, which UMT A.1 follows"
 _PROTEUS = "silent; Proteus's config, which UMT A.1 follows"
 
+_CROPS = _values(_DINO, extract__view="centre-crop:0.875")
+"""The pictures of every image-level score."""
+
 _PROBE = Paper(
     values=(
         *_values("SeFA 4, B.2", probe__rates=45, probe__lowest=1e-4, probe__highest=10.0),
         *_values("SeFA Table 12", probe__epochs=100),
         *_values("SeFA 4: one probe of each pre-training", probe__runs=1),
         *_values("silent; the output features as they are", probe__standardize=False),
-        *_values(_DINO, probe__batch_size=1024, probe__momentum=0.9, extract__crop=0.875),
+        *_values(_DINO, probe__batch_size=1024, probe__momentum=0.9),
+        *_CROPS,
     ),
     limits=(
         "SeFA reports the best of 225, five pre-trainings (sets of hyper-parameters) by 45 rates; "
@@ -94,7 +98,10 @@ _DEPTH_LIMITS = (
 PAPERS: dict[str, tuple[Paper, ...]] = {
     "knn": (
         Paper(
-            _values("no paper; DINO's code", knn__k=20, knn__temperature=0.07, extract__crop=0.875)
+            (
+                *_values("no paper; DINO's code", knn__k=20, knn__temperature=0.07),
+                *_CROPS,
+            )
         ),
     ),
     "linear": (
@@ -123,6 +130,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
                     finetune__label_smoothing=0.1,
                     finetune__crop_scale=(0.08, 1.0),
                 ),
+                *_CROPS,
             ),
             limits=(
                 "the papers are silent on augmentation: random crops and mirroring alone (MAE's "
@@ -138,7 +146,9 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
         ),
     ),
     "zero-shot": (
-        Paper(limits=("KPU is silent on its prompts: the classes' embeddings are the file's",)),
+        Paper(
+            _CROPS, limits=("KPU is silent on its prompts: the classes' embeddings are the file's",)
+        ),
     ),
     "segmentation": (
         Paper(_values("UMT A.1", segmentation__head="linear")),
@@ -232,7 +242,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
         ),
     ),
     "robustness": (
-        Paper(_values("SeFA 5, B.1", robustness__classifier="probe")),
+        Paper((*_values("SeFA 5, B.1", robustness__classifier="probe"), *_CROPS)),
         Paper(
             _values("SeFA Table 10", robustness__classifier="finetuned"),
             when=("robustness.classifier", "finetuned"),
@@ -244,6 +254,7 @@ PAPERS: dict[str, tuple[Paper, ...]] = {
                 *_values("SeFA G: the validation split", representation__images=50_000),
                 *_values("SeFA G", representation__tsne_images=20_000),
                 *_values("silent; scikit-learn", representation__perplexity=30.0),
+                *_CROPS,
             ),
             ("the silhouette is that of 5,000 pictures",),
         ),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from contract.views import EVALUATED
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.papers import PAPERS, Value
 from distill.recipe_files import show
@@ -37,6 +38,8 @@ SECTIONS = {
 }
 """The section with the protocol of each task."""
 
+
+_VIEW = "extract.view"
 
 _TAKEN = {"dense.size": "size", "dense.test": "test"}
 """Settings that a network may not take, and the detail of an outcome that says what it took."""
@@ -103,10 +106,12 @@ class Applied:
         return lines
 
 
-def apply_protocol(config: EvaluationConfig, task: str) -> Applied:
-    """The settings of a task under its protocol: `paper` sets every key that is not given."""
+def apply_protocol(config: EvaluationConfig, task: str, view: str | None = None) -> Applied:
+    """The settings of a task under its protocol: `paper` sets every key that is not given. `view`
+    is the network's own, for `extract.view`.
+    """
     name = getattr(config, SECTIONS[task]).protocol or config.protocol
-    used = config
+    used = _set(config, _VIEW, view) if view and not config.extract.view else config
     values: dict[str, Value] = {}
     limits: list[str] = []
     for paper in PAPERS[task]:
@@ -170,7 +175,8 @@ def _get(config: EvaluationConfig, key: str) -> Any:
     if key == "finetune.epochs":  # unset, they depend on finetune.init
         return config.finetune.passes
     section, name = _parts(key)
-    return getattr(getattr(config, section), name)
+    value = getattr(getattr(config, section), name)
+    return str(EVALUATED) if key == _VIEW and value is None else value
 
 
 def _is_given(config: EvaluationConfig, key: str) -> bool:

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import timm
 import torch
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from contract.errors import UserError
 from contract.files import write_atomically
+from contract.tables import print_table
 from distill.evaluate.outcome import Outcome
 from distill.evaluate.protocols import Applied
 from distill.evaluate.tasks import TASKS
@@ -56,49 +55,42 @@ def _columns(results: _Results) -> list[tuple[str, str]]:
     return list(result)
 
 
-def print_table(results: _Results) -> None:
+def print_scores(results: _Results) -> None:
     """A line per network, a column per score; the best of a column in bold. ImageNet-9's sets
     follow in a table of their own.
     """
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     heads = _columns(results)
     sets = [(task, name) for task, name in heads if name.startswith(_BACKGROUNDS)]
     heads = [head for head in heads if head not in sets]
     if heads:
-        _print_networks(console, results, heads)
+        _print_networks(results, heads)
     if sets:
-        _print_sets(console, results, sets)
+        _print_sets(results, sets)
 
 
-def _print_networks(console: Console, results: _Results, heads: list[tuple[str, str]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("features")
-    for task, name in heads:
-        arrow = "lower is better" if _lower(name) else ""
-        table.add_column("\n".join(filter(None, (task, name, arrow))), justify="right")
-    for row in results:
-        table.add_row(row, *(_cell(results, row, task, name) for task, name in heads))
-    console.print(table)
+def _print_networks(results: _Results, heads: list[tuple[str, str]]) -> None:
+    titles = [
+        "\n".join(filter(None, (task, name, "lower is better" if _lower(name) else "")))
+        for task, name in heads
+    ]
+    rows = [(row, *(_cell(results, row, task, name) for task, name in heads)) for row in results]
+    print_table(("features", *titles), rows)
 
 
-def _print_sets(console: Console, results: _Results, heads: list[tuple[str, str]]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("ImageNet-9")
-    for row in results:
-        table.add_column(row, justify="right")
+def _print_sets(results: _Results, heads: list[tuple[str, str]]) -> None:
+    rows = []
     for task, name in heads:
         title = name.removeprefix(_BACKGROUNDS) + (", lower is better" if _lower(name) else "")
-        table.add_row(title, *(_cell(results, row, task, name) for row in results))
-    console.print(table)
+        rows.append((title, *(_cell(results, row, task, name) for row in results)))
+    print_table(("ImageNet-9", *results), rows)
 
 
-def _cell(results: _Results, row: str, task: str, name: str) -> str:
+def _cell(results: _Results, row: str, task: str, name: str) -> Text:
     """A score to three digits, the best of all networks in bold; empty where there is none."""
     value = results[row][task].scores.get(name) if task in results[row] else None
     if value is None:
-        return ""
-    text = f"{value:.3f}"
-    return f"[bold]{text}[/bold]" if value == _best(results, task, name) else text
+        return Text()
+    return Text(f"{value:.3f}", "bold" if value == _best(results, task, name) else "")
 
 
 def _lower(name: str) -> bool:
@@ -183,18 +175,20 @@ def draw_scores(path: Path, results: _Results, protocols: Mapping[str, str]) -> 
     for axis in axes.flat[len(heads) :]:
         axis.set_axis_off()
     names = list(results)
+    # folders of teachers may be longer than a panel is wide
+    labels = [name if len(name) <= 48 else f"{name[:20]}…{name[-27:]}" for name in names]
     for axis, (task, name) in zip(axes.flat, heads, strict=False):
         values = [
             results[row][task].scores.get(name, 0.0) if task in results[row] else 0.0
             for row in names
         ]
         marked = _best(results, task, name)
-        axis.barh(
-            names, values, color=["#1f77b4" if value == marked else "#b8cbe0" for value in values]
-        )
+        colours = ["#1f77b4" if value == marked else "#b8cbe0" for value in values]
+        axis.barh(range(len(names)), values, color=colours)
         axis.bar_label(axis.containers[0], fmt="%.3f", padding=3, fontsize=8)
         axis.margins(x=0.25)
         below = f"{protocols[task]} protocol" + (", lower is better" if _lower(name) else "")
         axis.set_title(f"{task}: {name}\n{below}", fontsize=9)
+    axes[0, 0].set_yticks(range(len(names)), labels)
     axes[0, 0].invert_yaxis()
     return save_figure(figure, path)

@@ -20,11 +20,12 @@ from contract.errors import UserError, first_line
 from distill.data.crops import to_tensor
 from distill.data.pictures import digest
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import read_picture, stamp
+from distill.evaluate.datasets import stamp
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.extract import extract
-from distill.evaluate.outcome import Outcome
+from distill.evaluate.outcome import Outcome, first_alone
 from distill.evaluate.plain_pickle import read_pickle
+from distill.evaluate.reading import read_picture
 from distill.figures import save_figure
 
 _Box = tuple[float, float, float, float]
@@ -120,6 +121,7 @@ def evaluate(
             means[f"mAP {level}"] = float(np.mean(values))
     scores = {key: means[key] for key in ("mAP medium", "mAP hard") if key in means}
     details = {"mAP easy": means.get("mAP easy"), "images": len(names), "queries": per_query}
+    first_alone(encoder.ranks)
     return Outcome(
         scores, details, (_draw(folder / "retrieval.png", paths, query_paths, queries, rankings),)
     )

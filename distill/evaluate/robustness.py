@@ -8,27 +8,28 @@ folders its authors publish.
 
 import json
 import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from contract.errors import UserError, suggest
-from distill.data.batches import worker_options
-from distill.data.files import picture_files, subfolders
+from contract.picture_files import picture_files, subfolders
+from contract.views import EVALUATED, ViewPolicy
+from distill.distributed import ALONE, Ranks
 from distill.evaluate.config import EvaluationConfig
-from distill.evaluate.datasets import read_picture, stamp
+from distill.evaluate.datasets import stamp
+from distill.evaluate.dealt import map_views
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import centre_view, extract
+from distill.evaluate.extract import as_tensor, extract
 from distill.evaluate.outcome import Outcome
+from distill.evaluate.reading import read_view
 
 _Classifier = Callable[[Tensor], Tensor]
 """uint8 images [B, 3, H, W] on the CPU in, logits [B, 1000] out."""
@@ -37,6 +38,8 @@ _LogitsOf = Callable[["Pictures"], Tensor]
 """Pictures in, their logits [n, 1000] on the CPU out: `live(…)` or `cached(…)`."""
 
 _CLASSES = 1000
+_CROPPED = ViewPolicy("centre-crop", 1.0)
+"""Of pictures that are published cropped: all of them."""
 _CHUNK = 8192
 """Summaries that a head reads at once."""
 SEVERITIES = ("1", "2", "3", "4", "5")
@@ -166,34 +169,28 @@ class Pictures(Dataset):
     `name` is shown to users.
     """
 
-    def __init__(self, root: Path, files: list[Path], size: int, crop: float, name: str) -> None:
-        self.root, self.files, self.size, self.crop, self.name = root, files, size, crop, name
+    def __init__(
+        self, root: Path, files: list[Path], size: int, view: ViewPolicy, name: str
+    ) -> None:
+        self.root, self.files, self.size, self.view, self.name = root, files, size, view, name
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Tensor:
-        return centre_view(read_picture(self.files[index]), self.size, self.crop)
+        return as_tensor(read_view(self.files[index], self.view, self.size))
 
     def fingerprint(self) -> str:
-        return f"{stamp(self.root, self.files)} centre {self.size} {self.crop}"
+        return f"{stamp(self.root, self.files)} {self.size} {self.view}"
 
 
-def live(classify: _Classifier, config: EvaluationConfig) -> _LogitsOf:
-    """Logits by running a classifier over every picture, with nothing kept; a progress bar on a
-    terminal.
+def live(classify: _Classifier, config: EvaluationConfig, ranks: Ranks = ALONE) -> _LogitsOf:
+    """Logits by running a classifier over every picture, with nothing kept, a part in each of
+    `ranks`.
     """
 
     def logits(pictures: Pictures) -> Tensor:
-        batch = config.extract.batch_size
-        loader = DataLoader(
-            pictures,
-            batch,
-            generator=torch.Generator(),
-            **worker_options(config.extract.workers, 3 * pictures.size**2 * batch, wanted=2),
-        )
-        shown = track(loader, pictures.name, total=len(loader), disable=not sys.stdout.isatty())
-        return torch.cat([classify(batch).float().cpu() for batch in shown])
+        return map_views(pictures, classify, config.extract, ranks, pictures.name)
 
     return logits
 
@@ -222,13 +219,12 @@ class _Reader:
     image_size: int
     data: Path
     config: EvaluationConfig
+    view: ViewPolicy
 
-    def logits(self, folder: Path, files: list[Path], crop: float) -> Tensor:
-        """Logits [n, 1000] of `folder`'s pictures, each cut to the centred square of `crop` times
-        the shorter side.
-        """
+    def logits(self, folder: Path, files: list[Path], view: ViewPolicy) -> Tensor:
+        """Logits [n, 1000] of what `view` shows of `folder`'s pictures."""
         name = folder.relative_to(self.data).as_posix()
-        result = self.logits_of(Pictures(self.data, files, self.image_size, crop, name))
+        result = self.logits_of(Pictures(self.data, files, self.image_size, view, name))
         if result.shape != (len(files), _CLASSES):
             raise UserError(
                 f"the classifier returns {list(result.shape[1:])} logits a picture, expected "
@@ -238,14 +234,18 @@ class _Reader:
 
 
 def evaluate_variants(
-    logits_of: _LogitsOf, image_size: int, data: Path, config: EvaluationConfig
+    logits_of: _LogitsOf,
+    image_size: int,
+    data: Path,
+    config: EvaluationConfig,
+    view: ViewPolicy = EVALUATED,
 ) -> Outcome:
     """Score every variant in `data`: imagenet-a, imagenet-r, imagenet-v2, imagenet-c,
     imagenet-9.
 
-    `logits_of` is `live(…)` or `cached(…)`. Pictures are centre crops of `config.extract.crop`,
-    resized to `image_size`; those of ImageNet-C and ImageNet-9, which are published cropped to 224
-    pixels, are seen whole, as their authors do. Scores are top-1 accuracies in [0, 1], mCE (1 is
+    `logits_of` is `live(…)` or `cached(…)`. Pictures are seen by `view` at `image_size`; those
+    of ImageNet-C and ImageNet-9, which are published cropped to 224 pixels, whole, as their authors
+    do. Scores are top-1 accuracies in [0, 1], mCE (1 is
     AlexNet) and BG-gap = accuracy(mixed_same) - accuracy(mixed_rand).
 
     Raises UserError for a folder with no variant, a folder that is not a class, missing severities,
@@ -263,7 +263,7 @@ def evaluate_variants(
         _corruption_folders(data / "imagenet-c")
     if "imagenet-9" in present:
         _coarse_classes(data / "imagenet-9")
-    reader, scores, details = _Reader(logits_of, image_size, data, config), {}, {}
+    reader, scores, details = _Reader(logits_of, image_size, data, config, view), {}, {}
     for name in present:
         result, details[name] = _VARIANTS[name](reader, data / name)
         scores |= {f"{name} {metric}": value for metric, value in result.items()}
@@ -277,7 +277,7 @@ def _read_subset(reader: _Reader, folder: Path) -> tuple[dict, dict]:
     files, labels = _labelled_files(
         folder, allowed, f"one of its {len(allowed)} classes' WordNet ids"
     )
-    score = accuracy(reader.logits(folder, files, reader.config.extract.crop), labels, among=among)
+    score = accuracy(reader.logits(folder, files, reader.view), labels, among=among)
     return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
 
 
@@ -285,7 +285,7 @@ def _read_v2(reader: _Reader, folder: Path) -> tuple[dict, dict]:
     """ImageNet-V2: top-1; its authors name the folders by class number."""
     known = class_index() | {str(index): index for index in range(_CLASSES)}
     files, labels = _labelled_files(folder, known, "a class number from 0 to 999 or a WordNet id")
-    score = accuracy(reader.logits(folder, files, reader.config.extract.crop), labels)
+    score = accuracy(reader.logits(folder, files, reader.view), labels)
     return {"top1": score}, {"images": len(files), "classes": len(labels.unique())}
 
 
@@ -297,7 +297,7 @@ def _read_corruptions(reader: _Reader, folder: Path) -> tuple[dict, dict]:
         for severity in SEVERITIES:
             files, labels = _labelled_files(place / severity, class_index(), "a WordNet id")
             errors[corruption].append(
-                1 - accuracy(reader.logits(place / severity, files, 1.0), labels)
+                1 - accuracy(reader.logits(place / severity, files, _CROPPED), labels)
             )
     name, value, relative = mean_corruption_error(errors)
     missing = [corruption for corruption in ALEXNET if corruption not in errors]
@@ -318,7 +318,9 @@ def _read_backgrounds(reader: _Reader, folder: Path) -> tuple[dict, dict]:
             if _is_coarse(child.name)
         }
         files, labels = _labelled_files(folder / name / "val", known, "a coarse class like 00_dog")
-        scores[name] = coarse_accuracy(reader.logits(folder / name, files, 1.0), labels, coarse)
+        scores[name] = coarse_accuracy(
+            reader.logits(folder / name, files, _CROPPED), labels, coarse
+        )
         images[name] = len(files)
     if not scores:
         raise UserError(f"{folder} has no set of backgrounds: add any of {', '.join(_BACKGROUNDS)}")

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from contract.errors import UserError
+from distill.distributed import Ranks
 from distill.evaluate.augment import SEGMENTATION
 from distill.evaluate.config import EvaluationConfig, SegmentationConfig
 from distill.evaluate.datasets import (
@@ -26,9 +27,12 @@ from distill.evaluate.datasets import (
     read_mask,
     read_matched,
 )
+from distill.evaluate.decoded import decoder_reader
 from distill.evaluate.dense import (
     PictureMaps,
     patch_reader,
+    sharing,
+    side_of,
     stored_patches,
     train_head,
     training_samples,
@@ -36,10 +40,10 @@ from distill.evaluate.dense import (
 )
 from distill.evaluate.encoder import Encoder
 from distill.evaluate.maps import Ignored, WrongLabel, explain_labels
-from distill.evaluate.outcome import NotApplicable, Outcome
+from distill.evaluate.outcome import NotApplicable, Outcome, first_alone
 from distill.evaluate.pictures import map_figure
 from distill.evaluate.windows import WindowViews
-from distill.heads import LinearSegmenter, save_head
+from distill.heads import Head, LinearSegmenter, save_head
 from distill.upernet import AUXILIARY_WEIGHT, SupervisedUPerNet, UPerNet
 
 log = logging.getLogger(__name__)
@@ -62,13 +66,13 @@ def evaluate(
         _check_pyramid(encoder, config)
     train, val = (open_pairs(data, s, "masks", config.dense.exif) for s in ("train", "val"))
     labels = _Labelling(train, val, config)
-    size = encoder.fit(config.dense.size)
+    size = side_of(encoder, config.dense)
     dense = config.dense
     views = {
         "train": WindowViews(train, size),
         "val": WindowViews(val, size, dense.window_step),
     }
-    whole = whole_views(encoder, views["val"], dense)
+    whole = whole_views(encoder, views["val"], config)
     stored = {}
     if kind == "linear":
         read = patch_reader(encoder, views["val"], config)
@@ -92,26 +96,11 @@ def evaluate(
     samples, inputs = training_samples(
         views["train"], labels.read, read, stored.get("train"), config, SEGMENTATION
     )
-    train_head(learner, inputs, samples, loss, config, device)
+    team = sharing(encoder, config, len(train), "segmentation")
+    train_head(learner, inputs, samples, loss, config, device, ranks=team)
     maps = PictureMaps(head, read, views["val"], whole, dense.mirror, stored.get("val"))
 
-    metric = MulticlassJaccardIndex(
-        labels.classes, average="none", ignore_index=IGNORED, zero_division=float("nan")
-    ).to(device)
-    right = counted = 0
-    shown = []
-    for number in range(len(val)):
-        picture, truth = read_matched(val, number), labels.read(val, number)
-        predicted = maps(number, *picture.size).argmax(0)
-        truth = torch.from_numpy(truth).to(device)
-        metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
-        valid = truth != IGNORED
-        right, counted = right + int((predicted == truth)[valid].sum()), counted + int(valid.sum())
-        if len(shown) < _SHOWN:
-            shown.append((np.asarray(picture), truth.cpu().numpy(), predicted.cpu().numpy()))
-    per_class = metric.compute().tolist()
-    present = [value for value in per_class if not np.isnan(value)]
-    scores = {"mIoU": sum(present) / len(present), "pixel_accuracy": right / max(1, counted)}
+    scores, iou, figure = _score(maps, val, labels, device, folder, team)
     about = {
         **binding,
         "output": "patches" if kind == "linear" else "maps",
@@ -121,14 +110,85 @@ def evaluate(
     }
     about["zero_is_ignored"] = labels.shift
     path = save_head(folder / "heads", "segmentation", head, about)
+    test = config.dense.test if whole else "windows"
+    details = {"size": size, "head": kind, "test": test, "iou": iou}
+    return Outcome(scores, details, (figure, path))
+
+
+def evaluate_decoder(
+    encoder: Encoder, head: Head, data: Path, config: EvaluationConfig, folder: Path
+) -> Outcome:
+    """Score a teacher's decoder on an encoder's features; nothing is trained, and only the
+    validation split is read.
+
+    Raises UserError where the data set's classes are not as many as the decoder's.
+    """
+    count = len(head.about["classes"])
+    if config.segmentation.classes not in (None, count):
+        raise UserError(
+            f"segmentation.classes = {config.segmentation.classes}: the decoder has {count} "
+            "classes (leave it out)"
+        )
+    settings = config.segmentation.model_copy(update={"classes": count})
+    config = config.model_copy(update={"segmentation": settings})
+    val = open_pairs(data, "val", "masks", config.dense.exif)
+    labels = _Labelling(val, val, config)
+    size = side_of(encoder, config.dense)
+    views = WindowViews(val, size, config.dense.window_step)
+    whole = whole_views(encoder, views, config)
+    read, answer = decoder_reader(encoder, head, config)
+    maps = PictureMaps(answer, read, views, whole, config.dense.mirror)
+    scores, iou, figure = _score(maps, val, labels, encoder.device, folder, encoder.ranks)
+    test = config.dense.test if whole else "windows"
+    details = {"size": size, "head": "decoder", "test": test, "iou": iou}
+    return Outcome(scores, details, (figure,))
+
+
+def _score(
+    maps: PictureMaps,
+    val: Pairs,
+    labels: "_Labelling",
+    device: torch.device,
+    folder: Path,
+    ranks: Ranks,
+) -> tuple[dict[str, float], dict[str, float | None], Path]:
+    """Mean IoU and pixel accuracy, the IoU of every class, and a figure of a few maps."""
+    metric = MulticlassJaccardIndex(
+        labels.classes,
+        average="none",
+        ignore_index=IGNORED,
+        zero_division=float("nan"),
+        sync_on_compute=False,  # which would wait for processes that have left
+    ).to(device)
+    right = counted = 0
+    shown = []
+    for number in ranks.deal(range(len(val))):
+        picture, truth = read_matched(val, number), labels.read(val, number)
+        predicted = maps(number, *picture.size).argmax(0)
+        truth = torch.from_numpy(truth).to(device)
+        shown_here = maps.shown(*picture.size)
+        if shown_here is not None:
+            predicted, truth = (
+                torch.where(shown_here.to(device), each, IGNORED) for each in (predicted, truth)
+            )
+        metric.update(predicted.unsqueeze(0), truth.unsqueeze(0))
+        valid = truth != IGNORED
+        right, counted = right + int((predicted == truth)[valid].sum()), counted + int(valid.sum())
+        if len(shown) < _SHOWN:
+            shown.append((np.asarray(picture), truth.cpu().numpy(), predicted.cpu().numpy()))
+    ranks.add(metric.confmat)
+    right, counted = ranks.add(torch.tensor([right, counted], device=device)).tolist()
+    shown = ranks.collect(shown)[:_SHOWN]
+    first_alone(ranks)
+    per_class = metric.compute().tolist()
+    present = [value for value in per_class if not np.isnan(value)]
+    scores = {"mIoU": sum(present) / len(present), "pixel_accuracy": right / max(1, counted)}
     figure = map_figure(folder / "segmentation.png", shown, labels.classes, IGNORED)
     iou = {
         name: None if np.isnan(value) else value
         for name, value in zip(labels.names, per_class, strict=True)
     }
-    test = "whole" if whole else "windows"
-    details = {"size": size, "head": kind, "test": test, "iou": iou}
-    return Outcome(scores, details, (figure, path))
+    return scores, iou, figure
 
 
 def _check_pyramid(encoder: Encoder, config: EvaluationConfig) -> None:

@@ -11,6 +11,9 @@ from distill.recipe_files import show
 from distill.recipe_io import PLAIN_WORDS, describe_fields, recipe_fields
 from distill.typed_values import field_type, read_typed
 
+_RENAMED = {"extract.crop": "extract.view: write extract.view=centre-crop:SHARE"}
+"""Keys of earlier versions whose values have another form now."""
+
 
 def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
     """The default settings with `section.key=value` applied; raises UserError naming the key, the
@@ -22,6 +25,8 @@ def load_settings(overrides: Sequence[str]) -> EvaluationConfig:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"'{override}' is not a setting: write key=value, e.g. probe.epochs=20")
+        if key in _RENAMED:
+            raise UserError(f"'{key}' is now {_RENAMED[key]} (--list shows all)")
         if key not in known:
             same = [field for field in known if field.split(".")[-1] == key.split(".")[-1]]
             hint = f"did you mean '{same[0]}'?" if same else suggest(key, known)

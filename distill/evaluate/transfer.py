@@ -5,7 +5,7 @@ appendix B.2: CIFAR-10, CIFAR-100, Flowers-102, Oxford-IIIT Pets).
 from pathlib import Path
 
 from contract.errors import UserError
-from distill.data.files import subfolders
+from contract.picture_files import subfolders
 from distill.evaluate.archives import ARCHIVES, archive_of
 from distill.evaluate.classification import freeze, open_splits
 from distill.evaluate.config import EvaluationConfig
@@ -45,7 +45,7 @@ def evaluate(encoder: Encoder, root: Path, config: EvaluationConfig, cache: Path
     opened = {folder: open_splits(folder) for folder in folders}
     scores, details = {}, {}
     for folder, (train, val) in opened.items():
-        probe = train_probe(freeze(encoder, train, val, config, cache), config)
+        probe = train_probe(freeze(encoder, train, val, config, cache), config, encoder.ranks)
         scores[f"{folder.name} top1"] = probe.scores["top1"]
         details[folder.name] = {
             "layout": archive_of(folder) or "class folders",

@@ -7,7 +7,6 @@ al. 2017).
 """
 
 import math
-import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +22,11 @@ from skimage.morphology import dilation, disk
 from torch import Tensor
 
 from contract.errors import UserError, raise_trouble
-from distill.data.files import is_picture, subfolders
+from contract.picture_files import is_picture, subfolders
 from distill.evaluate.config import EvaluationConfig, VideoConfig
-from distill.evaluate.datasets import read_picture
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.outcome import Outcome
+from distill.evaluate.outcome import Outcome, first_alone
+from distill.evaluate.reading import read_picture
 from distill.figures import save_figure
 
 _FRAMES = Path("JPEGImages", "480p")
@@ -67,21 +66,25 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, folder: Pat
     a folder with another layout, or with unreadable files or files of the wrong size.
     """
     sequences = [_read_sequence(data, name) for name in _sequence_names(data)]
-    per_sequence, rows, picture = {}, [], None
-    for sequence in track(sequences, "video", disable=not sys.stdout.isatty()):
+    ranks, measured, picture = encoder.ranks, [], None
+    for sequence in track(ranks.deal(sequences), "video", disable=not ranks.draws):
         shown = set(np.linspace(0, len(sequence.frames) - 1, 5).round().astype(int).tolist())
         kept, scores = {}, []
         for index, mask in enumerate(_segment(encoder, sequence, config.video)):
-            if picture is None and index in shown:
+            if ranks.first and picture is None and index in shown:
                 kept[index] = mask
             if 0 < index < len(sequence.frames) - 1:
                 truth = _read_mask(sequence.masks[index], mask.shape)
                 scores.append(
                     [_measure(mask == label, truth == label) for label in sequence.objects]
                 )
-        if picture is None:
+        if ranks.first and picture is None:
             picture = _draw(folder / f"video_{sequence.name}.png", sequence, kept)
-        table = np.array(scores)  # [frames, objects, (J, F)]
+        measured.append(np.array(scores))  # [frames, objects, (J, F)]
+    tables = ranks.collect(measured)
+    first_alone(ranks)
+    per_sequence, rows = {}, []
+    for sequence, table in zip(sequences, tables, strict=True):
         objects = [
             {"object": label, "J": j, "F": f, "J recall": recall}
             for label, (j, f), recall in zip(

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from contract.errors import UserError
+from contract.views import ViewPolicy
 from distill.data.crops import take_crop, to_tensor
 from distill.data.pictures import digest
 from distill.evaluate.datasets import Pairs, read_matched, stamp
-from distill.evaluate.maps import map_size
+from distill.evaluate.maps import check_size, drawn_tag, map_size
+from distill.evaluate.reading import read_every_view, upright_size
 
 _LONGEST = 4
 """The longer side of a resized picture is at most this many times the size of the shorter one."""
@@ -167,3 +170,43 @@ class WholeViews:
         maps = F.interpolate(maps, self.padded(number), mode="bilinear", align_corners=False)
         maps = maps[:, :, :rows, :columns]
         return F.interpolate(maps, (height, width), mode="bilinear", align_corners=False)[0]
+
+
+class SeenViews:
+    """What a view policy shows of every picture of a split, read as clients and servers read files:
+    uint8 [n, 3, size, size], one view a picture or its tiles. A picture whose map is drawn on its
+    pixels as they are stored is seen as stored.
+    """
+
+    def __init__(self, pairs: Pairs, size: int, view: ViewPolicy) -> None:
+        self.pairs, self.size, self.view = pairs, size, view
+
+    def __getitem__(self, number: int) -> Tensor:
+        try:
+            views = self._read(number)
+        except ValueError as error:
+            raise UserError(f"{self.pairs.pictures[number]}: {error}") from error
+        return torch.from_numpy(views).permute(0, 3, 1, 2)
+
+    def _read(self, number: int) -> np.ndarray:
+        file, path = self.pairs.pictures[number], self.pairs.maps[number]
+        own = upright_size(file)
+        if drawn_tag(own, file, path, self.pairs.exif) != 1:
+            return self.view.every(read_matched(self.pairs, number), self.size, self.size)
+        check_size(path, own)
+        return read_every_view(file, self.view, self.size)
+
+    def restore(self, maps: Tensor, number: int, width: int, height: int) -> Tensor:
+        """Map [C, height, width] of a picture from the maps [n, C, h, w] of its views, NaN where
+        they do not show it.
+        """
+        size = (self.size, self.size)
+        maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)
+        result = self.view.undo(maps.permute(0, 2, 3, 1).cpu().numpy(), (height, width))
+        return torch.from_numpy(result).permute(2, 0, 1).to(maps.device)
+
+    def shown(self, width: int, height: int) -> Tensor:
+        """Which pixels [height, width] of a picture its views show."""
+        views = len(self.view.places((height, width), (self.size, self.size)))
+        blank = np.zeros((views, self.size, self.size), np.float32)
+        return torch.from_numpy(~np.isnan(self.view.undo(blank, (height, width))))

@@ -19,7 +19,7 @@ from distill.evaluate.archives import open_labelled
 from distill.evaluate.classification import accuracy
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.encoder import Encoder
-from distill.evaluate.extract import CentreViews, extract
+from distill.evaluate.extract import PolicyViews, extract
 from distill.evaluate.outcome import Outcome
 
 
@@ -50,7 +50,7 @@ def evaluate(encoder: Encoder, data: Path, config: EvaluationConfig, cache: Path
             f"'{encoder.read_out}' features are {expected}-d: choose the head of the teacher they "
             "come from (for example --features clip)"
         )
-    views = CentreViews(val, encoder.image_size, config.extract.crop)
+    views = PolicyViews(val, encoder.image_size, encoder.view_of(config.extract))
     features = extract(encoder, views, cache, config.extract, what="val split").summaries()
     scores, report = accuracy(
         class_scores(features, classes), torch.from_numpy(val.labels), val.classes

@@ -89,6 +89,17 @@ class Deployment(nn.Module):
         """
         return self.predict(self.preprocess.normalize(pixels))
 
+    def folded(self) -> "Deployment":
+        """The same function with what does not depend on the picture computed once, for serving;
+        itself where its coupling part has nothing to fold.
+
+        Heads then read what their coupling part hands over, not its training form's output.
+        """
+        fold = getattr(self.coupling, "folded", None)
+        if fold is None:
+            return self
+        return Deployment(self.preprocess, self.student, *fold(self.shipped))
+
     def predict(self, pixels: Tensor) -> dict[str, Prediction]:
         """The same of pixels that `preprocess` has normalised."""
         features = self.student(pixels)

@@ -170,9 +170,12 @@ class IntraSpace(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         """Map [B, N, M, c] to the same shape."""
-        batch, _, spaces, _ = x.shape
-        y = self.block(x.transpose(1, 2).flatten(0, 1), grid)
-        return y.unflatten(0, (batch, spaces)).transpose(1, 2)
+        # by sizes that an exported graph takes from its input: what a head and a task on its output
+        # have in common is found equal and kept once
+        batch, positions, spaces, channels = x.shape
+        y = x.transpose(1, 2).reshape(batch * spaces, positions, channels)
+        y = self.block(y, grid).reshape(batch, spaces, positions, channels)
+        return y.transpose(1, 2)
 
 
 def default_heads(channels: int) -> int:

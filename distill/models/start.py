@@ -11,6 +11,7 @@ from torch import Tensor
 
 from contract.errors import UserError
 from distill.config import StudentConfig, TeacherConfig
+from distill.models.hub import HUB
 from distill.models.packaged import PACKAGE, checkpoint_path
 from distill.models.published import Normalization, normalization_of
 from distill.models.weight_files import read_state_dict, tensor_names
@@ -41,7 +42,7 @@ def network_state(checkpoint: str) -> dict[str, Tensor]:
     missing, damaged, or of a run whose student is not a timm network.
     """
     path = run_file(checkpoint) or checkpoint_path(checkpoint)
-    if not _is_of_a_run(path):
+    if not is_of_a_run(path):
         return read_state_dict(path)
     tensors, _ = read_tensors(path, "train that run again, or copy it again")
     state = {
@@ -58,7 +59,7 @@ def checkpoint_names(checkpoint: str | None) -> tuple[str, ...]:
     """Names of the tensors in the local file of a checkpoint; none for a package or folder, and for
     what cannot be read, which loading says.
     """
-    local = checkpoint and not checkpoint.startswith(PACKAGE)
+    local = checkpoint and not checkpoint.startswith((PACKAGE, HUB))
     return tensor_names(checkpoint) if local else ()
 
 
@@ -101,18 +102,20 @@ def _normalization_of_run(checkpoint: str) -> Normalization | None:
     path = Path(checkpoint)
     path = path / "student.safetensors" if path.is_dir() else path
     try:
-        student = yaml.safe_load(_run_metadata(path)["recipe"])["student"]
+        student = yaml.safe_load(run_metadata(path)["recipe"])["student"]
         mean, std = (tuple(map(float, student[key])) for key in ("mean", "std"))
     except (KeyError, TypeError, ValueError, yaml.YAMLError):
         return None
     return Normalization(mean, std, f"the run of {checkpoint} had it")
 
 
-def _is_of_a_run(path: Path) -> bool:
-    return {"recipe", "teacher_dims"} <= set(_run_metadata(path))
+def is_of_a_run(path: Path) -> bool:
+    """Whether a file is the student.safetensors of a run."""
+    return {"recipe", "teacher_dims"} <= set(run_metadata(path))
 
 
-def _run_metadata(path: Path) -> dict[str, str]:
+def run_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a .safetensors file; none of what is missing, damaged or of another kind."""
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:

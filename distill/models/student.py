@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import timm
 import torch
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ from distill.models.layout import (
 )
 from distill.models.meta import building
 from distill.models.published import activation_note
+from distill.models.recompute import recompute_in_backward
+from distill.models.sources import read_source
 from distill.models.start import network_state
 from distill.models.weights import load_into
 
@@ -41,7 +44,8 @@ def create_timm(name: str, **kwargs: object) -> nn.Module:
     Raises UserError for an unknown name (with the nearest one) or an argument the architecture
     refuses.
     """
-    architecture = name.split(".")[0]
+    source = read_source(name)
+    architecture = source.architecture if source else name.split(".")[0]
     if not timm.is_model(architecture):
         raise UserError(
             f"model '{name}' is not a timm architecture: "
@@ -50,7 +54,9 @@ def create_timm(name: str, **kwargs: object) -> nn.Module:
     arguments = dict(kwargs)
     while True:
         try:
-            return timm.create_model(name, **arguments)
+            net = timm.create_model(name, **arguments)
+            net.timm_arguments = arguments  # for export.hub, which has others build it again
+            return net
         except TypeError as error:
             _, keyword, listed = str(error).partition("unexpected keyword argument")
             refused = set(re.findall(r"'(\w+)'", listed)) & arguments.keys()
@@ -65,6 +71,13 @@ def create_timm(name: str, **kwargs: object) -> nn.Module:
             if "pretrained" in str(error).lower():
                 raise UserError(
                     f"model '{name}': {error} (set pretrained: false or another tag)"
+                ) from error
+            raise
+        except (AssertionError, KeyError, ValueError) as error:
+            if source and not arguments.get("pretrained"):
+                raise UserError(
+                    f"{name}: timm cannot build what its config.json describes "
+                    f"({first_line(error)}): save it again, or set other kwargs"
                 ) from error
             raise
 
@@ -145,6 +158,8 @@ class Student(nn.Module):
         for name, parameter in self.net.named_parameters():
             if name in self.layout.unused:
                 parameter.requires_grad_(False)
+        if config.grad_checkpointing:
+            recompute_in_backward(self.net, config.name)
         self.family, self.width, self.stride = (
             self.layout.family,
             self.layout.width,
@@ -162,13 +177,7 @@ class Student(nn.Module):
 
     def read(self, output: Tensor, images: Tensor) -> Features:
         """`forward`'s features from the network's own output for these images."""
-        if self.family == "cnn":
-            patches = output if self.layout.axes == "NHWC" else output.permute(0, 2, 3, 1)
-            return Features(patches.mean(dim=(1, 2)), patches)
-        grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
-        patches = output[:, self.prefix :].unflatten(1, grid)
-        summary = output[:, 0] if self.has_class_token else patches.mean(dim=(1, 2))
-        return Features(summary, patches, second=output[:, 1] if self.second_token else None)
+        return self.layout.read(output, tuple(images.shape[-2:]), self.second_token)
 
     @property
     def has_blocks(self) -> bool:
@@ -191,6 +200,8 @@ class Student(nn.Module):
             hidden = mask.unsqueeze(-1) if x.ndim == 4 else mask.flatten(1).unsqueeze(-1)
             x = torch.where(hidden, filler.to(x.dtype), x)
         x = self.net.norm_pre(self.net.patch_drop(self.net._pos_embed(x)))
+        if self.net.grad_checkpointing:
+            return checkpoint_seq(self.net.blocks, x)
         return self.net.blocks(x)
 
     def every_layer(self, images: Tensor) -> list[Layer]:

@@ -57,7 +57,7 @@ class AdapterConfig(Section):
         "deformable", description="plain: every token attends to all, for small pictures"
     )
     drop_path: Fraction = Field(0.0, description="stochastic depth of the extractors' MLPs")
-    checkpoint: bool = Field(
+    grad_checkpointing: bool = Field(
         False, description="compute interactions again in the backward pass, to save memory"
     )
 
@@ -77,7 +77,7 @@ class ViTAdapter(Student):
         self._check(config, adapter)
         self.net.requires_grad_(False)
         self.net.eval()
-        width, self.recompute = self.width, adapter.checkpoint
+        width, self.recompute = self.width, adapter.grad_checkpointing
         self.map_widths = (width,) * len(_STRIDES)
         norm = partial(nn.GroupNorm, _GROUPS) if adapter.norm == "group" else nn.BatchNorm2d
         self.prior = _SpatialPrior(adapter.width, width, norm)

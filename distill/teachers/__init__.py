@@ -1,8 +1,8 @@
-"""Frozen teachers: any timm model, an earlier student, or a detector's backbone, giving `Features`
-from the shared uint8 crop.
+"""Frozen teachers: any timm model, network of transformers or of own code, an earlier student, or a
+detector's backbone, giving `Features` from the shared uint8 crop.
 
-To add a teacher, name it in a recipe. To support a new kind of network, add a row to the table in
-`distill/teachers/reading.py`.
+To add a teacher, name it in a recipe. To support a new kind of timm network, add a row to the table
+in `distill/teachers/reading.py`.
 """
 
 import json
@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from contract.errors import UserError
 from distill.config import DETECTOR, TeacherConfig, TeacherRuntime
 from distill.features import FeatureDims, Features
+from distill.fields import source_of
 from distill.models.packaged import describe_checkpoint
 from distill.models.preprocess import Preprocess
+from distill.models.sources import read_source
 from distill.models.student import nearest_multiples, patch_size
 from distill.models.weights import tensors_sha256
+from distill.teachers.code import build_code_teacher
+from distill.teachers.foreign import ForeignNet, check_network
 from distill.teachers.grounding_dino import (
     MEAN,
     SIZE,
@@ -27,6 +31,7 @@ from distill.teachers.grounding_dino import (
     DetectorBackbone,
     build_detector_backbone,
 )
+from distill.teachers.hf import build_hf_teacher
 from distill.teachers.reading import read_map, read_tokens, reading_of
 from distill.teachers.run import StudentNet
 from distill.teachers.timm import blocks_of, build_timm_teacher
@@ -47,9 +52,12 @@ class Teacher(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.runtime = config, runtime
+        self.settled: str | None = None  # what `auto` means, once a run has settled it
         self.net, self.preprocess = net, preprocess
         self.image_size = preprocess.size
         self.eval().requires_grad_(False)
+        if isinstance(net, ForeignNet):
+            check_network(net, preprocess.size, self.device)
         self._encode = torch.compile(self.encode) if runtime.compile else self.encode
         with torch.no_grad():
             features = self.probe()
@@ -71,14 +79,19 @@ class Teacher(nn.Module):
 
     def probe(self) -> Features:
         """Features of one black image, for their shapes."""
-        device = next(self.parameters()).device
-        return self.encode(torch.zeros(1, 3, self.image_size, self.image_size, device=device))
+        side = self.image_size
+        return self.encode(torch.zeros(1, 3, side, side, device=self.device))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs; a network of own code may have no parameters."""
+        return self.preprocess.mean.device
 
     def forward(self, images: Tensor) -> Features:
         """Features of uint8 images [B, 3, S, S] in float32, whatever precision the network ran
         in.
         """
-        precision = self._precision_on(images.device.type)
+        precision = self.precision_on(images.device.type)
         pixels = self.preprocess(images)
         cast = (
             torch.autocast(images.device.type, AUTOCAST[precision])
@@ -89,9 +102,10 @@ class Teacher(nn.Module):
             features = self._encode(pixels)
         return features.map(Tensor.float)
 
-    def _precision_on(self, device: str) -> str:
+    def precision_on(self, device: str) -> str:
+        """Precision on a kind of device; `auto` is float32 on a CPU until a run has settled it."""
         if self.runtime.precision == "auto":
-            return "bf16" if device == "cuda" else "fp32"
+            return self.settled or ("bf16" if device == "cuda" else "fp32")
         return self.runtime.precision
 
     def encode(self, pixels: Tensor) -> Features:
@@ -107,7 +121,7 @@ class Teacher(nn.Module):
         Raises UserError for a network with neither tokens on a grid nor one map.
         """
         net = self.net
-        if isinstance(net, StudentNet | DetectorBackbone):
+        if isinstance(net, StudentNet | DetectorBackbone | ForeignNet):
             return net(pixels)
         block = self.config.block
         output = (
@@ -164,7 +178,10 @@ class Teacher(nn.Module):
         return patches if prefix is None else torch.cat((prefix, patches), dim=1)
 
     def fingerprint(self) -> str:
-        return tensors_sha256(self.net.state_dict())
+        """Hash of its weights, and of the code that is its user's own."""
+        weights = tensors_sha256(self.net.state_dict())
+        source = getattr(self.net, "source_sha256", None)
+        return f"{weights} {source}" if source else weights
 
     def identity(self) -> dict[str, Any]:
         """All that its features depend on beside its weights, as plain data: every setting but
@@ -175,22 +192,32 @@ class Teacher(nn.Module):
             for buffer in (self.preprocess.mean, self.preprocess.std)
         )
         resolved = {"image_size": self.image_size, "mean": mean, "std": std}
+        kind, _ = source_of(self.config.name)
+        # not where it lies: what is there counts; of a file of own code it is one function of it
+        if kind and kind != "python":
+            resolved["name"] = kind
         runtime = self.runtime.model_dump(exclude={"compile"})
-        runtime["precision"] = self._precision_on(next(self.parameters()).device.type)
+        runtime["precision"] = self.precision_on(self.device.type)
         return self.config.settings() | resolved | runtime | self._network_inside()
 
     def _network_inside(self) -> dict[str, Any]:
         """What a network is that neither its name nor its weights describe, and how it is read."""
         if isinstance(self.net, StudentNet):
             recipe = self.net.recipe
-            return recipe.model_dump(mode="json", include={"student", "method", recipe.method})
+            own = recipe.model_dump(mode="json", include={"student", "method", recipe.method})
+            own["student"].pop("licence")
+            return own
+        if isinstance(self.net, ForeignNet):
+            return self.net.inside()
         if isinstance(self.net, DetectorBackbone):
             config = self.net.swin.config.to_dict()
             own = {"transformers_version", "dtype", "architectures"}
             kept = {k: v for k, v in config.items() if k not in own and not k.startswith("_")}
             return {"network": json.loads(json.dumps(kept, default=str))}
         reading = reading_of(self.net, patch_size(self.net) is not None)
-        return {"summary_is": reading.summary, "patches_are": reading.patches}
+        source = read_source(self.config.name)
+        network = {"network": [source.architecture, source.arguments]} if source else {}
+        return {"summary_is": reading.summary, "patches_are": reading.patches, **network}
 
 
 def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) -> Teacher:
@@ -217,16 +244,26 @@ def build_teacher(config: TeacherConfig, runtime: TeacherRuntime, index: int) ->
         net = build_detector_backbone(config, index)
         size, mean, std, patch = SIZE, MEAN, STD, None
     else:
-        net, (size, mean, std), patch = build_timm_teacher(config, index)
-    size = config.image_size or size
+        kind, _ = source_of(config.name)
+        build = {"hf": build_hf_teacher, "python": build_code_teacher}.get(kind)
+        if build and config.block is not None:
+            raise UserError(
+                f"teacher '{config.label}': teachers.{index}.block is for timm models: remove it"
+            )
+        net, (size, mean, std), patch = (build or build_timm_teacher)(config, index)
+    size, mean, std = config.image_size or size, config.mean or mean, config.std or std
+    for value, name in ((size, "image_size"), (mean, "mean"), (std, "std")):
+        if value is None:
+            raise UserError(
+                f"teacher '{config.label}': {config.name} does not state its {name}: set "
+                f"teachers.{index}.{name}"
+            )
     if patch and size % patch:
         raise UserError(
             f"teacher '{config.label}': its patch of {patch} pixels does not divide "
             f"teachers.{index}.image_size = {size} (use {nearest_multiples(size, patch)})"
         )
-    teacher = Teacher(
-        config, runtime, net, Preprocess(size, config.mean or mean, config.std or std)
-    )
+    teacher = Teacher(config, runtime, net, Preprocess(size, mean, std))
     if config.dim is not None and config.dim != teacher.dims.patches:
         raise UserError(
             f"teacher '{config.label}': has {teacher.dims.patches}-d features, but the recipe has "
@@ -244,4 +281,11 @@ def weights_source(config: TeacherConfig) -> str:
         return f"{place} {config.checkpoint}"
     if config.checkpoint:
         return describe_checkpoint(config.checkpoint)
-    return f"timm hub, {config.name}" if config.pretrained else "random weights"
+    kind, place = source_of(config.name)
+    if kind == "python":
+        return f"own code, {place}"
+    if not config.pretrained:
+        return "random weights"
+    if kind == "local-dir" or (kind == "hf" and Path(place).is_dir()):
+        return f"folder {place}"
+    return f"Hugging Face hub, {place}" if kind else f"timm hub, {config.name}"

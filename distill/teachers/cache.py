@@ -369,6 +369,12 @@ class TeacherCache:
         write_atomically(path, write_file, remedy="set another teacher_cache.path")
 
 
+def cache_folder(recipe: Recipe, folder: Path) -> Path:
+    """Where the cache of a run in `folder` lies."""
+    path = recipe.teacher_cache.path
+    return Path(path) if path else folder / "teacher_cache"
+
+
 def open_cache(
     recipe: Recipe,
     folder: Path,
@@ -398,7 +404,7 @@ def open_cache(
                 config.views,
             )
     slots = len(dataset.pictures) * config.views
-    place = Path(config.path) if config.path else folder / "teacher_cache"
+    place = cache_folder(recipe, folder)
     cache = TeacherCache(place, config.views, slots, config.shard_size, specs, config.dtype)
     if ranks.first:
         kept = {"dtype": "int8"} if config.dtype == "int8" else {}

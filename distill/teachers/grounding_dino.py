@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from contract.errors import UserError
 from distill.config import DETECTOR, TeacherConfig
 from distill.features import Features
-from distill.models.grounding_dino import import_transformers, load_detector, read_config
+from distill.models.grounding_dino import EXTRA, load_detector, read_config
+from distill.models.hugging_face import import_transformers
 
 MEAN, STD, SIZE = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 800
 """Of its image processor, whose 800 is the shorter side."""
@@ -72,7 +73,7 @@ def build_detector_backbone(config: TeacherConfig, index: int) -> DetectorBackbo
             f"model.safetensors, or a detector of the Hugging Face hub (random weights: "
             f"teachers.{index}.pretrained=false)"
         )
-    transformers = import_transformers(f"teachers.{index}.name = {DETECTOR}")
+    transformers = import_transformers(f"teachers.{index}.name = {DETECTOR}", EXTRA)
     unknown = sorted(config.kwargs.keys() - transformers.SwinConfig().to_dict().keys())
     if unknown:
         raise UserError(

@@ -10,10 +10,12 @@ from torch import nn
 
 from contract.errors import UserError, first_line, out_of_memory, suggest
 from distill.config import TeacherConfig
+from distill.fields import source_of
 from distill.models.hub import quiet_hub
 from distill.models.meta import building
 from distill.models.packaged import PACKAGE, checkpoint_path
 from distill.models.published import activation_note, normalization_of
+from distill.models.sources import LOCAL, need_weights
 from distill.models.student import create_timm, nearest_multiples, patch_size
 from distill.models.weight_files import folder_contents, read_state_dict
 from distill.models.weights import load_into
@@ -25,8 +27,9 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
     """A timm network with its weights, the (size, mean, std) of its data config, and its patch
     size.
     """
+    kind, _ = source_of(config.name)
     architecture, _, tag = config.name.partition(".")
-    if tag and timm.is_model(architecture):
+    if tag and not kind and timm.is_model(architecture):
         known = timm.list_models(f"{architecture}.*", include_tags=True)
         if config.name not in known:
             raise UserError(
@@ -51,6 +54,7 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
     arguments = {"img_size": size, **config.kwargs}
     names: Collection[str] = ()
     if config.checkpoint is None and config.pretrained:
+        need_weights(config.name)
         net = _fetch_pretrained(config, index, arguments)
     else:
         # Random weights (`pretrained: false`) are the same in every process: a resumed run must use
@@ -65,6 +69,8 @@ def build_timm_teacher(config: TeacherConfig, index: int) -> tuple[nn.Module, tu
     if config.checkpoint or config.pretrained:
         for note in teacher_notes(config, net, index, names):
             log.warning("note      %s", note)
+    if kind:  # its config.json says it
+        return net, (size, data["mean"], data["std"]), patch
     chosen = normalization_of(config.name, config.checkpoint, config.role, names)
     return net, (size, chosen.mean, chosen.std), patch
 
@@ -77,7 +83,9 @@ def teacher_notes(
     `net` may be on the meta device; `names` are those of the tensors in its checkpoint, where it
     has been read.
     """
-    notes = []
+    notes: list[str] = []
+    if source_of(config.name)[0]:  # its architecture is the one it was saved as
+        return notes
     activation = activation_note(config.name, net, config.checkpoint, names)
     if activation:
         notes.append(activation)
@@ -113,6 +121,11 @@ def _fetch_pretrained(config: TeacherConfig, index: int, arguments: dict) -> nn.
     except Exception as error:
         if out_of_memory(error):
             raise
+        if source_of(config.name)[0]:
+            raise UserError(
+                f"teacher '{config.label}': cannot load the weights of {config.name} "
+                f"({first_line(error)}): {LOCAL} as teachers.{index}.checkpoint"
+            ) from error
         raise UserError(
             f"teacher '{config.label}': cannot fetch weights of '{config.name}' "
             f"({first_line(error)}): set teachers.{index}.checkpoint to a local file, or "

@@ -8,7 +8,6 @@ metrics are read where a log line is due.
 
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -39,9 +38,11 @@ from distill.methods.targets import fit_normalizers
 from distill.recipe_io import dump_recipe
 from distill.runs import dump_dims, save_student
 from distill.teachers import Teacher, build_teacher
-from distill.teachers.cache import bytes_a_slot, open_cache
+from distill.teachers.cache import bytes_a_slot, cache_folder, open_cache
+from distill.teachers.precision import settle_precisions
 from distill.training.checkpoint import CheckpointWriter, load_checkpoint, write_recipe
 from distill.training.lengths import fit_shipped
+from distill.training.loggers import Loggers, check_loggers
 from distill.training.memory_format import set_arithmetic, set_memory_format
 from distill.training.metrics import MetricsLog
 from distill.training.resume import (
@@ -54,14 +55,25 @@ from distill.training.resume import (
 )
 from distill.training.schedule import Schedule, learning_rate, weight_decay
 from distill.training.start import start_from_run
+from distill.training.stop import StopSignal, random_state, set_random_state
+from distill.training.suitability import check_compiler
+from distill.training.watch import Score, Watch, check_score
 
 log = logging.getLogger(__name__)
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopSignal") -> bool:
-    """Train `recipe` into `folder`, from its newest checkpoint if `resume`.
+def train(
+    recipe: Recipe,
+    folder: Path,
+    ranks: Ranks,
+    resume: bool,
+    stop: StopSignal,
+    score: Score | None = None,
+) -> bool:
+    """Train `recipe` into `folder`, from its newest checkpoint if `resume`; `score` is for
+    `monitor.data`, on the first rank.
 
     Returns whether training reached its last step; False means `stop` was requested and a
     checkpoint written. Raises UserError for mistakes a user can correct and Failure if training
@@ -70,6 +82,10 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     settings, device = recipe.train, ranks.device
     checkpoints = folder / "checkpoint"
     saved = load_checkpoint(checkpoints) if resume else None
+
+    check_compiler(recipe, device)
+    check_score(score, recipe, ranks)
+    check_loggers(settings.all_loggers, ranks)
 
     # ---- pictures, teachers, method -------------------------------------------------------------
     pictures = open_pictures(recipe.data)
@@ -113,6 +129,8 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     if saved:
         check_length(saved, steps, recipe)
         check_weights(saved, method)
+    place = cache_folder(recipe, folder) if recipe.teacher_cache.views else None
+    precisions = settle_precisions(teachers, saved, place, ranks)
     # All user input has been checked by now: files are only written from here on.
     if ranks.first:
         write_recipe(folder, recipe)
@@ -153,17 +171,20 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
         if average:
             average.load_state_dict(with_lengths(saved["average"], average))
         if saved["world"] == ranks.world:
-            _set_rng(saved["rng"][ranks.rank], device)
+            set_random_state(saved["rng"][ranks.rank], device)
         else:
             seed_for_new_world(saved, settings.seed, ranks)
         log.info("resumed from step %d of %d", start, steps)
     compiled = torch.compile(model) if settings.compile else model
 
     writer = CheckpointWriter(checkpoints, recipe.checkpoint.keep)
+    watch = Watch(recipe, folder, method, dims, ranks, score)
+    if saved:
+        watch.resume()
 
     def save(step: int) -> None:
         weights, optim = full_state(model, optimizer)
-        rng = ranks.gather(_get_rng(device))
+        rng = ranks.gather(random_state(device))
         if ranks.first:
             state = {
                 "model": weights,
@@ -177,6 +198,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                 "recipe": dump_recipe(recipe),
                 "pictures": listed,
                 "teachers": taught_by,
+                "teacher_precision": precisions,
                 "teacher_dims": dump_dims(dims),
             }
             state |= {"average": average.state_dict()} if average else {}
@@ -199,7 +221,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
     loader = iter(make_loader(dataset, batches, recipe.data.workers, device.type == "cuda", room))
     with (
         writer,
-        MetricsLog(folder, steps, start, settings.tensorboard)
+        MetricsLog(folder, steps, start, Loggers(settings.all_loggers, folder, recipe, start))
         if ranks.first
         else nullcontext() as metrics,
     ):
@@ -214,13 +236,15 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
 
             losses, norm = optimizer_step(loader, progress, sums)
             done = step + 1
-            log_due = done % settings.log_every == 0 or done == steps
+            watch_due = watch.due(done, steps)
+            log_due = done % settings.log_every == 0 or done == steps or watch_due
             if device.type == "cpu" or log_due:  # reading a counter waits for a GPU
                 _stop_if_diverged(counters, settings, done, losses)
             if log_due:
                 span, now = done - since_step, time.perf_counter()
                 values = ranks.mean(torch.stack([*sums.values(), norm * span]) / span).tolist()
                 rate = span * schedule.pictures_per_step / (now - since)
+                scores = watch(done, model, average) if watch_due else {}
                 if metrics:
                     row = {
                         "step": done,
@@ -231,12 +255,12 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
                     row |= dict(zip([*sums, "grad_norm"], values, strict=True)) | {
                         "skipped_steps": int(counters[0])
                     }
-                    metrics.write(row | {"skipped_images": len(ledger)})
+                    metrics.write(row | {"skipped_images": len(ledger)} | scores)
                     now_wrong = method.warnings(row) if done / per_epoch >= 1 else []
                     if now_wrong and not wrong:  # once, until it is right again
                         log.warning("step %d: %s", done, "; ".join(now_wrong))
                     wrong = now_wrong
-                sums, since, since_step = {}, now, done
+                sums, since, since_step = {}, time.perf_counter(), done
             # Several ranks must stop at the same step, and checking is a collective: only where a
             # line is due.
             stopping = stop.requested if ranks.world == 1 else log_due and ranks.any(stop.requested)
@@ -259,6 +283,7 @@ def train(recipe: Recipe, folder: Path, ranks: Ranks, resume: bool, stop: "StopS
             return fit_shipped(recipe, dims, tensors, first_batches, compute, device)
 
         save_student(folder, weights, method, recipe, dims, steps, fit)
+        watch.finish(fit)
     ranks.barrier()
     return True
 
@@ -410,39 +435,3 @@ def _stop_if_diverged(
         f"{', '.join(named) or 'gradients only'}); lower train.lr = {settings.lr:g}, raise "
         "train.warmup_steps, or use train.precision=fp32; the last checkpoint is good"
     )
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGINT while entered, so that the loop can checkpoint first; a second
-    SIGINT kills.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "StopSignal":
-        self.before = {
-            number: signal.signal(number, self._remember)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def _get_rng(device: torch.device) -> dict[str, Tensor]:
-    """Random state of this process (crops are seeded per picture and need none)."""
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def _set_rng(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

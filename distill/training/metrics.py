@@ -1,4 +1,4 @@
-"""A run's measurements: metrics.jsonl, the console, and optionally TensorBoard."""
+"""A run's measurements: metrics.jsonl, the console, and loggers."""
 
 import json
 import logging
@@ -9,25 +9,28 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from contract.errors import UserError
 from contract.files import write_atomically
+from contract.tables import packed
+from distill.training.loggers import Loggers
 
 log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Appends one JSON object a log step to RUN/metrics.jsonl and shows progress; a context
-    manager.
+    """Appends one JSON object a log step to RUN/metrics.jsonl, hands it to `loggers` and shows
+    progress; a context manager.
 
     Starting at step `start`, lines of later steps (of a run that was killed) are dropped first.
     """
 
-    def __init__(self, folder: Path, steps: int, start: int, tensorboard: bool) -> None:
+    def __init__(
+        self, folder: Path, steps: int, start: int, loggers: Loggers | None = None
+    ) -> None:
         self.path, self.steps = folder / "metrics.jsonl", steps
         _truncate(self.path, start)
         self.file = open(self.path, "a")
         self.began, self.start = time.perf_counter(), start
-        self.board = _open_tensorboard(folder / "tensorboard", start) if tensorboard else None
+        self.loggers, self.scores = loggers, ""
         self.progress = None
         if sys.stdout.isatty():
             text = TextColumn("{task.description}")
@@ -42,56 +45,54 @@ class MetricsLog:
         }
         self.file.write(json.dumps(clean) + "\n")
         self.file.flush()
-        if self.board:
-            for key, value in row.items():
-                self.board.add_scalar(key, value, row["step"])
+        if self.loggers:
+            self.loggers.log(row["step"], row)
+        self.scores = ", ".join(_scores(row)) or self.scores
         if self.progress:
-            rate = f"{row['images_per_second']:.0f} images/s"
-            self.progress.update(
-                self.task, completed=row["step"], description=f"loss {row['loss']:.4f}, {rate}"
-            )
+            parts = [f"loss {row['loss']:.4f}", f"{row['images_per_second']:.0f} images/s"]
+            described = ", ".join([*parts, *filter(None, [self.scores])])
+            self.progress.update(self.task, completed=row["step"], description=described)
         else:
             log.info("%s", self.line(row))
 
     def line(self, row: dict) -> str:
-        """One line for a console without a progress bar."""
+        """What a console without a progress bar shows."""
         done = row["step"] - self.start
         left = (time.perf_counter() - self.began) / max(1, done) * (self.steps - row["step"])
         labels = [
             key.split(".")[1] for key in row if key.count(".") == 2 and key.endswith(".patches")
         ]
-        parts = []
+        parts = [f"step {row['step']}/{self.steps}", f"loss {row['loss']:.4f}"]
         for label in labels:
             token, patches = row.get(f"loss.{label}.token"), row[f"loss.{label}.patches"]
             parts.append(
                 f"{label} {patches:.3f}" if token is None else f"{label} {token:.3f}+{patches:.3f}"
             )
-        return (
-            f"step {row['step']}/{self.steps}  loss {row['loss']:.4f}  {'  '.join(parts)}  "
-            f"{row['images_per_second']:.0f} images/s  {int(left // 60)}:{int(left % 60):02d} left"
-        )
+        parts += [
+            *_scores(row),
+            f"{row['images_per_second']:.0f} images/s",
+            f"{int(left // 60)}:{int(left % 60):02d} left",
+        ]
+        return packed(parts)
 
     def __enter__(self) -> "MetricsLog":
         return self
 
     def __exit__(self, *error: object) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()
+        if self.loggers:
+            self.loggers.close()
         if self.progress:
             self.progress.stop()
 
 
-def _open_tensorboard(folder: Path, start: int):
-    """A TensorBoard writer that hides steps after `start` from an earlier, killed attempt."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(
-            "train.tensorboard = true: tensorboard is missing (pip install "
-            "'vfm-distill[tensorboard]')"
-        ) from error
-    return SummaryWriter(folder, purge_step=start + 1)
+def _scores(row: dict) -> list[str]:
+    """What the monitor says, if this is one of its steps: the first score of every task."""
+    return [
+        f"{name.split('.')[1]} {value:.3f}"
+        for name, value in row.items()
+        if name.startswith("monitor.") and name.endswith(".top1")
+    ]
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -4,21 +4,23 @@ arithmetic).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract.errors import UserError
-from distill.config import DETECTOR, Recipe, TeacherConfig
+from contract.tables import entry, print_table
+from distill.config import DETECTOR, Recipe, Section, TeacherConfig
 from distill.data.batches import check_batch_size
 from distill.data.crops import View, view_of
 from distill.data.pictures import open_pictures
 from distill.features import features_of
+from distill.fields import source_of
 from distill.launch import planned_world
+from distill.licences import inheritance
 from distill.methods import METHODS, build_method
 from distill.methods.method import Method, Progress
 from distill.models.batch_norm import values_per_channel
@@ -64,9 +66,9 @@ class Cost:
 
 def meta_teacher(config: TeacherConfig, recipe: Recipe, index: int) -> Teacher:
     """A teacher without weights, for its shapes and costs (a run as a teacher is loaded: it is
-    small).
+    small; and own code does what it does).
     """
-    if config.name == "run":
+    if config.name == "run" or source_of(config.name)[0] == "python":
         return build_teacher(config, recipe.teacher_runtime, index)
     changes: dict = {"checkpoint": None, "pretrained": False}
     if config.name == DETECTOR:
@@ -197,57 +199,57 @@ def _count_images(recipe: Recipe) -> tuple[int | None, str]:
     return number, f"counted ({recipe.data.kind})"
 
 
-def print_plan(recipe: Recipe) -> None:
-    """Print parts, costs, views, images, steps and memory of a recipe."""
-    console = Console()
+def print_plan(recipe: Recipe, monitor: str | None = None) -> None:
+    """Print parts, costs, views, images, steps and memory of a recipe, and what `monitor` says."""
     teachers = [meta_teacher(t, recipe, i) for i, t in enumerate(recipe.teachers)]
     cost = method_cost(recipe, teachers)
     images, origin = _count_images(recipe)
     schedule = Schedule(recipe, cost.method, teachers, images or _UNKNOWN)
-    _print_parts(console, recipe, cost, teachers, schedule)
+    _print_parts(recipe, cost, teachers, schedule)
+    for line in inheritance(recipe):
+        _say("inherits", line)
     for note in _notes(recipe, cost.method, teachers):
-        console.print(f"note         {note}", markup=False, highlight=False, soft_wrap=True)
+        _say("note", note)
     part, variants = METHODS[recipe.method].variants(recipe)
     if variants:
-        console.print(_compare(part, variants, recipe, cost, teachers))
+        _compare(part, variants, recipe, cost, teachers)
     for view in schedule.views:
         seen = [
             label for label, key in cost.method.teacher_views.items() if view_of(key) == view.name
         ]
-        console.print(
-            f"view         {view.name}: {view.crops} of {view.size} px, "
+        _say(
+            "view",
+            f"{view.name}: {view.crops} of {view.size} px, "
             f"{schedule.batch_sizes[view.stream]:,} pictures a step of stream {view.stream}"
-            + (f", for {', '.join(seen)}" if seen else "")
+            + (f", for {', '.join(seen)}" if seen else ""),
         )
     for caution in cost.method.cautions():
-        console.print(f"caution      {caution}")
-    console.print(f"images       {f'{images:,}' if images else 'unknown'} {origin}")
-    _print_schedule(console, recipe, schedule, images)
+        _say("caution", caution)
+    _say("images", f"{f'{images:,}' if images else 'unknown'} {origin}")
+    _print_schedule(recipe, schedule, images)
     if recipe.teacher_cache.views and images:
-        _print_cache(console, recipe, schedule, cost.method, teachers, images)
+        _print_cache(recipe, schedule, cost.method, teachers, images)
+    if monitor:
+        _say("monitor", monitor)
     world = planned_world()
-    _print_memory(console, recipe, cost, schedule, teachers, world)
+    _print_memory(recipe, cost, schedule, teachers, world)
 
 
-def _print_parts(
-    console: Console, recipe: Recipe, cost: Cost, teachers: list[Teacher], schedule: Schedule
-) -> None:
+def _say(label: str, text: str) -> None:
+    print(entry(label, text, 13))
+
+
+def _print_parts(recipe: Recipe, cost: Cost, teachers: list[Teacher], schedule: Schedule) -> None:
     """A row for each part of the method and each teacher, whose cost is that of all its crops."""
-    table = Table(
-        title=f"{recipe.method}: {recipe.student.name} at {recipe.student.image_size} px, one image"
-    )
-    for column in ("part", "parameters", "trainable", "forward GFLOP", "features", "weights"):
-        table.add_column(
-            column, justify="left" if column in ("part", "features", "weights") else "right"
-        )
+    rows = []
     for part in cost.parts:
         row = [part.name, f"{part.parameters:,}", f"{part.trainable:,}", f"{part.gflop:.2f}", ""]
-        table.add_row(*row, _student_source(recipe) if part.name == "student" else "")
+        rows.append((*row, _student_source(recipe) if part.name == "student" else ""))
     crops = {view.name: view.crops for view in schedule.views}
     for config, teacher in zip(recipe.teachers, teachers, strict=True):
         shapes = ("x".join(map(str, shape)) for shape in teacher.shapes.values())
         gflop = crops[view_of(cost.method.teacher_views[teacher.label])] * teacher_gflop(teacher)
-        table.add_row(
+        row = (
             f"teacher {teacher.label} ({config.role})",
             f"{_count_parameters(teacher)[0]:,}",
             "0",
@@ -255,7 +257,15 @@ def _print_parts(
             " + ".join(shapes),
             weights_source(config),
         )
-    console.print(table)
+        rows.append(row)
+    print_table(
+        ("part", "parameters", "trainable", "forward GFLOP", "features", "weights"),
+        rows,
+        left=("features", "weights"),
+        title=f"{recipe.method}: {recipe.student.name} at {recipe.student.image_size} px, one "
+        "image",
+    )
+    print()
 
 
 def _notes(recipe: Recipe, method: Method, teachers: list[Teacher]) -> list[str]:
@@ -263,7 +273,8 @@ def _notes(recipe: Recipe, method: Method, teachers: list[Teacher]) -> list[str]
     notes = [
         note
         for index, (config, teacher) in enumerate(zip(recipe.teachers, teachers, strict=True))
-        if config.name not in ("run", DETECTOR) and (config.checkpoint or config.pretrained)
+        if config.name not in ("run", DETECTOR) and not source_of(config.name)[0]
+        if config.checkpoint or config.pretrained
         for note in teacher_notes(config, teacher.net, index, checkpoint_names(config.checkpoint))
     ]
     student = recipe.student
@@ -285,7 +296,7 @@ def _student_source(recipe: Recipe) -> str:
 
 def teacher_gflop(teacher: Teacher) -> float:
     """Forward cost of a teacher at its own input size."""
-    device = next(teacher.parameters()).device
+    device = teacher.device
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         teacher(
             torch.empty(
@@ -301,41 +312,42 @@ def _compare(
     recipe: Recipe,
     cost: Cost,
     teachers: list[Teacher],
-) -> Table:
-    """Cost of a part of the method in variants of the recipe, compared with the student's forward
-    pass.
+) -> None:
+    """Print the cost of a part of the method in variants of the recipe, compared with the student's
+    forward pass.
     """
-    table = Table(title=f"alternatives: cost of the {part}")
-    for column in ("recipe", "parameters", "forward GFLOP", "of the student's"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
+    rows = []
     for name, variant in variants.items():
         result = cost if variant == recipe else method_cost(variant, teachers)
         parts = {p.name: p for p in result.parts}
         share = f"{100 * parts[part].gflop / parts['student'].gflop:.0f} %"
         name += " (this recipe)" if variant == recipe else ""
-        table.add_row(name, f"{parts[part].parameters:,}", f"{parts[part].gflop:.2f}", share)
-    return table
+        rows.append((name, f"{parts[part].parameters:,}", f"{parts[part].gflop:.2f}", share))
+    print_table(
+        ("recipe", "parameters", "forward GFLOP", "of the student's"),
+        rows,
+        title=f"alternatives: cost of the {part}",
+    )
+    print()
 
 
-def _print_schedule(
-    console: Console, recipe: Recipe, schedule: Schedule, images: int | None
-) -> None:
+def _print_schedule(recipe: Recipe, schedule: Schedule, images: int | None) -> None:
     train = recipe.train
     if images is None:
-        console.print(f"steps        {train.steps or 'unknown, as is the number of images'}")
+        _say("steps", f"{train.steps or 'unknown, as is the number of images'}")
         return
     world = planned_world()
     for stream, size in schedule.batch_sizes.items():
         check_batch_size(stream, size, images, recipe.data.repeats, world, train.accumulate)
     steps, per_epoch = schedule.steps, schedule.per_epoch
-    console.print(
-        f"steps        {steps:,} of {schedule.pictures_per_step} images = {steps / per_epoch:.1f} "
-        f"epochs of {per_epoch:,} steps, {steps * schedule.pictures_per_step:,} images seen"
+    _say(
+        "steps",
+        f"{steps:,} of {schedule.pictures_per_step} images = {steps / per_epoch:.1f} "
+        f"epochs of {per_epoch:,} steps, {steps * schedule.pictures_per_step:,} images seen",
     )
 
 
 def _print_cache(
-    console: Console,
     recipe: Recipe,
     schedule: Schedule,
     method: Method,
@@ -350,14 +362,13 @@ def _print_cache(
     }
     slots, dtype = images * recipe.teacher_cache.views, recipe.teacher_cache.dtype
     size = slots * bytes_a_slot(specs, dtype) / _GIGA
-    console.print(
-        f"cache        {slots:,} views, {size:.2f} GB of {dtype} on disk; teachers run on each "
-        "view once"
+    _say(
+        "cache",
+        f"{slots:,} views, {size:.2f} GB of {dtype} on disk; teachers run on each view once",
     )
 
 
 def _print_memory(
-    console: Console,
     recipe: Recipe,
     cost: Cost,
     schedule: Schedule,
@@ -385,23 +396,53 @@ def _print_memory(
     streams = {stream: micro[stream] * size * share for stream, size in cost.stream_bytes.items()}
     activations = sum(streams.values())
     total = state + frozen * 4 / _GIGA + activations
-    console.print(
-        f"memory       about {total:.1f} GB a rank: {state:.1f} weights, gradients and moments, "
+    _say(
+        "memory",
+        f"about {total:.1f} GB a rank: {state:.1f} weights, gradients and moments, "
         f"{frozen * 4 / _GIGA:.1f} teachers, {activations:.1f} activations of "
         f"{sum(micro.values())} images "
         f"({world} rank{'s' if world > 1 else ''}"
-        f"{', autocast keeps some in fp32' if half else ''})"
+        f"{', autocast keeps some in fp32' if half else ''})",
     )
     if len(streams) > 1:
         parts = (
             f"{size:.2f} of {micro[stream]} in stream {stream}" for stream, size in streams.items()
         )
-        console.print(
-            f"activations  {' + '.join(parts)} = {activations:.2f} GB, in one backward pass"
-        )
-    switch, variant = METHODS[recipe.method].other_memory(recipe)
-    if variant:
-        method, views = _meta_method(variant, teachers)
+        _say("activations", f"{' + '.join(parts)} = {activations:.2f} GB, in one backward pass")
+    for switch, variant in _other_memory(recipe).items():
+        try:
+            method, views = _meta_method(variant, teachers)
+        except UserError:  # a network that has no such switch
+            continue
         other = _kept_bytes(method, views, teachers, micro) * share
-        console.print(f"activations  with {switch}: {other:.2f} GB in place of {activations:.2f}")
-    console.print("[dim]An estimate from shapes: workspace and fragmentation come on top.[/dim]")
+        _say("activations", f"with {switch}: {other:.2f} GB in place of {activations:.2f}")
+    _say("", "an estimate from shapes: workspace and fragmentation come on top")
+
+
+def _other_memory(recipe: Recipe) -> dict[str, Recipe]:
+    """The recipe with each of its method's memory switches turned over, and with all of those that
+    are off turned on.
+    """
+    keys = METHODS[recipe.method].memory_switches(recipe)
+    variants = {}
+    for key in keys:
+        variant = _turned_over(recipe, key.split("."))
+        variants[f"{key}={_switch(variant, key)}"] = variant
+    off = [key for key in keys if _switch(recipe, key) == "false"]
+    if len(off) > 1:
+        both = recipe
+        for key in off:
+            both = _turned_over(both, key.split("."))
+        variants["both"] = both
+    return variants
+
+
+def _turned_over(section: Section, path: Sequence[str]) -> Section:
+    """A section with the switch at `path` inside it turned over."""
+    name, *rest = path
+    value = getattr(section, name)
+    return section.model_copy(update={name: _turned_over(value, rest) if rest else not value})
+
+
+def _switch(recipe: Recipe, key: str) -> str:
+    return str(reduce(getattr, key.split("."), recipe)).lower()

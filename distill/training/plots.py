@@ -1,4 +1,4 @@
-"""A run's loss curves, summed as in UMT's Tables 2 and 3."""
+"""A run's loss curves, summed as in UMT's Tables 2 and 3, and its monitor's scores."""
 
 from pathlib import Path
 
@@ -9,6 +9,29 @@ import matplotlib.pyplot as plt
 
 from distill.figures import save_figure
 from distill.training.metrics import read_metrics
+
+
+def plot_monitor(folder: Path) -> Path | None:
+    """Draw RUN/plots/monitor.png, what the monitor scored by step, and return its path; None where
+    nothing was.
+    """
+    rows = read_metrics(folder / "metrics.jsonl")
+    names = dict.fromkeys(
+        name for row in rows for name in row if name.startswith("monitor.") and name[-4:-1] == "top"
+    )
+    if not names:
+        return None
+    figure, axes = plt.subplots(figsize=(6, 4.5), layout="constrained")
+    for name in names:
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        steps, values = zip(*points, strict=True)
+        best, step = max((value, -step) for step, value in points)
+        title = name.removeprefix("monitor.").replace(".", " ")
+        axes.plot(steps, values, marker=".", label=f"{title}: best {best:.3f} at step {-step}")
+    axes.set(title="scores while training", xlabel="step", ylabel="accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return save_figure(figure, folder / "plots" / "monitor.png")
 
 
 def plot_losses(folder: Path) -> Path:

@@ -1,8 +1,9 @@
 """Printed before and after training: the networks, the files written, the next command."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from contract.errors import first_line
 from contract.images import UnreadableImage
+from contract.tables import entry, print_table
 from distill.config import Recipe, TeacherConfig
 from distill.data.crops import centre_crop
 from distill.data.pictures import Pictures, open_pictures
 from distill.distributed import Ranks
 from distill.figures import pca_figure
+from distill.licences import inheritance
 from distill.methods.deployment import BACKBONE
-from distill.runs import load_run
+from distill.runs import BEST, STUDENT, best_record, load_run
 from distill.teachers import build_teacher, weights_source
 from distill.training.metrics import read_metrics
-from distill.training.plots import plot_losses
+from distill.training.plots import plot_losses, plot_monitor
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +42,8 @@ def show_start(recipe: Recipe, folder: Path, ranks: Ranks) -> None:
         recipe.method,
     )
     for teacher in recipe.teachers:
-        log.info(
-            "teacher   %s: %s, %s, %s",
-            teacher.label,
-            teacher.name,
-            teacher.role,
-            weights_source(teacher),
-        )
+        about = f"{teacher.label}: {teacher.name}, {teacher.role}, {weights_source(teacher)}"
+        log.info("%s", entry("teacher", about))
     log.info("run       %s on %s x %d", folder, ranks.device.type, ranks.world)
 
 
@@ -60,22 +58,47 @@ def finish(recipe: Recipe, folder: Path, complete: bool) -> None:
         return
     rows = read_metrics(folder / "metrics.jsonl")
     plot = _attempt("losses", lambda: plot_losses(folder))
+    scores = _attempt("scores", lambda: plot_monitor(folder))
     picture = _attempt("features", lambda: _draw_pca(recipe, folder))
     if rows:
-        print(
-            f"loss      {rows[0]['loss']:.4f} at step {rows[0]['step']} -> {rows[-1]['loss']:.4f} "
-            f"at {rows[-1]['step']}"
-        )
+        print_losses(rows)
     print(f"run       {folder}")
     print(f"student   {folder / 'student.safetensors'}")
-    for name, path in (("losses", plot), ("features", picture)):
+    best = best_record(folder)
+    if best:
+        about = f"{folder / BEST[STUDENT]}, step {best['step']}: {best['name']} {best['score']:.4f}"
+        print(entry("best", about))
+    for name, path in (("losses", plot), ("scores", scores), ("features", picture)):
         if path:
             print(f"{name:9} {path}")
+    for line in inheritance(recipe):
+        print(f"inherits  {line}")
     print("next      inspect one photograph:")
     print(f"  python -m distill.visualize {folder} IMAGE.jpg --sizes 224 448")
 
 
-def _attempt(what: str, draw: Callable[[], Path]) -> Path | None:
+def print_losses(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print first, last and best value of every loss of the lines of a metrics.jsonl: the total,
+    then teacher by teacher, then others.
+    """
+    names = dict.fromkeys(name for row in rows for name in row if name.split(".")[0] == "loss")
+    order = sorted(names, key=lambda name: (name != "loss", name.count(".") < 2))
+    table = []
+    for name in order:
+        points = [(row[name], row["step"]) for row in rows if row.get(name) is not None]
+        if not points:
+            continue
+        best, step = min(points)
+        title = " ".join(name.split(".")[1:]) or "all"
+        table.append(
+            (title, *(f"{v:.4f}" for v in (points[0][0], points[-1][0], best)), f"{step:,}")
+        )
+    heads = ("loss", f"step {rows[0]['step']:,}", f"step {rows[-1]['step']:,}", "best", "at step")
+    print_table(heads, table)
+    print()
+
+
+def _attempt(what: str, draw: Callable[[], Path | None]) -> Path | None:
     """Draw a picture; whatever goes wrong is a warning, as training is complete."""
     try:
         return draw()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from contract.errors import UserError
+from contract.tables import entry
 from distill.config import Recipe
 from distill.data.listing import PictureList, compare, list_pictures, read_list
 from distill.data.pictures import Pictures
@@ -131,12 +132,11 @@ def check_length(saved: Mapping[str, Any], steps: int, recipe: Recipe) -> None:
         )
     before = parse_recipe(saved["recipe"], "the checkpoint").train
     if (before.steps, before.epochs) != (recipe.train.steps, recipe.train.epochs):
-        log.info(
-            "length    changed to %d steps: from step %d on, learning rate and other schedules are "
-            "those of the new length",
-            steps,
-            saved["step"],
+        about = (
+            f"changed to {steps} steps: from step {saved['step']} on, learning rate and other "
+            "schedules are those of the new length"
         )
+        log.info("%s", entry("length", about))
 
 
 def check_weights(saved: Mapping[str, Any], method: Method) -> None:

@@ -3,7 +3,11 @@ is written.
 """
 
 import os
+import shutil
+import sys
 from collections.abc import Mapping
+
+import torch
 
 from contract.errors import UserError
 from distill.config import Recipe
@@ -31,3 +35,21 @@ def check_student(recipe: Recipe, method: Method, batch_sizes: Mapping[str, int]
             f"'{recipe.student.name}' needs two values a channel, and one picture of {size} px "
             f"gives one: use {2 * parts} or more, two for every process and micro-batch"
         )
+
+
+def check_compiler(recipe: Recipe, device: torch.device) -> None:
+    """Raise UserError where torch.compile is asked for on a CPU and lacks the C++ compiler that it
+    calls there.
+    """
+    compiled = {
+        "train.compile": recipe.train.compile,
+        "teacher_runtime.compile": recipe.teacher_runtime.compile,
+    }
+    # as torch._inductor.config.cpp.cxx has it
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    for key, wanted in compiled.items():
+        if wanted and device.type == "cpu" and not shutil.which(name):
+            raise UserError(
+                f"{key} = true: torch.compile needs a C++ compiler on a CPU, and '{name}' is not "
+                f"there: install one, name one in CXX, or set {key}=false"
+            )

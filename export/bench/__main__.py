@@ -62,6 +62,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--run", type=Path, metavar="RUN", help="run folder, for torch and the cosines to it"
     )
     parser.add_argument(
+        "--trust-code",
+        action="store_true",
+        help="import and call the python: code of a decoder in RUN/heads",
+    )
+    parser.add_argument(
         "--graphs",
         nargs="+",
         metavar="NAME",

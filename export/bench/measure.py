@@ -11,8 +11,9 @@ import torch
 from contract.bundle_check import graph_problem
 from contract.errors import UserError
 from contract.gpu import compute_capabilities
-from contract.manifest import Manifest, read_manifest, verify_files
+from contract.manifest import Manifest, read_manifest
 from contract.signature import BACKBONE, FUSED, INTERACTION, head_graph
+from contract.tables import entry
 from export.bench.options import BenchOptions
 from export.bench.report import draw, show
 from export.bench.timing import (
@@ -23,6 +24,7 @@ from export.bench.timing import (
     gpu_works,
     time_all,
 )
+from export.bundle_files import verify_files
 
 
 def bench(options: BenchOptions) -> list[dict]:
@@ -123,7 +125,9 @@ def _time_graphs(
     cannot run here.
     """
     bundle, first = next(iter(manifests.items()))
-    student = TorchStudent(options.run, first, options.compile) if options.run else None
+    student = None
+    if options.run:
+        student = TorchStudent(options.run, first, options.compile, options.trust_code)
     feeds = Feeds(bundle, first, graphs)
     rows: list[dict] = []
     reported: set[str] = set()
@@ -131,7 +135,7 @@ def _time_graphs(
     def left_out(reasons: Sequence[str]) -> None:
         for reason in reasons:
             if reason not in reported:
-                print(f"left out  {reason}")
+                print(entry("left out", reason))
                 reported.add(reason)
 
     for graph in graphs:
@@ -156,12 +160,13 @@ def _time_graphs(
                         manifest.precision,
                         inputs,
                         options.threads,
+                        manifest.runtime("openvino"),
                     )
                 result, reasons = gpu_works(opened.get(path, []), graph, manifest.precision, inputs)
                 works += result
                 left_out(reasons)
             chosen = "; ".join(f"{work.name}: {work.settings}" for work in works if work.settings)
-            print(f"timing    {graph}, batch {batch}" + (f": {chosen}" if chosen else ""))
+            print(entry("timing", f"{graph}, batch {batch}" + (f": {chosen}" if chosen else "")))
             rows += [
                 {"graph": graph, "batch": batch, **row}
                 for row in time_all(works, options.rounds, batch)

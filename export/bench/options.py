@@ -18,6 +18,8 @@ class BenchOptions(Options):
     """One or more precisions of one student."""
     run: Path | None = None
     """The student's run folder, for torch and the cosines to it."""
+    trust_code: bool = False
+    """Whether to import and call the python: code of a decoder among the run's heads."""
     graphs: tuple[str, ...] = ()
     """Empty: backbone, interaction, every teacher's head, fused."""
     batches: tuple[int, ...] = Field((1, 8, 32), min_length=1)

@@ -1,14 +1,13 @@
 """The table and the picture of a benchmark."""
 
-import sys
 from pathlib import Path
 
 import matplotlib
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
+from contract.tables import print_table
 from distill.figures import save_figure
-from export.parity import TOLERANCE
+from export.agreement import TOLERANCE
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -16,8 +15,7 @@ import matplotlib.pyplot as plt
 
 def show(rows: list[dict]) -> None:
     """Print a row for each graph, batch and runtime."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
+    heads = (
         "graph",
         "batch",
         "runtime",
@@ -26,14 +24,15 @@ def show(rows: list[dict]) -> None:
         "images/s",
         "over torch eager",
         "least cosine",
-    ):
-        table.add_column(name, justify="left" if name in ("graph", "runtime") else "right")
+    )
+    table = []
     for row in rows:
         speedup = f"{row['speedup']:.2f}x" if row["speedup"] else ""
         cosine = "" if row["cosine"] is None else f"{row['cosine']:.6f}"
+        remark = ()
         if row["agrees"] is False:
-            cosine = f"[red]BELOW {TOLERANCE[row['precision']]}: {cosine}[/red]"
-        table.add_row(
+            remark = (Text(f"BELOW {TOLERANCE[row['precision']]}: cosine {cosine}", "red"),)
+        cells = (
             row["graph"],
             str(row["batch"]),
             row["runtime"],
@@ -42,8 +41,10 @@ def show(rows: list[dict]) -> None:
             f"{row['images_per_second']:.1f}",
             speedup,
             cosine,
+            *remark,
         )
-    Console(width=None if sys.stdout.isatty() else 130, highlight=False).print(table)
+        table.append(cells)
+    print_table(heads, table, left=("runtime",))
 
 
 def draw(path: Path, rows: list[dict]) -> Path:

@@ -18,14 +18,14 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from contract.errors import UserError
 from contract.manifest import Manifest, Precision
 from contract.signature import IMAGE
 from distill.data.pictures import PackagedPhotos
+from export.agreement import TOLERANCE, compare
 from export.graph import build_parts, open_student
-from export.parity import TOLERANCE, compare
+from export.photographs import shown
 from export.runtimes.available import cpu_runtime
 from export.runtimes.base import Bound, Outputs, Runtime
 from export.runtimes.engine import EngineRuntime, as_array
@@ -73,17 +73,14 @@ class Feeds:
         )
         self.photos, self.size = (
             PackagedPhotos(),
-            (manifest.resolution.width, manifest.resolution.height),
+            (manifest.resolution.height, manifest.resolution.width),
         )
+        self.view = manifest.policy
 
     def of(self, batch: int) -> Outputs:
         """By name: the image [B, H, W, 3] and the other tensors that the graphs read."""
         photos = (self.photos.load(number % len(self.photos)) for number in range(batch))
-        known = {
-            IMAGE: np.stack(
-                [np.asarray(p.resize(self.size, Image.Resampling.BICUBIC)) for p in photos]
-            )
-        }
+        known = {IMAGE: np.stack([shown(photo, self.size, self.view) for photo in photos])}
         for record in self.before:
             result = self.runtime.run(
                 record.name, {tensor.name: known[tensor.name] for tensor in record.inputs}
@@ -97,8 +94,10 @@ class TorchStudent:
     UserError if the bundle is of another student.
     """
 
-    def __init__(self, run: Path, manifest: Manifest, compiled: bool) -> None:
-        student = open_student(run)
+    def __init__(
+        self, run: Path, manifest: Manifest, compiled: bool, trust_code: bool = False
+    ) -> None:
+        student = open_student(run, trust_code=trust_code)
         if student.sha256 != manifest.student.sha256:
             raise UserError(
                 f"--run {run}: its student is not the bundle's (give the run that was exported)"
@@ -173,12 +172,17 @@ def _threads_text(count: int) -> str:
 
 
 def cpu_works(
-    graph: str, path: Path, precision: Precision, feeds: Outputs, threads: int | None
+    graph: str,
+    path: Path,
+    precision: Precision,
+    feeds: Outputs,
+    threads: int | None,
+    runtime: str = "openvino",
 ) -> list[Work]:
     """A graph in onnxruntime and, if installed, in OpenVINO, each in the fastest of a few settings.
 
     onnxruntime: two optimisation levels; OpenVINO: two hints; both: all cores or half of them, or
-    `threads`.
+    `threads`. `runtime`: how a server opens the graph in OpenVINO.
     """
     result, files, counts = [], {graph: path}, _thread_counts(threads)
     if precision != "bf16":  # its CPU provider has no bf16 convolutions
@@ -190,20 +194,19 @@ def cpu_works(
         settings, bound = fastest(makers)
         result.append(Work(f"onnxruntime {precision}", "cpu", precision, bound, settings))
     if importlib.util.find_spec("openvino"):
-        # by itself it may compute float32 graphs in bf16
-        exact = {"INFERENCE_PRECISION_HINT": "f32"} if precision in ("fp32", "int8") else {}
         makers = {
             f"hint {hint.lower()}, {_threads_text(n)}": partial(
                 _bind_openvino,
                 files,
                 feeds,
-                exact | {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": n},
+                {"PERFORMANCE_HINT": hint, "INFERENCE_NUM_THREADS": n},
+                runtime,
             )
             for hint in ("LATENCY", "THROUGHPUT")
             for n in counts
         }
         settings, bound = fastest(makers)
-        result.append(Work(f"openvino {precision}", "cpu", precision, bound, settings))
+        result.append(Work(f"{runtime} {precision}", "cpu", precision, bound, settings))
     return result
 
 
@@ -211,8 +214,8 @@ def _bind_onnx(files: dict[str, Path], feeds: Outputs, level: str, threads: int)
     return OnnxRuntime(files, level, threads).bind(*files, feeds)
 
 
-def _bind_openvino(files: dict[str, Path], feeds: Outputs, settings: dict) -> Bound:
-    return OpenVINO(files, settings).bind(*files, feeds)
+def _bind_openvino(files: dict[str, Path], feeds: Outputs, settings: dict, runtime: str) -> Bound:
+    return OpenVINO(files, settings, runtime).bind(*files, feeds)
 
 
 def fastest(makers: dict[_Setting, Callable[[], Bound]]) -> tuple[_Setting, Bound]:

@@ -18,8 +18,6 @@ from export.text.tower import Label
 if TYPE_CHECKING:  # --help must not wait for torch to load
     from torch import Tensor
 
-    from distill.teachers import Teacher
-
 
 def classifier_rows(
     run: Path, teacher: str, labels: Sequence[Label], source: Path
@@ -33,9 +31,9 @@ def classifier_rows(
     """
     import torch.nn.functional as F
 
-    from distill.config import TeacherRuntime
     from distill.runs import load_run
-    from distill.teachers import build_teacher, weights_source
+    from distill.teachers import weights_source
+    from distill.teachers.classifier import read_classifier
 
     configs = {
         config.label: (index, config) for index, config in enumerate(load_run(run).recipe.teachers)
@@ -46,7 +44,7 @@ def classifier_rows(
         )
     index, config = configs[teacher]
     print(f"teacher   {teacher}: {config.name}, {weights_source(config)}")
-    weight, bias = _read_classifier(build_teacher(config, TeacherRuntime(precision="fp32"), index))
+    weight, bias = read_classifier(config, index, f"--classifier {teacher}")
     numbers = find_classes(labels, len(weight), source)
     rows = weight[numbers].float()
     tensors = {
@@ -64,41 +62,6 @@ def classifier_rows(
         "labels": [label.words for label in labels],
     }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, about
-
-
-def _read_classifier(teacher: "Teacher") -> tuple["Tensor", "Tensor"]:
-    """Weights [K, d] and biases [K] of a teacher's classifier; raises UserError unless it reads the
-    teacher's summary.
-    """
-    import torch
-
-    config, net = teacher.config, teacher.net
-    wrong = f"--classifier {teacher.label}: {config.name}"
-    classifier = net.get_classifier() if hasattr(net, "get_classifier") else None
-    if not isinstance(classifier, torch.nn.Linear):
-        raise UserError(f"{wrong} has no linear classifier (choose another teacher)")
-    random = not config.pretrained and config.checkpoint is None
-    if random or not getattr(net, "classifier_loaded", True):
-        raise UserError(
-            f"{wrong} has no trained classifier: its weights do not include one (choose another "
-            "teacher)"
-        )
-    with torch.inference_mode():
-        pixels = torch.rand(
-            2, 3, teacher.image_size, teacher.image_size, generator=torch.Generator().manual_seed(0)
-        )
-        summary, logits = teacher.encode(pixels).summary, net(pixels)
-        reads = summary is not None and summary.shape[1] == classifier.in_features
-        if not (reads and torch.allclose(classifier(summary), logits, rtol=1e-3, atol=1e-3)):
-            raise UserError(
-                f"{wrong}'s classifier reads something else than the vector that the student "
-                "learns (another block, other pooling, or an embedding after it): choose another "
-                "teacher"
-            )
-    weight = classifier.weight.detach()
-    return weight, weight.new_zeros(
-        len(weight)
-    ) if classifier.bias is None else classifier.bias.detach()
 
 
 def find_classes(labels: Sequence[Label], count: int, source: Path) -> list[int]:

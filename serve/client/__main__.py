@@ -4,23 +4,28 @@ import argparse
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from contract.command_line import CommandLine
+from contract.command_line import CommandLine, read_size
 from contract.errors import UserError, exit_status
 from contract.tasks import map_tasks
 from serve.client import FeatureClient
+from serve.client.many import expand
 from serve.client.options import ClientOptions, RequestOptions
 from serve.client.retry import Retry
 from serve.client.sync import DEFAULT_URL
 from serve.client.tls import add_tls, read_tls
-from serve.errors import NotAllowed, Unavailable
+from serve.errors import NotAllowed, Unavailable, with_remedy
+
+if TYPE_CHECKING:
+    from serve.client.commands import Answered
 
 EPILOG = """\
 examples:
   python -m serve.client photo.jpg
   python -m serve.client a.jpg b.jpg --outputs backbone_global clip_token \\
       --format safetensors --output features
-  python -m serve.client photo.jpg --task segmentation
+  python -m serve.client photos/ --task segmentation
   python -m serve.client photo.jpg --task depth --side client
   python -m serve.client photo.jpg --task zero-shot \\
       --labels "a cat" "a dog" "a cup of coffee"
@@ -34,11 +39,21 @@ examples:
 Writes DIR/TASK.npz (or .safetensors) with one row per picture, and PNG files:
 features as principal components, classes as a map and as an overlay, depth
 with a scale, the most likely classes as bars, objects as boxes (and as JSON,
-in pixels). Pictures are resized to the model's size without keeping their
-aspect ratio.
+in pixels). Pictures are brought to the model's size as the bundle says, or as
+--view does; maps and boxes are those of the picture itself.
 
-Exit status: 0 success, 1 no server or another failure, 2 usage error.
+A folder stands for the pictures in and below it, without hidden ones. A
+picture that cannot be read is listed (`bad`) and the others are answered.
+Pictures of one name get numbers: cat_depth.png, cat_2_depth.png.
+
+Exit status: 0 success; 1 no server, or it failed: what it answered is
+written; 2 usage error, or no picture can be read; 3 some pictures could not
+be read, the others are written.
 """
+
+
+_SOME_BAD = 3
+"""Exit status where some pictures were answered and others could not be read."""
 
 
 def task_names() -> list[str]:
@@ -58,7 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EPILOG,
     )
     result.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE", help="JPEG, PNG or WebP files"
+        "images",
+        type=Path,
+        nargs="+",
+        metavar="IMAGE",
+        help="JPEG, PNG or WebP files, or folders of them",
     )
     result.add_argument(
         "--task",
@@ -117,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--encoded", action="store_true", help="send the files and let the server decode them"
     )
+    result.add_argument(
+        "--view",
+        metavar="POLICY",
+        help="how pictures are brought to the model's size: squash, centre-crop:SHARE, letterbox "
+        "or, for maps, tiles:OVERLAP (default: the bundle's)",
+    )
     result.add_argument("--size", metavar="HxW", help="pixels, for models of dynamic resolution")
     result.add_argument(
         "--partial", action="store_true", help="features: leave out heads that fail"
@@ -155,20 +180,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    wrote, outputs = _answer(args)
-    for path in wrote:
+    images = expand(args.images)
+    result, outputs = _answer(args, images)
+    for path in result.wrote:
         print(f"wrote     {path}")
+    if len(images) > 1:
+        bad = f", {len(result.bad)} of the others cannot be read" if result.bad else ""
+        print(f"answered  {result.answered} of {len(images)} pictures{bad}")
+    if isinstance(result.failure, (Unavailable, NotAllowed)):
+        raise with_remedy(result.failure, args.url)
+    if result.failure:
+        raise result.failure
     print(f"next      {_suggestion(args, outputs)}")
-    return 0
+    return _SOME_BAD if result.bad else 0
 
 
-def _answer(args: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
-    """Ask and write; the files written, and the outputs that the server offers."""
+def _answer(args: argparse.Namespace, images: list[Path]) -> tuple["Answered", Collection[str]]:
+    """Ask and write; what came of it, and the outputs that the server offers."""
     _check(args)
     from serve.client import commands  # matplotlib takes a second to import
 
     command = commands.Command(
-        images=args.images,
+        images=images,
         task=args.task,
         output=args.output,
         format=args.format,
@@ -188,26 +221,15 @@ def _answer(args: argparse.Namespace) -> tuple[list[Path], Collection[str]]:
     }
     try:
         with FeatureClient(args.url, **options) as client:
-            wrote = commands.answer(client, command)
-            outputs = client.describe().outputs
-    except Unavailable as error:
-        if "connect" in error.message or "resolving" in error.message:
-            raise type(error)(
-                f"no server answers at {args.url}: start one with python -m serve.run BUNDLE, or "
-                "name another with --url"
-            ) from error
-        raise
-    except NotAllowed as error:
-        error.message += " (see --ssl, --ssl-root, --ssl-certificate, --ssl-key, --admin-key)"
-        raise
-    return wrote, outputs
+            result = commands.answer(client, command)
+            outputs = () if result.failure else client.describe().outputs
+    except (Unavailable, NotAllowed) as error:
+        raise with_remedy(error, args.url) from error
+    return result, outputs
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raise UserError for options that conflict."""
-    for path in args.images:
-        if not path.is_file():
-            raise UserError(f"image {path}: no such file")
     for name, *tasks in (
         ("outputs", "features"),
         ("partial", "features"),
@@ -242,14 +264,12 @@ def _check(args: argparse.Namespace) -> None:
 
 def _request_options(args: argparse.Namespace) -> RequestOptions:
     """How requests are made; raises UserError for an invalid size."""
-    size = None
-    if args.size:
-        sides = args.size.lower().split("x")
-        if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
-            raise UserError(f"--size {args.size}: write pixels, height x width: 448x336")
-        size = int(sides[0]), int(sides[1])
     return RequestOptions(
-        encoded=args.encoded, partial=args.partial, size=size, request_id=args.request_id
+        encoded=args.encoded,
+        partial=args.partial,
+        size=read_size(args.size),
+        view=args.view,
+        request_id=args.request_id,
     )
 
 

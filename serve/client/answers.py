@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from contract.dense import grid_of
+from contract.views import SQUASH, ViewPolicy
 from serve.errors import ClientError, WrongAnswer
 
 
 @dataclass(frozen=True)
 class Answer(Mapping[str, np.ndarray]):
     """Arrays by output, a row a picture in the order they were given; `size` is the (height, width)
-    the model saw.
+    the model saw, `view` how pictures of another size were brought to it.
     """
 
     arrays: dict[str, np.ndarray]
@@ -21,6 +22,7 @@ class Answer(Mapping[str, np.ndarray]):
     missing: dict[str, ClientError] = field(default_factory=dict)
     """Reasons of requested outputs that are missing; only with `partial`.
     """
+    view: ViewPolicy = SQUASH
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name in self.missing:
@@ -46,6 +48,7 @@ def join(
     parts: Sequence[tuple[dict[str, np.ndarray], dict[str, ClientError]]],
     size: tuple[int, int],
     request_id: str,
+    view: ViewPolicy,
 ) -> Answer:
     """One answer of several requests' arrays; an output missing from one is missing from the whole.
 
@@ -76,4 +79,4 @@ def join(
         arrays[name] = np.concatenate(
             values
         )  # a copy in any case: tritonclient's arrays cannot be written to
-    return Answer(arrays, size, request_id, missing)
+    return Answer(arrays, size, request_id, missing, view)

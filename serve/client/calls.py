@@ -12,15 +12,16 @@ import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
+from contract.views import SQUASH, ViewPolicy
 from serve.client.answers import Answer, join
 from serve.client.breaker import Breakers
 from serve.client.heads import Found, ask_heads
 from serve.client.inputs import (
     Images,
     Picture,
+    blame_picture,
     common_size,
     list_pictures,
-    rename_picture,
     to_tensor,
 )
 from serve.client.options import ClientOptions, RequestOptions
@@ -29,6 +30,9 @@ from serve.client.served import DECODER, FRONT_DOOR, Outputs, Served, read_answe
 from serve.client.shared_memory import Pool, Region, lay_out
 from serve.client.steps import Rpc, Steps, Together, Work
 from serve.errors import BadRequest, NotAllowed, NotServed, ServerFailed, WrongAnswer
+
+_VIEW_LASTS = 60.0
+"""Seconds after which a client asks again how the bundle sees pictures."""
 
 
 class Calls:
@@ -40,6 +44,8 @@ class Calls:
         self.pool = Pool(options.shared_memory, options.device) if options.shared_memory else None
         self.known: dict[str, Served] = {}
         self.cancels: bool | None = None
+        self.looked = -_VIEW_LASTS
+        """When the front door was described last."""
 
     def features(
         self,
@@ -57,6 +63,14 @@ class Calls:
         served = yield from self.describe(options.model, *about)
         names = served.choose(outputs)
         size = yield from self.size_of(served, pictures, options)
+        view = SQUASH
+        if options.encoded or any(picture.size != size for picture in pictures):
+            view = yield from self.view_of(options)
+        if view.kind == "tiles" and any(picture.size != size for picture in pictures):
+            raise BadRequest(
+                f"view {view}: tiles are for maps, a picture's tiles have no one vector and no one "
+                "grid of patches: choose view='letterbox' or 'centre-crop:0.875'"
+            )
         most = (
             served.max_batch
             or (yield from self.describe(FRONT_DOOR, *about)).max_batch
@@ -68,11 +82,40 @@ class Calls:
             ids = [f"{options.request_id}-{number}" for number in range(len(parts))]
         answers = yield Together(
             [
-                self.part(served, part, names, size, replace(options, request_id=one), extra or {})
+                self.part(
+                    served, part, names, size, view, replace(options, request_id=one), extra or {}
+                )
                 for part, one in zip(parts, ids, strict=True)
             ]
         )
-        return join(answers, size, options.request_id)
+        return join(answers, size, options.request_id, view)
+
+    def view_of(self, options: RequestOptions) -> Steps[ViewPolicy]:
+        """The requested view policy, or the bundle's. Servers that name none, and those of other
+        makes, squash.
+        """
+        asked = None if options.view is None else ViewPolicy.parse(options.view)
+        if asked is not None and (asked.kind != "letterbox" or asked.fill):
+            return asked
+        # a rollout may have put another bundle there, of which pixels of one size say nothing
+        fresh = time.monotonic() - self.looked > _VIEW_LASTS
+        try:
+            served = yield from self.describe(
+                FRONT_DOOR, options.timeout, options.request_id or "", fresh
+            )
+        except NotServed:
+            return asked or SQUASH
+        about = served.facts("about")
+        if asked is not None:  # on the ground that the network subtracts
+            mean = about.get("mean") if isinstance(about, dict) else None
+            return asked.on(mean) if mean else asked
+        text = about.get("view", "") if isinstance(about, dict) else ""
+        try:
+            return ViewPolicy.parse(text) if text else SQUASH
+        except ValueError as error:
+            raise BadRequest(
+                f"the server's {error}: choose one with view=, or a client of its version"
+            ) from error
 
     def describe(
         self,
@@ -90,6 +133,8 @@ class Calls:
                 "get_model_config", {"model_name": model}, deadline, request_id
             )
             self.known[model] = Served.read(answer.config)
+            if model == FRONT_DOOR:
+                self.looked = time.monotonic()
         return self.known[model]
 
     def size_of(
@@ -135,6 +180,7 @@ class Calls:
         pictures: Sequence[Picture],
         names: Sequence[str],
         size: tuple[int, int],
+        view: ViewPolicy,
         options: RequestOptions,
         extra: Mapping[str, np.ndarray],
     ) -> Steps[Found]:
@@ -144,7 +190,7 @@ class Calls:
         deadline, request_id = time.monotonic() + options.timeout, options.request_id
         yield from self.clean(everything=False)
         limits, encoded = self.options.limits, options.encoded
-        tensors = (yield Work(lambda: to_tensor(pictures, size, encoded, limits))) | extra
+        tensors = (yield Work(lambda: to_tensor(pictures, size, view, encoded, limits))) | extra
 
         def ask(names: Sequence[str], until: float) -> Steps[dict[str, np.ndarray]]:
             rows, hurry = len(pictures), options.partial
@@ -160,7 +206,7 @@ class Calls:
             # if the model's sizes are others by now, the next call learns them
             self.known.pop(served.name, None)
             if encoded:
-                error.message = rename_picture(error.message, pictures)
+                raise blame_picture(error, pictures) from error
             raise
 
     def ask(

@@ -16,8 +16,9 @@ import numpy as np
 from PIL import Image
 
 from contract.errors import first_line
-from contract.images import Limits, UnreadableImage, decode, fit, read_file, to_rgb
-from serve.errors import BadRequest, ClientError
+from contract.images import Limits, UnreadableImage, decode, own_size, read_file, read_views, to_rgb
+from contract.views import SQUASH, ViewPolicy
+from serve.errors import BadRequest, ClientError, bad_picture
 
 Images = Any
 """A path, an encoded file's bytes, the file opened in binary mode, a PIL picture, uint8 [H, W, 3]
@@ -41,16 +42,14 @@ class Picture:
         """Height and width of an array; None for what is decoded first."""
         return self.source.shape[:2] if isinstance(self.source, np.ndarray) else None
 
-    def open(self, limits: Limits, size: tuple[int, int] | None = None) -> Image.Image:
-        """As an RGB picture, which may be a smaller one if it will be fitted to a `size`; raises
-        BadRequest.
-        """
+    def open(self, limits: Limits) -> Image.Image:
+        """As an RGB picture; raises BadRequest."""
         with _refusing(self.name):
             if isinstance(self.source, np.ndarray):
                 return Image.fromarray(self.source)
             if isinstance(self.source, Image.Image):
                 return to_rgb(self.source, self.name)
-            return decode(self.source, limits, size, self.name)
+            return decode(self.source, limits, name=self.name)
 
     def read(self, limits: Limits) -> bytes:
         """As a file's bytes, untouched if it is one (PNG otherwise: nothing is lost); raises
@@ -65,12 +64,43 @@ class Picture:
             self.open(limits).save(buffer, "PNG")
             return buffer.getvalue()
 
-    def pixels(self, height: int, width: int, limits: Limits) -> np.ndarray:
-        """uint8 [height, width, 3]; an array of that size stays as it is. Raises BadRequest."""
-        if self.size == (height, width):
-            return self.source
+    def pixels(self, size: tuple[int, int], view: ViewPolicy, limits: Limits) -> np.ndarray:
+        """What `view` shows of it, uint8 [*size, 3]; an array of that size stays as it is. Raises
+        BadRequest.
+        """
+        return self.views(size, view, limits)[0]
+
+    def views(self, size: tuple[int, int], view: ViewPolicy, limits: Limits) -> np.ndarray:
+        """All views of it, tiles among them, uint8 [n, *size, 3]; raises BadRequest."""
+        if self.size == size:
+            return self.source[None]
+        if isinstance(self.source, (np.ndarray, Image.Image)):
+            picture, read = self.open(limits), None
+        else:
+            picture, read = None, self.read(limits)
         with _refusing(self.name):
-            return fit(self.open(limits, (height, width)), height, width)
+            try:
+                if picture:
+                    return view.every(picture, *size)
+                return read_views(read, view, *size, limits, self.name)
+            except ValueError as error:  # too many tiles
+                raise BadRequest(f"{self.name}: {error}") from error
+
+    def view(self, size: tuple[int, int], view: ViewPolicy, encoded: bool = False) -> ViewPolicy:
+        """`view`, or none for an array of the model's `size`, which is sent as it is; `encoded`, it
+        was sent as a file like any other.
+        """
+        return SQUASH if self.size == size and not encoded else view
+
+    def own_size(self, limits: Limits) -> tuple[int, int]:
+        """Height and width as it is held; raises BadRequest."""
+        with _refusing(self.name):
+            if self.size:
+                return self.size
+            if isinstance(self.source, Image.Image):
+                width, height = self.open(limits).size
+                return height, width
+            return own_size(self.read(limits), limits, self.name)
 
 
 @contextlib.contextmanager
@@ -81,11 +111,11 @@ def _refusing(name: str) -> Iterator[None]:
     except ClientError:
         raise
     except UnreadableImage as error:
-        raise BadRequest(str(error)) from error
+        raise bad_picture(str(error), name) from error
     # pictures and iterables of others' making raise what they like
     except Exception as error:
-        raise BadRequest(
-            f"{name} cannot be read: {type(error).__name__}: {first_line(error)}"
+        raise bad_picture(
+            f"{name} cannot be read: {type(error).__name__}: {first_line(error)}", name
         ) from error
 
 
@@ -103,7 +133,9 @@ def list_pictures(images: Images, limits: Limits = Limits()) -> list[Picture]:
 def _each(images: Images, place: str, limits: Limits) -> Iterator[Picture]:
     """Pictures of one value or of an iterable; `place` is its number in the list it came in."""
     name = f"picture {place}" if place else "the picture"
-    if isinstance(images, (bytes, bytearray, memoryview)):
+    if isinstance(images, Picture):
+        yield images
+    elif isinstance(images, (bytes, bytearray, memoryview)):
         yield Picture(bytes(images), name)
     elif isinstance(images, Image.Image):
         yield Picture(images, name)
@@ -211,26 +243,30 @@ def common_size(pictures: Sequence[Picture]) -> tuple[int, int] | None:
 
 
 def to_tensor(
-    pictures: Sequence[Picture], size: tuple[int, int], encoded: bool, limits: Limits
+    pictures: Sequence[Picture],
+    size: tuple[int, int],
+    view: ViewPolicy,
+    encoded: bool,
+    limits: Limits,
 ) -> dict[str, np.ndarray]:
     """The input by its name: `image` uint8 [B, H, W, 3], or `encoded`, files as an object array
     [B, 1] of bytes. Raises BadRequest for what cannot be decoded or read.
     """
     if not encoded:
-        return {"image": np.stack([picture.pixels(*size, limits) for picture in pictures])}
+        return {"image": np.stack([picture.pixels(size, view, limits) for picture in pictures])}
     files = np.empty((len(pictures), 1), np.object_)
     files[:, 0] = [picture.read(limits) for picture in pictures]
     return {"encoded": files}
 
 
-def rename_picture(message: str, pictures: Sequence[Picture]) -> str:
-    """The server's message about `picture 2` of a request, with the caller's name for it."""
-    match = re.search(r"picture (\d+): ", message)
-    if match is None:
-        return f"{pictures[0].name}: {message}" if len(pictures) == 1 else message
-    number = int(match[1])
-    return (
-        message.replace(match[0], f"{pictures[number].name}: ")
-        if number < len(pictures)
-        else message
-    )
+def blame_picture(error: BadRequest, pictures: Sequence[Picture]) -> BadRequest:
+    """The server's error about `picture 2` of a request, with the caller's name for it; of others
+    the error itself.
+    """
+    match = re.search(r"picture (\d+): ", error.message)
+    number = int(match[1]) if match else 0
+    if number >= len(pictures) or (match is None and len(pictures) > 1):
+        return error
+    name = pictures[number].name
+    message = error.message.replace(match[0], f"{name}: ") if match else f"{name}: {error.message}"
+    return bad_picture(message, name, error.request_id)

@@ -7,6 +7,7 @@ from numbers import Real
 from typing import Any
 
 from contract.images import Limits
+from contract.views import ViewPolicy
 from serve.client.retry import Retry
 from serve.client.served import ENCODED, FRONT_DOOR
 from serve.client.shared_memory import Kind
@@ -80,6 +81,9 @@ class RequestOptions:
     """Let heads that fail go missing (Answer.missing says why) instead of failing everything."""
     size: tuple[int, int] | None = None
     """Height and width, for models that take many; None: the pictures' own or the model's."""
+    view: str | None = None
+    """How pictures of other sizes are brought to that one (contract/views.py); None: as the bundle
+    says, which is how its scores were taken."""
     timeout: float | None = None
     """Seconds for each request, all its attempts together; None: the client's."""
     request_id: str | None = None
@@ -97,6 +101,15 @@ class RequestOptions:
             raise BadRequest(
                 f"encoded pictures are taken by '{FRONT_DOOR}' only, not by '{self.model}': leave "
                 "encoded out"
+            )
+        if self.view is not None:
+            try:
+                ViewPolicy.parse(self.view)
+            except ValueError as error:
+                raise BadRequest(f"view: {error}") from error
+        if self.encoded and self.view is not None:
+            raise BadRequest(
+                "view= and encoded=True: the server decodes to its own view; leave one of them out"
             )
         if self.encoded and self.size is not None:
             raise BadRequest(

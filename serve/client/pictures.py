@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from contract.detection import Detections
 from contract.errors import UserError
+from contract.views import UNSEEN
 from serve.client.tasks.maps import TaskMap
 
 _LONGEST = 1024
@@ -79,41 +80,54 @@ def pca_rgb(patches: np.ndarray) -> np.ndarray:
     return colours.reshape(*patches.shape[:2], 3)
 
 
-def features_figure(photo: Image.Image, maps: Mapping[str, np.ndarray]) -> Figure:
-    """A photograph beside the principal components of maps [h, w, d], stretched to its shape."""
+def features_figure(
+    photo: Image.Image,
+    maps: Mapping[str, np.ndarray],
+    region: tuple[float, float, float, float] = (0, 0, 1, 1),
+) -> Figure:
+    """A photograph beside the principal components of maps [h, w, d], each where it is of it:
+    `region` is its left, upper, right and lower edge in shares of the photograph.
+    """
     photo = shown(photo)
     figure, axes = _row_of(1 + len(maps), photo)
     axes[0].imshow(photo)
     axes[0].set_title(f"{photo.width}x{photo.height}", fontsize=10)
     for axis, (name, values) in zip(axes[1:], maps.items(), strict=True):
-        axis.imshow(
-            pca_rgb(values), interpolation="nearest", extent=(0, photo.width, photo.height, 0)
-        )
+        left, upper, right, lower = np.array(region) * (photo.size * 2)
+        axis.imshow(pca_rgb(values), interpolation="nearest", extent=(left, right, lower, upper))
+        axis.set(xlim=(0, photo.width), ylim=(photo.height, 0))
         title = f"{name}, {values.shape[0]}x{values.shape[1]}"
         axis.set_title(title, fontsize=10, parse_math=False)
     return figure
 
 
 def class_image(class_map: np.ndarray, classes: int) -> Image.Image:
-    """A class map [H, W] as a picture whose pixels are its numbers: with colours up to 256 classes,
-    16 bits beyond.
+    """A class map [H, W] as a picture whose pixels are its numbers: with colours up to 255 classes,
+    16 bits beyond. What was not seen is 255, or 65535.
     """
-    if classes > 256:
-        return Image.fromarray(class_map.astype(np.uint16))
-    image = Image.fromarray(class_map.astype(np.uint8)).convert("P")
-    image.putpalette(palette(classes).tobytes())
+    if classes > 255:
+        return Image.fromarray(np.where(class_map == UNSEEN, 65535, class_map).astype(np.uint16))
+    numbers = np.where(class_map == UNSEEN, 255, class_map).astype(np.uint8)
+    image = Image.fromarray(numbers).convert("P")
+    colours = palette(classes)
+    if numbers.max(initial=0) >= classes:  # files have as few bits as there are colours
+        colours = np.concatenate([colours, np.zeros((256 - classes, 3), np.uint8)])
+    image.putpalette(colours.tobytes())
     return image
 
 
 def overlay(
     photo: Image.Image, class_map: np.ndarray, classes: int, strength: float = 0.55
 ) -> Image.Image:
-    """Classes laid over a photograph, with white lines between them."""
+    """Classes laid over a photograph, with white lines between them; dark where nothing was
+    seen.
+    """
     photo = shown(photo)
     numbers = np.asarray(
         Image.fromarray(class_map.astype(np.int32)).resize(photo.size, Image.Resampling.NEAREST)
     )
-    mixed = (1 - strength) * np.asarray(photo, np.float32) + strength * palette(classes)[numbers]
+    colours = np.concatenate([palette(classes), np.zeros((1, 3), np.uint8)])  # `UNSEEN` is -1
+    mixed = (1 - strength) * np.asarray(photo, np.float32) + strength * colours[numbers]
     edge = np.zeros(numbers.shape, bool)
     edge[:, 1:] |= numbers[:, 1:] != numbers[:, :-1]
     edge[1:] |= numbers[1:] != numbers[:-1]
@@ -125,7 +139,8 @@ def vector_image(vectors: np.ndarray) -> Image.Image:
     """Vectors [H, W, 3] of components in [-1, 1], as surface normals have, in red, green and
     blue.
     """
-    return Image.fromarray((127.5 * (np.clip(vectors, -1, 1) + 1)).round().astype(np.uint8))
+    seen = np.nan_to_num(vectors, nan=-1)  # black where nothing was seen
+    return Image.fromarray((127.5 * (np.clip(seen, -1, 1) + 1)).round().astype(np.uint8))
 
 
 def map_figure(photo: Image.Image, result: TaskMap, row: int) -> Figure:
@@ -147,13 +162,13 @@ def class_figure(photo: Image.Image, class_map: np.ndarray, classes: Sequence[st
     figure, axes = _row_of(2, shown(photo), legend=2.2)
     axes[0].imshow(shown(photo))
     axes[1].imshow(overlay(photo, class_map, len(classes)))
-    numbers, counts = np.unique(class_map, return_counts=True)
+    numbers, counts = np.unique(class_map[class_map != UNSEEN], return_counts=True)
     order = counts.argsort()[::-1]
     colours = palette(len(classes)) / 255
     entries = [
         Patch(
             color=colours[numbers[n]],
-            label=f"{_shorten(classes[numbers[n]], 24)}  {counts[n] / class_map.size:.0%}",
+            label=f"{_shorten(classes[numbers[n]], 24)}  {counts[n] / counts.sum():.0%}",
         )
         for n in order[:12]
     ]
@@ -175,7 +190,8 @@ def scalar_figure(photo: Image.Image, values: np.ndarray, unit: str) -> Figure:
     extent = (0, photo.width, photo.height, 0)
     image = axes[1].imshow(values, cmap=SCALAR_COLOURS, extent=extent, interpolation="bilinear")
     axes[1].set_title(
-        f"{values.min():.2f} to {values.max():.2f}, median {np.median(values):.2f} {units}",
+        f"{np.nanmin(values):.2f} to {np.nanmax(values):.2f}, median {np.nanmedian(values):.2f} "
+        f"{units}",
         fontsize=10,
     )
     bar = figure.colorbar(image, ax=axes[1], fraction=0.05, pad=0.02, label=units)

@@ -1,8 +1,7 @@
 """A model as the server describes it, and checks of its answers."""
 
-import difflib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,9 @@ import numpy as np
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from tritonclient.utils import triton_to_np_dtype
 
-from serve.errors import BadRequest, WrongAnswer, shorten
+from contract.errors import near_names
+from contract.views import ViewPolicy
+from serve.errors import BadRequest, NotFinite, WrongAnswer, shorten
 
 FRONT_DOOR, ENCODED, DECODER = "features", "features_encoded", "decode"
 """Triton's names of the models a client talks to; the decoder's configuration says the model's
@@ -125,9 +126,20 @@ class Served:
         )
 
 
+def whole_view(about: Mapping[str, Any]) -> str | None:
+    """The view= to ask for one vector of a picture with, of a server that says `about` of itself:
+    a letterbox where the bundle's view is tiles, which have none, and else None, the bundle's own.
+    """
+    try:
+        view = ViewPolicy.parse(about.get("view") or "squash")
+    except ValueError:  # of another version: the request says what is wrong with it
+        return None
+    return "letterbox" if view.kind == "tiles" else None
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`: did you mean 'x'?` if one of the known names is near, "" otherwise."""
-    result = difflib.get_close_matches(name.replace(".", "_"), list(known), n=1)
+    result = near_names(name.replace(".", "_"), known)
     return f": did you mean '{result[0]}'?" if result else ""
 
 
@@ -147,7 +159,7 @@ def read_answer(
     came with.
 
     Raises WrongAnswer for a name too few or too many, a type or shape other than the model's
-    configuration says, another number of rows, and for NaN or infinity.
+    configuration says, another number of rows, and NotFinite for NaN or infinity.
     """
     if sorted(returned) != sorted(names):
         raise WrongAnswer(
@@ -175,6 +187,8 @@ def read_answer(
             )
         # a sum is NaN or infinite if any summand is, at a fraction of isfinite's cost
         if value.dtype.kind == "f" and not np.isfinite(value.sum(dtype=np.float64)):
-            raise WrongAnswer(f"output '{name}' holds NaN or infinity", request_id)
+            error = NotFinite(f"output '{name}' holds NaN or infinity", request_id)
+            error.output = name
+            raise error
         result[name] = value
     return result

@@ -1,6 +1,5 @@
 """`python -m serve.demo`: a web page that shows a running server's answers for a photograph."""
 
-import importlib.util
 import os
 import signal
 import socket
@@ -14,7 +13,7 @@ from contract.command_line import CommandLine
 from contract.errors import UserError, exit_status
 from contract.images import Limits
 from serve.client.tls import Tls, add_tls, read_tls
-from serve.errors import NotAllowed, NotServed, ServerError, Unavailable
+from serve.errors import NotAllowed, NotServed, ServerError, Unavailable, need_packages
 
 if TYPE_CHECKING:  # needs an optional extra, for which `_run` prints a message
     from serve.client import FeatureClient
@@ -75,12 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(
     url: str | None, host: str, port: int, labels: Sequence[str] | None, tls: Tls | None
 ) -> int:
-    for package in ("gradio", "tritonclient"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(
-                f"serve.demo needs {package}, which is not installed: pip install "
-                "'vfm-distill[demo]'"
-            )
+    need_packages("serve.demo", ("gradio", "tritonclient"), "demo")
     from serve.client import FeatureClient
     from serve.client.retry import Retry
     from serve.client.sync import DEFAULT_URL

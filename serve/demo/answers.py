@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
 
-from contract.images import fit
+from contract.signature import BACKBONE
 from contract.tasks import map_tasks
 from serve.client import FeatureClient
-from serve.client.served import FRONT_DOOR, Served
+from serve.client.served import FRONT_DOOR, Served, whole_view
 from serve.client.tasks.detection import EXAMPLES, detect
 from serve.client.tasks.maps import predict_map
 from serve.client.tasks.zero_shot import classify
@@ -52,6 +52,11 @@ class Offer(NamedTuple):
     def detection(self) -> bool:
         """Whether objects can be looked for."""
         return DETECTION in self.tasks
+
+    @property
+    def view(self) -> str | None:
+        """The view that all but maps are asked for with; None: the bundle's."""
+        return whole_view(self.about)
 
     @property
     def patches(self) -> list[str]:
@@ -106,12 +111,11 @@ class _Timed:
             answer = self.client.run(calls.ask("get_inference_statistics", {}, deadline, ""))
         except ClientError:
             return {}
-        chains = {FRONT_DOOR, *(task.name for task in map_tasks())}
-        return {
-            stat.name: stat.execution_count
-            for stat in answer.model_stats
-            if stat.name not in chains
-        }
+        result = {stat.name: stat.execution_count for stat in answer.model_stats}
+        if BACKBONE in result:  # a model a graph, and ensembles in front of them
+            for chain in (FRONT_DOOR, *(task.name for task in map_tasks())):
+                result.pop(chain, None)
+        return result
 
 
 Shown = tuple[str, str]
@@ -140,7 +144,7 @@ def look(
         own = labels if offer.new_labels or not offer.detection else None
         parts["Zero-shot"] = lambda: _zero_shot(timed, offer, photo, own)
     if offer.detection:
-        parts["Detection"] = lambda: _detection(timed, photo, small, labels or EXAMPLES)
+        parts["Detection"] = lambda: _detection(timed, offer, photo, small, labels or EXAMPLES)
     for title, part in parts.items():
         try:
             cards.append(part())
@@ -157,11 +161,12 @@ def _patches(timed: _Timed, offer: Offer, photo: Image.Image) -> str:
     """The patches of the backbone and of every head that answers."""
     names, client = offer.patches, timed.client
     answer = timed.call(
-        f"{FRONT_DOOR}, {len(names)} outputs", lambda: client.features(photo, names, partial=True)
+        f"{FRONT_DOOR}, {len(names)} outputs",
+        lambda: client.features(photo, names, partial=True, view=offer.view),
     )
     maps = {name: answer[name][0].reshape(*answer.grid(name), -1) for name in answer}
     return patches_card(
-        fit(photo, *answer.size),
+        answer.view.pixels(photo, *answer.size),
         {name.removesuffix("_patches"): maps[name] for name in maps},
         answer.missing,
     )
@@ -175,7 +180,7 @@ def _zero_shot(
     timed: _Timed, offer: Offer, photo: Image.Image, labels: Sequence[str] | None
 ) -> str:
     """Probabilities of classes: of the labels, or of the bundle's own."""
-    result = timed.call(_ZERO_SHOT, lambda: classify(timed.client, photo, labels))
+    result = timed.call(_ZERO_SHOT, lambda: classify(timed.client, photo, labels, view=offer.view))
     teacher = offer.zero_shot.get("teacher")
     token = f"{teacher}_token" if teacher else "the picture"
     about = (
@@ -185,9 +190,15 @@ def _zero_shot(
     return zero_shot_card(result.probabilities[0], result.classes, about)
 
 
-def _detection(timed: _Timed, photo: Image.Image, small: Image.Image, labels: Sequence[str]) -> str:
+def _detection(
+    timed: _Timed,
+    offer: Offer,
+    photo: Image.Image,
+    small: Image.Image,
+    labels: Sequence[str],
+) -> str:
     """Boxes of what the labels name."""
-    result = timed.call(DETECTION, lambda: detect(timed.client, photo, labels))
+    result = timed.call(DETECTION, lambda: detect(timed.client, photo, labels, view=offer.view))
     return detection_card(small, result.pictures[0], result.classes)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from contract.detection import Detections
+from contract.views import UNSEEN
 from serve.client.pictures import (
     SCALAR_COLOURS,
     draw_boxes,
@@ -122,11 +123,12 @@ def map_card(photo: Image.Image, result: TaskMap) -> str:
     values = result.values[0]
     match result.task.map.kind:
         case "classes":
-            about = f"{len(np.unique(values))} of {len(result.classes)} classes"
+            shown = np.unique(values[values != UNSEEN])
+            about = f"{len(shown)} of {len(result.classes)} classes"
             picture = overlay(photo, values, len(result.classes))
             legend = _legend(values, result.classes)
         case "scalar":
-            median = f"median {np.median(values):.2f}"
+            median = f"median {np.nanmedian(values):.2f}"
             about = ", ".join(filter(None, (plural(result.unit), median)))
             picture, legend = _scalar_picture(photo, values), _scale(values)
         case "vector":
@@ -141,12 +143,12 @@ def map_card(photo: Image.Image, result: TaskMap) -> str:
 
 def _legend(class_map: np.ndarray, classes: Sequence[str]) -> str:
     """The colours of classes and the share of each."""
-    numbers, counts = np.unique(class_map, return_counts=True)
+    numbers, counts = np.unique(class_map[class_map != UNSEEN], return_counts=True)
     order = counts.argsort(kind="stable")[::-1]
     colours = palette(len(classes))
     entries = [
         f'<li><i style="background: rgb{tuple(colours[numbers[n]].tolist())}"></i>{escape(classes[numbers[n]])} '
-        f"<span>{counts[n] / class_map.size:.1%}</span></li>"
+        f"<span>{counts[n] / counts.sum():.1%}</span></li>"
         for n in order[:LEGEND]
     ]
     if len(order) > LEGEND:
@@ -155,17 +157,18 @@ def _legend(class_map: np.ndarray, classes: Sequence[str]) -> str:
 
 
 def _scalar_picture(photo: Image.Image, values: np.ndarray) -> Image.Image:
-    """Values [H, W] in colours, in the photograph's shape, small ones bright."""
-    low, high = float(values.min()), float(values.max())
+    """Values [H, W] in colours, in the photograph's shape, small ones bright; grey: not seen."""
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     share = Image.fromarray(((values - low) / max(high - low, 1e-12)).astype(np.float32))
     share = np.asarray(share.resize(photo.size, Image.Resampling.BILINEAR))
     colours = matplotlib.colormaps[SCALAR_COLOURS]
-    return Image.fromarray(colours(np.clip(share, 0, 1), bytes=True)[..., :3])
+    rgb = colours(np.clip(share, 0, 1), bytes=True)[..., :3]
+    return Image.fromarray(np.where(np.isnan(share)[..., None], 128, rgb).astype(np.uint8))
 
 
 def _scale(values: np.ndarray) -> str:
     """The colours of values, the smallest above."""
-    low, high = float(values.min()), float(values.max())
+    low, high = float(np.nanmin(values)), float(np.nanmax(values))
     colours = matplotlib.colormaps[SCALAR_COLOURS]
     stops = ", ".join(
         f"rgb{tuple(int(part) for part in colours(n / 8, bytes=True)[:3])}" for n in range(9)

@@ -25,7 +25,8 @@ OpenVINO inside Triton's python backend. onnxruntime and tensorrt are Triton's
 native backends, which NVIDIA's container image has. Every file is checked
 against the hashes in the bundle; --trust also wants the bundle to be signed.
 
-Exit status: 0 success, 2 usage error.
+Exit status: 0 success, 1 a failure, 2 a usage error, or files that cannot be
+read or written.
 """
 
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace the repository at DIR, and only a repository",
+        help="replace the repository at DIR, and only a repository that is not served",
     )
     add_trust(parser)
     add_settings(parser)
@@ -64,12 +65,16 @@ def _run(bundle: Path, output: Path, force: bool, trust: Sequence[Path], setting
         print("next        serve it:")
         print(f"  python -m serve.run {bundle} --repository {output}")
     else:
+        from serve.repository.native import native_flags
+
         print("next        serve it in NVIDIA's image:")
+        gpus = "--gpus all " if settings.kind == "gpu" else ""
         print(
-            f"  docker run --gpus all --rm --net host -v {output.absolute()}:/models "
+            f"  docker run {gpus}--rm --net host --shm-size 1g -v {output.absolute()}:/models "
             "nvcr.io/nvidia/tritonserver:26.06-py3 \\"
         )
-        print("      tritonserver --model-repository /models --disable-auto-complete-config")
+        flags = ["--disable-auto-complete-config", *native_flags(output)]
+        print(f"      tritonserver --model-repository /models {' '.join(flags)}")
     return 0
 
 

@@ -3,15 +3,18 @@ place.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from contract.claim import claimed
 from contract.errors import UserError
 from contract.files import check_place, new_folder, tidy
-from serve.repository.contents import CONFIG, MadeWith, destination, foreign_file
+from serve.repository.contents import CONFIG, MadeWith, destination, foreign_file, is_filled
+from serve.repository.live import refuse_served
 from serve.repository.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,13 +48,15 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--instances",
         type=int,
         metavar="N",
-        help="of large graphs (default: CPU 2 for 8 cores, GPU 1)",
+        help="copies of each large graph (default: on CPUs 2 for every 8 cores or part of them, 1 "
+        "on a single core; on GPUs 1)",
     )
     parser.add_argument(
         "--threads",
         type=int,
         metavar="N",
-        help="CPU threads per instance, on GPUs of the text encoder (default: cores, at most 8)",
+        help="CPU threads of each instance; on GPUs of the text encoder alone (default: cores, at "
+        "most 8)",
     )
     parser.add_argument(
         "--decoders",
@@ -66,7 +71,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         "--queue-delay",
         type=int,
         metavar="US",
-        help="microseconds a request waits for a batch (default: 500)",
+        help="microseconds a request waits for a batch (default: 0 for features as one model, "
+        "500 otherwise)",
     )
     default = known["max_queue"].default
     parser.add_argument(
@@ -87,6 +93,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-fused", action="store_true", help="leave out the graph of all outputs to save memory"
     )
+    parser.add_argument(
+        "--no-nan-check",
+        action="store_true",
+        help="native backends: pass on NaN and infinity, one copy less",
+    )
     for name, what in (
         ("max_image_bytes", "of an encoded picture"),
         ("max_image_pixels", "of a picture"),
@@ -100,11 +111,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
             help=f"{what}, at most (default: {default:,})",
         )
     parser.add_argument(
+        "--parts",
+        default="auto",
+        choices=("auto", "together", "apart"),
+        help="graphs of a student: in one model, or a model for each and an ensemble; auto "
+        "(default): together in the python backend on CPUs",
+    )
+    parser.add_argument(
         "--response-cache",
         nargs="+",
         default=[],
         metavar="MODEL",
-        help="models whose answers are cached",
+        help="models whose answers are cached (default: none)",
     )
 
 
@@ -124,6 +142,10 @@ def read_settings(args: argparse.Namespace) -> Settings:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: give 1 or more")
+    if args.parts == "together" and (args.backend != "python" or args.kind != "cpu"):
+        raise UserError(
+            "--parts together is for --backend python on CPUs: leave it out, or choose apart"
+        )
     if args.queue_delay is not None and args.queue_delay < 0:
         raise UserError(f"--queue-delay {args.queue_delay}: give 0 or more microseconds")
     if args.backend == "tensorrt" and args.kind != "gpu":
@@ -145,9 +167,11 @@ def read_settings(args: argparse.Namespace) -> Settings:
         batching=not args.no_batching,
         warmup=not args.no_warmup,
         fused=not args.no_fused,
+        nan_check=not args.no_nan_check,
         max_image_bytes=args.max_image_bytes,
         max_image_pixels=args.max_image_pixels,
         response_cache=tuple(args.response_cache),
+        parts=args.parts,
     )
 
 
@@ -161,7 +185,8 @@ def make_repository(
     """Render, lint and write a repository to a temporary folder, then rename it into place.
 
     `durable`: flush it to disk before the rename. Returns the models' names. Raises UserError
-    for an `output` that holds anything, with `force` anything but a repository.
+    for an `output` that holds anything, with `force` anything but a repository, and for one that is
+    served.
     """
     from serve.repository.lint import lint
     from serve.repository.models import build_models
@@ -176,7 +201,12 @@ def make_repository(
     place = output.resolve()
     tidy(place, lambda old: not foreign_file(old))
     replaceable = partial(check_output, output, place, force)
-    with new_folder(place, f"--output {output}", replaceable, durable) as aside:
+    # a server that starts meanwhile waits outside
+    remedy = "stop it first, or choose another --output"
+    held = contextlib.nullcontext()
+    if is_filled(place):
+        held = claimed(place, "serve.repository", remedy)
+    with held, new_folder(place, f"--output {output}", replaceable, durable) as aside:
         for model in models:
             write_model(aside / model.name, model, settings.version)
         names = tuple(model.name for model in models)
@@ -187,14 +217,15 @@ def make_repository(
 
 
 def check_output(output: Path, place: Path, force: bool) -> None:
-    """Raise UserError for a file, a folder that may not be replaced, one that holds anything but a
-    repository, and without `force` one that holds anything.
+    """Raise UserError for a file, a folder that may not be replaced, one that is served, one that
+    holds anything but a repository, and without `force` one that holds anything.
     """
     check_place(place, f"--output {output}")
     if not os.path.lexists(place):
         return
     if not place.is_dir():
         raise UserError(f"--output {output} is a file: give a folder")
+    refuse_served(place, f"--output {output}", "stop it first, or choose another")
     if not force and any(place.iterdir()):
         raise UserError(
             f"--output {output} is already there: add --force to replace it, or choose another"
@@ -224,7 +255,7 @@ def write_version(folder: Path, model: "Model") -> None:
         else:
             content.copy(target)
     # a rollout goes back and forth between its versions' configurations
-    if model.config.platform == "ensemble":
+    if model.pinned:
         (folder / CONFIG).write_text(_config_text(model), encoding="utf-8")
 
 

@@ -14,9 +14,11 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from contract.claim import CLAIM
 from contract.errors import UserError
+from contract.golden import GOLDEN
 from contract.names import Name
 from contract.untrusted import parse_json, read_file
 from serve.repository.settings import Settings
@@ -26,7 +28,7 @@ STAGED = "staged_"
 """Prefix of the names under which a rollout tries a version."""
 MADE_WITH = "made_with.json"
 STATE = ".serve.json"
-"""What a running server leaves (serve/server/state.py)."""
+"""What a running server leaves (serve/repository/state.py)."""
 _LOCK = ".rollout.lock"
 _ASIDE = ".set_aside"
 """Folder of what a killed rollout left; the next rollout deletes it."""
@@ -35,8 +37,8 @@ _MOST_BYTES = 2**20
 """Of made_with.json."""
 _DATA = {
     CONFIG,
+    GOLDEN,
     "model.json",
-    "model.onnx",
     "model.plan",
     "classes.npz",
     "detection.json",
@@ -46,7 +48,8 @@ _DATA = {
     "vocabulary.gz",
     "zero_shot.json",
 }
-_WEIGHTS = re.compile(r"[a-z][a-z0-9_]*\.onnx\.data")
+_GRAPHS = re.compile(r"[a-z][a-z0-9_]*\.onnx(\.data)?")
+"""Graphs of a model that holds several, and their weights."""
 _CACHE = re.compile(r"(__pycache__|TensorrtExecutionProvider_).*|TensorrtCache.*")
 """What Python and onnxruntime put beside a model when it is loaded."""
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(\d+\.tmp|old)")
@@ -66,6 +69,15 @@ class MadeWith(BaseModel):
     models: Annotated[tuple[Name, ...], Field(max_length=1000)] = ()
     signed_by: str = ""
     """Fingerprint of the key that vouched for the bundle, "" where none was asked for."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_versions(cls, known: object) -> object:
+        """Repositories were of a model a graph before `parts` could say so."""
+        match known:
+            case {"settings": dict(settings)} if "parts" not in settings:
+                return known | {"settings": settings | {"parts": "apart"}}
+        return known
 
     def write(self, repository: Path) -> None:
         (repository / MADE_WITH).write_text(
@@ -105,6 +117,11 @@ def destination(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def is_filled(folder: Path) -> bool:
+    """Whether a folder is there and has anything in it, but for the claim of somebody at work."""
+    return folder.is_dir() and any(path.name != CLAIM for path in folder.iterdir())
+
+
 def foreign_file(repository: Path) -> str:
     """The first thing in a folder that serve.repository, a server or a rollout did not make, ""
     where there is none.
@@ -118,7 +135,7 @@ def foreign_file(repository: Path) -> str:
         return next((name for name in names if name != MADE_WITH), MADE_WITH)
     for name in names:
         path = repository / name
-        if name in (MADE_WITH, STATE, _LOCK) or _temporary_of(name) in (MADE_WITH, STATE):
+        if name in (MADE_WITH, STATE, CLAIM, _LOCK) or _temporary_of(name) in (MADE_WITH, STATE):
             if not _is_file(path):
                 return name
         elif name == _ASIDE and _is_folder(path):
@@ -241,7 +258,7 @@ def _foreign_in_model(folder: Path) -> str:
 
 def _is_own_file(name: str) -> bool:
     """Whether a file of this name is put into a version's folder."""
-    return name in _DATA or name in _code() or bool(_WEIGHTS.fullmatch(name))
+    return name in _DATA or name in _code() or bool(_GRAPHS.fullmatch(name))
 
 
 @cache

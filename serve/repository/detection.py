@@ -8,14 +8,17 @@ from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from contract.errors import UserError
 from contract.manifest import DetectorRecord, GraphRecord
-from contract.signature import BACKBONE
+from contract.signature import BACKBONE, DETECTOR
 from serve.bundle import Bundle
 from serve.repository.graph_files import graph_files, graph_json
 from serve.repository.model_config import (
+    CALLING_CODE,
     CONTRACT,
+    GRAPH_CODE,
     TEMPLATES,
     add_tensor,
     bound_queue,
+    keep_batches,
     place,
     place_on_cpu,
     read_template,
@@ -57,18 +60,18 @@ def _graph(bundle: Bundle, graph: GraphRecord, settings: Settings) -> tuple:
         add_tensor(config.input, tensor)
     for tensor in graph.outputs:
         add_tensor(config.output, tensor)
-    for port in config.input:
-        port.reshape.shape[:] = [1, *port.dims]  # as of the other graphs: see graph_model
+    keep_batches(config)
     config.parameters["threads"].string_value = str(settings.threads)
     if settings.backend == "python":
         place(config, settings, 1)  # its environment has CUDA's onnxruntime, or no graph would load
     else:
         place_on_cpu(config)  # NVIDIA's image gets the CPU's onnxruntime alone
-    tune_batching(config, settings)
+    # once for each list of labels, whose text features are kept: no request waits for others there
+    tune_batching(config, settings, delayed=graph.name == DETECTOR)
     files = {name: bundle.part(listed) for name, listed in graph_files(bundle, graph).items()}
     code = {
         "model.py": TEMPLATES / graph.name / "1" / "model.py",
-        "graph_model.py": TEMPLATES / "graph_model.py",
+        **GRAPH_CODE,
         "model.json": graph_json(bundle, graph),
     }
     return config, files | code
@@ -101,8 +104,7 @@ def _detection(
     files = {
         "model.py": TEMPLATES / DETECTION / "1" / "model.py",
         "detection.py": CONTRACT / "detection.py",
-        "graph_model.py": TEMPLATES / "graph_model.py",
-        "calling_model.py": TEMPLATES / "calling_model.py",
+        **CALLING_CODE,
         _VOCABULARY: bundle.part(detector.vocabulary),
         "detection.json": json.dumps(about).encode(),
     }

@@ -7,6 +7,9 @@ from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import TYPE_STRING, ModelConfig
 
+from contract.signature import IDENTITY
+from serve.repository.lint_native import NATIVE_RULES
+
 _Configs = Mapping[str, ModelConfig]
 _UNBATCHED = "unbatched"
 """Parameter of models whose first axis is a request's own batch."""
@@ -140,7 +143,9 @@ def _joined_steps(config: ModelConfig, configs: _Configs) -> Iterator[str]:
             yield f"step '{step.model_name}' is not a model of this repository"
             continue
         reads, gives = _row_ports(part, part.input), _row_ports(part, part.output)
-        for inner in sorted(set(reads) - set(step.input_map)):
+        # who asks a part directly need not give its identity, an ensemble must
+        optional = {port.name for port in part.input if port.optional} - {IDENTITY}
+        for inner in sorted(set(reads) - set(step.input_map) - optional):
             yield f"step '{step.model_name}' gets no '{inner}'"
         for inner, outer in sorted(step.input_map.items()):
             if available.get(outer) != reads.get(inner):
@@ -164,4 +169,5 @@ _RULES: tuple[Callable[[ModelConfig, _Configs], Iterator[str]], ...] = (
     _strings_alone,
     _warm_up_data,
     _joined_steps,
+    *NATIVE_RULES,
 )

@@ -7,6 +7,7 @@ tritonclient ships.
 """
 
 from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
@@ -14,11 +15,20 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInstanceGroup
 
 from contract.manifest import GraphRecord, TensorRecord
+from contract.signature import IDENTITY
+from serve.bundle import BundleFile
 from serve.repository.settings import Settings
 
 TEMPLATES = Path(__file__).parents[2] / "triton_models"
 CONTRACT = Path(__file__).parents[2] / "contract"
 """Whose numpy-only modules are copied beside a model that needs them."""
+GRAPH_CODE = {
+    "graph_model.py": TEMPLATES / "graph_model.py",
+    "graph_call.py": CONTRACT / "graph_call.py",
+}
+"""What the code of nearly every model imports from beside it."""
+CALLING_CODE = {**GRAPH_CODE, "calling_model.py": TEMPLATES / "calling_model.py"}
+"""The same of a model that calls others."""
 TYPES = {
     "uint8": "TYPE_UINT8",
     "int32": "TYPE_INT32",
@@ -29,6 +39,22 @@ TYPES = {
 """Triton's names of the manifest's element types."""
 FRONT_QUEUES = 4
 """Requests that a front lets in at once, in times `--max-queue`."""
+
+
+@dataclass
+class Model:
+    """A folder of the repository: its configuration and the files of its version, by name (paths
+    are copied).
+    """
+
+    config: ModelConfig
+    files: dict[str, bytes | Path | BundleFile] = field(default_factory=dict)
+    pinned: bool = False
+    """Whether its configuration is of one version of the bundle, and it serves that alone."""
+
+    @property
+    def name(self) -> str:
+        return self.config.name
 
 
 def read_template(folder: str) -> ModelConfig:
@@ -59,6 +85,28 @@ def add_tensor(ports, tensor: TensorRecord) -> None:
     add_port(ports, tensor.name, TYPES[tensor.dtype], tensor.dims)
 
 
+def give_identity(config: ModelConfig) -> None:
+    """Append the output by which the steps of an ensemble know whose bundle a tensor is."""
+    add_port(config.output, IDENTITY, "TYPE_INT64", [1])
+
+
+def read_identity(config: ModelConfig, rows: bool = False) -> None:
+    """Append it as an input, which only ensembles give; `rows`: of a model without batches."""
+    (add_rows if rows else add_port)(config.input, IDENTITY, "TYPE_INT64", [1])
+    config.input[-1].optional = True
+
+
+def keep_batches(config: ModelConfig) -> None:
+    """Let a python model see batches of 0.
+
+    Triton lets one pass where the bytes are those of one picture, without its first axis, and then
+    fails all requests of a batch, for it takes the next axis (64 rows, say) for the batch: an axis
+    of 1 comes before it.
+    """
+    for port in config.input:
+        port.reshape.shape[:] = [1, *port.dims]
+
+
 def pin(config: ModelConfig, version: int) -> None:
     """Serve exactly this version (ensembles: their steps are of one version, so that parts of one
     student stay together).
@@ -87,12 +135,17 @@ def place_on_cpu(config: ModelConfig, count: int = 1) -> None:
     config.instance_group.append(ModelInstanceGroup(count=count, kind=ModelInstanceGroup.KIND_CPU))
 
 
-def tune_batching(config: ModelConfig, settings: Settings, later: bool = False) -> None:
-    """Carry over the settings of the dynamic batcher, or take it away; see `queue_size`."""
+def tune_batching(
+    config: ModelConfig, settings: Settings, *, later: bool = False, delayed: bool = False
+) -> None:
+    """Carry over the settings of the dynamic batcher, or take it away; `later`: see `queue_size`.
+
+    `delayed`: the model is one of those whose delay the settings may choose.
+    """
     if not settings.batching:
         config.ClearField("dynamic_batching")
         return
-    if settings.queue_delay_us is not None and config.dynamic_batching.max_queue_delay_microseconds:
+    if settings.queue_delay_us is not None and delayed:
         config.dynamic_batching.max_queue_delay_microseconds = settings.queue_delay_us
     size = queue_size(settings, later)
     config.dynamic_batching.default_queue_policy.max_queue_size = size

@@ -8,38 +8,52 @@ which are valid configurations themselves
 
 import json
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
-from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from contract.errors import UserError
 from contract.manifest import GraphRecord
-from contract.signature import BACKBONE, FUSED, IMAGE
+from contract.signature import BACKBONE, FUSED, IDENTITY, IMAGE
 from contract.tasks import TASKS, Task, map_tasks
-from serve.bundle import Bundle, BundleFile
+from serve.bundle import Bundle
+from serve.repository.about import about_bundle, cell_of, tell_facts
 from serve.repository.detection import detection_parts
-from serve.repository.graph_files import engine_of, graph_files, graph_json, usual_sizes, weight
+from serve.repository.golden import golden_file
+from serve.repository.graph_files import graph_files, graph_json, usual_sizes, weight
 from serve.repository.model_config import (
     CONTRACT,
+    GRAPH_CODE,
     TEMPLATES,
     TYPES,
+    Model,
     add_port,
     add_rows,
     add_tensor,
     bound_queue,
+    give_identity,
     join,
+    keep_batches,
     keep_latest,
     pin,
     place,
     place_on_cpu,
     queue_size,
+    read_identity,
     read_template,
     step,
     tune_batching,
     warm_up,
 )
+from serve.repository.native import (
+    NATIVE,
+    capture_graphs,
+    check_native,
+    guarded,
+    native_graph,
+    provider_options,
+)
 from serve.repository.settings import Settings
+from serve.repository.student import encoded_model, student_model, task_model
 from serve.repository.zero_shot import zero_shot_parts
 
 _UNBATCHED = "unbatched"
@@ -48,20 +62,6 @@ _LARGE = 0.25
 """Graphs of at least this part of the backbone's bytes get as many instances and threads as that:
 UMT's interaction is one.
 """
-
-
-@dataclass
-class Model:
-    """A folder of the repository: its configuration and the files of its version, by name (paths
-    are copied).
-    """
-
-    config: ModelConfig
-    files: dict[str, bytes | Path | BundleFile] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.config.name
 
 
 def served_name(graph: str) -> str:
@@ -95,20 +95,20 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
             f"{bundle.path} is not what its manifest says: {bundle.problem[:500]} (export again, "
             "or get it from where it was exported)"
         )
-    graphs = [graph for graph in bundle.manifest.graphs if graph.name != FUSED or settings.fused]
-    models = [graph_model(bundle, graph, settings) for graph in graphs]
-    models.append(features(bundle, settings, encoded=False))
-    if settings.encoded:
-        models += [decoder(bundle, settings), features(bundle, settings, encoded=True)]
-    for task in map_tasks():
-        if task.name in bundle.graphs:
-            models += [_map_model(bundle, task, settings), _task_ensemble(bundle, task, settings)]
+    check_native(bundle, settings)
+    models = student(bundle, settings) if settings.together else ensembles(bundle, settings)
+    if settings.fused and FUSED in bundle.graphs:
+        models.append(graph_model(bundle, bundle.graphs[FUSED], settings))
     further = [*zero_shot_parts(bundle, settings), *detection_parts(bundle, settings)]
     models += [Model(config, files) for config, files in further]
+    if settings.backend in NATIVE:
+        models = guarded(bundle, models, settings)
     for model in models:
         if _UNBATCHED not in model.config.parameters:
             model.config.max_batch_size = most
-        if model.config.platform == "ensemble":
+        if model.config.backend == "tensorrt":
+            capture_graphs(model.config)
+        if model.pinned:
             pin(model.config, settings.version)
         else:
             keep_latest(model.config)
@@ -119,6 +119,32 @@ def build_models(bundle: Bundle, settings: Settings) -> list[Model]:
         names = ", ".join(model.name for model in models)
         raise UserError(f"--response-cache {unknown[0]}: no such model (choose from {names})")
     return models
+
+
+def ensembles(bundle: Bundle, settings: Settings) -> list[Model]:
+    """A model for each graph but `fused`, and the ensembles that join them."""
+    models = [graph_model(bundle, graph, settings) for graph in bundle.parts]
+    models.append(features(bundle, settings, encoded=False))
+    if _is_encoded(bundle, settings):
+        models += [decoder(bundle, settings), features(bundle, settings, encoded=True)]
+    for task in map_tasks():
+        if task.name in bundle.graphs:
+            models += [_map_model(bundle, task, settings), _task_ensemble(bundle, task, settings)]
+    return models
+
+
+def _is_encoded(bundle: Bundle, settings: Settings) -> bool:
+    """Whether encoded pictures are answered too: not where a picture has several views."""
+    return settings.encoded and bundle.manifest.policy.kind != "tiles"
+
+
+def student(bundle: Bundle, settings: Settings) -> list[Model]:
+    """The model that holds all graphs but `fused`, and those that call it."""
+    models = [student_model(bundle, settings)]
+    if _is_encoded(bundle, settings):
+        models += [decoder(bundle, settings), encoded_model(bundle, settings)]
+    tasks = [task for task in map_tasks() if task.name in bundle.graphs]
+    return models + [task_model(bundle, task, settings) for task in tasks]
 
 
 def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model:
@@ -134,37 +160,42 @@ def graph_model(bundle: Bundle, graph: GraphRecord, settings: Settings) -> Model
     large = weight(bundle, graph) >= _LARGE * weight(bundle, bundle.graphs[BACKBONE])
     threads = str(settings.threads if large else 1)
     place(config, settings, settings.instances if large else 1)
-    tune_batching(config, settings, later=graph.name not in (BACKBONE, FUSED))
+    first = graph.name in (BACKBONE, FUSED)
+    # in native backends `guard` comes before them
+    later = settings.backend in NATIVE or not first
+    tune_batching(config, settings, later=later, delayed=first)
     if settings.warmup:
         warm_up(config, graph.inputs, usual_sizes(bundle))
     else:
         config.ClearField("model_warmup")
     if settings.backend == "python":
-        for port in config.input:
-            # Triton lets a batch of 0 pass where the bytes are those of one picture, without its
-            # first axis, and then fails all requests of a batch, for it takes the next axis (64
-            # rows, say) for the batch: an axis of 1 comes before it
-            port.reshape.shape[:] = [1, *port.dims]
-        config.parameters["runtime"].string_value = settings.runtime
+        if graph.name == BACKBONE:
+            give_identity(config)
+        elif graph.name != FUSED:
+            read_identity(config)
+        keep_batches(config)
+        runtime = bundle.manifest.runtime(settings.runtime)
+        config.parameters["runtime"].string_value = runtime
         config.parameters["threads"].string_value = threads
         code = {
             "model.py": TEMPLATES / folder / "1" / "model.py",
-            "graph_model.py": TEMPLATES / "graph_model.py",
-            "model.json": graph_json(bundle, graph),
+            **GRAPH_CODE,
+            "model.json": graph_json(
+                bundle, graph, _provider_options(bundle, graph, settings), runtime
+            ),
         }
         return Model(config, files | code)
-    config.ClearField("parameters")
     config.backend = settings.backend
-    if settings.backend == "onnxruntime":
-        config.default_model_filename = "model.onnx"
-        config.parameters["intra_op_thread_count"].string_value = threads
-        return Model(config, files)
-    config.default_model_filename = "model.plan"
-    # launching many small kernels costs more than running them, at small batches
-    config.optimization.cuda.graphs = True
-    for group in config.instance_group:
-        group.profile.append("0")
-    return Model(config, {"model.plan": engine_of(bundle, graph)})
+    return Model(*native_graph(bundle, graph, config, files, threads))
+
+
+def _provider_options(
+    bundle: Bundle, graph: GraphRecord, settings: Settings
+) -> dict[str, str] | None:
+    """What model.json tells the runtime beyond its name."""
+    if settings.runtime != "tensorrt":
+        return None
+    return provider_options(bundle, graph, settings.max_batch or bundle.manifest.max_batch)
 
 
 def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
@@ -182,35 +213,8 @@ def features(bundle: Bundle, settings: Settings, encoded: bool) -> Model:
     for tensor in bundle.outputs:
         add_tensor(config.output, tensor)
     _join_all(config, bundle.parts, {tensor.name for tensor in bundle.outputs}, settings)
-    config.parameters["about"].string_value = json.dumps(_about_bundle(bundle))
-    return Model(config)
-
-
-def _about_bundle(bundle: Bundle) -> dict:
-    """What a client may want to know of the bundle behind the front door."""
-    manifest, resolution = bundle.manifest, bundle.manifest.resolution
-    return {
-        "student": manifest.student.network,
-        "method": manifest.student.method,
-        "precision": manifest.precision,
-        "bundle": bundle.version,
-        "dynamic": resolution.dynamic,
-        **resolution.limits,
-        "teachers": [
-            {"label": t.label, "role": t.role, "licence": t.licence} for t in manifest.teachers
-        ],
-        "tasks": {
-            name: facts(bundle, task) for name, task in TASKS.items() if name in bundle.graphs
-        },
-    }
-
-
-def facts(bundle: Bundle, task: Task) -> dict:
-    """What the answer of a task's head means: names of classes, unit, pixels of a cell's side, as
-    far as it has them.
-    """
-    about = bundle.graphs[task.name].about
-    return {name: about[name] for name in task.facts if about.get(name)}
+    config.parameters["about"].string_value = json.dumps(about_bundle(bundle))
+    return Model(config, {} if encoded else golden_file(bundle), pinned=True)
 
 
 def _task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
@@ -220,15 +224,15 @@ def _task_ensemble(bundle: Bundle, task: Task, settings: Settings) -> Model:
     config.name = task.name
     add_tensor(config.input, bundle.graphs[BACKBONE].inputs[0])
     _add_map(config, task)
-    _join_all(config, needed(bundle, task.name), {values}, settings)
     reads = {values: values, IMAGE: IMAGE}
+    outputs = {values}
+    if settings.backend == "python":
+        reads[IDENTITY] = IDENTITY
+        outputs.add(IDENTITY)
+    _join_all(config, needed(bundle, task.name), outputs, settings)
     step(config, _map_name(task), settings.version, reads, {answer: answer})
-    size = {"height": bundle.manifest.resolution.height, "width": bundle.manifest.resolution.width}
-    for name, value in (facts(bundle, task) | size).items():
-        config.parameters[name].string_value = (
-            value if isinstance(value, str) else json.dumps(value)
-        )
-    return Model(config)
+    tell_facts(config, bundle, task)
+    return Model(config, pinned=True)
 
 
 def _join_all(
@@ -240,6 +244,10 @@ def _join_all(
     kept = outputs | {tensor.name for graph in graphs for tensor in graph.inputs}
     for graph in graphs:
         join(config, served_name(graph.name), graph, settings.version, kept)
+        if settings.backend == "python" and len(graphs) > 1:
+            last = config.ensemble_scheduling.step[-1]
+            ports = last.output_map if graph.name == BACKBONE else last.input_map
+            ports[IDENTITY] = IDENTITY
 
 
 def needed(bundle: Bundle, last: str) -> list[GraphRecord]:
@@ -268,21 +276,22 @@ def _map_model(bundle: Bundle, task: Task, settings: Settings) -> Model:
     values = next(tensor for tensor in graph.outputs if tensor.name == task.output)
     for tensor in (values, bundle.graphs[BACKBONE].inputs[0]):
         add_rows(config.input, tensor.name, TYPES[tensor.dtype], tensor.dims)
+    if settings.backend == "python":
+        read_identity(config, rows=True)
     add_rows(config.output, task.map.name, TYPES[task.map.dtype], (-1, -1, *task.map.axes))
     _set_sizes(config, bundle)
     _set_batch(config, bundle, settings)
-    # a DPT head's output is finer than the patches
-    cell = graph.about.get("stride", bundle.manifest.resolution.stride)
-    config.parameters["cell"].string_value = str(cell)
+    config.parameters["cell"].string_value = str(cell_of(bundle, task))
+    files = {
+        "model.py": TEMPLATES / "task_map" / "1" / "model.py",
+        **GRAPH_CODE,
+        "dense.py": CONTRACT / "dense.py",
+        "model.json": json.dumps({"bundle": bundle.version}).encode(),
+    }
     config.parameters["function"].string_value = task.map.function
     place_on_cpu(config)
     policy = config.dynamic_batching.default_queue_policy
     policy.max_queue_size = queue_size(settings, later=True)
-    files = {
-        "model.py": TEMPLATES / "task_map" / "1" / "model.py",
-        "graph_model.py": TEMPLATES / "graph_model.py",
-        "dense.py": CONTRACT / "dense.py",
-    }
     return Model(config, files)
 
 
@@ -300,8 +309,10 @@ def decoder(bundle: Bundle, settings: Settings) -> Model:
     bound_queue(config, settings)
     files = {
         "model.py": TEMPLATES / "decode" / "1" / "model.py",
-        "graph_model.py": TEMPLATES / "graph_model.py",
+        **GRAPH_CODE,
         "images.py": CONTRACT / "images.py",
+        "views.py": CONTRACT / "views.py",
+        "model.json": json.dumps({"view": bundle.manifest.view}).encode(),
     }
     return Model(config, files)
 

@@ -46,9 +46,26 @@ class Settings(BaseModel):
     max_image_pixels: int = Field(default=50_000_000, ge=1)
     response_cache: tuple[str, ...] = ()
     """Models whose answers Triton keeps; only such as the lint allows."""
+    parts: Literal["auto", "together", "apart"] = "auto"
+    """The graphs of a student: in one model, or each in its own, joined by ensembles. See
+    `together`.
+    """
+    nan_check: bool = True
+    """Whether answers of graphs in Triton's own backends are checked, at the price of a copy; those
+    of the python backend always are.
+    """
     version: int = Field(default=1, ge=1)
     fused: bool = True
     encoded: bool = True
+
+    @property
+    def together(self) -> bool:
+        """Whether one model holds the student's graphs: in the python backend on CPUs, where models
+        are processes and every tensor between them would be copied.
+        """
+        if self.parts == "auto":
+            return self.backend == "python" and self.kind == "cpu"
+        return self.parts == "together"
 
 
 def cores() -> int:

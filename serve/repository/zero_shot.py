@@ -20,7 +20,9 @@ from contract.text_encoder import TEXT_ENCODER, TextEncoder, read_text_encoder
 from contract.untrusted import parse_json, read_tensors
 from serve.bundle import Bundle
 from serve.repository.model_config import (
+    CALLING_CODE,
     CONTRACT,
+    GRAPH_CODE,
     TEMPLATES,
     add_port,
     add_tensor,
@@ -195,7 +197,7 @@ def text_encoder(
     }
     files = {
         "model.py": TEMPLATES / "text_encoder" / "1" / "model.py",
-        "graph_model.py": TEMPLATES / "graph_model.py",
+        **GRAPH_CODE,
         "clip_text.py": TEMPLATES / "clip_text.py",
         TEXT_ENCODER: json.dumps(facts).encode(),
         _GRAPH: bundle.part(about.graph.file),
@@ -248,8 +250,7 @@ def zero_shot(bundle: Bundle, result: ClassEmbeddings, missing: str, settings: S
         "model.py": TEMPLATES / "zero_shot" / "1" / "model.py",
         "classes.npz": data,
         "class_scores.py": CONTRACT / "class_scores.py",
-        "graph_model.py": TEMPLATES / "graph_model.py",
-        "calling_model.py": TEMPLATES / "calling_model.py",
+        **CALLING_CODE,
         "zero_shot.json": json.dumps(about).encode(),
     }
     return config, files

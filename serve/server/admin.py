@@ -10,17 +10,52 @@ from types import TracebackType
 
 import numpy as np
 import tritonclient.http as http
+from geventhttpclient.response import HTTPParseError
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
 from contract.errors import UserError
-from contract.golden import Golden, compare
-from contract.signature import IMAGE
 from serve.errors import ServerError
+from serve.repository.state import read_state
 from serve.server.loading import one_line
 from serve.server.rest import Refused, Rest
-from serve.server.state import read_state
 
 _NO_REASON = "no reason given"
+_PATIENCE = 120.0
+_PASSING = ("Exceeds maximum queue size", "Stub process")
+"""Triton's messages, beside what it answers with status 503, of what says nothing of a model."""
+
+
+class Busy(ServerError):
+    """A model did not answer, and may well do so later: its queue is full, or time ran out."""
+
+
+def http_client(address: str, seconds: float = _PATIENCE) -> http.InferenceServerClient:
+    """A client that waits so long for an answer."""
+    return http.InferenceServerClient(address, connection_timeout=10, network_timeout=seconds)
+
+
+def infer(
+    client: http.InferenceServerClient,
+    model: str,
+    version: int,
+    inputs: Mapping[str, np.ndarray],
+    outputs: list[str],
+) -> dict[str, np.ndarray]:
+    """Outputs of a version by name; raises ServerError if it does not answer, Busy among them."""
+    tensors = []
+    for name, value in inputs.items():
+        tensors.append(http.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)))
+        tensors[-1].set_data_from_numpy(value)
+    try:
+        wanted = [http.InferRequestedOutput(name) for name in outputs]
+        answer = client.infer(model, tensors, model_version=str(version), outputs=wanted)
+    except (InferenceServerException, OSError, HTTPParseError) as error:
+        text = str(error)
+        # HTTPParseError: the answer was cut off
+        passing = not isinstance(error, InferenceServerException) or error.status() == "503"
+        kind = Busy if passing or any(words in text for words in _PASSING) else ServerError
+        raise kind(f"model '{model}' does not answer: {one_line(text) or _NO_REASON}") from error
+    return {name: answer.as_numpy(name) for name in outputs}
 
 
 class Admin:
@@ -34,9 +69,7 @@ class Admin:
                 f"{repository}"
             )
         self.rest = Rest(state.http, state.admin_key)
-        self.client = http.InferenceServerClient(
-            state.http, connection_timeout=10, network_timeout=120
-        )
+        self.client = http_client(state.http)
 
     def __enter__(self) -> "Admin":
         return self
@@ -84,34 +117,3 @@ class Admin:
             raise ServerError(
                 f"the server at {self.rest.address} does not answer ({error})"
             ) from error
-
-    def infer(
-        self, model: str, inputs: Mapping[str, np.ndarray], outputs: list[str]
-    ) -> dict[str, np.ndarray]:
-        """Outputs of a model by name; raises ServerError if it does not answer."""
-        tensors = []
-        for name, value in inputs.items():
-            tensors.append(http.InferInput(name, value.shape, np_to_triton_dtype(value.dtype)))
-            tensors[-1].set_data_from_numpy(value)
-        try:
-            answer = self.client.infer(
-                model, tensors, outputs=[http.InferRequestedOutput(name) for name in outputs]
-            )
-        except (InferenceServerException, OSError) as error:
-            raise ServerError(
-                f"model '{model}' does not answer: {one_line(str(error)) or _NO_REASON}"
-            ) from error
-        return {name: answer.as_numpy(name) for name in outputs}
-
-    def compare(self, model: str, golden: Golden) -> list[str]:
-        """Differences between a model's answers and those the bundle recorded for its photographs,
-        one picture per request.
-        """
-        names = list(golden.outputs)
-        answers = [
-            self.infer(model, {IMAGE: golden.image[n : n + 1]}, names)
-            for n in range(len(golden.image))
-        ]
-        return compare(
-            golden, {name: np.concatenate([answer[name] for answer in answers]) for name in names}
-        )

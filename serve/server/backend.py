@@ -231,9 +231,8 @@ def describe(config: dict[str, Any], model: str, version: str) -> Backend:
         for name, data in sample["inputs"].items()
     }
     inputs = []
-    for port in config["input"]:
-        if port.get("optional"):
-            continue
+    required = [port for port in config["input"] if not port.get("optional")]
+    for port in required or config["input"][:1]:  # Triton passes on no request without any
         # sizes that vary are those of the warm-up, which the model is known to take
         dims = warm_up.get(port["name"], port["dims"])
         sizes = tuple(max(1, int(size)) for size in dims)

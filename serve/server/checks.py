@@ -7,10 +7,10 @@ from contract.errors import UserError
 from contract.gpu import compute_capabilities
 from contract.signing import PublicKey
 from serve.bundle import Bundle
-from serve.repository.contents import read_made_with
+from serve.repository.contents import is_filled, read_made_with
 from serve.repository.settings import Settings
+from serve.repository.state import read_state
 from serve.server.launch import is_loopback
-from serve.server.state import read_state
 from serve.server.triton import Tritonserver
 
 
@@ -20,7 +20,7 @@ def check_repository(
     """The settings to serve with; raises UserError if a kept repository is another bundle's, in
     use, or was not rendered from a bundle signed by one of the keys to `trust`.
     """
-    if not repository.exists() or (repository.is_dir() and not any(repository.iterdir())):
+    if not repository.exists() or (repository.is_dir() and not is_filled(repository)):
         if bundle is None:
             raise UserError(
                 "name a BUNDLE, or an existing --repository (python -m serve.run --help)"

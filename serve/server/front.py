@@ -85,6 +85,8 @@ class FrontOptions:
     """In hand at once, at most."""
     bytes: int = 2**30
     """Of the requests and answers in hand, together, at most."""
+    held: bool = False
+    """Whether it begins with refusing everything, until SIGUSR2."""
     arriving: int = 16
     """Requests whose bodies are read at once: their sizes are not known before."""
 
@@ -117,7 +119,7 @@ class Front(grpc.GenericRpcHandler):
         self.options, self.channel = options, channel
         self.requests = self.bytes = 0
         """In hand: passed on and not answered, or answered and not taken."""
-        self.stopping = False
+        self.stopping, self.held = False, options.held
         self.streams = self.coming = 0
         """Open streams, and requests whose bodies have not arrived."""
         self.arriving, self.waiting = asyncio.Semaphore(options.arriving), 0
@@ -132,6 +134,8 @@ class Front(grpc.GenericRpcHandler):
         async def handle(_: object, context: grpc.aio.ServicerContext) -> None:
             if self.stopping:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, _STOPPING)
+            if self.held:
+                await context.abort(grpc.StatusCode.UNAVAILABLE, _RESTARTING)
             # health and administration are answered, however many inferences there are
             streams, most = path in _STREAMS, self.options.requests
             held = self.streams if streams else self.requests + self.coming
@@ -384,6 +388,9 @@ async def serve(options: FrontOptions) -> bool:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
+        # a new tritonserver may answer before it has been found to answer rightly
+        for number, held in ((signal.SIGUSR1, True), (signal.SIGUSR2, False)):
+            loop.add_signal_handler(number, setattr, front, "held", held)
         print(READY, flush=True)
         while not stop.is_set():
             with suppress(TimeoutError):

@@ -67,6 +67,9 @@ class Front:
         self.process: Child | None = None
         self.stopping = False
         self._ready, self._lines = threading.Event(), []
+        self._lock = threading.Lock()
+        self._listening: Child | None = None
+        """The process that said so, and takes signals: a younger one would end by them."""
         self._thread = threading.Thread(target=self._run, name="front", daemon=True)
 
     def start(self) -> None:
@@ -78,6 +81,18 @@ class Front:
                 self.stop()
                 why = self._lines[-1] if self._lines else "no reason given"
                 raise ServerError(f"the front does not start: {why}")
+
+    def hold(self, held: bool) -> None:
+        """Refuse all requests as while tritonserver is being started again, or let them in."""
+        with self._lock:
+            self.options = replace(self.options, held=held)
+            self._tell()
+
+    def _tell(self) -> None:
+        """Tell a front that listens what is wanted; one that is being started hears it then."""
+        if self._listening is not None:
+            with suppress(ProcessLookupError):
+                self._listening.send_signal(signal.SIGUSR1 if self.options.held else signal.SIGUSR2)
 
     def drain(self) -> None:
         """Refuse new requests and end when those in hand are answered. Safe in a signal handler."""
@@ -137,17 +152,28 @@ class Front:
         )
         if self.stopping:  # told so meanwhile
             self.drain()
-        with self.process.stdout as stream:
-            for line in filter(None, self._read_lines(stream)):
-                if line == READY:
-                    if self._ready.is_set():
-                        self.restarted()
-                    self._ready.set()
-                else:
-                    self._lines = [line]
-                    self._say(line)
+        try:
+            with self.process.stdout as stream:
+                for line in filter(None, self._read_lines(stream)):
+                    if line == READY:
+                        self._listens()
+                    else:
+                        self._lines = [line]
+                        self._say(line)
+        finally:
+            with self._lock:
+                self._listening = None
         self.process.wait()
         self.process.end()
+
+    def _listens(self) -> None:
+        """It has said so: tell it what may have changed since it was given its options."""
+        with self._lock:
+            self._listening = self.process
+            self._tell()
+        if self._ready.is_set():
+            self.restarted()
+        self._ready.set()
 
     def _read_lines(self, stream: IO[bytes]) -> Iterator[str]:
         """Lines of its log until it ends. A front that says nothing for long is stuck: it is

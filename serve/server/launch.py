@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from contract.errors import UserError
 from serve.repository.contents import read_made_with
+from serve.repository.native import native_flags
 from serve.server.loading import CONFIG, read_config
 from serve.server.rest import ADMIN_HEADER
 from serve.server.triton import Tritonserver
@@ -90,6 +91,7 @@ def command_line(
     ]
     if not options.gpu:
         line.append("--pinned-memory-pool-byte-size=0")
+    line += native_flags(repository)
     closed = ",".join(name for name in RESTRICTED if name not in options.open_endpoints)
     if closed:
         # gRPC and HTTP are restricted each on its own
@@ -120,7 +122,9 @@ def choose_ports(requested: dict[str, int], host: str) -> dict[str, int]:
     result, held = {}, []
     for name, port in requested.items():
         if port == 0:
-            held.append(listen(name, host, 0))  # held until all are chosen, so that they differ
+            held.append(
+                listen(f"--{name}-port", host, 0)
+            )  # held until all are chosen, so that they differ
             port = held[-1].getsockname()[1]
         if port in result.values():
             other = next(key for key, value in result.items() if value == port)
@@ -131,9 +135,9 @@ def choose_ports(requested: dict[str, int], host: str) -> dict[str, int]:
     return result
 
 
-def listen(name: str, host: str, port: int) -> socket.socket:
-    """A socket that listens as tritonserver's will; raises UserError for a port or address that
-    is not available.
+def listen(option: str, host: str, port: int) -> socket.socket:
+    """A socket that listens as tritonserver's will; raises UserError, which names the port's
+    option, for a port or address that is not available.
     """
     result = None
     try:
@@ -151,12 +155,10 @@ def listen(name: str, host: str, port: int) -> socket.socket:
         if result:
             result.close()
         if error.errno == errno.EADDRINUSE:
-            remedy = f"choose another with --{name}-port, or stop the process that listens there"
+            remedy = f"choose another with {option}, or stop the process that listens there"
             raise UserError(f"port {port} is in use: {remedy}") from error
         if isinstance(error, PermissionError):
-            raise UserError(
-                f"port {port} requires root: choose another with --{name}-port"
-            ) from error
+            raise UserError(f"port {port} requires root: choose another with {option}") from error
         raise UserError(
             f"--host {host}: not an address of this machine ({error.strerror})"
         ) from error
@@ -169,10 +171,18 @@ def largest_request(repository: Path, max_image_bytes: int) -> int:
     if not (repository / "features" / CONFIG).exists():  # of other models
         return _LEAST_MESSAGE
     config = read_config(repository / "features" / CONFIG)
-    about = json.loads(config.parameters["about"].string_value or "{}")
+    about = about_served(repository)
     pixels = 3 * about.get("height", 0) * about.get("width", 0)
     batch = max(1, config.max_batch_size)
     return max(_LEAST_MESSAGE, batch * max(max_image_bytes, pixels) + 2**20)
+
+
+def about_served(repository: Path) -> dict:
+    """What a repository's front door tells of the bundle; nothing in one of other models."""
+    path = repository / "features" / CONFIG
+    if not path.exists():
+        return {}
+    return json.loads(read_config(path).parameters["about"].string_value or "{}")
 
 
 def is_loopback(host: str) -> bool:

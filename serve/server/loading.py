@@ -52,7 +52,7 @@ def load_rest(rest: Rest, repository: Path, log: Callable[[str], None]) -> dict[
         reason = one_line(next(iter(failed.values()), ""))
         if _is_ensemble(repository / name):
             load(rest, name)
-        elif good and failed and name not in narrowed:
+        elif good and failed and name not in narrowed and not _is_pinned(repository / name):
             log(
                 f"warning: {name} version {', '.join(failed)} does not load: {reason}; serving "
                 f"version {', '.join(good)}"
@@ -88,6 +88,11 @@ def read_config(path: Path) -> ModelConfig:
 
 def _is_ensemble(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and read_config(folder / CONFIG).platform == "ensemble"
+
+
+def _is_pinned(folder: Path) -> bool:
+    """Whether a model's configuration is of one version: another one would be a rollout."""
+    return bool(read_config(folder / CONFIG).version_policy.specific.versions)
 
 
 def _with_versions(path: Path, versions: list[str]) -> str:

@@ -8,13 +8,15 @@ accepted holds its ports until then, and the next start need not wait for it.
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from contract.errors import UserError
+from serve.repository.processes import command_line, processes
+from serve.repository.state import read_state
 from serve.server.activity import read_stat
-from serve.server.stubs import command_line, find_stubs, is_stub_of
+from serve.server.stubs import find_stubs, is_stub_of
 
 _OWNER = "SERVE_RUN_OWNER"
 """In tritonserver's environment: the process that started it, as its id and when that began, since
@@ -40,15 +42,18 @@ def end_orphans(repository: Path, log: Callable[[str], None]) -> None:
     """
     folder = repository.resolve()
     ended = []
-    for pid in _processes():
+    for pid in processes():
         words = command_line(pid)
         if f"--model-repository={folder}" in words and Path(words[0]).name == "tritonserver":
             pid_of_owner, alive = _owner_of(pid)
             if not pid_of_owner:
                 continue
             if alive:
+                state = read_state(repository)
+                where = f", gRPC on {state.grpc}" if state else ""
                 raise UserError(
-                    f"--repository {repository} is served by process {pid_of_owner}: stop it first"
+                    f"--repository {repository} is served by process {pid_of_owner}{where}: stop "
+                    "it first"
                 )
             log(
                 f"ending tritonserver {pid}, which serve.run {pid_of_owner} left when it was killed"
@@ -68,14 +73,6 @@ def end_orphans(repository: Path, log: Callable[[str], None]) -> None:
     # its command line goes before its ports do
     while any(_began(pid) for pid in ended) and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _processes() -> Iterator[int]:
-    """Ids of this user's processes, without this one."""
-    for path in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if path.stat().st_uid == os.geteuid() and int(path.name) != os.getpid():
-                yield int(path.name)
 
 
 def _kill(pid: int) -> None:

@@ -17,6 +17,7 @@ from typing import TextIO
 
 from contract.errors import UserError
 from serve.errors import ServerError
+from serve.repository.state import GoldenState, State, remove_state, write_state
 from serve.server.activity import Activity
 from serve.server.child import Child
 from serve.server.front import FrontOptions
@@ -34,7 +35,6 @@ from serve.server.launch import (
 from serve.server.loading import load_rest, one_line
 from serve.server.orphans import owner
 from serve.server.rest import Rest
-from serve.server.state import State, remove_state, write_state
 from serve.server.stubs import find_stubs, remove_regions
 from serve.server.triton import Tritonserver
 
@@ -115,6 +115,12 @@ class Server:
         """That a front lets in at once."""
         self._inner = inner_address(options.front) if options.front else None
         """Where tritonserver answers gRPC behind a front: host or unix:PATH, and port."""
+        self.check: Callable[[Rest], GoldenState] | None = None
+        """Asked of every tritonserver before clients are let in; raises ServerError to keep them
+        out.
+        """
+        self.golden: GoldenState | None = None
+        """What came of it."""
         self.stopping = False
         self._ready = False
         self._drained = 0.0
@@ -178,6 +184,8 @@ class Server:
         """
         self.check_ports()
         began = time.monotonic()
+        if self.front:
+            self.front.hold(True)
         for left in reversed(range(_STARTS)):
             try:
                 self.start_once()
@@ -202,7 +210,11 @@ class Server:
                 if self.stopping or not left:
                     raise error
                 self.log(f"tritonserver {again}: starting it again")
-        if self._inner and self.front is None:
+        if self.check:
+            self.golden = self.check(self.rest)
+        if self.front:
+            self.front.hold(False)
+        elif self._inner:
             self._start_front()
         if self._ready:
             self.try_save()
@@ -255,7 +267,7 @@ class Server:
         """
         for name, port in self.ports.items():
             if name != "grpc" or self.front is None:
-                listen(name, self.host_of(name), port).close()
+                listen(f"--{name}-port", self.host_of(name), port).close()
 
     def wait_ready(self, deadline: float) -> None:
         """Return when the server says READY; raises ServerError if it ends before, or is not by the
@@ -338,6 +350,7 @@ class Server:
             admin_key=self.admin_key,
             restarts=self.restarts,
             server_restarts=self.server_restarts,
+            golden=self.golden,
         )
         write_state(self.repository, state)
 

@@ -80,6 +80,10 @@ class Rest:
             return False
         return True
 
+    def version(self) -> str:
+        """Triton's own."""
+        return str(self.json("GET", "/v2").get("version", ""))
+
     def model_ready(self, model: str, version: str) -> bool:
         """Whether Triton calls this version ready; a version whose process was killed goes on being
         called so.

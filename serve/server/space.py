@@ -37,9 +37,10 @@ def check_shared_memory(repository: Path) -> None:
     """Raise UserError if shared memory cannot hold the largest request to every model of a
     repository: Triton would call them ready, and refuse many requests for ever.
 
-    Encoded pictures, by far the largest, count for one decoder.
+    Encoded pictures, by far the largest, count for one decoder, and for the process that passes
+    them on to it where there is one.
     """
-    processes, least, encoded = 0, 0, 0
+    processes, least, encoded, copies = 0, 0, 0, 1
     for name in read_made_with(repository).models:
         config = read_config(repository / name / CONFIG)
         if config.backend != "python":
@@ -50,6 +51,9 @@ def check_shared_memory(repository: Path) -> None:
         if "max_bytes" in config.parameters:
             limit = int(config.parameters["max_bytes"].string_value)
             encoded = max(encoded, limit * _batch(config))
+        elif any(port.name == "encoded" for port in config.input):
+            copies = 2
+    encoded *= copies
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:

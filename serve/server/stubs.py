@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from serve.repository.processes import command_line
+
 _STUB = "triton_python_backend_stub"
 _REGION = "triton_python_backend_shm_region_"
 SHARED_MEMORY = Path("/dev/shm")
@@ -54,14 +56,6 @@ def is_stub_of(words: list[str], repository: Path) -> bool:
         and Path(words[0]).name == _STUB
         and Path(words[1]).parent.parent.parent == repository
     )
-
-
-def command_line(pid: int) -> list[str]:
-    """The words a process was started with; none for a zombie, or one that is gone."""
-    try:
-        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
-    except OSError:
-        return []
 
 
 def _children(pid: int) -> Iterator[int]:

@@ -24,6 +24,7 @@ from serve.errors import ServerError
 from serve.repository.contents import STAGED
 from serve.server.activity import Activity, cpu_seconds
 from serve.server.backend import Backend, Canary, describe
+from serve.server.golden import GoldenRefused
 from serve.server.process import Server
 from serve.server.rest import Refused
 from serve.server.space import FULL, Space
@@ -356,6 +357,8 @@ class Supervisor:
                 return
             try:
                 seconds = self.server.start()
+            except GoldenRefused:  # another start would answer the same
+                raise
             except (ServerError, UserError) as error:  # a port may have been taken meanwhile
                 how = str(error)
                 continue

@@ -12,6 +12,7 @@ from contract.errors import Failure, UserError, exit_status
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "distill.run": "run",
+    "distill.attach": "attach",
     "distill.visualize": "visualize",
     "distill.similarity": "similarity",
     "distill.scenes": "scenes",
@@ -20,16 +21,19 @@ COMMANDS = {
     "export.run": "run",
     "export.check": "check",
     "export.sign": "sign",
+    "export.hub.__main__": "hub",
     "export.bench.__main__": "bench",
     "export.text.__main__": "text",
     "serve.repository.__main__": "repository",
     "serve.run": "run",
     "serve.client.__main__": "client",
+    "serve.embed.__main__": "embed",
     "serve.rollout": "rollout",
     "serve.status": "status",
     "serve.bench": "bench",
     "serve.trial": "trial",
     "serve.demo.__main__": "demo",
+    "serve.gateway.__main__": "gateway",
 }
 
 

@@ -3,6 +3,7 @@ is in test_bad_input.py.
 """
 
 import io
+import itertools
 import pickle
 import shutil
 import struct
@@ -12,14 +13,32 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from contract import images
-from contract.images import TRUSTED, Limits, UnreadableImage, decode, fit, read_pixels, to_rgb
+from contract.images import (
+    TRUSTED,
+    Limits,
+    UnreadableImage,
+    decode,
+    jpeg_pixels,
+    own_size,
+    read_views,
+    to_rgb,
+)
+from contract.views import SQUASH, ViewPolicy
+from distill.config import TeacherConfig, TeacherRuntime
 from distill.data.pictures import PackagedPhotos
+from distill.evaluate.reading import read_view
+from distill.teachers import build_teacher
+from serve.client.inputs import list_pictures
+from serve.embed.data import Entry
+from serve.embed.reading import read_row
 from tests.serve.raw_requests import encode
 
-PHOTO = PackagedPhotos().load(0).convert("RGB").resize((640, 480))
+PHOTOS = PackagedPhotos()
+PHOTO = PHOTOS.load(0).convert("RGB").resize((640, 480))
 JPEG = encode(PHOTO, "JPEG", quality=95)
 
 
@@ -27,19 +46,140 @@ JPEG = encode(PHOTO, "JPEG", quality=95)
     ("size", "scaled"),
     [
         ((56, 56), (160, 120)),
+        ((61, 61), (320, 240)),
         ((112, 112), (320, 240)),
         ((120, 160), (320, 240)),
-        ((121, 160), (640, 480)),
+        ((224, 224), (320, 240)),
+        ((240, 320), (320, 240)),
+        ((241, 320), (640, 480)),
         ((480, 640), (640, 480)),
         ((1000, 1000), (640, 480)),
-        ((16, 300), (640, 480)),
+        ((16, 300), (320, 240)),
     ],
 )
-def test_a_jpeg_is_decoded_at_a_scale_never_below_twice_the_size_it_is_fitted_to(size, scaled):
+def test_a_jpeg_is_decoded_at_a_scale_never_below_the_size_it_is_needed_at(size, scaled):
     assert decode(JPEG, size=size).size == scaled
-    whole, quick = fit(PHOTO, *size).astype(int), read_pixels(JPEG, *size)
+    whole, quick = SQUASH.pixels(PHOTO, *size).astype(int), read_views(JPEG, SQUASH, *size)[0]
     assert quick.shape == (*size, 3)
     assert np.abs(whole - quick).mean() < 2
+
+
+def test_sides_that_cannot_be_halved_are_reduced_from_twice_the_size_on():
+    odd = encode(PHOTO.resize((501, 375)), "JPEG")
+    assert decode(odd, size=(94, 94)).size == (501, 375)
+    assert decode(odd, size=(93, 93)).size == (251, 188)
+
+
+SIZES = ((640, 480), (500, 375), (448, 448), (960, 640))
+
+
+def test_pixels_are_within_the_stated_bound_of_whole_pictures_resized():
+    """docs/architecture.md states it: of 255, on average, of the worst photograph, of any pixel."""
+    errors = []
+    for size in SIZES:
+        for number in range(len(PHOTOS)):
+            photo = PHOTOS.load(number).resize(size)
+            data = encode(photo, "JPEG", quality=90)
+            whole = SQUASH.pixels(decode(data), 224, 224).astype(int)
+            errors.append(np.abs(whole - read_views(data, SQUASH, 224, 224)[0]))
+    assert np.mean(errors) < 1.5 and np.max(np.mean(errors, (1, 2, 3))) < 4 and np.max(errors) < 64
+
+
+@pytest.mark.slow
+def test_features_hardly_change_with_the_scale_that_is_decoded():
+    config = {"name": "mobilenetv2_100", "role": "classification", "image_size": 224}
+    teacher = build_teacher(
+        TeacherConfig(**config, checkpoint="package:mobilenet-v2"), TeacherRuntime(), 0
+    )
+    files = [
+        encode(PHOTOS.load(number).resize((640, 480)), "JPEG", quality=90)
+        for number in range(0, len(PHOTOS), 4)
+    ]
+    both = [
+        torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+        for pictures in (
+            [SQUASH.pixels(decode(data), 224, 224) for data in files],
+            [read_views(data, SQUASH, 224, 224)[0] for data in files],
+        )
+    ]
+    with torch.inference_mode():
+        one, other = (teacher(images).summary for images in both)
+    cosine = torch.cosine_similarity(one, other)
+    assert cosine.mean() > 0.995 and cosine.min() > 0.98 and not torch.equal(one, other)
+
+
+def jpegs() -> dict[str, bytes]:
+    """JPEGs of every kind, also of odd sides and of those that libjpeg-turbo's own interface does
+    not decode to RGB.
+    """
+    small = PHOTO.resize((241, 161))
+    exif = Image.Exif()
+    exif[0x112] = 6
+    return {
+        "4:4:4": encode(small, "JPEG", subsampling=0),
+        "4:2:2": encode(small, "JPEG", subsampling=1),
+        "4:2:0": encode(PHOTO, "JPEG", subsampling=2),
+        "progressive": encode(small, "JPEG", progressive=True),
+        "restarts": encode(small, "JPEG", restart_marker_rows=1),
+        "grey": encode(small.convert("L"), "JPEG"),
+        "cmyk": encode(small.convert("CMYK"), "JPEG"),
+        "rgb": encode(small, "JPEG", keep_rgb=True),
+        "turned": encode(small, "JPEG", exif=exif),
+        "two pictures": encode(small, "MPO", save_all=True, append_images=[PHOTO]),
+    }
+
+
+@pytest.mark.parametrize("size", [None, (16, 24), (30, 40), (80, 100)])
+def test_the_pixels_are_the_same_without_simplejpeg(monkeypatch, size):
+    for kind, data in jpegs().items():
+        fast = decode(data, size=size)
+        with monkeypatch.context() as without:
+            without.setattr(images, "simplejpeg", None)
+            slow = decode(data, size=size)
+        assert np.array_equal(fast, slow), kind
+
+
+def test_damaged_files_are_refused_or_forgiven_alike_without_simplejpeg(monkeypatch):
+    rng = np.random.default_rng(0)
+    refused = 0
+    for data in jpegs().values():
+        for _ in range(12):
+            damaged = bytearray(data)
+            damaged[int(rng.integers(2, len(data)))] = int(rng.integers(256))
+            cut = bytes(damaged)[: int(rng.integers(len(data) // 2, 2 * len(data)))]
+            results = []
+            for library in (images.simplejpeg, None):
+                monkeypatch.setattr(images, "simplejpeg", library)
+                try:
+                    results.append(np.asarray(decode(cut, size=(32, 32))).tobytes())
+                except UnreadableImage as error:
+                    results.append(error.reason)
+                    refused += 1
+            monkeypatch.undo()
+            assert results[0] == results[1]
+    assert 20 < refused < 220  # both kinds were among them
+
+
+def test_a_jpeg_is_left_to_pillow_where_the_two_parsers_read_another_size():
+    assert jpeg_pixels(JPEG, (640, 480)).shape == (480, 640, 3)
+    assert jpeg_pixels(JPEG, (640, 481)) is None and jpeg_pixels(JPEG, (480, 640)) is None
+
+
+def test_evaluation_client_embedding_and_server_see_the_same_pixels(tmp_path):
+    """The server runs `read_views` itself; test_views.py compares its answers."""
+    file = tmp_path / "photo.jpg"
+    for data in jpegs().values():
+        file.write_bytes(data)
+        for side, text in itertools.product((224, 112, 56), ("squash", "centre-crop", "letterbox")):
+            view = ViewPolicy.parse(text)
+            (served,) = read_views(data, view, side, side)
+            (picture,) = list_pictures([file])
+            seen = {
+                "client": picture.pixels((side, side), view, Limits()),
+                "embedding": read_row(Entry(str(file)), side, side, view).pixels,
+                "evaluation": read_view(file, view, side),
+            }
+            assert all(np.array_equal(pixels, served) for pixels in seen.values()), (side, text)
 
 
 def test_a_picture_on_its_side_is_scaled_by_its_upright_size():
@@ -47,8 +187,8 @@ def test_a_picture_on_its_side_is_scaled_by_its_upright_size():
     exif[0x112] = 6
     data = encode(PHOTO, "JPEG", exif=exif)
     assert decode(data).size == (480, 640)
-    assert decode(data, size=(320, 40)).size == (480, 640)
-    assert decode(data, size=(160, 40)).size == (240, 320)
+    assert decode(data, size=(321, 40)).size == (480, 640)
+    assert decode(data, size=(320, 40)).size == (240, 320)
 
 
 def test_other_formats_are_decoded_whole():
@@ -163,6 +303,27 @@ def test_a_tiff_on_its_side_is_turned_once():
     assert np.array_equal(decode(data, TRUSTED), turned)
 
 
+@pytest.mark.parametrize("tag", [0, 1, 3, 5, 6, 8, 9, 77])
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG", "PNG", "WEBP"])
+def test_a_view_lies_where_the_upright_picture_has_it(kind, tag, tmp_path):
+    """TIFFs are turned by Pillow itself, and tags beyond the eight turn nothing."""
+    exif, view = Image.Exif(), ViewPolicy.parse("letterbox")
+    exif[0x112] = tag
+    data = encode(PHOTO.resize((160, 96)), kind, exif=exif)
+    upright = decode(data, TRUSTED)
+    assert upright.size == ((96, 160) if 5 <= tag <= 8 else (160, 96))
+    assert own_size(data, TRUSTED) == (upright.height, upright.width)
+    # 64 is decoded whole, 40 (of JPEGs) at a half
+    whole = view.every(upright, 64, 64)
+    assert np.array_equal(read_views(data, view, 64, 64, TRUSTED), whole)
+    half = read_views(data, view, 40, 40, TRUSTED).astype(int)
+    assert np.abs(half - view.every(upright, 40, 40)).mean() < 3
+    file = tmp_path / "picture"
+    file.write_bytes(data)
+    row = read_row(Entry(str(file)), 64, 64, view)
+    assert np.array_equal(row.pixels, whole[0]) and row.size == upright.size
+
+
 def test_an_error_names_its_picture_and_crosses_process_borders():
     with pytest.raises(UnreadableImage) as caught:
         decode(b"", name="holiday.jpg")
@@ -171,11 +332,13 @@ def test_an_error_names_its_picture_and_crosses_process_borders():
     assert again.name == "holiday.jpg" and again.reason.startswith("the picture is empty")
 
 
-def test_the_decoder_stands_alone(tmp_path):
-    """It is copied beside a Triton model."""
+@pytest.mark.parametrize("simplejpeg", ["", "sys.modules['simplejpeg'] = None; "])
+def test_the_decoder_stands_alone(tmp_path, simplejpeg):
+    """It is copied beside a Triton model, where simplejpeg may be missing."""
     shutil.copy(images.__file__, tmp_path / "images.py")
     code = (
-        "import sys, images; print(sorted({n.split('.')[0] for n in sys.modules} & {'contract'}))"
+        f"import sys; {simplejpeg}import images; "
+        "print(sorted({n.split('.')[0] for n in sys.modules} & {'contract', 'torch'}))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
@@ -185,12 +348,20 @@ def test_the_decoder_stands_alone(tmp_path):
 
 @pytest.mark.parametrize("limits", [TRUSTED, Limits()])
 @pytest.mark.parametrize(
-    "error", [MemoryError(), OSError("out of memory when reading image file")], ids=["own", "codec"]
+    ("place", "error"),
+    [
+        ("simplejpeg.decode_jpeg", MemoryError()),
+        ("simplejpeg.decode_jpeg", ValueError("Insufficient memory (case 4)")),
+        ("PIL.JpegImagePlugin.JpegImageFile.load", MemoryError()),
+        ("PIL.JpegImagePlugin.JpegImageFile.load", OSError("out of memory when reading a file")),
+    ],
 )
-def test_no_picture_is_called_damaged_where_memory_runs_out(monkeypatch, error, limits):
-    def load(picture: Image.Image) -> None:
+def test_no_picture_is_called_damaged_where_memory_runs_out(monkeypatch, place, error, limits):
+    def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("PIL.JpegImagePlugin.JpegImageFile.load", load)
+    if "PIL" in place:
+        monkeypatch.setattr(images, "simplejpeg", None)
+    monkeypatch.setattr(place, fail)
     with pytest.raises(MemoryError):
         decode(JPEG, limits, name="a.jpg")

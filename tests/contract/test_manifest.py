@@ -1,5 +1,6 @@
 """Manifests of older formats are read and upgraded; their seal is that of the bytes as written."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic_core import to_json
 from contract.errors import UserError
 from contract.manifest import FORMAT, MANIFEST, GraphRecord, add_files, read_manifest
 from contract.tasks import TASKS
+from contract.views import SQUASH
 
 OLD = Path(__file__).resolve().parents[1] / "data" / "manifest_format_3.json"
 """Of a real export, when 3 was the format."""
@@ -26,6 +28,7 @@ def test_a_manifest_of_format_3_is_read_and_written_in_the_present_format(old):
     assert json.loads(OLD.read_bytes())["format"] == 3
     manifest = read_manifest(old)
     assert manifest.format == FORMAT and manifest.teachers[0].token_dim == 32
+    assert manifest.policy == SQUASH, "which is how it was served"
     assert [graph.name for graph in manifest.graphs] == ["backbone", "head_mae", "fused"]
     (old / "embeddings").write_bytes(b"x")
     add_files(old, ["embeddings"])
@@ -49,7 +52,18 @@ def test_a_changed_manifest_of_format_3_is_refused_before_it_is_upgraded(old):
 def test_other_formats_are_named(old, version):
     content = json.loads(OLD.read_bytes()) | {"format": version}
     (old / MANIFEST).write_bytes(to_json(content, indent=1))
-    with pytest.raises(UserError, match=f"this version reads 3, 4 and {FORMAT}: export"):
+    with pytest.raises(UserError, match=f"this version reads 3, 4, 5, 6 and {FORMAT}: export"):
+        read_manifest(old)
+
+
+def test_a_view_is_read_and_an_impossible_one_refused(old):
+    for text in ("letterbox:7c7468,bilinear", "centre-crop:0.9"):
+        changed = read_manifest(old).model_copy(update={"view": text}).sealed()
+        (old / MANIFEST).write_bytes(changed.to_bytes())
+        assert str(read_manifest(old).policy) == text
+    changed = read_manifest(old).model_copy(update={"view": "zoom"}).sealed()
+    (old / MANIFEST).write_bytes(changed.to_bytes())
+    with pytest.raises(UserError, match="view 'zoom': choose squash, centre-crop"):
         read_manifest(old)
 
 
@@ -125,3 +139,48 @@ def test_a_type_of_weights_is_a_name(old, name):
     with pytest.raises(UserError, match="dtypes") as error:
         read_manifest(with_graphs(old, graph))
     assert "\n" not in str(error.value)
+
+
+ORIGIN = {"label": "mae", "name": "vit", "source": "file a.pth", "sha256": None, "licence": "mit"}
+
+
+def with_licences(old: Path, licences: object) -> Path:
+    """The manifest in the present format with these, sealed as anybody can."""
+    content = json.loads(read_manifest(old).to_bytes()) | {"licences": licences, "seal": ""}
+    content["seal"] = hashlib.sha256(to_json(content)).hexdigest()
+    (old / MANIFEST).write_bytes(to_json(content, indent=1))
+    return old
+
+
+def test_inherited_licences_may_be_missing_or_there(old):
+    assert read_manifest(old).licences is None
+    (record,) = read_manifest(with_licences(old, [ORIGIN])).licences
+    assert (record.label, record.licence, record.flags) == ("mae", "mit", ())
+    assert record.words == "mae: mit, file a.pth"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"label": "a b"},
+        {"label": "a." * 300 + "a"},
+        {"name": "a\x1b[31m"},
+        {"source": "x" * 2001},
+        {"sha256": "abc"},
+        {"licence": "MIT"},
+        {"licence": "mit\n"},
+        {"licence": "m" * 101},
+        {"flags": ["free"]},
+        {"flags": ["custom"] * 4},
+        {"more": 1},
+    ],
+)
+def test_hostile_licences_are_refused_in_a_line(old, change):
+    with pytest.raises(UserError, match="licences") as error:
+        read_manifest(with_licences(old, [ORIGIN | change]))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1500
+
+
+def test_more_licences_than_any_student_has_are_refused(old):
+    with pytest.raises(UserError, match="licences"):
+        read_manifest(with_licences(old, [ORIGIN] * 1001))

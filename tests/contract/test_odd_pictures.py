@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from contract.images import UnreadableImage, decode, fit, read_pixels, to_rgb
+from contract.images import UnreadableImage, decode, read_views, to_rgb
+from contract.views import SQUASH
 from distill.data.pictures import FolderPictures
 from distill.data.pixels import Crop
 from serve.client.inputs import list_pictures
@@ -340,5 +341,6 @@ def test_training_clients_and_servers_see_the_same_picture(case, tmp_path):
     for way, other in zip(list(pixels)[1:], others, strict=True):
         assert np.array_equal(first, other), way
     if odd.served and isinstance(source, bytes):
-        small = fit(Image.fromarray(first), 6, 8).astype(int)
-        assert np.abs(small - read_pixels(source, 6, 8)).mean() < 3  # JPEGs are decoded smaller
+        small = SQUASH.pixels(Image.fromarray(first), 6, 8).astype(int)
+        (near,) = read_views(source, SQUASH, 6, 8)
+        assert np.abs(small - near).mean() < 3  # JPEGs are decoded smaller

@@ -185,23 +185,23 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(capsys, recipe_file, out):
 @pytest.mark.parametrize(
     "name",
     [
-        "umt_resnet50",
-        "umt_convnext_base_cnn",
+        long_case("umt_resnet50"),
+        long_case("umt_convnext_base_cnn"),
         long_case("umt_convnext_base_vit"),
         long_case("umt_convnext_base_dinov3"),
-        "umt_vit_base",
+        long_case("umt_vit_base"),
         long_case("umt_vit_large"),
         "quickstart",
         "kpu_vit_tiny",
         # of SeFA's rows, one of each student, method and objective
         "sefa_vit_tiny",
-        "sefa_vit_small",
-        "sefa_vit_small_udi",
-        "sefa_vit_small_ibot_loss",
-        "sefa_vit_base_from_large",  # and a teacher whose file is not here
+        long_case("sefa_vit_small"),
+        long_case("sefa_vit_small_udi"),
+        long_case("sefa_vit_small_ibot_loss"),
+        long_case("sefa_vit_base_from_large"),  # and a teacher whose file is not here
         "unic_vit_tiny",
         "unic_vit_small_ibot_augreg",
-        "unic_vit_base",
+        long_case("unic_vit_base"),
     ],
 )
 def test_shipped_recipes_plan_at_full_size_offline(capsys, name):
@@ -209,4 +209,4 @@ def test_shipped_recipes_plan_at_full_size_offline(capsys, name):
     plan = capsys.readouterr().out
     assert "1,281,167" in plan or name in ("quickstart", "kpu_vit_tiny")
     if name.startswith("sefa"):
-        assert all(part in plan for part in (" heads ", " ssl ", "local:", "global:"))
+        assert all(part in plan for part in ("\nheads ", "\nssl ", "local:", "global:"))

@@ -2,6 +2,7 @@
 resuming.
 """
 
+import json
 import subprocess
 import sys
 
@@ -10,7 +11,16 @@ import torch
 import yaml
 
 from distill.distributed import Ranks
-from tests.conftest import environment, metrics_of, run_command, run_here, small_recipe, weights_of
+from distill.runs import best_record
+from tests.conftest import (
+    environment,
+    long_case,
+    metrics_of,
+    run_command,
+    run_here,
+    small_recipe,
+    weights_of,
+)
 from tests.distill.two_ranks import DIMS, gradients
 
 pytestmark = pytest.mark.slow
@@ -18,9 +28,12 @@ pytestmark = pytest.mark.slow
 SMALL_TWINS = {"embed_dims": [16, 16, 32, 32], "num_heads": [1, 1, 2, 2], "depths": [1, 1, 1, 1]}
 
 
+AGAIN = {"student": {"grad_checkpointing": True}, "umt": {"depth": 1, "grad_checkpointing": True}}
 CASES = {
     "vit_ddp": {},
     "vit_fsdp": {"train": {"parallel": "fsdp"}},
+    "again_ddp": AGAIN,
+    "again_fsdp": AGAIN | {"train": {"parallel": "fsdp"}},
     "unic_ddp": {"method": "unic"},
     "unic_fsdp": {"method": "unic", "train": {"parallel": "fsdp"}},
     # depthwise and strided convolutions, batch normalisation
@@ -48,7 +61,8 @@ def test_two_ranks_compute_the_gradients_of_one_under_ddp_and_fsdp(tmp_path, pho
     for name, changes in CASES.items():
         recipe = small_recipe(photo_folder, targets={"normalize": "none"}, umt={"depth": 1})
         for key, value in changes.items():
-            recipe[key] = recipe[key] | value if key == "train" else value
+            merged = key == "train" or "again" in name
+            recipe[key] = recipe[key] | value if merged else value
         recipe["student"] = {"image_size": 64} | recipe["student"] | {"drop_path": 0.0}
         if recipe["method"] == "unic":
             recipe["unic"] = {"drop": 0.0, "hidden": 16, "last_hidden": 16}
@@ -84,18 +98,27 @@ def test_two_ranks_compute_the_gradients_of_one_under_ddp_and_fsdp(tmp_path, pho
 
     same("vit_ddp", alone, 1e-4, 1e-6)
     same("vit_fsdp", alone, 1e-4, 1e-6)
+    same("again_ddp", alone, 1e-4, 1e-6)
+    same("again_fsdp", alone, 1e-4, 1e-6)
     # statistics of a batch, or of a rank's share of it: two ranks are not one, but both are alike
     same("unic_fsdp", together["unic_ddp"], 1e-4, 1e-6)
     same("cnn_ddp_last", together["cnn_ddp"], 1e-3, 1e-6)
     same("cnn_fsdp_last", together["cnn_ddp"], 1e-3, 1e-6)
     same("cnn_fsdp_bf16", together["cnn_ddp_bf16"], 1e-3, 1e-6)
     same("lists_fsdp", together["lists_ddp"], 1e-4, 1e-6)
+    for rank in (0, 1):
+        settled = json.loads((tmp_path / f"settled_{rank}.json").read_text())
+        assert settled == {"all": "bf16", "one": "fp32"}
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_train_and_resume_as_if_never_stopped(recipe_file, tmp_path, parallel):
+@pytest.mark.parametrize("parallel", [long_case("ddp"), "fsdp"])
+def test_two_ranks_train_and_resume_as_if_never_stopped(
+    recipe_file, class_folders, tmp_path, parallel
+):
     recipe = recipe_file(
-        train={"parallel": parallel, "steps": 6}, checkpoint={"every_steps": 3, "keep": 5}
+        train={"parallel": parallel, "steps": 6},
+        checkpoint={"every_steps": 3, "keep": 5},
+        monitor={"data": str(class_folders), "every": 2},
     )
     out = tmp_path / "run"
     done = run_command(recipe, "--output", out, ranks=2)
@@ -108,6 +131,9 @@ def test_two_ranks_train_and_resume_as_if_never_stopped(recipe_file, tmp_path, p
     resumed = run_command("--output", out, "--resume", ranks=2)
     assert resumed.returncode == 0, resumed.stderr
     assert "resumed from step 3 of 6" in resumed.stdout
+    scored = [row["monitor.knn.top1"] for row in metrics_of(out) if row["step"] % 2 == 0]
+    assert scored == [row["monitor.knn.top1"] for row in rows if row["step"] % 2 == 0]
+    assert best_record(out)["score"] == max(scored)
     again = weights_of(out)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     for path in (out / "checkpoint").glob("step_00000006.*"):

@@ -16,8 +16,8 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from contract.claim import CLAIM, claimed, is_free
 from contract.errors import UserError, exit_status
-from distill.claim import CLAIM, claimed, is_free
 from distill.data.listing import compare, list_pictures, read_list
 from distill.data.pictures import WebDatasetPictures
 from distill.evaluate.cast import open_rows
@@ -167,7 +167,7 @@ HOLD = """\
 import sys
 import tarfile
 from pathlib import Path
-from distill.claim import claimed
+from contract.claim import claimed
 with claimed(Path(sys.argv[1]), "a test"):
     print("held", flush=True)
     sys.stdin.read()

@@ -1,9 +1,11 @@
 """Gradients under DDP and FSDP2 in one start of torchrun, which takes far longer than the rest:
 `python -m tests.distill.two_ranks FOLDER`.
 
-FOLDER holds `batch.pt` and a recipe `NAME.yaml` for each case, and gets `NAME.pt`.
+FOLDER holds `batch.pt` and a recipe `NAME.yaml` for each case, and gets `NAME.pt`, and
+`settled_RANK.json`, the teachers' precision as each rank has settled it.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from distill.config import TeacherConfig, TeacherRuntime
 from distill.distributed import Ranks, join_ranks, wrap
 from distill.features import FeatureDims, Features
 from distill.methods import build_method
 from distill.methods.method import Progress
 from distill.recipe_io import make_recipe
+from distill.teachers import build_teacher, precision
 from distill.training.loop import AUTOCAST
 from distill.training.memory_format import set_memory_format
 
@@ -45,8 +49,22 @@ def gradients(folder: Path, case: str, ranks: Ranks) -> dict[str, Tensor]:
     return grads
 
 
+def settled(ranks: Ranks) -> dict[str, str]:
+    """What the teacher's precision is where every rank has bf16 arithmetic, and where one has."""
+    config = {"name": "vit_tiny_patch16_224", "role": "dino", "image_size": 32}
+    config |= {"pretrained": False, "kwargs": {"embed_dim": 32, "depth": 1, "num_heads": 2}}
+    result = {}
+    for case, able in (("all", True), ("one", ranks.first)):
+        precision.has_bf16 = lambda able=able: able
+        teacher = build_teacher(TeacherConfig(**config), TeacherRuntime(), 0)
+        result |= {case: precision.settle_precisions([teacher], None, None, ranks)["dino"]}
+        assert teacher.identity()["precision"] == result[case]
+    return result
+
+
 def work(folder: Path) -> None:
     with join_ranks("cpu") as ranks:
+        (folder / f"settled_{ranks.rank}.json").write_text(json.dumps(settled(ranks)))
         for recipe in sorted(folder.glob("*.yaml")):
             grads = gradients(folder, recipe.stem, ranks)
             if ranks.first:

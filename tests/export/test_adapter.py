@@ -19,9 +19,10 @@ from distill.data.pictures import PackagedPhotos
 from distill.features import FeatureDims
 from distill.methods import build_method
 from distill.recipe_io import make_recipe
+from export.agreement import RELATIVE
 from export.graph import Student, build_parts
 from export.options import PACKAGED
-from export.parity import RELATIVE, measure, reference
+from export.parity import measure, reference
 from export.run import main as export
 from export.runtimes.onnx import OnnxRuntime
 from export.to_onnx import export_part
@@ -75,7 +76,7 @@ def test_one_graph_of_gathers_agrees_at_every_multiple_of_the_patch(tmp_path):
     for name in ("backbone", "head_detector"):
         export_part(parts[name], student.stride, 4, tmp_path / f"{name}.onnx", {}, 20)
     runtimes = [onnxruntime.InferenceSession(path) for path in sorted(tmp_path.glob("*.onnx"))]
-    for count, height, width in ((3, 42, 70), (1, 28, 126), (2, 266, 42)):
+    for count, height, width in ((3, 42, 70), (1, 28, 126), (2, 140, 42)):
         image = torch.randint(256, (count, height, width, 3), dtype=torch.uint8)
         wanted = reference(student, [parts["backbone"], parts["head_detector"]], image)
         given = {"image": image.numpy()}
@@ -114,7 +115,11 @@ def test_where_torch_itself_is_inexact_graphs_are_compared_with_float64(tmp_path
     for parameter, values in wild.items():
         (place,) = (t for t in model.graph.initializer if holds(t, parameter))
         values = values.T if list(place.dims) != list(values.shape) else values
-        place.raw_data = values.contiguous().numpy().tobytes()
+        numbers = values.contiguous().numpy()
+        if parameter is attention.offsets.bias:
+            # as another order of sums does, which not every processor has here
+            numbers = numbers + np.spacing(np.abs(numbers))
+        place.raw_data = numbers.tobytes()
         parameter.data = wild[parameter]
     onnx.save(model, path)
 
@@ -130,7 +135,7 @@ def test_where_torch_itself_is_inexact_graphs_are_compared_with_float64(tmp_path
     assert {"backbone_s4", "features_s4"} == {row.output for row in compared() if not row.passed}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_is_built_of_the_graph(tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs pip install tensorrt-rtx")
     from export.tensorrt.engines import build_all
@@ -152,7 +157,7 @@ def holds(tensor: onnx.TensorProto, parameter: torch.Tensor) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [long_case("bf16"), "int8"])
+@pytest.mark.parametrize("precision", [long_case("fp16"), long_case("bf16"), long_case("int8")])
 def test_lower_precisions_agree_with_the_student(photo_folder, tmp_path, precision, small_run):
     words = ("--precision", precision, "--images", photo_folder, "--max-batch", 2)
     # at the student's own 56 px the coarsest map is normed over four numbers a group

@@ -24,6 +24,12 @@ from tests.conftest import run_here
 QUICK = ("--rounds", 2, "--threads", 1, "--devices", "cpu", "--no-compile")
 
 
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    """So that settings and heads are on one line."""
+    monkeypatch.setenv("COLUMNS", "300")
+
+
 def time(*arguments: object) -> subprocess.CompletedProcess:
     """Run the bench in this process, where torch.compile would leave its own signal stacks
     behind.

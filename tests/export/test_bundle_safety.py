@@ -23,7 +23,8 @@ from contract.bundle_check import graph_problem
 from contract.errors import UserError, exit_status
 from contract.files import file_sha256
 from contract.gpu import compute_capabilities
-from contract.manifest import MANIFEST, add_files, read_manifest, verify_files
+from contract.manifest import MANIFEST, add_files, read_manifest
+from export.bundle_files import verify_files
 from export.check import main as check
 from export.output import appearing, check_output
 from export.run import main as export

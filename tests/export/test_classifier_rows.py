@@ -3,6 +3,7 @@ scores them.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from safetensors.torch import save_file
 from yaml import safe_dump
 
 from contract.errors import UserError
+from distill.attach import main as attach
 from distill.config import TeacherRuntime
 from distill.evaluate.zero_shot import class_scores, read_classes
+from distill.heads import load_head
 from distill.models.weights import tensors_sha256
 from distill.runs import load_run
 from distill.teachers import build_teacher
@@ -107,6 +110,22 @@ def test_scores_are_the_teachers_own_logits(run, teacher, tmp_path):
     read = read_classes(tmp_path / "out" / "class_embeddings.safetensors", (LABELS[2], LABELS[0]))
     assert torch.equal(read.embeddings, tensors["embeddings"][[2, 0]])
     torch.testing.assert_close(class_scores(token, read), logits[:, [2, 0]], rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_s_classifier_can_be_a_head_of_the_student(run, tmp_path):
+    copied = shutil.copytree(run, tmp_path / "run")
+    words = ("--teacher", "vit", "--task", "classification", "--decoder", "classifier")
+    done = run_here(copied, *words, command=attach)
+    assert done.returncode == 0, done.stderr
+    head = load_head(copied / "heads" / "classification.safetensors")
+    recipe = load_run(run).recipe
+    index = next(n for n, config in enumerate(recipe.teachers) if config.label == "vit")
+    net = build_teacher(recipe.teachers[index], TeacherRuntime(precision="fp32"), index)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(head.module(net.encode(pixels).summary), net.net(pixels))
+    assert (head.about["reads"], len(set(head.about["classes"]))) == ("vit", 1000)
+    assert head.about["classes"][281] == "tabby"
 
 
 def test_a_class_is_found_by_any_of_its_names_and_answers_by_the_users(run, tmp_path):

@@ -263,7 +263,7 @@ def test_a_run_without_a_detector_teacher_is_told_in_one_line(plain_run, tiny_de
     assert done.returncode == 2 and "its graphs take pictures of one size" in line
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tensorrt_rtx_builds_the_detector(detection_bundle, tmp_path):
     pytest.importorskip("tensorrt_rtx", reason="needs pip install tensorrt-rtx")
     from contract.engine_record import EngineOptions, Profile

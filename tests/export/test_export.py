@@ -22,8 +22,9 @@ from yaml import safe_dump
 
 from contract.golden import GOLDEN, read_golden
 from contract.gpu import compute_capabilities
-from contract.manifest import add_files, read_manifest, verify_files
+from contract.manifest import add_files, read_manifest
 from distill.runs import load_run
+from export.bundle_files import verify_files
 from export.check import main as check
 from export.run import main
 from tests.conftest import long_case, run_here, small_recipe
@@ -177,7 +178,7 @@ def sign_keys(folder: Path) -> tuple[Path, Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "precision"),
-    [long_case("cnn", "fp32"), ("plain", "fp32"), ("vit", "fp16"), ("cnn", "bf16")],
+    [long_case("cnn", "fp32"), ("plain", "fp32"), ("vit", "fp16"), long_case("cnn", "bf16")],
 )
 def test_students_of_every_kind_pass_parity(student, precision, request, tmp_path):
     run = request.getfixturevalue(student)

@@ -2,6 +2,7 @@
 otherwise.
 """
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 
 from contract.errors import UserError
+from distill.heads import save_head
 from export.compose import write_fused
 from export.graph import build_parts, open_student
 from export.resample import resample_grid
@@ -40,6 +42,18 @@ def test_sides_that_are_no_multiple_of_the_stride_are_refused(kind, graphs):
         for size in ((70, 64), (64, 75), (72, 72), (64, 8)):
             with pytest.raises(UserError, match=f"{runtime.name}: graph '{graph}'"):
                 runtime.run(graph, {"image": np.zeros((1, *size, 3), np.uint8)})
+
+
+def test_a_head_that_was_scored_with_another_view_is_named(small_bundle, tmp_path, caplog):
+    run = shutil.copytree(small_bundle.parent / "run", tmp_path / "run")
+    student = open_student(run)
+    assert "was scored with view" not in caplog.text
+    head = student.heads[0]
+    save_head(run / "heads", head.task, head.module, head.about | {"view": "squash"})
+    open_student(run, view="squash")
+    assert "was scored with view" not in caplog.text
+    open_student(run)
+    assert f"head {head.task} was scored with view squash, but the bundle has" in caplog.text
 
 
 def test_position_embeddings_by_matrices_are_timms():

@@ -38,6 +38,7 @@ def refused(call, *arguments: object, **values: object) -> str:
         ({"images": "nowhere"}, "--images nowhere: no such folder"),
         ({"images": __file__}, "is a file: give the folder it is in"),
         ({"presicion": "fp16"}, "--presicion: Extra inputs are not permitted"),
+        ({"view": "crop"}, "--view: view 'crop': choose squash, centre-crop"),
         ({"run": None}, "--run: Input is not a valid path"),
     ],
     ids=str,

@@ -13,15 +13,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from contract.errors import Failure, UserError
-from contract.manifest import ParityRecord, read_manifest
+from contract.golden import Golden
+from contract.golden import compare as compare_golden
+from contract.manifest import read_manifest
+from contract.parity_record import ParityRecord
 from distill.data.pictures import PackagedPhotos
 from distill.methods.targets import FeatureNormalizer
 from distill.models.preprocess import Preprocess
 from distill.models.weights import tensors_sha256
-from export.golden import let_through
+from export.agreement import TOLERANCE, agreement, compare, exact_agreement, judge
+from export.golden import let_through, not_exact
 from export.graph import build_parts, open_student
 from export.options import parse_sizes
-from export.parity import TOLERANCE, agreement, check_sizes, compare, judge, measure
+from export.parity import check_sizes, measure
+from export.photographs import shown
 from export.precision import DTYPES, cast_student
 from export.run import main
 from export.runtimes.onnx import OnnxRuntime
@@ -51,8 +56,9 @@ def prove(small_bundle):
     """A function that compares the small bundle's graphs, one output changed, with its student;
     returns the rows.
     """
-    files = {graph.name: small_bundle / graph.file for graph in read_manifest(small_bundle).graphs}
-    student = open_student(small_bundle.parent / "run")
+    manifest = read_manifest(small_bundle)
+    files = {graph.name: small_bundle / graph.file for graph in manifest.graphs}
+    student = open_student(small_bundle.parent / "run", view=manifest.view)
     parts, source = build_parts(student, 64, 64), PackagedPhotos()
     photos = [(source.name(number), source.load(number)) for number in range(7)]
 
@@ -103,9 +109,9 @@ def test_a_fault_between_the_graphs_is_found_where_it_is(prove):
     assert (first.graph, first.output) == ("interaction", "spaces")
 
 
-def test_one_wrong_picture_of_many_is_found_and_named(prove):
+def test_one_wrong_picture_of_many_is_found_and_named(prove, small_bundle):
     last = PackagedPhotos()
-    image = np.asarray(last.load(6).resize((64, 64), 3))
+    image = shown(last.load(6), (64, 64), read_manifest(small_bundle).policy)
 
     def change(value: np.ndarray, images: np.ndarray) -> np.ndarray:
         hit = (images == image).all((1, 2, 3)).reshape(-1, *[1] * (value.ndim - 1))
@@ -254,7 +260,38 @@ def test_what_is_let_through_is_known_to_the_golden_set(prove):
         pytest.approx(1 - 1.5 * (1 - worst), abs=1e-6),
         pytest.approx(1.5 * far, rel=1e-2),
     )
-    assert let_through(prove(), "fp32") == {}
+    assert let_through(prove(), "fp32") == {} and not_exact(prove(), "fp32") == {}
+
+
+@pytest.mark.parametrize("far", [0.004, 0.01, 0.02])
+def test_what_agrees_in_float64_alone_is_served(prove, far):
+    """Graph and student are off by as much, and not in the same direction."""
+    random = np.random.default_rng(0)
+    exact = random.normal(size=(3, 768))
+
+    def off() -> np.ndarray:
+        error = random.normal(size=exact.shape)
+        lengths = [np.linalg.norm(each, axis=1, keepdims=True) for each in (exact, error)]
+        error *= far * lengths[0] / lengths[1]
+        return (exact + error).astype(np.float32)
+
+    graph, student = off(), off()
+    result = exact_agreement(graph, student, exact, exact.mean(0), "cls_token")
+    assert judge(result, "fp32")[1] == ""
+    row = next(row for row in prove() if row.output == "cls_token")
+    found = {"cosine": float(result.cosine.min()), "relative": float(result.relative.max())}
+    rows = [row.model_copy(update=found)]
+    assert let_through(rows, "fp32") == {}
+    golden = Golden(
+        image=np.zeros((3, 8, 8, 3), np.uint8),
+        outputs={"cls_token": student},
+        bounds=(TOLERANCE["fp32"], 0.01),
+        pictures=("a", "b", "c"),
+        inexact=not_exact(rows, "fp32"),
+    )
+    assert compare_golden(golden, {"cls_token": graph}) == []
+    (said,) = compare_golden(golden, {"cls_token": -graph})
+    assert "not what was recorded" in said and "let it through" not in said
 
 
 @pytest.mark.slow
@@ -298,7 +335,8 @@ def test_what_stays_in_float32_is_not_rounded_on_the_way(small_bundle, precision
         DTYPES[precision]
     }
     kept = 0
-    for before, after in zip(student.deployment.modules(), cast.deployment.modules(), strict=True):
+    whole = student.deployment.folded()
+    for before, after in zip(whole.modules(), cast.deployment.modules(), strict=True):
         if isinstance(before, Preprocess | FeatureNormalizer):
             for exact, found in zip(before.buffers(), after.buffers(), strict=True):
                 assert found.dtype == exact.dtype and torch.equal(found, exact)

@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -15,8 +16,10 @@ import pytest
 from contract.engine_record import EngineOptions, EngineRecord, EngineTensor, Profile
 from contract.errors import UserError
 from contract.gpu import compute_capabilities
+from contract.graph_call import inference_precision, open_graph
 from contract.manifest import read_manifest
 from distill.data.pictures import PackagedPhotos
+from export import assemble
 from export.graph import build_parts, open_student
 from export.parity import engine_sizes, run_chain
 from export.runtimes import onnx as runtimes
@@ -261,6 +264,69 @@ def test_a_gpu_that_onnxruntime_cannot_use_is_said_and_the_export_goes_on(
         "not checked in onnxruntime-cuda" in caplog.text
         and "pip install 'onnxruntime-gpu" in caplog.text
     )
+
+
+def test_where_openvino_does_not_take_them_in_bf16_graphs_stay_in_float32(graphs, tmp_path, caplog):
+    pytest.importorskip("openvino", reason="needs pip install openvino")
+    caplog.set_level("INFO")
+    broken = tmp_path / "head_cls.onnx"
+    broken.write_bytes(b"no graph")
+    assert OpenVINO.faster(Exported("bf16", {"head_cls": broken})) == []
+    assert caplog.text.count("computes in float32: in bf16, openvino-cpu: graph 'head_cls'") == 1
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_faster_runtime_that_breaks_while_it_is_compared_is_left_out(monkeypatch, caplog, wrong):
+    caplog.set_level("INFO")
+
+    checking, faster = SimpleNamespace(name="checking"), SimpleNamespace(name="faster")
+
+    def measure(*given, runtimes, **rest):
+        if faster in runtimes or wrong:
+            raise UserError(f"{runtimes[-1].name}: graph 'fused': no such kernel")
+        return []
+
+    monkeypatch.setattr(assemble, "measure", measure)
+    given = (None, [], [], "int8", 4, False)
+    if wrong:
+        with pytest.raises(UserError, match="checking: graph 'fused'"):
+            assemble._prove(*given, [checking], [], [faster])
+        return
+    assert assemble._prove(*given, [checking], [], [faster]) == []
+    assert "in bf16, faster: graph 'fused': no such kernel" in caplog.text
+
+
+def test_bf16_arithmetic_is_for_graphs_that_say_so_on_processors_that_have_it(graphs):
+    """And what it is asked for is what OpenVINO then does."""
+    openvino = pytest.importorskip("openvino", reason="needs pip install openvino")
+    head = {"head_cls": graphs["head_cls"]}
+    has = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert OpenVINO.faster(Exported("fp32", head)) == OpenVINO.faster(Exported("bf16")) == []
+    assert OpenVINO.faster(Exported("int8", head)) == []
+    names = [runtime.name for runtime in OpenVINO.faster(Exported("bf16", head))]
+    assert names == (["openvino-cpu (bf16 arithmetic)"] if has else [])
+    for runtime, kind in (("openvino", "f32"), ("openvino-bf16", "bf16" if has else "f32")):
+        made = OpenVINO(head, runtime=runtime)
+        used = made.models["head_cls"].get_property("INFERENCE_PRECISION_HINT").to_string()
+        assert made.precision == kind and used == kind
+
+    class Older:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32", "INT8"]
+
+    assert inference_precision(Older(), "openvino-bf16") == "f32"
+
+
+def test_a_processor_without_bf16_answers_as_in_float32(graphs, monkeypatch):
+    openvino = pytest.importorskip("openvino", reason="needs pip install openvino")
+    path = graphs["head_cls"]
+    shape = onnx.load(path).graph.input[0].type.tensor_type.shape.dim
+    sizes = [2, *(dim.dim_value or 17 for dim in shape[1:])]
+    feeds = [np.random.default_rng(0).normal(size=sizes).astype(np.float32)]
+    exact = open_graph(path, "openvino", 1, None)(feeds)
+    monkeypatch.setattr(openvino.Core, "get_property", lambda self, device, name: ["FP32", "INT8"])
+    for got, wanted in zip(open_graph(path, "openvino-bf16", 1, None)(feeds), exact, strict=True):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def signal_stack() -> tuple[int | None, int]:

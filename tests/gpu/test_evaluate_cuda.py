@@ -8,12 +8,13 @@ import torch
 from PIL import Image
 from scipy.optimize import linear_sum_assignment
 
+from contract.views import EVALUATED
 from distill.evaluate.__main__ import main
 from distill.evaluate.config import ExtractConfig, KNNConfig, ProbeConfig
 from distill.evaluate.datasets import open_classes
 from distill.evaluate.detection import Detector
 from distill.evaluate.encoder import named_encoder
-from distill.evaluate.extract import CentreViews, extract
+from distill.evaluate.extract import PolicyViews, extract
 from distill.evaluate.knn import knn_votes
 from distill.evaluate.linear_probe import train_sweep
 
@@ -27,7 +28,7 @@ pytestmark = [
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-2), ("bf16", 0.2)])
 def test_features_are_the_cpus(tiny_vit, class_folders, tmp_path, precision, tolerance):
-    views = CentreViews(open_classes(class_folders, "train"), 64, 0.875)
+    views = PolicyViews(open_classes(class_folders, "train"), 64, EVALUATED)
     found = {}
     for device in ("cpu", "cuda"):
         config = ExtractConfig(workers=2, precision="fp32" if device == "cpu" else precision)

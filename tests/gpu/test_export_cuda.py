@@ -12,10 +12,11 @@ import torch
 from contract.errors import UserError
 from contract.manifest import Manifest, read_manifest
 from distill.data.pictures import PackagedPhotos
+from export.agreement import TOLERANCE, compare
 from export.bench.__main__ import main as bench
 from export.check import main as check
 from export.graph import build_parts, open_student
-from export.parity import TOLERANCE, compare, run_chain
+from export.parity import run_chain
 from export.run import main as export
 from export.runtimes.engine import EngineRuntime
 from export.runtimes.onnx import CudaRuntime, OnnxRuntime, no_cuda_provider

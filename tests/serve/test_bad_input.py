@@ -5,26 +5,25 @@ import json
 import re
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.client import HTTPConnection
 
 import grpc
 import numpy as np
 import pytest
-import yaml
 from PIL import Image, ImageOps
 from tritonclient.grpc.service_pb2 import ModelStatisticsRequest
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from contract.dense import class_map, depth_map
-from contract.images import fit, read_pixels
+from contract.images import read_views
+from contract.views import SQUASH
 from distill.data.pictures import PackagedPhotos
-from distill.evaluate.__main__ import main as evaluate
-from export.run import main as export
 from serve.bundle import read_bundle
-from serve.server.state import read_state
+from serve.repository.state import read_state
 from serve.server.stubs import find_stubs
-from tests.conftest import need_tritonserver, run_here, small_recipe
+from tests.conftest import long_case, serving
 from tests.serve.raw_requests import (
     Raw,
     array,
@@ -42,7 +41,7 @@ from tests.serve.raw_requests import (
 SIZE = 64
 INVALID, MISSING = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 PHOTO = PackagedPhotos().load(0).convert("RGB").resize((160, 120))
-PIXELS = fit(PHOTO, SIZE, SIZE)[None]
+PIXELS = SQUASH.pixels(PHOTO, SIZE, SIZE)[None]
 FILE = encode(PHOTO, "JPEG", quality=90)
 ZEROS = np.zeros((1, SIZE, SIZE, 3), np.uint8)
 
@@ -55,6 +54,13 @@ def bundle(small_bundle):
 @pytest.fixture(scope="module")
 def triton(server):
     with grpc.insecure_channel(server.grpc) as channel:
+        yield GRPCInferenceServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def parts(apart_server):
+    """A server whose graphs each have a model."""
+    with grpc.insecure_channel(apart_server.grpc) as channel:
         yield GRPCInferenceServiceStub(channel)
 
 
@@ -204,7 +210,7 @@ def test_an_unknown_name_is_told(triton, known, case):
     assert found == code and words in said, said
 
 
-@pytest.mark.parametrize("model", ["backbone", "fused", "segmentation", "depth"])
+@pytest.mark.parametrize("model", ["features", "fused", "segmentation", "depth"])
 def test_every_model_that_reads_pictures_refuses_wrong_ones(triton, known, model):
     for wrong in (ZEROS.astype(np.float32), ZEROS[:, :48], ZEROS[:0], np.repeat(ZEROS, 5, axis=0)):
         code, said = refused(triton, known, request(model, [array("image", wrong)]), model)
@@ -215,34 +221,34 @@ FLOATS = [(m, name) for m, (names, _) in GOOD.items() for name in names if name 
 
 
 @pytest.mark.parametrize(("model", "name"), FLOATS)
-def test_floats_that_are_not_finite_are_refused_where_floats_are_taken(triton, known, model, name):
+def test_floats_that_are_not_finite_are_refused_where_floats_are_taken(parts, known, model, name):
     inputs, outputs = GOOD[model]
     for value in (np.nan, np.inf, -np.inf):
         broken = known[name].copy()
         broken.flat[-1] = value
         given = [array(n, broken if n == name else known[n]) for n in inputs]
-        code, said = refused(triton, known, request(model, given, outputs), model)
+        code, said = refused(parts, known, request(model, given, outputs), model)
         assert (code, said) == (
             INVALID,
             f"input '{name}' holds NaN or infinity: give finite numbers",
         )
 
 
-def test_floats_whose_sum_is_large_are_not_taken_for_infinite(triton, known):
+def test_floats_whose_sum_is_large_are_not_taken_for_infinite(parts, known):
     large = np.full_like(known["depth"], 3e38)
-    answer = triton.ModelInfer(
+    answer = parts.ModelInfer(
         request("depth_map", [array("depth", large), array("image", PIXELS)], ["depth_map"])
     )
     np.testing.assert_allclose(arrays(answer)["depth_map"], 3e38, rtol=1e-5)
 
 
-def test_right_requests_in_one_batch_with_refused_ones_are_answered(triton, known):
+def test_right_requests_in_one_batch_with_refused_ones_are_answered(parts, known):
     broken = np.full_like(known["spaces"], np.nan)
     names = ["mae_token", "mae_patches"]
     expected = {name: known[name] for name in names}
 
     def counts():
-        stats = triton.ModelStatistics(ModelStatisticsRequest(name="head_mae")).model_stats[0]
+        stats = parts.ModelStatistics(ModelStatisticsRequest(name="head_mae")).model_stats[0]
         return stats.execution_count, stats.inference_count
 
     for _ in range(5):  # on a busy machine none may meet another
@@ -251,7 +257,7 @@ def test_right_requests_in_one_batch_with_refused_ones_are_answered(triton, know
         for turn in range(90):
             values = broken if turn % 3 == 1 else known["spaces"]
             ask = request("head_mae", [array("spaces", values)], names)
-            pending.append((turn % 3 == 1, triton.ModelInfer.future(ask, timeout=30)))
+            pending.append((turn % 3 == 1, parts.ModelInfer.future(ask, timeout=30)))
         for bad, future in pending:
             if bad:
                 assert future.exception().code() == INVALID
@@ -263,17 +269,17 @@ def test_right_requests_in_one_batch_with_refused_ones_are_answered(triton, know
     assert rows > 1.2 * runs, "requests were not batched: nothing was shown"
 
 
-def test_a_batch_of_nothing_with_the_bytes_of_one_is_refused_and_harms_no_other(triton, known):
+def test_a_batch_of_nothing_with_the_bytes_of_one_is_refused_and_harms_no_other(parts, known):
     # Triton takes these for requests without a batch, and by itself fails all requests of the batch
     # they come into
-    for model in ("backbone", "fused", "interaction", "head_mae", "depth_head"):
+    for model in ("backbone", "interaction", "head_mae", "depth_head"):
         inputs, outputs = GOOD[model]
         empty = [
             replace(array(name, known[name]), shape=(0, *known[name].shape[1:])) for name in inputs
         ]
         fair, expected = good(model, known)
         pending = [
-            (n % 3, triton.ModelInfer.future(request(model, empty) if n % 3 == 1 else fair))
+            (n % 3, parts.ModelInfer.future(request(model, empty) if n % 3 == 1 else fair))
             for n in range(30)
         ]
         for kind, future in pending:
@@ -285,18 +291,18 @@ def test_a_batch_of_nothing_with_the_bytes_of_one_is_refused_and_harms_no_other(
                 )
             else:
                 same(arrays(future.result()), expected)
-    said = refusal(triton, request("decode", [strings("encoded", [FILE], (0, 1))]))
+    said = refusal(parts, request("decode", [strings("encoded", [FILE], (0, 1))]))
     assert "unexpected number of string elements 1 for inference input 'encoded'" in said
-    said = refusal(triton, request("decode", [strings("encoded", [], (0, 1))]))
+    said = refusal(parts, request("decode", [strings("encoded", [], (0, 1))]))
     assert said == "input 'encoded' is a batch of 0: give 1 or more"
 
 
-def test_models_without_batches_bound_the_pictures_of_a_request(triton, known):
+def test_models_without_batches_bound_the_pictures_of_a_request(parts, known):
     most = 4
-    said = refusal(triton, request("decode", [strings("encoded", [FILE] * (most + 1))]))
+    said = refusal(parts, request("decode", [strings("encoded", [FILE] * (most + 1))]))
     assert said == f"input 'encoded' has {most + 1} pictures: at most {most}"
     values, image = (np.repeat(tensor[:1], most + 1, 0) for tensor in (known["depth"], PIXELS))
-    said = refusal(triton, request("depth_map", [array("depth", values), array("image", image)]))
+    said = refusal(parts, request("depth_map", [array("depth", values), array("image", image)]))
     assert said.endswith(f"give as many of each, at most {most}")
 
 
@@ -520,16 +526,16 @@ def unusual():
 def test_unusual_files_are_decoded_as_on_the_clients_side(triton):
     for kind, data, looks in unusual():
         found = arrays(triton.ModelInfer(request("decode", [strings("encoded", [data])])))["image"]
-        assert np.array_equal(found[0], read_pixels(data, SIZE, SIZE)), kind
-        assert np.abs(found[0].astype(int) - fit(looks, SIZE, SIZE)).mean() < 4, kind
+        assert np.array_equal(found[0], read_views(data, SQUASH, SIZE, SIZE)[0]), kind
+        assert np.abs(found[0].astype(int) - SQUASH.pixels(looks, SIZE, SIZE)).mean() < 4, kind
 
 
 @pytest.mark.parametrize("tag", [0, *range(1, 9), 9])
 def test_pictures_are_turned_upright_as_on_the_clients_side(triton, tag):
     data = turned(tag)
     found = arrays(triton.ModelInfer(request("decode", [strings("encoded", [data])])))["image"]
-    assert np.array_equal(found[0], read_pixels(data, SIZE, SIZE))
-    upright = fit(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), SIZE, SIZE)
+    assert np.array_equal(found[0], read_views(data, SQUASH, SIZE, SIZE)[0])
+    upright = SQUASH.pixels(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), SIZE, SIZE)
     assert np.abs(found[0].astype(int) - upright).mean() < 2
 
 
@@ -656,60 +662,58 @@ def test_bad_requests_over_http_are_refused_in_a_sentence(server, case):
     assert found == status and words in said and "Traceback" not in said, said
 
 
+def test_parameters_that_are_no_text_are_refused_and_harm_no_other(triton, known, server):
+    """Triton hands them on over HTTP as they came."""
+    body = json.dumps(in_json() | {"parameters": {"task": "?"}}).encode().replace(b"?", b"\xff")
+    expected = {"backbone_global": known["backbone_global"]}
+
+    def counts():
+        stats = triton.ModelStatistics(ModelStatisticsRequest(name="features")).model_stats[0]
+        return stats.execution_count, stats.inference_count
+
+    for _ in range(5):  # on a busy machine none may meet another
+        before = counts()
+        with ThreadPoolExecutor(8) as pool:
+            wrong = [pool.submit(post, server, "features/infer", body, {}) for _ in range(16)]
+            ask = request("features", [array("image", PIXELS)], ["backbone_global"])
+            right = [triton.ModelInfer.future(ask, timeout=30) for _ in range(60)]
+            for future in right:
+                same(arrays(future.result()), expected)
+            for future in wrong:
+                status, said = future.result()
+                assert status == 400 and "parameters are not UTF-8 text" in said, said
+        runs, rows = (after - was for after, was in zip(counts(), before, strict=True))
+        if rows > 1.2 * runs:
+            break
+    assert rows > 1.2 * runs, "requests were not batched: nothing was shown"
+
+
 # Sizes that vary
 
 
-@pytest.fixture(scope="module")
-def varying(expensive, photo_folder, scenes, tmp_path_factory):
-    """A server of a student that takes any multiples of 16 up to 64 x 96, with one head and
-    depth.
-    """
-    need_tritonserver()
-    from serve.repository.build import make_repository
-    from serve.repository.settings import Settings
-    from serve.server.process import Options, Server
-    from serve.server.triton import find_tritonserver
-
-    folder = tmp_path_factory.mktemp("varying")
-    vit = {"embed_dim": 32, "depth": 1, "num_heads": 2}
-    teachers = [
-        {
-            "name": "vit_tiny_patch16_224",
-            "role": "mae",
-            "pretrained": False,
-            "image_size": 64,
-            "kwargs": vit,
-        }
-    ]
-    recipe = small_recipe(photo_folder, method="plain", train={"steps": 2}) | {"teachers": teachers}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run, quick = folder / "run", ("extract.workers=0", "dense.size=64", "dense.steps=2")
-    done = [run_here(folder / "recipe.yaml", "--output", run)]
-    wanted = ("--data", scenes, "--features", "backbone", "--tasks", "depth")
-    done.append(run_here(run, *wanted, *quick, command=evaluate))
-    sizes = ("--resolutions", 32, "64x96", "--max-batch", 4)
-    done.append(run_here(run, "--output", folder / "bundle", *sizes, command=export))
-    assert all(step.returncode == 0 for step in done), [step.stderr for step in done]
-    make_repository(read_bundle(folder / "bundle"), folder / "repository", Settings(fused=False))
-    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
-    server = Server(
-        find_tritonserver(None, folder), folder / "repository", options, lambda line: None
-    )
-    with server, grpc.insecure_channel(server.grpc) as channel:
-        yield GRPCInferenceServiceStub(channel), read_bundle(folder / "bundle")
+@pytest.fixture(scope="module", params=["together", long_case("apart")])
+def varying(request, varying_bundle, tmp_path_factory):
+    """A server of a student that takes any multiples of 16 up to 64 x 96, in both forms."""
+    settings = {"fused": False, "parts": request.param}
+    folder = tmp_path_factory.mktemp("varying_server")
+    with (
+        serving(varying_bundle, folder, **settings) as server,
+        grpc.insecure_channel(server.grpc) as channel,
+    ):
+        yield GRPCInferenceServiceStub(channel), read_bundle(varying_bundle)
 
 
 def test_only_sizes_that_the_graph_answers_rightly_are_taken(varying):
     triton, bundle = varying
     names = ["backbone_global", "backbone_patches", "mae_token", "depth"]
     for height, width in ((64, 64), (64, 96), (32, 80), (48, 32)):
-        pixels = fit(PHOTO, height, width)[None]
+        pixels = SQUASH.pixels(PHOTO, height, width)[None]
         expected = reference(bundle, pixels)
         found = arrays(triton.ModelInfer(request("features", [array("image", pixels)], names)))
         same(found, {name: expected[name] for name in names})
         found = arrays(triton.ModelInfer(request("depth", [array("image", pixels)])))
         same(found, {"depth_map": depth_map(expected["depth"], height, width)})
-    for model in ("features", "depth", "backbone"):
+    for model in ("features", "depth"):
         for height, width in ((70, 64), (64, 65), (8, 64), (64, 15)):
             said = refusal(
                 triton, request(model, [array("image", np.zeros((1, height, width, 3), np.uint8))])
@@ -728,6 +732,7 @@ def test_only_sizes_that_the_graph_answers_rightly_are_taken(varying):
         refusal(triton, request(model, [array("image", np.zeros((1, 0, 64, 3), np.uint8))]))
 
 
+@pytest.mark.parametrize("varying", ["apart"], indirect=True)
 def test_parts_refuse_more_positions_than_pictures_have(varying):
     triton, bundle = varying
     for count in (0, 1000):

@@ -9,7 +9,8 @@ import pytest
 import tritonclient.grpc as grpc
 from PIL import Image
 
-from contract.images import Limits, decode, fit
+from contract.images import Limits, decode
+from contract.views import SQUASH
 from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
@@ -52,7 +53,7 @@ def files(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pixels(files):
     """The same as the model reads them, uint8 [11, 64, 64, 3]."""
-    return np.stack([fit(Image.open(path), SIZE, SIZE) for path in files])
+    return np.stack([SQUASH.pixels(Image.open(path), SIZE, SIZE) for path in files])
 
 
 def raw(url, pixels, outputs):
@@ -239,12 +240,13 @@ def test_parts_of_two_versions_are_not_joined():
     one, other = np.array([b"cat"], np.object_), np.array([b"dog"], np.object_)
     for first, second in ((one, other), (np.zeros((2, 3)), np.zeros((2, 4)))):
         with pytest.raises(WrongAnswer, match="send the request again"):
-            join([({"a": first}, {}), ({"a": second}, {})], (8, 8), "id")
+            join([({"a": first}, {}), ({"a": second}, {})], (8, 8), "id", SQUASH)
     lost = ({}, {"a": ServerFailed("broke")})
     answer = join(
         [({"a": np.zeros((2, 3)), "b": np.ones((2, 1))}, {}), ({"b": np.ones((1, 1))}, lost[1])],
         (8, 8),
         "",
+        SQUASH,
     )
     assert list(answer) == ["b"] and answer["b"].shape == (3, 1)
     with pytest.raises(KeyError, match="broke"):
@@ -354,4 +356,4 @@ def test_asyncio_is_answered_the_same(client, server, files):
 
 def test_what_is_decoded_here_is_what_the_server_decodes(files, pixels):
     for path, expected in zip(files, pixels, strict=True):
-        assert np.array_equal(fit(decode(path.read_bytes()), SIZE, SIZE), expected)
+        assert np.array_equal(SQUASH.pixels(decode(path.read_bytes()), SIZE, SIZE), expected)

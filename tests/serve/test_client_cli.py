@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from serve.client import FeatureClient
 from serve.client.__main__ import main, task_names
 from serve.client.tasks.depth import estimate_depth
 from serve.client.tasks.segmentation import segment
+from serve.server.front import FrontOptions
+from serve.server.front_process import Front
 
 
 @pytest.fixture
@@ -109,6 +112,7 @@ def test_segmentation_and_depth_are_written_from_either_side(
             np.asarray(Image.open(out / "cat.v1_classes.png")), found["class_map"][0]
         )
     with np.load(out / "depth.npz") as found:
+        assert found["depth"].shape == (2, 60, 90), "of the pictures' own size"
         np.testing.assert_allclose(found["depth"], depth.depth, rtol=1e-4, atol=1e-5)
         assert str(found["unit"]) == "metre"
     names = {
@@ -133,7 +137,6 @@ def test_segmentation_and_depth_are_written_from_either_side(
         (["--shm", "cuda"], "cuda"),
         (["--ssl-root", "nowhere.pem"], "nowhere.pem"),
         (["--ssl"], "does not answer in TLS"),
-        (["nowhere.jpg"], "nowhere.jpg: no such file"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(server, pictures, tmp_path, capsys, arguments, said):
@@ -145,10 +148,119 @@ def test_a_mistake_is_one_line_and_status_2(server, pictures, tmp_path, capsys, 
     assert len(complaint.strip().splitlines()) == 1 and not out.exists()
 
 
-def test_a_picture_that_is_none_is_named(server, pictures, capsys):
-    pictures[1].write_bytes(b"no picture")
-    status, _, complaint = run(capsys, *pictures, "--url", server.grpc, "--task", "segmentation")
-    assert status == 2 and f"error: {pictures[1]}: the bytes are not a JPEG" in complaint
+def photographs(folder, count):
+    """So many small photographs; returns their paths."""
+    folder.mkdir()
+    photos = PackagedPhotos()
+    paths = [folder / f"{number:02d}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        photos.load(number % len(photos)).convert("RGB").resize((40, 30)).save(path)
+    return paths
+
+
+def bad_lines(complaint):
+    """What was listed, by file."""
+    lines = [line for line in complaint.splitlines() if line.startswith("bad ")]
+    return {line.split()[1].removesuffix(":"): line for line in lines}
+
+
+@pytest.mark.parametrize("sent", [[], ["--encoded"]])
+def test_bad_pictures_among_many_are_listed_and_the_others_answered(server, tmp_path, capsys, sent):
+    """More than are asked about at once: 20, and 16 are 4 requests of 4."""
+    paths = photographs(tmp_path / "photos", 20)
+    paths[1].write_bytes(b"no picture")
+    paths[3].write_bytes(paths[3].read_bytes()[:300])
+    paths[17].write_bytes(b"")
+    paths[19].unlink()
+    bad = [paths[n] for n in (1, 3, 17, 19)]
+    good = [path for path in paths if path not in bad]
+    outputs = ("--outputs", "mae_token", "--output", tmp_path / "out")
+    status, said, complaint = run(capsys, *paths, "--url", server.grpc, *outputs, *sent)
+    assert status == 3, complaint
+    listed = bad_lines(complaint)
+    assert list(listed) == [str(path) for path in bad] and complaint.count("\n") == 4
+    assert "not a JPEG" in listed[str(paths[1])] and "0 bytes" in listed[str(paths[17])]
+    assert "No such file" in listed[str(paths[19])]
+    assert "answered  16 of 20 pictures, 4 of the others cannot be read" in said
+    with FeatureClient(server.grpc) as client:
+        wanted = client.features(good, ["mae_token"], encoded=bool(sent))["mae_token"]
+    with np.load(tmp_path / "out" / "features.npz") as found:
+        assert found["images"].tolist() == [str(path) for path in good]
+        np.testing.assert_allclose(found["mae_token"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_is_the_pictures_in_it(server, tmp_path, capsys):
+    """Hidden files, other files and links as everywhere; a bad one changes nobody's name."""
+    top, out = tmp_path / "photos", tmp_path / "out"
+    first = photographs(top, 1)[0]
+    first.rename(top / "cat.jpg")
+    for name in ("a/cat.jpg", "b/cat.png", ".hidden.jpg", ".ipynb_checkpoints/cat.jpg"):
+        (top / name).parent.mkdir(exist_ok=True)
+        Image.open(top / "cat.jpg").save(top / name)
+    (top / "a" / "cat.jpg").write_bytes(b"no picture")
+    (top / "notes.txt").write_text("mine")
+    (top / "again").symlink_to(top)
+    (top / "link.png").symlink_to(top / "b" / "cat.png")
+    (top / "gone.jpg").symlink_to(top / "nowhere")
+    status, said, complaint = run(
+        capsys, top, "--url", server.grpc, "--task", "depth", "--output", out
+    )
+    assert status == 3, complaint
+    assert list(bad_lines(complaint)) == [str(top / "a" / "cat.jpg"), str(top / "gone.jpg")]
+    with np.load(out / "depth.npz") as found:
+        names = [str(top / name) for name in ("b/cat.png", "cat.jpg", "link.png")]
+        assert found["images"].tolist() == names and len(found["depth"]) == 3
+    written = {path.name for path in out.iterdir()}
+    assert written == {"depth.npz", "cat_2_depth.png", "cat_3_depth.png", "link_depth.png"}
+    (tmp_path / "empty").mkdir()
+    status, _, complaint = run(capsys, tmp_path / "empty", top, "--url", server.grpc)
+    assert status == 2 and "empty has no pictures in it" in complaint
+
+
+def test_where_every_picture_is_bad_nothing_is_written(server, pictures, tmp_path, capsys):
+    out = tmp_path / "out"
+    for path in pictures:
+        path.write_bytes(b"no picture")
+    status, _, complaint = run(capsys, *pictures, "--url", server.grpc, "--output", out)
+    assert status == 2 and not out.exists()
+    assert list(bad_lines(complaint)) == [str(path) for path in pictures]
+    assert "error: none of the 2 pictures can be read" in complaint
+    status, _, complaint = run(capsys, pictures[0], "--url", server.grpc, "--output", out)
+    assert status == 2 and f"error: {pictures[0]}: the bytes are not a JPEG" in complaint
+
+
+def test_what_was_answered_is_kept_when_the_server_breaks_off(
+    server, tmp_path, capsys, monkeypatch
+):
+    """The front that clients reach ends once the first picture is written."""
+    monkeypatch.setattr("serve.client.commands._group_size", lambda client, count: 4)
+    paths, out = photographs(tmp_path / "photos", 6), tmp_path / "out"
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{found.getsockname()[1]}"
+    front = Front(FrontOptions(url, server.grpc, exit_seconds=1), lambda line: None)
+    front.start()
+    ended = threading.Event()
+
+    def end():
+        while not list(out.glob("*_depth.png")) and not ended.wait(0.01):
+            pass
+        front.stop()
+
+    watcher = threading.Thread(target=end)
+    watcher.start()
+    try:
+        status, said, complaint = run(
+            capsys, *paths, "--url", url, "--task", "depth", "--output", out, "--retries", 0
+        )
+    finally:
+        ended.set()
+        watcher.join()
+    assert status == 1 and "answered  4 of 6 pictures" in said, complaint
+    assert complaint.startswith("error: ") and url in complaint and complaint.count("\n") == 1
+    with np.load(out / "depth.npz") as found:
+        assert found["images"].tolist() == [str(path) for path in paths[:4]]
+    assert len(list(out.glob("*_depth.png"))) == 4
 
 
 def test_no_server_is_said_with_the_command_that_starts_one(pictures, capsys):

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 
-from contract.images import fit
+from contract.views import SQUASH
 from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
@@ -35,7 +35,7 @@ from tests.conftest import need_tritonserver
 @pytest.fixture(scope="module")
 def pixels():
     """A photograph as the small bundle reads it, uint8 [1, 64, 64, 3]."""
-    return fit(PackagedPhotos().load(0), 64, 64)[None]
+    return SQUASH.pixels(PackagedPhotos().load(0), 64, 64)[None]
 
 
 class Proxy(socketserver.ThreadingTCPServer):
@@ -290,7 +290,9 @@ def fragile(expensive, small_bundle, tmp_path_factory):
     from serve.server.triton import find_tritonserver
 
     folder = tmp_path_factory.mktemp("fragile")
-    make_repository(read_bundle(small_bundle), folder / "repository", Settings(fused=False))
+    # a model a graph, of which one may die alone
+    settings = Settings(fused=False, parts="apart")
+    make_repository(read_bundle(small_bundle), folder / "repository", settings)
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=2)
     with Server(
         find_tritonserver(None, folder), folder / "repository", options, lambda line: None

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from contract.images import Limits, fit
+from contract.images import Limits
+from contract.views import SQUASH
 from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.aio import AsyncFeatureClient
@@ -28,13 +29,13 @@ from tests.serve.raw_requests import encode
 SIZE = 64
 PHOTO = PackagedPhotos().load(0).convert("RGB").resize((160, 120))
 FILE = encode(PHOTO, "PNG")
-PIXELS = fit(PHOTO, SIZE, SIZE)
+PIXELS = SQUASH.pixels(PHOTO, SIZE, SIZE)
 
 
 def decoded(images: object, encoded: bool = False) -> np.ndarray:
     """What a client would send."""
     pictures = list_pictures(images)
-    return next(iter(to_tensor(pictures, (SIZE, SIZE), encoded, Limits()).values()))
+    return next(iter(to_tensor(pictures, (SIZE, SIZE), SQUASH, encoded, Limits()).values()))
 
 
 class Reader:

@@ -17,6 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -24,8 +25,11 @@ import grpc
 import jsonschema
 import pytest
 import yaml
+from google.protobuf.json_format import MessageToJson
 from packaging.requirements import Requirement
 
+from contract.golden import GOLDEN, read_golden
+from contract.tasks import map_tasks
 from export import run as export_run
 from serve.bundle import read_bundle
 from serve.repository import __main__ as serve_repository
@@ -36,6 +40,7 @@ from serve.server.process import RESTRICTED, Options
 from serve.server.rest import ADMIN_HEADER
 from serve.server.triton import find_tritonserver
 from tests.conftest import need_tritonserver
+from tests.serve.made_bundle import make_bundle
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -173,7 +178,9 @@ def test_ports_probes_and_patience_are_those_of_the_code():
         assert f"--{name}-port={port}" in script
     assert f"--exit-timeout-secs={options.exit_seconds}" in script
     assert f'admin="{",".join(RESTRICTED)}:{ADMIN_HEADER}=$key"' in script
-    exposed = re.search("^EXPOSE (.*)$", (DEPLOY / "Containerfile").read_text(), re.MULTILINE)[1]
+    exposed = re.search("^EXPOSE (8000.*)$", (DEPLOY / "Containerfile").read_text(), re.MULTILINE)[
+        1
+    ]
     assert sorted(map(int, exposed.split())) == sorted(ports.values())
 
     container = container_of("kubernetes/base/deployment.yaml")
@@ -204,10 +211,16 @@ def test_a_pod_has_time_to_forget_drain_and_end(path):
     assert grace >= sleep + Options().exit_seconds + 10
 
 
+def served_models(bundle):
+    """Names of the models of repositories, in either form."""
+    settings = Settings(), Settings(parts="apart")
+    return {m.name for form in settings for m in build_models(read_bundle(bundle), form)}
+
+
 @pytest.mark.parametrize("path", WITH_TRITON)
 def test_probes_ask_for_models_that_a_repository_has(path, small_bundle):
     container = container_of(path)
-    names = {model.name for model in build_models(read_bundle(small_bundle), Settings())}
+    names = served_models(small_bundle)
     probes = {
         name: container.get(f"{name}Probe", {}) for name in ("startup", "readiness", "liveness")
     }
@@ -362,6 +375,20 @@ def requirements(name):
     return found
 
 
+def missing(loaded, listed):
+    """Loaded modules that none of these requirements bring; a namespace (google) is of several
+    distributions, any of which will do.
+    """
+    dists, brought = metadata.packages_distributions(), closure(listed)
+    own = {"vfm-distill", "setuptools"}
+    names = {
+        module: {name.lower().replace("_", "-") for name in dists[module]}
+        for module in loaded
+        if module in dists
+    }
+    return {module for module, found in names.items() if not found & (brought | own)}
+
+
 def test_the_render_stage_has_what_rendering_imports(small_bundle, tmp_path):
     code = (
         "import json, sys; from serve.repository.__main__ import main\nstatus = main([sys.argv[1], "
@@ -379,12 +406,58 @@ def test_the_render_stage_has_what_rendering_imports(small_bundle, tmp_path):
     assert done.returncode == 0, done.stderr
     loaded = set(json.loads(done.stdout.splitlines()[-1])) - set(sys.stdlib_module_names)
     assert not loaded & {"torch", "distill", "export"}
-    dists = metadata.packages_distributions()
-    needed = {dists[name][0].lower().replace("_", "-") for name in loaded if name in dists} - {
-        "vfm-distill",
-        "setuptools",
-    }
-    assert needed <= closure([*requirements("serve.txt"), *requirements("render.txt")])
+    assert not missing(loaded, [*requirements("serve.txt"), *requirements("render.txt")])
+
+
+GATEWAY = "kubernetes/components/gateway/gateway.yaml"
+
+
+def test_the_gateway_calls_the_command_as_it_is_and_reaches_the_server():
+    pytest.importorskip("prometheus_client", reason="the optional extra [gateway] is not installed")
+    from serve.gateway.__main__ import _parser
+
+    deployment, service = read(GATEWAY)
+    pod = deployment["spec"]["template"]
+    container = pod["spec"]["containers"][0]
+    args = _parser().parse_args(container["args"])
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": args.port} and service["spec"]["ports"][0]["port"] == args.port
+    assert f"EXPOSE {args.port}\n" in (DEPLOY / "Containerfile").read_text()
+    name, _, port = args.url.partition(":")
+    server = of_kind(read("kubernetes/base/service.yaml"), "Service", name)
+    assert int(port) in {port["port"] for port in server["spec"]["ports"]}
+    labels = pod["metadata"]["labels"]
+    admitted = read("kubernetes/base/network-policy.yaml")[0]["spec"]["ingress"][0]["from"][0]
+    policy = read("kubernetes/components/gateway/network-policy.yaml")[0]["spec"]
+    for selector in (
+        admitted["podSelector"]["matchLabels"],
+        policy["podSelector"]["matchLabels"],
+        service["spec"]["selector"],
+    ):
+        assert selector.items() <= labels.items()
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert args.api_key_file.parent == Path(mounts["keys"])
+    sleep = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    grace = pod["spec"]["terminationGracePeriodSeconds"]
+    assert grace >= sleep + args.exit_timeout + 10
+
+
+def test_the_gateways_image_has_what_it_imports():
+    pytest.importorskip("prometheus_client", reason="the optional extra [gateway] is not installed")
+    code = (
+        "import json, sys\n"
+        "import serve.gateway.__main__, serve.gateway.app, serve.gateway.connections\n"
+        "serve.gateway.__main__._parser()\n"
+        "print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout)) - set(sys.stdlib_module_names)
+    assert not loaded & {"torch", "distill", "export", "onnx", "onnxruntime", "triton_models"}
+    optional = {"multipart", "python_multipart", "sniffio"}  # starlette's and anyio's, if there
+    assert not missing(loaded - optional, requirements("gateway.txt"))
 
 
 def imports_of(path):
@@ -427,7 +500,7 @@ def test_the_images_python_packages_are_of_one_version():
         for line in (ROOT / "constraints.txt").read_text().splitlines()
         if line[:1].isalpha()
     }
-    for name in ("render.txt", "serve-python.txt"):
+    for name in ("render.txt", "serve-python.txt", "gateway.txt"):
         for requirement in map(Requirement, requirements(name)):
             assert requirement.name in pinned, requirement
 
@@ -604,8 +677,7 @@ def repository_of(process):
 def test_the_server_as_deployed_is_ready_and_guards_its_administration(deployed):
     _, url, rpc, _ = deployed
     container = container_of("kubernetes/base/deployment.yaml")
-    for name in ("startup", "readiness"):
-        assert ask(url + container[f"{name}Probe"]["httpGet"]["path"])[0] == 200
+    assert ask(url + container["readinessProbe"]["httpGet"]["path"])[0] == 200
     with grpc.insecure_channel(rpc) as channel:
         health = channel.unary_unary("/grpc.health.v1.Health/Check")
         assert health(b"", timeout=10) == b"\x08\x01", "SERVING"  # the probe of Knative
@@ -619,7 +691,7 @@ def test_the_server_as_deployed_is_ready_and_guards_its_administration(deployed)
     assert ask(closed, post=True, **{ADMIN_HEADER: "s3cret"})[0] == 200
 
 
-def test_autoscaling_reads_metrics_that_triton_gives(deployed, small_bundle):
+def test_autoscaling_reads_metrics_that_triton_gives(deployed):
     _, _, _, metrics = deployed
     given = set(re.findall(r"^(nv_\w+)\{", ask(metrics)[1], re.MULTILINE))
     rules = read("kubernetes/components/autoscaling/prometheus-adapter.yaml")[0]["rules"]["custom"]
@@ -632,10 +704,67 @@ def test_autoscaling_reads_metrics_that_triton_gives(deployed, small_bundle):
     ]
     queries = [rule[key] for rule in rules for key in ("seriesQuery", "metricsQuery")]
     queries += [metric["external"]["metric"]["query"] for metric in keda]
-    models = {model.name for model in build_models(read_bundle(small_bundle), Settings())}
     for query in queries:
         assert set(re.findall(r"nv_\w+", query)) and set(re.findall(r"nv_\w+", query)) <= given
-        assert set(re.search('model=~"([^"]*)"', query)[1].split("|")) <= models
+
+
+def test_autoscaling_watches_every_queue_that_pictures_wait_in_first(small_bundle, tmp_path):
+    rules = read("kubernetes/components/autoscaling/prometheus-adapter.yaml")[0]["rules"]["custom"]
+    scaling = read("kserve/standard/inference-service.yaml")[0]["spec"]["predictor"]["autoScaling"]
+    queries = [rule["metricsQuery"] for rule in rules]
+    queries += [metric["external"]["metric"]["query"] for metric in scaling["metrics"]]
+    first, there = set(), set()
+    for bundle in (small_bundle, make_bundle(tmp_path / "bundle")):  # the latter has a detector
+        for backend in ("python", "onnxruntime"):
+            models = build_models(read_bundle(bundle), Settings(backend=backend))
+            there |= {model.name for model in models}
+            for config in (model.config for model in models):
+                inputs = {port.name for port in config.input}
+                if config.platform == "ensemble":
+                    first.add(config.ensemble_scheduling.step[0].model_name)
+                elif "image" in inputs and inputs <= {"image", "labels", "threshold"}:
+                    first.add(config.name)
+    for query in queries:
+        watched = set(re.search('model=~"([^"]*)"', query)[1].split("|"))
+        assert "decode" in first <= watched <= there, watched ^ first
+
+
+def test_nvidias_entrypoint_runs_first():
+    text = (DEPLOY / "Containerfile").read_text()
+    stages = re.findall(r"^FROM (\S+) AS (\w+)$(.*?)(?=^FROM|\Z)", text, re.M | re.S)
+    entrypoints = {
+        stage: json.loads(found[1])
+        for image, stage, body in stages
+        if image == "${TRITON}" and (found := re.search(r"^ENTRYPOINT (.*)$", body, re.M))
+    }
+    assert set(entrypoints) == {"export", "runtime"}
+    for command in entrypoints.values():
+        assert command[0] == "/opt/nvidia/nvidia_entrypoint.sh" and len(command) > 2
+
+
+def test_startup_asks_the_golden_pictures(deployed, tmp_path):
+    process, url, _, _ = deployed
+    command = container_of("kubernetes/base/deployment.yaml")["startupProbe"]["exec"]["command"]
+    assert command[1] == "/opt/vfm/probe.py"
+    done = probe(url, repository_of(process), *command[2:])
+    assert done.returncode == 0, done.stderr
+    place = tmp_path / "features" / "1" / GOLDEN
+    place.parent.mkdir(parents=True)
+    assert probe(url, tmp_path, "--golden").returncode == 0, "of a bundle without them"
+    golden = read_golden(Path(repository_of(process)) / "features" / "1" / GOLDEN)
+    depth = golden.outputs["depth"]
+    for change, said in (
+        (1.2 * depth, "off by 0.167 of its length"),
+        (-depth, "cosine -1.0"),
+        (depth[:, :-1], f"{depth[0].size} values, recorded {depth[0, :-1].size}"),
+    ):
+        wrong = replace(golden, outputs=golden.outputs | {"depth": change})
+        place.write_bytes(wrong.to_bytes())
+        done = probe(url, tmp_path, "--golden")
+        assert done.returncode == 1 and f"output 'depth' on {golden.pictures[0]}" in done.stderr
+        assert said in done.stderr and done.stderr.count("\n") == 1
+    done = probe(f"http://127.0.0.1:{free_ports(1)[0]}", tmp_path, "--golden")
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
 
 
 def test_liveness_reaches_every_model(deployed, small_bundle):
@@ -651,7 +780,7 @@ def test_liveness_reaches_every_model(deployed, small_bundle):
 
 def test_liveness_finds_a_dead_backend_that_readiness_does_not(deployed):
     process, url, _, _ = deployed
-    os.kill(stub_of(process, "depth_map"), signal.SIGKILL)
+    os.kill(stub_of(process, "depth"), signal.SIGKILL)
     done = probe(url, repository_of(process))
     assert done.returncode == 1 and "depth" in done.stderr and "Traceback" not in done.stderr
     assert ask(f"{url}/v2/health/ready")[0] == 200
@@ -664,6 +793,45 @@ def test_liveness_of_no_server_is_one_line():
     )
 
 
+@pytest.mark.parametrize("settings", [{}, {"parts": "apart"}, {"encoded": False}], ids=str)
+def test_liveness_asks_every_front_door(small_bundle, tmp_path, settings):
+    """Of each form of a repository, as rendered; `encoded` is also missing where a picture has
+    several views. What answers is no Triton, because only what is asked matters.
+    """
+    bundle = read_bundle(small_bundle)
+    configs = {m.name: m.config for m in build_models(bundle, Settings(**settings))}
+    for name in configs:
+        (tmp_path / name).mkdir()
+    asked: list[str] = []
+
+    class Answers(Slow):
+        def do_GET(self):
+            config = configs.get(self.path.split("/")[3] if "/models/" in self.path else "")
+            self.say(
+                200,
+                (
+                    MessageToJson(config, preserving_proto_field_name=True)
+                    if config
+                    else '{"model_stats":[]}'
+                ).encode(),
+            )
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked.append(self.path.split("/")[3])
+            self.say(200, b"")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = probe(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    tasks = [task.name for task in map_tasks() if task.name in bundle.graphs]
+    assert tasks and {*tasks, "fused"} < {*asked}
+    assert ("features" in asked) == ("features_encoded" not in configs)
+    assert ("features_encoded" in asked) == ("features_encoded" in configs)
+
+
 class Slow(http.server.BaseHTTPRequestHandler):
     """What a Triton says whose one door never answers, because a real one cannot be made to hang:
     it ends such a backend.
@@ -672,7 +840,8 @@ class Slow(http.server.BaseHTTPRequestHandler):
     answers, step, status = 0, 0, 0
 
     def do_GET(self):
-        sizes = {"parameters": {side: {"string_value": "8"} for side in ("height", "width")}}
+        about = json.dumps({"height": 8, "width": 8, "tasks": {}})
+        sizes = {"parameters": {"about": {"string_value": about}}}
         type(self).answers += self.step
         stats = {"model_stats": [{"inference_stats": {"success": {"count": self.answers}}}]}
         self.say(200, json.dumps(stats if self.path.endswith("/stats") else sizes).encode())

@@ -29,11 +29,11 @@ from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from contract.errors import UserError
 from serve.errors import ServerError
+from serve.repository.state import read_state
 from serve.server import front_process
 from serve.server.front import FrontOptions
 from serve.server.front_process import Front, split_flags
 from serve.server.launch import is_loopback
-from serve.server.state import read_state
 from tests.conftest import need_tritonserver
 from tests.serve.raw_requests import array, memory, strings
 from tests.serve.raw_requests import request as message
@@ -393,6 +393,27 @@ class TestDying:
                 assert until(lambda: lines and ask(client, SIZE) == "", 40), lines
         assert lines[0] == "front: no sign of life for 4 s: ending it"
 
+    def test_one_that_was_being_started_hears_whether_to_let_anybody_in(self, kept, monkeypatch):
+        """It has its options, and no handlers for signals, when that changes."""
+        begin, wanted = front_process.Child, []
+
+        def child(*arguments: object, **options: object) -> object:
+            process = begin(*arguments, **options)
+            running.hold(wanted.pop())
+            return process
+
+        def answer() -> grpc.StatusCode | str:
+            with grpc.insecure_channel(address) as channel:
+                code, why, *_ = call(channel, f"{SERVICE}ServerLive")
+            return "held" if "is being started again" in why else code
+
+        with front(inner_address(*kept)) as (address, running):
+            monkeypatch.setattr(front_process, "Child", child)
+            for held, answers in ((True, "held"), (False, grpc.StatusCode.OK)):
+                wanted.append(held)
+                os.kill(running.process.pid, 9)
+                assert until(lambda answers=answers: not wanted and answer() == answers, 20)
+
     def test_stopping_waits_for_requests_but_not_for_bodies_that_never_come(self, kept):
         with front(inner_address(*kept)) as (address, running):
             hanging = Hanging(address)
@@ -438,17 +459,27 @@ class TestDying:
         run, folder = kept
         pid = read_state(folder).front_pid
 
-        def give_up(_: int) -> None:
+        def give_up(_: int) -> int:
+            """Requests given up; a fast machine answers some of them in a millisecond."""
+            count = 0
             with triton.InferenceServerClient(run.grpc) as client:
                 for _ in range(25):
-                    with pytest.raises(triton.InferenceServerException):
+                    try:
                         client.infer("features", [picture()], client_timeout=0.001)
+                    except triton.InferenceServerException:
+                        count += 1
+            return count
 
+        # An allocator's arenas fill over the first rounds and then stop; what is left
+        # behind grows with every round, by about 10 MB of pictures.
+        count, size, grown = 0, memory(pid), []
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(give_up, range(4)))
-            before = memory(pid)
-            list(pool.map(give_up, range(8)))
-        assert memory(pid) < before + 8 * 1024
+            while len(grown) < 8 and (count <= 100 or min(grown) > 2 * 1024):
+                count += sum(pool.map(give_up, range(8)))
+                grown.append(memory(pid) - size)
+                size += grown[-1]
+        assert count > 100
+        assert min(grown) <= 2 * 1024, grown
 
 
 def test_which_addresses_are_of_this_machine_alone():

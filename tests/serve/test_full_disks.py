@@ -18,7 +18,7 @@ from PIL import Image
 from serve.bundle import read_bundle
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
-from serve.server.state import read_state
+from serve.repository.state import read_state
 from serve.server.stubs import find_stubs
 from tests.conftest import need_tritonserver
 from tests.serve.running import Run, small_repository, until

@@ -26,11 +26,12 @@ from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from contract.class_scores import ClassVectors, probabilities
 from contract.dense import class_map, depth_map
-from contract.images import read_pixels
+from contract.images import read_views
 from contract.manifest import add_files
+from contract.views import SQUASH
 from distill.data.pictures import PackagedPhotos
 from serve.bundle import read_bundle
-from serve.server.state import read_state
+from serve.repository.state import read_state
 from serve.server.stubs import find_stubs
 from tests.conftest import need_tritonserver
 from tests.serve.raw_requests import (
@@ -103,7 +104,7 @@ def serving(expensive, small_bundle, tmp_path_factory):
     add_files(path, ["class_embeddings.safetensors"])
     known = []
     for file in FILES[:3]:
-        tensors = reference(read_bundle(path), read_pixels(file, SIZE, SIZE)[None])
+        tensors = reference(read_bundle(path), read_views(file, SQUASH, SIZE, SIZE))
         tensors["class_map"] = class_map(tensors["segmentation_logits"], SIZE, SIZE)
         tensors["depth_map"] = depth_map(tensors["depth"], SIZE, SIZE)
         tensors["probabilities"] = probabilities(tensors["mae_token"], ClassVectors(vectors, 5.0))
@@ -130,20 +131,12 @@ MODELS = {  # inputs, outputs
     "features": (["image"], FRONT),
     "features_encoded": (["encoded"], FRONT),
     "fused": (["image"], FRONT),
-    "backbone": (["image"], ["backbone_global", "features"]),
     "decode": (["encoded"], ["image"]),
-    "interaction": (["features", "features_global"], ["spaces"]),
-    "head_cls": (["spaces"], ["cls_token", "cls_patches"]),
-    "head_mae": (["spaces"], ["mae_token", "mae_patches"]),
-    "segmentation_head": (["spaces"], ["segmentation_logits"]),
-    "depth_head": (["features"], ["depth"]),
     "segmentation": (["image"], ["class_map"]),
     "depth": (["image"], ["depth_map"]),
-    "segmentation_map": (["segmentation_logits", "image"], ["class_map"]),
-    "depth_map": (["depth", "image"], ["depth_map"]),
     "zero_shot": (["image", "labels"], ["probabilities"]),
 }
-OFTEN = ["features", "features_encoded", "features_encoded", "backbone", "zero_shot"]
+OFTEN = ["features", "features_encoded", "features_encoded", "fused", "zero_shot"]
 
 
 def right(
@@ -428,8 +421,8 @@ def wrong_http(rng: random.Random, known: list[dict]) -> tuple[str, dict[str, st
         [
             "features",
             "features_encoded",
-            "backbone",
-            "head_mae",
+            "fused",
+            "depth",
             "zero_shot",
             word(rng).split(" ")[0],
         ]

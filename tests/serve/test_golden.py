@@ -20,13 +20,14 @@ from contract.golden import GOLDEN, compare, read_golden
 from contract.manifest import add_files, read_manifest
 from distill.runs import load_run
 from export import to_onnx
+from export.agreement import POSITIONS
 from export.golden import TF32
-from export.parity import TOLERANCE
 from export.run import main as export
 from serve.bundle import read_bundle
 from serve.client import FeatureClient
 from serve.errors import ServerError
 from serve.repository.build import make_repository
+from serve.repository.golden import golden_of
 from serve.repository.settings import Settings
 from serve.server.process import Options, Server
 from serve.server.triton import find_tritonserver
@@ -60,10 +61,8 @@ def test_it_holds_every_output_a_client_may_ask_for(golden, small_bundle):
     assert set(golden.outputs) == {tensor.name for tensor in bundle.outputs}
     assert golden.image.dtype == np.uint8 and golden.image.shape == (3, size.height, size.width, 3)
     assert all(value.dtype == np.float32 and len(value) == 3 for value in golden.outputs.values())
-    assert (
-        golden.bounds == (TOLERANCE[bundle.manifest.precision], TF32)
-        and golden.pictures[0] == "astronaut.png"
-    )
+    assert golden.bounds == (1 - TF32**2 / 2, TF32) and golden.pictures[0] == "astronaut.png"
+    assert golden.positions == POSITIONS["fp16"], "TF32 has the mantissa of fp16"
     assert not np.array_equal(golden.image[0], golden.image[1])
 
 
@@ -105,6 +104,40 @@ def test_only_the_bounds_decide(golden):
 def test_an_output_of_another_scale_is_found_though_its_cosine_is_one(golden):
     (said,) = compare(golden, golden.outputs | {"depth": 3 * golden.outputs["depth"]})
     assert "'depth'" in said and "off by 2 of its length" in said
+
+
+def test_one_position_that_is_wrong_is_found_unless_the_set_is_older(golden):
+    patches = golden.outputs["dino_patches"].copy()
+    bounds = POSITIONS["fp16"]
+    wide = dataclasses.replace(golden, bounds=(-1.0, 9.0), positions=bounds)
+    patches[1, 3] = 0
+    (said,) = compare(wide, golden.outputs | {"dino_patches": patches})
+    assert "'dino_patches'" in said and "at position 3 of 16" in said and golden.pictures[1] in said
+    assert compare(wide, golden.outputs) == []
+    older = dataclasses.replace(wide, positions=None)
+    assert compare(older, golden.outputs | {"dino_patches": patches}) == []
+
+
+def test_products_in_tf32_are_within_the_bounds_of_fp32(golden):
+    """Off by at most a hundredth of the length, in any direction."""
+    token = golden.outputs["cls_token"]
+    error = np.random.default_rng(0).standard_normal(token.shape)
+    error /= np.linalg.norm(error, axis=1, keepdims=True)
+    error *= 0.009 * np.linalg.norm(token, axis=1, keepdims=True)
+    token = (token + error).astype(np.float32)
+    assert compare(golden, golden.outputs | {"cls_token": token}) == []
+
+
+def test_a_set_without_outputs_is_none(golden, small_bundle, tmp_path):
+    (tmp_path / GOLDEN).write_bytes(dataclasses.replace(golden, outputs={}).to_bytes())
+    with pytest.raises(UserError, match="it has no outputs"):
+        read_golden(tmp_path / GOLDEN)
+    folder = shutil.copytree(small_bundle, tmp_path / "bundle")
+    outputs = {"depth": golden.outputs["depth"]}
+    (folder / GOLDEN).write_bytes(dataclasses.replace(golden, outputs=outputs).to_bytes())
+    add_files(folder, [GOLDEN])
+    with pytest.raises(UserError, match="has no output '.*', which the bundle has"):
+        golden_of(read_bundle(folder))
 
 
 def test_an_output_of_zeros_must_be_zeros_again(golden):
@@ -178,12 +211,10 @@ def test_weights_that_lie_beside_their_graphs_are_served(small_bundle, tmp_path,
     assert done.returncode == 0, done.stderr
     bundle = read_bundle(tmp_path / "b")
     make_repository(read_bundle(tmp_path / "b"), tmp_path / "repository", Settings(encoded=False))
-    version = tmp_path / "repository" / "backbone" / "1"
+    version = tmp_path / "repository" / "features" / "1"
     listed = json.loads((version / "model.json").read_text())["sha256"]
-    assert listed == {
-        "model.onnx": bundle.manifest.files["backbone.onnx"],
-        "backbone.onnx.data": bundle.manifest.files["backbone.onnx.data"],
-    }
+    for name in ("backbone.onnx", "backbone.onnx.data"):
+        assert listed[name] == bundle.manifest.files[name]
     found, lines = find_tritonserver(None, tmp_path), []
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=10)
     with (

@@ -14,8 +14,8 @@ import pytest
 import tritonclient.grpc as grpc
 
 from export.run import main as export
+from serve.repository.state import read_state
 from serve.server.launch import choose_ports
-from serve.server.state import read_state
 from serve.server.stubs import command_line, find_stubs
 from tests.conftest import long_case, need_tritonserver, run_here
 from tests.serve.running import Load, Run, ask, processes
@@ -105,7 +105,7 @@ class Killer:
 
     def rollout(self) -> subprocess.Popen:
         """A rollout to a second version, or one that drops the first."""
-        two = len([path for path in (self.repository / "backbone").iterdir() if path.is_dir()]) > 1
+        two = len([path for path in (self.repository / "features").iterdir() if path.is_dir()]) > 1
         words = (self.repository, "--finish") if two else (self.repository, "--bundle", self.bundle)
         return subprocess.Popen(
             [sys.executable, "-m", "serve.rollout", *map(str, words)],
@@ -115,7 +115,7 @@ class Killer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, *map(long_case, (2, 3, 4))])
+@pytest.mark.parametrize("seed", [0, *map(long_case, (1, 2, 3, 4))])
 def test_the_next_start_serves_whatever_was_killed_and_when(seed, tiny_bundle, tmp_path, capsys):
     need_tritonserver()
     (tmp_path / "temporary").mkdir()

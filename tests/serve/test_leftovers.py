@@ -17,9 +17,9 @@ from serve.repository.__main__ import main as render
 from serve.repository.build import make_repository
 from serve.repository.contents import MADE_WITH, STAGED, foreign_file, rollout_lock, set_aside
 from serve.repository.settings import Settings
+from serve.repository.state import STATE, read_state
 from serve.repository.versions import Repository, settle
 from serve.rollout import main as roll_out
-from serve.server.state import STATE, read_state
 from serve.server.workspace import WORKSPACE, make_workspace
 from tests.conftest import need_tritonserver
 from tests.serve.made_bundle import make_bundle
@@ -57,7 +57,8 @@ def bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def repository(bundle, tmp_path) -> Path:
-    make_repository(read_bundle(bundle), tmp_path / "repository", Settings(), durable=False)
+    settings = Settings(parts="apart")
+    make_repository(read_bundle(bundle), tmp_path / "repository", settings, durable=False)
     return tmp_path / "repository"
 
 
@@ -171,10 +172,26 @@ def test_a_rollout_killed_while_it_switches_is_undone(repository, bundle):
     settle(repository, lines.append)
     assert "undone: a killed rollout's changes of " in lines[0] and switched in lines[0]
     assert made.versions == [1] and not list(repository.glob("*/2"))
-    for name in made.ensembles():
+    for name in made.pinned():
         assert made.config(name).version_policy.specific.versions[:] == [1]
     settle(repository, lines.append)
     assert len(lines) == 1, "there is nothing more to undo"
+
+
+def test_a_rollout_killed_once_the_student_is_switched_is_finished(bundle, tmp_path):
+    """Where one model holds its graphs, that is switched first."""
+    repository, lines = tmp_path / "repository", []
+    make_repository(read_bundle(bundle), repository, Settings(), durable=False)
+    made = Repository(repository)
+    models = made.render(read_bundle(bundle), 2)
+    list(made.add(models, 2))
+    assert made.serving == 1 and next(made.point(2)) == "features" and made.serving == 2
+    settle(repository, lines.append)
+    for name in made.pinned():
+        assert made.config(name).version_policy.specific.versions[:] == [2]
+    assert made.versions == [1, 2] and "features_encoded" in lines[0]
+    list(made.forget(1))
+    assert made.versions == [2] and not list(repository.glob("*/1"))
 
 
 def test_what_a_killed_rollout_added_or_deleted_in_part_is_deleted(repository, bundle):

@@ -13,14 +13,17 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig, ModelInput
 
 from contract.errors import UserError
 from contract.manifest import read_manifest
+from contract.signature import IDENTITY
 from contract.untrusted import open_file
-from serve.bundle import read_bundle
+from serve.bundle import Bundle, read_bundle
 from serve.repository.__main__ import main
 from serve.repository.build import make_repository
+from serve.repository.contents import MADE_WITH, read_made_with
 from serve.repository.lint import lint
 from serve.repository.model_config import FRONT_QUEUES, TEMPLATES, read_template
 from serve.repository.models import build_models, needed, served_name
 from serve.repository.settings import Settings, choose_runtime, instances_and_threads, runtimes_here
+from serve.repository.versions import Repository
 
 
 def configs_of(repository):
@@ -38,11 +41,19 @@ def bundle(small_bundle):
 
 @pytest.fixture(scope="module")
 def repository(small_bundle, tmp_path_factory):
+    """In the form of GPUs: a model a graph."""
     folder = tmp_path_factory.mktemp("rendered") / "repository"
-    assert (
-        main([str(small_bundle), "--output", str(folder), "--instances", "2", "--threads", "1"])
-        == 0
-    )
+    words = ["--output", folder, "--instances", 2, "--threads", 1, "--parts", "apart"]
+    assert main([str(word) for word in (small_bundle, *words)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(small_bundle, tmp_path_factory):
+    """In the form of CPUs: a model that holds all graphs."""
+    folder = tmp_path_factory.mktemp("rendered") / "repository"
+    words = ["--output", folder, "--instances", 2, "--threads", 1]
+    assert main([str(word) for word in (small_bundle, *words)]) == 0
     return folder
 
 
@@ -53,7 +64,8 @@ def copy(small_bundle, tmp_path):
 
 
 def configurations(bundle, **settings):
-    return {model.name: model.config for model in build_models(bundle, Settings(**settings))}
+    settings = Settings(**{"parts": "apart"} | settings)
+    return {model.name: model.config for model in build_models(bundle, settings)}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +86,11 @@ def test_configurations_have_the_names_types_and_dims_of_the_graphs(repository, 
     for graph in bundle.manifest.graphs:
         config = configs[served_name(graph.name)]
         for ports, tensors in ((config.input, graph.inputs), (config.output, graph.outputs)):
-            found = [(port.name, DataType.Name(port.data_type), tuple(port.dims)) for port in ports]
+            found = [
+                (port.name, DataType.Name(port.data_type), tuple(port.dims))
+                for port in ports
+                if port.name != IDENTITY
+            ]
             kinds = {"uint8": "TYPE_UINT8", "float32": "TYPE_FP32"}
             assert found == [(t.name, kinds[t.dtype], tuple(t.shape[1:])) for t in tensors]
         assert config.max_batch_size == bundle.manifest.max_batch
@@ -96,6 +112,67 @@ def test_each_version_holds_the_graph_whose_hash_it_names(repository, bundle):
         assert (folder / "model.onnx").read_bytes() == (bundle.path / graph.file).read_bytes()
 
 
+def test_one_model_holds_every_graph_and_offers_what_the_ensemble_does(
+    together, repository, bundle
+):
+    one, other = configs_of(together), configs_of(repository)
+    tasks = {"segmentation", "depth"}
+    assert set(one) == {"features", "features_encoded", "decode", "fused", *tasks}
+    for door in ("features", "features_encoded", *tasks):
+        assert one[door].backend == "python" and other[door].platform == "ensemble"
+        assert list(one[door].version_policy.specific.versions) == [1]
+        for ports in ("input", "output"):
+            found, expected = (
+                [(p.name, p.data_type, tuple(p.dims)) for p in getattr(configs[door], ports)]
+                for configs in (one, other)
+            )
+            assert found == expected
+        assert one[door].max_batch_size == other[door].max_batch_size
+        for name, known in other[door].parameters.items():
+            assert one[door].parameters[name] == known
+    folder = together / "features" / "1"
+    for graph in bundle.parts:
+        assert (folder / f"{graph.name}.onnx").read_bytes() == (
+            bundle.path / graph.file
+        ).read_bytes()
+    about = json.loads((folder / "model.json").read_text())
+    assert about["sha256"] == {
+        f"{g.name}.onnx": bundle.manifest.files[g.file] for g in bundle.parts
+    }
+    assert one["features"].instance_group[0].count == 2
+    assert lint(one) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "together"),
+    [
+        ({}, True),
+        ({"kind": "gpu"}, False),
+        ({"backend": "onnxruntime"}, False),
+        ({"parts": "apart"}, False),
+    ],
+)
+def test_graphs_are_together_where_models_are_processes_on_cpus(settings, together):
+    assert Settings(**settings).together is together
+
+
+def test_a_repository_of_an_older_version_is_served_as_it_is_and_gets_no_other_bundle(
+    repository, bundle, tmp_path
+):
+    older = shutil.copytree(repository, tmp_path / "repository")
+    about = json.loads((older / MADE_WITH).read_text())
+    del about["settings"]["parts"]
+    (older / MADE_WITH).write_text(json.dumps(about))
+    assert not read_made_with(older).settings.together
+    config = older / "backbone" / "config.pbtxt"
+    found = text_format.Parse(config.read_text(), ModelConfig())
+    del found.output[-1]
+    config.write_text(text_format.MessageToString(found))
+    made = Repository(older)
+    with pytest.raises(UserError, match="was rendered by an older version.*: render a new one"):
+        made.check_interface(made.render(bundle, 2))
+
+
 def test_a_task_needs_the_backbone_and_only_what_lies_between(bundle):
     for task in ("segmentation", "depth"):
         names = [graph.name for graph in needed(bundle, task)]
@@ -113,7 +190,7 @@ def test_instances_go_to_the_graphs_whose_weights_are_a_quarter_of_the_backbones
         {path.stem: path.stat().st_size for path in small_bundle.glob("*.onnx")},
     )
     large = {name for name, size in weights.items() if 4 * size >= weights["backbone"]}
-    assert {"backbone", "fused", "interaction"} <= large and "head_mae" not in large
+    assert {"backbone", "fused", "interaction"} <= large and len(large) < len(weights)
     counts = {name: configs[served_name(name)].instance_group[0].count for name in weights}
     assert counts == {name: 2 if name in large else 1 for name in weights}
 
@@ -148,6 +225,18 @@ def test_native_backends_get_the_graph_and_no_python(bundle):
     assert list(backbone.config.instance_group[0].gpus) == [0, 1]
     assert models["decode"].config.backend == "python"
     assert lint({name: model.config for name, model in models.items()}) == []
+
+
+def test_a_served_model_says_that_openvino_computes_in_bf16_where_export_compared_it_so(bundle):
+    manifest = bundle.manifest.model_copy(update={"openvino_precision": "bf16"})
+    faster = Bundle(bundle.path, manifest)
+    for of, runtime, said in (
+        (bundle, "openvino", "openvino"),
+        (faster, "openvino", "openvino-bf16"),
+        (faster, "onnxruntime", "onnxruntime"),
+    ):
+        models = {model.name: model for model in build_models(of, Settings(runtime=runtime))}
+        assert models["features"].config.parameters["runtime"].string_value == said
 
 
 def test_tensorrt_without_engines_of_full_tensorrt_is_refused(bundle):
@@ -198,7 +287,7 @@ def test_an_output_that_holds_files_needs_force(small_bundle, tmp_path, capsys):
     assert (tmp_path / "kept").read_text() == "mine"
 
 
-def test_force_replaces_a_repository_and_nothing_else(small_bundle, repository, tmp_path, capsys):
+def test_force_replaces_a_repository_and_nothing_else(small_bundle, together, tmp_path, capsys):
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "thesis.txt").write_text("years of work")
@@ -207,7 +296,7 @@ def test_force_replaces_a_repository_and_nothing_else(small_bundle, repository, 
     assert "holds thesis.txt, which is not part of a repository" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
     shutil.rmtree(folder)
-    shutil.copytree(repository, folder)
+    shutil.copytree(together, folder)
     (folder / "mine").mkdir()
     assert main(command) == 2 and "holds mine" in capsys.readouterr().err
     (folder / "mine").rmdir()
@@ -215,9 +304,7 @@ def test_force_replaces_a_repository_and_nothing_else(small_bundle, repository, 
     (tmp_path / "link").symlink_to(folder)
     command[2] = str(tmp_path / "link")
     assert main(command) == 0
-    assert (tmp_path / "link").is_symlink() and len(configs_of(folder)) == len(
-        configs_of(repository)
-    )
+    assert (tmp_path / "link").is_symlink() and len(configs_of(folder)) == len(configs_of(together))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
 
 
@@ -249,8 +336,10 @@ def test_a_bundles_files_are_read_once_to_be_checked_and_once_to_be_copied(
         (["--runtime", "openvino", "--kind", "gpu"], "--runtime openvino runs on CPUs"),
         (["--runtime", "tensorrt"], "--runtime tensorrt runs on GPUs"),
         (["--response-cache", "nothing"], "--response-cache nothing: no such model"),
-        (["--response-cache", "features"], "response_cache on an ensemble"),
-        (["--response-cache", "backbone"], "response_cache on a model of 4 outputs"),
+        (["--response-cache", "features", "--parts", "apart"], "response_cache on an ensemble"),
+        (["--response-cache", "features"], "response_cache on a model of"),
+        (["--response-cache", "backbone", "--parts", "apart"], "response_cache on a model of 5"),
+        (["--parts", "together", "--kind", "gpu"], "--parts together is for --backend python"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_2(small_bundle, tmp_path, capsys, options, said):
@@ -307,6 +396,10 @@ class TestLint:
     def test_a_queue_without_end(self, configs):
         configs["backbone"].dynamic_batching.default_queue_policy.max_queue_size = 0
         assert any("without max_queue_size" in said for said in lint(configs))
+
+    def test_a_step_that_is_not_told_of_which_bundle_its_inputs_are(self, configs):
+        del configs["features"].ensemble_scheduling.step[1].input_map["identity"]
+        assert any("step 'interaction' gets no 'identity'" in said for said in lint(configs))
 
     def test_later_steps_never_refuse_what_a_front_lets_in(self, configs):
         """Triton 2.51 crashes where a step refuses while others of its request run."""

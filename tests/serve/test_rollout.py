@@ -2,6 +2,7 @@
 serve never does.
 """
 
+import json
 import shutil
 import threading
 import time
@@ -12,12 +13,15 @@ import pytest
 import tritonclient.grpc as grpc
 from onnx import numpy_helper
 
+from contract.errors import UserError
 from contract.files import file_sha256
 from contract.golden import GOLDEN, read_golden
 from contract.manifest import MANIFEST, read_manifest
-from serve.bundle import read_bundle
+from serve.bundle import Bundle, read_bundle
+from serve.client import FeatureClient
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
+from serve.repository.versions import Repository
 from serve.rollout import main
 from serve.server.process import Options, Server
 from serve.server.triton import find_tritonserver
@@ -80,12 +84,13 @@ def other_bundle(small_bundle, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def running(expensive, small_bundle, tmp_path):
+@pytest.fixture(params=["together", pytest.param("apart", marks=pytest.mark.long)])
+def running(request, expensive, small_bundle, tmp_path):
     """A server of its own, whose versions a test may change."""
     need_tritonserver()
     repository = tmp_path / "repository"
-    make_repository(read_bundle(small_bundle), repository, Settings(fused=False, encoded=False))
+    settings = Settings(fused=False, encoded=False, parts=request.param)
+    make_repository(read_bundle(small_bundle), repository, settings)
     options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
     with Server(find_tritonserver(None, tmp_path), repository, options, lambda line: None) as found:
         yield found
@@ -99,6 +104,13 @@ def ask(client, image):
     )
     version = int(answer.get_response().model_version)
     return version, {name: answer.as_numpy(name) for name in OUTPUTS}
+
+
+def ask_depth(client, image):
+    """A task, whose model calls `features` or is an ensemble of the same version."""
+    tensor = grpc.InferInput("image", image.shape, "UINT8")
+    tensor.set_data_from_numpy(image)
+    assert np.isfinite(client.infer("depth", [tensor]).as_numpy("depth_map")).all()
 
 
 class Load:
@@ -119,6 +131,7 @@ class Load:
             while not self.done.is_set():
                 try:
                     self.heard.append(ask(client, self.image))
+                    ask_depth(client, self.image)
                 except Exception as error:
                     self.failed.append(error)
 
@@ -162,7 +175,70 @@ def test_under_load_every_answer_is_of_one_version_and_none_fails(
                 version,
                 name,
             )
-    assert [path.name for path in (running.repository / "backbone").glob("[0-9]*")] == ["2"]
+    assert [path.name for path in (running.repository / "features").glob("[0-9]*")] == ["2"]
+
+
+@pytest.mark.parametrize("parts", ["together", pytest.param("apart", marks=pytest.mark.long)])
+def test_a_new_version_may_see_pictures_otherwise(
+    expensive, small_bundle, photo_folder, tmp_path, parts
+):
+    need_tritonserver()
+    bundle, repository = tmp_path / "bundle", tmp_path / "repository"
+    shutil.copytree(small_bundle, bundle)
+    rewrite(bundle, view="centre-crop:0.5")
+    make_repository(read_bundle(small_bundle), repository, Settings(parts=parts))
+    # `fused` runs in what its version's model.json says: a rollout leaves this as it was
+    fused = repository / "fused" / "config.pbtxt"
+    assert '"onnxruntime"' in fused.read_text()
+    fused.write_text(fused.read_text().replace('"onnxruntime"', '"of an earlier version"'))
+    photo = next(photo_folder.rglob("*.jpg"))
+    options = Options(grpc_port=0, http_port=0, metrics_port=0, exit_seconds=5)
+    with (
+        Server(find_tritonserver(None, tmp_path), repository, options, lambda line: None) as served,
+        FeatureClient(served.grpc) as client,
+    ):
+
+        def nearest():
+            found = client.features(photo, "backbone_global", encoded=True)["backbone_global"]
+            return min(seen, key=lambda view: float(np.abs(seen[view] - found).max()))
+
+        seen = {
+            view: client.features(photo, "backbone_global", view=view)["backbone_global"]
+            for view in ("squash", "centre-crop:0.5")
+        }
+        assert nearest() == "squash"
+        assert main([str(repository), "--bundle", str(bundle)]) == 0
+        assert nearest() == "centre-crop:0.5"
+        assert main([str(repository), "--back"]) == 0
+        assert nearest() == "squash"
+
+
+def test_a_new_version_may_run_in_another_precision_but_not_at_other_limits(small_bundle, tmp_path):
+    bundle, folder = read_bundle(small_bundle), tmp_path / "repository"
+    settings = Settings(runtime="openvino", parts="apart")
+    make_repository(bundle, folder, settings, durable=False)
+    repository = Repository(folder)
+    faster = bundle.manifest.model_copy(update={"openvino_precision": "bf16"})
+    models = repository.render(Bundle(bundle.path, faster), 2)
+    repository.check_interface(models)
+    about = {model.name: model.files.get("model.json", b"{}") for model in models}
+    for name in ("backbone", "fused", "head_cls"):
+        assert json.loads(about[name])["runtime"] == "openvino-bf16"
+    resolution = bundle.manifest.resolution.model_copy(update={"min_height": 16})
+    other = bundle.manifest.model_copy(update={"resolution": resolution})
+    with pytest.raises(
+        UserError, match=r"has min_height 16 \(served now: 64\): clients rely on it"
+    ):
+        repository.check_interface(repository.render(Bundle(bundle.path, other), 2))
+    # with nothing that decodes, the front door alone knows
+    for parts in ("together", "apart"):
+        place = tmp_path / parts
+        alone = Settings(encoded=False, fused=False, parts=parts)
+        make_repository(bundle, place, alone, durable=False)
+        with pytest.raises(UserError, match=r"min_height 16 \(served now: 64\)"):
+            Repository(place).check_interface(
+                Repository(place).render(Bundle(bundle.path, other), 2)
+            )
 
 
 def broken(kind, bundle):

@@ -23,12 +23,12 @@ from serve.bundle import read_bundle
 from serve.errors import ServerError
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
+from serve.repository.state import STATE, State, read_state
 from serve.repository.versions import Repository
 from serve.run import main
 from serve.server import checks
 from serve.server.process import Options, Server
 from serve.server.rest import Refused, Rest
-from serve.server.state import STATE, State, read_state
 from serve.server.triton import find_tritonserver
 from tests.conftest import need_tritonserver
 from tests.serve.running import ANY_PORTS, Load, Run, ask, processes, small_repository, until
@@ -77,7 +77,7 @@ class TestRunning:
             [sys.executable, *command[1:]], capture_output=True, text=True, timeout=60
         )
         assert done.returncode == 0, done.stderr
-        assert "backbone" in done.stdout
+        assert "features" in done.stdout
 
     def test_the_request_to_copy_names_a_picture_and_the_server(self, kept):
         run, _ = kept
@@ -86,7 +86,7 @@ class TestRunning:
 
     def test_its_log_has_nothing_of_gpus_that_are_not_there_and_no_key(self, kept):
         run, repository = kept
-        assert "successfully loaded 'backbone'" in run.text
+        assert "successfully loaded 'features'" in run.text
         for word in (
             "CUDA",
             "pinned system memory",
@@ -134,7 +134,7 @@ class TestRunning:
                     rest.call(method, path, body)
                 assert refused.value.status == 403, path
         assert {entry["name"] for entry in Rest(run.http, state.admin_key).index()} >= {
-            "backbone",
+            "decode",
             "features",
         }
         assert Rest(run.http).statistics()
@@ -161,7 +161,7 @@ class TestRunning:
     def test_a_second_start_on_the_same_repository_is_refused(self, kept, small_bundle, capsys):
         run, repository = kept
         assert main([str(small_bundle), "--repository", str(repository)]) == 2
-        assert f"is served by process {run.process.pid}" in capsys.readouterr().err
+        assert f"is in use by process {run.process.pid}" in capsys.readouterr().err
 
     def test_a_port_in_use_is_named_before_anything_is_made(
         self, kept, small_bundle, tmp_path, capsys
@@ -211,7 +211,7 @@ class TestEnding:
 
     def test_a_signal_while_it_starts_ends_it_in_order(self, repository):
         with Run("--repository", repository) as run:
-            run.wait_for("loading: backbone")
+            run.wait_for("loading: features")
             assert run.end(signal.SIGTERM) == 0
         assert not processes(repository)
 
@@ -237,8 +237,11 @@ class TestEnding:
 @pytest.mark.slow
 class TestStarting:
     def test_a_broken_version_does_not_keep_the_other_from_serving(
-        self, repository, small_bundle, capsys
+        self, tmp_path, small_bundle, capsys
     ):
+        repository = tmp_path / "repository"
+        settings = Settings(fused=False, parts="apart")
+        make_repository(read_bundle(small_bundle), repository, settings)
         made = Repository(repository)
         list(made.add(made.render(read_bundle(small_bundle), 2), 2))
         list(made.point(2))
@@ -255,13 +258,13 @@ class TestStarting:
                 assert client.is_model_ready("head_cls", "2")
 
     def test_a_model_that_does_not_load_is_named_with_its_reason(self, repository, capsys):
-        with open(repository / "head_cls" / "1" / "model.onnx", "ab") as file:
+        with open(repository / "features" / "1" / "head_cls.onnx", "ab") as file:
             file.write(b"!")
         with Run("--repository", repository) as run:
             assert run.process.wait(90) == 1
         run.reader.join(10)
         assert (
-            run.lines[-1].startswith("error: model 'head_cls' does not load: ")
+            run.lines[-1].startswith("error: model 'features' does not load: ")
             and "sha256" in run.lines[-1]
         )
         assert not processes(repository)
@@ -276,7 +279,7 @@ class TestStarting:
                 json.loads(Rest(run.http, key).call("GET", "/v2/trace/setting"))["trace_rate"]
                 == "7"
             )
-            assert run.wait_for(r"^\d{4}-\d\d-\d\dT[\d:]+Z I .*backbone")
+            assert run.wait_for(r"^\d{4}-\d\d-\d\dT[\d:]+Z I .*features")
         assert (
             main(["--repository", str(repository), *map(str, ANY_PORTS), "--", "--nonsense=3"]) == 2
         )
@@ -324,8 +327,8 @@ class TestStarting:
                     has = [(s["name"], a["value"]) for s in spans for a in s.get("attributes", ())]
                     return {name for name, value in has if value == {"stringValue": "seen-again"}}
 
-                assert until(lambda: traced() >= {"features", "backbone"}, 30), traced()
-                assert "head_cls" not in traced()
+                assert until(lambda: traced() >= {"features"}, 30), traced()
+                assert "decode" not in traced()
             collector.shutdown()
 
     def test_of_the_embedded_server_only_grpc_is_on_the_network(self, repository):

@@ -39,18 +39,29 @@ def test_requests_are_counted_where_they_ran(server, capsys):
         10,
     )
     after = rows_of(server, capsys)
-    for model in ("features", "backbone"):
-        assert after[model]["requests"] == before[model]["requests"] + 4
-        assert after[model]["executions"] == before[model]["executions"] + 4
-    assert after["head_cls"] == before["head_cls"]
-    backbone = after["backbone"]
+    features = after["features"]
+    assert features["executions"] == before["features"]["executions"] + 4
+    assert after["fused"] == before["fused"]
     assert (
-        backbone["state"] == "READY" and backbone["instances"] == 1 and 1 <= backbone["batch"] <= 4
+        features["state"] == "READY" and features["instances"] == 1 and 1 <= features["batch"] <= 4
     )
-    assert backbone["compute"]["milliseconds"] > 0 and backbone["compute"]["is"] == "median"
+    assert features["compute"]["milliseconds"] > 0 and features["compute"]["is"] == "median"
+    # of its graphs only executions are known
+    graphs = {name: row for name, row in after.items() if name.startswith("features/")}
+    assert {"features/backbone", "features/interaction", "features/head_cls"} <= set(graphs)
+    assert all(row["state"] == "READY" and row["requests"] is None for row in graphs.values())
+
+    def ran() -> dict[str, int]:
+        now = {name: row["executions"] for name, row in rows_of(server, capsys).items()}
+        counts = {name: now[name] - before[name]["executions"] for name in graphs}
+        return {name: count for name, count in counts.items() if count}
+
+    assert until(lambda: ran() == {"features/backbone": 4}, 10), "told a moment later"
 
 
-def test_failures_are_counted_at_the_door(server, capsys):
+def test_failures_are_counted_at_the_door_of_an_ensemble(apart_server, capsys):
+    """Triton takes a python model's refusal for a success."""
+    server = apart_server
     before = rows_of(server, capsys)
     encoded = grpc.InferInput("encoded", [1, 1], "BYTES")
     encoded.set_data_from_numpy(np.array([[b"no picture"]], dtype=np.object_))
@@ -65,15 +76,18 @@ def test_failures_are_counted_at_the_door(server, capsys):
     assert until(lambda: rows_of(server, capsys)["features_encoded"]["failed"] > failed, 10)
 
 
-def test_the_table_has_a_row_a_model(server, capsys):
+def test_the_table_has_a_row_a_model(server, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
     assert main(["--repository", str(server.repository)]) == 0
-    head, *rows = capsys.readouterr().out.splitlines()
+    head, *rows, view = capsys.readouterr().out.splitlines()
+    assert view == "view of features version 1: squash"
     assert tuple(head.split()) == COLUMNS
     models = {path.parent.name for path in server.repository.glob("*/config.pbtxt")}
-    assert {row.split()[0] for row in rows} == models
+    assert {row.split()[0].partition("/")[0] for row in rows} == models
+    rows = [row for row in rows if "/" not in row.split()[0]]
     assert all(row.split()[-1] == "0" for row in rows), "restarts are known from the repository"
     assert main(["--url", server.http, "--metrics", server.metrics]) == 0
-    assert all(row.split()[-1] == "-" for row in capsys.readouterr().out.splitlines()[1:]), (
+    assert all(row.split()[-1] == "-" for row in capsys.readouterr().out.splitlines()[1:-1]), (
         "and not without it"
     )
 
@@ -82,7 +96,7 @@ def test_without_the_metrics_the_means_are_shown(server, capsys):
     ask(server, 1, 1)
     assert main(["--url", server.http, "--metrics", "127.0.0.1:1", "--json"]) == 0
     rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)["models"]}
-    assert rows["backbone"]["compute"]["is"] == "mean"
+    assert rows["features"]["compute"]["is"] == "mean"
 
 
 @pytest.mark.parametrize(

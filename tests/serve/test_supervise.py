@@ -15,11 +15,11 @@ from serve.bundle import read_bundle
 from serve.errors import ServerError
 from serve.repository.build import make_repository
 from serve.repository.settings import Settings
+from serve.repository.state import read_state
 from serve.server.backend import PICTURE, describe
 from serve.server.launch import Options
 from serve.server.process import Server
 from serve.server.rest import Tensor
-from serve.server.state import read_state
 from serve.server.stubs import SHARED_MEMORY, Stub, find_stubs, remove_stale_regions
 from serve.server.supervise import Supervisor
 from serve.server.triton import find_tritonserver
@@ -52,38 +52,38 @@ class TestRunning:
 
     def test_a_backend_killed_under_load_is_back_and_counted(self, running, capsys):
         run, repository = running
-        first = stubs_of(repository, "backbone")
+        first = stubs_of(repository, "features")
         assert len(first) == 2
         with Load(run.grpc, SIZE) as load:
             assert until(lambda: len(load.answers) > 20, 30)
             os.kill(first[0].pid, signal.SIGKILL)
             killed = time.monotonic()
-            run.wait_for(r"supervisor: backbone is back after .* \(restart 1\)", 30)
+            run.wait_for(r"supervisor: features is back after .* \(restart 1\)", 30)
             back = time.monotonic()
             assert until(lambda: len([sent for sent, *_ in load.answers if sent > back]) > 20, 30)
         with capsys.disabled():
             print(
-                f"\n  backbone killed under load: back after {back - killed:.1f} s, "
+                f"\n  features killed under load: back after {back - killed:.1f} s, "
                 f"{len(load.errors)} requests failed"
             )
         assert back - killed < 15  # 5 s are promised; this machine may be busy with other things
         assert not [error for sent, _, error in load.answers if error and sent > back]
         assert all("is not healthy" in error for error in load.errors)
-        assert read_state(repository).restarts == {"backbone": 1}
+        assert read_state(repository).restarts == {"features": 1}
 
     def test_what_is_left_of_the_old_backend_goes(self, running):
         run, repository = running
-        assert until(lambda: len(stubs_of(repository, "backbone")) == 2, 30)
+        assert until(lambda: len(stubs_of(repository, "features")) == 2, 30)
         with grpc.InferenceServerClient(run.grpc) as client:
             assert [ask(client, SIZE) for _ in range(6)] == [""] * 6
 
     def test_a_backend_killed_without_load_is_back_and_counted(self, running):
         run, repository = running
-        (old,) = stubs_of(repository, "head_mae")
+        (old,) = stubs_of(repository, "features_encoded")
         os.kill(old.pid, signal.SIGKILL)
-        run.wait_for(r"supervisor: head_mae is back after .* \(restart 1\)", 30)
-        assert read_state(repository).restarts == {"backbone": 1, "head_mae": 1}
-        (new,) = stubs_of(repository, "head_mae")
+        run.wait_for(r"supervisor: features_encoded is back after .* \(restart 1\)", 30)
+        assert read_state(repository).restarts == {"features": 1, "features_encoded": 1}
+        (new,) = stubs_of(repository, "features_encoded")
         assert new.pid != old.pid
         assert until(lambda: not (SHARED_MEMORY / old.region).exists(), 30)
 

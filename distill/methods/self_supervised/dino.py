@@ -169,6 +169,7 @@ class DINO(nn.Module):
         settings = recipe.student
         kwargs = {name: v for name, v in settings.kwargs.items() if "drop" not in name}
         quiet = {"drop_path": 0.0, "kwargs": kwargs, "pretrained": False, "checkpoint": None}
+        quiet["grad_checkpointing"] = False  # it has no backward pass
         self.momentum = Student(settings.model_copy(update=quiet))
         self.momentum.second_token = student.second_token
         self.momentum.load_state_dict(student.state_dict())

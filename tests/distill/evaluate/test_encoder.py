@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from contract.errors import UserError
-from distill.evaluate.encoder import named_encoder, parse_model, teacher_encoder
+from distill.evaluate.encoder import RunEncoder, named_encoder, parse_model, teacher_encoder
+from distill.methods.deployment import BACKBONE
+from distill.runs import load_run
 
 
 @pytest.mark.parametrize(
@@ -31,9 +33,27 @@ def test_layers_of_every_kind_of_network_have_their_maps_the_right_way_round(nam
         )
 
 
-def test_stride_is_the_networks_where_the_size_is_no_multiple():
-    encoder = teacher_encoder(parse_model("mobilenetv2_100@random"), size=112)
-    assert encoder.stride == 32 and encoder.fit(128) == 128
+@pytest.mark.parametrize(
+    ("name", "size", "stride"),
+    [
+        ("mobilenetv2_100", 112, 32),  # 4 rows
+        ("repvgg_a0", 100, 32),
+        ("tf_efficientnet_b0", 112, 32),  # SAME padding
+        ("convnext_atto", 112, 32),  # 3 rows: what is left is dropped
+        pytest.param("inception_v3", 139, 32, marks=pytest.mark.slow),  # 3 rows: unpadded
+        ("convnext_atto:1", 100, 8),  # an earlier stage
+    ],
+)
+def test_stride_is_the_networks_where_the_size_is_no_multiple(name, size, stride):
+    name, _, block = name.partition(":")
+    encoder = teacher_encoder(parse_model(f"{name}@random" + (block and f":{block}")), size=size)
+    assert encoder.stride == stride and encoder.fit(128) == 128
+    assert encoder.accepts(size) and encoder.accepts(128)
+
+
+def test_a_run_takes_whole_positions_alone(plain_run):
+    encoder = RunEncoder(load_run(plain_run), BACKBONE)
+    assert encoder.accepts(64) and not encoder.accepts(72)
 
 
 def test_a_network_of_one_size_says_so():

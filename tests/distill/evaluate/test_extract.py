@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from contract.errors import UserError
+from contract.views import EVALUATED, ViewPolicy
 from distill.evaluate.config import ExtractConfig
 from distill.evaluate.datasets import open_classes
-from distill.evaluate.extract import CentreViews, extract
+from distill.evaluate.extract import PolicyViews, extract
 
 
 @pytest.fixture
 def views(class_folders):
-    return CentreViews(open_classes(class_folders, "train"), 64, 0.875)
+    return PolicyViews(open_classes(class_folders, "train"), 64, EVALUATED)
 
 
 CONFIG = ExtractConfig(batch_size=3, workers=0, shard_size=5)
@@ -27,7 +28,7 @@ class Counting(torch.nn.Module):
         super().__init__()
         self.inner, self.seen = encoder, 0
         self.name, self.read_out, self.device = encoder.name, encoder.read_out, encoder.device
-        self.dims = encoder.dims
+        self.dims, self.ranks = encoder.dims, encoder.ranks
 
     def forward(self, images):
         self.seen += len(images)
@@ -77,6 +78,17 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tiny_vit, views, tmp_path)
     torch.testing.assert_close(found.summaries(), whole.summaries(), rtol=0, atol=0)
 
 
+def test_parts_of_a_killed_run_of_several_processes_are_removed(tiny_vit, views, tmp_path):
+    extract(tiny_vit, views, tmp_path, CONFIG)
+    (marker,) = tmp_path.glob("*/shard_000000.json")
+    marker.unlink()
+    kept, left = (marker.parent / f"shard_00000{n}.from_2.summary.npy" for n in (7, 0))
+    for path in (kept, left):
+        path.write_bytes(b"part")
+    extract(tiny_vit, views, tmp_path, CONFIG)
+    assert marker.is_file() and not left.exists() and kept.exists()
+
+
 def test_a_damaged_shard_is_computed_again(tiny_vit, views, tmp_path, caplog):
     before = extract(tiny_vit, views, tmp_path, CONFIG, patches=True).summaries()
     (path,) = tmp_path.glob("*/shard_000001.summary.npy")
@@ -101,9 +113,13 @@ def test_a_damaged_marker_is_not_trusted(tiny_vit, views, tmp_path, text):
 
 def test_other_pictures_or_sizes_are_other_features(tiny_vit, class_folders, tmp_path):
     folders = open_classes(class_folders, "train")
-    for size, crop in ((64, 0.875), (64, 1.0), (96, 0.875)):
-        extract(tiny_vit, CentreViews(folders, size, crop), tmp_path, CONFIG)
-    assert len(list(tmp_path.iterdir())) == 3
+    others = ("centre-crop:1", "squash", "letterbox", "squash,bilinear", "squash,no-antialias")
+    for size, view in ((96, EVALUATED), *((64, ViewPolicy.parse(text)) for text in others)):
+        extract(tiny_vit, PolicyViews(folders, size, view), tmp_path, CONFIG)
+    extract(tiny_vit, PolicyViews(folders, 64, EVALUATED), tmp_path, CONFIG)
+    assert len(list(tmp_path.iterdir())) == 7
+    with pytest.raises(UserError, match="no image-level vector: set extract.view="):
+        PolicyViews(folders, 64, ViewPolicy.parse("tiles"))
 
 
 @pytest.mark.parametrize("kind", ["summary", "patches"])

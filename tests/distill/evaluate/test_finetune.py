@@ -1,6 +1,8 @@
 """LP-FT: fine-tuning that starts from the linear probe, and ImageNet's variants on its weights."""
 
+import copy
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -9,15 +11,24 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import create_transform
 
 from contract.errors import UserError
 from distill.data.crops import centre_crop
+from distill.distributed import Ranks
 from distill.evaluate import finetune, linear_probe
 from distill.evaluate.__main__ import main
 from distill.evaluate.classification import frozen_splits
 from distill.evaluate.config import EvaluationConfig
+from distill.evaluate.datasets import open_classes
 from distill.evaluate.encoder import RunEncoder, parse_model, teacher_encoder
-from distill.evaluate.finetune import FINETUNED, build_classifier, finetuned_classifier, put_probe
+from distill.evaluate.finetune import (
+    FINETUNED,
+    build_classifier,
+    count_parts,
+    finetuned_classifier,
+    put_probe,
+)
 from distill.evaluate.robustness import class_index, subset_indices
 from distill.features import FeatureDims
 from distill.heads import Classifier
@@ -68,10 +79,47 @@ def test_a_batch_in_parts_gives_the_gradient_of_the_whole(tiny_vit, class_folder
         torch.testing.assert_close(tensor, nets[1][name], atol=2e-4, rtol=1e-3)
 
 
-def test_an_evaluation_of_several_processes_is_refused(monkeypatch, class_folders):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = run_here("resnet10t@random", "--data", class_folders, command=main)
-    assert done.returncode == 2 and "runs in one process" in done.stderr
+@pytest.mark.parametrize("world,accumulate", [(2, 3), (2, 2), (4, 3), (1, 3)])
+def test_processes_divide_unequal_shares_into_equally_many_parts(world, accumulate):
+    count = count_parts(5, world, accumulate)
+    shares = [torch.arange(5)[rank::world].tensor_split(count) for rank in range(world)]
+    assert 1 <= count <= accumulate and {len(parts) for parts in shares} == {count}
+    assert all(len(part) for parts in shares for part in parts)
+
+
+def test_augmentation_depends_on_epoch_and_picture_alone(tiny_vit, class_folders):
+    split = open_classes(class_folders, "train")
+    transform = create_transform((3, 64, 64), is_training=True, color_jitter=None)
+    pictures = finetune._AugmentedPictures(split, transform, 0)
+    keys = [(0, 3), (0, 4), (1, 3)]
+    state = random.getstate(), torch.get_rng_state()
+    there = [pictures[key][0] for key in keys]
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
+    back = [pictures[key][0] for key in reversed(keys)]
+    assert all(torch.equal(a, b) for a, b in zip(there, reversed(back), strict=True))
+    assert not torch.equal(there[0], there[2])
+
+
+def test_what_several_processes_refuse(tiny_cnn, tiny_vit, class_folders, tmp_path):
+    """Before anything is shared: so it is tried in one of them."""
+    both = Ranks(0, 2, torch.device("cpu"))
+    for encoder, batch, reason in (
+        (tiny_cnn, 4, "tiny-cnn has batch normalisation, and processes on a CPU cannot share"),
+        (tiny_vit, 1, "takes batches of 1 pictures here, fewer than the 2 processes: start fewer"),
+    ):
+        encoder = copy.deepcopy(encoder)
+        encoder.ranks = both
+        with pytest.raises(UserError, match=reason):
+            finetune.evaluate(
+                encoder, class_folders, settings(finetune={"batch_size": batch}), tmp_path
+            )
+    assert not list(tmp_path.iterdir())
+
+
+def test_statistics_of_parts_of_a_batch_are_warned_of(tiny_cnn, class_folders, tmp_path, caplog):
+    short = {"epochs": 1, "batch_size": 4, "warmup_epochs": 0, "accumulate": 2}
+    finetune.evaluate(tiny_cnn, class_folders, settings(finetune=short), tmp_path)
+    assert "statistics are those of a part of a batch with finetune.accumulate = 2" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -196,7 +244,7 @@ def thousand(tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_variants_are_read_by_the_fine_tuned_network(thousand, tmp_path):
     out, model = tmp_path / "out", "resnet10t@random"
-    quick = ("extract.workers=0", "extract.crop=1", "probe.rates=2", "probe.epochs=2")
+    quick = ("extract.workers=0", "extract.view=centre-crop:1", "probe.rates=2", "probe.epochs=2")
     quick += ("finetune.init=probe", "finetune.epochs=1", "finetune.batch_size=20")
     quick += ("finetune.lr=3e-3", "finetune.warmup_epochs=0")
     common = (model, "--data", thousand, "--size", 32, "--output", out, *quick)

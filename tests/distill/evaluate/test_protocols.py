@@ -2,6 +2,7 @@
 
 import pytest
 
+from contract.errors import UserError
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.protocols import SECTIONS, apply_protocol, describe_protocols
 from distill.evaluate.settings import load_settings
@@ -84,6 +85,21 @@ def test_the_papers_values(task, values):
         section, name = key.split(".")
         assert getattr(getattr(applied.config, section), name) == value, key
     assert applied.name == "paper" and not applied.differences
+
+
+@pytest.mark.parametrize(
+    "task", ["knn", "linear", "transfer", "finetune", "zero-shot", "robustness", "clusters"]
+)
+def test_the_papers_see_centre_crops_whatever_the_recipes_view(task):
+    paper = apply_protocol(PAPER, task, "squash")
+    assert paper.config.extract.view == "centre-crop:0.875" and not paper.differences
+    given = apply_protocol(load_settings(["protocol=paper", "extract.view=squash"]), task)
+    assert ("extract.view", "given") in {(each.key, each.reason) for each in given.differences}
+
+
+def test_a_key_of_an_earlier_version_is_explained():
+    with pytest.raises(UserError, match="write extract.view=centre-crop:SHARE"):
+        load_settings(["extract.crop=0.9"])
 
 
 def test_a_choice_brings_its_own_values():

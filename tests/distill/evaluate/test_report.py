@@ -9,7 +9,7 @@ from contract.detection import Detections
 from distill.evaluate.boxes import Boxes
 from distill.evaluate.outcome import Outcome
 from distill.evaluate.pictures import boxes_figure
-from distill.evaluate.report import draw_scores, print_table, read_scores, write_json
+from distill.evaluate.report import draw_scores, print_scores, read_scores, write_json
 from distill.evaluate.representation import tsne_picture
 
 NAME = "a $_$ b"
@@ -20,7 +20,7 @@ def test_imagenet_9_has_a_table_of_its_own(capsys):
     sets = {"original": 0.96, "mixed_same": 0.89, "mixed_rand": 0.81, "BG-gap": 0.08}
     scores = {"imagenet-a top1": 0.11} | {f"imagenet-9 {name}": v for name, v in sets.items()}
     gap = scores | {"imagenet-9 BG-gap": 0.05}
-    print_table(
+    print_scores(
         {
             "student": {"robustness": Outcome(scores)},
             "teacher": {"robustness": Outcome(gap)},
@@ -39,9 +39,9 @@ def test_imagenet_9_has_a_table_of_its_own(capsys):
 
 
 def test_without_imagenet_9_there_is_one_table(capsys):
-    print_table({"student": {"knn": Outcome({"top1": 0.5})}})
+    print_scores({"student": {"knn": Outcome({"top1": 0.5})}})
     assert "ImageNet-9" not in capsys.readouterr().out
-    print_table({"student": {"robustness": Outcome({"imagenet-9 original": 0.5})}})
+    print_scores({"student": {"robustness": Outcome({"imagenet-9 original": 0.5})}})
     assert capsys.readouterr().out.startswith("ImageNet-9")
 
 

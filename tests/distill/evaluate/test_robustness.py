@@ -13,9 +13,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from contract.errors import UserError, exit_status
+from contract.views import EVALUATED, ViewPolicy
 from distill.data.crops import centre_crop
 from distill.evaluate.config import EvaluationConfig
 from distill.evaluate.encoder import parse_model, teacher_encoder
+from distill.evaluate.linear_probe import imagenet_probe
 from distill.evaluate.robustness import (
     ALEXNET,
     SEVERITIES,
@@ -30,6 +32,7 @@ from distill.evaluate.robustness import (
     own_classifier,
     subset_indices,
 )
+from distill.heads import Classifier, save_head
 
 CONFIG = EvaluationConfig.model_validate({"extract": {"workers": 0, "batch_size": 3}})
 WNIDS = {index: wnid for wnid, index in class_index().items()}
@@ -266,8 +269,8 @@ def test_centre_crop_keeps_the_share_of_the_shorter_side(tmp_path):
     picture[16:48, 34:66] = (4, 5 * 8 + 4, 0)  # class 5 within the central half, nothing around
     (tmp_path / "imagenet-v2" / "5").mkdir(parents=True)
     Image.fromarray(picture).save(tmp_path / "imagenet-v2" / "5" / "a.png")
-    half = CONFIG.model_copy(update={"extract": CONFIG.extract.model_copy(update={"crop": 0.5})})
-    assert evaluate_variants(live(classify, half), 16, tmp_path, half).scores == {
+    half = ViewPolicy("centre-crop", 0.5)
+    assert evaluate_variants(live(classify, CONFIG), 16, tmp_path, CONFIG, half).scores == {
         "imagenet-v2 top1": 1.0
     }
     assert run(tmp_path).scores == {"imagenet-v2 top1": 0.0}
@@ -304,7 +307,7 @@ def test_cached_features_give_what_a_live_network_gives(tiny_vit, tmp_path):
         )
     head = torch.nn.Linear(48, 1000)
     pictures = Pictures(
-        tmp_path, sorted((tmp_path / "imagenet-v2").rglob("*.png")), 64, 0.875, "imagenet-v2"
+        tmp_path, sorted((tmp_path / "imagenet-v2").rglob("*.png")), 64, EVALUATED, "imagenet-v2"
     )
     classify = torch.inference_mode()(lambda images: head(tiny_vit(images).summary))
     from_cache = cached(head, tiny_vit, tmp_path / "cache", CONFIG)
@@ -328,8 +331,7 @@ def test_a_second_pass_does_not_run_the_encoder(tiny_vit, tmp_path):
     paint(path, 700, side=30)  # a rewritten picture, or another crop, is another set
     evaluate_variants(logits_of, 64, tmp_path, CONFIG)
     assert sum(seen) == 4
-    half = CONFIG.model_copy(update={"extract": CONFIG.extract.model_copy(update={"crop": 0.5})})
-    evaluate_variants(logits_of, 64, tmp_path, half)
+    evaluate_variants(logits_of, 64, tmp_path, CONFIG, ViewPolicy("centre-crop", 0.5))
     assert sum(seen) == 6
     hook.remove()
 
@@ -343,6 +345,20 @@ def test_cached_logits_are_checked_like_live_ones(tiny_vit, tmp_path):
     torch.nn.init.constant_(head.bias, torch.inf)
     with pytest.raises(UserError, match="logits that are not finite"):
         evaluate_variants(cached(head, tiny_vit, tmp_path / "cache", CONFIG), 64, tmp_path, CONFIG)
+
+
+def test_a_probe_is_read_on_the_view_it_learnt_from(tiny_vit, tmp_path):
+    about = {
+        "student_sha256": tiny_vit.weights_sha256,
+        "reads": tiny_vit.read_out,
+        "image_size": tiny_vit.image_size,
+        "classes": [WNIDS[index] for index in range(1000)],
+        "view": str(EVALUATED),
+    }
+    path = save_head(tmp_path, "classification", Classifier(48, 1000), about)
+    assert imagenet_probe(tiny_vit, path, EVALUATED)
+    with pytest.raises(UserError, match="set extract.view=centre-crop:0.875, or run --tasks"):
+        imagenet_probe(tiny_vit, path, ViewPolicy())
 
 
 def test_own_head_of_mobilenet_sees_a_cat():

@@ -116,7 +116,7 @@ def test_the_command_writes_the_mean_and_leaves_heads_alone(tmp_path, four):
     quick = ("extract.workers=0", "probe.rates=2", "probe.epochs=2")
     done = run_here("resnet10t@random", "--data", four, *arguments, *quick, command=main)
     assert done.returncode == 0, done.stderr
-    assert "mean top1" in done.stdout and "flowers-102 top1" in done.stdout
+    assert "transfer mean top1: " in done.stdout and "flowers-102" in done.stdout
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["rows"]
     assert len(found["resnet10t@random"]["transfer"]["scores"]) == 5
     assert not (tmp_path / "out" / "heads").exists()

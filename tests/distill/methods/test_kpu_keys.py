@@ -109,7 +109,9 @@ def test_the_plan_adds_up_what_streams_keep_and_what_recomputing_saves(photo_fol
     )
     clip, detector, both = map(float, line.groups())
     assert both == pytest.approx(clip + detector, abs=0.011)
-    other = re.search(r"with kpu.adapter.checkpoint=true: ([\d.]+) GB in place of ([\d.]+)", plan)
+    other = re.search(
+        r"with kpu.adapter.grad_checkpointing=true: ([\d.]+) GB in place of ([\d.]+)", plan
+    )
     assert float(other[1]) < float(other[2]) == both
 
 

@@ -209,7 +209,7 @@ def test_two_processes_train_as_one_does(two_processes, kind):
         )
 
 
-@pytest.fixture(scope="module", params=["dino", "ibot", "udi"])
+@pytest.fixture(scope="module", params=[long_case("dino"), long_case("ibot"), "udi"])
 def trained(request, tmp_path_factory, photo_folder) -> tuple[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(sefa_recipe(photo_folder, request.param)))

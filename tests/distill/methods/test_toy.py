@@ -160,4 +160,4 @@ def test_a_toy_run_is_exported_with_parity_and_rendered(toy_run, tmp_path):
     words = (tmp_path / "bundle", "--output", tmp_path / "repository")
     assert run_here(*words, command=repository).returncode == 0
     assert (tmp_path / "repository" / "features" / "config.pbtxt").is_file()
-    assert (tmp_path / "repository" / "head_mae").is_dir()
+    assert (tmp_path / "repository" / "features" / "1" / "head_mae.onnx").is_file()

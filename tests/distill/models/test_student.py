@@ -54,7 +54,7 @@ def test_stride_and_tokens_are_learnt_from_a_forward_pass(name, kwargs, layout):
         ("pit_ti_224", {}, "gives its class token alone"),
         # two class tokens, not one and a map of one position
         ("pit_s_distilled_224", {}, "gives its class token alone"),
-        ("inception_v3", {}, "gives a map of 5 rows for 224 px, which no stride"),
+        ("inception_v3", {}, "gives a map of 5 rows for 224 px, although its stride is 32 pixels"),
         (
             "vit_tiny_patch16_224",
             {"patch_size": [16, 8]},
@@ -146,10 +146,38 @@ def test_only_the_user_s_own_arguments_are_refused():
     assert create_timm("poolformer_s12", img_size=64, dynamic_img_size=True, num_classes=0)
 
 
-def test_a_declared_stride_stands_where_a_side_is_no_multiple():
+def test_a_stride_is_what_further_pixels_add_and_no_quotient():
     net = student("test_resnet", 96).net
-    assert map_stride(net, 112, 4) == 32
-    assert map_stride(net, 299, 8) == 37
+    for size, height in ((112, 4), (112, 3), (299, 8)):
+        far = height + 210  # for 6,720 pixels more
+        assert map_stride(net, size, height, lambda pixels, far=far: far) == 32
+        # of one size only: the stage that comes nearest
+        assert map_stride(net, size, height, lambda pixels: None) == 32
+    assert map_stride(net, 224, 28, lambda pixels: None) == 8
+    assert map_stride(net, 224, 7, lambda pixels: 7) is None  # pooled to one size
+    assert map_stride(torch.nn.Identity(), 112, 4, lambda pixels: None) == 28
+    assert map_stride(torch.nn.Identity(), 112, 3, lambda pixels: None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "sizes", "kwargs"),
+    [
+        ("convnext_atto", 112, "96 or 128", {}),  # drops what is left
+        ("selecsls42", 112, None, {}),  # timm counts the stride of what is behind the map
+        ("resnet10t", 112, None, {"output_stride": 16}),
+        ("resnet10t", 120, None, {"output_stride": 8}),
+    ],
+)
+def test_cnns_have_their_own_stride_at_any_side(name, size, sizes, kwargs):
+    if sizes:
+        with pytest.raises(UserError, match=f"stride of 32 pixels.*{size} px .use {sizes}"):
+            student(name, size, **kwargs)
+        size = int(sizes.split()[0])
+    made = student(name, size, **kwargs)
+    rows = made(torch.zeros(1, 3, size, size, device="meta")).patches.shape[1]
+    assert -(-size // made.stride) == rows
+    if "output_stride" in kwargs:
+        assert made.stride == kwargs["output_stride"]
 
 
 def test_the_fewest_values_of_a_batch_norm_are_counted():

@@ -302,7 +302,7 @@ def test_every_weight_but_the_sentinels_gets_a_gradient(adapter):
 def test_recomputing_interactions_changes_nothing_but_memory():
     gradients = []
     for recompute in (False, True):
-        student = open_gates(adapted({"checkpoint": recompute})).train()
+        student = open_gates(adapted({"grad_checkpointing": recompute})).train()
         torch.manual_seed(1)
         total_of(student, torch.randn(2, 3, 56, 56)).backward()
         gradients.append([p.grad for p in student.parameters() if p.requires_grad])

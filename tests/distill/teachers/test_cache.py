@@ -258,7 +258,10 @@ def test_a_cache_that_does_not_fit_is_refused_before_it_is_filled(tmp_path, data
 
 @pytest.mark.slow
 def test_a_cache_of_other_teachers_or_crops_is_refused_naming_the_field(recipe_file, tmp_path):
-    cached = {"teacher_cache": {"views": 2, "path": str(tmp_path / "cache")}}
+    cached = {
+        "teacher_cache": {"views": 2, "path": str(tmp_path / "cache")},
+        "teacher_runtime": {"precision": "fp32"},
+    }
     done = run_here(recipe_file(**cached), "--output", tmp_path / "one")
     assert done.returncode == 0, done.stderr
     assert "0 of 24 views present (0 % hits), computed 24" in done.stdout

@@ -172,17 +172,13 @@ def test_whatever_changes_features_changes_the_identity_and_nothing_else_does():
     known = set(TeacherConfig.model_fields) - set(usual)
     assert known == {
         *("alias", "weight", "token_weight", "feature_weight", "batch_size", "student_size"),
-        *("dim", "checkpoint", "pretrained"),
+        *("dim", "checkpoint", "pretrained", "licence"),
     }
 
 
-def test_names_of_timms_hub_are_timms_names_and_others_are_one_line():
+def test_names_of_timms_hub_are_timms_names():
     for text in ("hf-hub:timm/resnet10t.c3_in1k", "hf_hub:timm/resnet10t.c3_in1k@main"):
         assert TeacherConfig(name=text, role="dino").name == "resnet10t.c3_in1k"
-    with pytest.raises(ValueError, match=r"only the hub's timm/… is read by name"):
-        TeacherConfig(name="hf-hub:someone/net", role="dino")
-    with pytest.raises(ValueError, match=r"checkpoint to /a/b/model\.safetensors"):
-        TeacherConfig(name="local-dir:/a/b", role="dino")
 
 
 def test_bf16_teachers_answer_in_float32_close_to_full_precision():

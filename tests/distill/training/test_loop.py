@@ -15,7 +15,7 @@ from distill.runs import load_run
 from distill.training.checkpoint import load_checkpoint
 from distill.training.loop import take_step
 from distill.training.schedule import learning_rate
-from tests.conftest import command, environment, metrics_of, run_here, weights_of
+from tests.conftest import command, environment, long_case, metrics_of, run_here, weights_of
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def assert_same_weights(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", [False, True], ids=["teachers", "cached"])
+@pytest.mark.parametrize("cache", [False, long_case(True)], ids=["teachers", "cached"])
 def test_a_run_killed_at_any_moment_and_resumed_is_bit_identical(recipe_file, tmp_path, cache):
     # checkpoints at every other step make it likely that some kill falls into writing one
     recipe = recipe_file(

@@ -21,7 +21,7 @@ def row(step: int, **more: float) -> dict:
 
 
 def write(folder, start: int, steps: list[int], **more: float) -> None:
-    with MetricsLog(folder, 100, start, tensorboard=False) as log:
+    with MetricsLog(folder, 100, start) as log:
         for step in steps:
             log.write(row(step, **more))
 
@@ -43,7 +43,7 @@ def test_resuming_drops_lines_after_the_checkpoint_and_a_half_written_one(tmp_pa
 
 
 def test_a_console_line_names_each_teachers_losses(tmp_path):
-    with MetricsLog(tmp_path, 100, 0, tensorboard=False) as log:
+    with MetricsLog(tmp_path, 100, 0) as log:
         line = log.line(
             row(10) | {"loss.clip.token": 0.25, "loss.clip.patches": 0.5, "loss.mae.patches": 0.125}
         )
@@ -53,12 +53,6 @@ def test_a_console_line_names_each_teachers_losses(tmp_path):
         and "mae 0.125" in line
         and "50 images/s" in line
     )
-
-
-def test_tensorboard_events_are_written_where_asked_for(tmp_path):
-    with MetricsLog(tmp_path, 100, 0, tensorboard=True) as log:
-        log.write(row(1))
-    assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
 @pytest.mark.parametrize("rows", [0, 1, 30])

@@ -9,6 +9,7 @@ from distill.config import TrainConfig
 from distill.methods import build_method
 from distill.recipe_io import make_recipe
 from distill.training.memory_format import _writes_out_of_bounds, set_memory_format
+from export.graph import build_parts, open_student
 from tests.conftest import run_here, small_recipe
 from tests.distill.two_ranks import DIMS
 
@@ -106,3 +107,43 @@ def test_channels_last_is_left_out_where_it_corrupts_memory(photo_folder, caplog
     features = method.student(method.preprocess(images["image"]))
     features.patches.sum().backward()
     assert all(weight.grad.isfinite().all() for weight in weights if weight.grad is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("output_stride", "rows"), [(8, 7), (16, 4)])
+def test_a_cnn_of_another_stride_is_planned_trained_and_exported(
+    recipe_file, tmp_path, output_stride, rows
+):
+    kwargs = {"output_stride": output_stride}
+    recipe = recipe_file(
+        student={"name": "resnet10t", "kwargs": kwargs, "drop_path": 0.0, "image_size": 56},
+        method="plain",
+        teachers=[TEACHER],
+        train={"steps": 1},
+    )
+    sizes = [] if output_stride == 8 else ["student.image_size=64"]
+    if sizes:
+        done = run_here(recipe, "--dry-run")
+        assert done.returncode == 2 and "(use 48 or 64)" in done.stderr
+    assert run_here(recipe, *sizes, "--dry-run").returncode == 0
+    done = run_here(recipe, *sizes, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    student = open_student(tmp_path / "run")
+    assert student.stride == output_stride
+    parts = {p.signature.graph: p for p in build_parts(student, None, None)}
+    side = rows * output_stride
+    fixed = build_parts(student, side, side)[0]
+    (features,) = (p for p in fixed.signature.outputs if p.name == "features")
+    assert features.axes[1:3] == (rows, rows)
+    picture = torch.zeros(1, side, 2 * side, 3, dtype=torch.uint8)
+    outputs = parts["backbone"].module(picture)
+    assert outputs[2].shape[1:3] == (rows, 2 * rows)
+
+
+@pytest.mark.parametrize("key", ["train.compile", "teacher_runtime.compile"])
+def test_compiling_on_a_cpu_without_a_compiler_is_refused(small, tmp_path, monkeypatch, key):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = run_here(small(64, device="cpu"), f"{key}=true", "--output", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"{key} = true: " in done.stderr and "'no-such-compiler' is not there" in done.stderr
+    assert not (tmp_path / "run" / "recipe.yaml").exists()

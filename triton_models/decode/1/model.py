@@ -3,24 +3,31 @@ away.
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from graph_model import Refused, answer_each
-from images import Limits, UnreadableImage, read_pixels
+from images import Limits, UnreadableImage, read_views
+from views import ViewPolicy
 
 
 class TritonPythonModel:
-    """The first step of `features_encoded`. images.py is contract/images.py; it and graph_model.py
-    are copied next to this file.
+    """The first step of `features_encoded`. images.py and views.py are those of contract/; they and
+    graph_model.py are copied next to this file.
     """
 
     def initialize(self, args: dict) -> None:
-        settings = {
-            key: int(value["string_value"])
+        texts = {
+            key: value["string_value"]
             for key, value in json.loads(args["model_config"])["parameters"].items()
-            if key != "unbatched"
         }
+        # the version's own, which a rollout may change; the configuration stays as it is, and in
+        # older repositories has one too
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self.view = ViewPolicy.parse(json.loads((folder / "model.json").read_text())["view"])
+        texts = {key: text for key, text in texts.items() if key not in ("unbatched", "view")}
+        settings = {key: int(text) for key, text in texts.items()}
         self.max_batch = settings["max_batch"]
         self.height, self.width = settings["height"], settings["width"]
         self.limits = Limits(settings["max_bytes"], settings["max_pixels"])
@@ -42,7 +49,9 @@ class TritonPythonModel:
         pictures = np.empty((len(encoded), self.height, self.width, 3), np.uint8)
         for number, data in enumerate(encoded[:, 0]):
             try:
-                pictures[number] = read_pixels(bytes(data), self.height, self.width, self.limits)
+                (pictures[number],) = read_views(
+                    bytes(data), self.view, self.height, self.width, self.limits
+                )
             except UnreadableImage as error:
                 raise Refused(
                     f"picture {number}: {error}" if len(encoded) > 1 else str(error)

@@ -5,17 +5,20 @@ repository.
 """
 
 import json
+from pathlib import Path
 
 import dense
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from graph_model import Refused, answer_each, is_finite, wrong_size
+from graph_model import Refused, answer_each, check_bundle, is_finite, wrong_size
 
 
 class TritonPythonModel:
     def initialize(self, args: dict) -> None:
         """Read names, the function and the sizes of pictures that are served from config.pbtxt."""
         config = json.loads(args["model_config"])
+        folder = Path(args["model_repository"]) / args["model_version"]
+        self.bundle = json.loads((folder / "model.json").read_text())["bundle"]
         self.values, self.map = config["input"][0]["name"], config["output"][0]["name"]
         settings = {key: value["string_value"] for key, value in config["parameters"].items()}
         settings.pop("unbatched")
@@ -46,6 +49,7 @@ class TritonPythonModel:
                 f"'image' has {image[0]} pictures and '{self.values}' {len(values)} rows: give as "
                 f"many of each, at most {self.max_batch}"
             )
+        check_bundle(request, self.bundle)
         if not is_finite(values):
             raise Refused(f"input '{self.values}' holds NaN or infinity: give finite numbers")
         try:

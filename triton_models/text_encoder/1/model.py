@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from clip_text import BadLabel, ClipTokenizer, embed
-from graph_model import failed, label_text, open_graph, unexpected
+from graph_call import open_graph
+from graph_model import Refused, failed, label_text, refusal, unexpected
 
 _KEPT = 4096
 """Labels whose embeddings are kept: clients send the same few with every picture."""
@@ -62,10 +63,7 @@ class TritonPythonModel:
         try:
             result = self.look_up(self.read(raw))
         except BadLabel as error:
-            # a calling model gets only the message, not the code, so it requests a mark that
-            # identifies a refusal
-            mark = json.loads(request.parameters() or "{}").get("refusal_mark", "")
-            return failed(f"{mark}{error}", pb_utils.TritonError.INVALID_ARG)
+            return refusal(request, Refused(str(error)))
         except Exception as error:  # whatever the graph failed with, the next request may do better
             return unexpected("the text tower failed", error)
         if not np.isfinite(result).all():

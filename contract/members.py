@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from contract.images import IMAGE_SUFFIXES
-from distill.data.files import is_data
+from contract.picture_files import is_data
 
 _LOSSY_FIRST = (".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".jp2")
 _ORDER = (*_LOSSY_FIRST, *(suffix for suffix in IMAGE_SUFFIXES if suffix not in _LOSSY_FIRST))

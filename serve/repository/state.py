@@ -4,15 +4,31 @@ second starts find it.
 
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from contract.errors import UserError
 from contract.files import write_atomically
 from serve.repository.contents import STATE
-from serve.server.stubs import command_line
+from serve.repository.processes import command_line
 
 _MOST_BYTES = 2**20
+
+
+class GoldenState(BaseModel):
+    """What came of the golden photographs at the last start."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    outcome: Literal["passed", "conspicuous", "outside", "skipped", "missing"]
+    version: int = 0
+    """Of the repository, 0 where it has no front door."""
+    runtime: str = ""
+    """What computed the answers."""
+    messages: tuple[str, ...] = ()
+    """What is outside its bounds, or conspicuous within them."""
+    seconds: float = 0.0
 
 
 class State(BaseModel):
@@ -34,6 +50,8 @@ class State(BaseModel):
     restarts: dict[str, int] = Field(default_factory=dict)
     """How often a model's dead backend was replaced, by model."""
     server_restarts: int = 0
+    golden: GoldenState | None = None
+    """None of a server that was not started by serve.run."""
 
 
 def write_state(repository: Path, state: State) -> None:

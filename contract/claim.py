@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,26 +20,33 @@ log = logging.getLogger(__name__)
 CLAIM = ".claim"
 """File in a claimed folder, with what is known of its holder as JSON."""
 
+_REMEDY = "wait for it or stop it, or choose another --output"
+_OTHER = "choose another --output"
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _HELD = (errno.EACCES, errno.EAGAIN)
 
 
 @contextmanager
-def claimed(folder: Path, doing: str) -> Iterator[None]:
+def claimed(folder: Path, doing: str, remedy: str = _REMEDY, other: str = _OTHER) -> Iterator[None]:
     """Hold a folder, which is made where it is missing, until the body ends; nothing is left of an
     empty one that was made.
 
-    Raises UserError, naming the holder, if another process (of any machine that shares the file
-    system) holds it, and for a folder that cannot be made.
+    Raises UserError, naming the holder and a `remedy`, if another process (of any machine that
+    shares the file system) holds it; for a folder that cannot be made or written to, for which
+    `other` is the remedy; and for a claim that is a link or anything but a file.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     held = None
     try:
-        held = _take(folder, doing)
+        held = _take(folder, doing, remedy, other)
         yield
     finally:
         if held is not None:
             with contextlib.suppress(OSError):
-                (folder / CLAIM).unlink()  # before the lock goes: a new holder makes a new file
+                # before the lock goes: a new holder makes a new file. Another folder may have taken
+                # this one's place, with a holder of its own
+                if os.lstat(folder / CLAIM).st_ino == os.fstat(held).st_ino:
+                    (folder / CLAIM).unlink()
             os.close(held)
         for place in made:
             with contextlib.suppress(OSError):  # not empty: there is a run in it
@@ -52,19 +60,23 @@ def is_free(folder: Path) -> bool:
     return folder.is_dir() and all(path.name == CLAIM for path in folder.iterdir())
 
 
-def _take(folder: Path, doing: str) -> int:
+def _take(folder: Path, doing: str, remedy: str, other: str) -> int:
     """Descriptor of the locked file."""
     path = folder / CLAIM
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            held = os.open(path, _FLAGS, 0o666)
         except FileNotFoundError:
             continue  # somebody who made the folder, and had to give up, has just removed it
         except OSError as error:
-            raise UserError(
-                f"cannot create the run folder {folder}: {error.strerror} (choose another --output)"
-            ) from error
+            if _is_in_the_way(path):
+                raise UserError(f"{path} is not a regular file: move it away") from error
+            what = path if folder.is_dir() else folder
+            raise UserError(f"cannot create {what}: {error.strerror} ({other})") from error
+        if not stat.S_ISREG(os.fstat(held).st_mode):
+            os.close(held)
+            raise UserError(f"{path} is not a regular file: move it away")
         try:
             # a record lock: forked workers that outlive a killed process do not inherit it
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,14 +84,11 @@ def _take(folder: Path, doing: str) -> int:
             if error.errno in _HELD:
                 holder = _holder(held)
                 os.close(held)
-                raise UserError(
-                    f"{folder} is in use by {holder}: wait for it or stop it, or choose another "
-                    "--output"
-                ) from error
+                raise UserError(f"{folder} is in use by {holder}: {remedy}") from error
             log.warning("%s: its file system cannot lock (%s)", folder, error.strerror)
         # whoever held it may have removed the file after it was opened here
         try:
-            same = os.stat(path).st_ino == os.fstat(held).st_ino
+            same = os.lstat(path).st_ino == os.fstat(held).st_ino
         except FileNotFoundError:
             same = False
         if same:
@@ -91,6 +100,14 @@ def _take(folder: Path, doing: str) -> int:
         os.truncate(held, 0)
         os.pwrite(held, json.dumps(about).encode(), 0)
     return held
+
+
+def _is_in_the_way(path: Path) -> bool:
+    """Whether there is something that is not a file: what it leads to may not be written to."""
+    try:
+        return not stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _holder(held: int) -> str:

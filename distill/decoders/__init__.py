@@ -1,0 +1,1 @@
+"""Decoders of teachers as task heads: how they are opened, fitted, called."""

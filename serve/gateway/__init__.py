@@ -1,0 +1,1 @@
+"""An HTTP endpoint for embeddings in OpenAI's form, in front of a running server."""
