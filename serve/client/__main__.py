@@ -142,7 +142,11 @@ def _parser() -> argparse.ArgumentParser:
         help="how pictures are brought to the model's size: squash, centre-crop:SHARE, letterbox "
         "or, for maps, tiles:OVERLAP (default: the bundle's)",
     )
-    result.add_argument("--size", metavar="HxW", help="pixels, for models of dynamic resolution")
+    result.add_argument(
+        "--size",
+        metavar="HxW",
+        help="pixels, for models of dynamic resolution (default: the largest)",
+    )
     result.add_argument(
         "--partial", action="store_true", help="features: leave out heads that fail"
     )

@@ -21,6 +21,7 @@ from serve.client.inputs import Picture
 from serve.client.many import Pictures
 from serve.client.options import RequestOptions
 from serve.client.pictures import (
+    NOTHING_SEEN,
     class_image,
     draw_boxes,
     features_figure,
@@ -202,10 +203,12 @@ class _Map:
 
 def _describe(result: TaskMap, row: int) -> str:
     values, classes = result.values[row], result.classes
+    if np.all((values == UNSEEN) | np.isnan(values)):  # of a picture a pixel or two high
+        return NOTHING_SEEN
     match result.task.map.kind:
         case "classes":
             seen = values[values != UNSEEN]
-            shares = np.bincount(seen, minlength=len(classes)) / max(1, seen.size)
+            shares = np.bincount(seen, minlength=len(classes)) / seen.size
             most = [n for n in shares.argsort()[::-1][:3] if shares[n]]
             return ", ".join(f"{classes[n]} {shares[n]:.0%}" for n in most)
         case "scalar":

@@ -22,6 +22,9 @@ _LONGEST = 1024
 SCALAR_COLOURS = "magma_r"
 """Of matplotlib: small values (near ones, of depth) are bright."""
 
+NOTHING_SEEN = "nothing of it in view"
+"""Said of a map whose picture is too small for the view to show the middle of any pixel."""
+
 _NAMED_COLOURS = (
     (31, 119, 180),
     (255, 127, 14),
@@ -189,11 +192,13 @@ def scalar_figure(photo: Image.Image, values: np.ndarray, unit: str) -> Figure:
     axes[0].imshow(photo)
     extent = (0, photo.width, photo.height, 0)
     image = axes[1].imshow(values, cmap=SCALAR_COLOURS, extent=extent, interpolation="bilinear")
-    axes[1].set_title(
-        f"{np.nanmin(values):.2f} to {np.nanmax(values):.2f}, median {np.nanmedian(values):.2f} "
-        f"{units}",
-        fontsize=10,
+    seen = values[~np.isnan(values)]
+    title = (
+        f"{seen.min():.2f} to {seen.max():.2f}, median {np.median(seen):.2f} {units}"
+        if seen.size
+        else NOTHING_SEEN
     )
+    axes[1].set_title(title, fontsize=10)
     bar = figure.colorbar(image, ax=axes[1], fraction=0.05, pad=0.02, label=units)
     bar.ax.invert_yaxis()  # small values above, as they are bright
     return figure

@@ -79,6 +79,7 @@ class Offer:
             "dimensions": embedding.width,
             "modalities": ["image", "text"] if embedding.texts else ["image"],
             **{key: self.about.get(key) for key in keys},
+            "view": self.view or self.about.get("view"),
             "teacher": facts,
         }
 

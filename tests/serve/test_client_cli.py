@@ -7,16 +7,21 @@ import socket
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors import safe_open
 
+from contract.views import UNSEEN
 from distill.data.pictures import PackagedPhotos
 from serve.client import FeatureClient
 from serve.client.__main__ import main, task_names
+from serve.client.commands import _describe
+from serve.client.pictures import NOTHING_SEEN, scalar_figure
 from serve.client.tasks.depth import estimate_depth
+from serve.client.tasks.maps import TaskMap
 from serve.client.tasks.segmentation import segment
 from serve.server.front import FrontOptions
 from serve.server.front_process import Front
@@ -303,3 +308,14 @@ def test_the_module_is_the_command(server, pictures, tmp_path):
     done = subprocess.run([*command, "--task", "depth"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and (tmp_path / "o" / "cat.v1_depth.png").exists(), done.stderr
     assert "Warning" not in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["classes", "scalar", "vector"])
+def test_a_map_of_which_nothing_was_seen_is_said_as_such(kind):
+    task = SimpleNamespace(map=SimpleNamespace(kind=kind))
+    values = np.full((2, 2), UNSEEN) if kind == "classes" else np.full((2, 2), np.nan)
+    answer = TaskMap(task, (values,), ("cat",), "metres")
+    assert _describe(answer, 0) == NOTHING_SEEN
+    if kind == "scalar":
+        figure = scalar_figure(Image.new("RGB", (2, 2)), values, "metre")
+        assert figure.axes[1].get_title() == NOTHING_SEEN
