@@ -69,6 +69,8 @@ class Line:
     """When the server last answered anything."""
     lost: int = 0
     """Deadlines in a row that passed without a word."""
+    sending: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a request is handed over to tritonclient without waiting for its answer."""
 
 
 class Lines:

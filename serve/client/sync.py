@@ -241,7 +241,10 @@ class Caller:
         self.left.add(future)
         arguments = arguments | {"client_timeout": seconds + AFTERWARDS}
         try:
-            line.triton.async_infer(callback=settle, **arguments)
+            # it keeps the call in an attribute until the callback is added: another thread's answer
+            # would come back here
+            with line.sending:
+                line.triton.async_infer(callback=settle, **arguments)
         except Exception as error:  # nothing was sent
             settle(None, error)
         try:

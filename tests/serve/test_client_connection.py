@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from serve.client import FeatureClient, connection
@@ -315,3 +316,25 @@ def test_addresses_of_nobody_are_client_errors(url):
     with pytest.raises(ClientError) as raised:
         asyncio.run(ask())
     assert len(str(raised.value)) < 300
+
+
+def test_threads_that_share_a_client_are_answered_what_they_asked(server, monkeypatch):
+    """tritonclient's `async_infer` keeps a call in an attribute before it adds the callback: a
+    thread that comes between would have its answer taken for another's.
+    """
+
+    def keep(self, call):
+        self.kept = call
+        time.sleep(0.05)
+
+    late = property(lambda self: self.kept, keep)
+    monkeypatch.setattr(InferenceServerClient, "_call_future", late, raising=False)
+    with FeatureClient(server.grpc) as client, ThreadPoolExecutor(4) as threads:
+        alone = [client.features(picture, OUTPUT)[OUTPUT] for picture in PIXELS[:4]]
+
+        def ask(number: int) -> np.ndarray:
+            # of one id, by which answers could be told apart
+            return client.features(PIXELS[number], OUTPUT, request_id="one", timeout=60)[OUTPUT]
+
+        for found, expected in zip(threads.map(ask, range(4)), alone, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
