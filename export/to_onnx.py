@@ -31,8 +31,8 @@ refuses in float32; before 22 ONNX has no convolution in bf16.
 """
 
 _FOLDED = 64
-"""bf16: constants up to this many bytes are computed at export: axes, which TensorRT needs as
-numbers, but not weights.
+"""Without the exporter's optimizations, constants up to this many bytes are computed at export:
+axes, which TensorRT needs as numbers, but not weights.
 """
 
 _LONGEST = 15 * 60
@@ -125,8 +125,10 @@ def _map_axes(signature: Signature, known: Collection[str]) -> list[str]:
     return sorted(names - set(known))
 
 
-def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelProto:
-    """Trace a part with torch.export and translate it; raises UserError where torch cannot."""
+def _trace(part: Part, stride: int, max_batch: int, opset: int, optimize: bool) -> onnx.ModelProto:
+    """Trace a part with torch.export and translate it, with the exporter's optimizations or, if not
+    `optimize`, constants folded alone; raises UserError where torch cannot.
+    """
     signature = part.signature
     # two pictures, not square: the exporter could take a batch or side of 1, or equal sides, as
     # constants
@@ -158,8 +160,7 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
                 opset_version=opset,
                 dynamic_shapes=shapes,
                 verbose=False,
-                # its folding of batch norms into convolutions makes float32 weights of bf16 ones
-                optimize=opset != OPSET["bf16"],
+                optimize=optimize,
                 input_names=[port.name for port in signature.inputs],
                 output_names=[port.name for port in signature.outputs],
             )
@@ -171,7 +172,7 @@ def _trace(part: Part, stride: int, max_batch: int, opset: int) -> onnx.ModelPro
                 f"graph '{signature.graph}' cannot be exported ({_reason(error)}): this "
                 "architecture is not supported"
             ) from error
-    if opset == OPSET["bf16"]:
+    if not optimize:
         fold_constants(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
     return program.model_proto
 
@@ -218,6 +219,20 @@ def graphs(model: onnx.ModelProto) -> list[onnx.GraphProto]:
         for node in graph.node:
             result += [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
     return result + list(model.functions)  # type: ignore[operator] - functions have nodes too
+
+
+def _unmade(model: onnx.ModelProto) -> set[str]:
+    """Tensors that nodes read and nothing makes."""
+    read, made = {""}, {""}
+    for graph in graphs(model):
+        for node in graph.node:
+            read.update(node.input)
+            made.update(node.output)
+        made.update(value if isinstance(value, str) else value.name for value in graph.input)
+        if isinstance(graph, onnx.GraphProto):
+            made.update(tensor.name for tensor in graph.initializer)
+            made.update(tensor.values.name for tensor in graph.sparse_initializer)
+    return read - made
 
 
 def _name_axes(model: onnx.ModelProto, signature: Signature) -> None:
@@ -300,7 +315,11 @@ def export_part(
     opset: int = OPSET["fp32"],
 ) -> list[Path]:
     """Trace, clean, name, write and check one graph; returns its files."""
-    model = clean(_trace(part, stride, max_batch, opset), about)
+    # folding batch norms into convolutions makes float32 weights of bf16 ones
+    model = _trace(part, stride, max_batch, opset, optimize=opset != OPSET["bf16"])
+    if _unmade(model):  # onnxscript 0.7 loses the bounds of some Clips that follow one another
+        model = _trace(part, stride, max_batch, opset, optimize=False)
+    clean(model, about)
     _name_axes(model, part.signature)
     files = save(model, path)
     check(model, path, part.signature, opset)

@@ -37,6 +37,33 @@ def test_same_padding_is_right_at_every_size_the_stride_divides():
     networks.check_export(whole, [(64, 64), (96, 32), (32, 160)], varying=True)
 
 
+class Clipped(torch.nn.Module):
+    """Bounds in tensors, one pair after another, as Gemma's linear layers have them."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("least", torch.tensor(-0.5))
+        self.register_buffer("most", torch.tensor(0.5))
+
+    def forward(self, x):
+        x = torch.clamp(self.module(x), self.least, self.most)
+        return torch.clamp(x, self.least, self.most) * 2 + torch.clamp(x, self.least, self.most)
+
+
+def test_bounds_that_the_exporters_optimizer_loses_are_in_the_graph(monkeypatch):
+    student = Student(StudentConfig(name="test_resnet", image_size=64)).eval()
+    student.net.maxpool = Clipped(student.net.maxpool)
+    half, optimized, trace = (0.5, 0.5, 0.5), [], to_onnx._trace
+    monkeypatch.setattr(
+        to_onnx, "_trace", lambda *a, optimize: optimized.append(optimize) or trace(*a, optimize)
+    )
+    deployment = Deployment(Preprocess(64, half, half), student, torch.nn.Identity(), {})
+    whole = Exported(None, deployment, (), student.stride, "")
+    networks.check_export(whole, [(64, 64), (96, 32)], varying=True)
+    assert optimized == [True, False]  # else onnxscript has been mended: trace once
+
+
 def test_padding_that_varies_is_what_timm_computes_for_multiples():
     """`pad_same` is for numbers; the symbolic branch must give the same for every multiple."""
 
