@@ -12,7 +12,6 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tritonclient.grpc as grpc
 
@@ -324,18 +323,18 @@ def test_int8_on_a_processor_without_vnni_is_told_from_that_of_the_export(
     assert done.returncode == 0, done.stderr
     repository = only_fused(tmp_path / "int8", tmp_path / "repository")
     golden = read_golden(repository / DEPTH)
-    with Run("--repository", repository) as run:
-        run.ready()
-    assert "fused: output" not in run.text
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
-    with Run("--repository", repository) as run:
-        run.ready()
-        state = read_state(repository)
-    assert state.golden.outcome == "conspicuous" and "MAX_CPU_ISA=AVX2" in state.golden.runtime
-    times = [float(line.split(", ")[-1].split()[0]) for line in state.golden.messages]
-    print(f"int8 without VNNI errs {np.array(times)} times as at export")
+    # without the instructions the error is two to five times as large, as that at export happens
+    # to be
     tight = replace(golden, bounds=(0.99, 1.5 * max(golden.measured.values())))
     (repository / DEPTH).write_bytes(tight.to_bytes())
+    with Run("--repository", repository) as run:
+        run.ready()
+        assert read_state(repository).golden.outcome != "outside"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with Run("--repository", repository, "--golden", "warn") as run:
+        run.ready()
+        state = read_state(repository).golden
+        assert state.outcome == "outside" and "MAX_CPU_ISA=AVX2" in state.runtime
     with Run("--repository", repository) as run:
         assert run.process.wait(90) == 1
     run.reader.join(10)
