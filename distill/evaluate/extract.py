@@ -9,10 +9,11 @@ that one of them joins.
 import hashlib
 import json
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -40,6 +41,10 @@ log = logging.getLogger(__name__)
 
 _SUMMARIES_A_SHARD = 8
 """How many times more views a shard of summaries alone holds than one with patches."""
+
+
+_LEFT = 24 * 3600.0
+"""Seconds after which the part of a shard is one that a killed job has left."""
 
 
 class Views(Protocol):
@@ -163,7 +168,9 @@ def extract(
         ) from error
     numbers = [n for shard in missing for n in _shard_range(shard, len(views), size)]
     start = time.perf_counter()
-    segments = _divide(_cuts(numbers, size, config.batch_size), size, ranks.world)
+    # jobs that fill the same cache at the same time leave each other's parts alone
+    job = ranks.gather(secrets.token_hex(4))[0]
+    segments = _divide(_cuts(numbers, size, config.batch_size), size, ranks.world, job)
     pieces = Counter(segment.shard for segment in segments)
     mine = [segment for segment in segments if segment.rank == ranks.rank]
     cuts = [cut for segment in mine for cut in segment.cuts]
@@ -193,7 +200,7 @@ def extract(
     if ranks.world > 1:
         wait_for([_marker(folder, shard) for shard in missing])
     if ranks.first:
-        _remove_pieces(folder, missing)
+        _remove_pieces(folder, job)
     rate = len(numbers) / (time.perf_counter() - start)
     log.info(
         "%s: %d of %d views of %s, %.1f a second",
@@ -208,10 +215,11 @@ class _Segment(NamedTuple):
     rank: int
     shard: int
     cuts: list[list[int]]
+    job: str
 
     def path(self, folder: Path, kind: str) -> Path:
         """Where a part of a shard waits for the others."""
-        return folder / f"shard_{self.shard:06d}.from_{self.cuts[0][0]}.{kind}.npy"
+        return folder / f"shard_{self.shard:06d}.from_{self.cuts[0][0]}.{self.job}.{kind}.npy"
 
 
 def _cuts(numbers: Sequence[int], size: int, batch_size: int) -> list[list[int]]:
@@ -224,13 +232,15 @@ def _cuts(numbers: Sequence[int], size: int, batch_size: int) -> list[list[int]]
     return cuts
 
 
-def _divide(cuts: list[list[int]], size: int, world: int) -> list[_Segment]:
+def _divide(cuts: list[list[int]], size: int, world: int, job: str) -> list[_Segment]:
     """Batches of shards of `size` views, divided evenly among processes: what is computed together
     is what one process would.
     """
     numbered = [(number * world // len(cuts), cut) for number, cut in enumerate(cuts)]
     groups = groupby(numbered, lambda entry: (entry[0], entry[1][0] // size))
-    return [_Segment(rank, shard, [cut for _, cut in group]) for (rank, shard), group in groups]
+    return [
+        _Segment(rank, shard, [cut for _, cut in group], job) for (rank, shard), group in groups
+    ]
 
 
 def _keep_pieces(folder: Path, segment: _Segment, arrays: dict[str, np.ndarray]) -> None:
@@ -249,14 +259,12 @@ def _join_pieces(folder: Path, segments: Sequence[_Segment], kinds: Sequence[str
     _keep(folder, segments[0].shard, arrays)
 
 
-def _remove_pieces(folder: Path, shards: Sequence[int]) -> None:
-    """Remove the parts of shards that are kept, also those of a run that was killed and had another
-    number of processes.
-    """
-    kept = {f"shard_{shard:06d}" for shard in shards}
+def _remove_pieces(folder: Path, job: str) -> None:
+    """Remove the parts of a job, whose shards are kept, and what killed ones left long ago."""
     for path in list(folder.glob("shard_*.from_*.npy")):
-        if path.name.partition(".")[0] in kept:
-            path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another job has removed it
+            if f".{job}." in path.name or time.time() - path.stat().st_mtime > _LEFT:
+                path.unlink()
 
 
 def summaries(encoder: Encoder, views: Views, config: ExtractConfig) -> Tensor:

@@ -1,6 +1,7 @@
 """Cached extraction: right, resumable, mended when damaged, honest about bad features."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -78,15 +79,17 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tiny_vit, views, tmp_path)
     torch.testing.assert_close(found.summaries(), whole.summaries(), rtol=0, atol=0)
 
 
-def test_parts_of_a_killed_run_of_several_processes_are_removed(tiny_vit, views, tmp_path):
+def test_parts_that_killed_jobs_left_are_removed_and_not_those_of_others(tiny_vit, views, tmp_path):
+    """Another job of several processes may be filling the same shards at this moment."""
     extract(tiny_vit, views, tmp_path, CONFIG)
     (marker,) = tmp_path.glob("*/shard_000000.json")
     marker.unlink()
-    kept, left = (marker.parent / f"shard_00000{n}.from_2.summary.npy" for n in (7, 0))
-    for path in (kept, left):
+    new, old = (marker.parent / f"shard_000000.from_2.{n}.summary.npy" for n in ("1a", "2b"))
+    for path in (new, old):
         path.write_bytes(b"part")
+    os.utime(old, (0, 0))
     extract(tiny_vit, views, tmp_path, CONFIG)
-    assert marker.is_file() and not left.exists() and kept.exists()
+    assert marker.is_file() and new.exists() and not old.exists()
 
 
 def test_a_damaged_shard_is_computed_again(tiny_vit, views, tmp_path, caplog):
