@@ -45,13 +45,22 @@ def pad_divisible(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, *arguments: object, **options: object
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *arguments: object,
+    **options: object,
 ) -> Tensor:
-    """torch's attention, [B, heads, windows, N, d] as [B * heads, windows, N, d] where nothing else
-    has these axes.
+    """torch's attention, which the exporter translates for four axes alone: [B, N, d] as
+    [B, 1, N, d], and [B, heads, windows, N, d] as [B * heads, windows, N, d].
     """
-    if query.ndim != 5 or arguments or options.get("attn_mask") is not None:
-        return _ATTENTION(query, key, value, *arguments, **options)
+    if query.ndim == 3:
+        query, key, value = (part[:, None] for part in (query, key, value))
+        mask = attn_mask[:, None] if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
+        return _ATTENTION(query, key, value, mask, *arguments, **options)[:, 0]
+    if query.ndim != 5 or arguments or attn_mask is not None:
+        return _ATTENTION(query, key, value, attn_mask, *arguments, **options)
     flat = (part.flatten(0, 1) for part in (query, key, value))
     return _ATTENTION(*flat, **options).unflatten(0, query.shape[:2])
 

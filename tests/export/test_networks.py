@@ -79,18 +79,17 @@ def test_padding_that_varies_is_what_timm_computes_for_multiples():
         assert torch.equal(program.module()(x), pad_same(x, (5, 3), (2, 4), (1, 2), 7.0))
 
 
-def test_attention_inside_windows_has_four_axes_while_traced():
-    query, key, value = torch.randn(3, 2, 3, 4, 5, 6).unbind()
-    wanted, before = (
-        F.scaled_dot_product_attention(query, key, value),
-        (F.scaled_dot_product_attention),
-    )
+@pytest.mark.parametrize("axes", [(2, 3, 4), (2,)], ids=["windows", "heads in the batch"])
+def test_attention_has_four_axes_while_traced(axes):
+    query, key, value = torch.randn(3, *axes, 5, 6).unbind()
+    attend = F.scaled_dot_product_attention
+    options = [{}, {"scale": 1.0}, {"attn_mask": torch.randn(*axes, 5, 5)}, {"is_causal": True}]
+    wanted = [attend(query, key, value, **option) for option in options]
     with traceable():
-        assert F.scaled_dot_product_attention is not before
-        torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value), wanted)
-        scaled = F.scaled_dot_product_attention(query, key, value, scale=1.0)
-    assert F.scaled_dot_product_attention is before
-    torch.testing.assert_close(scaled, before(query, key, value, scale=1.0))
+        assert F.scaled_dot_product_attention is not attend
+        found = [F.scaled_dot_product_attention(query, key, value, **option) for option in options]
+    assert F.scaled_dot_product_attention is attend
+    torch.testing.assert_close(found, wanted)
 
 
 def test_tracing_is_bounded(monkeypatch):
