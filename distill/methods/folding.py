@@ -65,9 +65,10 @@ class FoldedProjection(nn.Module):
 
     def forward(self, features: Tensor, x: Tensor) -> Tensor:
         """[..., K] of features [..., d] and the x [..., C] that they make."""
-        # as layer norms do in half precision
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance = (wide - wide.mean(dim=-1, keepdim=True)).square().mean(dim=-1, keepdim=True)
+        # as layer norms do in half precision; of operators that ONNX has, so that it is traced once
+        wide = x if x.dtype == torch.float64 else x.float()
+        apart = wide - wide.mean(dim=-1, keepdim=True)
+        variance = (apart * apart).mean(dim=-1, keepdim=True)
         rate = torch.rsqrt(variance + self.eps).to(x.dtype)
         return self.linear(features) * rate + self.shift
 
