@@ -49,9 +49,9 @@ def test_the_second_process_waits_for_what_the_first_sees(tmp_path, monkeypatch)
 def test_parts_that_never_come_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(shared_files, "_PATIENCE", 1)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    segments = [extract._Segment(0, 0, [[0, 1]]), extract._Segment(1, 0, [[2, 3]])]
+    segments = [extract._Segment(0, 0, [[0, 1]], "1a"), extract._Segment(1, 0, [[2, 3]], "1a")]
     extract._keep_pieces(tmp_path, segments[0], {"summary": np.zeros((2, 4))})
-    with pytest.raises(UserError, match="shard_000000.from_2.summary.npy, which another process"):
+    with pytest.raises(UserError, match="shard_000000.from_2.1a.summary.npy, which another"):
         extract._join_pieces(tmp_path, segments, ["summary"])
 
 
