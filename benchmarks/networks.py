@@ -91,7 +91,7 @@ random weights, torch {torch}. `yes`, or what the commands answer.
 - **teacher**: gives a map and an image-level vector.
 - **export**: its ONNX graph agrees with torch in onnxruntime, and can be served.
 - **varying sizes**: the same graph takes other sizes that its stride divides, so that several
-  `--resolutions` can be exported at once. `not done in 90 s`: tracing takes more CPU time.
+  `--resolutions` can be exported at once. `not done in N s`: tracing takes more CPU time.
 
 A student's `summary` is its class token, or the mean of its map, as `forward_features` leaves it.
 What runs in the classifier alone is no part of a student: where that holds the last norm (BEiT,

@@ -145,7 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--size",
         metavar="HxW",
-        help="pixels, for models of dynamic resolution (default: the largest)",
+        help="pixels, for models of dynamic resolution (default: the pictures' own if all have one "
+        "that the model takes, else its largest)",
     )
     result.add_argument(
         "--partial", action="store_true", help="features: leave out heads that fail"
