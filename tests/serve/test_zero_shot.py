@@ -32,6 +32,7 @@ from serve.repository.models import build_models
 from serve.repository.settings import Settings
 from serve.repository.versions import Repository
 from serve.repository.zero_shot import EMBEDDINGS, read_class_embeddings
+from serve.server.golden import GoldenCheck, GoldenRefused
 from tests.conftest import need_tritonserver, run_here, small_recipe
 from tests.serve.running import until
 
@@ -149,7 +150,7 @@ def rows_bundle(files, plain_bundle, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def serving(expensive, tmp_path_factory):
-    """A function that serves a bundle and gives a client of it."""
+    """A function that serves a bundle and gives the server and a client of it."""
     need_tritonserver()
     from contextlib import ExitStack
 
@@ -158,7 +159,7 @@ def serving(expensive, tmp_path_factory):
 
     with ExitStack() as stack:
 
-        def start(bundle: Path) -> grpc.InferenceServerClient:
+        def start(bundle: Path) -> "tuple[Server, grpc.InferenceServerClient]":
             folder = tmp_path_factory.mktemp("server")
             make_repository(
                 read_bundle(bundle),
@@ -169,14 +170,20 @@ def serving(expensive, tmp_path_factory):
             server = Server(
                 find_tritonserver(None, folder), folder / "repository", options, lambda line: None
             )
-            return stack.enter_context(grpc.InferenceServerClient(stack.enter_context(server).grpc))
+            address = stack.enter_context(server).grpc
+            return server, stack.enter_context(grpc.InferenceServerClient(address))
 
         yield start
 
 
 @pytest.fixture(scope="module")
-def client(serving, clip_bundle):
+def clip_server(serving, clip_bundle):
     return serving(clip_bundle)
+
+
+@pytest.fixture(scope="module")
+def client(clip_server):
+    return clip_server[1]
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +345,24 @@ def test_bad_input_is_an_invalid_argument_in_a_sentence_and_the_next_is_answered
     assert ask(client, pixels)["probabilities"].shape == (3, 3)
 
 
+def test_a_start_asks_the_text_encoder_for_vectors_that_the_export_knows(clip_server, tmp_path):
+    server, _ = clip_server
+    lines: list[str] = []
+    state = GoldenCheck(server.repository, "refuse", lines.append)(server.rest)
+    assert state.outcome == "passed" and "by features and text_encoder in" in lines[0]
+    copy = shutil.copytree(server.repository, tmp_path / "repository")
+    path = copy / "zero_shot" / "1" / "classes.npz"
+    vectors = dict(np.load(path))
+    vectors["embeddings"][1] += 0.05 * np.abs(vectors["embeddings"]).max()
+    np.savez(path, **vectors)
+    with pytest.raises(GoldenRefused, match=f"text_encoder: embedding of '{LABELS[1]}' has cosine"):
+        GoldenCheck(copy, "refuse", print)(server.rest)
+    for data in (b"no archive", path.read_bytes()[:-30], b"PK\x03\x04"):
+        path.write_bytes(data)
+        with pytest.raises(UserError, match="classes cannot be read .*render the repository again"):
+            GoldenCheck(copy, "refuse", print)(server.rest)
+
+
 def test_a_text_encoder_asked_directly_refuses_with_the_same_words(client):
     with pytest.raises(InferenceServerException) as refused:
         ask(client, labels=[b"\xff"], model="text_encoder")
@@ -348,7 +373,7 @@ def test_a_text_encoder_asked_directly_refuses_with_the_same_words(client):
 def test_classifier_rows_give_the_classifiers_own_probabilities_and_a_choice_of_its_classes(
     serving, rows_bundle, files, pixels
 ):
-    client = serving(rows_bundle)
+    _, client = serving(rows_bundle)
     token = torch.from_numpy(
         ask(client, pixels, model="features", outputs=["cls_token"])["cls_token"]
     )
