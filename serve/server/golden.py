@@ -195,7 +195,11 @@ def _classes(repository: Path, version: int) -> _Classes | None:
         if not about["encoder"]:
             return None
         short = [n for n, name in enumerate(about["classes"]) if len(name.encode()) <= _SHORT]
-        with np.load(folder / "classes.npz", allow_pickle=False) as arrays:
+        # numpy leaves a file open that is no archive
+        with (
+            (folder / "classes.npz").open("rb") as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):
             vectors = arrays["embeddings"][short[:_LABELS]].astype(np.float32)
         labels = [about["classes"][n] for n in short[:_LABELS]]
         return _Classes(labels, vectors, version) if labels else None
