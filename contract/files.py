@@ -9,7 +9,9 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,20 +53,22 @@ def write_all_atomically(
     """The same for files that belong together: all are on the disk before the first is renamed, in
     order.
     """
-    temporaries = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    # threads may write the same file; of a process's first one, this is the process's number
+    own = threading.get_native_id()
+    temporaries = {path: path.with_name(f".{path.name}.{own}.tmp") for path in files}
     path = next(iter(files))
     try:
         for path, write in files.items():
             temporary = temporaries[path]
             temporary.unlink(missing_ok=True)
-            if private:
-                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            made = os.open(
+                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666
+            )
+            mode = stat.S_IMODE(os.fstat(made).st_mode)  # less the umask, which only a change tells
+            os.close(made)
             write(temporary)
-            if not private:
-                # safetensors makes its files for their owner alone; servers run as somebody else
-                mask = os.umask(0)
-                os.umask(mask)
-                temporary.chmod(0o666 & ~mask)
+            # safetensors makes its files for their owner alone; servers run as somebody else
+            temporary.chmod(mode)
             _flush(temporary)
         for path, temporary in temporaries.items():
             os.replace(temporary, path)

@@ -5,6 +5,7 @@ graphs.
 """
 
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def open_graph(
     """Open a graph in a runtime: on a GPU by its number, or on so many threads of the CPU.
 
     `views`: what it returns may be memory of the runtime, which the next call overwrites: that
-    saves OpenVINO a copy of every output.
+    saves OpenVINO a copy of every output, and is for one thread. Without, threads may share it.
 
     `openvino-bf16` computes in bf16 where the processor has it, else as `openvino` in float32;
     `tensorrt` is onnxruntime's provider of that name, and its options: the shapes to build for, the
@@ -73,10 +74,12 @@ def open_graph(
         }
         model = core.compile_model(str(graph), "CPU", settings)
         names, outputs = [port.any_name for port in model.inputs], model.outputs
+        one_by_one = threading.Lock()  # a compiled model has one request, whoever calls it
 
         def run(feeds: Sequence[np.ndarray]) -> list[np.ndarray]:
-            result = model(dict(zip(names, feeds, strict=True)), share_outputs=views)
-            return [result[port] for port in outputs]
+            with one_by_one:
+                result = model(dict(zip(names, feeds, strict=True)), share_outputs=views)
+                return [result[port] for port in outputs]
 
         return run
     import onnxruntime

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import stat
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -210,6 +211,35 @@ def own_size(data: bytes, limits: Limits = Limits(), name: str = "") -> tuple[in
         return (width, height) if orientation(picture) >= 5 else (height, width)
 
 
+class _Unwarned:
+    """While any thread is in it, Pillow's warnings are ignored.
+
+    `warnings.catch_warnings` puts back what one thread found, which may be what another has set.
+    """
+
+    def __init__(self) -> None:
+        self.inside, self.entry, self.lock = 0, None, threading.Lock()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.inside += 1
+            if self.inside == 1:
+                warnings.filterwarnings("ignore", module=rf"PIL\.|{re.escape(__name__)}$")
+                self.entry = warnings.filters[0]
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                with contextlib.suppress(ValueError):  # somebody else has put others there
+                    warnings.filters.remove(self.entry)
+
+
+_unwarned = _Unwarned()
+# in a forked child: the threads that were inside are not there
+os.register_at_fork(after_in_child=_unwarned.__init__)
+
+
 @contextlib.contextmanager
 def _opened(data: bytes, limits: Limits, name: str) -> Iterator[tuple[Image.Image, bytes]]:
     """A picture within the limits, not decoded yet, and its file without what is not pixels; what
@@ -224,11 +254,10 @@ def _opened(data: bytes, limits: Limits, name: str) -> Iterator[tuple[Image.Imag
     if data.startswith(_PNG):
         data = _without_text(data)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what Pillow only warns of is decided here
-            with Image.open(io.BytesIO(data), formats=limits.formats) as picture:
-                _check_limits(picture, data, limits, name)
-                yield picture, data
+        # what Pillow only warns of is decided here
+        with _unwarned, Image.open(io.BytesIO(data), formats=limits.formats) as picture:
+            _check_limits(picture, data, limits, name)
+            yield picture, data
     except UnreadableImage:
         raise
     except MemoryError:

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -201,7 +202,7 @@ def _load(file: Path, state: str) -> _Index | None:
 
 
 def _store(file: Path, state: str, index: _Index) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    temporary = file.with_name(f".{file.name}.{threading.get_native_id()}.tmp")
     names = b"".join(os.fsencode(name) + b"\0" for name in index.names)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

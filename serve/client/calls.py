@@ -15,6 +15,7 @@ from tritonclient.utils import InferenceServerException
 from contract.views import SQUASH, ViewPolicy
 from serve.client.answers import Answer, join
 from serve.client.breaker import Breakers
+from serve.client.connection import AFTERWARDS
 from serve.client.heads import Found, ask_heads
 from serve.client.inputs import (
     Images,
@@ -27,9 +28,9 @@ from serve.client.inputs import (
 from serve.client.options import ClientOptions, RequestOptions
 from serve.client.retry import Budget, attempt, may_cancel
 from serve.client.served import DECODER, FRONT_DOOR, Outputs, Served, read_answer
-from serve.client.shared_memory import Pool, Region, lay_out
+from serve.client.shared_memory import COOLING, Pool, Region, lay_out
 from serve.client.steps import Rpc, Steps, Together, Work
-from serve.errors import BadRequest, NotAllowed, NotServed, ServerFailed, WrongAnswer
+from serve.errors import BadRequest, NotAllowed, NotServed, Unavailable, WrongAnswer
 
 _VIEW_LASTS = 60.0
 """Seconds after which a client asks again how the bundle sees pictures."""
@@ -127,15 +128,16 @@ class Calls:
         """A model's inputs, outputs, batch and parameters, cached unless `fresh`; raises
         NotServed.
         """
-        if fresh or model not in self.known:
+        served = self.known.get(model)  # which other threads may forget meanwhile
+        if fresh or served is None:
             deadline = time.monotonic() + (timeout or self.options.timeout)
             answer = yield from self.ask(
                 "get_model_config", {"model_name": model}, deadline, request_id
             )
-            self.known[model] = Served.read(answer.config)
+            served = self.known[model] = Served.read(answer.config)
             if model == FRONT_DOOR:
                 self.looked = time.monotonic()
-        return self.known[model]
+        return served
 
     def size_of(
         self, served: Served, pictures: Sequence[Picture], options: RequestOptions
@@ -215,23 +217,23 @@ class Calls:
         arguments: Mapping[str, Any],
         deadline: float,
         request_id: str,
-        hurry: bool = False,
-        cancels: bool = True,
+        **how: Any,
     ) -> Steps[Any]:
-        """Call the server within the deadline and the budget for retries; see
-        serve.client.retry.attempt.
+        """Call the server within the deadline and the budget for retries; `how` are further
+        arguments of serve.client.retry.attempt.
         """
         retry, budget = self.options.retry, self.budget
-        return attempt(method, arguments, deadline, retry, budget, request_id, hurry, cancels)
+        return attempt(method, arguments, deadline, retry, budget, request_id, **how)
 
     def ask_to_infer(
-        self, arguments: Mapping[str, Any], deadline: float, request_id: str, hurry: bool
+        self, arguments: Mapping[str, Any], deadline: float, request_id: str, **how: Any
     ) -> Steps[Any]:
         """The same for inference, which servers that crash on it are not asked to cancel."""
         if self.cancels is None:
             answer = yield from self.ask("get_server_metadata", {}, deadline, request_id)
             self.cancels = may_cancel(answer.version)
-        return (yield from self.ask("infer", arguments, deadline, request_id, hurry, self.cancels))
+        how |= {"cancels": self.cancels}
+        return (yield from self.ask("infer", arguments, deadline, request_id, **how))
 
     def infer(
         self,
@@ -261,7 +263,7 @@ class Calls:
                 "inputs": inputs,
                 "outputs": [InferRequestedOutput(name) for name in names],
             }
-            result = yield from self.ask_to_infer(arguments, deadline, request_id, hurry)
+            result = yield from self.ask_to_infer(arguments, deadline, request_id, hurry=hurry)
             return (yield from self.check(served, names, rows, result, result.as_numpy, request_id))
         region = self.pool.lend(places)
         let_go = False
@@ -282,11 +284,11 @@ class Calls:
             )
             let_go = True
             return answer
-        except (BadRequest, NotServed, NotAllowed, ServerFailed):
+        except (BadRequest, NotServed, NotAllowed, Unavailable):
             let_go = True
             raise
         finally:  # after a time-out or a lost connection the server may still be at it
-            (self.pool.back if let_go else self.pool.retire)(region)
+            (self.pool.back if let_go and not region.doubtful else self.pool.retire)(region)
 
     def through(
         self,
@@ -308,7 +310,11 @@ class Calls:
                 )
                 region.registered = True
             try:
-                return (yield from self.ask_to_infer(arguments, deadline, request_id, hurry))
+                return (
+                    yield from self.ask_to_infer(
+                        *(arguments, deadline, request_id), hurry=hurry, unsure=region.doubt
+                    )
+                )
             except NotServed as error:
                 if last or "shared memory region" not in error.message:
                     raise
@@ -347,7 +353,8 @@ class Calls:
 
     def clean(self, everything: bool) -> Steps[None]:
         """Give back shared memory: what was retired long ago, or all of it."""
-        for region in self.pool.leave(everything) if self.pool else ():
+        cooling = COOLING if self.cancels else AFTERWARDS
+        for region in self.pool.leave(everything, cooling) if self.pool else ():
             if region.registered:
                 call = region.removal()
                 arguments = call.arguments | {"headers": self.headers(), "client_timeout": 2.0}

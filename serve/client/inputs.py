@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -30,6 +31,21 @@ _PART = 1 << 20
 """Bytes of an open file that are read at a time."""
 
 
+_reading = threading.Lock()
+"""Held while a PIL picture is read, whose file may not be decoded yet: a picture may be in two
+parts of a list, and then belongs to two threads.
+"""
+
+
+def _renew() -> None:
+    """In a forked child: the thread that held the lock is not there."""
+    global _reading
+    _reading = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew)
+
+
 @dataclass(frozen=True)
 class Picture:
     """One picture, not decoded yet, and what messages call it."""
@@ -48,7 +64,8 @@ class Picture:
             if isinstance(self.source, np.ndarray):
                 return Image.fromarray(self.source)
             if isinstance(self.source, Image.Image):
-                return to_rgb(self.source, self.name)
+                with _reading:
+                    return to_rgb(self.source, self.name)
             return decode(self.source, limits, name=self.name)
 
     def read(self, limits: Limits) -> bytes:

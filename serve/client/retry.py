@@ -6,7 +6,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +37,8 @@ _REFUSED = {
 }
 
 
+_REFUSALS = ("Exceeds maximum queue size", "Server is stopping", "has no available versions")
+"""How Triton and the front of gRPC say "not now" of a request that nothing has worked on."""
 _CANCELS = (2, 70)
 """Triton's first version (container 26.06) that is asked to cancel a request whose time is up.
 Cancelling one while its answer is being sent crashes older servers (triton-inference-server/server
@@ -140,6 +142,14 @@ def _typed_error(error: InferenceServerException, request_id: str = "") -> tuple
     return ServerFailed(f"{status}: {message}" if status else message, request_id), False
 
 
+def _never_began(error: ClientError) -> bool:
+    """Whether the server refused a request instead of working on it: it may be at one whose
+    connection was lost, or whose ensemble failed in a part.
+    """
+    refused = (BadRequest, NotServed, NotAllowed)
+    return isinstance(error, refused) or any(words in error.message for words in _REFUSALS)
+
+
 def attempt(
     method: str,
     arguments: Mapping[str, Any],
@@ -149,14 +159,15 @@ def attempt(
     request_id: str = "",
     hurry: bool = False,
     cancels: bool = True,
+    unsure: Callable[[], None] = lambda: None,
 ) -> Steps[Any]:
     """Call a method of the server until it answers, may not be called again, or `deadline`
     (time.monotonic) is near.
 
     What is left of the time goes to the server with each attempt, so that it drops work nobody
     waits for any more. `hurry`: a failing part of an ensemble is not waited for, because the caller
-    will do without it. `cancels`: whether the server may be told when time is up. Raises a
-    ClientError.
+    will do without it. `cancels`: whether the server may be told when time is up. `unsure` is
+    called after an attempt that the server may still be at. Raises a ClientError.
     """
     budget.add()
     began, tries = time.monotonic(), 0
@@ -170,6 +181,8 @@ def attempt(
             return (yield Rpc(method, dict(arguments), patience=left))
         except InferenceServerException as raised:
             error, again = _typed_error(raised, request_id)
+            if not _never_began(error):
+                unsure()
             if again and tries == 0 and is_cut_off(error.message):
                 if reason := (yield Work(partial(ask_in_http, error.message))):
                     raise NotAllowed(reason, request_id) from raised

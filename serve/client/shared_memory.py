@@ -22,8 +22,10 @@ from serve.errors import BadRequest
 
 Kind = Literal["system", "cuda"]
 SMALLEST, ALIGNED = 1 << 20, 64
-_COOLING = 60.0
-"""Seconds after which a request that was given up has surely ended on the server too."""
+COOLING = 60.0
+"""Seconds after which a request that was given up has surely ended on the server too, if that was
+told.
+"""
 
 
 class Region:
@@ -35,6 +37,8 @@ class Region:
         self.kind, self.size, self.device = kind, size, device
         self.name = f"vfm-{uuid.uuid4().hex[:16]}"
         self.registered = False
+        self.doubtful = False
+        """Whether the server may still be at a request that was answered at a later attempt."""
         self.retired = 0.0
         self.places: dict[str, tuple[int, int]] = {}
         if kind == "system":
@@ -81,6 +85,10 @@ class Region:
             outputs.append(InferRequestedOutput(name))
             outputs[-1].set_shared_memory(self.name, length, start)
         return inputs, outputs
+
+    def doubt(self) -> None:
+        """An attempt has failed that the server may still be at."""
+        self.doubtful = True
 
     def read(self, name: str, kind: str, shape: Sequence[int]) -> np.ndarray:
         """Copy an output of Triton's type `kind` out."""
@@ -168,6 +176,7 @@ class Pool:
         self.free: list[Region] = []
         self.retired: list[Region] = []
         self.lock = threading.Lock()
+        self.closed = False
 
     def lend(self, places: Mapping[str, tuple[int, int]]) -> Region:
         """A free region that holds places, made if there is none; raises BadRequest."""
@@ -181,24 +190,34 @@ class Pool:
 
     def back(self, region: Region) -> None:
         """Take back a region that the server has let go of."""
-        with self.lock:
-            self.free.append(region)
+        self._take(region, self.free)
 
     def retire(self, region: Region) -> None:
         """Take back a region whose request was given up: the server may still read and write it, so
         nobody else may.
         """
         region.retired = time.monotonic()
-        with self.lock:
-            self.retired.append(region)
+        self._take(region, self.retired)
 
-    def leave(self, everything: bool) -> list[Region]:
-        """Regions to unregister and destroy now: those retired long enough ago, or all."""
+    def _take(self, region: Region, where: list[Region]) -> None:
+        with self.lock:
+            if not self.closed:
+                where.append(region)
+                return
+        region.destroy()  # of a request that its client was closed under
+
+    def leave(self, everything: bool, cooling: float = COOLING) -> list[Region]:
+        """Regions to unregister and destroy now: those retired so many seconds ago, or all, of a
+        client that is closed.
+        """
         with self.lock:
             if everything:
-                gone, self.retired, self.free = self.retired + self.free, [], []
+                self.closed = True
+                gone = self.retired + self.free
+                self.retired.clear()
+                self.free.clear()
             else:
-                old = time.monotonic() - _COOLING
+                old = time.monotonic() - cooling
                 gone = [region for region in self.retired if region.retired < old]
-                self.retired = [region for region in self.retired if region.retired >= old]
+                self.retired[:] = [region for region in self.retired if region.retired >= old]
         return gone

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import tarfile
+import threading
 import time
 import zipfile
 import zlib
@@ -137,11 +138,13 @@ class _Access:
     def __init__(self) -> None:
         self.given: set[str] = set()
         self._denied: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def deny(self, storage: str) -> bool:
         """Count an object that is denied; whether the whole storage seems to be."""
-        self._denied[storage] += 1
-        return storage not in self.given and self._denied[storage] >= _DENIED
+        with self._lock:
+            self._denied[storage] += 1
+            return storage not in self.given and self._denied[storage] >= _DENIED
 
 
 _access = _Access()

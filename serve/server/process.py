@@ -106,6 +106,7 @@ class Server:
         """Shared memory of stub processes; tritonserver does not remove that of those that were
         killed.
         """
+        self.saving = threading.Lock()
         self.unsaved = False
         """Whether the state file is older than the counts, because its disk was full."""
         self.front: Front | None = None
@@ -348,7 +349,7 @@ class Server:
             http=self.http,
             metrics=self.metrics,
             admin_key=self.admin_key,
-            restarts=self.restarts,
+            restarts=dict(self.restarts),
             server_restarts=self.server_restarts,
             golden=self.golden,
         )
@@ -356,14 +357,16 @@ class Server:
 
     def try_save(self) -> None:
         """Write the state file if that is possible, and note whether it was."""
-        try:
-            self.save()
-        except (OSError, UserError) as error:
-            if not self.unsaved:
-                self.log(f"supervisor: counts of restarts are not written: {error}")
-            self.unsaved = True
-        else:
-            self.unsaved = False
+        # the front's thread does so too: an older state must not come last
+        with self.saving:
+            try:
+                self.save()
+            except (OSError, UserError) as error:
+                if not self.unsaved:
+                    self.log(f"supervisor: counts of restarts are not written: {error}")
+                self.unsaved = True
+            else:
+                self.unsaved = False
 
     def drain(self) -> None:
         """Stop accepting requests, and end when the accepted ones are answered. Safe in a

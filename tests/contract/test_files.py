@@ -4,6 +4,8 @@ test_bundle_safety.py.
 
 import os
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,22 @@ def test_an_old_folder_is_kept_unless_it_may_be_deleted(tmp_path):
 def test_an_error_is_named_by_its_first_line_or_its_kind():
     assert first_line(ValueError("\n one\ntwo")) == "one"
     assert first_line(EOFError()) == "EOFError" and first_line("said\nmore") == "said"
+
+
+def test_threads_may_write_the_same_file(tmp_path):
+    """And nobody changes the umask, which is the whole process's, even for a moment."""
+    together, path = threading.Barrier(2), tmp_path / "state"
+
+    def write(text: str) -> None:
+        def slowly(temporary: Path) -> None:
+            together.wait(10)
+            temporary.write_text(text)
+            together.wait(10)
+
+        write_atomically(path, slowly)
+
+    with ThreadPoolExecutor(2) as threads, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "umask", lambda mask: pytest.fail("the umask was changed"))
+        for _ in range(20):
+            list(threads.map(write, "ab"))
+    assert path.read_text() in ("a", "b") and names(tmp_path) == ["state"]

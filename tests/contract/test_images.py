@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 
 import numpy as np
@@ -365,3 +366,18 @@ def test_no_picture_is_called_damaged_where_memory_runs_out(monkeypatch, place, 
     monkeypatch.setattr(place, fail)
     with pytest.raises(MemoryError):
         decode(JPEG, limits, name="a.jpg")
+
+
+def test_threads_that_decode_leave_the_users_warnings_alone():
+    """Pillow's warnings are ignored while any of them decodes, and nobody else's ever."""
+    before, data = list(warnings.filters), encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    first, second = (images._opened(data, Limits(), "") for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    code = compile("warnings.warn('odd')", "odd.py", "exec")
+    exec(code, {"warnings": warnings, "__name__": "PIL.TiffImagePlugin"})
+    with pytest.warns(UserWarning, match="odd"):
+        exec(code, {"warnings": warnings, "__name__": "mine"})
+    second.__exit__(None, None, None)
+    assert warnings.filters == before
