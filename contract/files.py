@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -61,14 +60,12 @@ def write_all_atomically(
         for path, write in files.items():
             temporary = temporaries[path]
             temporary.unlink(missing_ok=True)
-            made = os.open(
-                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666
-            )
-            mode = stat.S_IMODE(os.fstat(made).st_mode)  # less the umask, which only a change tells
-            os.close(made)
+            if private:
+                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             write(temporary)
-            # safetensors makes its files for their owner alone; servers run as somebody else
-            temporary.chmod(mode)
+            if not private:
+                # safetensors makes its files for their owner alone; servers run as somebody else
+                temporary.chmod(0o666 & ~_umask())
             _flush(temporary)
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
@@ -84,6 +81,18 @@ def write_all_atomically(
         for temporary in temporaries.values():
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """What a new file is not allowed. Linux says so; else it can only be learnt by a change, which
+    other threads would see.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^Umask:\s*([0-7]+)$", status, re.M)[1], 8)
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def check_place(place: Path, what: str) -> None:

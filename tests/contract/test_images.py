@@ -370,7 +370,7 @@ def test_no_picture_is_called_damaged_where_memory_runs_out(monkeypatch, place, 
 
 def test_threads_that_decode_leave_the_users_warnings_alone():
     """Pillow's warnings are ignored while any of them decodes, and nobody else's ever."""
-    before, data = list(warnings.filters), encode(np.zeros((8, 8, 3), np.uint8), "PNG")
+    before, data = list(warnings.filters), encode(Image.new("RGB", (8, 8)), "PNG")
     first, second = (images._opened(data, Limits(), "") for _ in range(2))
     first.__enter__()
     second.__enter__()

@@ -2,10 +2,13 @@
 starting and watching.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +25,18 @@ from serve.repository.contents import MADE_WITH
 from serve.repository.settings import Settings
 
 ANY_PORTS = ("--grpc-port", 0, "--http-port", 0, "--metrics-port", 0)
+
+
+def lasting_port() -> int:
+    """A free port that stays free while nobody listens there: not of those that the kernel gives to
+    outgoing connections.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, first)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 class Run:

@@ -30,6 +30,7 @@ from serve.client.tls import Tls
 from serve.errors import ClientError, DeadlineExceeded, NotAllowed, Unavailable
 from serve.server.stubs import find_stubs
 from tests.conftest import need_tritonserver
+from tests.serve.running import lasting_port
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +79,8 @@ def pump(one: socket.socket, other: socket.socket) -> None:
         other.shutdown(socket.SHUT_RDWR)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def test_a_server_that_comes_up_is_waited_for(server, pixels):
-    port, proxies = free_port(), []
+    port, proxies = lasting_port(), []
     timer = threading.Timer(1.0, lambda: proxies.append(Proxy(port, server.grpc)))
     timer.start()
     began = time.monotonic()
@@ -97,7 +92,7 @@ def test_a_server_that_comes_up_is_waited_for(server, pixels):
 
 
 def test_retries_end_with_their_number_their_time_and_their_budget(pixels):
-    url = f"127.0.0.1:{free_port()}"
+    url = f"127.0.0.1:{lasting_port()}"
     quick = Retry(most=2, first=0.01)
     with (
         FeatureClient(url, retry=quick) as client,

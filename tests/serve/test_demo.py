@@ -27,6 +27,7 @@ from distill.data.pictures import PackagedPhotos
 from export.text.__main__ import main as text
 from serve.demo.__main__ import main
 from tests.conftest import need_tritonserver, run_here
+from tests.serve.running import lasting_port
 
 LABELS = ("cat", "steam engine", "espresso")
 CHROMIUM = next(
@@ -116,16 +117,10 @@ def labelled(expensive, small_bundle, tmp_path_factory):
         yield found
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 @contextmanager
 def serving(url: str, *more: str):
     """The command itself; gives the page's address, and looks that it ends as told."""
-    port = free_port()
+    port = lasting_port()
     command = [sys.executable, "-m", "serve.demo", "--url", url, "--port", str(port), *more]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
@@ -366,7 +361,7 @@ def test_without_zero_shot_nothing_is_said_of_it(browser, server, photo):
 def test_a_mistake_is_one_line(arguments, status, says, capsys):
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("the optional extra [demo] is not installed")
-    given = ["--port", str(free_port()), *arguments]
+    given = ["--port", str(lasting_port()), *arguments]
     assert main(given) == status
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
@@ -387,14 +382,14 @@ def test_a_port_in_use_is_one_line(capsys):
 def test_labels_for_a_server_without_zero_shot_are_refused(server, capsys):
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("the optional extra [demo] is not installed")
-    assert main(["--url", server.grpc, "--port", str(free_port()), "--labels", "cat"]) == 2
+    assert main(["--url", server.grpc, "--port", str(lasting_port()), "--labels", "cat"]) == 2
     assert "--labels: the server has no zero_shot and no detection" in capsys.readouterr().err
 
 
 def test_a_server_without_tls_is_told_apart_from_none(server, capsys):
     if importlib.util.find_spec("gradio") is None:
         pytest.skip("the optional extra [demo] is not installed")
-    assert main(["--url", server.grpc, "--port", str(free_port()), "--ssl"]) == 2
+    assert main(["--url", server.grpc, "--port", str(lasting_port()), "--ssl"]) == 2
     assert "does not answer in TLS" in capsys.readouterr().err
 
 

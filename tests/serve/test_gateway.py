@@ -212,7 +212,7 @@ def test_models_say_which_student_they_are_of(gateway):
     found = gateway.get("/v1/models/mae_token", headers=headers).json()
     assert found["student"] == "vit_tiny_patch16_224" and found["bundle"]
     assert found["teacher"]["label"] == "mae" and found["modalities"] == ["image"]
-    assert found["view"] == "centre-crop:0.875"
+    assert found["view"] == "squash"
     assert gateway.get("/v1/models/nope", headers=headers).status_code == 404
 
 

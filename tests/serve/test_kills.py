@@ -15,10 +15,9 @@ import tritonclient.grpc as grpc
 
 from export.run import main as export
 from serve.repository.state import read_state
-from serve.server.launch import choose_ports
 from serve.server.stubs import command_line, find_stubs
 from tests.conftest import long_case, need_tritonserver, run_here
-from tests.serve.running import Load, Run, ask, processes
+from tests.serve.running import Load, Run, ask, lasting_port, processes
 
 SIZE = 64
 ROUNDS = 2
@@ -48,8 +47,9 @@ class Killer:
         self.bundle, self.repository, self.folder = bundle, folder / "repository", folder
         self.rng = random.Random(seed)
         names = ("grpc", "http", "metrics")
-        chosen = choose_ports(dict.fromkeys(names, 0), "127.0.0.1")
-        self.ports = tuple(word for name in names for word in (f"--{name}-port", str(chosen[name])))
+        self.ports = tuple(
+            word for name in names for word in (f"--{name}-port", str(lasting_port()))
+        )
         self.seconds: list[float] = []
         """How long each start took that was not killed."""
         self.kills: list[str] = []
