@@ -19,7 +19,6 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile  # Pillow's files of two pictures are of it too
 from PIL.PngImagePlugin import PngImageFile
-from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 try:
     import simplejpeg
@@ -52,10 +51,6 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 """What turns a picture upright, by the value of its EXIF tag."""
-
-
-_STORED = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
-"""What turns an upright picture back to the pixels of its file, where that is another turn."""
 
 
 class Limits(NamedTuple):
@@ -132,7 +127,7 @@ def decode_with_size(
 ) -> tuple[Image.Image, tuple[int, int]]:
     """As `decode`, and the picture's own (height, width), upright, whatever it was reduced to."""
     data = source if isinstance(source, bytes) else read_file(source, limits, name)
-    with _opened(data, limits, name) as (picture, pure):
+    with opened(data, limits, name) as (picture, pure):
         if isinstance(picture, PngImageFile):
             _check_sums(pure)
         if isinstance(picture, JpegImageFile):
@@ -192,25 +187,6 @@ def jpeg_pixels(data: bytes, stored: tuple[int, int], factor: int = 1) -> np.nda
     return pixels if pixels.shape == (height, width, 3) else None
 
 
-def check_header(data: bytes, limits: Limits = Limits(), name: str = "") -> None:
-    """Raise UnreadableImage for bytes that `decode` would refuse by their header alone: empty, of
-    another format, beyond the limits (ImageTooLarge). Nothing is decoded.
-    """
-    with _opened(data, limits, name):
-        pass
-
-
-def own_size(data: bytes, limits: Limits = Limits(), name: str = "") -> tuple[int, int]:
-    """Height and width of a picture as it is held, by its header (of a PNG, the tag may come last,
-    and Pillow decodes it on the way); raises UnreadableImage as `check_header` does.
-    """
-    with _opened(data, limits, name) as (picture, _):
-        width, height = picture.size
-        if isinstance(picture, TiffImageFile):  # some versions of Pillow turn the size, too
-            width, height = picture.tag_v2[IMAGEWIDTH], picture.tag_v2[IMAGELENGTH]
-        return (width, height) if orientation(picture) >= 5 else (height, width)
-
-
 class _Unwarned:
     """While any thread is in it, Pillow's warnings are ignored.
 
@@ -241,7 +217,7 @@ os.register_at_fork(after_in_child=_unwarned.__init__)
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, limits: Limits, name: str) -> Iterator[tuple[Image.Image, bytes]]:
+def opened(data: bytes, limits: Limits, name: str) -> Iterator[tuple[Image.Image, bytes]]:
     """A picture within the limits, not decoded yet, and its file without what is not pixels; what
     goes wrong in the body becomes UnreadableImage too.
     """
@@ -258,9 +234,7 @@ def _opened(data: bytes, limits: Limits, name: str) -> Iterator[tuple[Image.Imag
         with _unwarned, Image.open(io.BytesIO(data), formats=limits.formats) as picture:
             _check_limits(picture, data, limits, name)
             yield picture, data
-    except UnreadableImage:
-        raise
-    except MemoryError:
+    except (UnreadableImage, MemoryError):
         raise
     except UnidentifiedImageError as error:
         if data.startswith(_PNG):  # a damaged header
@@ -382,8 +356,7 @@ def upright(stored: Image.Image, tag: int) -> Image.Image:
 
 def as_stored(turned: Image.Image, tag: int) -> Image.Image:
     """Inverse of `upright`."""
-    turn = _STORED.get(tag, _UPRIGHT.get(tag))
-    return turned if turn is None else turned.transpose(turn)
+    return upright(turned, {6: 8, 8: 6}.get(tag, tag))  # the others turn back by themselves
 
 
 def orientation(picture: Image.Image) -> int:

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from contract.errors import UserError, raise_trouble
-from contract.images import TRUSTED, UnreadableImage, decode, own_size, read_file, read_views
+from contract.images import TRUSTED, UnreadableImage, decode, read_file, read_views
+from contract.picture_headers import own_size
 from contract.views import ViewPolicy
 
 

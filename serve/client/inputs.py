@@ -17,7 +17,8 @@ import numpy as np
 from PIL import Image
 
 from contract.errors import first_line
-from contract.images import Limits, UnreadableImage, decode, own_size, read_file, read_views, to_rgb
+from contract.images import Limits, UnreadableImage, decode, read_file, read_views, to_rgb
+from contract.picture_headers import own_size
 from contract.views import SQUASH, ViewPolicy
 from serve.errors import BadRequest, ClientError, bad_picture
 

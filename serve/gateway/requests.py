@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import pybase64
 
 from contract.errors import first_line, suggest
-from contract.images import ImageTooLarge, Limits, UnreadableImage, check_header
+from contract.images import ImageTooLarge, Limits, UnreadableImage
+from contract.picture_headers import check_header
 from contract.untrusted import parse_json
 from serve.errors import shorten
 from serve.gateway.errors import ApiError

@@ -24,10 +24,10 @@ from contract.images import (
     UnreadableImage,
     decode,
     jpeg_pixels,
-    own_size,
     read_views,
     to_rgb,
 )
+from contract.picture_headers import own_size
 from contract.views import SQUASH, ViewPolicy
 from distill.config import TeacherConfig, TeacherRuntime
 from distill.data.pictures import PackagedPhotos
@@ -371,7 +371,7 @@ def test_no_picture_is_called_damaged_where_memory_runs_out(monkeypatch, place, 
 def test_threads_that_decode_leave_the_users_warnings_alone():
     """Pillow's warnings are ignored while any of them decodes, and nobody else's ever."""
     before, data = list(warnings.filters), encode(Image.new("RGB", (8, 8)), "PNG")
-    first, second = (images._opened(data, Limits(), "") for _ in range(2))
+    first, second = (images.opened(data, Limits(), "") for _ in range(2))
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from timm.data.transforms_factory import transforms_imagenet_eval
 
-from contract.images import own_size
+from contract.picture_headers import own_size
 from contract.views import EVALUATED, MOST_TILES, SQUASH, UNSEEN, ViewPolicy
 from distill.data.pictures import PackagedPhotos
 
