@@ -72,17 +72,9 @@ class CallingModel:
             raise Refused(message)
         return image
 
-    async def call(
-        self,
-        model: str,
-        version: int,
-        tensors: list,
-        outputs: list[str],
-        request,
-        parameters: Mapping[str, str] = {},
-    ) -> list[np.ndarray]:
+    async def call(self, *arguments, **options) -> list[np.ndarray]:
         """`call_tensors` as arrays."""
-        answers = await self.call_tensors(model, version, tensors, outputs, request, parameters)
+        answers = await self.call_tensors(*arguments, **options)
         return [tensor.as_numpy() for tensor in answers]
 
     async def call_tensors(

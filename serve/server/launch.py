@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from contract.errors import UserError
 from serve.repository.contents import read_made_with
@@ -168,10 +169,10 @@ def largest_request(repository: Path, max_image_bytes: int) -> int:
     """Bytes that a request to any of a repository's models may have: a batch of pictures, encoded
     or not, and some room for names; at least 256 MiB.
     """
-    if not (repository / "features" / CONFIG).exists():  # of other models
+    config = _front_door(repository)
+    if config is None:  # of other models
         return _LEAST_MESSAGE
-    config = read_config(repository / "features" / CONFIG)
-    about = about_served(repository)
+    about = _about(config)
     pixels = 3 * about.get("height", 0) * about.get("width", 0)
     batch = max(1, config.max_batch_size)
     return max(_LEAST_MESSAGE, batch * max(max_image_bytes, pixels) + 2**20)
@@ -179,10 +180,17 @@ def largest_request(repository: Path, max_image_bytes: int) -> int:
 
 def about_served(repository: Path) -> dict:
     """What a repository's front door tells of the bundle; nothing in one of other models."""
+    config = _front_door(repository)
+    return _about(config) if config else {}
+
+
+def _front_door(repository: Path) -> ModelConfig | None:
     path = repository / "features" / CONFIG
-    if not path.exists():
-        return {}
-    return json.loads(read_config(path).parameters["about"].string_value or "{}")
+    return read_config(path) if path.exists() else None
+
+
+def _about(config: ModelConfig) -> dict:
+    return json.loads(config.parameters["about"].string_value or "{}")
 
 
 def is_loopback(host: str) -> bool:

@@ -4,7 +4,6 @@ the real tritonserver say.
 
 import ast
 import functools
-import http.server
 import json
 import os
 import re
@@ -13,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -41,6 +39,7 @@ from serve.server.rest import ADMIN_HEADER
 from serve.server.triton import find_tritonserver
 from tests.conftest import need_tritonserver
 from tests.serve.made_bundle import make_bundle
+from tests.serve.running import Saying, answering
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -804,7 +803,7 @@ def test_liveness_asks_every_front_door(small_bundle, tmp_path, settings):
         (tmp_path / name).mkdir()
     asked: list[str] = []
 
-    class Answers(Slow):
+    class Answers(Saying):
         def do_GET(self):
             config = configs.get(self.path.split("/")[3] if "/models/" in self.path else "")
             self.say(
@@ -821,10 +820,8 @@ def test_liveness_asks_every_front_door(small_bundle, tmp_path, settings):
             asked.append(self.path.split("/")[3])
             self.say(200, b"")
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = probe(f"http://127.0.0.1:{server.server_port}", tmp_path)
-        server.shutdown()
+    with answering(Answers) as url:
+        done = probe(url, tmp_path)
     assert done.returncode == 0, done.stderr
     tasks = [task.name for task in map_tasks() if task.name in bundle.graphs]
     assert tasks and {*tasks, "fused"} < {*asked}
@@ -832,7 +829,7 @@ def test_liveness_asks_every_front_door(small_bundle, tmp_path, settings):
     assert ("features_encoded" in asked) == ("features_encoded" in configs)
 
 
-class Slow(http.server.BaseHTTPRequestHandler):
+class Slow(Saying):
     """What a Triton says whose one door never answers, because a real one cannot be made to hang:
     it ends such a backend.
     """
@@ -853,15 +850,6 @@ class Slow(http.server.BaseHTTPRequestHandler):
         else:
             time.sleep(3)
 
-    def say(self, status, body):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        """Nothing."""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -872,10 +860,7 @@ class Slow(http.server.BaseHTTPRequestHandler):
 def test_liveness_tells_a_busy_server_from_one_that_hangs(tmp_path, step, status, alive):
     (tmp_path / "fused").mkdir()
     said = type("Said", (Slow,), {"step": step, "status": status})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), said) as server:
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        done = probe(f"http://127.0.0.1:{server.server_port}", tmp_path, "--timeout=1")
-        server.shutdown()
+    with answering(said) as url:
+        done = probe(url, tmp_path, "--timeout=1")
     assert done.returncode == (0 if alive else 1), done.stderr
     assert done.stderr.count("\n") == (0 if alive else 1)

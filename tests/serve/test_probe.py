@@ -1,9 +1,7 @@
 """deploy/probe.py --golden judges as contract/golden.py does, in plain Python."""
 
-import http.server
 import importlib.util
 import json
-import threading
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +13,7 @@ from contract import positions
 from contract.golden import GOLDEN, Golden, measure
 from export.agreement import POSITIONS, RELATIVE, TOLERANCE
 from serve.server.golden import DOORS
+from tests.serve.running import Saying, answering
 
 PROBE = Path(__file__).parents[2] / "deploy" / "probe.py"
 
@@ -150,7 +149,7 @@ def serving(answers):
     """
     asked = Counter()
 
-    class Answers(http.server.BaseHTTPRequestHandler):
+    class Answers(Saying):
         def do_GET(self):
             model = self.path.split("/")[3]
             config = {"version_policy": {"specific": {"versions": [1]}}}
@@ -165,19 +164,8 @@ def serving(answers):
             head = json.dumps({"outputs": [{"name": "map", "parameters": sizes}]}).encode()
             self.say(200, head + values)
 
-        def say(self, status, body):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            """Nothing."""
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
+    with answering(Answers) as url:
+        yield url, asked
 
 
 def test_every_door_of_the_repository_is_asked(tmp_path):
